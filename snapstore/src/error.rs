@@ -1,0 +1,167 @@
+//! What can go wrong in a store, said so that a person can act on it.
+//!
+//! Each message names the place (store, file, offset), what was expected, what was found and
+//! what to do about it.
+
+use std::io;
+
+/// Every error the store returns.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StoreError {
+    /// The operating system refused an operation on one of the store's files.
+    #[error("cannot {op} {file}: {source}")]
+    Io {
+        /// What was tried, as a verb: "read", "append to", "sync", …
+        op: &'static str,
+        /// The file, as the storage names it.
+        file: String,
+        /// The system's own error.
+        #[source]
+        source: io::Error,
+    },
+
+    /// The medium is full. What the failed transaction had written was given back.
+    #[error(
+        "no space left on the device while trying to {op} {file}; the checkpoint was dropped, \
+         its space was given back, and the previous snapshot is still the newest: free some \
+         space (`frazil forget` and `frazil prune`, or another disk) and try again"
+    )]
+    DiskFull {
+        /// What was tried.
+        op: &'static str,
+        /// The file that could not grow.
+        file: String,
+    },
+
+    /// The directory holds no store.
+    #[error(
+        "{path} is not a frazil store: expected {expected}, found {found}; name the directory \
+         given as --store when the VM ran, or let `frazil run --store DIR` create one"
+    )]
+    NotAStore {
+        /// The path that was opened.
+        path: String,
+        /// What a store has there.
+        expected: &'static str,
+        /// What was there.
+        found: String,
+    },
+
+    /// The store was written by a later format than this program reads.
+    #[error(
+        "{file} has format version {found}, this frazil reads versions up to {expected}: use a \
+         newer frazil"
+    )]
+    UnsupportedVersion {
+        /// The file with the version field.
+        file: String,
+        /// The newest version this program reads.
+        expected: u32,
+        /// The version found.
+        found: u32,
+    },
+
+    /// Bytes are not what the reference to them says, or do not parse.
+    #[error("{file} is damaged at offset {offset}: {what}: expected {expected}, found {found}")]
+    Corrupt {
+        /// The damaged file.
+        file: String,
+        /// Offset of the damaged record in bytes.
+        offset: u64,
+        /// Which record or field.
+        what: String,
+        /// What the reference or the format demands.
+        expected: String,
+        /// What was read.
+        found: String,
+    },
+
+    /// The reference names no snapshot.
+    #[error("no snapshot `{reference}` in {store}: {hint}")]
+    UnknownRef {
+        /// The reference as given.
+        reference: String,
+        /// The store searched.
+        store: String,
+        /// What there is instead, and what to do.
+        hint: String,
+    },
+
+    /// The prefix fits more than one snapshot.
+    #[error("`{reference}` is ambiguous in {store}: it fits {matches}; give more digits")]
+    AmbiguousRef {
+        /// The prefix as given.
+        reference: String,
+        /// The store searched.
+        store: String,
+        /// Some of the snapshots it fits.
+        matches: String,
+    },
+
+    /// Another transaction is being written, here or in another process.
+    #[error(
+        "{store} is being written by {holder}: one writer at a time; wait until its checkpoint \
+         is done, or stop that process"
+    )]
+    Busy {
+        /// The store.
+        store: String,
+        /// Who holds the lock.
+        holder: String,
+    },
+
+    /// An earlier I/O error left the writer unsure of the medium's state.
+    #[error(
+        "{store} takes no more writes through this handle after an I/O error ({cause}): check \
+         the medium, then reopen the store"
+    )]
+    Latched {
+        /// The store.
+        store: String,
+        /// The first error.
+        cause: String,
+    },
+
+    /// The source of page contents failed.
+    #[error("cannot read page {page} of region `{region}` from its source: {source}")]
+    Source {
+        /// Region name.
+        region: String,
+        /// Page number in the region.
+        page: u64,
+        /// The source's own error.
+        #[source]
+        source: io::Error,
+    },
+
+    /// The caller asked for something outside the snapshot's shape.
+    #[error("{0}")]
+    Invalid(String),
+
+    /// The transaction was cancelled by its owner.
+    #[error("cancelled: {0}")]
+    Cancelled(String),
+}
+
+impl StoreError {
+    /// Wraps an I/O error, telling a full medium from any other failure.
+    pub(crate) fn io(op: &'static str, file: impl Into<String>, source: io::Error) -> Self {
+        let file = file.into();
+        if matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) {
+            Self::DiskFull { op, file }
+        } else {
+            Self::Io { op, file, source }
+        }
+    }
+
+    /// True if after this error nobody knows what the medium holds, so that the writer must not
+    /// go on (a failed sync may have dropped dirty pages).
+    #[must_use]
+    pub fn latches(&self) -> bool {
+        matches!(self, Self::Io { .. })
+    }
+}
+
+/// The store's result.
+pub type Result<T, E = StoreError> = std::result::Result<T, E>;

@@ -1,0 +1,343 @@
+//! The journal: an append-only log that says which snapshots are published and what is tagged.
+//!
+//! A record is one write and one sync. Its checksum covers the checksum before it, so a record
+//! cannot be lost, moved or changed without the next one showing it.
+
+use std::io;
+
+use crate::codec::{Decoded, Decoder, Malformed, put_block_ref};
+use crate::error::{Result, StoreError};
+use crate::format::{FILE_HEADER_LEN, FileHeader, FileKind, JOURNAL_FILE};
+use crate::id::{BlockRef, Hash, SnapshotId};
+use crate::storage::StoreFile;
+
+const MAGIC: u32 = u32::from_le_bytes(*b"FRJR");
+/// magic, kind, sequence number, body length, zero.
+const HEADER_LEN: usize = 4 + 4 + 8 + 4 + 4;
+const CHECK_LEN: usize = 32;
+const MAX_BODY_LEN: usize = 4096;
+/// The longest tag, in bytes.
+pub(crate) const MAX_TAG_LEN: usize = 255;
+
+const KIND_PUBLISH: u32 = 1;
+const KIND_TAG: u32 = 2;
+
+/// One event.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Entry {
+    Publish(Publication),
+    /// The tag points to the snapshot from here on; no snapshot removes it.
+    Tag { name: String, target: Option<SnapshotId> },
+}
+
+/// A snapshot became visible.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Publication {
+    pub id: SnapshotId,
+    pub parent: Option<SnapshotId>,
+    pub manifest: BlockRef,
+    pub time_unix_ms: u64,
+    /// Where the next transaction goes on: segment and offset in bytes.
+    pub tail: (u32, u64),
+}
+
+impl Entry {
+    fn kind(&self) -> u32 {
+        match self {
+            Self::Publish(_) => KIND_PUBLISH,
+            Self::Tag { .. } => KIND_TAG,
+        }
+    }
+
+    fn encode_body(&self) -> Vec<u8> {
+        let mut body = Vec::with_capacity(160);
+        match self {
+            Self::Publish(publication) => {
+                body.extend_from_slice(&publication.id.0);
+                put_optional_id(&mut body, publication.parent);
+                put_block_ref(&mut body, &publication.manifest);
+                body.extend_from_slice(&publication.time_unix_ms.to_le_bytes());
+                body.extend_from_slice(&publication.tail.0.to_le_bytes());
+                body.extend_from_slice(&publication.tail.1.to_le_bytes());
+            }
+            Self::Tag { name, target } => {
+                put_optional_id(&mut body, *target);
+                body.extend_from_slice(name.as_bytes());
+            }
+        }
+        body
+    }
+
+    fn decode_body(kind: u32, body: &[u8]) -> Decoded<Self> {
+        let mut decoder = Decoder::new(body);
+        match kind {
+            KIND_PUBLISH => {
+                let publication = Publication {
+                    id: decoder.hash("snapshot id")?,
+                    parent: optional_id(&mut decoder)?,
+                    manifest: decoder.block_ref("manifest reference")?,
+                    time_unix_ms: decoder.u64("time")?,
+                    tail: (decoder.u32("segment")?, decoder.u64("segment length")?),
+                };
+                decoder.finish("published snapshot")?;
+                Ok(Self::Publish(publication))
+            }
+            KIND_TAG => {
+                let target = optional_id(&mut decoder)?;
+                let rest = body.len() - 33;
+                let name = std::str::from_utf8(decoder.bytes("tag", rest)?)
+                    .map_err(|error| Malformed::new("tag", "UTF-8", error))?;
+                Ok(Self::Tag { name: name.to_owned(), target })
+            }
+            other => Err(Malformed::new("journal record kind", "1 or 2", other)),
+        }
+    }
+}
+
+fn put_optional_id(out: &mut Vec<u8>, id: Option<SnapshotId>) {
+    out.push(u8::from(id.is_some()));
+    out.extend_from_slice(&id.unwrap_or(Hash([0; 32])).0);
+}
+
+fn optional_id(decoder: &mut Decoder<'_>) -> Decoded<Option<SnapshotId>> {
+    let present = decoder.u8("presence of an id")?;
+    let id = decoder.hash("id")?;
+    match present {
+        0 => Ok(None),
+        1 => Ok(Some(id)),
+        other => Err(Malformed::new("presence of an id", "0 or 1", other)),
+    }
+}
+
+/// Where reading the journal stands: after the last good record.
+#[derive(Clone, Debug)]
+pub(crate) struct Cursor {
+    /// Offset after the last good record, in bytes.
+    pub end: u64,
+    next_sequence: u64,
+    chain: Hash,
+    /// Bytes after `end` that are no record: a torn append, or damage to the newest record.
+    pub torn_bytes: u64,
+}
+
+impl Cursor {
+    /// At the start of a journal with this header.
+    pub fn start(header: &FileHeader) -> Self {
+        Self {
+            end: FILE_HEADER_LEN as u64,
+            next_sequence: 0,
+            chain: Hash::of(&header.encode()),
+            torn_bytes: 0,
+        }
+    }
+
+    /// Reads what was appended since.
+    pub fn advance(&mut self, file: &dyn StoreFile) -> Result<Vec<Entry>> {
+        let len = file.len_bytes().map_err(|error| StoreError::io("read", JOURNAL_FILE, error))?;
+        if len < self.end {
+            return Err(StoreError::Corrupt {
+                file: JOURNAL_FILE.into(),
+                offset: len,
+                what: "journal".into(),
+                expected: format!("at least {} bytes", self.end),
+                found: "a truncated file".into(),
+            });
+        }
+        let mut bytes = vec![0; usize::try_from(len - self.end).expect("a journal fits in memory")];
+        match file.read_exact_at(&mut bytes, self.end) {
+            Ok(()) => {}
+            // Cut between the two calls by a writer that dropped a torn tail: nothing new.
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(Vec::new()),
+            Err(error) => return Err(StoreError::io("read", JOURNAL_FILE, error)),
+        }
+        self.parse(&bytes)
+    }
+
+    fn parse(&mut self, bytes: &[u8]) -> Result<Vec<Entry>> {
+        let mut entries = Vec::new();
+        let mut rest = bytes;
+        self.torn_bytes = 0;
+        while !rest.is_empty() {
+            match self.parse_record(rest) {
+                Ok((entry, len, check)) => {
+                    entries.push(entry);
+                    self.chain = check;
+                    self.next_sequence += 1;
+                    self.end += len as u64;
+                    rest = &rest[len..];
+                }
+                Err(malformed) if record_ends_inside(rest) => {
+                    // Only the newest record can be torn; one with another behind it was durable.
+                    return Err(StoreError::Corrupt {
+                        file: JOURNAL_FILE.into(),
+                        offset: self.end,
+                        what: format!("journal record: {}", malformed.what),
+                        expected: malformed.expected,
+                        found: malformed.found,
+                    });
+                }
+                Err(_torn) => {
+                    self.torn_bytes = rest.len() as u64;
+                    break;
+                }
+            }
+        }
+        Ok(entries)
+    }
+
+    fn parse_record(&self, bytes: &[u8]) -> Decoded<(Entry, usize, Hash)> {
+        let mut decoder = Decoder::new(bytes);
+        let (kind, sequence, body_len) = decode_header(&mut decoder)?;
+        if sequence != self.next_sequence {
+            return Err(Malformed::new("sequence number", self.next_sequence, sequence));
+        }
+        let body = decoder.bytes("body", body_len)?;
+        let check = decoder.hash("checksum")?;
+        let covered = &bytes[..HEADER_LEN + body_len];
+        let computed = chain(&self.chain, covered);
+        if check != computed {
+            return Err(Malformed::new("checksum", computed, check));
+        }
+        Ok((Entry::decode_body(kind, body)?, covered.len() + CHECK_LEN, check))
+    }
+
+    /// The bytes of `entry` as the next record, and the cursor after it.
+    pub fn encode_next(&self, entry: &Entry) -> (Vec<u8>, Self) {
+        let body = entry.encode_body();
+        let mut bytes = Vec::with_capacity(HEADER_LEN + body.len() + CHECK_LEN);
+        bytes.extend_from_slice(&MAGIC.to_le_bytes());
+        bytes.extend_from_slice(&entry.kind().to_le_bytes());
+        bytes.extend_from_slice(&self.next_sequence.to_le_bytes());
+        bytes.extend_from_slice(&u32::try_from(body.len()).expect("bodies are short").to_le_bytes());
+        bytes.extend_from_slice(&0_u32.to_le_bytes());
+        bytes.extend_from_slice(&body);
+        let check = chain(&self.chain, &bytes);
+        bytes.extend_from_slice(&check.0);
+        let after = Self {
+            end: self.end + bytes.len() as u64,
+            next_sequence: self.next_sequence + 1,
+            chain: check,
+            torn_bytes: 0,
+        };
+        (bytes, after)
+    }
+}
+
+fn decode_header(decoder: &mut Decoder<'_>) -> Decoded<(u32, u64, usize)> {
+    let magic = decoder.u32("magic")?;
+    let kind = decoder.u32("kind")?;
+    let sequence = decoder.u64("sequence number")?;
+    let body_len = decoder.u32("body length")? as usize;
+    let reserved = decoder.u32("reserved field")?;
+    if magic != MAGIC {
+        return Err(Malformed::new("magic", MAGIC, magic));
+    }
+    if body_len > MAX_BODY_LEN {
+        return Err(Malformed::new("body length", format!("at most {MAX_BODY_LEN}"), body_len));
+    }
+    if reserved != 0 {
+        return Err(Malformed::new("reserved field", 0, reserved));
+    }
+    Ok((kind, sequence, body_len))
+}
+
+/// True if another record starts behind the (damaged) one at the start of `bytes`.
+fn record_ends_inside(bytes: &[u8]) -> bool {
+    bytes.windows(4).skip(HEADER_LEN).any(|window| window == MAGIC.to_le_bytes())
+}
+
+fn chain(previous: &Hash, record: &[u8]) -> Hash {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&previous.0);
+    hasher.update(record);
+    Hash(*hasher.finalize().as_bytes())
+}
+
+/// Reads and checks the journal's header.
+pub(crate) fn read_header(file: &dyn StoreFile, store: [u8; 16]) -> Result<FileHeader> {
+    let mut bytes = [0; FILE_HEADER_LEN];
+    file.read_exact_at(&mut bytes, 0).map_err(|error| StoreError::io("read", JOURNAL_FILE, error))?;
+    let header = FileHeader::decode(&bytes, FileKind::Journal, JOURNAL_FILE)?;
+    if header.store != store {
+        return Err(StoreError::Corrupt {
+            file: JOURNAL_FILE.into(),
+            offset: 16,
+            what: "store UUID".into(),
+            expected: crate::format::hex(&store),
+            found: crate::format::hex(&header.store),
+        });
+    }
+    Ok(header)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::FORMAT_VERSION;
+
+    fn start() -> Cursor {
+        Cursor::start(&FileHeader {
+            kind: FileKind::Journal,
+            version: FORMAT_VERSION,
+            number: 0,
+            store: [3; 16],
+            created_unix_ms: 1,
+        })
+    }
+
+    fn sample() -> Vec<Entry> {
+        let id = Hash::of(b"one");
+        let manifest = BlockRef { segment: 1, offset: 64, len: 900, hash: Hash::of(b"manifest") };
+        vec![
+            Entry::Publish(Publication { id, parent: None, manifest, time_unix_ms: 5, tail: (1, 964) }),
+            Entry::Tag { name: "gold".into(), target: Some(id) },
+            Entry::Publish(Publication { id: Hash::of(b"two"), parent: Some(id), manifest, time_unix_ms: 6, tail: (2, 64) }),
+            Entry::Tag { name: "gold".into(), target: None },
+        ]
+    }
+
+    fn encoded() -> (Vec<u8>, Vec<usize>) {
+        let mut cursor = start();
+        let mut bytes = Vec::new();
+        let mut ends = vec![0];
+        for entry in sample() {
+            let (record, next) = cursor.encode_next(&entry);
+            bytes.extend_from_slice(&record);
+            ends.push(bytes.len());
+            cursor = next;
+        }
+        (bytes, ends)
+    }
+
+    #[test]
+    fn entries_round_trip_and_cuts_are_torn_tails() {
+        let (bytes, ends) = encoded();
+        for cut in 0..=bytes.len() {
+            let mut cursor = start();
+            let entries = cursor.parse(&bytes[..cut]).unwrap();
+            let whole = ends.iter().filter(|end| **end <= cut).count() - 1;
+            assert_eq!(entries, sample()[..whole], "cut at {cut}");
+            assert_eq!(cursor.torn_bytes as usize, cut - ends[whole]);
+        }
+    }
+
+    #[test]
+    fn a_flipped_bit_is_damage_or_a_torn_tail_but_never_another_entry() {
+        let (bytes, ends) = encoded();
+        let last = ends[ends.len() - 2];
+        for bit in 0..bytes.len() * 8 {
+            let mut flipped = bytes.clone();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            let mut cursor = start();
+            match cursor.parse(&flipped) {
+                Err(StoreError::Corrupt { .. }) => assert!(bit / 8 < last, "bit {bit}"),
+                Ok(entries) => {
+                    assert!(bit / 8 >= last, "bit {bit} went unseen");
+                    assert!(cursor.torn_bytes > 0);
+                    assert_eq!(entries, sample()[..sample().len() - 1]);
+                }
+                Err(other) => panic!("{other}"),
+            }
+        }
+    }
+}

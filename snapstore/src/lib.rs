@@ -1,0 +1,42 @@
+//! The snapshot store of frazil: memory as copy-on-write page trees in append-only segments.
+//!
+//! A [`Store`] holds [`Snapshot`]s. A snapshot is a manifest: regions of 4 KiB pages, each a tree
+//! of references that carry location *and* BLAKE3 hash, and opaque named state. A [`Transaction`]
+//! writes the pages that changed and the few nodes above them; everything else is shared with the
+//! parent. [`pager`] serves a snapshot's pages to a mapping through userfaultfd.
+//!
+//! This crate knows pages, regions and opaque state, and nothing of virtual machines. The layout
+//! on the medium is fixed in `FORMAT.md`, the reasons for it in `DESIGN.md`.
+
+mod codec;
+mod error;
+mod format;
+mod id;
+mod journal;
+mod manifest;
+mod node;
+mod page;
+pub mod pager;
+mod pipeline;
+mod record;
+pub mod reference;
+mod segment;
+mod snapshot;
+mod storage;
+mod store;
+mod transaction;
+mod tree;
+mod verify;
+
+pub use error::{Result, StoreError};
+pub use format::{FORMAT_VERSION, JOURNAL_FILE, MAX_FRAME_PAGES, SEGMENT_FOLDER, STORE_FILE, segment_name};
+pub use id::{BlockRef, Hash, SnapshotId};
+pub use manifest::{Manifest, RegionManifest, StateChunk, StateRef};
+pub use node::{Location, MAX_REGION_PAGES, Run};
+pub use page::{PAGE_SIZE, Page, PageSet, PageSource, is_zero};
+pub use pipeline::{Progress, WriteStats};
+pub use snapshot::{RegionReader, Snapshot};
+pub use storage::{DirStorage, LockError, Storage, StoreFile, WriterLock};
+pub use store::{SnapshotInfo, Store, StoreOptions};
+pub use transaction::{Committed, Description, RegionHandle, Transaction};
+pub use verify::{Damage, VerifyProgress, VerifyReport, verify};

@@ -1,0 +1,394 @@
+//! Nodes of a page tree, and the runs they are made of.
+//!
+//! A leaf holds runs of pages. An inner node holds references to its children and, like a node of
+//! a Bε-tree, *pending* runs that override what the children say: a small commit rewrites the
+//! root only, and changes move down in batches that are worth a child's rewriting.
+
+use crate::codec::{Decoded, Decoder, Malformed, put_block_ref, put_varint};
+use crate::format::MAX_FRAME_PAGES;
+use crate::id::BlockRef;
+
+/// Pages under one leaf: 2 MiB of memory.
+pub(crate) const LEAF_PAGES: u64 = 512;
+/// Children of an inner node.
+pub(crate) const FAN_OUT: u64 = 64;
+/// The highest level a node can have: 64 levels of nothing would overflow page numbers first.
+pub(crate) const MAX_LEVEL: u8 = 6;
+
+const _: () = assert!(LEAF_PAGES.is_power_of_two() && FAN_OUT == u64::BITS as u64);
+
+/// Where the contents of a page are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Location {
+    /// Nowhere: the page is all zero.
+    Zero,
+    /// In slot `slot` (counted in pages) of a frame.
+    Frame {
+        /// The frame's record.
+        frame: BlockRef,
+        /// The page's place in the decoded frame.
+        slot: u8,
+    },
+}
+
+impl Location {
+    /// The location `pages` further on in the same run.
+    fn advance(self, pages: u64) -> Self {
+        match self {
+            Self::Zero => Self::Zero,
+            Self::Frame { frame, slot } => Self::Frame { frame, slot: slot + pages as u8 },
+        }
+    }
+}
+
+/// `count` pages from page `first` on, in consecutive slots of one frame, or all zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// Number of the first page in its region.
+    pub first: u64,
+    /// How many pages, at least one.
+    pub count: u64,
+    /// Where the first page is; the others follow it.
+    pub location: Location,
+}
+
+impl Run {
+    /// The page after the last.
+    #[must_use]
+    pub fn end(&self) -> u64 {
+        self.first + self.count
+    }
+
+    /// The part of the run inside `start .. end`, if any.
+    pub(crate) fn clip(&self, start: u64, end: u64) -> Option<Self> {
+        let first = self.first.max(start);
+        let end = self.end().min(end);
+        (first < end).then(|| Self {
+            first,
+            count: end - first,
+            location: self.location.advance(first - self.first),
+        })
+    }
+
+    fn is_followed_by(&self, next: &Self) -> bool {
+        self.end() == next.first && self.location.advance_fits(self.count, next.location)
+    }
+}
+
+impl Location {
+    fn advance_fits(self, pages: u64, next: Self) -> bool {
+        match (self, next) {
+            (Self::Zero, Self::Zero) => true,
+            (Self::Frame { frame: a, slot }, Self::Frame { frame: b, slot: next }) => {
+                a == b && u64::from(slot) + pages == u64::from(next)
+            }
+            _ => false,
+        }
+    }
+}
+
+/// Appends `run` to sorted `runs`, joining it to the last one if it goes on where that ends.
+pub(crate) fn push_run(runs: &mut Vec<Run>, run: Run) {
+    if let Some(last) = runs.last_mut()
+        && last.is_followed_by(&run)
+    {
+        last.count += run.count;
+        return;
+    }
+    runs.push(run);
+}
+
+/// `older` with `newer` laid over it. Both are sorted and without overlaps, and so is the result.
+pub(crate) fn overlay(older: &[Run], newer: &[Run]) -> Vec<Run> {
+    if older.is_empty() {
+        return newer.to_vec();
+    }
+    let mut out = Vec::with_capacity(older.len() + newer.len());
+    let mut old = older.iter().copied();
+    let mut current = old.next();
+    for run in newer {
+        // What of the older runs lies before this one.
+        while let Some(older_run) = current {
+            if let Some(before) = older_run.clip(0, run.first) {
+                push_run(&mut out, before);
+            }
+            current = older_run.clip(run.first, u64::MAX);
+            if current.is_some() {
+                break;
+            }
+            current = old.next();
+        }
+        push_run(&mut out, *run);
+        // Skip what it covers.
+        while let Some(older_run) = current {
+            current = older_run.clip(run.end(), u64::MAX);
+            if current.is_some() {
+                break;
+            }
+            current = old.next();
+        }
+    }
+    while let Some(run) = current {
+        push_run(&mut out, run);
+        current = old.next();
+    }
+    out
+}
+
+/// The parts of sorted `runs` inside `start .. end`.
+pub(crate) fn clip_runs(runs: &[Run], start: u64, end: u64) -> impl Iterator<Item = Run> + '_ {
+    let from = runs.partition_point(|run| run.end() <= start);
+    runs[from..].iter().take_while(move |run| run.first < end).filter_map(move |run| run.clip(start, end))
+}
+
+/// The run that holds `page`, cut to that page.
+pub(crate) fn find_page(runs: &[Run], page: u64) -> Option<Location> {
+    clip_runs(runs, page, page + 1).next().map(|run| run.location)
+}
+
+/// Pages under a node of `level` (0 is a leaf).
+pub(crate) const fn span_pages(level: u8) -> u64 {
+    LEAF_PAGES * FAN_OUT.pow(level as u32)
+}
+
+/// The level of the root of a region of `pages` pages.
+pub(crate) fn root_level(pages: u64) -> u8 {
+    (0..MAX_LEVEL).find(|level| span_pages(*level) >= pages).unwrap_or(MAX_LEVEL)
+}
+
+/// The most pages a region may range over: what a root of [`MAX_LEVEL`] spans.
+pub const MAX_REGION_PAGES: u64 = span_pages(MAX_LEVEL);
+
+/// A node in memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Node {
+    /// 0 for a leaf.
+    pub level: u8,
+    /// Number of the first page under the node.
+    pub first: u64,
+    /// Sorted runs: a leaf's contents, an inner node's pending changes.
+    pub runs: Vec<Run>,
+    /// Sorted `(index, child)`; none in a leaf.
+    pub children: Vec<(u8, BlockRef)>,
+}
+
+impl Node {
+    pub fn empty(level: u8, first: u64) -> Self {
+        Self { level, first, runs: Vec::new(), children: Vec::new() }
+    }
+
+    /// The page after the last one under the node.
+    pub fn end(&self) -> u64 {
+        self.first + span_pages(self.level)
+    }
+
+    pub fn child(&self, index: u8) -> Option<&BlockRef> {
+        self.children
+            .binary_search_by_key(&index, |(index, _)| *index)
+            .ok()
+            .map(|position| &self.children[position].1)
+    }
+
+    /// First page and level of child `index`.
+    pub fn child_place(&self, index: u8) -> (u64, u8) {
+        let level = self.level - 1;
+        (self.first + u64::from(index) * span_pages(level), level)
+    }
+
+    /// The index of the child that holds `page`.
+    pub fn child_index(&self, page: u64) -> u8 {
+        ((page - self.first) / span_pages(self.level - 1)) as u8
+    }
+
+    /// Layout: level (1 byte), first page, frames and runs counts (varints), frames (references),
+    /// runs, bit map of children (8 bytes) and their references. A run is: gap to the end of the
+    /// run before (varint), count (varint), 0 for zero pages or 1 + index of its frame (varint),
+    /// and, for a frame, the slot (1 byte).
+    pub fn encode(&self) -> Vec<u8> {
+        let (frames, indices) = self.frame_table();
+        let mut out = Vec::with_capacity(32 + frames.len() * 44 + self.runs.len() * 6 + self.children.len() * 44);
+        out.push(self.level);
+        put_varint(&mut out, self.first);
+        put_varint(&mut out, frames.len() as u64);
+        put_varint(&mut out, self.runs.len() as u64);
+        frames.iter().for_each(|frame| put_block_ref(&mut out, frame));
+        let mut end = self.first;
+        for (run, index) in self.runs.iter().zip(indices) {
+            put_varint(&mut out, run.first - end);
+            put_varint(&mut out, run.count);
+            put_varint(&mut out, index);
+            if let Location::Frame { slot, .. } = run.location {
+                out.push(slot);
+            }
+            end = run.end();
+        }
+        if self.level > 0 {
+            let map = self.children.iter().fold(0_u64, |map, (index, _)| map | 1 << index);
+            out.extend_from_slice(&map.to_le_bytes());
+            self.children.iter().for_each(|(_, child)| put_block_ref(&mut out, child));
+        }
+        out
+    }
+
+    /// The distinct frames in order of first use, and per run 0 or 1 + its frame's index.
+    fn frame_table(&self) -> (Vec<BlockRef>, Vec<u64>) {
+        let mut frames = Vec::new();
+        let mut known = std::collections::HashMap::new();
+        let indices = self
+            .runs
+            .iter()
+            .map(|run| match run.location {
+                Location::Zero => 0,
+                Location::Frame { frame, .. } => {
+                    1 + *known.entry(frame).or_insert_with(|| {
+                        frames.push(frame);
+                        frames.len() as u64 - 1
+                    })
+                }
+            })
+            .collect();
+        (frames, indices)
+    }
+
+    pub fn decode(bytes: &[u8], level: u8, first: u64) -> Decoded<Self> {
+        let mut decoder = Decoder::new(bytes);
+        let found = (decoder.u8("level")?, decoder.varint("first page")?);
+        if found != (level, first) {
+            let expected = format!("level {level} at page {first}");
+            return Err(Malformed::new("place of the node", expected, format!("level {} at page {}", found.0, found.1)));
+        }
+        let mut node = Self::empty(level, first);
+        let frame_count = decoder.varint("number of frames")?;
+        let run_count = decoder.varint("number of runs")?;
+        let most = bytes.len() as u64;
+        if frame_count > most / BlockRef::ENCODED_LEN as u64 || run_count > most / 3 {
+            return Err(Malformed::new("counts", format!("what fits {most} bytes"), format!("{frame_count} frames, {run_count} runs")));
+        }
+        let frames = (0..frame_count).map(|_| decoder.block_ref("frame")).collect::<Decoded<Vec<_>>>()?;
+        node.runs.reserve_exact(run_count as usize);
+        let mut end = first;
+        for _ in 0..run_count {
+            let run = decode_run(&mut decoder, end, node.end(), &frames)?;
+            end = run.end();
+            node.runs.push(run);
+        }
+        if level > 0 {
+            let map = decoder.u64("map of children")?;
+            for index in (0..64_u8).filter(|index| map >> index & 1 == 1) {
+                node.children.push((index, decoder.block_ref("child")?));
+            }
+        }
+        decoder.finish("node")?;
+        Ok(node)
+    }
+}
+
+fn decode_run(decoder: &mut Decoder<'_>, after: u64, limit: u64, frames: &[BlockRef]) -> Decoded<Run> {
+    let gap = decoder.varint("gap between runs")?;
+    let count = decoder.varint("length of a run")?;
+    let index = decoder.varint("frame of a run")?;
+    let first = after.checked_add(gap).filter(|first| *first < limit);
+    let first = first.ok_or_else(|| Malformed::new("first page of a run", format!("below {limit}"), gap))?;
+    if count == 0 || count > limit - first {
+        return Err(Malformed::new("length of a run", format!("1 to {}", limit - first), count));
+    }
+    if index == 0 {
+        return Ok(Run { first, count, location: Location::Zero });
+    }
+    let slot = decoder.u8("slot of a run")?;
+    if u64::from(slot) + count > MAX_FRAME_PAGES as u64 {
+        return Err(Malformed::new("slots of a run", format!("at most {MAX_FRAME_PAGES}"), u64::from(slot) + count));
+    }
+    let frame = usize::try_from(index - 1).ok().and_then(|index| frames.get(index));
+    let frame = *frame.ok_or_else(|| Malformed::new("frame of a run", format!("at most {}", frames.len()), index))?;
+    Ok(Run { first, count, location: Location::Frame { frame, slot } })
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::id::Hash;
+
+    pub fn frame(number: u32) -> BlockRef {
+        BlockRef { segment: number % 3, offset: number * 100, len: 50 + number, hash: Hash::of(&number.to_le_bytes()) }
+    }
+
+    /// Sorted runs without overlaps inside `0 .. limit`.
+    pub fn runs(limit: u64) -> impl Strategy<Value = Vec<Run>> {
+        proptest::collection::vec((0_u64..40, 1_u64..20, 0_u32..6, 0_u8..40), 0..30).prop_map(move |parts| {
+            let mut out = Vec::new();
+            let mut end = 0;
+            for (gap, count, number, slot) in parts {
+                let first = end + gap;
+                if first + count > limit {
+                    break;
+                }
+                end = first + count;
+                let location = match number {
+                    0 => Location::Zero,
+                    number => Location::Frame { frame: frame(number), slot },
+                };
+                out.push(Run { first, count, location });
+            }
+            out
+        })
+    }
+
+    pub fn explode(runs: &[Run]) -> BTreeMap<u64, Location> {
+        runs.iter()
+            .flat_map(|run| (0..run.count).map(|index| (run.first + index, run.location.advance(index))))
+            .collect()
+    }
+
+    proptest! {
+        #[test]
+        fn overlay_agrees_with_maps(older in runs(512), newer in runs(512), start in 0_u64..512, len in 0_u64..512) {
+            let mut oracle = explode(&older);
+            oracle.extend(explode(&newer));
+            let merged = overlay(&older, &newer);
+            prop_assert!(merged.windows(2).all(|pair| pair[0].end() <= pair[1].first));
+            prop_assert_eq!(explode(&merged), oracle.clone());
+            let clipped: Vec<_> = clip_runs(&merged, start, start + len).collect();
+            prop_assert_eq!(explode(&clipped), oracle.range(start..start + len).map(|(k, v)| (*k, *v)).collect());
+            for page in 0..520 {
+                prop_assert_eq!(find_page(&merged, page), oracle.get(&page).copied());
+            }
+        }
+
+        #[test]
+        fn nodes_round_trip(runs in runs(512), inner in any::<bool>(), children in proptest::collection::btree_map(0_u8..64, 0_u32..9, 0..64)) {
+            let mut node = Node::empty(u8::from(inner), 0);
+            node.runs = runs;
+            if inner {
+                node.children = children.into_iter().map(|(index, number)| (index, frame(number))).collect();
+            }
+            let bytes = node.encode();
+            prop_assert_eq!(Node::decode(&bytes, node.level, 0), Ok(node));
+        }
+
+        #[test]
+        fn damaged_nodes_parse_or_fail(runs in runs(512), position in any::<prop::sample::Index>(), value in any::<u8>(), cut in any::<prop::sample::Index>()) {
+            let mut node = Node::empty(0, 0);
+            node.runs = runs;
+            let mut bytes = node.encode();
+            let at = position.index(bytes.len());
+            bytes[at] = value;
+            let _any = Node::decode(&bytes, 0, 0);
+            let _any = Node::decode(&bytes[..cut.index(bytes.len())], 0, 0);
+        }
+    }
+
+    #[test]
+    fn levels_span_what_they_should() {
+        assert_eq!(root_level(1), 0);
+        assert_eq!(root_level(512), 0);
+        assert_eq!(root_level(513), 1);
+        assert_eq!(root_level(1 << 18), 2);
+        assert_eq!(root_level(span_pages(3)), 3);
+        assert_eq!(root_level(MAX_REGION_PAGES), MAX_LEVEL);
+    }
+}

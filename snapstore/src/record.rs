@@ -1,0 +1,186 @@
+//! Records: the unit that is compressed, hashed, stored and verified.
+
+use std::cell::RefCell;
+
+use crate::codec::{Decoded, Malformed};
+use crate::format::{Codec, RECORD_HEADER_LEN, RecordHeader, RecordKind};
+use crate::id::{BlockRef, Hash};
+
+/// A record ready to be appended to a segment.
+#[derive(Debug)]
+pub(crate) struct EncodedRecord {
+    /// Header and payload.
+    pub bytes: Vec<u8>,
+    /// BLAKE3 of `bytes`.
+    pub hash: Hash,
+}
+
+/// Compresses and hashes records; one per thread, since a zstd context is costly to make.
+pub(crate) struct RecordEncoder {
+    compressor: zstd::bulk::Compressor<'static>,
+}
+
+impl std::fmt::Debug for RecordEncoder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RecordEncoder").finish_non_exhaustive()
+    }
+}
+
+impl RecordEncoder {
+    /// An encoder at zstd `level` (negative levels are the fast ones).
+    pub fn new(level: i32) -> std::io::Result<Self> {
+        Ok(Self { compressor: zstd::bulk::Compressor::new(level)? })
+    }
+
+    /// Encodes `raw`, compressed if that saves at least a sixteenth of it.
+    pub fn encode(&mut self, kind: RecordKind, raw: &[u8]) -> EncodedRecord {
+        let most = raw.len() - raw.len() / 16;
+        let mut bytes = vec![0; RECORD_HEADER_LEN + most];
+        // zstd stops as soon as the output does not fit, which is how incompressible data shows.
+        match self.compressor.compress_to_buffer(raw, &mut bytes[RECORD_HEADER_LEN..]) {
+            Ok(stored_len) => {
+                bytes.truncate(RECORD_HEADER_LEN + stored_len);
+                bytes.shrink_to_fit();
+                Self::seal(kind, Codec::Zstd, raw.len(), bytes)
+            }
+            Err(_does_not_fit) => Self::encode_plain(kind, raw),
+        }
+    }
+
+    /// Encodes `raw` as it is.
+    pub fn encode_plain(kind: RecordKind, raw: &[u8]) -> EncodedRecord {
+        let mut bytes = Vec::with_capacity(RECORD_HEADER_LEN + raw.len());
+        bytes.resize(RECORD_HEADER_LEN, 0);
+        bytes.extend_from_slice(raw);
+        Self::seal(kind, Codec::Plain, raw.len(), bytes)
+    }
+
+    fn seal(kind: RecordKind, codec: Codec, raw_len: usize, mut bytes: Vec<u8>) -> EncodedRecord {
+        let header = RecordHeader {
+            kind,
+            codec,
+            stored_len: u32::try_from(bytes.len() - RECORD_HEADER_LEN)
+                .expect("records are bounded far below 4 GiB"),
+            raw_len: u32::try_from(raw_len).expect("records are bounded far below 4 GiB"),
+        };
+        bytes[..RECORD_HEADER_LEN].copy_from_slice(&header.encode());
+        EncodedRecord { hash: Hash::of(&bytes), bytes }
+    }
+}
+
+/// A record whose bytes were checked against the hash in its reference.
+#[derive(Debug)]
+pub(crate) struct VerifiedRecord<'a> {
+    header: RecordHeader,
+    payload: &'a [u8],
+}
+
+impl<'a> VerifiedRecord<'a> {
+    /// Checks `bytes` against `block`, and that it is a record of `kind`.
+    pub fn check(bytes: &'a [u8], block: &BlockRef, kind: RecordKind) -> Decoded<Self> {
+        let found = Hash::of(bytes);
+        if found != block.hash {
+            return Err(Malformed::new("hash of the record", block.hash, found));
+        }
+        let header = RecordHeader::decode(bytes)?;
+        if header.kind != kind {
+            return Err(Malformed::new("record kind", kind.name(), header.kind.name()));
+        }
+        let payload = &bytes[RECORD_HEADER_LEN..];
+        if payload.len() != header.stored_len as usize {
+            return Err(Malformed::new("stored length", header.stored_len, payload.len()));
+        }
+        Ok(Self { header, payload })
+    }
+
+    /// Bytes of the payload when decoded.
+    pub fn raw_len(&self) -> usize {
+        self.header.raw_len as usize
+    }
+
+    /// Decodes the payload into `out`, which must be [`Self::raw_len`] long.
+    pub fn decode_into(&self, out: &mut [u8]) -> Decoded<()> {
+        debug_assert_eq!(out.len(), self.raw_len());
+        match self.header.codec {
+            Codec::Plain => {
+                out.copy_from_slice(self.payload);
+                Ok(())
+            }
+            Codec::Zstd => {
+                let len = decompress(self.payload, out)
+                    .map_err(|error| Malformed::new("zstd payload", "a zstd frame", error))?;
+                if len == out.len() {
+                    Ok(())
+                } else {
+                    Err(Malformed::new("decoded length", out.len(), len))
+                }
+            }
+        }
+    }
+
+    /// Decodes the payload into a new buffer.
+    pub fn decode(&self) -> Decoded<Vec<u8>> {
+        let mut out = vec![0; self.raw_len()];
+        self.decode_into(&mut out)?;
+        Ok(out)
+    }
+}
+
+fn decompress(payload: &[u8], out: &mut [u8]) -> std::io::Result<usize> {
+    thread_local! {
+        static CONTEXT: RefCell<Option<zstd::bulk::Decompressor<'static>>> = const { RefCell::new(None) };
+    }
+    CONTEXT.with_borrow_mut(|slot| {
+        if slot.is_none() {
+            *slot = Some(zstd::bulk::Decompressor::new()?);
+        }
+        slot.as_mut().expect("just filled").decompress_to_buffer(payload, out)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn reference(record: &EncodedRecord) -> BlockRef {
+        BlockRef { segment: 0, offset: 0, len: record.bytes.len() as u32, hash: record.hash }
+    }
+
+    proptest! {
+        #[test]
+        fn records_round_trip(noise in proptest::collection::vec(any::<u8>(), 0..3000), repeat in 1_usize..5) {
+            let raw = noise.repeat(repeat);
+            let record = RecordEncoder::new(1).unwrap().encode(RecordKind::Frame, &raw);
+            prop_assert!(record.bytes.len() <= RECORD_HEADER_LEN + raw.len());
+            let verified = VerifiedRecord::check(&record.bytes, &reference(&record), RecordKind::Frame).unwrap();
+            prop_assert_eq!(verified.decode().unwrap(), raw);
+        }
+
+        /// Bytes that hash right but mean nothing must still not panic or over-allocate.
+        #[test]
+        fn hostile_records_fail(mut bytes in proptest::collection::vec(any::<u8>(), RECORD_HEADER_LEN..200), forge in any::<bool>()) {
+            if forge {
+                let header = RecordHeader { kind: RecordKind::Node, codec: Codec::Zstd, stored_len: (bytes.len() - RECORD_HEADER_LEN) as u32, raw_len: 1 << 20 };
+                bytes[..RECORD_HEADER_LEN].copy_from_slice(&header.encode());
+            }
+            let block = BlockRef { segment: 0, offset: 0, len: bytes.len() as u32, hash: Hash::of(&bytes) };
+            if let Ok(record) = VerifiedRecord::check(&bytes, &block, RecordKind::Node) {
+                let _any = record.decode();
+            }
+        }
+    }
+
+    #[test]
+    fn every_flipped_bit_of_a_record_is_seen() {
+        let record = RecordEncoder::new(1).unwrap().encode(RecordKind::Blob, &b"frazil ".repeat(30));
+        let block = reference(&record);
+        for bit in 0..record.bytes.len() * 8 {
+            let mut flipped = record.bytes.clone();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            assert!(VerifiedRecord::check(&flipped, &block, RecordKind::Blob).is_err(), "bit {bit}");
+        }
+        assert!(VerifiedRecord::check(&record.bytes, &block, RecordKind::Node).is_err());
+    }
+}

@@ -1,0 +1,226 @@
+//! The only door to the medium: a small trait, and its implementation on a directory.
+//!
+//! Everything the store knows about durability is in these few calls, so a crash simulator or a
+//! failing disk is another implementation of them (see the `tests` room).
+
+use std::fmt::Debug;
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// One file of a store.
+pub trait StoreFile: Send + Sync + Debug {
+    /// Fills `buf` from `offset`.
+    ///
+    /// # Errors
+    /// `UnexpectedEof` if the file ends before.
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()>;
+
+    /// Writes all of `buf` at `offset`, growing the file if needed. Not durable before [`Self::sync`].
+    ///
+    /// # Errors
+    /// The medium's; after one, any part of `buf` may have been written.
+    fn write_all_at(&self, buf: &[u8], offset: u64) -> io::Result<()>;
+
+    /// Length in bytes.
+    ///
+    /// # Errors
+    /// The medium's.
+    fn len_bytes(&self) -> io::Result<u64>;
+
+    /// Cuts or grows the file.
+    ///
+    /// # Errors
+    /// The medium's.
+    fn set_len(&self, len_bytes: u64) -> io::Result<()>;
+
+    /// Makes everything written to the file durable.
+    ///
+    /// # Errors
+    /// The medium's; after one, nothing is known about what was written since the last success.
+    fn sync(&self) -> io::Result<()>;
+}
+
+/// Held while a transaction writes; dropping it lets the next writer in.
+pub trait WriterLock: Send + Debug {}
+
+/// Why the writer lock could not be had.
+#[derive(Debug)]
+pub enum LockError {
+    /// Somebody else holds it; the text says who.
+    Held(String),
+    /// The lock itself failed.
+    Io(io::Error),
+}
+
+/// A place that holds a store's files, named by paths relative to it.
+pub trait Storage: Send + Sync + Debug {
+    /// Opens an existing file for reading, and for writing if `writable`.
+    ///
+    /// # Errors
+    /// `NotFound` if there is none.
+    fn open(&self, name: &str, writable: bool) -> io::Result<Arc<dyn StoreFile>>;
+
+    /// Creates a new, empty file for reading and writing. Its name is not durable before
+    /// [`Self::sync_names`].
+    ///
+    /// # Errors
+    /// `AlreadyExists` if there is one.
+    fn create(&self, name: &str) -> io::Result<Arc<dyn StoreFile>>;
+
+    /// Removes a file.
+    ///
+    /// # Errors
+    /// The medium's.
+    fn remove(&self, name: &str) -> io::Result<()>;
+
+    /// Names of the files in folder `folder` ("" is the store itself), in no order.
+    ///
+    /// # Errors
+    /// The medium's.
+    fn list(&self, folder: &str) -> io::Result<Vec<String>>;
+
+    /// Makes creations, removals and renames in `folder` durable.
+    ///
+    /// # Errors
+    /// The medium's.
+    fn sync_names(&self, folder: &str) -> io::Result<()>;
+
+    /// Takes the writer lock without waiting.
+    ///
+    /// # Errors
+    /// [`LockError::Held`] if another writer, in this or another process, has it.
+    fn try_lock(&self) -> Result<Box<dyn WriterLock>, LockError>;
+
+    /// The store's place, for messages.
+    fn describe(&self) -> String;
+}
+
+/// A store in a directory of a local file system.
+#[derive(Debug)]
+pub struct DirStorage {
+    root: PathBuf,
+}
+
+impl DirStorage {
+    /// A storage on `root`, which need not exist yet.
+    #[must_use]
+    pub fn new(root: impl Into<PathBuf>) -> Self {
+        Self { root: root.into() }
+    }
+
+    /// Creates the directory and its folders, if they are missing, durably.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn create_folders(&self) -> io::Result<()> {
+        fs::create_dir_all(self.root.join(crate::format::SEGMENT_FOLDER))?;
+        self.sync_names("")?;
+        match self.root.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => File::open(parent)?.sync_all(),
+            _ => File::open(".")?.sync_all(),
+        }
+    }
+
+    /// The directory.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+}
+
+impl Storage for DirStorage {
+    fn open(&self, name: &str, writable: bool) -> io::Result<Arc<dyn StoreFile>> {
+        let file = OpenOptions::new().read(true).write(writable).open(self.root.join(name))?;
+        Ok(Arc::new(DirFile(file)))
+    }
+
+    fn create(&self, name: &str) -> io::Result<Arc<dyn StoreFile>> {
+        let path = self.root.join(name);
+        let file = OpenOptions::new().read(true).write(true).create_new(true).open(path)?;
+        Ok(Arc::new(DirFile(file)))
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        fs::remove_file(self.root.join(name))
+    }
+
+    fn list(&self, folder: &str) -> io::Result<Vec<String>> {
+        fs::read_dir(self.root.join(folder))?
+            .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+            .collect()
+    }
+
+    fn sync_names(&self, folder: &str) -> io::Result<()> {
+        File::open(self.root.join(folder))?.sync_all()
+    }
+
+    fn try_lock(&self) -> Result<Box<dyn WriterLock>, LockError> {
+        let path = self.root.join(crate::format::LOCK_FILE);
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path)
+            .map_err(LockError::Io)?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                let mut holder = String::new();
+                // Only a hint for the message: the holder may be just writing it.
+                let _unread = file.read_to_string(&mut holder);
+                let holder = holder.trim();
+                return Err(LockError::Held(if holder.is_empty() {
+                    "another process".to_owned()
+                } else {
+                    format!("process {holder}")
+                }));
+            }
+            Err(TryLockError::Error(error)) => return Err(LockError::Io(error)),
+        }
+        // The lock is the flock; the number only helps whoever finds it held. Too full a disk
+        // to write it must not stop a `prune` that would make room.
+        let _unwritten = file.set_len(0).and_then(|()| write!(file, "{}", std::process::id()));
+        Ok(Box::new(DirLock { _file: file }))
+    }
+
+    fn describe(&self) -> String {
+        format!("store {}", self.root.display())
+    }
+}
+
+#[derive(Debug)]
+struct DirLock {
+    // The kernel drops the flock when the last descriptor closes, however the process ends.
+    _file: File,
+}
+
+impl WriterLock for DirLock {}
+
+#[derive(Debug)]
+struct DirFile(File);
+
+impl StoreFile for DirFile {
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.0.read_exact_at(buf, offset)
+    }
+
+    fn write_all_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.0.write_all_at(buf, offset)
+    }
+
+    fn len_bytes(&self) -> io::Result<u64> {
+        Ok(self.0.metadata()?.len())
+    }
+
+    fn set_len(&self, len_bytes: u64) -> io::Result<()> {
+        self.0.set_len(len_bytes)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.0.sync_data()
+    }
+}

@@ -1,0 +1,279 @@
+//! Page trees: looking pages up, and writing a changed tree beside the old one.
+
+use std::sync::Arc;
+
+use crate::error::Result;
+use crate::id::BlockRef;
+use crate::node::{Location, Node, Run, clip_runs, find_page, overlay, push_run, root_level, span_pages};
+
+/// Reads nodes, verified.
+pub(crate) trait NodeSource {
+    fn node(&self, block: &BlockRef, level: u8, first: u64) -> Result<Arc<Node>>;
+}
+
+/// Appends nodes.
+pub(crate) trait NodeSink: NodeSource {
+    fn put(&mut self, node: Node) -> Result<BlockRef>;
+}
+
+/// When pending runs move down. Chosen so that a child is rewritten for a batch that is worth it;
+/// the figures stand in `DESIGN.md`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct FlushPolicy {
+    /// The most pending runs of a node right above the leaves.
+    pub low_runs: usize,
+    /// The most pending runs of a node further up.
+    pub high_runs: usize,
+    /// Groups smaller than this stay while the rest moves down.
+    pub least_group_runs: usize,
+}
+
+impl Default for FlushPolicy {
+    fn default() -> Self {
+        Self { low_runs: 2048, high_runs: 4096, least_group_runs: 8 }
+    }
+}
+
+impl FlushPolicy {
+    fn most_runs(self, level: u8) -> usize {
+        if level == 1 { self.low_runs } else { self.high_runs }
+    }
+}
+
+/// One region's tree, as of one snapshot.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tree {
+    pub root: Option<BlockRef>,
+    pub pages: u64,
+}
+
+impl Tree {
+    /// Where `page` is. Costs one node a level, whatever the history.
+    pub fn page(&self, nodes: &impl NodeSource, page: u64) -> Result<Location> {
+        let (mut level, mut first) = (root_level(self.pages), 0);
+        let mut next = self.root;
+        while let Some(block) = next {
+            let node = nodes.node(&block, level, first)?;
+            if let Some(location) = find_page(&node.runs, page) {
+                return Ok(location);
+            }
+            if level == 0 {
+                break;
+            }
+            let index = node.child_index(page);
+            next = node.child(index).copied();
+            (first, level) = node.child_place(index);
+        }
+        Ok(Location::Zero)
+    }
+
+    /// The runs with contents in `start .. end`, ascending; pages in no run are zero.
+    pub fn runs(&self, nodes: &impl NodeSource, start: u64, end: u64) -> Result<Vec<Run>> {
+        let mut runs = match &self.root {
+            Some(block) => collect(nodes, block, root_level(self.pages), 0, start, end.min(self.pages))?,
+            None => Vec::new(),
+        };
+        runs.retain(|run| run.location != Location::Zero);
+        Ok(runs)
+    }
+
+    /// A tree with `changes` (sorted, without overlaps) laid over this one. Only the nodes on the
+    /// way to what moved are written.
+    pub fn apply(&self, sink: &mut impl NodeSink, policy: FlushPolicy, changes: &[Run]) -> Result<Self> {
+        if changes.is_empty() {
+            return Ok(*self);
+        }
+        let root = apply(sink, policy, self.root, root_level(self.pages), 0, changes)?;
+        Ok(Self { root, pages: self.pages })
+    }
+}
+
+fn collect(nodes: &impl NodeSource, block: &BlockRef, level: u8, first: u64, start: u64, end: u64) -> Result<Vec<Run>> {
+    let node = nodes.node(block, level, first)?;
+    let own: Vec<Run> = clip_runs(&node.runs, start, end).collect();
+    if level == 0 {
+        return Ok(own);
+    }
+    let mut below = Vec::new();
+    for (index, child) in &node.children {
+        let (first, level) = node.child_place(*index);
+        if first < end && first + span_pages(level) > start {
+            for run in collect(nodes, child, level, first, start, end)? {
+                push_run(&mut below, run);
+            }
+        }
+    }
+    Ok(overlay(&below, &own))
+}
+
+fn apply(
+    sink: &mut impl NodeSink,
+    policy: FlushPolicy,
+    old: Option<BlockRef>,
+    level: u8,
+    first: u64,
+    changes: &[Run],
+) -> Result<Option<BlockRef>> {
+    let mut node = match old {
+        Some(block) => Arc::unwrap_or_clone(sink.node(&block, level, first)?),
+        None => Node::empty(level, first),
+    };
+    node.runs = overlay(&node.runs, changes);
+    if level == 0 {
+        // Nothing lies below a leaf: what it does not name is zero.
+        node.runs.retain(|run| run.location != Location::Zero);
+    } else {
+        if node.children.is_empty() && old.is_none() && node.runs.len() <= policy.most_runs(level) {
+            node.runs.retain(|run| run.location != Location::Zero);
+        }
+        if node.runs.len() > policy.most_runs(level) {
+            push_down(sink, policy, &mut node)?;
+        }
+    }
+    if node.runs.is_empty() && node.children.is_empty() {
+        return Ok(None);
+    }
+    sink.put(node).map(Some)
+}
+
+/// Moves the pending runs of `node` to its children, leaving small groups where they are.
+fn push_down(sink: &mut impl NodeSink, policy: FlushPolicy, node: &mut Node) -> Result<()> {
+    let pending = std::mem::take(&mut node.runs);
+    let child_span = span_pages(node.level - 1);
+    let mut at = pending.first().map_or(node.end(), |run| run.first);
+    while at < node.end() {
+        let index = node.child_index(at);
+        let (first, level) = node.child_place(index);
+        let group: Vec<Run> = clip_runs(&pending, first, first + child_span).collect();
+        if group.len() < policy.least_group_runs {
+            group.into_iter().for_each(|run| push_run(&mut node.runs, run));
+        } else {
+            let child = apply(sink, policy, node.child(index).copied(), level, first, &group)?;
+            set_child(node, index, child);
+        }
+        // On to the child of the next run, if there is one.
+        let next = clip_runs(&pending, first + child_span, node.end()).next();
+        at = next.map_or(node.end(), |run| run.first);
+    }
+    Ok(())
+}
+
+fn set_child(node: &mut Node, index: u8, child: Option<BlockRef>) {
+    match (node.children.binary_search_by_key(&index, |(index, _)| *index), child) {
+        (Ok(position), Some(child)) => node.children[position].1 = child,
+        (Ok(position), None) => {
+            node.children.remove(position);
+        }
+        (Err(position), Some(child)) => node.children.insert(position, (index, child)),
+        (Err(_), None) => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, HashMap};
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::id::Hash;
+    use crate::node::tests::{explode, frame};
+
+    #[derive(Default)]
+    struct Memory {
+        nodes: HashMap<BlockRef, Arc<Node>>,
+        put: usize,
+    }
+
+    impl NodeSource for Memory {
+        fn node(&self, block: &BlockRef, level: u8, first: u64) -> Result<Arc<Node>> {
+            let node = Arc::clone(&self.nodes[block]);
+            assert_eq!((node.level, node.first), (level, first));
+            Ok(node)
+        }
+    }
+
+    impl NodeSink for Memory {
+        fn put(&mut self, node: Node) -> Result<BlockRef> {
+            let bytes = node.encode();
+            assert_eq!(Node::decode(&bytes, node.level, node.first).unwrap(), node);
+            self.put += 1;
+            let block = BlockRef { segment: 0, offset: self.put as u32, len: 0, hash: Hash::of(&bytes) };
+            self.nodes.insert(block, Arc::new(node));
+            Ok(block)
+        }
+    }
+
+    const PAGES: u64 = 512 * 64 * 3;
+
+    /// Small buffers, so that a few runs reach the leaves.
+    const SMALL: FlushPolicy = FlushPolicy { low_runs: 6, high_runs: 4, least_group_runs: 2 };
+
+    fn commits() -> impl Strategy<Value = Vec<Vec<(u64, u64, u32, u8)>>> {
+        let run = (0..PAGES - 64, 1_u64..40, 0_u32..5, 0_u8..24);
+        proptest::collection::vec(proptest::collection::vec(run, 1..25), 1..12)
+    }
+
+    fn sorted_runs(parts: Vec<(u64, u64, u32, u8)>) -> Vec<Run> {
+        parts.into_iter().fold(Vec::new(), |runs, (first, count, number, slot)| {
+            let location = match number {
+                0 => Location::Zero,
+                number => Location::Frame { frame: frame(number), slot },
+            };
+            overlay(&runs, &[Run { first, count, location }])
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn trees_agree_with_maps_at_every_commit(commits in commits(), probe in 0..PAGES) {
+            let mut memory = Memory::default();
+            let mut tree = Tree { root: None, pages: PAGES };
+            let mut oracle = BTreeMap::new();
+            let mut history = Vec::new();
+            for parts in commits {
+                let changes = sorted_runs(parts);
+                oracle.extend(explode(&changes));
+                oracle.retain(|_, location| *location != Location::Zero);
+                tree = tree.apply(&mut memory, SMALL, &changes).unwrap();
+                history.push((tree, oracle.clone()));
+            }
+            for (tree, oracle) in history {
+                let all = tree.runs(&memory, 0, PAGES).unwrap();
+                prop_assert_eq!(explode(&all), oracle.clone());
+                let part = tree.runs(&memory, probe, probe + 5000).unwrap();
+                prop_assert_eq!(explode(&part), oracle.range(probe..probe + 5000).map(|(k, v)| (*k, *v)).collect());
+                for page in oracle.keys().copied().chain([probe]) {
+                    let expected = oracle.get(&page).copied().unwrap_or(Location::Zero);
+                    prop_assert_eq!(tree.page(&memory, page).unwrap(), expected);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_small_commit_writes_one_node() {
+        let mut memory = Memory::default();
+        let tree = Tree { root: None, pages: PAGES };
+        let full: Vec<Run> = (0..PAGES / 16)
+            .map(|index| Run { first: index * 16, count: 16, location: Location::Frame { frame: frame(index as u32), slot: 0 } })
+            .collect();
+        let tree = tree.apply(&mut memory, FlushPolicy::default(), &full).unwrap();
+        let before = memory.put;
+        let scattered: Vec<Run> = (0..1000)
+            .map(|index| Run { first: index * 97, count: 1, location: Location::Frame { frame: frame(7), slot: 3 } })
+            .collect();
+        tree.apply(&mut memory, FlushPolicy::default(), &scattered).unwrap();
+        assert_eq!(memory.put - before, 1);
+    }
+
+    #[test]
+    fn zeroed_pages_leave_nothing_behind() {
+        let mut memory = Memory::default();
+        let tree = Tree { root: None, pages: 512 };
+        let run = Run { first: 3, count: 9, location: Location::Frame { frame: frame(1), slot: 0 } };
+        let tree = tree.apply(&mut memory, SMALL, &[run]).unwrap();
+        let tree = tree.apply(&mut memory, SMALL, &[Run { location: Location::Zero, ..run }]).unwrap();
+        assert_eq!(tree.root, None);
+    }
+}

@@ -1,0 +1,1 @@
+//! Simulators and oracles shared by the tests of this room.
