@@ -159,22 +159,18 @@ impl Cursor {
         self.torn_bytes = 0;
         while !rest.is_empty() {
             match self.parse_record(rest) {
-                Ok((entry, len, check)) => {
-                    entries.push(entry);
+                Ok((kind, body, check)) => {
+                    // Its checksum is right, so it is no torn append, whatever it says.
+                    entries.push(Entry::decode_body(kind, body).map_err(|malformed| self.damaged(malformed))?);
+                    let len = HEADER_LEN + body.len() + CHECK_LEN;
                     self.chain = check;
                     self.next_sequence += 1;
                     self.end += len as u64;
                     rest = &rest[len..];
                 }
-                Err(malformed) if record_ends_inside(rest) => {
+                Err(malformed) if self.record_follows(rest) => {
                     // Only the newest record can be torn; one with another behind it was durable.
-                    return Err(StoreError::Corrupt {
-                        file: JOURNAL_FILE.into(),
-                        offset: self.end,
-                        what: format!("journal record: {}", malformed.what),
-                        expected: malformed.expected,
-                        found: malformed.found,
-                    });
+                    return Err(self.damaged(malformed));
                 }
                 Err(_torn) => {
                     self.torn_bytes = rest.len() as u64;
@@ -185,7 +181,26 @@ impl Cursor {
         Ok(entries)
     }
 
-    fn parse_record(&self, bytes: &[u8]) -> Decoded<(Entry, usize, Hash)> {
+    fn damaged(&self, malformed: Malformed) -> StoreError {
+        StoreError::Corrupt {
+            file: JOURNAL_FILE.into(),
+            offset: self.end,
+            what: format!("journal record: {}", malformed.what),
+            expected: malformed.expected,
+            found: malformed.found,
+        }
+    }
+
+    /// True if a later record starts behind the (damaged) one at the start of `bytes`. The magic
+    /// alone would not do: a tag may be called that.
+    fn record_follows(&self, bytes: &[u8]) -> bool {
+        bytes.windows(HEADER_LEN).skip(HEADER_LEN).any(|window| {
+            decode_header(&mut Decoder::new(window)).is_ok_and(|(_, sequence, _)| sequence > self.next_sequence)
+        })
+    }
+
+    /// Kind, body and checksum of the record at the start of `bytes`.
+    fn parse_record<'a>(&self, bytes: &'a [u8]) -> Decoded<(u32, &'a [u8], Hash)> {
         let mut decoder = Decoder::new(bytes);
         let (kind, sequence, body_len) = decode_header(&mut decoder)?;
         if sequence != self.next_sequence {
@@ -198,7 +213,7 @@ impl Cursor {
         if check != computed {
             return Err(Malformed::new("checksum", computed, check));
         }
-        Ok((Entry::decode_body(kind, body)?, covered.len() + CHECK_LEN, check))
+        Ok((kind, body, check))
     }
 
     /// The bytes of `entry` as the next record, and the cursor after it.
@@ -241,11 +256,6 @@ fn decode_header(decoder: &mut Decoder<'_>) -> Decoded<(u32, u64, usize)> {
     Ok((kind, sequence, body_len))
 }
 
-/// True if another record starts behind the (damaged) one at the start of `bytes`.
-fn record_ends_inside(bytes: &[u8]) -> bool {
-    bytes.windows(4).skip(HEADER_LEN).any(|window| window == MAGIC.to_le_bytes())
-}
-
 fn chain(previous: &Hash, record: &[u8]) -> Hash {
     let mut hasher = blake3::Hasher::new();
     hasher.update(&previous.0);
@@ -256,7 +266,19 @@ fn chain(previous: &Hash, record: &[u8]) -> Hash {
 /// Reads and checks the journal's header.
 pub(crate) fn read_header(file: &dyn StoreFile, store: [u8; 16]) -> Result<FileHeader> {
     let mut bytes = [0; FILE_HEADER_LEN];
-    file.read_exact_at(&mut bytes, 0).map_err(|error| StoreError::io("read", JOURNAL_FILE, error))?;
+    file.read_exact_at(&mut bytes, 0).map_err(|error| {
+        if error.kind() == io::ErrorKind::UnexpectedEof {
+            StoreError::Corrupt {
+                file: JOURNAL_FILE.into(),
+                offset: 0,
+                what: "file header".into(),
+                expected: format!("{FILE_HEADER_LEN} bytes"),
+                found: "a shorter file: the journal was truncated".into(),
+            }
+        } else {
+            StoreError::io("read", JOURNAL_FILE, error)
+        }
+    })?;
     let header = FileHeader::decode(&bytes, FileKind::Journal, JOURNAL_FILE)?;
     if header.store != store {
         return Err(StoreError::Corrupt {
@@ -319,6 +341,18 @@ mod tests {
             assert_eq!(entries, sample()[..whole], "cut at {cut}");
             assert_eq!(cursor.torn_bytes as usize, cut - ends[whole]);
         }
+    }
+
+    /// What a later version may append is not a torn tail that the next writer may cut off.
+    #[test]
+    fn a_whole_record_of_an_unknown_kind_is_an_error() {
+        let (mut bytes, _) = start().encode_next(&sample()[0]);
+        bytes[4] = 9;
+        let covered = bytes.len() - CHECK_LEN;
+        let check = chain(&start().chain, &bytes[..covered]);
+        bytes[covered..].copy_from_slice(&check.0);
+        let error = start().parse(&bytes).unwrap_err();
+        assert!(error.to_string().contains("expected 1 or 2, found 9"), "{error}");
     }
 
     #[test]

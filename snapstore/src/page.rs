@@ -103,12 +103,15 @@ impl PageSet {
     /// must be a multiple of 64 (memory slots are). Bits beyond the capacity are ignored.
     pub fn insert_words(&mut self, first: u64, words: &[u64]) {
         debug_assert_eq!(first % 64, 0, "dirty logs start at a multiple of 64 pages");
-        let capacity = self.bits.len();
         let start = usize::try_from(first / 64).unwrap_or(usize::MAX).min(self.words().len());
         for (own, other) in self.bits.as_raw_mut_slice()[start..].iter_mut().zip(words) {
             *own |= other;
         }
-        let tail = capacity % 64;
+        self.keep_to_capacity();
+    }
+
+    fn keep_to_capacity(&mut self) {
+        let tail = self.bits.len() % 64;
         if tail != 0
             && let Some(last) = self.bits.as_raw_mut_slice().last_mut()
         {
@@ -116,11 +119,12 @@ impl PageSet {
         }
     }
 
-    /// Adds every page of `other`.
+    /// Adds every page of `other` that is not beyond this set's capacity.
     pub fn union(&mut self, other: &Self) {
         for (own, word) in self.bits.as_raw_mut_slice().iter_mut().zip(other.words()) {
             *own |= word;
         }
+        self.keep_to_capacity();
     }
 
     /// Takes every page of `other` out.

@@ -98,7 +98,9 @@ pub(crate) fn write(pool: &rayon::ThreadPool, segments: &mut SegmentWriter, job:
             });
         }
         drop(frames);
-        append_frames(segments, &appender, job.progress)
+        // By value: when appending fails, the workers must see the channel closed, or they wait in
+        // it for ever.
+        append_frames(segments, appender, job.progress)
     });
     if let Some(error) = failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
         return Err(error);
@@ -167,7 +169,7 @@ fn compress(job: &Job<'_>, pages: &[u64], encoder: &mut RecordEncoder, raw: &mut
     Ok(frame)
 }
 
-fn append_frames(segments: &mut SegmentWriter, frames: &Receiver<Frame>, progress: &Progress) -> Result<(Vec<Run>, WriteStats)> {
+fn append_frames(segments: &mut SegmentWriter, frames: Receiver<Frame>, progress: &Progress) -> Result<(Vec<Run>, WriteStats)> {
     let mut runs = Vec::new();
     let mut stats = WriteStats::default();
     for Frame { record, pages, zero_pages } in frames {

@@ -67,7 +67,7 @@ impl Segments {
     }
 
     /// The file of a segment, its header checked when it is first opened.
-    fn file(&self, number: u32) -> Result<Arc<dyn StoreFile>> {
+    pub fn file(&self, number: u32) -> Result<Arc<dyn StoreFile>> {
         if let Some(file) = self.open.read().unwrap_or_else(PoisonError::into_inner).get(&number) {
             return Ok(Arc::clone(file));
         }

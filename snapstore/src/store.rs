@@ -21,7 +21,7 @@ use crate::journal::{self, Cursor, Entry, Publication};
 use crate::node::Node;
 use crate::segment::Segments;
 use crate::snapshot::Snapshot;
-use crate::storage::{DirStorage, LockError, Storage, WriterLock};
+use crate::storage::{DirStorage, LockError, Storage, StoreFile, WriterLock};
 use crate::tree::{FlushPolicy, NodeSource};
 
 /// How a store is written and read. Nothing here changes the format.
@@ -102,8 +102,6 @@ pub(crate) struct Catalog {
 pub(crate) struct WriterState {
     /// Why no more transactions may start, after an I/O error.
     pub latched: Option<String>,
-    /// The journal end after which the files were last found tidy by this handle.
-    pub tidy_at: Option<u64>,
     /// Leave the newest segment alone and start another.
     pub abandon_tail: bool,
 }
@@ -163,11 +161,17 @@ impl Store {
     /// # Errors
     /// As [`Self::open_or_create`].
     pub fn open_or_create_storage(storage: Arc<dyn Storage>, options: StoreOptions) -> Result<Arc<Self>> {
-        let names = storage.list("").map_err(|error| StoreError::io("list", "", error))?;
-        if !names.iter().any(|name| name == STORE_FILE) {
-            refuse_foreign(storage.as_ref(), &names)?;
+        if unfinished(storage.as_ref())?.is_some() {
             let _lock = lock(storage.as_ref())?;
-            create(storage.as_ref())?;
+            // Looked at again: another process may have made the store before the lock was ours.
+            match unfinished(storage.as_ref())? {
+                Some(Unfinished::Nothing) => create(storage.as_ref())?,
+                Some(Unfinished::StoreFile(header)) => {
+                    let file = storage.open(STORE_FILE, true);
+                    put_header(storage.as_ref(), STORE_FILE, file, &header)?;
+                }
+                None => {}
+            }
         }
         Self::open_storage(storage, options)
     }
@@ -222,9 +226,7 @@ impl Store {
             .storage
             .open(JOURNAL_FILE, false)
             .map_err(|error| StoreError::io("open", JOURNAL_FILE, error))?;
-        let entries = catalog.cursor.advance(file.as_ref())?;
-        entries.into_iter().for_each(|entry| catalog.take(entry));
-        Ok(())
+        catalog.advance(file.as_ref())
     }
 
     /// Lets a handle that was latched by an I/O error write again, as a new process would: what
@@ -234,10 +236,15 @@ impl Store {
     /// As [`Self::open`].
     pub fn reopen(&self) -> Result<()> {
         let mut writer = self.writer_state();
-        let cursor = journal_start(self.storage.as_ref(), self.uuid)?;
-        *self.catalog.write().unwrap_or_else(PoisonError::into_inner) = Catalog::new(cursor);
-        self.refresh()?;
-        *writer = WriterState { abandon_tail: true, ..WriterState::default() };
+        let mut catalog = Catalog::new(journal_start(self.storage.as_ref(), self.uuid)?);
+        let file = self
+            .storage
+            .open(JOURNAL_FILE, false)
+            .map_err(|error| StoreError::io("open", JOURNAL_FILE, error))?;
+        // Replaced as a whole: readers never see an empty store.
+        catalog.advance(file.as_ref())?;
+        *self.catalog.write().unwrap_or_else(PoisonError::into_inner) = catalog;
+        *writer = WriterState { abandon_tail: true, latched: None };
         Ok(())
     }
 
@@ -282,12 +289,15 @@ impl Store {
     /// [`StoreError::UnknownRef`] if it is not published; [`StoreError::Corrupt`] if its manifest
     /// is damaged.
     pub fn snapshot(self: &Arc<Self>, id: SnapshotId) -> Result<Snapshot> {
-        let info = self.find(id).ok_or_else(|| StoreError::UnknownRef {
+        Snapshot::load(Arc::clone(self), &self.published(id)?)
+    }
+
+    pub(crate) fn published(&self, id: SnapshotId) -> Result<SnapshotInfo> {
+        self.find(id).ok_or_else(|| StoreError::UnknownRef {
             reference: id.to_string(),
             store: self.describe(),
             hint: "it is not published here".into(),
-        })?;
-        Snapshot::load(Arc::clone(self), &info)
+        })
     }
 
     pub(crate) fn find(&self, id: SnapshotId) -> Option<SnapshotInfo> {
@@ -306,8 +316,11 @@ impl Store {
     /// Takes note of an entry this handle has just made durable.
     pub(crate) fn appended(&self, entry: Entry, cursor: Cursor) {
         let mut catalog = self.catalog.write().unwrap_or_else(PoisonError::into_inner);
-        catalog.take(entry);
-        catalog.cursor = cursor;
+        // A `refresh` in another thread may have read it from the file already.
+        if catalog.cursor.end < cursor.end {
+            catalog.take(entry);
+            catalog.cursor = cursor;
+        }
     }
 }
 
@@ -320,6 +333,15 @@ impl Catalog {
             tags: BTreeMap::new(),
             tail: None,
         }
+    }
+
+    /// Takes in what was appended to the journal, or nothing if it is damaged.
+    fn advance(&mut self, journal: &dyn StoreFile) -> Result<()> {
+        let mut cursor = self.cursor.clone();
+        let entries = cursor.advance(journal)?;
+        self.cursor = cursor;
+        entries.into_iter().for_each(|entry| self.take(entry));
+        Ok(())
     }
 
     fn take(&mut self, entry: Entry) {
@@ -425,14 +447,58 @@ fn create(storage: &dyn Storage) -> Result<()> {
         _ => {}
     }
     for (name, kind) in [(JOURNAL_FILE, FileKind::Journal), (STORE_FILE, FileKind::Store)] {
-        let bytes = FileHeader { kind, ..header }.encode();
-        storage
-            .create(name)
-            .and_then(|file| file.write_all_at(&bytes, 0).and_then(|()| file.sync()))
-            .and_then(|()| storage.sync_names(""))
-            .map_err(|error| StoreError::io("create", name, error))?;
+        put_header(storage, name, storage.create(name), &FileHeader { kind, ..header })?;
     }
     Ok(())
+}
+
+/// Writes a file that is nothing but its header so far, durably.
+fn put_header(
+    storage: &dyn Storage,
+    name: &str,
+    file: io::Result<Arc<dyn StoreFile>>,
+    header: &FileHeader,
+) -> Result<()> {
+    file.and_then(|file| file.write_all_at(&header.encode(), 0).and_then(|()| file.sync()))
+        .and_then(|()| storage.sync_names(""))
+        .map_err(|error| StoreError::io("create", name, error))
+}
+
+/// How far a store's creation came.
+enum Unfinished {
+    /// There is no `FRAZIL`: whatever else creation leaves is made anew.
+    Nothing,
+    /// `FRAZIL` was being written when the power failed; this is what it has to say.
+    StoreFile(FileHeader),
+}
+
+/// What is left to do to have a store here; none if `FRAZIL` stands.
+fn unfinished(storage: &dyn Storage) -> Result<Option<Unfinished>> {
+    let names = storage.list("").map_err(|error| StoreError::io("list", "", error))?;
+    if !names.iter().any(|name| name == STORE_FILE) {
+        refuse_foreign(storage, &names)?;
+        return Ok(Some(Unfinished::Nothing));
+    }
+    // Whatever else is wrong with the files, opening the store will say it better.
+    Ok(interrupted_store_file(storage).unwrap_or(None).map(Unfinished::StoreFile))
+}
+
+/// The header that `FRAZIL` was to have, if a crash left it cut short or with zeros in it. The
+/// journal was durable before, and nothing is appended to it before `FRAZIL` is.
+fn interrupted_store_file(storage: &dyn Storage) -> io::Result<Option<FileHeader>> {
+    let (file, journal) = (storage.open(STORE_FILE, false)?, storage.open(JOURNAL_FILE, false)?);
+    let len = file.len_bytes()?;
+    if len > FILE_HEADER_LEN as u64 || journal.len_bytes()? != FILE_HEADER_LEN as u64 {
+        return Ok(None);
+    }
+    let (mut bytes, mut found) = ([0; FILE_HEADER_LEN], vec![0; len as usize]);
+    journal.read_exact_at(&mut bytes, 0)?;
+    file.read_exact_at(&mut found, 0)?;
+    let Ok(header) = FileHeader::decode(&bytes, FileKind::Journal, JOURNAL_FILE) else { return Ok(None) };
+    let header = FileHeader { kind: FileKind::Store, ..header };
+    let expected = header.encode();
+    let cut_short = found != expected && found.iter().zip(expected).all(|(byte, expected)| *byte == 0 || *byte == expected);
+    Ok(cut_short.then_some(header))
 }
 
 fn random_uuid() -> Result<[u8; 16]> {

@@ -4,6 +4,8 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Instant;
 
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::error::{Result, StoreError};
@@ -68,6 +70,8 @@ pub struct Transaction {
     segments: Option<SegmentWriter>,
     frame_bytes: u64,
     nodes: u64,
+    /// True once a write failed: some pages of it are missing.
+    failed: bool,
     // Last, so that it is given up last.
     _lock: Box<dyn WriterLock>,
 }
@@ -87,9 +91,7 @@ impl Store {
     /// [`StoreError::Latched`] after an I/O error; [`StoreError::UnknownRef`] if there is no such
     /// parent.
     pub fn begin(self: &Arc<Self>, parent: Option<SnapshotId>) -> Result<Transaction> {
-        if let Some(cause) = &self.writer_state().latched {
-            return Err(StoreError::Latched { store: self.describe(), cause: cause.clone() });
-        }
+        self.check_latched()?;
         let lock = lock(self.storage.as_ref())?;
         self.refresh()?;
         let parent = parent.map(|id| self.snapshot(id)).transpose()?;
@@ -102,6 +104,7 @@ impl Store {
             segments: Some(segments),
             frame_bytes: 0,
             nodes: 0,
+            failed: false,
             _lock: lock,
         })
     }
@@ -109,40 +112,59 @@ impl Store {
     /// Points tag `name` to `target`, or removes it.
     ///
     /// # Errors
-    /// As [`Self::begin`]; [`StoreError::Invalid`] if `name` cannot be a tag.
+    /// As [`Self::begin`]; [`StoreError::Invalid`] if `name` cannot be a tag;
+    /// [`StoreError::UnknownRef`] if `target` is not published.
     pub fn set_tag(&self, name: &str, target: Option<SnapshotId>) -> Result<()> {
         crate::reference::check_tag(name)?;
+        self.check_latched()?;
         let _lock = lock(self.storage.as_ref())?;
         self.refresh()?;
-        self.append_to_journal(Entry::Tag { name: name.to_owned(), target }).map_err(|failure| failure.error)
+        target.map(|id| self.published(id)).transpose()?;
+        self.append_to_journal(Entry::Tag { name: name.to_owned(), target }).map_err(|failure| {
+            if failure.error.latches() || !failure.undone {
+                self.writer_state().latched = Some(failure.error.to_string());
+            }
+            failure.error
+        })
+    }
+
+    fn check_latched(&self) -> Result<()> {
+        match &self.writer_state().latched {
+            Some(cause) => Err(StoreError::Latched { store: self.describe(), cause: cause.clone() }),
+            None => Ok(()),
+        }
     }
 
     /// Where to append: after the newest published snapshot, with what a crashed writer left
     /// behind it cleared away.
     fn continue_segments(&self) -> Result<SegmentWriter> {
-        let (tail, journal_end, torn) = {
+        let (tail, torn) = {
             let catalog = self.catalog();
-            (catalog.tail, catalog.cursor.end, catalog.cursor.torn_bytes)
+            (catalog.tail, catalog.cursor.torn_bytes)
         };
-        let mut state = self.writer_state();
+        let abandon_tail = self.writer_state().abandon_tail;
         let numbers = self.segment_numbers()?;
-        let after_all = numbers.iter().max().map_or(1, |last| last + 1);
-        let tidy = state.tidy_at == Some(journal_end);
+        let mut last_used = tail.map_or(0, |(last, _)| last);
         // A torn newest record may be damage to one that was durable. Its data is then all that is
-        // left of it: leave it alone.
-        if !tidy && torn == 0 {
+        // left of it: leave it alone. Else every writer looks, even one that tidied up before: the
+        // one that crashed may have been another process.
+        if torn == 0 {
             let orphans = numbers.iter().copied().filter(|number| tail.is_none_or(|(last, _)| *number > last));
             for number in orphans {
                 self.segments.forget(number);
                 let name = segment_name(number);
                 self.storage.remove(&name).map_err(|error| StoreError::io("remove", name, error))?;
             }
+        } else {
+            last_used = numbers.iter().copied().fold(last_used, u32::max);
         }
         let mut go_on = None;
         if let Some((number, end)) = tail
-            && !state.abandon_tail
+            && !abandon_tail
             && torn == 0
             && end < self.options.segment_max_bytes
+            // One that is missing, or whose header is damaged, could not be read back.
+            && self.segments.file(number).is_ok()
         {
             let name = segment_name(number);
             let file = self.storage.open(&name, true).map_err(|error| StoreError::io("open", name.clone(), error))?;
@@ -153,8 +175,7 @@ impl Store {
             // A shorter one has lost published data: `verify` tells; never append to it.
             go_on = (len >= end).then_some((number, end, file));
         }
-        state.tidy_at = Some(journal_end);
-        let next = if torn == 0 && !tidy { tail.map_or(1, |(last, _)| last + 1) } else { after_all };
+        let next = last_used.checked_add(1).ok_or_else(|| StoreError::Invalid(format!("{} has used up all segment numbers", self.describe())))?;
         Ok(SegmentWriter::new(Arc::clone(&self.storage), self.uuid, self.options.segment_max_bytes, go_on, next))
     }
 
@@ -162,7 +183,11 @@ impl Store {
         let names = self.storage.list(SEGMENT_FOLDER).map_err(|error| StoreError::io("list", SEGMENT_FOLDER, error))?;
         Ok(names
             .iter()
-            .filter_map(|name| u32::from_str_radix(name.strip_suffix(".seg")?, 16).ok())
+            .filter_map(|name| {
+                let number = u32::from_str_radix(name.strip_suffix(".seg")?, 16).ok()?;
+                // Only names we would have given: the others are somebody else's files.
+                (segment_name(number).strip_prefix(SEGMENT_FOLDER)?.strip_prefix('/')? == name).then_some(number)
+            })
             .collect())
     }
 
@@ -187,7 +212,6 @@ impl Store {
             return Err(PublishFailure { error, undone });
         }
         self.appended(entry, after);
-        self.writer_state().tidy_at = Some(self.catalog().cursor.end);
         Ok(())
     }
 }
@@ -243,6 +267,7 @@ impl Transaction {
     pub fn write_pages(&mut self, region: RegionHandle, pages: &PageSet, source: &dyn PageSource) -> Result<WriteStats> {
         let pages: Vec<u64> = pages.iter().collect();
         self.progress.pages_total.fetch_add(pages.len() as u64, std::sync::atomic::Ordering::Relaxed);
+        let already_failed = std::mem::replace(&mut self.failed, true);
         let draft = &mut self.regions[region.0];
         if let Some(last) = pages.last().filter(|last| **last >= draft.base.pages) {
             return Err(StoreError::Invalid(format!(
@@ -261,6 +286,7 @@ impl Transaction {
         };
         let segments = self.segments.as_mut().expect("held until commit");
         let (runs, stats) = pipeline::write(&self.store.pool, segments, &job)?;
+        self.failed = already_failed;
         draft.changes = overlay(&draft.changes, &runs);
         self.frame_bytes += stats.stored_bytes;
         Ok(stats)
@@ -270,7 +296,8 @@ impl Transaction {
     ///
     /// # Errors
     /// Nothing is published then, and what was written is taken back. After an I/O error (not a
-    /// full disk) the store is latched.
+    /// full disk) the store is latched. [`StoreError::Invalid`] if writing pages failed before:
+    /// the snapshot would lack them.
     pub fn commit(mut self, description: Description) -> Result<Committed> {
         let committed = self.try_commit(description);
         match &committed {
@@ -282,6 +309,9 @@ impl Transaction {
 
     fn try_commit(&mut self, description: Description) -> Result<Committed> {
         self.progress.check()?;
+        if self.failed {
+            return Err(StoreError::Invalid("a snapshot some of whose pages could not be written cannot be committed; start over".into()));
+        }
         let regions = self.write_trees()?;
         let state = self.write_state(&description.state)?;
         let manifest = Manifest {
@@ -293,8 +323,7 @@ impl Transaction {
             state,
             stats: description.stats,
         };
-        let json = serde_json::to_vec(&manifest)
-            .map_err(|error| StoreError::Invalid(format!("cannot encode the manifest: {error}")))?;
+        let json = encode_json(&manifest, "the manifest")?;
         let block = self.put_blob(RecordKind::Manifest, &json, "manifest")?;
         let id = Hash::of(&json);
         // Two snapshots with equal manifests would share an id; their time or stats differ in practice.
@@ -333,8 +362,7 @@ impl Transaction {
             if !names.insert(&chunk.name) {
                 return Err(StoreError::Invalid(format!("state chunk `{}` is saved twice", chunk.name)));
             }
-            let json = serde_json::to_vec(&chunk.body)
-                .map_err(|error| StoreError::Invalid(format!("cannot encode state chunk `{}`: {error}", chunk.name)))?;
+            let json = encode_json(&chunk.body, &format!("state chunk `{}`", chunk.name))?;
             let body = self.put_blob(RecordKind::Blob, &json, &chunk.name)?;
             refs.push(StateRef { name: chunk.name.clone(), kind: chunk.kind.clone(), version: chunk.version, body });
         }
@@ -363,22 +391,30 @@ impl Transaction {
                 self.store.writer_state().latched = Some(failure.error.to_string());
             }
             failure.error
-        })
+        })?;
+        // The tail is what this handle has just written, no longer the segment in doubt.
+        self.store.writer_state().abandon_tail = false;
+        Ok(())
     }
 
     fn roll_back(&mut self, latch: Option<String>) {
         let Some(segments) = self.segments.take() else { return };
-        let undone = segments.roll_back(&self.store.segments);
-        let mut state = self.store.writer_state();
-        if let Err(error) = undone {
+        if let Err(error) = segments.roll_back(&self.store.segments) {
             // What could not be taken back is cleared away by the next writer.
             tracing::warn!(%error, "could not take back an unfinished transaction");
-            state.tidy_at = None;
         }
         if let Some(cause) = latch {
-            state.latched = Some(cause);
+            self.store.writer_state().latched = Some(cause);
         }
     }
+}
+
+/// JSON that is certain to be readable: the parser has limits, such as the depth of nesting, that
+/// the printer does not have.
+fn encode_json<T: Serialize + DeserializeOwned>(value: &T, what: &str) -> Result<Vec<u8>> {
+    serde_json::to_vec(value)
+        .and_then(|json| serde_json::from_slice::<T>(&json).map(|_readable| json))
+        .map_err(|error| StoreError::Invalid(format!("cannot encode {what}: {error}")))
 }
 
 impl Drop for Transaction {

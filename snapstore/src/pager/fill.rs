@@ -4,6 +4,7 @@ use std::fs::File;
 use std::sync::atomic::Ordering;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use rayon::prelude::*;
 use rustix::fs::{FallocateFlags, fallocate};
 
 use super::alias::Alias;
@@ -91,6 +92,20 @@ impl Filler {
             self.fill_run(&mut chunk, run, shared)?;
         }
         Ok(runs.iter().map(|run| run.count).sum())
+    }
+
+    /// Decodes everything with contents in `mapping`, on all cores, and maps nothing.
+    pub(super) fn load(&self, mapping: &Mapping) -> Result<(), PagerError> {
+        (0..mapping.pages() / CHUNK_PAGES).into_par_iter().try_for_each(|index| {
+            let first = mapping.first_page + index * CHUNK_PAGES;
+            let runs = self.region.runs(first, CHUNK_PAGES).map_err(|source| self.store_error(first, source))?;
+            let mut chunk = self.chunk(mapping, first);
+            for run in &runs {
+                self.decode(&chunk, run).map_err(|source| self.store_error(run.first, source))?;
+                chunk.mark(run);
+            }
+            Ok(())
+        })
     }
 
     fn chunk<'a>(&'a self, mapping: &'a Mapping, page: u64) -> Chunk<'a> {

@@ -386,6 +386,19 @@ impl Shared {
     }
 }
 
+/// Brings in all of `region` at once, into memory that nobody uses yet. Needs no userfaultfd.
+///
+/// # Errors
+/// [`PagerError::Store`] if a page cannot be read; [`PagerError::Memory`] if the memory cannot
+/// be mapped.
+pub fn load(region: &RegionReader, memory: &File, mappings: &[Mapping]) -> Result<(), PagerError> {
+    let filler = Filler::new(region.clone(), memory, mappings)?;
+    for mapping in mappings {
+        filler.load(mapping)?;
+    }
+    Ok(())
+}
+
 fn uffd_error(op: &'static str, address: usize, error: &userfaultfd::Error) -> PagerError {
     PagerError::Uffd { op, address, reason: describe(error) }
 }

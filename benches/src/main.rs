@@ -1,0 +1,2 @@
+//! frazil-bench
+fn main() {}

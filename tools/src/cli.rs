@@ -1,0 +1,222 @@
+//! The command line, as a person types it.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use frazil_vmm::workload::WorkloadSpec;
+
+/// Freezes running virtual machines: a checkpoint is taken while the guest goes on and costs what
+/// changed; any checkpoint can be resumed at once, its memory arriving as it is touched.
+#[derive(Debug, Parser)]
+#[command(name = "frazil", version, propagate_version = true, infer_subcommands = false)]
+pub(crate) struct Cli {
+    /// Print JSON on standard output: one object, or one a line.
+    #[arg(long, global = true)]
+    pub json: bool,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Boot a guest and run it until it ends.
+    Run(RunArgs),
+    /// Take a checkpoint of a running VM now; the guest goes on.
+    Checkpoint(CheckpointArgs),
+    /// Run a VM from a snapshot, in a new process; its memory arrives as it is touched.
+    Resume(ResumeArgs),
+    /// List the VMs that run.
+    Ps,
+    /// Make a guest stand still.
+    Pause(VmArg),
+    /// Let a guest that stands still run on.
+    Continue(VmArg),
+    /// End a VM and its process.
+    Stop(VmArg),
+    /// List a store's snapshots, newest first: time, id, parent, pages, bytes, pause.
+    Log(LogArgs),
+    /// Show what a snapshot is: machine, vCPU registers, devices, regions, statistics.
+    Show(ShowArgs),
+    /// Read everything that snapshots refer to and check it.
+    Verify(VerifyArgs),
+    /// Tell the whole story on the built-in guest: run, checkpoint, kill, resume, verify.
+    Demo(DemoArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct VmArg {
+    /// The VM's name, or the path of its control socket.
+    pub vm: String,
+}
+
+/// Where a guest's serial output goes.
+#[derive(Clone, Debug)]
+pub(crate) enum SerialArg {
+    Stdio,
+    Null,
+    File(PathBuf),
+}
+
+fn serial(text: &str) -> Result<SerialArg, String> {
+    Ok(match text {
+        "stdio" => SerialArg::Stdio,
+        "null" => SerialArg::Null,
+        "" => return Err("expected `stdio`, `null` or a file".into()),
+        path => SerialArg::File(path.into()),
+    })
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    parse_size::Config::new()
+        .with_binary()
+        .parse_size(text)
+        .map_err(|error| format!("expected a size such as 512MiB or 4GiB ({error})"))
+}
+
+fn workload(text: &str) -> Result<WorkloadSpec, String> {
+    text.parse::<WorkloadSpec>().map_err(|error| error.to_string())
+}
+
+fn interval(text: &str) -> Result<Duration, String> {
+    let interval = humantime::parse_duration(text).map_err(|error| format!("expected a time such as 100ms or 5s ({error})"))?;
+    if interval.is_zero() {
+        return Err("expected more than no time at all".into());
+    }
+    Ok(interval)
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    /// Boot this ELF64 kernel (a Linux vmlinux, or a bare-metal program) by the Linux 64-bit boot
+    /// protocol, with its console on COM1.
+    #[arg(long, value_name = "FILE", conflicts_with = "workload", required_unless_present = "workload")]
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM disk for --kernel.
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    pub initrd: Option<PathBuf>,
+    /// Command line for --kernel.
+    #[arg(long, value_name = "STR", requires = "kernel", default_value = "console=ttyS0 reboot=k panic=1")]
+    pub cmdline: String,
+    /// Run the built-in guest: key=value,… of touch=SIZE, rate=PAGES_PER_S|max,
+    /// pattern=seq|uniform|hot, hot_share=0.1, hot_writes=0.9, content=zero|text|random|edit,
+    /// seed=N, populate=yes|no, check=SECONDS, report=SECONDS, stop_after=TURNS, gap_us=N.
+    #[arg(long, value_name = "SPEC", value_parser = workload)]
+    pub workload: Option<WorkloadSpec>,
+    /// Guest memory.
+    #[arg(long, value_name = "SIZE", default_value = "512MiB", value_parser = size)]
+    pub memory: u64,
+    /// Number of vCPUs.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub cpus: usize,
+    #[command(flatten)]
+    pub host: HostArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct HostArgs {
+    /// Name to control it by; `vm-PID` if none is given.
+    #[arg(long, value_name = "VM")]
+    pub name: Option<String>,
+    /// Store for its checkpoints, made if it is missing. Default: that of the snapshot, else
+    /// $FRAZIL_STORE, else ./frazil-store.
+    #[arg(long, value_name = "DIR")]
+    pub store: Option<PathBuf>,
+    /// Take a checkpoint this often.
+    #[arg(long, value_name = "TIME", value_parser = interval)]
+    pub checkpoint_every: Option<Duration>,
+    /// zstd level for checkpoints: 1 to 22, or negative for the fast ones.
+    #[arg(long, value_name = "LEVEL", default_value_t = 1, allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(-7..=22))]
+    pub compression: i32,
+    /// Put the control socket here.
+    #[arg(long, value_name = "PATH")]
+    pub api_socket: Option<PathBuf>,
+    /// Guest's serial output: `stdio`, `null`, or a file to append to. With --json `stdio` is
+    /// standard error.
+    #[arg(long, value_name = "WHERE", default_value = "stdio", value_parser = serial)]
+    pub serial: SerialArg,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ResumeArgs {
+    /// STORE@REF: a snapshot id or a unique prefix, a tag, `latest`, each with ~N for its N-th
+    /// ancestor. The store defaults to $FRAZIL_STORE, then ./frazil-store.
+    pub snapshot: String,
+    /// Load all memory before the guest runs. Needs no userfaultfd.
+    #[arg(long)]
+    pub eager: bool,
+    /// Fetch memory only when it is touched; by default the rest follows in the background.
+    #[arg(long, conflicts_with = "eager")]
+    pub no_fill: bool,
+    /// Leave the guest standing still.
+    #[arg(long)]
+    pub paused: bool,
+    #[command(flatten)]
+    pub host: HostArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CheckpointArgs {
+    /// The VM's name, or the path of its control socket.
+    pub vm: String,
+    /// Say what it is.
+    #[arg(long, short, value_name = "TEXT", default_value = "")]
+    pub message: String,
+    /// Point this tag to it.
+    #[arg(long, value_name = "TAG")]
+    pub tag: Option<String>,
+    /// End the VM once it is published (suspend).
+    #[arg(long)]
+    pub exit: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LogArgs {
+    /// The store. Default: $FRAZIL_STORE, then ./frazil-store.
+    pub store: Option<PathBuf>,
+    /// At most so many.
+    #[arg(long, short = 'n', value_name = "N")]
+    pub max_count: Option<usize>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ShowArgs {
+    /// STORE@REF.
+    #[arg(default_value = "latest")]
+    pub snapshot: String,
+}
+
+/// What of guest memory `verify` compares with the built-in workload's oracle.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum MemoryCheck {
+    /// The newest snapshot looked at.
+    Newest,
+    /// Every snapshot.
+    All,
+    /// None: only that everything can be read back as it was written.
+    None,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct VerifyArgs {
+    /// A store (all its snapshots), or STORE@REF (that one). Default: $FRAZIL_STORE, then
+    /// ./frazil-store.
+    pub target: Option<String>,
+    /// Of guests that run the built-in workload, check memory page by page against what the guest
+    /// must have written.
+    #[arg(long, value_enum, default_value = "newest")]
+    pub memory: MemoryCheck,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DemoArgs {
+    /// Guest memory.
+    #[arg(long, value_name = "SIZE", default_value = "512MiB", value_parser = size)]
+    pub memory: u64,
+    /// Checkpoints to take.
+    #[arg(long, value_name = "N", default_value_t = 20)]
+    pub checkpoints: usize,
+    /// Keep the store here.
+    #[arg(long, value_name = "DIR")]
+    pub store: Option<PathBuf>,
+}

@@ -1,0 +1,132 @@
+//! Commands that speak to a running VM: checkpoint, ps, pause, continue, stop.
+
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use frazil_vmm::control::api::{Done, RunState, VmStatus};
+use frazil_vmm::control::{Client, find, list};
+use frazil_vmm::{CheckpointReport, CheckpointRequest, ProgressReport};
+use serde_json::json;
+
+use super::print_json;
+use crate::cli::{CheckpointArgs, VmArg};
+use crate::output;
+
+/// How long a VM may take to answer a short question.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a VM that was told to stop may take to be gone.
+const STOP_PATIENCE: Duration = Duration::from_secs(30);
+
+fn client(vm: &str) -> anyhow::Result<Client> {
+    Ok(Client::new(find(vm)?, Some(PATIENCE)))
+}
+
+pub(crate) fn checkpoint(args: CheckpointArgs, json: bool) -> anyhow::Result<()> {
+    let CheckpointArgs { vm, message, tag, exit } = args;
+    let record = find(&vm)?;
+    let watcher = Client::new(record.clone(), Some(PATIENCE));
+    let patient = Client::new(record, None);
+    let request = CheckpointRequest { message, tag, exit };
+    let (done, report) = mpsc::channel();
+    std::thread::spawn(move || {
+        // The receiver waits for as long as this takes.
+        let _sent = done.send(patient.post::<CheckpointReport>("/checkpoints", &request));
+    });
+    let bar = output::progress_bar("checkpoint", "pages");
+    let report = loop {
+        match report.recv_timeout(Duration::from_millis(100)) {
+            Ok(report) => break report,
+            Err(mpsc::RecvTimeoutError::Disconnected) => anyhow::bail!("the request was lost"),
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                if let Ok(Some(progress)) = watcher.get::<Option<ProgressReport>>("/checkpoints/progress") {
+                    bar.set_length(progress.pages_total);
+                    bar.set_position(progress.pages_done);
+                }
+            }
+        }
+    };
+    bar.finish_and_clear();
+    let report = report?;
+    if json {
+        return print_json(&report);
+    }
+    let CheckpointReport { stats, .. } = &report;
+    println!(
+        "{}  {} pages, {} stored (RAM {}), pause {}, {} in all{}",
+        report.id.short(),
+        output::count(stats.dirty_pages),
+        output::bytes(report.stored_bytes),
+        output::bytes(stats.ram_bytes),
+        output::micros(stats.pause_us),
+        output::micros(report.duration_us),
+        if exit { "; the VM has ended" } else { "" },
+    );
+    Ok(())
+}
+
+pub(crate) fn ps(json: bool) -> anyhow::Result<()> {
+    let mut table = output::table(&["NAME", "PID", "STATE", "MEMORY", "VCPUS", "UPTIME", "CHECKPOINTS", "STORE"], &[1, 3, 4, 5, 6]);
+    for record in list()? {
+        let status = Client::new(record.clone(), Some(PATIENCE)).get::<VmStatus>("/vm");
+        match (&status, json) {
+            (Ok(status), true) => print_json(status)?,
+            (Err(error), true) => print_json(&json!({"name": record.name, "pid": record.pid, "error": error.to_string()}))?,
+            (Ok(status), false) => {
+                table.add_row([
+                    status.name.clone(),
+                    status.pid.to_string(),
+                    state_name(status.state).to_owned(),
+                    output::bytes(status.machine.ram_bytes),
+                    status.machine.cpus.to_string(),
+                    humantime::format_duration(Duration::from_secs(status.uptime_ms / 1000)).to_string(),
+                    status.checkpoints.taken.to_string(),
+                    status.store.as_deref().unwrap_or("-").trim_start_matches("store ").to_owned(),
+                ]);
+            }
+            (Err(_), false) => {
+                table.add_row([record.name, record.pid.to_string(), "no answer".into()]);
+            }
+        }
+    }
+    if !json {
+        output::print_table(&table);
+    }
+    Ok(())
+}
+
+fn state_name(state: RunState) -> &'static str {
+    match state {
+        RunState::Running => "running",
+        RunState::Paused => "paused",
+        RunState::Ended => "ended",
+    }
+}
+
+pub(crate) fn pause(args: &VmArg, json: bool) -> anyhow::Result<()> {
+    say(&args.vm, client(&args.vm)?.put("/vm/pause")?, json)
+}
+
+pub(crate) fn go(args: &VmArg, json: bool) -> anyhow::Result<()> {
+    say(&args.vm, client(&args.vm)?.put("/vm/continue")?, json)
+}
+
+pub(crate) fn stop(args: &VmArg, json: bool) -> anyhow::Result<()> {
+    let done: Done = client(&args.vm)?.put("/vm/stop")?;
+    // A name that is free again is what a script expects after `stop`.
+    let until = Instant::now() + STOP_PATIENCE;
+    while !args.vm.contains('/') && find(&args.vm).is_ok() {
+        if Instant::now() > until {
+            anyhow::bail!("VM `{}` was told to stop and is still there after {STOP_PATIENCE:?}: look at its process", args.vm);
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    say(&args.vm, done, json)
+}
+
+fn say(vm: &str, done: Done, json: bool) -> anyhow::Result<()> {
+    if json {
+        return print_json(&json!({"vm": vm, "state": done.state}));
+    }
+    println!("{vm}: {}", state_name(done.state));
+    Ok(())
+}

@@ -1,0 +1,241 @@
+//! `frazil run` and `frazil resume`: a VM in this process, until it ends.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use frazil_snapstore::pager::PagerOptions;
+use frazil_snapstore::{Store, StoreOptions};
+use frazil_vmm::boot::{BootSource, Kernel};
+use frazil_vmm::control::{Registration, Server};
+use frazil_vmm::devices::serial::SerialOutput;
+use frazil_vmm::scheduler::Scheduler;
+use frazil_vmm::{CheckpointReport, Ended, Guest, HostConfig, Loading, MachineConfig, Vm};
+use serde_json::{Value, json};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use super::{Started, default_store, monotonic_ns, open_snapshot, print_json};
+use crate::cli::{HostArgs, ResumeArgs, RunArgs, SerialArg};
+use crate::output;
+
+/// How long first progress of a resumed workload is waited for before it is not reported.
+const FIRST_PROGRESS_PATIENCE: Duration = Duration::from_secs(60);
+
+pub(crate) fn run(args: RunArgs, json: bool) -> anyhow::Result<ExitCode> {
+    let RunArgs { kernel, initrd, cmdline, workload, memory, cpus, host } = args;
+    let guest = match (kernel, workload) {
+        (_, Some(spec)) => Guest::Workload(spec),
+        (Some(kernel), None) => Guest::Kernel(BootSource { kernel: Kernel::File(kernel), initrd, cmdline }),
+        (None, None) => anyhow::bail!("give --kernel FILE or --workload SPEC"),
+    };
+    let wants_store = host.store.is_some() || host.checkpoint_every.is_some() || std::env::var_os("FRAZIL_STORE").is_some();
+    let store_path = host.store.clone().unwrap_or_else(default_store);
+    let store = if wants_store || store_path.exists() {
+        Some(Store::open_or_create(&store_path, store_options(&host))?)
+    } else {
+        None
+    };
+    let registration = Registration::enter(&vm_name(&host), host.api_socket.clone())?;
+    let config = MachineConfig { name: registration.record().name.clone(), ram_bytes: memory, cpus, guest };
+    let vm = Vm::boot(&config, host_config(&host, store, json))?;
+    serve(Session { vm: Arc::new(vm), registration, host, store_path, json, paused: false, first_progress: None })
+}
+
+pub(crate) fn resume(args: ResumeArgs, json: bool, started: Started) -> anyhow::Result<ExitCode> {
+    let ResumeArgs { snapshot, eager, no_fill, paused, host } = args;
+    let (path, snapshot) = open_snapshot(&snapshot, store_options(&host))?;
+    let (store_path, store) = match &host.store {
+        Some(other) if *other != path => anyhow::bail!(
+            "--store {}: a resumed VM's checkpoints go on in the store of its snapshot, {}",
+            other.display(),
+            path.display()
+        ),
+        _ => (path, Arc::clone(snapshot.store())),
+    };
+    let registration = Registration::enter(&vm_name(&host), host.api_socket.clone())?;
+    let loading = if eager {
+        Loading::Eager
+    } else {
+        Loading::Lazy(PagerOptions { background_fill: !no_fill, ..PagerOptions::default() })
+    };
+    let name = registration.record().name.clone();
+    let vm = Vm::resume(&snapshot, name, host_config(&host, Some(store), json), loading)
+        .with_context(|| format!("cannot resume snapshot {}", snapshot.id().short()))?;
+    serve(Session { vm: Arc::new(vm), registration, host, store_path, json, paused, first_progress: Some(started) })
+}
+
+/// A VM and what surrounds it while this process lives.
+struct Session {
+    vm: Arc<Vm>,
+    registration: Registration,
+    host: HostArgs,
+    store_path: PathBuf,
+    json: bool,
+    paused: bool,
+    first_progress: Option<Started>,
+}
+
+fn serve(session: Session) -> anyhow::Result<ExitCode> {
+    let Session { vm, registration, host, store_path, json, paused, first_progress } = session;
+    stop_on_signals(&vm)?;
+    let printer = move |taken: &frazil_vmm::Result<CheckpointReport>| print_checkpoint(taken, json);
+    let server = Server::start(Arc::clone(&vm), &registration.record().socket, Arc::new(printer))?;
+    announce(&vm, &registration, &store_path, json)?;
+    if let Some(started) = first_progress {
+        watch_first_progress(&vm, started, json);
+    }
+    if !paused {
+        vm.go()?;
+    }
+    let scheduler = host
+        .checkpoint_every
+        .map(|interval| Scheduler::start(Arc::clone(&vm), interval, Box::new(printer)))
+        .transpose()?;
+    let ended = loop {
+        if let Some(ended) = vm.wait_ended(Duration::from_secs(3600)) {
+            break ended;
+        }
+    };
+    drop(scheduler);
+    let totals = vm.checkpoint_totals();
+    let code = say_ended(&vm, &ended, json)?;
+    if !json && totals.taken + totals.failed > 0 {
+        eprintln!(
+            "frazil: {} checkpoints ({} failed, {} skipped), {} pages, {} stored, longest pause {}",
+            totals.taken,
+            totals.failed,
+            totals.skipped,
+            output::count(totals.pages),
+            output::bytes(totals.stored_bytes),
+            output::micros(totals.pause_us_max)
+        );
+    }
+    // Answers that are on their way, such as to the request that ended the VM, get a moment.
+    drop(server);
+    drop(registration);
+    Ok(code)
+}
+
+fn vm_name(host: &HostArgs) -> String {
+    host.name.clone().unwrap_or_else(|| format!("vm-{}", std::process::id()))
+}
+
+fn store_options(host: &HostArgs) -> StoreOptions {
+    StoreOptions { compression_level: host.compression, ..StoreOptions::default() }
+}
+
+fn host_config(host: &HostArgs, store: Option<Arc<Store>>, json: bool) -> HostConfig {
+    let serial = match &host.serial {
+        SerialArg::Stdio if json => SerialOutput::Stderr,
+        SerialArg::Stdio => SerialOutput::Stdout,
+        SerialArg::Null => SerialOutput::Null,
+        SerialArg::File(path) => SerialOutput::File(path.clone()),
+    };
+    HostConfig { serial, store }
+}
+
+/// Ctrl-C and `kill` end the VM as `frazil stop` does; a second one ends the process at once.
+fn stop_on_signals(vm: &Arc<Vm>) -> anyhow::Result<()> {
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("cannot handle signals")?;
+    let vm = Arc::downgrade(vm);
+    std::thread::Builder::new().name("frazil-signals".into()).spawn(move || {
+        for (count, signal) in signals.forever().enumerate() {
+            match vm.upgrade() {
+                Some(vm) if count == 0 => vm.stop(),
+                _ => std::process::exit(128 + signal),
+            }
+        }
+    })?;
+    Ok(())
+}
+
+fn announce(vm: &Vm, registration: &Registration, store_path: &Path, json: bool) -> anyhow::Result<()> {
+    let record = registration.record();
+    let store = vm.store().map(|_| store_path.display().to_string());
+    if json {
+        return print_json(&json!({
+            "event": "started", "vm": record.name, "pid": record.pid, "socket": record.socket,
+            "store": store, "ram_bytes": vm.machine().ram_bytes, "cpus": vm.machine().cpus,
+            "resumed_from": vm.resumed_from(),
+        }));
+    }
+    eprintln!(
+        "frazil: VM `{}` with {} and {} vCPU{}{}; `frazil stop {}` or Ctrl-C ends it",
+        record.name,
+        output::bytes(vm.machine().ram_bytes),
+        vm.machine().cpus,
+        if vm.machine().cpus == 1 { "" } else { "s" },
+        store.map_or_else(|| ", no store".to_owned(), |store| format!(", checkpoints to {store}")),
+        record.name,
+    );
+    Ok(())
+}
+
+fn print_checkpoint(taken: &frazil_vmm::Result<CheckpointReport>, json: bool) {
+    if json {
+        let event = match taken {
+            Ok(report) => serde_json::to_value(report).map(|mut value| {
+                value["event"] = Value::from("checkpoint");
+                value
+            }),
+            Err(error) => Ok(json!({"event": "checkpoint_failed", "error": error.to_string()})),
+        };
+        if let Ok(event) = event {
+            println!("{event}");
+        }
+    } else if let Err(error) = taken {
+        eprintln!("frazil: checkpoint failed, the guest goes on: {error}");
+    }
+}
+
+/// Tells when the built-in guest of a resumed VM has done its first work.
+fn watch_first_progress(vm: &Arc<Vm>, started: Started, json: bool) {
+    let Ok(before) = vm.workload().map(|view| loops(&view)) else { return };
+    let vm = Arc::downgrade(vm);
+    let watch = move || {
+        let until = Instant::now() + FIRST_PROGRESS_PATIENCE;
+        while let Some(vm) = vm.upgrade().filter(|_| Instant::now() < until) {
+            if vm.workload().is_ok_and(|view| loops(&view) != before) {
+                let now = monotonic_ns();
+                let ms = (now - started.monotonic_ns) as f64 / 1e6;
+                if json {
+                    println!("{}", json!({"event": "first_progress", "ms": ms, "monotonic_ns": now}));
+                } else {
+                    eprintln!("frazil: the guest made progress {ms:.1} ms after this process started");
+                }
+                return;
+            }
+            std::thread::sleep(Duration::from_micros(50));
+        }
+    };
+    // Without the thread nothing is missing but the message.
+    let _unwatched = std::thread::Builder::new().name("frazil-progress".into()).spawn(watch);
+}
+
+fn loops(view: &frazil_vmm::workload::ControlView) -> u64 {
+    view.vcpus.iter().map(|cpu| cpu.control.loops).fold(0, u64::wrapping_add)
+}
+
+fn say_ended(vm: &Vm, ended: &Ended, json: bool) -> anyhow::Result<ExitCode> {
+    if json {
+        let mut event = serde_json::to_value(ended)?;
+        event["event"] = Value::from("ended");
+        event["vm"] = Value::from(vm.name());
+        print_json(&event)?;
+    }
+    let name = vm.name();
+    let (code, message) = match ended {
+        Ended::Stopped => (ExitCode::SUCCESS, format!("VM `{name}` was stopped")),
+        Ended::Suspended => (ExitCode::SUCCESS, format!("VM `{name}` is suspended; `frazil resume` goes on with it")),
+        Ended::GuestReset => (ExitCode::SUCCESS, format!("the guest of VM `{name}` reset or powered off its machine")),
+        Ended::GuestCrashed { detail } => (ExitCode::FAILURE, format!("the guest of VM `{name}` crashed: {detail}")),
+        Ended::Failed { detail } => (ExitCode::FAILURE, format!("VM `{name}` cannot go on: {detail}")),
+    };
+    if !json || code == ExitCode::FAILURE {
+        eprintln!("frazil: {message}");
+    }
+    Ok(code)
+}

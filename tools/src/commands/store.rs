@@ -1,0 +1,163 @@
+//! Commands that look at a store: log, show.
+
+use std::collections::BTreeMap;
+
+use frazil_snapstore::{Manifest, SnapshotId, SnapshotInfo, StateChunk, Store, StoreOptions};
+use serde_json::{Value, json};
+
+use super::{open_snapshot, open_store, print_json};
+use crate::cli::{LogArgs, ShowArgs};
+use crate::output;
+
+pub(crate) fn log(args: &LogArgs, json: bool) -> anyhow::Result<()> {
+    let store = open_store(args.store.as_deref())?;
+    let mut tags: BTreeMap<SnapshotId, Vec<String>> = BTreeMap::new();
+    for (tag, id) in store.tags() {
+        tags.entry(id).or_default().push(tag);
+    }
+    let mut table = output::table(&["SNAPSHOT", "TIME", "PARENT", "PAGES", "BYTES", "PAUSE", "VM", "WHAT"], &[3, 4, 5]);
+    for info in store.snapshots().into_iter().rev().take(args.max_count.unwrap_or(usize::MAX)) {
+        let tags = tags.remove(&info.id).unwrap_or_default();
+        let manifest = store.snapshot(info.id).map(|snapshot| snapshot.manifest().clone());
+        match manifest {
+            Ok(manifest) if json => print_json(&log_line(&info, &manifest, &tags))?,
+            Err(error) if json => print_json(&json!({"id": info.id, "error": error.to_string()}))?,
+            Ok(manifest) => {
+                table.add_row(log_row(&info, &manifest, &tags));
+            }
+            Err(error) => {
+                table.add_row([info.id.short(), output::time(info.time_unix_ms), parent(&info), String::new(), String::new(), String::new(), String::new(), error.to_string()]);
+            }
+        }
+    }
+    if !json {
+        output::print_table(&table);
+    }
+    Ok(())
+}
+
+fn parent(info: &SnapshotInfo) -> String {
+    info.parent.map_or_else(|| "-".into(), |parent| parent.short())
+}
+
+fn figure(manifest: &Manifest, name: &str) -> u64 {
+    manifest.stats[name].as_u64().unwrap_or(0)
+}
+
+fn log_line(info: &SnapshotInfo, manifest: &Manifest, tags: &[String]) -> Value {
+    json!({
+        "id": info.id, "parent": info.parent, "time_unix_ms": info.time_unix_ms,
+        "vm": manifest.name, "message": manifest.message, "tags": tags, "stats": manifest.stats,
+    })
+}
+
+fn log_row(info: &SnapshotInfo, manifest: &Manifest, tags: &[String]) -> [String; 8] {
+    let tags = tags.iter().map(|tag| format!("[{tag}]"));
+    let what: Vec<String> = tags.chain([manifest.message.clone()]).filter(|part| !part.is_empty()).collect();
+    [
+        info.id.short(),
+        output::time(info.time_unix_ms),
+        parent(info),
+        output::count(figure(manifest, "dirty_pages")),
+        output::bytes(figure(manifest, "frame_bytes")),
+        output::micros(figure(manifest, "pause_us")),
+        manifest.name.clone(),
+        what.join(" "),
+    ]
+}
+
+pub(crate) fn show(args: &ShowArgs, json: bool) -> anyhow::Result<()> {
+    let (_, snapshot) = open_snapshot(&args.snapshot, StoreOptions::default())?;
+    let manifest = snapshot.manifest();
+    let states = snapshot.states()?;
+    let tags: Vec<String> = snapshot.store().tags().into_iter().filter(|(_, id)| *id == snapshot.id()).map(|(tag, _)| tag).collect();
+    if json {
+        let regions: Vec<Value> = manifest.regions.iter().map(|region| json!({"name": region.name, "pages": region.pages, "root": region.root})).collect();
+        let state: Vec<Value> = states
+            .iter()
+            .map(|chunk| json!({"name": chunk.name, "kind": chunk.kind, "version": chunk.version, "body": chunk.body}))
+            .collect();
+        return print_json(&json!({
+            "id": snapshot.id(), "parent": manifest.parent, "time_unix_ms": manifest.time_unix_ms,
+            "vm": manifest.name, "message": manifest.message, "tags": tags,
+            "regions": regions, "state": state, "stats": manifest.stats,
+        }));
+    }
+    println!("snapshot  {}", snapshot.id());
+    println!("parent    {}", manifest.parent.map_or_else(|| "none".into(), |parent| parent.to_string()));
+    println!("time      {}", output::time(manifest.time_unix_ms));
+    println!("vm        {}", manifest.name);
+    if !manifest.message.is_empty() {
+        println!("message   {}", manifest.message);
+    }
+    if !tags.is_empty() {
+        println!("tags      {}", tags.join(", "));
+    }
+    show_regions(snapshot.store(), manifest)?;
+    show_stats(&manifest.stats);
+    states.iter().for_each(show_chunk);
+    Ok(())
+}
+
+fn show_regions(store: &Store, manifest: &Manifest) -> anyhow::Result<()> {
+    println!("\nregions in {}", store.describe());
+    for region in &manifest.regions {
+        let root = region.root.map_or_else(|| "all zero".to_owned(), |root| format!("root {}", root.hash.short()));
+        println!("  {:<8} {} pages, {root}", region.name, output::count(region.pages));
+    }
+    Ok(())
+}
+
+fn show_stats(stats: &Value) {
+    let Some(stats) = stats.as_object() else { return };
+    println!("\ncheckpoint");
+    for (name, value) in stats {
+        let text = match (name.rsplit('_').next(), value.as_u64()) {
+            (Some("us"), Some(us)) => output::micros(us),
+            (Some("bytes"), Some(bytes)) => output::bytes(bytes),
+            (_, Some(count)) => output::count(count),
+            (_, None) => value.to_string(),
+        };
+        println!("  {:<16} {text}", name.trim_end_matches("_us").trim_end_matches("_bytes").replace('_', " "));
+    }
+}
+
+/// Values of more than a line are for `--json`.
+const LONGEST_VALUE: usize = 100;
+
+fn show_chunk(chunk: &StateChunk) {
+    println!("\n{} ({} version {})", chunk.name, chunk.kind, chunk.version);
+    show_value(&chunk.body, "  ");
+}
+
+fn show_value(value: &Value, indent: &str) {
+    let Some(fields) = value.as_object() else { return };
+    for (name, value) in fields {
+        let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        match value {
+            Value::Object(inner) if inner.values().all(|value| !value.is_object()) && text.len() > LONGEST_VALUE => {
+                println!("{indent}{name}");
+                show_fields(inner, &format!("{indent}  "));
+            }
+            Value::Object(_) if text.len() > LONGEST_VALUE => {
+                println!("{indent}{name}");
+                show_value(value, &format!("{indent}  "));
+            }
+            Value::Array(items) if text.len() > LONGEST_VALUE => println!("{indent}{name}: {} items", items.len()),
+            Value::String(digits) if digits.len() > LONGEST_VALUE => println!("{indent}{name}: {} bytes", digits.len() / 2),
+            _ => println!("{indent}{name}: {text}"),
+        }
+    }
+}
+
+/// Registers, four to a line.
+fn show_fields(fields: &serde_json::Map<String, Value>, indent: &str) {
+    let texts: Vec<String> = fields
+        .iter()
+        .map(|(name, value)| format!("{name:<7}{}", value.as_str().map_or_else(|| value.to_string(), str::to_owned)))
+        .collect();
+    for line in texts.chunks(4) {
+        let line: String = line.iter().map(|text| format!("{text:<28}")).collect();
+        println!("{indent}{}", line.trim_end());
+    }
+}

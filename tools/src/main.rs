@@ -1,0 +1,48 @@
+//! `frazil`: runs, checkpoints, resumes and looks at virtual machines.
+//!
+//! This crate is thin: it parses, calls the libraries and prints. Results go to standard output,
+//! everything else to standard error. Exit status: 0, 1 after an error, 2 after wrong usage.
+
+mod cli;
+mod commands;
+mod demo;
+mod output;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+
+use cli::{Cli, Command};
+
+fn main() -> ExitCode {
+    let started = commands::Started::now();
+    let cli = Cli::parse();
+    let filter = EnvFilter::try_from_env("FRAZIL_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    match run(cli, started) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("frazil: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli, started: commands::Started) -> anyhow::Result<ExitCode> {
+    let json = cli.json;
+    let done = |()| ExitCode::SUCCESS;
+    match cli.command {
+        Command::Run(args) => commands::run::run(args, json),
+        Command::Resume(args) => commands::run::resume(args, json, started),
+        Command::Checkpoint(args) => commands::control::checkpoint(args, json).map(done),
+        Command::Ps => commands::control::ps(json).map(done),
+        Command::Pause(vm) => commands::control::pause(&vm, json).map(done),
+        Command::Continue(vm) => commands::control::go(&vm, json).map(done),
+        Command::Stop(vm) => commands::control::stop(&vm, json).map(done),
+        Command::Log(args) => commands::store::log(&args, json).map(done),
+        Command::Show(args) => commands::store::show(&args, json).map(done),
+        Command::Verify(args) => commands::verify::verify(&args, json),
+        Command::Demo(args) => demo::demo(&args, json).map(done),
+    }
+}

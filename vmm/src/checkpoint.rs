@@ -1,0 +1,458 @@
+//! Taking a checkpoint of a running guest.
+//!
+//! [`Vm::checkpoint`] is the list of phases; each is a function below.
+
+use std::io;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use frazil_snapstore::{
+    Description, Page, PageSet, PageSource, Progress, RegionHandle, SnapshotId, StateChunk, Store,
+    StoreError, Transaction, WriteStats,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::devices::platform::{self, CapturedPlatform};
+use crate::error::{Result, VmmError};
+use crate::memory::{GuestRam, RAM_REGION};
+use crate::state::chunk;
+use crate::vcpu::{CapturedVcpu, Ended};
+use crate::vm::{Line, MACHINE_CHUNK, Vm, vcpu_chunk};
+
+/// Pre-copy stops when a round finds no more pages than this: they are copied in the pause.
+const FEW_PAGES: u64 = 256;
+/// A guest that writes faster than rounds catch up is cut after so many.
+const MAX_ROUNDS: usize = 6;
+
+/// What is asked of a checkpoint.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CheckpointRequest {
+    /// What the user says about it.
+    pub message: String,
+    /// A tag to point to it.
+    pub tag: Option<String>,
+    /// End the VM once the snapshot is published.
+    pub exit: bool,
+}
+
+/// One pre-copy round.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Round {
+    /// Pages it found dirty and wrote.
+    pub pages: u64,
+    /// Bytes it appended.
+    pub stored_bytes: u64,
+    /// How long it took, in microseconds.
+    pub us: u64,
+}
+
+/// What a checkpoint came to. Kept in the snapshot's manifest, up to the commit's own figures.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckpointStats {
+    /// Bytes of RAM.
+    pub ram_bytes: u64,
+    /// Distinct pages that changed since the parent.
+    pub dirty_pages: u64,
+    /// Of what was written, pages that were all zero.
+    pub zero_pages: u64,
+    /// Pages written while the guest ran, some of them more than once.
+    pub precopied_pages: u64,
+    /// Pages copied in the pause.
+    pub cut_pages: u64,
+    /// Bytes of compressed pages appended.
+    pub frame_bytes: u64,
+    /// Pre-copy rounds.
+    pub rounds: Vec<Round>,
+    /// From the first kick until every vCPU was on its way again, in microseconds.
+    pub pause_us: u64,
+    /// Of which: until every vCPU stood still with its state read.
+    pub quiesce_us: u64,
+    /// Of which: last harvest, copying, device state.
+    pub cut_us: u64,
+    /// Of which: until every vCPU was on its way again; 0 if the guest does not go on.
+    pub go_on_us: u64,
+    /// Pre-copy, in microseconds.
+    pub precopy_us: u64,
+}
+
+/// A published checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckpointReport {
+    /// The VM's name.
+    pub vm: String,
+    /// The snapshot.
+    pub id: SnapshotId,
+    /// The snapshot it changed.
+    pub parent: Option<SnapshotId>,
+    /// When it was cut, Unix milliseconds.
+    pub time_unix_ms: u64,
+    /// Figures kept in the manifest.
+    #[serde(flatten)]
+    pub stats: CheckpointStats,
+    /// Bytes of tree nodes, state and manifest.
+    pub meta_bytes: u64,
+    /// All it took on the medium: `frame_bytes + meta_bytes`.
+    pub stored_bytes: u64,
+    /// Encoding the rest, writing trees and state, making durable, publishing; in microseconds.
+    pub commit_us: u64,
+    /// Of which making durable and publishing.
+    pub sync_us: u64,
+    /// From the request to the publication, in microseconds.
+    pub duration_us: u64,
+}
+
+/// Where the checkpoint being taken is; for progress bars.
+#[derive(Debug, Default)]
+pub struct CheckpointProgress {
+    current: Mutex<Option<Arc<Progress>>>,
+}
+
+/// How far a checkpoint has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProgressReport {
+    /// Pages to write, as far as is known.
+    pub pages_total: u64,
+    /// Pages written.
+    pub pages_done: u64,
+    /// Bytes appended for them.
+    pub stored_bytes: u64,
+}
+
+impl CheckpointProgress {
+    fn set(&self, progress: Option<Arc<Progress>>) {
+        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = progress;
+    }
+
+    /// How far the checkpoint being taken has come, if one is.
+    #[must_use]
+    pub fn report(&self) -> Option<ProgressReport> {
+        let current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        current.as_ref().map(|progress| ProgressReport {
+            pages_total: progress.pages_total.load(Ordering::Relaxed),
+            pages_done: progress.pages_done.load(Ordering::Relaxed),
+            stored_bytes: progress.stored_bytes.load(Ordering::Relaxed),
+        })
+    }
+}
+
+/// What a VM's checkpoints came to together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckpointTotals {
+    /// Published.
+    pub taken: u64,
+    /// Failed; the dirty pages went into the next one.
+    pub failed: u64,
+    /// Periodic ones left out because the one before was not done.
+    pub skipped: u64,
+    /// Pages written.
+    pub pages: u64,
+    /// Bytes written.
+    pub stored_bytes: u64,
+    /// The longest pause, in microseconds.
+    pub pause_us_max: u64,
+}
+
+/// What stood still at the cut: all that the commit needs, so that the guest can go on.
+struct Cut {
+    pages: StagedPages,
+    vcpus: Vec<CapturedVcpu>,
+    platform: CapturedPlatform,
+    devices: Vec<StateChunk>,
+    time_unix_ms: u64,
+}
+
+/// A checkpoint being taken.
+struct Checkpoint<'a> {
+    vm: &'a Vm,
+    request: &'a CheckpointRequest,
+    line: MutexGuard<'a, Line>,
+    transaction: Transaction,
+    region: RegionHandle,
+    /// Pages harvested and not written yet.
+    waiting: PageSet,
+    started: Instant,
+    stats: CheckpointStats,
+}
+
+impl Vm {
+    /// Takes a checkpoint; the guest goes on while it is written, and afterwards.
+    ///
+    /// # Errors
+    /// Nothing is published then, the guest goes on, and the pages that would have been saved are
+    /// part of the next checkpoint.
+    pub fn checkpoint(&self, request: &CheckpointRequest) -> Result<CheckpointReport> {
+        let taken = Checkpoint::begin(self, request).and_then(|mut checkpoint| {
+            checkpoint.precopy()?;
+            let cut = checkpoint.quiesce_cut_and_go_on()?;
+            checkpoint.commit(cut)
+        });
+        self.progress.set(None);
+        let mut totals = self.totals.lock().unwrap_or_else(PoisonError::into_inner);
+        match &taken {
+            Ok(report) => {
+                totals.taken += 1;
+                totals.pages += report.stats.precopied_pages + report.stats.cut_pages;
+                totals.stored_bytes += report.stored_bytes;
+                totals.pause_us_max = totals.pause_us_max.max(report.stats.pause_us);
+            }
+            Err(_) => totals.failed += 1,
+        }
+        taken
+    }
+
+    /// How far the checkpoint being taken has come, if one is.
+    #[must_use]
+    pub fn checkpoint_progress(&self) -> Option<ProgressReport> {
+        self.progress.report()
+    }
+
+    /// What its checkpoints came to so far.
+    #[must_use]
+    pub fn checkpoint_totals(&self) -> CheckpointTotals {
+        *self.totals.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn count_skipped(&self) {
+        self.totals.lock().unwrap_or_else(PoisonError::into_inner).skipped += 1;
+    }
+
+    /// The snapshot that the next checkpoint changes; None while one is being taken.
+    #[must_use]
+    pub fn head(&self) -> Option<SnapshotId> {
+        self.line.try_lock().ok().and_then(|line| line.head)
+    }
+}
+
+impl<'a> Checkpoint<'a> {
+    fn begin(vm: &'a Vm, request: &'a CheckpointRequest) -> Result<Self> {
+        let started = Instant::now();
+        vm.check_alive()?;
+        let store = vm.store().ok_or_else(|| {
+            VmmError::NotNow(format!("VM `{}` has no store: run it with --store DIR", vm.name()))
+        })?;
+        if let Some(tag) = &request.tag {
+            frazil_snapstore::reference::check_tag(tag)?;
+        }
+        let line = match vm.line.try_lock() {
+            Ok(line) => line,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => {
+                return Err(VmmError::NotNow(format!("VM `{}` is taking a checkpoint already", vm.name())));
+            }
+        };
+        let mut transaction = begin_transaction(store, line.head)?;
+        let region = transaction.region(RAM_REGION, vm.ram().end_page())?;
+        vm.progress.set(Some(transaction.progress()));
+        let stats = CheckpointStats { ram_bytes: vm.ram().len_bytes(), ..CheckpointStats::new() };
+        let waiting = PageSet::new(line.since_head.capacity());
+        Ok(Self { vm, request, line, transaction, region, waiting, started, stats })
+    }
+
+    /// Phase 1, the guest runs: writes what is dirty, then what became dirty meanwhile, as long
+    /// as that gets less.
+    fn precopy(&mut self) -> Result<()> {
+        let mut previous = u64::MAX;
+        let started = Instant::now();
+        for round in 0..MAX_ROUNDS {
+            let fresh = self.harvest()?;
+            // The first round writes all that the parent lacks, also what an earlier checkpoint
+            // harvested and failed to publish.
+            let pages = if round == 0 { self.line.since_head.clone() } else { fresh };
+            let count = pages.count();
+            if count <= FEW_PAGES || count > previous / 2 {
+                // Another round does not pay: what this one found waits for the cut.
+                self.waiting = pages;
+                break;
+            }
+            let round_started = Instant::now();
+            let written = self.transaction.write_pages(self.region, &pages, self.vm.ram().as_ref())?;
+            self.stats.precopied(written, round_started.elapsed());
+            previous = count;
+        }
+        self.stats.precopy_us = us(started.elapsed());
+        Ok(())
+    }
+
+    /// Adds what was written since the last harvest to the line's set, and returns it.
+    fn harvest(&mut self) -> Result<PageSet> {
+        let mut fresh = PageSet::new(self.line.since_head.capacity());
+        let harvested = self.line.tracker.harvest(&mut fresh);
+        // Also after an error: what was read is cleared in KVM.
+        self.line.since_head.union(&fresh);
+        harvested.map(|()| fresh)
+    }
+
+    /// Phases 2 to 4. Whatever happens, a guest that ran goes on running, unless it is to exit
+    /// and the cut succeeded.
+    fn quiesce_cut_and_go_on(&mut self) -> Result<Cut> {
+        let paused_by_user = self.vm.paused();
+        let pause_started = Instant::now();
+        let quiesced = self.vm.vcpus.pause(true);
+        self.stats.quiesce_us = us(pause_started.elapsed());
+        let cut_started = Instant::now();
+        let cut = quiesced.and_then(|()| self.cut());
+        self.stats.cut_us = us(cut_started.elapsed());
+        let stays = *paused_by_user || (self.request.exit && cut.is_ok());
+        if !stays {
+            let go_on_started = Instant::now();
+            self.vm.vcpus.resume();
+            self.stats.go_on_us = us(go_on_started.elapsed());
+        }
+        self.stats.pause_us = us(pause_started.elapsed());
+        cut
+    }
+
+    /// Phase 3, the guest stands still.
+    fn cut(&mut self) -> Result<Cut> {
+        let mut left = self.harvest()?;
+        left.union(&self.waiting);
+        self.stats.cut_pages = left.count();
+        Ok(Cut {
+            pages: StagedPages::copy(&left, self.vm.ram())
+                .map_err(VmmError::host("copy guest pages"))?,
+            vcpus: self.vm.vcpus.take_captured()?,
+            platform: platform::capture(&self.vm.shell.fd)?,
+            devices: self.vm.bus.snapshot()?,
+            time_unix_ms: unix_ms(),
+        })
+    }
+
+    /// Phase 5, the guest runs.
+    fn commit(self, cut: Cut) -> Result<CheckpointReport> {
+        let (vm, exit, tag) = (self.vm, self.request.exit, self.request.tag.clone());
+        let committed = self.publish(cut);
+        if exit {
+            match &committed {
+                Ok(_) => vm.vcpus.end(Ended::Suspended),
+                Err(_) if !*vm.paused() => vm.vcpus.resume(),
+                Err(_) => {}
+            }
+        }
+        let report = committed?;
+        if let (Some(tag), Some(store)) = (tag, vm.store()) {
+            store.set_tag(&tag, Some(report.id))?;
+        }
+        Ok(report)
+    }
+
+    fn publish(mut self, cut: Cut) -> Result<CheckpointReport> {
+        let commit_started = Instant::now();
+        let written = self.transaction.write_pages(self.region, &cut.pages.set, &cut.pages)?;
+        self.stats.zero_pages += written.zero_pages;
+        self.stats.frame_bytes += written.stored_bytes;
+        self.stats.dirty_pages = self.line.since_head.count();
+        let description = Description {
+            name: self.vm.name().to_owned(),
+            message: self.request.message.clone(),
+            time_unix_ms: cut.time_unix_ms,
+            state: encode_state(self.vm, &cut)?,
+            stats: serde_json::to_value(&self.stats)
+                .map_err(|error| VmmError::Config(format!("cannot encode statistics: {error}")))?,
+        };
+        let committed = self.transaction.commit(description)?;
+        let parent = self.line.head.replace(committed.id);
+        // Only now: the snapshot that holds them is published. Whatever the guest wrote since the
+        // cut is still in KVM's log, and what the VMM wrote in its own.
+        self.line.since_head.clear();
+        Ok(CheckpointReport {
+            vm: self.vm.name().to_owned(),
+            id: committed.id,
+            parent,
+            time_unix_ms: cut.time_unix_ms,
+            meta_bytes: committed.meta_bytes,
+            stored_bytes: committed.frame_bytes + committed.meta_bytes,
+            commit_us: us(commit_started.elapsed()),
+            sync_us: committed.sync_us,
+            duration_us: us(self.started.elapsed()),
+            stats: self.stats,
+        })
+    }
+}
+
+impl CheckpointStats {
+    fn new() -> Self {
+        Self {
+            ram_bytes: 0,
+            dirty_pages: 0,
+            zero_pages: 0,
+            precopied_pages: 0,
+            cut_pages: 0,
+            frame_bytes: 0,
+            rounds: Vec::new(),
+            pause_us: 0,
+            quiesce_us: 0,
+            cut_us: 0,
+            go_on_us: 0,
+            precopy_us: 0,
+        }
+    }
+
+    fn precopied(&mut self, written: WriteStats, took: Duration) {
+        self.rounds.push(Round { pages: written.pages, stored_bytes: written.stored_bytes, us: us(took) });
+        self.precopied_pages += written.pages;
+        self.zero_pages += written.zero_pages;
+        self.frame_bytes += written.stored_bytes;
+    }
+}
+
+/// Starts a transaction; after an I/O error in an earlier one, on a store looked at afresh.
+fn begin_transaction(store: &Arc<Store>, parent: Option<SnapshotId>) -> Result<Transaction> {
+    match store.begin(parent) {
+        Err(error @ StoreError::Latched { .. }) => {
+            tracing::warn!(%error, "reopening the store");
+            store.reopen()?;
+            Ok(store.begin(parent)?)
+        }
+        other => Ok(other?),
+    }
+}
+
+fn encode_state(vm: &Vm, cut: &Cut) -> Result<Vec<StateChunk>> {
+    let mut chunks = vec![chunk(MACHINE_CHUNK, vm.machine())?];
+    for (index, vcpu) in cut.vcpus.iter().enumerate() {
+        chunks.push(chunk(&vcpu_chunk(index), &vcpu.save())?);
+    }
+    chunks.extend(cut.platform.save()?);
+    chunks.extend(cut.devices.iter().cloned());
+    Ok(chunks)
+}
+
+/// Pages copied in the pause.
+struct StagedPages {
+    set: PageSet,
+    numbers: Vec<u64>,
+    contents: Vec<Page>,
+}
+
+impl StagedPages {
+    fn copy(set: &PageSet, ram: &GuestRam) -> io::Result<Self> {
+        let numbers: Vec<u64> = set.iter().collect();
+        let mut contents = vec![[0; frazil_snapstore::PAGE_SIZE]; numbers.len()];
+        for (number, page) in numbers.iter().zip(&mut contents) {
+            ram.read_page(*number, page)?;
+        }
+        Ok(Self { set: set.clone(), numbers, contents })
+    }
+}
+
+impl PageSource for StagedPages {
+    fn read_page(&self, page: u64, buf: &mut Page) -> io::Result<()> {
+        let index = self
+            .numbers
+            .binary_search(&page)
+            .map_err(|_| io::Error::other(format!("page {page} was not copied")))?;
+        buf.copy_from_slice(&self.contents[index]);
+        Ok(())
+    }
+}
+
+fn us(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+fn unix_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}

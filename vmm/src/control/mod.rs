@@ -1,0 +1,16 @@
+//! Controlling a running VM from outside: an HTTP/1.1 server on a Unix socket, its client, and
+//! the register of what runs on this host.
+//!
+//! `openapi.json` beside this file describes the requests; a test holds the two together.
+
+pub mod api;
+mod client;
+mod register;
+mod server;
+
+pub use client::Client;
+pub use register::{Registration, VmRecord, find, list, runtime_folder};
+pub use server::{OnEvent, Server};
+
+/// The description of the API, as it is served.
+pub const OPENAPI: &str = include_str!("openapi.json");

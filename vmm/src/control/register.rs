@@ -1,0 +1,192 @@
+//! Which VMs run on this host: one small file and one socket each in the user's runtime folder.
+
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Result, VmmError};
+
+/// What is known of a VM that runs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmRecord {
+    /// Its name.
+    pub name: String,
+    /// The process that runs it.
+    pub pid: u32,
+    /// Its control socket.
+    pub socket: PathBuf,
+}
+
+/// The folder of running VMs: `$FRAZIL_RUNTIME_DIR`, else `$XDG_RUNTIME_DIR/frazil`, else
+/// `/run/frazil` for root, else a folder in `/tmp` of the user's own.
+#[must_use]
+pub fn runtime_folder() -> PathBuf {
+    if let Some(folder) = std::env::var_os("FRAZIL_RUNTIME_DIR") {
+        return folder.into();
+    }
+    if let Some(folder) = std::env::var_os("XDG_RUNTIME_DIR") {
+        return Path::new(&folder).join("frazil");
+    }
+    match rustix::process::getuid().as_raw() {
+        0 => PathBuf::from("/run/frazil"),
+        uid => PathBuf::from(format!("/tmp/frazil-{uid}")),
+    }
+}
+
+/// A running VM's place in the register; dropping it takes the VM out.
+#[derive(Debug)]
+pub struct Registration {
+    record: VmRecord,
+    file: PathBuf,
+    // The lock says that the process lives: the kernel drops it however the process ends.
+    _lock: File,
+}
+
+impl Registration {
+    /// Enters a VM called `name`, with its control socket at `socket` or at the usual place.
+    ///
+    /// # Errors
+    /// [`VmmError::Config`] if `name` cannot be one, or a VM of that name runs.
+    pub fn enter(name: &str, socket: Option<PathBuf>) -> Result<Self> {
+        check_name(name)?;
+        let folder = runtime_folder();
+        make_private_folder(&folder)?;
+        let file = folder.join(format!("{name}.json"));
+        let lock = lock(&file, name)?;
+        let socket = socket.unwrap_or_else(|| folder.join(format!("{name}.sock")));
+        let record = VmRecord { name: name.to_owned(), pid: std::process::id(), socket };
+        let json = serde_json::to_vec(&record).map_err(|error| VmmError::Config(error.to_string()))?;
+        (&lock)
+            .write_all(&json)
+            .map_err(VmmError::host(format!("write {}", file.display())))?;
+        Ok(Self { record, file, _lock: lock })
+    }
+
+    /// What is known of the VM.
+    #[must_use]
+    pub fn record(&self) -> &VmRecord {
+        &self.record
+    }
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        // Whatever is left is recognised as stale, since the lock goes with this.
+        let _gone = fs::remove_file(&self.file);
+        let _gone = fs::remove_file(&self.record.socket);
+    }
+}
+
+fn check_name(name: &str) -> Result<()> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    if name.is_empty() || name.len() > 64 || name.starts_with('.') || !name.chars().all(allowed) {
+        return Err(VmmError::Config(format!(
+            "name: expected up to 64 letters, digits, `-`, `_` or `.`, not starting with `.`, found `{name}`"
+        )));
+    }
+    Ok(())
+}
+
+fn make_private_folder(folder: &Path) -> Result<()> {
+    let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(folder);
+    made.map_err(VmmError::host(format!("create {}", folder.display())))?;
+    // In /tmp somebody else may have made it first.
+    let owner = rustix::fs::stat(folder).map(|stat| stat.st_uid);
+    if owner != Ok(rustix::process::getuid().as_raw()) {
+        return Err(VmmError::Config(format!(
+            "{} belongs to another user: set FRAZIL_RUNTIME_DIR to a folder of your own",
+            folder.display()
+        )));
+    }
+    Ok(())
+}
+
+/// Opens and locks `file`, emptied. A leftover of a process that is gone is taken over.
+fn lock(file: &Path, name: &str) -> Result<File> {
+    let cannot = |error| VmmError::host(format!("create {}", file.display()))(error);
+    loop {
+        let lock = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(file).map_err(cannot)?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                let pid = read_record(file).map_or_else(String::new, |record| format!(" (process {})", record.pid));
+                return Err(VmmError::Config(format!("a VM `{name}` is running already{pid}: choose another --name, or `frazil stop {name}`")));
+            }
+            Err(TryLockError::Error(error)) => return Err(cannot(error)),
+        }
+        // Between opening and locking, its last owner may have removed it: then it is no name
+        // of the file that we locked.
+        let same = match (lock.metadata(), fs::metadata(file)) {
+            (Ok(ours), Ok(named)) => std::os::unix::fs::MetadataExt::ino(&ours) == std::os::unix::fs::MetadataExt::ino(&named),
+            _ => false,
+        };
+        if same {
+            lock.set_len(0).map_err(cannot)?;
+            return Ok(lock);
+        }
+    }
+}
+
+fn read_record(file: &Path) -> Option<VmRecord> {
+    serde_json::from_slice(&fs::read(file).ok()?).ok()
+}
+
+/// True if the process that entered `file` lives.
+fn is_live(file: &Path) -> bool {
+    File::open(file).is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
+}
+
+/// The VMs that run, by name. What processes that are gone left behind is cleared away.
+///
+/// # Errors
+/// [`VmmError::Host`] if the folder cannot be read.
+pub fn list() -> Result<Vec<VmRecord>> {
+    let folder = runtime_folder();
+    let entries = match fs::read_dir(&folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(VmmError::host(format!("read {}", folder.display()))(error)),
+    };
+    let mut records = Vec::new();
+    for entry in entries.flatten() {
+        let file = entry.path();
+        if file.extension().is_none_or(|extension| extension != "json") {
+            continue;
+        }
+        match read_record(&file) {
+            Some(record) if is_live(&file) => records.push(record),
+            Some(record) => {
+                let _gone = fs::remove_file(&record.socket);
+                let _gone = fs::remove_file(&file);
+            }
+            // Being written just now, or not ours.
+            None => {}
+        }
+    }
+    records.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(records)
+}
+
+/// The VM called `name`; a path is taken as the path of its socket.
+///
+/// # Errors
+/// [`VmmError::NoSuchVm`].
+pub fn find(name: &str) -> Result<VmRecord> {
+    if name.contains('/') {
+        return Ok(VmRecord { name: name.to_owned(), pid: 0, socket: name.into() });
+    }
+    let running = list()?;
+    let names = running.iter().map(|record| record.name.clone()).collect::<Vec<_>>().join(", ");
+    running.into_iter().find(|record| record.name == name).ok_or_else(|| VmmError::NoSuchVm {
+        name: name.to_owned(),
+        found: if names.is_empty() { "none runs".into() } else { format!("running: {names}") },
+    })
+}
+
+/// Lets only the user connect.
+pub(super) fn make_private_socket(socket: &Path) -> io::Result<()> {
+    fs::set_permissions(socket, fs::Permissions::from_mode(0o600))
+}

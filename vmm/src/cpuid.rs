@@ -1,0 +1,36 @@
+//! What CPUID tells each vCPU of a new machine.
+
+use kvm_bindings::CpuId;
+
+use crate::error::Result;
+use crate::kvm::Hypervisor;
+
+const HYPERVISOR_BIT: u32 = 1 << 31;
+const TSC_DEADLINE_BIT: u32 = 1 << 24;
+
+/// The host's features, with the fields that differ from vCPU to vCPU set for number `index` of
+/// `cpus`: APIC ids and topology (Intel SDM vol. 2A, CPUID).
+///
+/// # Errors
+/// If KVM cannot list its features.
+pub fn for_vcpu(hypervisor: &Hypervisor, index: usize, cpus: usize) -> Result<CpuId> {
+    let mut cpuid = hypervisor.supported_cpuid()?;
+    let apic_id = index as u32;
+    for entry in cpuid.as_mut_slice() {
+        match entry.function {
+            0x1 => {
+                entry.ecx |= HYPERVISOR_BIT | TSC_DEADLINE_BIT;
+                entry.ebx = entry.ebx & 0xffff | (cpus as u32) << 16 | apic_id << 24;
+            }
+            // One thread a core, all cores in one package.
+            0xb | 0x1f => {
+                let levels = [(0, 1, 1), (usize::BITS - (cpus.max(1) - 1).leading_zeros(), cpus as u32, 2)];
+                let (shift, count, kind) = levels.get(entry.index as usize).copied().unwrap_or((0, 0, 0));
+                (entry.eax, entry.ebx, entry.ecx, entry.edx) = (shift, count, kind << 8 | entry.index, apic_id);
+            }
+            0x8000_001e => entry.eax = apic_id,
+            _ => {}
+        }
+    }
+    Ok(cpuid)
+}

@@ -1,0 +1,40 @@
+//! As much of the keyboard controller as a guest needs to reset its machine.
+
+use super::{Device, SnapshotSupport};
+use crate::error::Result;
+use crate::vcpu::Ended;
+
+const DATA: u16 = 0x60;
+const COMMAND: u16 = 0x64;
+/// "Pulse output line 0", which is wired to the processor's reset.
+const COMMAND_RESET: u8 = 0xfe;
+
+/// The controller. No keyboard, no mouse: its buffers are always empty.
+#[derive(Clone, Copy, Debug)]
+pub struct I8042;
+
+/// True if `port` is one of its two.
+#[must_use]
+pub fn owns(port: u16) -> bool {
+    matches!(port, DATA | COMMAND)
+}
+
+impl I8042 {
+    /// Handles a write; a reset ends the machine.
+    #[must_use]
+    pub fn write(self, port: u16, value: u8) -> Option<Ended> {
+        (port == COMMAND && value == COMMAND_RESET).then_some(Ended::GuestReset)
+    }
+
+    /// Status and data both read as zero: nothing in, nothing out.
+    #[must_use]
+    pub fn read(self, _port: u16) -> u8 {
+        0
+    }
+}
+
+impl Device for I8042 {
+    fn snapshot(&self) -> Result<SnapshotSupport> {
+        Ok(SnapshotSupport::Stateless)
+    }
+}

@@ -1,0 +1,98 @@
+//! Devices, and the bus that leads to them.
+
+pub mod i8042;
+pub mod platform;
+pub mod serial;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use frazil_snapstore::StateChunk;
+
+use crate::error::Result;
+use crate::vcpu::Ended;
+use i8042::I8042;
+use serial::SerialPort;
+
+/// What a device says about saving itself. There is no default: each device decides.
+#[derive(Debug)]
+pub enum SnapshotSupport {
+    /// It has state, which is this chunk.
+    State(StateChunk),
+    /// It has none: a new one is as good as the old.
+    Stateless,
+}
+
+/// A device, as checkpoints see it. Restoring is each type's own constructor.
+pub trait Device {
+    /// Its state at this moment. The vCPUs are stopped.
+    ///
+    /// # Errors
+    /// If the state cannot be had.
+    fn snapshot(&self) -> Result<SnapshotSupport>;
+}
+
+/// The port I/O bus of a machine. All ports no device has read as ones.
+#[derive(Debug)]
+pub struct Bus {
+    serial: Mutex<SerialPort>,
+    keyboard: I8042,
+}
+
+impl Bus {
+    /// A bus with COM1 and the keyboard controller.
+    #[must_use]
+    pub fn new(serial: SerialPort) -> Self {
+        Self { serial: Mutex::new(serial), keyboard: I8042 }
+    }
+
+    /// The serial port.
+    pub fn serial(&self) -> MutexGuard<'_, SerialPort> {
+        self.serial.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Handles a write to a port. Devices on the bus are eight bits wide: wider accesses touch
+    /// consecutive ports. Returns the machine's end, if the write asks for that.
+    pub fn pio_write(&self, port: u16, data: &[u8]) -> Option<Ended> {
+        let mut ended = None;
+        for (offset, value) in data.iter().enumerate() {
+            let port = port.wrapping_add(offset as u16);
+            if let Some(register) = serial::register(port) {
+                self.serial().write(register, *value);
+            } else if i8042::owns(port) {
+                ended = ended.or(self.keyboard.write(port, *value));
+            }
+        }
+        ended
+    }
+
+    /// Handles a read from a port.
+    pub fn pio_read(&self, port: u16, data: &mut [u8]) {
+        for (offset, value) in data.iter_mut().enumerate() {
+            let port = port.wrapping_add(offset as u16);
+            *value = if let Some(register) = serial::register(port) {
+                self.serial().read(register)
+            } else if i8042::owns(port) {
+                self.keyboard.read(port)
+            } else {
+                0xff
+            };
+        }
+    }
+
+    /// The state of every device on the bus.
+    ///
+    /// # Errors
+    /// The first device's that cannot be saved.
+    pub fn snapshot(&self) -> Result<Vec<StateChunk>> {
+        let mut chunks = Vec::new();
+        let serial = self.serial();
+        let devices: [&dyn Device; 2] = [&*serial, &self.keyboard];
+        for device in devices {
+            match device.snapshot()? {
+                SnapshotSupport::State(chunk) => chunks.push(chunk),
+                SnapshotSupport::Stateless => {}
+            }
+        }
+        Ok(chunks)
+    }
+}

@@ -1,0 +1,239 @@
+//! The devices KVM itself plays: interrupt controllers, interval timer, clock.
+//!
+//! `unsafe` is allowed here because KVM's interrupt controller state is a C union.
+#![allow(unsafe_code)]
+
+use frazil_snapstore::StateChunk;
+use kvm_bindings::{
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_ioapic_state,
+    kvm_irqchip, kvm_pic_state, kvm_pit_channel_state, kvm_pit_state2,
+};
+use kvm_ioctls::VmFd;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::error::{Result, VmmError};
+use crate::state::{ChunkSet, Saved, chunk};
+use crate::vcpu::saved::Reg;
+
+const IRQCHIP: &str = "irqchip";
+const PIT: &str = "pit";
+const CLOCK: &str = "clock";
+
+/// The raw state of all three, as read while the guest is stopped.
+#[derive(Debug)]
+pub struct CapturedPlatform {
+    pics: [kvm_pic_state; 2],
+    ioapic: kvm_ioapic_state,
+    pit: kvm_pit_state2,
+    clock: kvm_clock_data,
+}
+
+impl std::fmt::Debug for SavedIrqchip {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SavedIrqchip").finish_non_exhaustive()
+    }
+}
+
+/// Reads the platform's state. The vCPUs are stopped.
+///
+/// # Errors
+/// [`VmmError::Kvm`].
+pub fn capture(vm: &VmFd) -> Result<CapturedPlatform> {
+    let chip = |chip_id| -> Result<kvm_irqchip> {
+        let mut chip = kvm_irqchip { chip_id, ..Default::default() };
+        vm.get_irqchip(&mut chip).map_err(VmmError::kvm("read the interrupt controllers"))?;
+        Ok(chip)
+    };
+    let (master, slave, ioapic) = (chip(KVM_IRQCHIP_PIC_MASTER)?, chip(KVM_IRQCHIP_PIC_SLAVE)?, chip(KVM_IRQCHIP_IOAPIC)?);
+    // SAFETY: KVM filled the member of the union that the chip id names.
+    let (pics, ioapic) = unsafe { ([master.chip.pic, slave.chip.pic], ioapic.chip.ioapic) };
+    Ok(CapturedPlatform {
+        pics,
+        ioapic,
+        pit: vm.get_pit2().map_err(VmmError::kvm("read the timer"))?,
+        clock: vm.get_clock().map_err(VmmError::kvm("read the clock"))?,
+    })
+}
+
+impl CapturedPlatform {
+    /// Its chunks.
+    ///
+    /// # Errors
+    /// If one cannot be encoded.
+    pub fn save(&self) -> Result<Vec<StateChunk>> {
+        let irqchip = SavedIrqchip { pics: self.pics.map(SavedPic::from), ioapic: SavedIoapic::from(&self.ioapic) };
+        let clock = SavedClock { kvmclock_ns: self.clock.clock.into() };
+        Ok(vec![chunk(IRQCHIP, &irqchip)?, chunk(PIT, &SavedPit::from(&self.pit))?, chunk(CLOCK, &clock)?])
+    }
+}
+
+/// Puts the saved platform into a new VM.
+///
+/// # Errors
+/// [`VmmError::State`] or [`VmmError::Kvm`].
+pub fn restore(vm: &VmFd, chunks: &mut ChunkSet) -> Result<()> {
+    let SavedIrqchip { pics: [master, slave], ioapic } = chunks.take(IRQCHIP)?;
+    let chips = [
+        (KVM_IRQCHIP_PIC_MASTER, kvm_bindings::kvm_irqchip__bindgen_ty_1 { pic: master.into() }),
+        (KVM_IRQCHIP_PIC_SLAVE, kvm_bindings::kvm_irqchip__bindgen_ty_1 { pic: slave.into() }),
+        (KVM_IRQCHIP_IOAPIC, kvm_bindings::kvm_irqchip__bindgen_ty_1 { ioapic: ioapic.into() }),
+    ];
+    for (chip_id, chip) in chips {
+        vm.set_irqchip(&kvm_irqchip { chip_id, pad: 0, chip }).map_err(VmmError::kvm("set the interrupt controllers"))?;
+    }
+    let pit: SavedPit = chunks.take(PIT)?;
+    vm.set_pit2(&pit.into()).map_err(VmmError::kvm("set the timer"))?;
+    let SavedClock { kvmclock_ns } = chunks.take(CLOCK)?;
+    // Flags stay zero: the guest's clock goes on from where it stopped.
+    let clock = kvm_clock_data { clock: kvmclock_ns.into(), ..Default::default() };
+    vm.set_clock(&clock).map_err(VmmError::kvm("set the clock"))
+}
+
+/// Both 8259As and the I/O APIC.
+#[derive(Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SavedIrqchip {
+    pics: [SavedPic; 2],
+    ioapic: SavedIoapic,
+}
+
+impl Saved for SavedIrqchip {
+    const KIND: &'static str = "kvm.irqchip";
+    const VERSION: u32 = 1;
+
+    fn upgrade(version: u32, _body: Value) -> Result<Value, String> {
+        Err(format!("version {version} was never written"))
+    }
+}
+
+macro_rules! saved_pic {
+    ($($field:ident),* $(,)?) => {
+        #[derive(Clone, PartialEq, Serialize, Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct SavedPic { $($field: u8,)* }
+
+        impl From<kvm_pic_state> for SavedPic {
+            fn from(state: kvm_pic_state) -> Self {
+                let kvm_pic_state { $($field,)* } = state;
+                Self { $($field,)* }
+            }
+        }
+
+        impl From<SavedPic> for kvm_pic_state {
+            fn from(saved: SavedPic) -> Self {
+                let SavedPic { $($field,)* } = saved;
+                Self { $($field,)* }
+            }
+        }
+    };
+}
+
+saved_pic!(
+    last_irr, irr, imr, isr, priority_add, irq_base, read_reg_select, poll, special_mask, init_state,
+    auto_eoi, rotate_on_auto_eoi, special_fully_nested_mode, init4, elcr, elcr_mask,
+);
+
+#[derive(Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SavedIoapic {
+    base_address: Reg,
+    ioregsel: u32,
+    id: u32,
+    irr: u32,
+    redirtbl: Vec<Reg>,
+}
+
+impl From<&kvm_ioapic_state> for SavedIoapic {
+    fn from(state: &kvm_ioapic_state) -> Self {
+        let kvm_ioapic_state { base_address, ioregsel, id, irr, pad: _, redirtbl } = *state;
+        // SAFETY: both members of each entry are plain 64 bits.
+        let redirtbl = redirtbl.iter().map(|entry| Reg(unsafe { entry.bits })).collect();
+        Self { base_address: base_address.into(), ioregsel, id, irr, redirtbl }
+    }
+}
+
+impl From<SavedIoapic> for kvm_ioapic_state {
+    fn from(saved: SavedIoapic) -> Self {
+        let SavedIoapic { base_address, ioregsel, id, irr, redirtbl } = saved;
+        let mut state = Self { base_address: base_address.into(), ioregsel, id, irr, ..Default::default() };
+        for (entry, bits) in state.redirtbl.iter_mut().zip(redirtbl) {
+            entry.bits = bits.into();
+        }
+        state
+    }
+}
+
+macro_rules! saved_pit_channel {
+    ($($field:ident: $type:ty),* $(,)?) => {
+        #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct SavedPitChannel { $($field: $type,)* }
+
+        impl From<kvm_pit_channel_state> for SavedPitChannel {
+            fn from(state: kvm_pit_channel_state) -> Self {
+                let kvm_pit_channel_state { $($field,)* } = state;
+                Self { $($field,)* }
+            }
+        }
+
+        impl From<SavedPitChannel> for kvm_pit_channel_state {
+            fn from(saved: SavedPitChannel) -> Self {
+                let SavedPitChannel { $($field,)* } = saved;
+                Self { $($field,)* }
+            }
+        }
+    };
+}
+
+saved_pit_channel!(
+    count: u32, latched_count: u16, count_latched: u8, status_latched: u8, status: u8, read_state: u8,
+    write_state: u8, write_latch: u8, rw_mode: u8, mode: u8, bcd: u8, gate: u8, count_load_time: i64,
+);
+
+/// The 8254.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SavedPit {
+    channels: [SavedPitChannel; 3],
+    flags: u32,
+}
+
+impl From<&kvm_pit_state2> for SavedPit {
+    fn from(state: &kvm_pit_state2) -> Self {
+        let kvm_pit_state2 { channels, flags, reserved: _ } = *state;
+        Self { channels: channels.map(SavedPitChannel::from), flags }
+    }
+}
+
+impl From<SavedPit> for kvm_pit_state2 {
+    fn from(saved: SavedPit) -> Self {
+        let SavedPit { channels, flags } = saved;
+        Self { channels: channels.map(kvm_pit_channel_state::from), flags, ..Default::default() }
+    }
+}
+
+impl Saved for SavedPit {
+    const KIND: &'static str = "kvm.pit2";
+    const VERSION: u32 = 1;
+
+    fn upgrade(version: u32, _body: Value) -> Result<Value, String> {
+        Err(format!("version {version} was never written"))
+    }
+}
+
+/// kvmclock, in nanoseconds since the guest's boot.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SavedClock {
+    kvmclock_ns: Reg,
+}
+
+impl Saved for SavedClock {
+    const KIND: &'static str = "kvm.clock";
+    const VERSION: u32 = 1;
+
+    fn upgrade(version: u32, _body: Value) -> Result<Value, String> {
+        Err(format!("version {version} was never written"))
+    }
+}

@@ -1,0 +1,249 @@
+//! COM1: a 16550A at 0x3f8 with IRQ 4.
+
+use std::io::{self, Write};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crossbeam_channel::Sender;
+use kvm_ioctls::VmFd;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use vm_superio::serial::{NoEvents, SerialState};
+use vm_superio::{Serial, Trigger};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::{Device, SnapshotSupport};
+use crate::error::{Result, VmmError};
+use crate::state::{Saved, chunk};
+
+const BASE: u16 = 0x3f8;
+const IRQ: u32 = 4;
+/// The name of its chunk.
+pub const CHUNK: &str = "serial0";
+/// Writes that wait for a slow reader before they are dropped.
+const QUEUE_WRITES: usize = 64 * 1024;
+
+/// The register behind `port`, if it is one of the serial port's.
+#[must_use]
+pub fn register(port: u16) -> Option<u8> {
+    port.checked_sub(BASE).filter(|offset| *offset < 8).map(|offset| offset as u8)
+}
+
+/// Where the guest's serial output goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SerialOutput {
+    /// This process's standard output.
+    Stdout,
+    /// This process's standard error.
+    Stderr,
+    /// Appended to a file.
+    File(std::path::PathBuf),
+    /// Nowhere.
+    Null,
+}
+
+impl SerialOutput {
+    fn open(&self) -> Result<Box<dyn Write + Send>> {
+        let open = |path: &Path| std::fs::OpenOptions::new().create(true).append(true).open(path);
+        Ok(match self {
+            Self::Stdout => Box::new(io::stdout()),
+            Self::Stderr => Box::new(io::stderr()),
+            Self::File(path) => Box::new(open(path).map_err(VmmError::host(format!("open {}", path.display())))?),
+            Self::Null => Box::new(io::sink()),
+        })
+    }
+}
+
+/// Hands output to a thread, so that a slow terminal or a full pipe never stops a vCPU.
+#[derive(Debug)]
+struct QueuedOutput {
+    queue: Sender<Vec<u8>>,
+    dropped: Arc<AtomicU64>,
+}
+
+impl QueuedOutput {
+    fn new(mut output: Box<dyn Write + Send>) -> Result<Self> {
+        let (queue, waiting) = crossbeam_channel::bounded::<Vec<u8>>(QUEUE_WRITES);
+        let dropped = Arc::new(AtomicU64::new(0));
+        std::thread::Builder::new()
+            .name("frazil-serial".into())
+            .spawn(move || {
+                while let Ok(first) = waiting.recv() {
+                    let bytes: Vec<u8> = std::iter::once(first).chain(waiting.try_iter()).flatten().collect();
+                    // A reader that is gone must not stop the guest.
+                    if output.write_all(&bytes).and_then(|()| output.flush()).is_err() {
+                        return;
+                    }
+                }
+            })
+            .map_err(VmmError::host("start the serial thread"))?;
+        Ok(Self { queue, dropped })
+    }
+}
+
+impl Write for QueuedOutput {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.queue.try_send(bytes.to_vec()).is_err() {
+            self.dropped.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[derive(Debug)]
+struct Irq(EventFd);
+
+impl Trigger for Irq {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.write(1)
+    }
+}
+
+/// The port.
+#[derive(Debug)]
+pub struct SerialPort {
+    serial: Serial<Irq, NoEvents, QueuedOutput>,
+}
+
+impl SerialPort {
+    /// A port in its reset state, its interrupt wired to `vm`.
+    ///
+    /// # Errors
+    /// If the output or the interrupt cannot be had.
+    pub fn new(vm: &VmFd, output: &SerialOutput) -> Result<Self> {
+        Ok(Self { serial: Serial::new(irq(vm)?, QueuedOutput::new(output.open()?)?) })
+    }
+
+    /// A port with the state `saved`.
+    ///
+    /// # Errors
+    /// As [`Self::new`], and [`VmmError::State`] if the state makes no sense.
+    pub fn restore(vm: &VmFd, output: &SerialOutput, saved: SavedSerial) -> Result<Self> {
+        let output = QueuedOutput::new(output.open()?)?;
+        let serial = Serial::from_state(&saved.into(), irq(vm)?, NoEvents, output).map_err(|error| VmmError::State {
+            chunk: CHUNK.into(),
+            expected: "the state of a 16550A".into(),
+            found: format!("{error:?}"),
+        })?;
+        Ok(Self { serial })
+    }
+
+    pub(super) fn write(&mut self, register: u8, value: u8) {
+        // Only the interrupt's eventfd could fail: when its counter is full, an interrupt is
+        // pending anyway.
+        let _full = self.serial.write(register, value);
+    }
+
+    pub(super) fn read(&mut self, register: u8) -> u8 {
+        self.serial.read(register)
+    }
+
+    /// Bytes dropped because nobody read them in time.
+    #[must_use]
+    pub fn dropped_bytes(&self) -> u64 {
+        self.serial.writer().dropped.load(Ordering::Relaxed)
+    }
+}
+
+fn irq(vm: &VmFd) -> Result<Irq> {
+    let event = EventFd::new(EFD_NONBLOCK).map_err(VmmError::host("create an eventfd"))?;
+    vm.register_irqfd(&event, IRQ).map_err(VmmError::kvm("wire the serial interrupt"))?;
+    Ok(Irq(event))
+}
+
+impl Device for SerialPort {
+    fn snapshot(&self) -> Result<SnapshotSupport> {
+        Ok(SnapshotSupport::State(chunk(CHUNK, &SavedSerial::from(self.serial.state()))?))
+    }
+}
+
+/// The registers of a 16550A and what waits in its receive buffer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs)] // the names are those of the data sheet
+pub struct SavedSerial {
+    pub baud_divisor_low: u8,
+    pub baud_divisor_high: u8,
+    pub interrupt_enable: u8,
+    pub interrupt_identification: u8,
+    pub line_control: u8,
+    pub line_status: u8,
+    pub modem_control: u8,
+    pub modem_status: u8,
+    pub scratch: u8,
+    pub in_buffer: Vec<u8>,
+}
+
+impl From<SerialState> for SavedSerial {
+    fn from(state: SerialState) -> Self {
+        let SerialState {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable,
+            interrupt_identification,
+            line_control,
+            line_status,
+            modem_control,
+            modem_status,
+            scratch,
+            in_buffer,
+        } = state;
+        Self {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable,
+            interrupt_identification,
+            line_control,
+            line_status,
+            modem_control,
+            modem_status,
+            scratch,
+            in_buffer,
+        }
+    }
+}
+
+impl From<SavedSerial> for SerialState {
+    fn from(saved: SavedSerial) -> Self {
+        let SavedSerial {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable,
+            interrupt_identification,
+            line_control,
+            line_status,
+            modem_control,
+            modem_status,
+            scratch,
+            in_buffer,
+        } = saved;
+        Self {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable,
+            interrupt_identification,
+            line_control,
+            line_status,
+            modem_control,
+            modem_status,
+            scratch,
+            in_buffer,
+        }
+    }
+}
+
+impl Saved for SavedSerial {
+    const KIND: &'static str = "uart16550a";
+    const VERSION: u32 = 1;
+
+    fn upgrade(version: u32, _body: Value) -> Result<Value, String> {
+        Err(format!("version {version} was never written"))
+    }
+}

@@ -1,0 +1,89 @@
+//! What can go wrong around a machine, said so that a person can act on it.
+
+use frazil_snapstore::StoreError;
+use frazil_snapstore::pager::PagerError;
+
+/// Every error this crate returns.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum VmmError {
+    /// KVM cannot be had at all.
+    #[error("cannot use KVM: {found}; {advice}")]
+    NoKvm {
+        /// What was found instead.
+        found: String,
+        /// What to do.
+        advice: &'static str,
+    },
+    /// A KVM call failed.
+    #[error("KVM refused to {op}: {source}")]
+    Kvm {
+        /// What was tried, as a verb.
+        op: &'static str,
+        /// KVM's own error.
+        source: kvm_ioctls::Error,
+    },
+    /// The host refused something else.
+    #[error("cannot {op}: {source}")]
+    Host {
+        /// What was tried, as a verb.
+        op: String,
+        /// The system's own error.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The configuration asks for what cannot be.
+    #[error("{0}")]
+    Config(String),
+    /// The kernel, initrd or command line cannot be loaded.
+    #[error("cannot boot {what}: expected {expected}, found {found}")]
+    Boot {
+        /// The file or part.
+        what: String,
+        /// What can be booted.
+        expected: String,
+        /// What was there.
+        found: String,
+    },
+    /// Saved state does not fit this program or this host.
+    #[error("state chunk `{chunk}`: expected {expected}, found {found}")]
+    State {
+        /// The chunk's name.
+        chunk: String,
+        /// What was expected.
+        expected: String,
+        /// What was found.
+        found: String,
+    },
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The pager failed.
+    #[error(transparent)]
+    Pager(#[from] PagerError),
+    /// The machine is not in a state for that.
+    #[error("{0}")]
+    NotNow(String),
+    /// A machine that is not there, or not any more.
+    #[error("no running VM `{name}`: {found}; `frazil ps` lists those that run")]
+    NoSuchVm {
+        /// The name as given.
+        name: String,
+        /// What there is instead.
+        found: String,
+    },
+}
+
+impl VmmError {
+    pub(crate) fn host(op: impl Into<String>) -> impl FnOnce(std::io::Error) -> Self {
+        let op = op.into();
+        move |source| Self::Host { op, source }
+    }
+
+    pub(crate) fn kvm(op: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Self {
+        move |source| Self::Kvm { op, source }
+    }
+}
+
+/// This crate's result.
+pub type Result<T, E = VmmError> = std::result::Result<T, E>;

@@ -1,0 +1,133 @@
+//! KVM itself: opening it, checking what it can, and the bare VM with its memory slots.
+//!
+//! `unsafe` is allowed here because handing guest memory to KVM is only sound while the mapping
+//! lives, and this module keeps the two together.
+#![allow(unsafe_code)]
+
+use std::sync::Arc;
+
+use kvm_bindings::{
+    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
+    kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, Kvm, VmFd};
+
+use crate::error::{Result, VmmError};
+use crate::memory::GuestRam;
+
+/// Three pages below 4 GiB that Intel's KVM wants for itself.
+const TSS_ADDRESS: usize = 0xfffb_d000;
+
+/// An open /dev/kvm that can do what frazil needs.
+#[derive(Debug)]
+pub struct Hypervisor {
+    kvm: Kvm,
+}
+
+impl Hypervisor {
+    /// Opens /dev/kvm and checks it.
+    ///
+    /// # Errors
+    /// [`VmmError::NoKvm`] saying what is missing and what to do.
+    pub fn open() -> Result<Self> {
+        let kvm = Kvm::new().map_err(|error| match error.errno() {
+            libc::ENOENT => VmmError::NoKvm {
+                found: "there is no /dev/kvm".into(),
+                advice: "load kvm_intel or kvm_amd (modprobe), enable virtualization in the firmware, \
+                         or, inside a VM, nested virtualization",
+            },
+            libc::EACCES | libc::EPERM => VmmError::NoKvm {
+                found: "no permission to open /dev/kvm".into(),
+                advice: "add yourself to the group that owns it (usually `kvm`), or run as root",
+            },
+            _ => VmmError::NoKvm {
+                found: format!("opening /dev/kvm failed: {error}"),
+                advice: "check `dmesg` for what KVM says",
+            },
+        })?;
+        if kvm.get_api_version() != 12 {
+            return Err(VmmError::NoKvm {
+                found: format!("KVM API version {}", kvm.get_api_version()),
+                advice: "use a Linux kernel with the stable API, version 12",
+            });
+        }
+        let needed = [
+            (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
+            (Cap::Pit2, "KVM_CAP_PIT2"),
+            (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+            (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+            (Cap::VcpuEvents, "KVM_CAP_VCPU_EVENTS"),
+            (Cap::Xsave, "KVM_CAP_XSAVE"),
+            (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK"),
+        ];
+        let missing: Vec<_> =
+            needed.iter().filter(|(cap, _)| !kvm.check_extension(*cap)).map(|(_, name)| *name).collect();
+        if !missing.is_empty() {
+            return Err(VmmError::NoKvm {
+                found: format!("this KVM lacks {}", missing.join(", ")),
+                advice: "use a newer Linux kernel",
+            });
+        }
+        Ok(Self { kvm })
+    }
+
+    /// The CPUID leaves this host can give a guest.
+    ///
+    /// # Errors
+    /// [`VmmError::Kvm`].
+    pub fn supported_cpuid(&self) -> Result<CpuId> {
+        self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(VmmError::kvm("list CPUID features"))
+    }
+
+    /// Indices of the MSRs that make up a vCPU's state.
+    ///
+    /// # Errors
+    /// [`VmmError::Kvm`].
+    pub fn msr_indices(&self) -> Result<Vec<u32>> {
+        let list = self.kvm.get_msr_index_list().map_err(VmmError::kvm("list MSRs"))?;
+        Ok(list.as_slice().to_vec())
+    }
+
+    /// The most vCPUs a VM may have.
+    #[must_use]
+    pub fn max_cpus(&self) -> usize {
+        self.kvm.get_max_vcpus()
+    }
+}
+
+/// A VM with memory and interrupt controllers, and no vCPUs yet.
+#[derive(Debug)]
+pub struct VmShell {
+    /// KVM's handle. Declared before `ram`, so that KVM lets go of the memory first.
+    pub fd: Arc<VmFd>,
+    /// The memory, which every slot refers to.
+    pub ram: Arc<GuestRam>,
+}
+
+impl VmShell {
+    /// Creates a VM over `ram`, with the in-kernel interrupt controllers and timer, and the dirty
+    /// log on from the first instruction.
+    ///
+    /// # Errors
+    /// [`VmmError::Kvm`] naming what KVM refused.
+    pub fn new(hypervisor: &Hypervisor, ram: Arc<GuestRam>) -> Result<Self> {
+        let fd = hypervisor.kvm.create_vm().map_err(VmmError::kvm("create a VM"))?;
+        fd.set_tss_address(TSS_ADDRESS).map_err(VmmError::kvm("set the TSS address"))?;
+        fd.create_irq_chip().map_err(VmmError::kvm("create the interrupt controllers"))?;
+        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        fd.create_pit2(pit).map_err(VmmError::kvm("create the timer"))?;
+        for (slot, (range, address)) in ram.mapped_ranges().enumerate() {
+            let region = kvm_userspace_memory_region {
+                slot: slot as u32,
+                flags: KVM_MEM_LOG_DIRTY_PAGES,
+                guest_phys_addr: range.gpa,
+                memory_size: range.len_bytes,
+                userspace_addr: address as u64,
+            };
+            // SAFETY: the mapping belongs to `ram`, which lives as long as the shell, is as long
+            // as the slot says, and no other slot covers it.
+            unsafe { fd.set_user_memory_region(region) }.map_err(VmmError::kvm("add a memory slot"))?;
+        }
+        Ok(Self { fd: Arc::new(fd), ram })
+    }
+}

@@ -1,0 +1,29 @@
+//! The machine of frazil: KVM, RAM in a memfd, vCPUs, devices, dirty tracking, and taking
+//! snapshots of all that while it runs.
+//!
+//! [`Vm::boot`] builds a machine, [`Vm::checkpoint`] saves it to a store while it runs, and
+//! [`Vm::resume`] builds it again from nothing but a snapshot, its memory arriving as it is
+//! touched. Pages, trees and segments are `frazil_snapstore`'s; this crate never sees a byte of
+//! the store's format. See `DESIGN.md` for who owns what and in which order things happen.
+
+pub mod boot;
+pub mod checkpoint;
+pub mod control;
+mod cpuid;
+pub mod devices;
+pub mod dirty;
+mod error;
+pub mod kvm;
+pub mod memory;
+pub mod scheduler;
+pub mod state;
+pub mod vcpu;
+mod vm;
+pub mod workload;
+mod workload_memory;
+
+pub use checkpoint::{CheckpointReport, CheckpointRequest, CheckpointStats, CheckpointTotals, ProgressReport, Round};
+pub use error::{Result, VmmError};
+pub use vcpu::Ended;
+pub use vm::{Guest, HostConfig, Loading, MachineConfig, SavedGuest, SavedMachine, Vm};
+pub use workload_memory::{saved_machine, verify_snapshot};

@@ -1,0 +1,153 @@
+//! Where vCPU threads and those who stop them meet.
+
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+/// Why a machine ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "reason", rename_all = "snake_case")]
+pub enum Ended {
+    /// Somebody asked for it.
+    Stopped,
+    /// Suspended to a snapshot with `checkpoint --exit`.
+    Suspended,
+    /// The guest reset or powered off its machine.
+    GuestReset,
+    /// The guest crashed: a triple fault.
+    GuestCrashed {
+        /// Where, as far as is known.
+        detail: String,
+    },
+    /// The machine cannot go on.
+    Failed {
+        /// Why.
+        detail: String,
+    },
+}
+
+/// What vCPU threads should be doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Goal {
+    Run,
+    /// Stop at an instruction boundary; with `capture`, read the state too.
+    Park { capture: bool },
+    Exit,
+}
+
+#[derive(Debug)]
+struct Inner {
+    goal: Goal,
+    /// Counts goals, so that a thread parks once for each.
+    epoch: u64,
+    parked: usize,
+    alive: usize,
+    ended: Option<Ended>,
+}
+
+/// See the module's text.
+#[derive(Debug)]
+pub(super) struct Gate {
+    inner: Mutex<Inner>,
+    /// Threads wait here for another goal.
+    goal_changed: Condvar,
+    /// Those who stop them wait here for threads to arrive or leave.
+    moved: Condvar,
+}
+
+impl Gate {
+    /// A gate for `threads` vCPU threads, which start parked.
+    pub(super) fn new(threads: usize) -> Self {
+        Self {
+            inner: Mutex::new(Inner { goal: Goal::Park { capture: false }, epoch: 0, parked: 0, alive: threads, ended: None }),
+            goal_changed: Condvar::new(),
+            moved: Condvar::new(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn goal(&self) -> (Goal, u64) {
+        let inner = self.lock();
+        (inner.goal, inner.epoch)
+    }
+
+    /// Sets the goal. Exit is final.
+    pub(super) fn set_goal(&self, goal: Goal) {
+        let mut inner = self.lock();
+        if inner.goal != Goal::Exit {
+            inner.goal = goal;
+            inner.epoch += 1;
+        }
+        drop(inner);
+        self.goal_changed.notify_all();
+    }
+
+    /// Called by a vCPU thread that has stopped for `epoch`: waits for another goal.
+    pub(super) fn park(&self, epoch: u64) {
+        let mut inner = self.lock();
+        if inner.epoch != epoch {
+            return;
+        }
+        inner.parked += 1;
+        self.moved.notify_all();
+        while inner.epoch == epoch {
+            inner = self.goal_changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
+        }
+        inner.parked -= 1;
+        drop(inner);
+        self.moved.notify_all();
+    }
+
+    /// Called by a vCPU thread as its last act.
+    pub(super) fn leave(&self) {
+        self.lock().alive -= 1;
+        self.moved.notify_all();
+    }
+
+    /// Waits until all threads are parked; false if that took longer than `patience`.
+    pub(super) fn wait_parked(&self, patience: Duration) -> bool {
+        self.wait(patience, |inner| inner.parked == inner.alive)
+    }
+
+    /// Waits until all threads have left the gate; false if that took longer than `patience`.
+    pub(super) fn wait_unparked(&self, patience: Duration) -> bool {
+        self.wait(patience, |inner| inner.parked == 0 || inner.goal != Goal::Run)
+    }
+
+    fn wait(&self, patience: Duration, reached: impl Fn(&Inner) -> bool) -> bool {
+        let until = Instant::now() + patience;
+        let mut inner = self.lock();
+        while !reached(&inner) {
+            let Some(left) = until.checked_duration_since(Instant::now()) else { return false };
+            inner = self.moved.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+
+    /// Ends the machine, for the first reason given.
+    pub(super) fn end(&self, reason: Ended) {
+        let mut inner = self.lock();
+        inner.ended.get_or_insert(reason);
+        if inner.goal != Goal::Exit {
+            inner.goal = Goal::Exit;
+            inner.epoch += 1;
+        }
+        drop(inner);
+        self.goal_changed.notify_all();
+        self.moved.notify_all();
+    }
+
+    pub(super) fn ended(&self) -> Option<Ended> {
+        self.lock().ended.clone()
+    }
+
+    /// Waits for the machine's end; None if it goes on after `patience`.
+    pub(super) fn wait_ended(&self, patience: Duration) -> Option<Ended> {
+        self.wait(patience, |inner| inner.ended.is_some());
+        self.ended()
+    }
+}

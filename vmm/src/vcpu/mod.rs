@@ -1,0 +1,352 @@
+//! vCPUs: a thread each, that can be stopped at an instruction boundary and read.
+//!
+//! `unsafe` is allowed here for the signal that kicks a thread out of KVM_RUN: its handler sets
+//! `immediate_exit` in the thread's own `kvm_run`, which no wrapper can do from outside.
+#![allow(unsafe_code)]
+
+mod gate;
+pub mod saved;
+mod state;
+
+use std::cell::Cell;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use kvm_bindings::{CpuId, KVM_SYSTEM_EVENT_CRASH};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use vmm_sys_util::signal::{Killable, register_signal_handler};
+
+use crate::devices::Bus;
+use crate::error::{Result, VmmError};
+use crate::kvm::{Hypervisor, VmShell};
+pub use gate::Ended;
+use gate::{Gate, Goal};
+use saved::SavedVcpu;
+use state::{RawVcpu, StateReader};
+
+/// The signal that kicks a vCPU thread; the C library keeps the first two real-time signals.
+fn kick_signal() -> i32 {
+    libc::SIGRTMIN() + 1
+}
+
+/// How long to wait for a kick before kicking again.
+const REKICK_AFTER: Duration = Duration::from_millis(50);
+/// How long all vCPUs may take to stop; a fault that cannot be served ends the machine first.
+const STOP_PATIENCE: Duration = Duration::from_secs(60);
+
+thread_local! {
+    /// `kvm_run.immediate_exit` of the vCPU this thread runs.
+    static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(std::ptr::null_mut()) };
+}
+
+extern "C" fn on_kick(_signal: libc::c_int, _info: *mut libc::siginfo_t, _context: *mut libc::c_void) {
+    let flag = IMMEDIATE_EXIT.get();
+    if !flag.is_null() {
+        // SAFETY: the thread sets the pointer to a field of its vCPU's kvm_run, and resets it
+        // before that is unmapped. A volatile store of a byte is all a signal handler may do.
+        unsafe { flag.write_volatile(1) };
+    }
+}
+
+/// A vCPU that no thread runs yet.
+#[derive(Debug)]
+pub struct Vcpu {
+    fd: VcpuFd,
+    index: usize,
+    reader: StateReader,
+}
+
+impl Vcpu {
+    /// A fresh vCPU, for a machine that is about to boot.
+    ///
+    /// # Errors
+    /// [`VmmError::Kvm`] naming what KVM refused.
+    pub fn new(hypervisor: &Hypervisor, shell: &VmShell, index: usize, cpuid: &CpuId) -> Result<Self> {
+        let fd = shell.fd.create_vcpu(index as u64).map_err(VmmError::kvm("create a vCPU"))?;
+        fd.set_cpuid2(cpuid).map_err(VmmError::kvm("set CPUID"))?;
+        let reader = StateReader::new(&shell.fd, &fd, &hypervisor.msr_indices()?, cpuid)?;
+        Ok(Self { fd, index, reader })
+    }
+
+    /// A vCPU with the state `saved`, from the chunk `chunk`.
+    ///
+    /// # Errors
+    /// [`VmmError::State`] or [`VmmError::Kvm`] naming what does not fit this host.
+    pub fn restore(hypervisor: &Hypervisor, shell: &VmShell, index: usize, chunk: &str, saved: &SavedVcpu) -> Result<Self> {
+        let vcpu = Self::new(hypervisor, shell, index, &state::restore_cpuid(&saved.cpuid)?)?;
+        state::restore(&vcpu.fd, chunk, saved)?;
+        Ok(vcpu)
+    }
+
+    /// KVM's handle, to set boot registers.
+    pub(crate) fn fd(&self) -> &VcpuFd {
+        &self.fd
+    }
+}
+
+/// A stopped vCPU's state, as read: to be encoded once the guest runs again.
+#[derive(Debug)]
+pub struct CapturedVcpu {
+    raw: RawVcpu,
+    reader: Arc<StateReader>,
+}
+
+impl CapturedVcpu {
+    /// Its saved form.
+    #[must_use]
+    pub fn save(&self) -> SavedVcpu {
+        self.reader.save(&self.raw)
+    }
+}
+
+type CaptureSlot = Mutex<Option<Result<CapturedVcpu>>>;
+
+#[derive(Debug)]
+struct VcpuThread {
+    join: JoinHandle<()>,
+    captured: Arc<CaptureSlot>,
+}
+
+/// All vCPUs of a machine, and their threads.
+#[derive(Debug)]
+pub struct VcpuSet {
+    gate: Arc<Gate>,
+    threads: Vec<VcpuThread>,
+}
+
+impl VcpuSet {
+    /// Starts a thread for each vCPU. They are parked until [`Self::resume`].
+    ///
+    /// # Errors
+    /// [`VmmError::Host`] if a thread or the signal handler cannot be had.
+    pub fn start(vcpus: Vec<Vcpu>, bus: &Arc<Bus>) -> Result<Self> {
+        register_signal_handler(kick_signal(), on_kick)
+            .map_err(|error| VmmError::Host { op: "register a signal handler".into(), source: std::io::Error::from_raw_os_error(error.errno()) })?;
+        let gate = Arc::new(Gate::new(vcpus.len()));
+        let mut threads = Vec::with_capacity(vcpus.len());
+        for vcpu in vcpus {
+            let captured = Arc::default();
+            let thread = RunningVcpu {
+                reader: Arc::new(vcpu.reader),
+                fd: vcpu.fd,
+                index: vcpu.index,
+                gate: Arc::clone(&gate),
+                bus: Arc::clone(bus),
+                captured: Arc::clone(&captured),
+            };
+            let join = std::thread::Builder::new()
+                .name(format!("frazil-vcpu{}", vcpu.index))
+                .spawn(move || thread.run())
+                .map_err(VmmError::host("start a vCPU thread"))?;
+            threads.push(VcpuThread { join, captured });
+        }
+        Ok(Self { gate, threads })
+    }
+
+    /// Stops every vCPU at an instruction boundary, with half-done exits finished. With `capture`
+    /// each thread reads its own vCPU's state on the way.
+    ///
+    /// # Errors
+    /// [`VmmError::NotNow`] if the machine ended, or a vCPU could not be stopped in a minute.
+    pub fn pause(&self, capture: bool) -> Result<()> {
+        self.gate.set_goal(Goal::Park { capture });
+        let started = Instant::now();
+        loop {
+            self.kick();
+            if self.gate.wait_parked(REKICK_AFTER) {
+                break;
+            }
+            if started.elapsed() > STOP_PATIENCE {
+                return Err(VmmError::NotNow("the vCPUs did not stop within a minute".into()));
+            }
+        }
+        match self.gate.ended() {
+            None => Ok(()),
+            Some(ended) => Err(VmmError::NotNow(format!("the VM has ended: {ended:?}"))),
+        }
+    }
+
+    /// Lets the vCPUs run; returns once all of them are on their way.
+    pub fn resume(&self) {
+        self.gate.set_goal(Goal::Run);
+        self.gate.wait_unparked(STOP_PATIENCE);
+    }
+
+    /// Takes the states that [`Self::pause`] captured.
+    ///
+    /// # Errors
+    /// What a vCPU's thread met while reading it.
+    pub fn take_captured(&self) -> Result<Vec<CapturedVcpu>> {
+        let nothing = || VmmError::NotNow("a vCPU's state was not captured".into());
+        self.threads
+            .iter()
+            .map(|thread| thread.captured.lock().unwrap_or_else(PoisonError::into_inner).take().ok_or_else(nothing)?)
+            .collect()
+    }
+
+    /// Ends the machine.
+    pub fn end(&self, reason: Ended) {
+        self.gate.end(reason);
+        self.kick();
+    }
+
+    /// Why the machine ended, if it did.
+    #[must_use]
+    pub fn ended(&self) -> Option<Ended> {
+        self.gate.ended()
+    }
+
+    /// Waits for the machine's end; None if it goes on after `patience`.
+    #[must_use]
+    pub fn wait_ended(&self, patience: Duration) -> Option<Ended> {
+        self.gate.wait_ended(patience)
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.threads.len()
+    }
+
+    fn kick(&self) {
+        for thread in &self.threads {
+            // A thread that is gone needs no kick.
+            let _gone = thread.join.kill(kick_signal());
+        }
+    }
+}
+
+impl Drop for VcpuSet {
+    fn drop(&mut self) {
+        self.end(Ended::Stopped);
+        for thread in self.threads.drain(..) {
+            while !thread.join.is_finished() {
+                let _gone = thread.join.kill(kick_signal());
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            // A panic was reported by the panic hook, and ended the machine.
+            let _joined = thread.join.join();
+        }
+    }
+}
+
+struct RunningVcpu {
+    fd: VcpuFd,
+    index: usize,
+    reader: Arc<StateReader>,
+    gate: Arc<Gate>,
+    bus: Arc<Bus>,
+    captured: Arc<CaptureSlot>,
+}
+
+/// What one entry into the guest came to.
+enum Turn {
+    Again,
+    /// Kicked: look at the gate.
+    Kicked,
+    End(Ended),
+}
+
+impl RunningVcpu {
+    fn run(mut self) {
+        IMMEDIATE_EXIT.set(&raw mut self.fd.get_kvm_run().immediate_exit);
+        loop {
+            match self.gate.goal() {
+                (Goal::Run, _) => match self.turn() {
+                    Turn::Again | Turn::Kicked => {}
+                    Turn::End(reason) => self.gate.end(reason),
+                },
+                (Goal::Park { capture }, epoch) => self.park(capture, epoch),
+                (Goal::Exit, _) => break,
+            }
+        }
+        IMMEDIATE_EXIT.set(std::ptr::null_mut());
+        self.gate.leave();
+    }
+
+    /// Runs the guest until it is kicked, or ends.
+    fn turn(&mut self) -> Turn {
+        loop {
+            match self.enter() {
+                Turn::Again => {}
+                other => return other,
+            }
+        }
+    }
+
+    fn park(&mut self, capture: bool, epoch: u64) {
+        match self.finish_exit() {
+            Some(reason) => self.gate.end(reason),
+            None if capture => {
+                let captured = self.reader.read(&self.fd).map(|raw| CapturedVcpu { raw, reader: Arc::clone(&self.reader) });
+                *self.captured.lock().unwrap_or_else(PoisonError::into_inner) = Some(captured);
+            }
+            None => {}
+        }
+        self.gate.park(epoch);
+    }
+
+    /// A vCPU that left KVM_RUN for an I/O has half an instruction pending. Entering again with
+    /// `immediate_exit` finishes it without running another.
+    fn finish_exit(&mut self) -> Option<Ended> {
+        self.fd.set_kvm_immediate_exit(1);
+        loop {
+            match self.enter() {
+                Turn::Again => self.fd.set_kvm_immediate_exit(1),
+                Turn::Kicked => return None,
+                Turn::End(reason) => return Some(reason),
+            }
+        }
+    }
+
+    fn enter(&mut self) -> Turn {
+        match self.fd.run() {
+            Ok(VcpuExit::IoOut(port, data)) => self.bus.pio_write(port, data).map_or(Turn::Again, Turn::End),
+            Ok(VcpuExit::IoIn(port, data)) => {
+                self.bus.pio_read(port, data);
+                Turn::Again
+            }
+            // No device there: reads float high, writes go nowhere.
+            Ok(VcpuExit::MmioRead(_, data)) => {
+                data.fill(0xff);
+                Turn::Again
+            }
+            Ok(VcpuExit::MmioWrite(..) | VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => Turn::Again,
+            Ok(VcpuExit::Intr) => self.kicked(),
+            Ok(VcpuExit::Shutdown) => Turn::End(self.crashed("triple fault")),
+            Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_CRASH, _)) => Turn::End(self.crashed("the guest reported a crash")),
+            Ok(VcpuExit::SystemEvent(..)) => Turn::End(Ended::GuestReset),
+            Ok(other) => {
+                let exit = format!("{other:?}");
+                Turn::End(self.failed(&format!("unexpected exit {exit}")))
+            }
+            Err(error) => match error.errno() {
+                libc::EINTR => self.kicked(),
+                libc::EAGAIN => Turn::Again,
+                _ => Turn::End(self.failed(&format!("KVM_RUN failed: {error}"))),
+            },
+        }
+    }
+
+    fn kicked(&mut self) -> Turn {
+        // Before the gate is looked at: a kick that comes after it sets the flag again.
+        self.fd.set_kvm_immediate_exit(0);
+        Turn::Kicked
+    }
+
+    fn crashed(&self, what: &str) -> Ended {
+        Ended::GuestCrashed { detail: format!("vCPU {}: {what} {}", self.index, self.place()) }
+    }
+
+    fn failed(&self, what: &str) -> Ended {
+        Ended::Failed { detail: format!("vCPU {}: {what} {}", self.index, self.place()) }
+    }
+
+    fn place(&self) -> String {
+        match self.fd.get_regs() {
+            Ok(regs) => format!("at rip {:#x}, rsp {:#x}", regs.rip, regs.rsp),
+            Err(error) => format!("at an unknown place ({error})"),
+        }
+    }
+}

@@ -1,0 +1,223 @@
+//! Reading a vCPU's state out of KVM, and putting it into a new one.
+//!
+//! `unsafe` is allowed here for the XSAVE calls, whose buffer must be as long as KVM writes.
+#![allow(unsafe_code)]
+
+use kvm_bindings::{
+    CpuId, Msrs, Xsave, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
+    kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+};
+use kvm_ioctls::{Cap, VcpuFd, VmFd};
+
+use super::saved::{SavedCpuid, SavedMsr, SavedVcpu, SavedXcr, mp_state};
+use crate::error::{Result, VmmError};
+use crate::state::HexBytes;
+
+const MSR_IA32_TSC: u32 = 0x10;
+const MSR_IA32_TSC_DEADLINE: u32 = 0x6e0;
+const XSAVE_LEN: usize = 4096;
+
+/// Everything KVM keeps of one vCPU, in KVM's own form: what is read while the guest is stopped.
+#[derive(Debug)]
+pub(super) struct RawVcpu {
+    mp_state: kvm_mp_state,
+    regs: kvm_regs,
+    sregs: kvm_sregs,
+    debug_regs: kvm_debugregs,
+    xcrs: kvm_xcrs,
+    xsave: Xsave,
+    lapic: kvm_lapic_state,
+    msrs: Msrs,
+    events: kvm_vcpu_events,
+    tsc_khz: u32,
+}
+
+/// What reading the state needs, made once: which MSRs there are, how long the XSAVE area is.
+#[derive(Debug)]
+pub(super) struct StateReader {
+    msrs: Msrs,
+    xsave_extra_words: usize,
+    cpuid: Vec<SavedCpuid>,
+}
+
+impl StateReader {
+    /// Finds out which of `msr_indices` this vCPU has. KVM lists some that a guest lacks.
+    pub(super) fn new(vm: &VmFd, vcpu: &VcpuFd, msr_indices: &[u32], cpuid: &CpuId) -> Result<Self> {
+        let mut indices = msr_indices.to_vec();
+        let msrs = loop {
+            let mut msrs = msr_list(&indices)?;
+            let read = vcpu.get_msrs(&mut msrs).map_err(VmmError::kvm("read MSRs"))?;
+            if read == indices.len() {
+                break msrs;
+            }
+            // KVM stops at the first it cannot read.
+            indices.remove(read);
+        };
+        let xsave_len = usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0).max(XSAVE_LEN);
+        Ok(Self {
+            msrs,
+            xsave_extra_words: (xsave_len - XSAVE_LEN).div_ceil(4),
+            cpuid: cpuid.as_slice().iter().map(SavedCpuid::from).collect(),
+        })
+    }
+
+    /// Reads the state. Where the order matters:
+    /// - the MP state first, since reading it makes KVM apply events that wait for the vCPU and
+    ///   may change everything else;
+    /// - the MSRs after the LAPIC, since the TSC deadline timer belongs to both;
+    /// - the events last, since all calls before may queue one.
+    pub(super) fn read(&self, vcpu: &VcpuFd) -> Result<RawVcpu> {
+        let mp_state = vcpu.get_mp_state().map_err(VmmError::kvm("read the MP state"))?;
+        let regs = vcpu.get_regs().map_err(VmmError::kvm("read registers"))?;
+        let sregs = vcpu.get_sregs().map_err(VmmError::kvm("read segment registers"))?;
+        let xsave = self.read_xsave(vcpu)?;
+        let xcrs = vcpu.get_xcrs().map_err(VmmError::kvm("read extended control registers"))?;
+        let debug_regs = vcpu.get_debug_regs().map_err(VmmError::kvm("read debug registers"))?;
+        let lapic = vcpu.get_lapic().map_err(VmmError::kvm("read the local APIC"))?;
+        let mut msrs = self.msrs.clone();
+        let expected = msrs.as_slice().len();
+        let read = vcpu.get_msrs(&mut msrs).map_err(VmmError::kvm("read MSRs"))?;
+        if read != expected {
+            let index = msrs.as_slice()[read].index;
+            return Err(VmmError::State {
+                chunk: "vcpu".into(),
+                expected: format!("MSR {index:#x}, which could be read before"),
+                found: "KVM refuses to read it".into(),
+            });
+        }
+        let events = vcpu.get_vcpu_events().map_err(VmmError::kvm("read pending events"))?;
+        let tsc_khz = vcpu.get_tsc_khz().unwrap_or(0);
+        Ok(RawVcpu { mp_state, regs, sregs, debug_regs, xcrs, xsave, lapic, msrs, events, tsc_khz })
+    }
+
+    fn read_xsave(&self, vcpu: &VcpuFd) -> Result<Xsave> {
+        let mut xsave = Xsave::new(self.xsave_extra_words)
+            .map_err(|error| VmmError::Config(format!("cannot make room for the XSAVE area: {error:?}")))?;
+        if self.xsave_extra_words == 0 {
+            let plain = vcpu.get_xsave().map_err(VmmError::kvm("read the XSAVE area"))?;
+            // SAFETY: only the fixed part is replaced; the length of the extra part stays zero.
+            unsafe { xsave.as_mut_fam_struct() }.xsave.region = plain.region;
+        } else {
+            // SAFETY: the buffer is as long as KVM_CAP_XSAVE2 said.
+            unsafe { vcpu.get_xsave2(&mut xsave) }.map_err(VmmError::kvm("read the XSAVE area"))?;
+        }
+        Ok(xsave)
+    }
+
+    /// The saved form of what was read.
+    pub(super) fn save(&self, raw: &RawVcpu) -> SavedVcpu {
+        let fixed = raw.xsave.as_fam_struct_ref().xsave.region;
+        let words = fixed.iter().chain(raw.xsave.as_slice());
+        SavedVcpu {
+            mp_state: raw.mp_state.mp_state,
+            tsc_khz: raw.tsc_khz,
+            regs: (&raw.regs).into(),
+            sregs: (&raw.sregs).into(),
+            debug_regs: (&raw.debug_regs).into(),
+            xcrs: SavedXcr::all(&raw.xcrs),
+            xsave: HexBytes(words.flat_map(|word| word.to_le_bytes()).collect()),
+            lapic: HexBytes(raw.lapic.regs.iter().map(|byte| *byte as u8).collect()),
+            msrs: raw.msrs.as_slice().iter().map(|msr| SavedMsr { index: u64::from(msr.index).into(), value: msr.data.into() }).collect(),
+            events: (&raw.events).into(),
+            cpuid: self.cpuid.clone(),
+        }
+    }
+}
+
+fn msr_list(indices: &[u32]) -> Result<Msrs> {
+    let entries: Vec<_> = indices.iter().map(|index| kvm_msr_entry { index: *index, ..Default::default() }).collect();
+    Msrs::from_entries(&entries).map_err(|error| VmmError::Config(format!("cannot make a list of MSRs: {error:?}")))
+}
+
+/// The CPUID leaves of a saved vCPU.
+pub(super) fn restore_cpuid(saved: &[SavedCpuid]) -> Result<CpuId> {
+    let entries: Vec<_> = saved.iter().map(Into::into).collect();
+    CpuId::from_entries(&entries).map_err(|error| VmmError::Config(format!("cannot use the saved CPUID: {error:?}")))
+}
+
+/// Puts `saved` into a new vCPU whose CPUID is set already. Where the order matters:
+/// - SREGS before the LAPIC: they hold the APIC base, which decides its mode;
+/// - XCRS after XSAVE would do as well, but both after SREGS, whose CR4 allows them;
+/// - the LAPIC before the MSRs: the deadline timer needs the timer mode;
+/// - the TSC before the TSC deadline;
+/// - the events after everything that may clear one; the MP state last, since it lets the vCPU go.
+pub(super) fn restore(vcpu: &VcpuFd, chunk: &str, saved: &SavedVcpu) -> Result<()> {
+    let wrong = |expected: &str, found: String| VmmError::State { chunk: chunk.to_owned(), expected: expected.to_owned(), found };
+    let host_khz = vcpu.get_tsc_khz().unwrap_or(0);
+    if saved.tsc_khz != 0 && saved.tsc_khz != host_khz {
+        // Without TSC scaling KVM refuses, and the guest's clocks run at the host's rate.
+        if let Err(error) = vcpu.set_tsc_khz(saved.tsc_khz) {
+            tracing::warn!(saved = saved.tsc_khz, host_khz, %error, "the guest's TSC will run at another rate");
+        }
+    }
+    vcpu.set_sregs(&(&saved.sregs).into()).map_err(VmmError::kvm("set segment registers"))?;
+    vcpu.set_regs(&(&saved.regs).into()).map_err(VmmError::kvm("set registers"))?;
+    restore_xsave(vcpu, &saved.xsave).map_err(|found| wrong("an XSAVE area this host can take", found))?;
+    let xcrs = SavedXcr::restore(&saved.xcrs).map_err(|found| wrong("extended control registers", found))?;
+    vcpu.set_xcrs(&xcrs).map_err(VmmError::kvm("set extended control registers"))?;
+    vcpu.set_debug_regs(&(&saved.debug_regs).into()).map_err(VmmError::kvm("set debug registers"))?;
+    let mut lapic = kvm_lapic_state::default();
+    if saved.lapic.0.len() != lapic.regs.len() {
+        return Err(wrong(&format!("{} bytes of local APIC", lapic.regs.len()), saved.lapic.0.len().to_string()));
+    }
+    lapic.regs.iter_mut().zip(&saved.lapic.0).for_each(|(slot, byte)| *slot = *byte as _);
+    vcpu.set_lapic(&lapic).map_err(VmmError::kvm("set the local APIC"))?;
+    restore_msrs(vcpu, chunk, &saved.msrs)?;
+    vcpu.set_vcpu_events(&(&saved.events).into()).map_err(VmmError::kvm("set pending events"))?;
+    vcpu.set_mp_state(mp_state(saved.mp_state)).map_err(VmmError::kvm("set the MP state"))
+}
+
+fn restore_xsave(vcpu: &VcpuFd, saved: &HexBytes) -> Result<(), String> {
+    let (words, rest) = saved.0.as_chunks::<4>();
+    if !rest.is_empty() || saved.0.len() < XSAVE_LEN || saved.0.len() > 64 * 1024 {
+        return Err(format!("{} bytes", saved.0.len()));
+    }
+    let words: Vec<u32> = words.iter().map(|word| u32::from_le_bytes(*word)).collect();
+    let (fixed, extra) = words.split_at(XSAVE_LEN / 4);
+    let mut xsave = Xsave::new(extra.len()).map_err(|error| format!("{error:?}"))?;
+    // SAFETY: only the fixed part is replaced; the length of the extra part stays as it is.
+    unsafe { xsave.as_mut_fam_struct() }.xsave.region.copy_from_slice(fixed);
+    xsave.as_mut_slice().copy_from_slice(extra);
+    // SAFETY: KVM reads as many bytes as the area it was saved from has, or fails.
+    let set = if extra.is_empty() {
+        unsafe { vcpu.set_xsave(&xsave.as_fam_struct_ref().xsave) }
+    } else {
+        unsafe { vcpu.set_xsave2(&xsave) }
+    };
+    set.map_err(|error| format!("{} bytes, which KVM refuses: {error}", saved.0.len()))
+}
+
+fn restore_msrs(vcpu: &VcpuFd, chunk: &str, saved: &[SavedMsr]) -> Result<()> {
+    let rank = |index: u32| match index {
+        MSR_IA32_TSC => 1,
+        MSR_IA32_TSC_DEADLINE => 2,
+        _ => 0,
+    };
+    let mut entries: Vec<_> = saved
+        .iter()
+        .map(|msr| kvm_msr_entry { index: msr.index.0 as u32, data: msr.value.0, ..Default::default() })
+        .collect();
+    entries.sort_by_key(|entry| rank(entry.index));
+    let mut rest = entries.as_slice();
+    while !rest.is_empty() {
+        let msrs = Msrs::from_entries(rest).map_err(|error| VmmError::Config(format!("cannot make a list of MSRs: {error:?}")))?;
+        let set = vcpu.set_msrs(&msrs).map_err(VmmError::kvm("set MSRs"))?;
+        if set == rest.len() {
+            break;
+        }
+        // KVM stopped at one it refuses. That is no loss if the new vCPU has that value anyway.
+        let refused = rest[set];
+        let mut now = msr_list(&[refused.index])?;
+        let read = vcpu.get_msrs(&mut now).map_err(VmmError::kvm("read MSRs"))?;
+        let value = now.as_slice()[0].data;
+        if read != 1 || value != refused.data {
+            return Err(VmmError::State {
+                chunk: chunk.to_owned(),
+                expected: format!("MSR {:#x} to take {:#x}", refused.index, refused.data),
+                found: format!("KVM refuses, it holds {value:#x}: this host's KVM or processor differs"),
+            });
+        }
+        rest = &rest[set + 1..];
+    }
+    Ok(())
+}

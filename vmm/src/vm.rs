@@ -1,0 +1,468 @@
+//! A virtual machine: booted or resumed, run, paused, ended.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use frazil_snapstore::pager::{Pager, PagerOptions, PagerStats};
+use frazil_snapstore::{PageSet, Snapshot, SnapshotId, Store};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::boot::{self, BootSource, Kernel};
+use crate::checkpoint::{CheckpointProgress, CheckpointTotals};
+use crate::cpuid;
+use crate::devices::serial::{SerialOutput, SerialPort};
+use crate::devices::{Bus, platform, serial};
+use crate::dirty::{AllWrites, DirtyTracker, KvmBitmap};
+use crate::error::{Result, VmmError};
+use crate::kvm::{Hypervisor, VmShell};
+use crate::memory::{GuestRam, RAM_REGION};
+use crate::state::{ChunkSet, Saved};
+use crate::vcpu::saved::SavedVcpu;
+use crate::vcpu::{Ended, Vcpu, VcpuSet};
+use crate::workload::{ControlView, GUEST_ELF, VerifyReport, WorkloadSpec};
+
+/// The chunk that lists the machine.
+pub(crate) const MACHINE_CHUNK: &str = "machine";
+
+/// The most vCPUs: APIC ids are eight bits without x2APIC.
+const MAX_CPUS: usize = 254;
+
+/// A machine to boot.
+#[derive(Clone, Debug)]
+pub struct MachineConfig {
+    /// Its name.
+    pub name: String,
+    /// Bytes of RAM.
+    pub ram_bytes: u64,
+    /// Number of vCPUs.
+    pub cpus: usize,
+    /// What it runs.
+    pub guest: Guest,
+}
+
+/// What a machine runs.
+#[derive(Clone, Debug)]
+pub enum Guest {
+    /// The built-in workload.
+    Workload(WorkloadSpec),
+    /// A kernel of the user's.
+    Kernel(BootSource),
+}
+
+/// How a VM meets its host; not part of the machine, and free to differ on each resume.
+#[derive(Clone, Debug)]
+pub struct HostConfig {
+    /// Where the serial port's output goes.
+    pub serial: SerialOutput,
+    /// Where its checkpoints go, if anywhere.
+    pub store: Option<Arc<Store>>,
+}
+
+/// How memory comes back on resume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Loading {
+    /// As it is touched.
+    Lazy(PagerOptions),
+    /// All of it before the guest runs.
+    Eager,
+}
+
+/// The machine, as its snapshots list it: with this and the other chunks it is built again.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedMachine {
+    /// Bytes of RAM.
+    pub ram_bytes: u64,
+    /// Number of vCPUs.
+    pub cpus: usize,
+    /// What was booted.
+    pub guest: SavedGuest,
+}
+
+/// What was booted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum SavedGuest {
+    /// The built-in workload.
+    Workload {
+        /// Its specification, with the machine's CPUs and TSC frequency.
+        spec: String,
+    },
+    /// A kernel of the user's.
+    Kernel {
+        /// The file it was loaded from.
+        kernel: String,
+        /// The initial RAM disk's file.
+        initrd: Option<String>,
+        /// Its command line.
+        cmdline: String,
+    },
+}
+
+impl Saved for SavedMachine {
+    const KIND: &'static str = "frazil.machine";
+    const VERSION: u32 = 1;
+
+    fn upgrade(version: u32, _body: Value) -> Result<Value, String> {
+        Err(format!("version {version} was never written"))
+    }
+}
+
+impl SavedMachine {
+    /// The built-in workload's specification, if the machine runs it.
+    #[must_use]
+    pub fn workload(&self) -> Option<WorkloadSpec> {
+        match &self.guest {
+            SavedGuest::Workload { spec } => spec.parse().ok(),
+            SavedGuest::Kernel { .. } => None,
+        }
+    }
+}
+
+/// Where the VM stands in its line of snapshots. Locked for the length of a checkpoint.
+#[derive(Debug)]
+pub(crate) struct Line {
+    /// The snapshot that the next one changes.
+    pub head: Option<SnapshotId>,
+    /// Pages written since `head`, as far as they were harvested. They leave the set only when a
+    /// snapshot that holds them is published, so a failed checkpoint loses none.
+    pub since_head: PageSet,
+    pub tracker: Box<dyn DirtyTracker>,
+}
+
+/// A running virtual machine.
+#[derive(Debug)]
+pub struct Vm {
+    name: String,
+    machine: SavedMachine,
+    host: HostConfig,
+    started: Instant,
+    resumed_from: Option<SnapshotId>,
+    // From here on in the order in which they must go: the pager lets go of memory, so that
+    // vCPUs that wait for a page can end; then the vCPUs; then what they use.
+    pager: Option<Pager>,
+    pub(crate) vcpus: Arc<VcpuSet>,
+    pub(crate) bus: Arc<Bus>,
+    pub(crate) shell: VmShell,
+    pub(crate) line: Mutex<Line>,
+    /// True while the user wants the guest to stand still. Locked while vCPUs stop and go.
+    pub(crate) paused: Mutex<bool>,
+    pub(crate) progress: CheckpointProgress,
+    pub(crate) totals: Mutex<CheckpointTotals>,
+}
+
+impl Vm {
+    /// Builds a machine and loads its guest. It stands still until [`Self::go`].
+    ///
+    /// # Errors
+    /// What KVM, the host or the guest's files refuse.
+    pub fn boot(config: &MachineConfig, host: HostConfig) -> Result<Self> {
+        let hypervisor = Hypervisor::open()?;
+        check_cpus(&hypervisor, config.cpus)?;
+        let ram = Arc::new(GuestRam::new(config.ram_bytes)?);
+        let shell = VmShell::new(&hypervisor, ram)?;
+        let mut vcpus = Vec::with_capacity(config.cpus);
+        for index in 0..config.cpus {
+            let cpuid = cpuid::for_vcpu(&hypervisor, index, config.cpus)?;
+            let vcpu = Vcpu::new(&hypervisor, &shell, index, &cpuid)?;
+            boot::set_local_apic(vcpu.fd())?;
+            vcpus.push(vcpu);
+        }
+        let tsc_khz = vcpus[0].fd().get_tsc_khz().unwrap_or(0);
+        let (source, guest) = boot_source(config, tsc_khz)?;
+        let entry = boot::load(&source, &shell.ram)?;
+        boot::set_boot_registers(vcpus[0].fd(), entry)?;
+        let machine = SavedMachine { ram_bytes: config.ram_bytes, cpus: config.cpus, guest };
+        let bus = Arc::new(Bus::new(SerialPort::new(&shell.fd, &host.serial)?));
+        let vcpus = Arc::new(VcpuSet::start(vcpus, &bus)?);
+        Ok(Self::assemble(config.name.clone(), machine, host, shell, bus, vcpus, None))
+    }
+
+    /// Builds the machine that `snapshot` holds. It stands still until [`Self::go`].
+    ///
+    /// # Errors
+    /// What KVM or the host refuse; [`VmmError::State`] if the state does not fit; store and
+    /// pager errors.
+    pub fn resume(snapshot: &Snapshot, name: String, host: HostConfig, loading: Loading) -> Result<Self> {
+        let mut chunks = ChunkSet::new(snapshot.states()?)?;
+        let machine: SavedMachine = chunks.take(MACHINE_CHUNK)?;
+        let hypervisor = Hypervisor::open()?;
+        check_cpus(&hypervisor, machine.cpus)?;
+        let shell = build_shell(&hypervisor, &machine, snapshot)?;
+        let vcpus = restore_vcpus(&hypervisor, &shell, &machine, &mut chunks)?;
+        platform::restore(&shell.fd, &mut chunks)?;
+        let serial = SerialPort::restore(&shell.fd, &host.serial, chunks.take(serial::CHUNK)?)?;
+        chunks.finish()?;
+        let bus = Arc::new(Bus::new(serial));
+        let vcpus = Arc::new(VcpuSet::start(vcpus, &bus)?);
+        let pager = bring_memory(snapshot, &shell.ram, &vcpus, loading)?;
+        let mut vm = Self::assemble(name, machine, host, shell, bus, vcpus, pager);
+        vm.resumed_from = Some(snapshot.id());
+        // What was never touched since is shared with the snapshot, resident or not.
+        vm.line.get_mut().unwrap_or_else(PoisonError::into_inner).head = Some(snapshot.id());
+        Ok(vm)
+    }
+
+    fn assemble(
+        name: String,
+        machine: SavedMachine,
+        host: HostConfig,
+        shell: VmShell,
+        bus: Arc<Bus>,
+        vcpus: Arc<VcpuSet>,
+        pager: Option<Pager>,
+    ) -> Self {
+        let tracker = KvmBitmap::new(Arc::clone(&shell.fd), Arc::clone(&shell.ram));
+        let line = Line {
+            head: None,
+            since_head: PageSet::new(shell.ram.end_page()),
+            tracker: Box::new(AllWrites::new(tracker, Arc::clone(&shell.ram))),
+        };
+        Self {
+            name,
+            machine,
+            host,
+            started: Instant::now(),
+            resumed_from: None,
+            pager,
+            vcpus,
+            bus,
+            shell,
+            line: Mutex::new(line),
+            paused: Mutex::new(true),
+            progress: CheckpointProgress::default(),
+            totals: Mutex::default(),
+        }
+    }
+
+    /// Lets the guest run.
+    ///
+    /// # Errors
+    /// [`VmmError::NotNow`] if the VM has ended.
+    pub fn go(&self) -> Result<()> {
+        self.check_alive()?;
+        let mut paused = self.paused();
+        if std::mem::replace(&mut *paused, false) {
+            self.vcpus.resume();
+        }
+        Ok(())
+    }
+
+    /// Stops the guest at an instruction boundary, until [`Self::go`].
+    ///
+    /// # Errors
+    /// [`VmmError::NotNow`] if the VM has ended.
+    pub fn pause(&self) -> Result<()> {
+        self.check_alive()?;
+        let mut paused = self.paused();
+        if !*paused {
+            self.vcpus.pause(false)?;
+            *paused = true;
+        }
+        Ok(())
+    }
+
+    /// Runs `with` while the guest stands still.
+    ///
+    /// # Errors
+    /// [`VmmError::NotNow`] if the VM has ended.
+    pub fn while_paused<T>(&self, with: impl FnOnce() -> T) -> Result<T> {
+        self.check_alive()?;
+        let paused = self.paused();
+        if *paused {
+            return Ok(with());
+        }
+        self.vcpus.pause(false)?;
+        let out = with();
+        self.vcpus.resume();
+        Ok(out)
+    }
+
+    /// Ends the VM.
+    pub fn stop(&self) {
+        self.vcpus.end(Ended::Stopped);
+    }
+
+    /// Waits for the VM's end; None if it goes on after `patience`.
+    #[must_use]
+    pub fn wait_ended(&self, patience: Duration) -> Option<Ended> {
+        self.vcpus.wait_ended(patience)
+    }
+
+    /// Why the VM ended, if it did.
+    #[must_use]
+    pub fn ended(&self) -> Option<Ended> {
+        self.vcpus.ended()
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The machine.
+    #[must_use]
+    pub fn machine(&self) -> &SavedMachine {
+        &self.machine
+    }
+
+    /// Where its checkpoints go.
+    #[must_use]
+    pub fn store(&self) -> Option<&Arc<Store>> {
+        self.host.store.as_ref()
+    }
+
+    /// The snapshot it was resumed from.
+    #[must_use]
+    pub fn resumed_from(&self) -> Option<SnapshotId> {
+        self.resumed_from
+    }
+
+    /// Time since it was built.
+    #[must_use]
+    pub fn uptime(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// True while the user wants the guest to stand still.
+    #[must_use]
+    pub fn is_paused(&self) -> bool {
+        *self.paused()
+    }
+
+    /// What the pager did, if memory comes lazily.
+    #[must_use]
+    pub fn pager_stats(&self) -> Option<PagerStats> {
+        self.pager.as_ref().map(Pager::stats)
+    }
+
+    /// The guest's RAM.
+    #[must_use]
+    pub fn ram(&self) -> &Arc<GuestRam> {
+        &self.shell.ram
+    }
+
+    /// How far the built-in workload has come. Reads live memory.
+    ///
+    /// # Errors
+    /// [`VmmError::NotNow`] if the guest is another, or has not set up its control pages yet.
+    pub fn workload(&self) -> Result<ControlView> {
+        self.workload_spec()?;
+        ControlView::read(&mut crate::workload_memory::Live(self.ram()))
+            .map_err(|error| VmmError::NotNow(format!("the workload cannot be read: {error}")))
+    }
+
+    /// Stops the guest and checks all of its memory against the workload's oracle.
+    ///
+    /// # Errors
+    /// [`VmmError::NotNow`] if the guest is another; the oracle's findings as the inner error.
+    pub fn verify_workload(&self) -> Result<Result<VerifyReport, String>> {
+        let spec = self.workload_spec()?;
+        let memory = crate::workload_memory::Live(self.ram());
+        self.while_paused(|| {
+            crate::workload::verify_parallel(&spec, &memory).map_err(|error| error.to_string())
+        })
+    }
+
+    fn workload_spec(&self) -> Result<WorkloadSpec> {
+        self.machine.workload().ok_or_else(|| {
+            VmmError::NotNow(format!("VM `{}` does not run the built-in workload", self.name))
+        })
+    }
+
+    pub(crate) fn paused(&self) -> MutexGuard<'_, bool> {
+        self.paused.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn check_alive(&self) -> Result<()> {
+        match self.vcpus.ended() {
+            None => Ok(()),
+            Some(ended) => Err(VmmError::NotNow(format!("VM `{}` has ended: {ended:?}", self.name))),
+        }
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        self.vcpus.end(Ended::Stopped);
+    }
+}
+
+fn check_cpus(hypervisor: &Hypervisor, cpus: usize) -> Result<()> {
+    let most = hypervisor.max_cpus().min(MAX_CPUS);
+    if (1..=most).contains(&cpus) {
+        return Ok(());
+    }
+    Err(VmmError::Config(format!("cpus: expected 1 to {most}, found {cpus}")))
+}
+
+fn boot_source(config: &MachineConfig, tsc_khz: u32) -> Result<(BootSource, SavedGuest)> {
+    match &config.guest {
+        Guest::Workload(spec) => {
+            let mut spec = spec.clone();
+            spec.cpus = config.cpus as _;
+            spec.tsc_khz = u64::from(tsc_khz);
+            spec.check_fits(config.ram_bytes).map_err(|error| VmmError::Config(error.to_string()))?;
+            let source = BootSource { kernel: Kernel::Builtin(GUEST_ELF), initrd: None, cmdline: spec.to_cmdline() };
+            Ok((source, SavedGuest::Workload { spec: spec.to_string() }))
+        }
+        Guest::Kernel(source) => {
+            let kernel = match &source.kernel {
+                Kernel::File(path) => path.display().to_string(),
+                Kernel::Builtin(_) => "built-in".to_owned(),
+            };
+            let initrd = source.initrd.as_ref().map(|path| path.display().to_string());
+            let saved = SavedGuest::Kernel { kernel, initrd, cmdline: source.cmdline.clone() };
+            Ok((source.clone(), saved))
+        }
+    }
+}
+
+fn build_shell(hypervisor: &Hypervisor, machine: &SavedMachine, snapshot: &Snapshot) -> Result<VmShell> {
+    let ram = Arc::new(GuestRam::new(machine.ram_bytes)?);
+    let region = snapshot.region(RAM_REGION)?;
+    if region.pages() != ram.end_page() {
+        return Err(VmmError::State {
+            chunk: MACHINE_CHUNK.into(),
+            expected: format!("a region `{RAM_REGION}` of {} pages for {} bytes of RAM", ram.end_page(), machine.ram_bytes),
+            found: format!("{} pages", region.pages()),
+        });
+    }
+    VmShell::new(hypervisor, ram)
+}
+
+/// Name of a vCPU's chunk.
+pub(crate) fn vcpu_chunk(index: usize) -> String {
+    format!("vcpu{index}")
+}
+
+fn restore_vcpus(hypervisor: &Hypervisor, shell: &VmShell, machine: &SavedMachine, chunks: &mut ChunkSet) -> Result<Vec<Vcpu>> {
+    (0..machine.cpus)
+        .map(|index| {
+            let name = vcpu_chunk(index);
+            let saved: SavedVcpu = chunks.take(&name)?;
+            Vcpu::restore(hypervisor, shell, index, &name, &saved)
+        })
+        .collect()
+}
+
+fn bring_memory(snapshot: &Snapshot, ram: &GuestRam, vcpus: &Arc<VcpuSet>, loading: Loading) -> Result<Option<Pager>> {
+    let region = snapshot.region(RAM_REGION)?;
+    match loading {
+        Loading::Eager => {
+            frazil_snapstore::pager::load(&region, ram.memfd(), &ram.mappings())?;
+            Ok(None)
+        }
+        Loading::Lazy(options) => {
+            let vcpus = Arc::downgrade(vcpus);
+            let on_failure = Box::new(move |error: &frazil_snapstore::pager::PagerError| {
+                if let Some(vcpus) = vcpus.upgrade() {
+                    vcpus.end(Ended::Failed { detail: error.to_string() });
+                }
+            });
+            Ok(Some(Pager::start(region, ram.memfd(), &ram.mappings(), options, on_failure)?))
+        }
+    }
+}

@@ -1,0 +1,58 @@
+//! The workload's oracle on live memory and on snapshots.
+
+use std::io;
+
+use frazil_snapstore::{PageSource, RegionReader, Snapshot};
+
+use crate::error::{Result, VmmError};
+use crate::memory::{GuestRam, RAM_REGION};
+use crate::state::ChunkSet;
+use crate::vm::{MACHINE_CHUNK, SavedMachine};
+use crate::workload::{PageRead, PageReadShared, VerifyReport, verify_parallel};
+
+/// A guest's RAM; pages that have not come in yet come as they are read.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Live<'a>(pub &'a GuestRam);
+
+impl PageReadShared for Live<'_> {
+    fn read_page(&self, page: u64, buf: &mut [u8; 4096]) -> io::Result<()> {
+        PageSource::read_page(self.0, page, buf)
+    }
+}
+
+impl PageRead for Live<'_> {
+    fn read_page(&mut self, page: u64, buf: &mut [u8; 4096]) -> io::Result<()> {
+        PageSource::read_page(self.0, page, buf)
+    }
+}
+
+struct Stored(RegionReader);
+
+impl PageReadShared for Stored {
+    fn read_page(&self, page: u64, buf: &mut [u8; 4096]) -> io::Result<()> {
+        self.0.read_page(page, buf).map_err(io::Error::other)
+    }
+}
+
+/// The machine that `snapshot` holds.
+///
+/// # Errors
+/// [`VmmError::State`] if the chunk is missing or too new; store errors.
+pub fn saved_machine(snapshot: &Snapshot) -> Result<SavedMachine> {
+    ChunkSet::new(snapshot.states()?)?.take(MACHINE_CHUNK)
+}
+
+/// Checks every page of `snapshot` against the built-in workload's oracle; `None` if its guest
+/// is another.
+///
+/// # Errors
+/// [`VmmError::State`] saying which pages are not what the guest wrote; store errors.
+pub fn verify_snapshot(snapshot: &Snapshot) -> Result<Option<VerifyReport>> {
+    let Some(spec) = saved_machine(snapshot)?.workload() else { return Ok(None) };
+    let memory = Stored(snapshot.region(RAM_REGION)?);
+    verify_parallel(&spec, &memory).map(Some).map_err(|error| VmmError::State {
+        chunk: RAM_REGION.into(),
+        expected: "the memory that the built-in workload must have written".into(),
+        found: error.to_string(),
+    })
+}
