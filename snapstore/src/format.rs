@@ -123,11 +123,7 @@ impl FileHeader {
         let mut decoder = Decoder::new(bytes);
         let magic: [u8; 8] = decoder.array("magic")?;
         if magic != kind.magic() {
-            return Err(Malformed::new(
-                "magic",
-                kind.magic().escape_ascii(),
-                magic.escape_ascii(),
-            ));
+            return Err(Malformed::new("magic", kind.magic().escape_ascii(), magic.escape_ascii()));
         }
         let header = Self {
             kind,

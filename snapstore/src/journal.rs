@@ -27,7 +27,10 @@ const KIND_TAG: u32 = 2;
 pub(crate) enum Entry {
     Publish(Publication),
     /// The tag points to the snapshot from here on; no snapshot removes it.
-    Tag { name: String, target: Option<SnapshotId> },
+    Tag {
+        name: String,
+        target: Option<SnapshotId>,
+    },
 }
 
 /// A snapshot became visible.
@@ -161,7 +164,10 @@ impl Cursor {
             match self.parse_record(rest) {
                 Ok((kind, body, check)) => {
                     // Its checksum is right, so it is no torn append, whatever it says.
-                    entries.push(Entry::decode_body(kind, body).map_err(|malformed| self.damaged(malformed))?);
+                    entries.push(
+                        Entry::decode_body(kind, body)
+                            .map_err(|malformed| self.damaged(malformed))?,
+                    );
                     let len = HEADER_LEN + body.len() + CHECK_LEN;
                     self.chain = check;
                     self.next_sequence += 1;
@@ -195,7 +201,8 @@ impl Cursor {
     /// alone would not do: a tag may be called that.
     fn record_follows(&self, bytes: &[u8]) -> bool {
         bytes.windows(HEADER_LEN).skip(HEADER_LEN).any(|window| {
-            decode_header(&mut Decoder::new(window)).is_ok_and(|(_, sequence, _)| sequence > self.next_sequence)
+            decode_header(&mut Decoder::new(window))
+                .is_ok_and(|(_, sequence, _)| sequence > self.next_sequence)
         })
     }
 
@@ -223,7 +230,8 @@ impl Cursor {
         bytes.extend_from_slice(&MAGIC.to_le_bytes());
         bytes.extend_from_slice(&entry.kind().to_le_bytes());
         bytes.extend_from_slice(&self.next_sequence.to_le_bytes());
-        bytes.extend_from_slice(&u32::try_from(body.len()).expect("bodies are short").to_le_bytes());
+        bytes
+            .extend_from_slice(&u32::try_from(body.len()).expect("bodies are short").to_le_bytes());
         bytes.extend_from_slice(&0_u32.to_le_bytes());
         bytes.extend_from_slice(&body);
         let check = chain(&self.chain, &bytes);
@@ -311,9 +319,21 @@ mod tests {
         let id = Hash::of(b"one");
         let manifest = BlockRef { segment: 1, offset: 64, len: 900, hash: Hash::of(b"manifest") };
         vec![
-            Entry::Publish(Publication { id, parent: None, manifest, time_unix_ms: 5, tail: (1, 964) }),
+            Entry::Publish(Publication {
+                id,
+                parent: None,
+                manifest,
+                time_unix_ms: 5,
+                tail: (1, 964),
+            }),
             Entry::Tag { name: "gold".into(), target: Some(id) },
-            Entry::Publish(Publication { id: Hash::of(b"two"), parent: Some(id), manifest, time_unix_ms: 6, tail: (2, 64) }),
+            Entry::Publish(Publication {
+                id: Hash::of(b"two"),
+                parent: Some(id),
+                manifest,
+                time_unix_ms: 6,
+                tail: (2, 64),
+            }),
             Entry::Tag { name: "gold".into(), target: None },
         ]
     }

@@ -29,7 +29,9 @@ mod tree;
 mod verify;
 
 pub use error::{Result, StoreError};
-pub use format::{FORMAT_VERSION, JOURNAL_FILE, MAX_FRAME_PAGES, SEGMENT_FOLDER, STORE_FILE, segment_name};
+pub use format::{
+    FORMAT_VERSION, JOURNAL_FILE, MAX_FRAME_PAGES, SEGMENT_FOLDER, STORE_FILE, segment_name,
+};
 pub use id::{BlockRef, Hash, SnapshotId};
 pub use manifest::{Manifest, RegionManifest, StateChunk, StateRef};
 pub use node::{Location, MAX_REGION_PAGES, Run};

@@ -138,7 +138,10 @@ pub(crate) fn overlay(older: &[Run], newer: &[Run]) -> Vec<Run> {
 /// The parts of sorted `runs` inside `start .. end`.
 pub(crate) fn clip_runs(runs: &[Run], start: u64, end: u64) -> impl Iterator<Item = Run> + '_ {
     let from = runs.partition_point(|run| run.end() <= start);
-    runs[from..].iter().take_while(move |run| run.first < end).filter_map(move |run| run.clip(start, end))
+    runs[from..]
+        .iter()
+        .take_while(move |run| run.first < end)
+        .filter_map(move |run| run.clip(start, end))
 }
 
 /// The run that holds `page`, cut to that page.
@@ -206,7 +209,9 @@ impl Node {
     /// and, for a frame, the slot (1 byte).
     pub fn encode(&self) -> Vec<u8> {
         let (frames, indices) = self.frame_table();
-        let mut out = Vec::with_capacity(32 + frames.len() * 44 + self.runs.len() * 6 + self.children.len() * 44);
+        let mut out = Vec::with_capacity(
+            32 + frames.len() * 44 + self.runs.len() * 6 + self.children.len() * 44,
+        );
         out.push(self.level);
         put_varint(&mut out, self.first);
         put_varint(&mut out, frames.len() as u64);
@@ -255,16 +260,25 @@ impl Node {
         let found = (decoder.u8("level")?, decoder.varint("first page")?);
         if found != (level, first) {
             let expected = format!("level {level} at page {first}");
-            return Err(Malformed::new("place of the node", expected, format!("level {} at page {}", found.0, found.1)));
+            return Err(Malformed::new(
+                "place of the node",
+                expected,
+                format!("level {} at page {}", found.0, found.1),
+            ));
         }
         let mut node = Self::empty(level, first);
         let frame_count = decoder.varint("number of frames")?;
         let run_count = decoder.varint("number of runs")?;
         let most = bytes.len() as u64;
         if frame_count > most / BlockRef::ENCODED_LEN as u64 || run_count > most / 3 {
-            return Err(Malformed::new("counts", format!("what fits {most} bytes"), format!("{frame_count} frames, {run_count} runs")));
+            return Err(Malformed::new(
+                "counts",
+                format!("what fits {most} bytes"),
+                format!("{frame_count} frames, {run_count} runs"),
+            ));
         }
-        let frames = (0..frame_count).map(|_| decoder.block_ref("frame")).collect::<Decoded<Vec<_>>>()?;
+        let frames =
+            (0..frame_count).map(|_| decoder.block_ref("frame")).collect::<Decoded<Vec<_>>>()?;
         node.runs.reserve_exact(run_count as usize);
         let mut end = first;
         for _ in 0..run_count {
@@ -283,12 +297,18 @@ impl Node {
     }
 }
 
-fn decode_run(decoder: &mut Decoder<'_>, after: u64, limit: u64, frames: &[BlockRef]) -> Decoded<Run> {
+fn decode_run(
+    decoder: &mut Decoder<'_>,
+    after: u64,
+    limit: u64,
+    frames: &[BlockRef],
+) -> Decoded<Run> {
     let gap = decoder.varint("gap between runs")?;
     let count = decoder.varint("length of a run")?;
     let index = decoder.varint("frame of a run")?;
     let first = after.checked_add(gap).filter(|first| *first < limit);
-    let first = first.ok_or_else(|| Malformed::new("first page of a run", format!("below {limit}"), gap))?;
+    let first = first
+        .ok_or_else(|| Malformed::new("first page of a run", format!("below {limit}"), gap))?;
     if count == 0 || count > limit - first {
         return Err(Malformed::new("length of a run", format!("1 to {}", limit - first), count));
     }
@@ -297,10 +317,16 @@ fn decode_run(decoder: &mut Decoder<'_>, after: u64, limit: u64, frames: &[Block
     }
     let slot = decoder.u8("slot of a run")?;
     if u64::from(slot) + count > MAX_FRAME_PAGES as u64 {
-        return Err(Malformed::new("slots of a run", format!("at most {MAX_FRAME_PAGES}"), u64::from(slot) + count));
+        return Err(Malformed::new(
+            "slots of a run",
+            format!("at most {MAX_FRAME_PAGES}"),
+            u64::from(slot) + count,
+        ));
     }
     let frame = usize::try_from(index - 1).ok().and_then(|index| frames.get(index));
-    let frame = *frame.ok_or_else(|| Malformed::new("frame of a run", format!("at most {}", frames.len()), index))?;
+    let frame = *frame.ok_or_else(|| {
+        Malformed::new("frame of a run", format!("at most {}", frames.len()), index)
+    })?;
     Ok(Run { first, count, location: Location::Frame { frame, slot } })
 }
 
@@ -314,33 +340,42 @@ pub(crate) mod tests {
     use crate::id::Hash;
 
     pub fn frame(number: u32) -> BlockRef {
-        BlockRef { segment: number % 3, offset: number * 100, len: 50 + number, hash: Hash::of(&number.to_le_bytes()) }
+        BlockRef {
+            segment: number % 3,
+            offset: number * 100,
+            len: 50 + number,
+            hash: Hash::of(&number.to_le_bytes()),
+        }
     }
 
     /// Sorted runs without overlaps inside `0 .. limit`.
     pub fn runs(limit: u64) -> impl Strategy<Value = Vec<Run>> {
-        proptest::collection::vec((0_u64..40, 1_u64..20, 0_u32..6, 0_u8..40), 0..30).prop_map(move |parts| {
-            let mut out = Vec::new();
-            let mut end = 0;
-            for (gap, count, number, slot) in parts {
-                let first = end + gap;
-                if first + count > limit {
-                    break;
+        proptest::collection::vec((0_u64..40, 1_u64..20, 0_u32..6, 0_u8..40), 0..30).prop_map(
+            move |parts| {
+                let mut out = Vec::new();
+                let mut end = 0;
+                for (gap, count, number, slot) in parts {
+                    let first = end + gap;
+                    if first + count > limit {
+                        break;
+                    }
+                    end = first + count;
+                    let location = match number {
+                        0 => Location::Zero,
+                        number => Location::Frame { frame: frame(number), slot },
+                    };
+                    out.push(Run { first, count, location });
                 }
-                end = first + count;
-                let location = match number {
-                    0 => Location::Zero,
-                    number => Location::Frame { frame: frame(number), slot },
-                };
-                out.push(Run { first, count, location });
-            }
-            out
-        })
+                out
+            },
+        )
     }
 
     pub fn explode(runs: &[Run]) -> BTreeMap<u64, Location> {
         runs.iter()
-            .flat_map(|run| (0..run.count).map(|index| (run.first + index, run.location.advance(index))))
+            .flat_map(|run| {
+                (0..run.count).map(|index| (run.first + index, run.location.advance(index)))
+            })
             .collect()
     }
 

@@ -77,7 +77,8 @@ impl PageSet {
     /// True if `page` is in the set; pages beyond its capacity are not.
     #[must_use]
     pub fn contains(&self, page: u64) -> bool {
-        usize::try_from(page).ok().and_then(|index| self.bits.get(index).map(|bit| *bit)) == Some(true)
+        usize::try_from(page).ok().and_then(|index| self.bits.get(index).map(|bit| *bit))
+            == Some(true)
     }
 
     /// Adds `page`.

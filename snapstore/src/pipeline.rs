@@ -33,7 +33,9 @@ impl Progress {
 
     pub(crate) fn check(&self) -> Result<()> {
         if self.cancelled.load(Ordering::Relaxed) {
-            return Err(StoreError::Cancelled("the checkpoint was cancelled; nothing was published".into()));
+            return Err(StoreError::Cancelled(
+                "the checkpoint was cancelled; nothing was published".into(),
+            ));
         }
         Ok(())
     }
@@ -81,7 +83,11 @@ struct Frame {
 }
 
 /// Writes the pages of `job`, and returns where they are as sorted runs.
-pub(crate) fn write(pool: &rayon::ThreadPool, segments: &mut SegmentWriter, job: &Job<'_>) -> Result<(Vec<Run>, WriteStats)> {
+pub(crate) fn write(
+    pool: &rayon::ThreadPool,
+    segments: &mut SegmentWriter,
+    job: &Job<'_>,
+) -> Result<(Vec<Run>, WriteStats)> {
     let batches = cut_batches(job.pages, job.frame_pages);
     let workers = pool.current_num_threads();
     // Enough frames in flight to ride out a slow write, few enough to bound memory.
@@ -128,7 +134,12 @@ fn cut_batches(pages: &[u64], frame_pages: usize) -> Vec<Range<usize>> {
     batches
 }
 
-fn compress_batches(job: &Job<'_>, batches: &[Range<usize>], next: &AtomicUsize, frames: &Sender<Frame>) -> Result<()> {
+fn compress_batches(
+    job: &Job<'_>,
+    batches: &[Range<usize>],
+    next: &AtomicUsize,
+    frames: &Sender<Frame>,
+) -> Result<()> {
     let mut encoder = RecordEncoder::new(job.compression_level)
         .map_err(|error| StoreError::io("start", "zstd", error))?;
     let mut raw = Vec::with_capacity(job.frame_pages * PAGE_SIZE);
@@ -144,8 +155,14 @@ fn compress_batches(job: &Job<'_>, batches: &[Range<usize>], next: &AtomicUsize,
     }
 }
 
-fn compress(job: &Job<'_>, pages: &[u64], encoder: &mut RecordEncoder, raw: &mut Vec<u8>) -> Result<Frame> {
-    let mut frame = Frame { record: None, pages: Vec::with_capacity(pages.len()), zero_pages: Vec::new() };
+fn compress(
+    job: &Job<'_>,
+    pages: &[u64],
+    encoder: &mut RecordEncoder,
+    raw: &mut Vec<u8>,
+) -> Result<Frame> {
+    let mut frame =
+        Frame { record: None, pages: Vec::with_capacity(pages.len()), zero_pages: Vec::new() };
     raw.clear();
     for &page in pages {
         let start = raw.len();
@@ -169,14 +186,22 @@ fn compress(job: &Job<'_>, pages: &[u64], encoder: &mut RecordEncoder, raw: &mut
     Ok(frame)
 }
 
-fn append_frames(segments: &mut SegmentWriter, frames: Receiver<Frame>, progress: &Progress) -> Result<(Vec<Run>, WriteStats)> {
+fn append_frames(
+    segments: &mut SegmentWriter,
+    frames: Receiver<Frame>,
+    progress: &Progress,
+) -> Result<(Vec<Run>, WriteStats)> {
     let mut runs = Vec::new();
     let mut stats = WriteStats::default();
     for Frame { record, pages, zero_pages } in frames {
         stats.pages += (pages.len() + zero_pages.len()) as u64;
         stats.zero_pages += zero_pages.len() as u64;
         progress.pages_done.fetch_add((pages.len() + zero_pages.len()) as u64, Ordering::Relaxed);
-        runs.extend(zero_pages.into_iter().map(|page| Run { first: page, count: 1, location: Location::Zero }));
+        runs.extend(zero_pages.into_iter().map(|page| Run {
+            first: page,
+            count: 1,
+            location: Location::Zero,
+        }));
         if let Some(record) = record {
             let frame = segments.append(&record)?;
             stats.frames += 1;
@@ -184,7 +209,10 @@ fn append_frames(segments: &mut SegmentWriter, frames: Receiver<Frame>, progress
             progress.stored_bytes.fetch_add(record.bytes.len() as u64, Ordering::Relaxed);
             for (slot, page) in pages.into_iter().enumerate() {
                 let slot = u8::try_from(slot).expect("a frame has at most 64 pages");
-                crate::node::push_run(&mut runs, Run { first: page, count: 1, location: Location::Frame { frame, slot } });
+                crate::node::push_run(
+                    &mut runs,
+                    Run { first: page, count: 1, location: Location::Frame { frame, slot } },
+                );
             }
         }
     }
@@ -221,6 +249,6 @@ mod tests {
     fn dense_pages_get_aligned_frames() {
         let pages: Vec<u64> = (3..100).collect();
         let batches = cut_batches(&pages, 16);
-        assert!(batches[1..].iter().all(|batch| pages[batch.start] % 16 == 0), "{batches:?}");
+        assert!(batches[1..].iter().all(|batch| pages[batch.start].is_multiple_of(16)), "{batches:?}");
     }
 }

@@ -174,12 +174,16 @@ mod tests {
 
     #[test]
     fn every_flipped_bit_of_a_record_is_seen() {
-        let record = RecordEncoder::new(1).unwrap().encode(RecordKind::Blob, &b"frazil ".repeat(30));
+        let record =
+            RecordEncoder::new(1).unwrap().encode(RecordKind::Blob, &b"frazil ".repeat(30));
         let block = reference(&record);
         for bit in 0..record.bytes.len() * 8 {
             let mut flipped = record.bytes.clone();
             flipped[bit / 8] ^= 1 << (bit % 8);
-            assert!(VerifiedRecord::check(&flipped, &block, RecordKind::Blob).is_err(), "bit {bit}");
+            assert!(
+                VerifiedRecord::check(&flipped, &block, RecordKind::Blob).is_err(),
+                "bit {bit}"
+            );
         }
         assert!(VerifiedRecord::check(&record.bytes, &block, RecordKind::Node).is_err());
     }

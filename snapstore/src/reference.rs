@@ -30,7 +30,8 @@ pub fn split(text: &str) -> (Option<&str>, &str) {
 /// [`StoreError::Invalid`] saying what a tag may be.
 pub fn check_tag(name: &str) -> Result<()> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '/');
-    let like_an_id = name.len() >= MIN_PREFIX_LEN && name.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let like_an_id =
+        name.len() >= MIN_PREFIX_LEN && name.bytes().all(|byte| byte.is_ascii_hexdigit());
     if name.is_empty()
         || name.len() > crate::journal::MAX_TAG_LEN
         || !name.chars().all(allowed)
@@ -61,14 +62,19 @@ pub(crate) fn resolve(
         Some((base, "")) => (base, 1),
         Some((base, digits)) => {
             let parsed = digits.parse::<usize>();
-            (base, parsed.map_err(|_| unknown(format!("expected a number after `~`, found `{digits}`")))?)
+            (
+                base,
+                parsed.map_err(|_| {
+                    unknown(format!("expected a number after `~`, found `{digits}`"))
+                })?,
+            )
         }
     };
     let mut found = resolve_base(snapshots, tags, base, store, &unknown)?;
     for generation in 0..generations {
-        let parent = found.parent.ok_or_else(|| {
-            unknown(format!("{} has only {generation} ancestors", base))
-        })?;
+        let parent = found
+            .parent
+            .ok_or_else(|| unknown(format!("{base} has only {generation} ancestors")))?;
         found = by_id(snapshots, parent)
             .ok_or_else(|| unknown(format!("ancestor {} was forgotten", parent.short())))?;
     }
@@ -83,10 +89,14 @@ fn resolve_base(
     unknown: &dyn Fn(String) -> StoreError,
 ) -> Result<SnapshotInfo> {
     if base == LATEST {
-        return snapshots.last().copied().ok_or_else(|| unknown("the store has no snapshots yet".into()));
+        return snapshots
+            .last()
+            .copied()
+            .ok_or_else(|| unknown("the store has no snapshots yet".into()));
     }
     if let Some(id) = tags.get(base) {
-        return by_id(snapshots, *id).ok_or_else(|| unknown(format!("tag `{base}` points to a forgotten snapshot")));
+        return by_id(snapshots, *id)
+            .ok_or_else(|| unknown(format!("tag `{base}` points to a forgotten snapshot")));
     }
     let prefix = base.to_ascii_lowercase();
     if prefix.len() < MIN_PREFIX_LEN || !prefix.bytes().all(|byte| byte.is_ascii_hexdigit()) {
@@ -94,14 +104,23 @@ fn resolve_base(
             "expected `{LATEST}`, a tag, or at least {MIN_PREFIX_LEN} digits of an id; `frazil log` lists them"
         )));
     }
-    let matches: Vec<_> = snapshots.iter().filter(|info| info.id.to_string().starts_with(&prefix)).collect();
+    let matches: Vec<_> =
+        snapshots.iter().filter(|info| info.id.to_string().starts_with(&prefix)).collect();
     match matches.as_slice() {
-        [] => Err(unknown(format!("none of its {} snapshots has that id; `frazil log` lists them", snapshots.len()))),
+        [] => Err(unknown(format!(
+            "none of its {} snapshots has that id; `frazil log` lists them",
+            snapshots.len()
+        ))),
         [one] => Ok(**one),
         several => Err(StoreError::AmbiguousRef {
             reference: base.to_owned(),
             store: store.to_owned(),
-            matches: several.iter().take(4).map(|info| info.id.short()).collect::<Vec<_>>().join(", "),
+            matches: several
+                .iter()
+                .take(4)
+                .map(|info| info.id.short())
+                .collect::<Vec<_>>()
+                .join(", "),
         }),
     }
 }
@@ -137,7 +156,16 @@ mod tests {
         assert_eq!(find("latest~4").unwrap(), 0);
         assert_eq!(find("0303").unwrap(), 3);
         assert_eq!(find("gold~1").unwrap(), 1);
-        for bad in ["latest~5", "latest~x", "03", "0909", "silver", "", "~1", "latest~99999999999999999999"] {
+        for bad in [
+            "latest~5",
+            "latest~x",
+            "03",
+            "0909",
+            "silver",
+            "",
+            "~1",
+            "latest~99999999999999999999",
+        ] {
             assert!(matches!(find(bad), Err(StoreError::UnknownRef { .. })), "{bad}");
         }
         assert!(matches!(resolve(&[], &tags, "latest", "s"), Err(StoreError::UnknownRef { .. })));

@@ -119,7 +119,11 @@ fn check_segment_header(file: &dyn StoreFile, number: u32, store: [u8; 16]) -> R
             offset: 0,
             what: "file header: segment and store".into(),
             expected: format!("segment {number} of this store"),
-            found: format!("segment {} of store {}", header.number, crate::format::hex(&header.store)),
+            found: format!(
+                "segment {} of store {}",
+                header.number,
+                crate::format::hex(&header.store)
+            ),
         });
     }
     Ok(())
@@ -187,7 +191,9 @@ impl SegmentWriter {
         let end = self.current.written + self.current.buffer.len() as u64;
         if self.current.file.is_none() {
             self.start_segment(self.current.number)?;
-        } else if end + record.bytes.len() as u64 > self.max_len_bytes && end > FILE_HEADER_LEN as u64 {
+        } else if end + record.bytes.len() as u64 > self.max_len_bytes
+            && end > FILE_HEADER_LEN as u64
+        {
             self.flush()?;
             let next = self.current.number + 1;
             if let Some(file) = self.current.file.take() {
@@ -211,7 +217,8 @@ impl SegmentWriter {
 
     fn start_segment(&mut self, number: u32) -> Result<()> {
         let name = segment_name(number);
-        let file = self.storage.create(&name).map_err(|error| StoreError::io("create", name, error))?;
+        let file =
+            self.storage.create(&name).map_err(|error| StoreError::io("create", name, error))?;
         self.created.push(number);
         let header = FileHeader {
             kind: FileKind::Segment,
@@ -249,8 +256,9 @@ impl SegmentWriter {
             file.sync().map_err(|error| StoreError::io("sync", segment_name(number), error))?;
         }
         if let Some(file) = &self.current.file {
-            file.sync()
-                .map_err(|error| StoreError::io("sync", segment_name(self.current.number), error))?;
+            file.sync().map_err(|error| {
+                StoreError::io("sync", segment_name(self.current.number), error)
+            })?;
         }
         if !self.created.is_empty() {
             self.storage

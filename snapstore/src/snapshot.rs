@@ -58,7 +58,8 @@ impl Snapshot {
     /// [`StoreError::Invalid`] if the snapshot has none of that name.
     pub fn region(&self, name: &str) -> Result<RegionReader> {
         let region = self.manifest.region(name).ok_or_else(|| {
-            let names: Vec<_> = self.manifest.regions.iter().map(|region| region.name.as_str()).collect();
+            let names: Vec<_> =
+                self.manifest.regions.iter().map(|region| region.name.as_str()).collect();
             StoreError::Invalid(format!(
                 "snapshot {} has no region `{name}`; it has {}",
                 self.id.short(),
@@ -194,9 +195,17 @@ impl RegionReader {
 }
 
 /// The bytes of `count` slots from `slot` on; a reference beyond the frame's end is damage.
-pub(crate) fn slot_bytes<'a>(frame: &BlockRef, pages: &'a [u8], slot: u8, count: u64) -> Result<&'a [u8]> {
+pub(crate) fn slot_bytes<'a>(
+    frame: &BlockRef,
+    pages: &'a [u8],
+    slot: u8,
+    count: u64,
+) -> Result<&'a [u8]> {
     let start = usize::from(slot) * PAGE_SIZE;
-    let end = usize::try_from(count).ok().and_then(|count| count.checked_mul(PAGE_SIZE)).and_then(|len| start.checked_add(len));
+    let end = usize::try_from(count)
+        .ok()
+        .and_then(|count| count.checked_mul(PAGE_SIZE))
+        .and_then(|len| start.checked_add(len));
     end.and_then(|end| pages.get(start..end)).ok_or_else(|| StoreError::Corrupt {
         file: segment_name(frame.segment),
         offset: u64::from(frame.offset),

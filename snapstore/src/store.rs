@@ -160,7 +160,10 @@ impl Store {
     ///
     /// # Errors
     /// As [`Self::open_or_create`].
-    pub fn open_or_create_storage(storage: Arc<dyn Storage>, options: StoreOptions) -> Result<Arc<Self>> {
+    pub fn open_or_create_storage(
+        storage: Arc<dyn Storage>,
+        options: StoreOptions,
+    ) -> Result<Arc<Self>> {
         if unfinished(storage.as_ref())?.is_some() {
             let _lock = lock(storage.as_ref())?;
             // Looked at again: another process may have made the store before the lock was ours.
@@ -193,7 +196,9 @@ impl Store {
             .num_threads(options.workers)
             .thread_name(|index| format!("frazil-zstd{index}"))
             .build()
-            .map_err(|error| StoreError::Invalid(format!("cannot start worker threads: {error}")))?;
+            .map_err(|error| {
+                StoreError::Invalid(format!("cannot start worker threads: {error}"))
+            })?;
         let store = Self {
             uuid: header.store,
             segments: Segments::new(Arc::clone(&storage), header.store),
@@ -494,10 +499,13 @@ fn interrupted_store_file(storage: &dyn Storage) -> io::Result<Option<FileHeader
     let (mut bytes, mut found) = ([0; FILE_HEADER_LEN], vec![0; len as usize]);
     journal.read_exact_at(&mut bytes, 0)?;
     file.read_exact_at(&mut found, 0)?;
-    let Ok(header) = FileHeader::decode(&bytes, FileKind::Journal, JOURNAL_FILE) else { return Ok(None) };
+    let Ok(header) = FileHeader::decode(&bytes, FileKind::Journal, JOURNAL_FILE) else {
+        return Ok(None);
+    };
     let header = FileHeader { kind: FileKind::Store, ..header };
     let expected = header.encode();
-    let cut_short = found != expected && found.iter().zip(expected).all(|(byte, expected)| *byte == 0 || *byte == expected);
+    let cut_short = found != expected
+        && found.iter().zip(expected).all(|(byte, expected)| *byte == 0 || *byte == expected);
     Ok(cut_short.then_some(header))
 }
 
@@ -518,7 +526,9 @@ fn read_store_header(storage: &dyn Storage) -> Result<FileHeader> {
     };
     let file = match storage.open(STORE_FILE, false) {
         Ok(file) => file,
-        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+        Err(error)
+            if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) =>
+        {
             return Err(not_a_store("no such file".into()));
         }
         Err(error) => return Err(StoreError::io("open", STORE_FILE, error)),

@@ -130,7 +130,9 @@ impl Store {
 
     fn check_latched(&self) -> Result<()> {
         match &self.writer_state().latched {
-            Some(cause) => Err(StoreError::Latched { store: self.describe(), cause: cause.clone() }),
+            Some(cause) => {
+                Err(StoreError::Latched { store: self.describe(), cause: cause.clone() })
+            }
             None => Ok(()),
         }
     }
@@ -149,11 +151,16 @@ impl Store {
         // left of it: leave it alone. Else every writer looks, even one that tidied up before: the
         // one that crashed may have been another process.
         if torn == 0 {
-            let orphans = numbers.iter().copied().filter(|number| tail.is_none_or(|(last, _)| *number > last));
+            let orphans = numbers
+                .iter()
+                .copied()
+                .filter(|number| tail.is_none_or(|(last, _)| *number > last));
             for number in orphans {
                 self.segments.forget(number);
                 let name = segment_name(number);
-                self.storage.remove(&name).map_err(|error| StoreError::io("remove", name, error))?;
+                self.storage
+                    .remove(&name)
+                    .map_err(|error| StoreError::io("remove", name, error))?;
             }
         } else {
             last_used = numbers.iter().copied().fold(last_used, u32::max);
@@ -167,26 +174,42 @@ impl Store {
             && self.segments.file(number).is_ok()
         {
             let name = segment_name(number);
-            let file = self.storage.open(&name, true).map_err(|error| StoreError::io("open", name.clone(), error))?;
-            let len = file.len_bytes().map_err(|error| StoreError::io("read", name.clone(), error))?;
+            let file = self
+                .storage
+                .open(&name, true)
+                .map_err(|error| StoreError::io("open", name.clone(), error))?;
+            let len =
+                file.len_bytes().map_err(|error| StoreError::io("read", name.clone(), error))?;
             if len > end {
                 file.set_len(end).map_err(|error| StoreError::io("truncate", name, error))?;
             }
             // A shorter one has lost published data: `verify` tells; never append to it.
             go_on = (len >= end).then_some((number, end, file));
         }
-        let next = last_used.checked_add(1).ok_or_else(|| StoreError::Invalid(format!("{} has used up all segment numbers", self.describe())))?;
-        Ok(SegmentWriter::new(Arc::clone(&self.storage), self.uuid, self.options.segment_max_bytes, go_on, next))
+        let next = last_used.checked_add(1).ok_or_else(|| {
+            StoreError::Invalid(format!("{} has used up all segment numbers", self.describe()))
+        })?;
+        Ok(SegmentWriter::new(
+            Arc::clone(&self.storage),
+            self.uuid,
+            self.options.segment_max_bytes,
+            go_on,
+            next,
+        ))
     }
 
     fn segment_numbers(&self) -> Result<HashSet<u32>> {
-        let names = self.storage.list(SEGMENT_FOLDER).map_err(|error| StoreError::io("list", SEGMENT_FOLDER, error))?;
+        let names = self
+            .storage
+            .list(SEGMENT_FOLDER)
+            .map_err(|error| StoreError::io("list", SEGMENT_FOLDER, error))?;
         Ok(names
             .iter()
             .filter_map(|name| {
                 let number = u32::from_str_radix(name.strip_suffix(".seg")?, 16).ok()?;
                 // Only names we would have given: the others are somebody else's files.
-                (segment_name(number).strip_prefix(SEGMENT_FOLDER)?.strip_prefix('/')? == name).then_some(number)
+                (segment_name(number).strip_prefix(SEGMENT_FOLDER)?.strip_prefix('/')? == name)
+                    .then_some(number)
             })
             .collect())
     }
@@ -200,12 +223,15 @@ impl Store {
             .open(JOURNAL_FILE, true)
             .map_err(|error| certain(StoreError::io("open", JOURNAL_FILE, error)))?;
         if cursor.torn_bytes > 0 {
-            file.set_len(cursor.end).map_err(|error| certain(StoreError::io("truncate", JOURNAL_FILE, error)))?;
+            file.set_len(cursor.end)
+                .map_err(|error| certain(StoreError::io("truncate", JOURNAL_FILE, error)))?;
         }
         let written = file
             .write_all_at(&bytes, cursor.end)
             .map_err(|error| StoreError::io("append to", JOURNAL_FILE, error))
-            .and_then(|()| file.sync().map_err(|error| StoreError::io("sync", JOURNAL_FILE, error)));
+            .and_then(|()| {
+                file.sync().map_err(|error| StoreError::io("sync", JOURNAL_FILE, error))
+            });
         if let Err(error) = written {
             // Take the record back, durably, or nobody knows whether it was published.
             let undone = file.set_len(cursor.end).and_then(|()| file.sync()).is_ok();
@@ -264,9 +290,16 @@ impl Transaction {
     ///
     /// # Errors
     /// After any error the transaction can only be dropped.
-    pub fn write_pages(&mut self, region: RegionHandle, pages: &PageSet, source: &dyn PageSource) -> Result<WriteStats> {
+    pub fn write_pages(
+        &mut self,
+        region: RegionHandle,
+        pages: &PageSet,
+        source: &dyn PageSource,
+    ) -> Result<WriteStats> {
         let pages: Vec<u64> = pages.iter().collect();
-        self.progress.pages_total.fetch_add(pages.len() as u64, std::sync::atomic::Ordering::Relaxed);
+        self.progress
+            .pages_total
+            .fetch_add(pages.len() as u64, std::sync::atomic::Ordering::Relaxed);
         let already_failed = std::mem::replace(&mut self.failed, true);
         let draft = &mut self.regions[region.0];
         if let Some(last) = pages.last().filter(|last| **last >= draft.base.pages) {
@@ -316,7 +349,11 @@ impl Transaction {
         let state = self.write_state(&description.state)?;
         let manifest = Manifest {
             parent: self.parent.as_ref().map(Snapshot::id),
-            time_unix_ms: if description.time_unix_ms == 0 { unix_ms() } else { description.time_unix_ms },
+            time_unix_ms: if description.time_unix_ms == 0 {
+                unix_ms()
+            } else {
+                description.time_unix_ms
+            },
             name: description.name,
             message: description.message,
             regions,
@@ -328,14 +365,23 @@ impl Transaction {
         let id = Hash::of(&json);
         // Two snapshots with equal manifests would share an id; their time or stats differ in practice.
         if self.store.find(id).is_some() {
-            return Err(StoreError::Invalid(format!("snapshot {} was published already", id.short())));
+            return Err(StoreError::Invalid(format!(
+                "snapshot {} was published already",
+                id.short()
+            )));
         }
         self.progress.check()?;
         let syncing = Instant::now();
         let segments = self.segments.as_mut().expect("held until commit");
         let tail = segments.sync()?;
         let meta_bytes = segments.appended_bytes() - self.frame_bytes;
-        self.publish(Publication { id, parent: manifest.parent, manifest: block, time_unix_ms: manifest.time_unix_ms, tail })?;
+        self.publish(Publication {
+            id,
+            parent: manifest.parent,
+            manifest: block,
+            time_unix_ms: manifest.time_unix_ms,
+            tail,
+        })?;
         Ok(Committed {
             id,
             frame_bytes: self.frame_bytes,
@@ -360,11 +406,19 @@ impl Transaction {
         let mut refs = Vec::with_capacity(chunks.len());
         for chunk in chunks {
             if !names.insert(&chunk.name) {
-                return Err(StoreError::Invalid(format!("state chunk `{}` is saved twice", chunk.name)));
+                return Err(StoreError::Invalid(format!(
+                    "state chunk `{}` is saved twice",
+                    chunk.name
+                )));
             }
             let json = encode_json(&chunk.body, &format!("state chunk `{}`", chunk.name))?;
             let body = self.put_blob(RecordKind::Blob, &json, &chunk.name)?;
-            refs.push(StateRef { name: chunk.name.clone(), kind: chunk.kind.clone(), version: chunk.version, body });
+            refs.push(StateRef {
+                name: chunk.name.clone(),
+                kind: chunk.kind.clone(),
+                version: chunk.version,
+                body,
+            });
         }
         Ok(refs)
     }
@@ -372,11 +426,19 @@ impl Transaction {
     /// Appends a blob, unless the parent has the same one.
     fn put_blob(&mut self, kind: RecordKind, json: &[u8], what: &str) -> Result<BlockRef> {
         if json.len() > MAX_BLOB_LEN {
-            return Err(StoreError::Invalid(format!("{what} has {} bytes, at most {MAX_BLOB_LEN} can be stored", json.len())));
+            return Err(StoreError::Invalid(format!(
+                "{what} has {} bytes, at most {MAX_BLOB_LEN} can be stored",
+                json.len()
+            )));
         }
-        let mut encoder = RecordEncoder::new(1).map_err(|error| StoreError::io("start", "zstd", error))?;
+        let mut encoder =
+            RecordEncoder::new(1).map_err(|error| StoreError::io("start", "zstd", error))?;
         let record = encoder.encode(kind, json);
-        let known = self.parent.iter().flat_map(|parent| &parent.manifest().state).find(|chunk| chunk.body.hash == record.hash);
+        let known = self
+            .parent
+            .iter()
+            .flat_map(|parent| &parent.manifest().state)
+            .find(|chunk| chunk.body.hash == record.hash);
         match known {
             Some(chunk) => Ok(chunk.body),
             None => self.segments.as_mut().expect("held until commit").append(&record),

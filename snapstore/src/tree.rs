@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use crate::error::Result;
 use crate::id::BlockRef;
-use crate::node::{Location, Node, Run, clip_runs, find_page, overlay, push_run, root_level, span_pages};
+use crate::node::{
+    Location, Node, Run, clip_runs, find_page, overlay, push_run, root_level, span_pages,
+};
 
 /// Reads nodes, verified.
 pub(crate) trait NodeSource {
@@ -21,22 +23,22 @@ pub(crate) trait NodeSink: NodeSource {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct FlushPolicy {
     /// The most pending runs of a node right above the leaves.
-    pub low_runs: usize,
+    pub above_leaves: usize,
     /// The most pending runs of a node further up.
-    pub high_runs: usize,
+    pub further_up: usize,
     /// Groups smaller than this stay while the rest moves down.
-    pub least_group_runs: usize,
+    pub least_group: usize,
 }
 
 impl Default for FlushPolicy {
     fn default() -> Self {
-        Self { low_runs: 2048, high_runs: 4096, least_group_runs: 8 }
+        Self { above_leaves: 2048, further_up: 4096, least_group: 8 }
     }
 }
 
 impl FlushPolicy {
     fn most_runs(self, level: u8) -> usize {
-        if level == 1 { self.low_runs } else { self.high_runs }
+        if level == 1 { self.above_leaves } else { self.further_up }
     }
 }
 
@@ -70,7 +72,9 @@ impl Tree {
     /// The runs with contents in `start .. end`, ascending; pages in no run are zero.
     pub fn runs(&self, nodes: &impl NodeSource, start: u64, end: u64) -> Result<Vec<Run>> {
         let mut runs = match &self.root {
-            Some(block) => collect(nodes, block, root_level(self.pages), 0, start, end.min(self.pages))?,
+            Some(block) => {
+                collect(nodes, block, root_level(self.pages), 0, start, end.min(self.pages))?
+            }
             None => Vec::new(),
         };
         runs.retain(|run| run.location != Location::Zero);
@@ -79,7 +83,12 @@ impl Tree {
 
     /// A tree with `changes` (sorted, without overlaps) laid over this one. Only the nodes on the
     /// way to what moved are written.
-    pub fn apply(&self, sink: &mut impl NodeSink, policy: FlushPolicy, changes: &[Run]) -> Result<Self> {
+    pub fn apply(
+        &self,
+        sink: &mut impl NodeSink,
+        policy: FlushPolicy,
+        changes: &[Run],
+    ) -> Result<Self> {
         if changes.is_empty() {
             return Ok(*self);
         }
@@ -88,7 +97,14 @@ impl Tree {
     }
 }
 
-fn collect(nodes: &impl NodeSource, block: &BlockRef, level: u8, first: u64, start: u64, end: u64) -> Result<Vec<Run>> {
+fn collect(
+    nodes: &impl NodeSource,
+    block: &BlockRef,
+    level: u8,
+    first: u64,
+    start: u64,
+    end: u64,
+) -> Result<Vec<Run>> {
     let node = nodes.node(block, level, first)?;
     let own: Vec<Run> = clip_runs(&node.runs, start, end).collect();
     if level == 0 {
@@ -145,7 +161,7 @@ fn push_down(sink: &mut impl NodeSink, policy: FlushPolicy, node: &mut Node) -> 
         let index = node.child_index(at);
         let (first, level) = node.child_place(index);
         let group: Vec<Run> = clip_runs(&pending, first, first + child_span).collect();
-        if group.len() < policy.least_group_runs {
+        if group.len() < policy.least_group {
             group.into_iter().for_each(|run| push_run(&mut node.runs, run));
         } else {
             let child = apply(sink, policy, node.child(index).copied(), level, first, &group)?;
@@ -198,7 +214,8 @@ mod tests {
             let bytes = node.encode();
             assert_eq!(Node::decode(&bytes, node.level, node.first).unwrap(), node);
             self.put += 1;
-            let block = BlockRef { segment: 0, offset: self.put as u32, len: 0, hash: Hash::of(&bytes) };
+            let block =
+                BlockRef { segment: 0, offset: self.put as u32, len: 0, hash: Hash::of(&bytes) };
             self.nodes.insert(block, Arc::new(node));
             Ok(block)
         }
@@ -207,7 +224,7 @@ mod tests {
     const PAGES: u64 = 512 * 64 * 3;
 
     /// Small buffers, so that a few runs reach the leaves.
-    const SMALL: FlushPolicy = FlushPolicy { low_runs: 6, high_runs: 4, least_group_runs: 2 };
+    const SMALL: FlushPolicy = FlushPolicy { above_leaves: 6, further_up: 4, least_group: 2 };
 
     fn commits() -> impl Strategy<Value = Vec<Vec<(u64, u64, u32, u8)>>> {
         let run = (0..PAGES - 64, 1_u64..40, 0_u32..5, 0_u8..24);
@@ -256,12 +273,20 @@ mod tests {
         let mut memory = Memory::default();
         let tree = Tree { root: None, pages: PAGES };
         let full: Vec<Run> = (0..PAGES / 16)
-            .map(|index| Run { first: index * 16, count: 16, location: Location::Frame { frame: frame(index as u32), slot: 0 } })
+            .map(|index| Run {
+                first: index * 16,
+                count: 16,
+                location: Location::Frame { frame: frame(index as u32), slot: 0 },
+            })
             .collect();
         let tree = tree.apply(&mut memory, FlushPolicy::default(), &full).unwrap();
         let before = memory.put;
         let scattered: Vec<Run> = (0..1000)
-            .map(|index| Run { first: index * 97, count: 1, location: Location::Frame { frame: frame(7), slot: 3 } })
+            .map(|index| Run {
+                first: index * 97,
+                count: 1,
+                location: Location::Frame { frame: frame(7), slot: 3 },
+            })
             .collect();
         tree.apply(&mut memory, FlushPolicy::default(), &scattered).unwrap();
         assert_eq!(memory.put - before, 1);
@@ -271,9 +296,11 @@ mod tests {
     fn zeroed_pages_leave_nothing_behind() {
         let mut memory = Memory::default();
         let tree = Tree { root: None, pages: 512 };
-        let run = Run { first: 3, count: 9, location: Location::Frame { frame: frame(1), slot: 0 } };
+        let run =
+            Run { first: 3, count: 9, location: Location::Frame { frame: frame(1), slot: 0 } };
         let tree = tree.apply(&mut memory, SMALL, &[run]).unwrap();
-        let tree = tree.apply(&mut memory, SMALL, &[Run { location: Location::Zero, ..run }]).unwrap();
+        let tree =
+            tree.apply(&mut memory, SMALL, &[Run { location: Location::Zero, ..run }]).unwrap();
         assert_eq!(tree.root, None);
     }
 }

@@ -64,8 +64,13 @@ struct FrameUse {
 ///
 /// # Errors
 /// Damage is in the report; an error is only what keeps the walk from going on at all.
-pub fn verify(store: &Arc<Store>, snapshots: &[SnapshotId], progress: &VerifyProgress) -> Result<VerifyReport> {
-    let mut walk = Walk { store, report: VerifyReport::default(), seen: HashSet::new(), frames: Vec::new() };
+pub fn verify(
+    store: &Arc<Store>,
+    snapshots: &[SnapshotId],
+    progress: &VerifyProgress,
+) -> Result<VerifyReport> {
+    let mut walk =
+        Walk { store, report: VerifyReport::default(), seen: HashSet::new(), frames: Vec::new() };
     let torn = store.torn_journal_bytes();
     if torn > 0 {
         let error = StoreError::Corrupt {
@@ -73,7 +78,9 @@ pub fn verify(store: &Arc<Store>, snapshots: &[SnapshotId], progress: &VerifyPro
             offset: store.catalog().cursor.end,
             what: "journal".into(),
             expected: "a whole record or the end".into(),
-            found: format!("{torn} bytes that are none: an append cut short by a crash, or damage to the newest snapshot's record"),
+            found: format!(
+                "{torn} bytes that are none: an append cut short by a crash, or damage to the newest snapshot's record"
+            ),
         };
         walk.report.damage.push(Damage { error, snapshot: None });
     }
@@ -94,7 +101,12 @@ pub fn verify(store: &Arc<Store>, snapshots: &[SnapshotId], progress: &VerifyPro
     Ok(report)
 }
 
-fn check_frames(store: &Store, frames: &[FrameUse], progress: &VerifyProgress, report: &mut VerifyReport) {
+fn check_frames(
+    store: &Store,
+    frames: &[FrameUse],
+    progress: &VerifyProgress,
+    report: &mut VerifyReport,
+) {
     progress.frames_total.store(frames.len() as u64, Ordering::Relaxed);
     let page_bytes = AtomicU64::new(0);
     let damage: Vec<Damage> = store.pool.install(|| {

@@ -79,7 +79,8 @@ fn workload(text: &str) -> Result<WorkloadSpec, String> {
 }
 
 fn interval(text: &str) -> Result<Duration, String> {
-    let interval = humantime::parse_duration(text).map_err(|error| format!("expected a time such as 100ms or 5s ({error})"))?;
+    let interval = humantime::parse_duration(text)
+        .map_err(|error| format!("expected a time such as 100ms or 5s ({error})"))?;
     if interval.is_zero() {
         return Err("expected more than no time at all".into());
     }
@@ -90,13 +91,23 @@ fn interval(text: &str) -> Result<Duration, String> {
 pub(crate) struct RunArgs {
     /// Boot this ELF64 kernel (a Linux vmlinux, or a bare-metal program) by the Linux 64-bit boot
     /// protocol, with its console on COM1.
-    #[arg(long, value_name = "FILE", conflicts_with = "workload", required_unless_present = "workload")]
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with = "workload",
+        required_unless_present = "workload"
+    )]
     pub kernel: Option<PathBuf>,
     /// Initial RAM disk for --kernel.
     #[arg(long, value_name = "FILE", requires = "kernel")]
     pub initrd: Option<PathBuf>,
     /// Command line for --kernel.
-    #[arg(long, value_name = "STR", requires = "kernel", default_value = "console=ttyS0 reboot=k panic=1")]
+    #[arg(
+        long,
+        value_name = "STR",
+        requires = "kernel",
+        default_value = "console=ttyS0 reboot=k panic=1"
+    )]
     pub cmdline: String,
     /// Run the built-in guest: key=value,… of touch=SIZE, rate=PAGES_PER_S|max,
     /// pattern=seq|uniform|hot, hot_share=0.1, hot_writes=0.9, content=zero|text|random|edit,

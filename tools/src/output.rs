@@ -49,15 +49,19 @@ pub(crate) fn time(unix_ms: u64) -> String {
     let time = i64::try_from(unix_ms).ok().and_then(|ms| Timestamp::from_millisecond(ms).ok());
     time.map_or_else(
         || format!("{unix_ms} ms"),
-        |time| time.to_zoned_datetime(TimeZone::system()).strftime("%Y-%m-%d %H:%M:%S%.3f").to_string(),
+        |time| {
+            time.to_zoned_datetime(TimeZone::system()).strftime("%Y-%m-%d %H:%M:%S%.3f").to_string()
+        },
     )
 }
 
 /// A bar on the terminal, nothing in a pipe.
 pub(crate) fn progress_bar(what: &'static str, unit: &str) -> ProgressBar {
     let bar = ProgressBar::new(0);
-    let template = format!("{{prefix}} [{{bar:30}}] {{human_pos}}/{{human_len}} {unit} {{elapsed}}");
-    let style = ProgressStyle::with_template(&template).expect("a valid template").progress_chars("=> ");
+    let template =
+        format!("{{prefix}} [{{bar:30}}] {{human_pos}}/{{human_len}} {unit} {{elapsed}}");
+    let style =
+        ProgressStyle::with_template(&template).expect("a valid template").progress_chars("=> ");
     bar.set_style(style);
     bar.set_prefix(what);
     bar.enable_steady_tick(Duration::from_millis(100));

@@ -84,14 +84,26 @@ fn boot_error(what: impl Into<String>, expected: &str, found: impl ToString) -> 
 }
 
 fn open(path: &Path) -> Result<File> {
-    File::open(path).map_err(|error| boot_error(path.display().to_string(), "a readable file", error))
+    File::open(path)
+        .map_err(|error| boot_error(path.display().to_string(), "a readable file", error))
 }
 
-fn load_elf<F: Read + Seek + ReadVolatile>(what: &str, image: &mut F, memory: &GuestMemory) -> Result<u64> {
-    const EXPECTED: &str = "an ELF64 executable for x86-64 (of a Linux kernel: the uncompressed vmlinux)";
+fn load_elf<F: Read + Seek + ReadVolatile>(
+    what: &str,
+    image: &mut F,
+    memory: &GuestMemory,
+) -> Result<u64> {
+    const EXPECTED: &str =
+        "an ELF64 executable for x86-64 (of a Linux kernel: the uncompressed vmlinux)";
     let mut head = Vec::new();
-    image.by_ref().take(0x206).read_to_end(&mut head).map_err(|error| boot_error(what, EXPECTED, error))?;
-    let elf64_x86 = head.starts_with(b"\x7fELF") && head.get(4) == Some(&2) && head.get(18..20) == Some(&[62, 0]);
+    image
+        .by_ref()
+        .take(0x206)
+        .read_to_end(&mut head)
+        .map_err(|error| boot_error(what, EXPECTED, error))?;
+    let elf64_x86 = head.starts_with(b"\x7fELF")
+        && head.get(4) == Some(&2)
+        && head.get(18..20) == Some(&[62, 0]);
     if !elf64_x86 {
         let found = if head.get(0x202..0x206) == Some(b"HdrS") {
             "a Linux bzImage: unpack its vmlinux (scripts/extract-vmlinux in the Linux sources)"
@@ -118,7 +130,9 @@ fn load_initrd(path: &Path, ram: &GuestRam) -> Result<(u64, u64)> {
         .checked_sub(len)
         .map(|address| address & !0xfff)
         .filter(|address| *address > HIGH_RAM && len > 0)
-        .ok_or_else(|| boot_error(what(), "an initrd that fits guest memory", format!("{len} bytes")))?;
+        .ok_or_else(|| {
+            boot_error(what(), "an initrd that fits guest memory", format!("{len} bytes"))
+        })?;
     ram.memory()
         .read_exact_volatile_from(GuestAddress(address), &mut file, len as usize)
         .map_err(|error| boot_error(what(), "a readable file", error))?;
@@ -126,7 +140,9 @@ fn load_initrd(path: &Path, ram: &GuestRam) -> Result<(u64, u64)> {
 }
 
 fn load_command_line(text: &str, memory: &GuestMemory) -> Result<(u64, u32)> {
-    let wrong = |error: &dyn std::fmt::Display| boot_error("the command line", "up to 2047 printable characters", error);
+    let wrong = |error: &dyn std::fmt::Display| {
+        boot_error("the command line", "up to 2047 printable characters", error)
+    };
     let mut cmdline = Cmdline::new(CMDLINE_MAX_LEN).map_err(|error| wrong(&error))?;
     if !text.is_empty() {
         cmdline.insert_str(text).map_err(|error| wrong(&error))?;
@@ -148,11 +164,15 @@ fn write_zero_page(ram: &GuestRam, cmdline: (u64, u32), initrd: Option<(u64, u64
         params.hdr.ramdisk_size = len as u32;
     }
     for (index, (start, end)) in e820(ram.len_bytes()).into_iter().enumerate() {
-        params.e820_table[index] = boot_e820_entry { addr: start, size: end - start, r#type: E820_RAM };
+        params.e820_table[index] =
+            boot_e820_entry { addr: start, size: end - start, r#type: E820_RAM };
         params.e820_entries += 1;
     }
-    LinuxBootConfigurator::write_bootparams(&BootParams::new(&params, GuestAddress(ZERO_PAGE)), ram.memory())
-        .map_err(|error| boot_error("the zero page", "room in guest memory", error))
+    LinuxBootConfigurator::write_bootparams(
+        &BootParams::new(&params, GuestAddress(ZERO_PAGE)),
+        ram.memory(),
+    )
+    .map_err(|error| boot_error("the zero page", "room in guest memory", error))
 }
 
 /// The RAM a guest may use, as address ranges.
@@ -185,7 +205,8 @@ fn write_tables(memory: &GuestMemory) -> Result<()> {
 
 /// Flags (as in bits 40..56 of a descriptor) and limit of the GDT's entries: two unused, code at
 /// 0x10, data at 0x18, the task state at 0x20.
-const SEGMENTS: [(u16, u32); 5] = [(0, 0), (0, 0), (0xa09b, 0xf_ffff), (0xc093, 0xf_ffff), (0x808b, 0xf_ffff)];
+const SEGMENTS: [(u16, u32); 5] =
+    [(0, 0), (0, 0), (0xa09b, 0xf_ffff), (0xc093, 0xf_ffff), (0x808b, 0xf_ffff)];
 
 fn descriptor(flags: u16) -> u64 {
     match flags {
@@ -223,7 +244,8 @@ fn segment(index: usize) -> kvm_segment {
 pub fn set_boot_registers(vcpu: &VcpuFd, entry: u64) -> Result<()> {
     let mut sregs = vcpu.get_sregs().map_err(VmmError::kvm("read segment registers"))?;
     sregs.cs = segment(2);
-    (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (segment(3), segment(3), segment(3), segment(3), segment(3));
+    (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) =
+        (segment(3), segment(3), segment(3), segment(3), segment(3));
     sregs.tr = segment(4);
     (sregs.gdt.base, sregs.gdt.limit) = (GDT, SEGMENTS.len() as u16 * 8 - 1);
     (sregs.idt.base, sregs.idt.limit) = (IDT, 7);
@@ -232,7 +254,14 @@ pub fn set_boot_registers(vcpu: &VcpuFd, entry: u64) -> Result<()> {
     sregs.cr4 = CR4_PAE;
     sregs.efer = EFER_LONG_MODE;
     vcpu.set_sregs(&sregs).map_err(VmmError::kvm("set segment registers"))?;
-    let regs = kvm_regs { rflags: 2, rip: entry, rsp: STACK_TOP, rbp: STACK_TOP, rsi: ZERO_PAGE, ..Default::default() };
+    let regs = kvm_regs {
+        rflags: 2,
+        rip: entry,
+        rsp: STACK_TOP,
+        rbp: STACK_TOP,
+        rsi: ZERO_PAGE,
+        ..Default::default()
+    };
     vcpu.set_regs(&regs).map_err(VmmError::kvm("set registers"))?;
     // As after FNINIT, and the MXCSR every processor starts with.
     let fpu = kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..Default::default() };
@@ -263,7 +292,10 @@ mod tests {
     #[test]
     fn segments_are_what_the_boot_protocol_says() {
         let code = segment(2);
-        assert_eq!((code.selector, code.l, code.db, code.g, code.present, code.type_), (0x10, 1, 0, 1, 1, 11));
+        assert_eq!(
+            (code.selector, code.l, code.db, code.g, code.present, code.type_),
+            (0x10, 1, 0, 1, 1, 11)
+        );
         let data = segment(3);
         assert_eq!((data.selector, data.l, data.db, data.s, data.type_), (0x18, 0, 1, 1, 3));
         assert_eq!(descriptor(SEGMENTS[2].0), 0x00af_9b00_0000_ffff);
@@ -278,7 +310,10 @@ mod tests {
         let error = load_elf("x", &mut Cursor::new(&bzimage), ram.memory()).unwrap_err();
         assert!(error.to_string().contains("bzImage"), "{error}");
         for bad in [&b""[..], b"\x7fELF", b"#!/bin/sh\n"] {
-            assert!(matches!(load_elf("x", &mut Cursor::new(bad), ram.memory()), Err(VmmError::Boot { .. })));
+            assert!(matches!(
+                load_elf("x", &mut Cursor::new(bad), ram.memory()),
+                Err(VmmError::Boot { .. })
+            ));
         }
     }
 

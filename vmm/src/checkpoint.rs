@@ -239,7 +239,10 @@ impl<'a> Checkpoint<'a> {
             Ok(line) => line,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
             Err(TryLockError::WouldBlock) => {
-                return Err(VmmError::NotNow(format!("VM `{}` is taking a checkpoint already", vm.name())));
+                return Err(VmmError::NotNow(format!(
+                    "VM `{}` is taking a checkpoint already",
+                    vm.name()
+                )));
             }
         };
         let mut transaction = begin_transaction(store, line.head)?;
@@ -267,7 +270,8 @@ impl<'a> Checkpoint<'a> {
                 break;
             }
             let round_started = Instant::now();
-            let written = self.transaction.write_pages(self.region, &pages, self.vm.ram().as_ref())?;
+            let written =
+                self.transaction.write_pages(self.region, &pages, self.vm.ram().as_ref())?;
             self.stats.precopied(written, round_started.elapsed());
             previous = count;
         }
@@ -390,7 +394,11 @@ impl CheckpointStats {
     }
 
     fn precopied(&mut self, written: WriteStats, took: Duration) {
-        self.rounds.push(Round { pages: written.pages, stored_bytes: written.stored_bytes, us: us(took) });
+        self.rounds.push(Round {
+            pages: written.pages,
+            stored_bytes: written.stored_bytes,
+            us: us(took),
+        });
         self.precopied_pages += written.pages;
         self.zero_pages += written.zero_pages;
         self.frame_bytes += written.stored_bytes;

@@ -24,9 +24,12 @@ pub fn for_vcpu(hypervisor: &Hypervisor, index: usize, cpus: usize) -> Result<Cp
             }
             // One thread a core, all cores in one package.
             0xb | 0x1f => {
-                let levels = [(0, 1, 1), (usize::BITS - (cpus.max(1) - 1).leading_zeros(), cpus as u32, 2)];
-                let (shift, count, kind) = levels.get(entry.index as usize).copied().unwrap_or((0, 0, 0));
-                (entry.eax, entry.ebx, entry.ecx, entry.edx) = (shift, count, kind << 8 | entry.index, apic_id);
+                let levels =
+                    [(0, 1, 1), (usize::BITS - (cpus.max(1) - 1).leading_zeros(), cpus as u32, 2)];
+                let (shift, count, kind) =
+                    levels.get(entry.index as usize).copied().unwrap_or((0, 0, 0));
+                (entry.eax, entry.ebx, entry.ecx, entry.edx) =
+                    (shift, count, kind << 8 | entry.index, apic_id);
             }
             0x8000_001e => entry.eax = apic_id,
             _ => {}

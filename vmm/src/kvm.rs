@@ -60,8 +60,11 @@ impl Hypervisor {
             (Cap::Xsave, "KVM_CAP_XSAVE"),
             (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK"),
         ];
-        let missing: Vec<_> =
-            needed.iter().filter(|(cap, _)| !kvm.check_extension(*cap)).map(|(_, name)| *name).collect();
+        let missing: Vec<_> = needed
+            .iter()
+            .filter(|(cap, _)| !kvm.check_extension(*cap))
+            .map(|(_, name)| *name)
+            .collect();
         if !missing.is_empty() {
             return Err(VmmError::NoKvm {
                 found: format!("this KVM lacks {}", missing.join(", ")),
@@ -76,7 +79,9 @@ impl Hypervisor {
     /// # Errors
     /// [`VmmError::Kvm`].
     pub fn supported_cpuid(&self) -> Result<CpuId> {
-        self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(VmmError::kvm("list CPUID features"))
+        self.kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(VmmError::kvm("list CPUID features"))
     }
 
     /// Indices of the MSRs that make up a vCPU's state.
@@ -126,7 +131,8 @@ impl VmShell {
             };
             // SAFETY: the mapping belongs to `ram`, which lives as long as the shell, is as long
             // as the slot says, and no other slot covers it.
-            unsafe { fd.set_user_memory_region(region) }.map_err(VmmError::kvm("add a memory slot"))?;
+            unsafe { fd.set_user_memory_region(region) }
+                .map_err(VmmError::kvm("add a memory slot"))?;
         }
         Ok(Self { fd: Arc::new(fd), ram })
     }

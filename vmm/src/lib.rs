@@ -22,7 +22,9 @@ mod vm;
 pub mod workload;
 mod workload_memory;
 
-pub use checkpoint::{CheckpointReport, CheckpointRequest, CheckpointStats, CheckpointTotals, ProgressReport, Round};
+pub use checkpoint::{
+    CheckpointReport, CheckpointRequest, CheckpointStats, CheckpointTotals, ProgressReport, Round,
+};
 pub use error::{Result, VmmError};
 pub use vcpu::Ended;
 pub use vm::{Guest, HostConfig, Loading, MachineConfig, SavedGuest, SavedMachine, Vm};

@@ -73,7 +73,10 @@ impl GuestRam {
     /// [`VmmError::Config`] if it is no multiple of [`RAM_GRANULE_BYTES`]; [`VmmError::Host`] if
     /// the host has no room for it.
     pub fn new(ram_bytes: u64) -> Result<Self> {
-        if ram_bytes == 0 || !ram_bytes.is_multiple_of(RAM_GRANULE_BYTES) || ram_bytes > RAM_MAX_BYTES {
+        if ram_bytes == 0
+            || !ram_bytes.is_multiple_of(RAM_GRANULE_BYTES)
+            || ram_bytes > RAM_MAX_BYTES
+        {
             return Err(VmmError::Config(format!(
                 "memory: expected a multiple of {} MiB up to {} TiB, found {ram_bytes} bytes",
                 RAM_GRANULE_BYTES >> 20,
@@ -92,8 +95,10 @@ impl GuestRam {
             .map(|range| map(&memfd, range))
             .collect::<io::Result<Vec<_>>>()
             .map_err(VmmError::host(create("map")))?;
-        let memory = GuestMemory::from_regions(regions)
-            .map_err(|error| VmmError::Host { op: create("map"), source: io::Error::other(error) })?;
+        let memory = GuestMemory::from_regions(regions).map_err(|error| VmmError::Host {
+            op: create("map"),
+            source: io::Error::other(error),
+        })?;
         Ok(Self { memfd, memory, ranges })
     }
 
@@ -118,13 +123,19 @@ impl GuestRam {
     /// The page after the last, which is how many pages the store's region ranges over.
     #[must_use]
     pub fn end_page(&self) -> u64 {
-        self.ranges.iter().map(|range| (range.gpa + range.len_bytes) / PAGE_SIZE as u64).max().unwrap_or(0)
+        self.ranges
+            .iter()
+            .map(|range| (range.gpa + range.len_bytes) / PAGE_SIZE as u64)
+            .max()
+            .unwrap_or(0)
     }
 
     /// The ranges of RAM with their host virtual addresses.
     pub fn mapped_ranges(&self) -> impl Iterator<Item = (RamRange, usize)> + '_ {
         self.ranges.iter().copied().zip(self.memory.iter().map(|region| {
-            region.get_host_address(vm_memory::MemoryRegionAddress(0)).map_or(0, |address| address as usize)
+            region
+                .get_host_address(vm_memory::MemoryRegionAddress(0))
+                .map_or(0, |address| address as usize)
         }))
     }
 

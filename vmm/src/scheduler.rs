@@ -36,7 +36,9 @@ impl Scheduler {
             .name("frazil-schedule".into())
             .spawn(move || {
                 let mut due = Instant::now() + interval;
-                while let Err(RecvTimeoutError::Timeout) = stopped.recv_timeout(due.saturating_duration_since(Instant::now())) {
+                while let Err(RecvTimeoutError::Timeout) =
+                    stopped.recv_timeout(due.saturating_duration_since(Instant::now()))
+                {
                     if vm.ended().is_some() {
                         return;
                     }

@@ -68,7 +68,11 @@ impl ChunkSet {
     /// [`VmmError::State`] if it is missing, of another kind, newer than this program, or its
     /// body does not parse.
     pub fn take<T: Saved>(&mut self, name: &str) -> Result<T> {
-        let wrong = |expected: String, found: String| VmmError::State { chunk: name.to_owned(), expected, found };
+        let wrong = |expected: String, found: String| VmmError::State {
+            chunk: name.to_owned(),
+            expected,
+            found,
+        };
         let chunk = self
             .chunks
             .remove(name)
@@ -83,9 +87,12 @@ impl ChunkSet {
             ));
         }
         let body = (chunk.version..T::VERSION).try_fold(chunk.body, |body, version| {
-            T::upgrade(version, body).map_err(|error| wrong(format!("a body of version {version}"), error))
+            T::upgrade(version, body)
+                .map_err(|error| wrong(format!("a body of version {version}"), error))
         })?;
-        serde_json::from_value(body).map_err(|error| wrong(format!("a body of {} version {}", T::KIND, T::VERSION), error.to_string()))
+        serde_json::from_value(body).map_err(|error| {
+            wrong(format!("a body of {} version {}", T::KIND, T::VERSION), error.to_string())
+        })
     }
 
     /// # Errors
@@ -97,7 +104,10 @@ impl ChunkSet {
             Some(chunk) => Err(VmmError::State {
                 chunk: chunk.name,
                 expected: "a device this frazil knows".into(),
-                found: format!("kind {}, version {}: use a newer frazil", chunk.kind, chunk.version),
+                found: format!(
+                    "kind {}, version {}: use a newer frazil",
+                    chunk.kind, chunk.version
+                ),
             }),
         }
     }
@@ -118,8 +128,11 @@ pub mod hex_u64 {
     /// If it is no such text.
     pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
         let text = String::deserialize(deserializer)?;
-        let digits = text.strip_prefix("0x").ok_or_else(|| serde::de::Error::custom(format!("expected 0x…, found `{text}`")))?;
-        u64::from_str_radix(digits, 16).map_err(|_| serde::de::Error::custom(format!("expected hex digits, found `{text}`")))
+        let digits = text
+            .strip_prefix("0x")
+            .ok_or_else(|| serde::de::Error::custom(format!("expected 0x…, found `{text}`")))?;
+        u64::from_str_radix(digits, 16)
+            .map_err(|_| serde::de::Error::custom(format!("expected hex digits, found `{text}`")))
     }
 }
 
@@ -131,7 +144,8 @@ impl Serialize for HexBytes {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         const DIGITS: &[u8; 16] = b"0123456789abcdef";
         let digit = |value: u8| DIGITS[usize::from(value)] as char;
-        let text: String = self.0.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]).collect();
+        let text: String =
+            self.0.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]).collect();
         serializer.serialize_str(&text)
     }
 }
@@ -144,9 +158,13 @@ impl<'de> serde::Deserialize<'de> for HexBytes {
         if !digits.len().is_multiple_of(2) {
             return Err(D::Error::custom("expected an even number of hex digits"));
         }
-        let value = |digit: u8| (digit as char).to_digit(16).ok_or_else(|| D::Error::custom("expected hex digits"));
+        let value = |digit: u8| {
+            (digit as char).to_digit(16).ok_or_else(|| D::Error::custom("expected hex digits"))
+        };
         let pairs = digits.chunks_exact(2);
-        let bytes = pairs.map(|pair| Ok((value(pair[0])? << 4 | value(pair[1])?) as u8)).collect::<Result<_, D::Error>>()?;
+        let bytes = pairs
+            .map(|pair| Ok((value(pair[0])? << 4 | value(pair[1])?) as u8))
+            .collect::<Result<_, D::Error>>()?;
         Ok(Self(bytes))
     }
 }
@@ -178,7 +196,8 @@ mod tests {
     }
 
     fn set(kind: &str, version: u32, body: Value) -> ChunkSet {
-        ChunkSet::new(vec![StateChunk { name: "t".into(), kind: kind.into(), version, body }]).unwrap()
+        ChunkSet::new(vec![StateChunk { name: "t".into(), kind: kind.into(), version, body }])
+            .unwrap()
     }
 
     #[test]

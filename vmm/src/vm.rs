@@ -184,7 +184,12 @@ impl Vm {
     /// # Errors
     /// What KVM or the host refuse; [`VmmError::State`] if the state does not fit; store and
     /// pager errors.
-    pub fn resume(snapshot: &Snapshot, name: String, host: HostConfig, loading: Loading) -> Result<Self> {
+    pub fn resume(
+        snapshot: &Snapshot,
+        name: String,
+        host: HostConfig,
+        loading: Loading,
+    ) -> Result<Self> {
         let mut chunks = ChunkSet::new(snapshot.states()?)?;
         let machine: SavedMachine = chunks.take(MACHINE_CHUNK)?;
         let hypervisor = Hypervisor::open()?;
@@ -379,7 +384,9 @@ impl Vm {
     pub(crate) fn check_alive(&self) -> Result<()> {
         match self.vcpus.ended() {
             None => Ok(()),
-            Some(ended) => Err(VmmError::NotNow(format!("VM `{}` has ended: {ended:?}", self.name))),
+            Some(ended) => {
+                Err(VmmError::NotNow(format!("VM `{}` has ended: {ended:?}", self.name)))
+            }
         }
     }
 }
@@ -401,11 +408,16 @@ fn check_cpus(hypervisor: &Hypervisor, cpus: usize) -> Result<()> {
 fn boot_source(config: &MachineConfig, tsc_khz: u32) -> Result<(BootSource, SavedGuest)> {
     match &config.guest {
         Guest::Workload(spec) => {
-            let mut spec = spec.clone();
+            let mut spec = *spec;
             spec.cpus = config.cpus as _;
             spec.tsc_khz = u64::from(tsc_khz);
-            spec.check_fits(config.ram_bytes).map_err(|error| VmmError::Config(error.to_string()))?;
-            let source = BootSource { kernel: Kernel::Builtin(GUEST_ELF), initrd: None, cmdline: spec.to_cmdline() };
+            spec.check_fits(config.ram_bytes)
+                .map_err(|error| VmmError::Config(error.to_string()))?;
+            let source = BootSource {
+                kernel: Kernel::Builtin(GUEST_ELF),
+                initrd: None,
+                cmdline: spec.to_cmdline(),
+            };
             Ok((source, SavedGuest::Workload { spec: spec.to_string() }))
         }
         Guest::Kernel(source) => {
@@ -420,13 +432,21 @@ fn boot_source(config: &MachineConfig, tsc_khz: u32) -> Result<(BootSource, Save
     }
 }
 
-fn build_shell(hypervisor: &Hypervisor, machine: &SavedMachine, snapshot: &Snapshot) -> Result<VmShell> {
+fn build_shell(
+    hypervisor: &Hypervisor,
+    machine: &SavedMachine,
+    snapshot: &Snapshot,
+) -> Result<VmShell> {
     let ram = Arc::new(GuestRam::new(machine.ram_bytes)?);
     let region = snapshot.region(RAM_REGION)?;
     if region.pages() != ram.end_page() {
         return Err(VmmError::State {
             chunk: MACHINE_CHUNK.into(),
-            expected: format!("a region `{RAM_REGION}` of {} pages for {} bytes of RAM", ram.end_page(), machine.ram_bytes),
+            expected: format!(
+                "a region `{RAM_REGION}` of {} pages for {} bytes of RAM",
+                ram.end_page(),
+                machine.ram_bytes
+            ),
             found: format!("{} pages", region.pages()),
         });
     }
@@ -438,7 +458,12 @@ pub(crate) fn vcpu_chunk(index: usize) -> String {
     format!("vcpu{index}")
 }
 
-fn restore_vcpus(hypervisor: &Hypervisor, shell: &VmShell, machine: &SavedMachine, chunks: &mut ChunkSet) -> Result<Vec<Vcpu>> {
+fn restore_vcpus(
+    hypervisor: &Hypervisor,
+    shell: &VmShell,
+    machine: &SavedMachine,
+    chunks: &mut ChunkSet,
+) -> Result<Vec<Vcpu>> {
     (0..machine.cpus)
         .map(|index| {
             let name = vcpu_chunk(index);
@@ -448,7 +473,12 @@ fn restore_vcpus(hypervisor: &Hypervisor, shell: &VmShell, machine: &SavedMachin
         .collect()
 }
 
-fn bring_memory(snapshot: &Snapshot, ram: &GuestRam, vcpus: &Arc<VcpuSet>, loading: Loading) -> Result<Option<Pager>> {
+fn bring_memory(
+    snapshot: &Snapshot,
+    ram: &GuestRam,
+    vcpus: &Arc<VcpuSet>,
+    loading: Loading,
+) -> Result<Option<Pager>> {
     let region = snapshot.region(RAM_REGION)?;
     match loading {
         Loading::Eager => {

@@ -23,14 +23,20 @@ impl Alias {
     /// Hands the bytes `offset .. offset + len` to `with` for filling.
     ///
     /// The caller holds the lock of the pages' chunk, and none of them was filled before.
-    pub(super) fn fill<T>(&self, offset: usize, len: usize, with: impl FnOnce(&mut [u8]) -> T) -> T {
+    pub(super) fn fill<T>(
+        &self,
+        offset: usize,
+        len: usize,
+        with: impl FnOnce(&mut [u8]) -> T,
+    ) -> T {
         let end = offset.checked_add(len).expect("offsets are below the mapping's length");
         assert!(end <= self.map.len(), "{offset}+{len} is outside the mapping");
         // SAFETY: the range was just checked to be inside the mapping, which lives as long as
         // `self`. Nobody else refers to these bytes: pages that were not filled are mapped
         // nowhere else (userfaultfd holds every access back), and two fillers exclude each other
         // by the chunk's lock.
-        let bytes = unsafe { std::slice::from_raw_parts_mut(self.map.as_mut_ptr().add(offset), len) };
+        let bytes =
+            unsafe { std::slice::from_raw_parts_mut(self.map.as_mut_ptr().add(offset), len) };
         with(bytes)
     }
 }

@@ -30,22 +30,32 @@ pub(super) struct Filler {
 }
 
 impl Filler {
-    pub(super) fn new(region: RegionReader, memory: &File, mappings: &[Mapping]) -> Result<Self, PagerError> {
+    pub(super) fn new(
+        region: RegionReader,
+        memory: &File,
+        mappings: &[Mapping],
+    ) -> Result<Self, PagerError> {
         let memory_error = |op| move |source| PagerError::Memory { op, source };
+        let memory_len = memory.metadata().map_err(memory_error("look at the memory file"))?.len();
         let mut bases = Vec::with_capacity(mappings.len());
         let mut chunks = 0;
         let mut file_len = 0;
-        for mapping in mappings {
+        for (index, mapping) in mappings.iter().enumerate() {
             let chunk_bytes = CHUNK_PAGES as usize * PAGE_SIZE;
             let whole = mapping.len_bytes.is_multiple_of(chunk_bytes)
                 && mapping.first_page.is_multiple_of(CHUNK_PAGES)
-                && mapping.first_page + mapping.pages() <= region.pages();
+                && mapping.first_page + mapping.pages() <= region.pages()
+                // A page beyond the file's end would kill the process, not fail.
+                && mapping.file_offset + mapping.len_bytes as u64 <= memory_len
+                && !mappings[..index].iter().any(|other| other.overlaps(mapping));
             if !whole {
                 return Err(PagerError::Store {
                     region: region.name().to_owned(),
                     page: mapping.first_page,
                     source: StoreError::Invalid(format!(
-                        "a mapping must be whole chunks of {chunk_bytes} bytes inside the region's {} pages, found {mapping:?}",
+                        "a mapping must be whole chunks of {chunk_bytes} bytes inside the region's \
+                         {} pages and the memory file's {memory_len} bytes, and overlap no other, \
+                         found {mapping:?}",
                         region.pages()
                     )),
                 });
@@ -64,13 +74,23 @@ impl Filler {
     }
 
     /// Makes `page` resident first, then everything with contents in its chunk.
-    pub(super) fn serve(&self, mapping: &Mapping, page: u64, shared: &Shared) -> Result<(), PagerError> {
+    pub(super) fn serve(
+        &self,
+        mapping: &Mapping,
+        page: u64,
+        shared: &Shared,
+    ) -> Result<(), PagerError> {
         let mut chunk = self.chunk(mapping, page);
         if chunk.has(page) {
-            // Served meanwhile; the one who waits has only to look again.
-            return wake(shared, mapping, page, 1);
+            // Served meanwhile, or the kernel has dropped the page-table entry since (reclaim,
+            // migration, a hole punched): waking alone would have it fault for ever.
+            self.allocate(&chunk, page, 1)?;
+            return map(shared, mapping, page, 1);
         }
-        let runs = self.region.runs(chunk.first, CHUNK_PAGES).map_err(|source| self.store_error(page, source))?;
+        let runs = self
+            .region
+            .runs(chunk.first, CHUNK_PAGES)
+            .map_err(|source| self.store_error(page, source))?;
         match runs.iter().find(|run| (run.first..run.end()).contains(&page)) {
             Some(run) => {
                 self.fill_run(&mut chunk, run, shared)?;
@@ -85,8 +105,16 @@ impl Filler {
 
     /// Brings in everything with contents in the chunk that starts at `first`; returns how many
     /// pages that is.
-    pub(super) fn fill_chunk(&self, mapping: &Mapping, first: u64, shared: &Shared) -> Result<u64, PagerError> {
-        let runs = self.region.runs(first, CHUNK_PAGES).map_err(|source| self.store_error(first, source))?;
+    pub(super) fn fill_chunk(
+        &self,
+        mapping: &Mapping,
+        first: u64,
+        shared: &Shared,
+    ) -> Result<u64, PagerError> {
+        let runs = self
+            .region
+            .runs(first, CHUNK_PAGES)
+            .map_err(|source| self.store_error(first, source))?;
         let mut chunk = self.chunk(mapping, first);
         for run in &runs {
             self.fill_run(&mut chunk, run, shared)?;
@@ -98,7 +126,10 @@ impl Filler {
     pub(super) fn load(&self, mapping: &Mapping) -> Result<(), PagerError> {
         (0..mapping.pages() / CHUNK_PAGES).into_par_iter().try_for_each(|index| {
             let first = mapping.first_page + index * CHUNK_PAGES;
-            let runs = self.region.runs(first, CHUNK_PAGES).map_err(|source| self.store_error(first, source))?;
+            let runs = self
+                .region
+                .runs(first, CHUNK_PAGES)
+                .map_err(|source| self.store_error(first, source))?;
             let mut chunk = self.chunk(mapping, first);
             for run in &runs {
                 self.decode(&chunk, run).map_err(|source| self.store_error(run.first, source))?;
@@ -122,10 +153,16 @@ impl Filler {
     }
 
     /// Fills and maps what is not resident yet of `run`, which lies in the chunk.
-    fn fill_run(&self, chunk: &mut Chunk<'_>, run: &Run, shared: &Shared) -> Result<(), PagerError> {
+    fn fill_run(
+        &self,
+        chunk: &mut Chunk<'_>,
+        run: &Run,
+        shared: &Shared,
+    ) -> Result<(), PagerError> {
         // A chunk is filled frame by frame, so usually all of a run or nothing is missing.
         for missing in chunk.missing(run) {
-            self.decode(chunk, &missing).map_err(|source| self.store_error(missing.first, source))?;
+            self.decode(chunk, &missing)
+                .map_err(|source| self.store_error(missing.first, source))?;
             chunk.mark(&missing);
             map(shared, chunk.mapping, missing.first, missing.count)?;
             shared.counters.filled_pages.fetch_add(missing.count, Ordering::Relaxed);
@@ -139,32 +176,51 @@ impl Filler {
         let len = run.count as usize * PAGE_SIZE;
         if let Location::Frame { frame, slot: 0 } = run.location {
             // Straight into place, if the run is the whole frame.
-            let whole = self.alias.fill(offset, len, |bytes| self.region.read_whole_frame(&frame, bytes))?;
+            let whole = self
+                .alias
+                .fill(offset, len, |bytes| self.region.read_whole_frame(&frame, bytes))?;
             if whole {
                 return Ok(());
             }
         }
         self.region
-            .read_run(run, |pages| self.alias.fill(offset, len, |bytes| bytes.copy_from_slice(pages)))
+            .read_run(run, |pages| {
+                self.alias.fill(offset, len, |bytes| bytes.copy_from_slice(pages));
+            })
             .map(|_| ())
     }
 
     /// Maps zero pages around `page`, up to the next page with contents or the chunk's end.
-    fn map_zero(&self, chunk: &mut Chunk<'_>, page: u64, runs: &[Run], shared: &Shared) -> Result<(), PagerError> {
-        let start = runs.iter().map(Run::end).filter(|end| *end <= page).max().unwrap_or(chunk.first);
-        let end = runs.iter().map(|run| run.first).find(|first| *first > page).unwrap_or(chunk.first + CHUNK_PAGES);
+    fn map_zero(
+        &self,
+        chunk: &mut Chunk<'_>,
+        page: u64,
+        runs: &[Run],
+        shared: &Shared,
+    ) -> Result<(), PagerError> {
+        let start =
+            runs.iter().map(Run::end).filter(|end| *end <= page).max().unwrap_or(chunk.first);
+        let end = runs
+            .iter()
+            .map(|run| run.first)
+            .find(|first| *first > page)
+            .unwrap_or(chunk.first + CHUNK_PAGES);
         let gap = Run { first: start, count: end - start, location: Location::Zero };
         for missing in chunk.missing(&gap) {
-            let offset = chunk.file_offset(missing.first) as u64;
-            let len = missing.count * PAGE_SIZE as u64;
-            // A page of the memory file that nobody wrote is zero once it is allocated.
-            fallocate(&self.memory, FallocateFlags::empty(), offset, len)
-                .map_err(|error| PagerError::Memory { op: "allocate guest memory", source: error.into() })?;
+            self.allocate(chunk, missing.first, missing.count)?;
             chunk.mark(&missing);
             map(shared, chunk.mapping, missing.first, missing.count)?;
             shared.counters.zero_pages.fetch_add(missing.count, Ordering::Relaxed);
         }
         Ok(())
+    }
+
+    /// Has the memory file hold these pages: those that nobody wrote are zero then.
+    fn allocate(&self, chunk: &Chunk<'_>, first: u64, count: u64) -> Result<(), PagerError> {
+        let (offset, len) = (chunk.file_offset(first) as u64, count * PAGE_SIZE as u64);
+        fallocate(&self.memory, FallocateFlags::empty(), offset, len).map_err(|error| {
+            PagerError::Memory { op: "allocate guest memory", source: error.into() }
+        })
     }
 }
 
@@ -219,7 +275,15 @@ fn map(shared: &Shared, mapping: &Mapping, first: u64, count: u64) -> Result<(),
                 }
                 // The address space is being changed: again.
                 EAGAIN => std::thread::yield_now(),
-                _ => return Err(uffd_error("map pages", address, &userfaultfd::Error::SystemError(errno))),
+                // The background fill is done and has let go of the mapping, which woke all.
+                ENOENT if shared.letting_go.load(Ordering::Acquire) => return Ok(()),
+                _ => {
+                    return Err(uffd_error(
+                        "map pages",
+                        address,
+                        &userfaultfd::Error::SystemError(errno),
+                    ));
+                }
             },
             Err(error) => return Err(uffd_error("map pages", address, &error)),
         }
@@ -229,6 +293,7 @@ fn map(shared: &Shared, mapping: &Mapping, first: u64, count: u64) -> Result<(),
 
 const EEXIST: i32 = rustix::io::Errno::EXIST.raw_os_error();
 const EAGAIN: i32 = rustix::io::Errno::AGAIN.raw_os_error();
+const ENOENT: i32 = rustix::io::Errno::NOENT.raw_os_error();
 
 fn wake(shared: &Shared, mapping: &Mapping, first: u64, count: u64) -> Result<(), PagerError> {
     let address = address_of(mapping, first);

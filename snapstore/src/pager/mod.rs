@@ -93,6 +93,14 @@ impl Mapping {
     fn pages(&self) -> u64 {
         (self.len_bytes / PAGE_SIZE) as u64
     }
+
+    /// True if a page of the region, or of the memory file, is in both: each page has one place.
+    fn overlaps(&self, other: &Self) -> bool {
+        let cross = |a: u64, a_len: u64, b: u64, b_len: u64| a < b + b_len && b < a + a_len;
+        let (len, other_len) = (self.len_bytes as u64, other.len_bytes as u64);
+        cross(self.first_page, self.pages(), other.first_page, other.pages())
+            || cross(self.file_offset, len, other.file_offset, other_len)
+    }
 }
 
 /// How a region is served.
@@ -142,6 +150,8 @@ pub(crate) struct Shared {
     failure: OnceLock<Arc<PagerError>>,
     on_failure: OnFailure,
     counters: Counters,
+    /// Set before userfaultfd is let go of: faults in flight need no answer from then on.
+    letting_go: AtomicBool,
     complete: AtomicBool,
 }
 
@@ -220,8 +230,10 @@ impl Pager {
             )
             .map_err(|error| uffd_error("register memory", mapping.address, &error))?;
         }
-        let stop_event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-            .map_err(|error| PagerError::Memory { op: "create an eventfd", source: error.into() })?;
+        let stop_event =
+            eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|error| {
+                PagerError::Memory { op: "create an eventfd", source: error.into() }
+            })?;
         let shared = Arc::new(Shared {
             uffd,
             filler: Filler::new(region, memory, mappings)?,
@@ -231,6 +243,7 @@ impl Pager {
             failure: OnceLock::new(),
             on_failure,
             counters: Counters::default(),
+            letting_go: AtomicBool::new(false),
             complete: AtomicBool::new(false),
         });
         let pager = Self { shared, threads: Mutex::default() };
@@ -279,7 +292,8 @@ impl Pager {
 impl Drop for Pager {
     fn drop(&mut self) {
         self.shared.stop();
-        let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        let threads =
+            std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
         for thread in threads {
             // A panic in a pager thread was reported by the panic hook; nothing is left to do.
             let _joined = thread.join();
@@ -349,7 +363,9 @@ impl Shared {
         let mapping = self
             .mappings
             .iter()
-            .find(|mapping| (mapping.address..mapping.address + mapping.len_bytes).contains(&address))
+            .find(|mapping| {
+                (mapping.address..mapping.address + mapping.len_bytes).contains(&address)
+            })
             .ok_or_else(|| PagerError::Uffd {
                 op: "serve a fault",
                 address,
@@ -368,7 +384,11 @@ impl Shared {
                 if self.stopped() {
                     return;
                 }
-                match self.filler.fill_chunk(mapping, mapping.first_page + chunk * CHUNK_PAGES, self) {
+                match self.filler.fill_chunk(
+                    mapping,
+                    mapping.first_page + chunk * CHUNK_PAGES,
+                    self,
+                ) {
                     Ok(pages) => total_pages += pages,
                     Err(error) => return self.fail(error),
                 }
@@ -376,6 +396,7 @@ impl Shared {
         }
         self.counters.total_pages.store(total_pages, Ordering::Relaxed);
         // Pages that are still missing are zero in the snapshot, and so they are without us.
+        self.letting_go.store(true, Ordering::Release);
         for mapping in &self.mappings {
             if let Err(error) = self.uffd.unregister(mapping.address as *mut _, mapping.len_bytes) {
                 return self.fail(uffd_error("unregister memory", mapping.address, &error));

@@ -38,7 +38,9 @@ pub(crate) fn checkpoint(args: CheckpointArgs, json: bool) -> anyhow::Result<()>
             Ok(report) => break report,
             Err(mpsc::RecvTimeoutError::Disconnected) => anyhow::bail!("the request was lost"),
             Err(mpsc::RecvTimeoutError::Timeout) => {
-                if let Ok(Some(progress)) = watcher.get::<Option<ProgressReport>>("/checkpoints/progress") {
+                if let Ok(Some(progress)) =
+                    watcher.get::<Option<ProgressReport>>("/checkpoints/progress")
+                {
                     bar.set_length(progress.pages_total);
                     bar.set_position(progress.pages_done);
                 }
@@ -65,12 +67,17 @@ pub(crate) fn checkpoint(args: CheckpointArgs, json: bool) -> anyhow::Result<()>
 }
 
 pub(crate) fn ps(json: bool) -> anyhow::Result<()> {
-    let mut table = output::table(&["NAME", "PID", "STATE", "MEMORY", "VCPUS", "UPTIME", "CHECKPOINTS", "STORE"], &[1, 3, 4, 5, 6]);
+    let mut table = output::table(
+        &["NAME", "PID", "STATE", "MEMORY", "VCPUS", "UPTIME", "CHECKPOINTS", "STORE"],
+        &[1, 3, 4, 5, 6],
+    );
     for record in list()? {
         let status = Client::new(record.clone(), Some(PATIENCE)).get::<VmStatus>("/vm");
         match (&status, json) {
             (Ok(status), true) => print_json(status)?,
-            (Err(error), true) => print_json(&json!({"name": record.name, "pid": record.pid, "error": error.to_string()}))?,
+            (Err(error), true) => print_json(
+                &json!({"name": record.name, "pid": record.pid, "error": error.to_string()}),
+            )?,
             (Ok(status), false) => {
                 table.add_row([
                     status.name.clone(),
@@ -78,7 +85,8 @@ pub(crate) fn ps(json: bool) -> anyhow::Result<()> {
                     state_name(status.state).to_owned(),
                     output::bytes(status.machine.ram_bytes),
                     status.machine.cpus.to_string(),
-                    humantime::format_duration(Duration::from_secs(status.uptime_ms / 1000)).to_string(),
+                    humantime::format_duration(Duration::from_secs(status.uptime_ms / 1000))
+                        .to_string(),
                     status.checkpoints.taken.to_string(),
                     status.store.as_deref().unwrap_or("-").trim_start_matches("store ").to_owned(),
                 ]);
@@ -116,7 +124,10 @@ pub(crate) fn stop(args: &VmArg, json: bool) -> anyhow::Result<()> {
     let until = Instant::now() + STOP_PATIENCE;
     while !args.vm.contains('/') && find(&args.vm).is_ok() {
         if Instant::now() > until {
-            anyhow::bail!("VM `{}` was told to stop and is still there after {STOP_PATIENCE:?}: look at its process", args.vm);
+            anyhow::bail!(
+                "VM `{}` was told to stop and is still there after {STOP_PATIENCE:?}: look at its process",
+                args.vm
+            );
         }
         std::thread::sleep(Duration::from_millis(5));
     }

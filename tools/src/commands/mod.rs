@@ -41,7 +41,10 @@ pub(crate) fn open_store(path: Option<&Path>) -> anyhow::Result<Arc<Store>> {
 }
 
 /// Finds the snapshot that `STORE@REF` names.
-pub(crate) fn open_snapshot(text: &str, options: StoreOptions) -> anyhow::Result<(PathBuf, Snapshot)> {
+pub(crate) fn open_snapshot(
+    text: &str,
+    options: StoreOptions,
+) -> anyhow::Result<(PathBuf, Snapshot)> {
     let (path, reference) = reference::split(text);
     let path = path.map_or_else(default_store, PathBuf::from);
     let store = Store::open(&path, options)?;

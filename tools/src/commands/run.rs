@@ -22,16 +22,20 @@ use crate::cli::{HostArgs, ResumeArgs, RunArgs, SerialArg};
 use crate::output;
 
 /// How long first progress of a resumed workload is waited for before it is not reported.
-const FIRST_PROGRESS_PATIENCE: Duration = Duration::from_secs(60);
+const FIRST_PROGRESS_PATIENCE: Duration = Duration::from_mins(1);
 
 pub(crate) fn run(args: RunArgs, json: bool) -> anyhow::Result<ExitCode> {
     let RunArgs { kernel, initrd, cmdline, workload, memory, cpus, host } = args;
     let guest = match (kernel, workload) {
         (_, Some(spec)) => Guest::Workload(spec),
-        (Some(kernel), None) => Guest::Kernel(BootSource { kernel: Kernel::File(kernel), initrd, cmdline }),
+        (Some(kernel), None) => {
+            Guest::Kernel(BootSource { kernel: Kernel::File(kernel), initrd, cmdline })
+        }
         (None, None) => anyhow::bail!("give --kernel FILE or --workload SPEC"),
     };
-    let wants_store = host.store.is_some() || host.checkpoint_every.is_some() || std::env::var_os("FRAZIL_STORE").is_some();
+    let wants_store = host.store.is_some()
+        || host.checkpoint_every.is_some()
+        || std::env::var_os("FRAZIL_STORE").is_some();
     let store_path = host.store.clone().unwrap_or_else(default_store);
     let store = if wants_store || store_path.exists() {
         Some(Store::open_or_create(&store_path, store_options(&host))?)
@@ -39,9 +43,18 @@ pub(crate) fn run(args: RunArgs, json: bool) -> anyhow::Result<ExitCode> {
         None
     };
     let registration = Registration::enter(&vm_name(&host), host.api_socket.clone())?;
-    let config = MachineConfig { name: registration.record().name.clone(), ram_bytes: memory, cpus, guest };
+    let config =
+        MachineConfig { name: registration.record().name.clone(), ram_bytes: memory, cpus, guest };
     let vm = Vm::boot(&config, host_config(&host, store, json))?;
-    serve(Session { vm: Arc::new(vm), registration, host, store_path, json, paused: false, first_progress: None })
+    serve(Session {
+        vm: Arc::new(vm),
+        registration,
+        host,
+        store_path,
+        json,
+        paused: false,
+        first_progress: None,
+    })
 }
 
 pub(crate) fn resume(args: ResumeArgs, json: bool, started: Started) -> anyhow::Result<ExitCode> {
@@ -64,7 +77,15 @@ pub(crate) fn resume(args: ResumeArgs, json: bool, started: Started) -> anyhow::
     let name = registration.record().name.clone();
     let vm = Vm::resume(&snapshot, name, host_config(&host, Some(store), json), loading)
         .with_context(|| format!("cannot resume snapshot {}", snapshot.id().short()))?;
-    serve(Session { vm: Arc::new(vm), registration, host, store_path, json, paused, first_progress: Some(started) })
+    serve(Session {
+        vm: Arc::new(vm),
+        registration,
+        host,
+        store_path,
+        json,
+        paused,
+        first_progress: Some(started),
+    })
 }
 
 /// A VM and what surrounds it while this process lives.
@@ -95,7 +116,7 @@ fn serve(session: Session) -> anyhow::Result<ExitCode> {
         .map(|interval| Scheduler::start(Arc::clone(&vm), interval, Box::new(printer)))
         .transpose()?;
     let ended = loop {
-        if let Some(ended) = vm.wait_ended(Duration::from_secs(3600)) {
+        if let Some(ended) = vm.wait_ended(Duration::from_hours(1)) {
             break ended;
         }
     };
@@ -152,7 +173,12 @@ fn stop_on_signals(vm: &Arc<Vm>) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn announce(vm: &Vm, registration: &Registration, store_path: &Path, json: bool) -> anyhow::Result<()> {
+fn announce(
+    vm: &Vm,
+    registration: &Registration,
+    store_path: &Path,
+    json: bool,
+) -> anyhow::Result<()> {
     let record = registration.record();
     let store = vm.store().map(|_| store_path.display().to_string());
     if json {
@@ -202,9 +228,14 @@ fn watch_first_progress(vm: &Arc<Vm>, started: Started, json: bool) {
                 let now = monotonic_ns();
                 let ms = (now - started.monotonic_ns) as f64 / 1e6;
                 if json {
-                    println!("{}", json!({"event": "first_progress", "ms": ms, "monotonic_ns": now}));
+                    println!(
+                        "{}",
+                        json!({"event": "first_progress", "ms": ms, "monotonic_ns": now})
+                    );
                 } else {
-                    eprintln!("frazil: the guest made progress {ms:.1} ms after this process started");
+                    eprintln!(
+                        "frazil: the guest made progress {ms:.1} ms after this process started"
+                    );
                 }
                 return;
             }
@@ -229,10 +260,20 @@ fn say_ended(vm: &Vm, ended: &Ended, json: bool) -> anyhow::Result<ExitCode> {
     let name = vm.name();
     let (code, message) = match ended {
         Ended::Stopped => (ExitCode::SUCCESS, format!("VM `{name}` was stopped")),
-        Ended::Suspended => (ExitCode::SUCCESS, format!("VM `{name}` is suspended; `frazil resume` goes on with it")),
-        Ended::GuestReset => (ExitCode::SUCCESS, format!("the guest of VM `{name}` reset or powered off its machine")),
-        Ended::GuestCrashed { detail } => (ExitCode::FAILURE, format!("the guest of VM `{name}` crashed: {detail}")),
-        Ended::Failed { detail } => (ExitCode::FAILURE, format!("VM `{name}` cannot go on: {detail}")),
+        Ended::Suspended => (
+            ExitCode::SUCCESS,
+            format!("VM `{name}` is suspended; `frazil resume` goes on with it"),
+        ),
+        Ended::GuestReset => (
+            ExitCode::SUCCESS,
+            format!("the guest of VM `{name}` reset or powered off its machine"),
+        ),
+        Ended::GuestCrashed { detail } => {
+            (ExitCode::FAILURE, format!("the guest of VM `{name}` crashed: {detail}"))
+        }
+        Ended::Failed { detail } => {
+            (ExitCode::FAILURE, format!("VM `{name}` cannot go on: {detail}"))
+        }
     };
     if !json || code == ExitCode::FAILURE {
         eprintln!("frazil: {message}");

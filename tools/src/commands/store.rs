@@ -15,7 +15,10 @@ pub(crate) fn log(args: &LogArgs, json: bool) -> anyhow::Result<()> {
     for (tag, id) in store.tags() {
         tags.entry(id).or_default().push(tag);
     }
-    let mut table = output::table(&["SNAPSHOT", "TIME", "PARENT", "PAGES", "BYTES", "PAUSE", "VM", "WHAT"], &[3, 4, 5]);
+    let mut table = output::table(
+        &["SNAPSHOT", "TIME", "PARENT", "PAGES", "BYTES", "PAUSE", "VM", "WHAT"],
+        &[3, 4, 5],
+    );
     for info in store.snapshots().into_iter().rev().take(args.max_count.unwrap_or(usize::MAX)) {
         let tags = tags.remove(&info.id).unwrap_or_default();
         let manifest = store.snapshot(info.id).map(|snapshot| snapshot.manifest().clone());
@@ -26,7 +29,16 @@ pub(crate) fn log(args: &LogArgs, json: bool) -> anyhow::Result<()> {
                 table.add_row(log_row(&info, &manifest, &tags));
             }
             Err(error) => {
-                table.add_row([info.id.short(), output::time(info.time_unix_ms), parent(&info), String::new(), String::new(), String::new(), String::new(), error.to_string()]);
+                table.add_row([
+                    info.id.short(),
+                    output::time(info.time_unix_ms),
+                    parent(&info),
+                    String::new(),
+                    String::new(),
+                    String::new(),
+                    String::new(),
+                    error.to_string(),
+                ]);
             }
         }
     }
@@ -53,7 +65,8 @@ fn log_line(info: &SnapshotInfo, manifest: &Manifest, tags: &[String]) -> Value 
 
 fn log_row(info: &SnapshotInfo, manifest: &Manifest, tags: &[String]) -> [String; 8] {
     let tags = tags.iter().map(|tag| format!("[{tag}]"));
-    let what: Vec<String> = tags.chain([manifest.message.clone()]).filter(|part| !part.is_empty()).collect();
+    let what: Vec<String> =
+        tags.chain([manifest.message.clone()]).filter(|part| !part.is_empty()).collect();
     [
         info.id.short(),
         output::time(info.time_unix_ms),
@@ -70,9 +83,19 @@ pub(crate) fn show(args: &ShowArgs, json: bool) -> anyhow::Result<()> {
     let (_, snapshot) = open_snapshot(&args.snapshot, StoreOptions::default())?;
     let manifest = snapshot.manifest();
     let states = snapshot.states()?;
-    let tags: Vec<String> = snapshot.store().tags().into_iter().filter(|(_, id)| *id == snapshot.id()).map(|(tag, _)| tag).collect();
+    let tags: Vec<String> = snapshot
+        .store()
+        .tags()
+        .into_iter()
+        .filter(|(_, id)| *id == snapshot.id())
+        .map(|(tag, _)| tag)
+        .collect();
     if json {
-        let regions: Vec<Value> = manifest.regions.iter().map(|region| json!({"name": region.name, "pages": region.pages, "root": region.root})).collect();
+        let regions: Vec<Value> = manifest
+            .regions
+            .iter()
+            .map(|region| json!({"name": region.name, "pages": region.pages, "root": region.root}))
+            .collect();
         let state: Vec<Value> = states
             .iter()
             .map(|chunk| json!({"name": chunk.name, "kind": chunk.kind, "version": chunk.version, "body": chunk.body}))
@@ -84,7 +107,10 @@ pub(crate) fn show(args: &ShowArgs, json: bool) -> anyhow::Result<()> {
         }));
     }
     println!("snapshot  {}", snapshot.id());
-    println!("parent    {}", manifest.parent.map_or_else(|| "none".into(), |parent| parent.to_string()));
+    println!(
+        "parent    {}",
+        manifest.parent.map_or_else(|| "none".into(), |parent| parent.to_string())
+    );
     println!("time      {}", output::time(manifest.time_unix_ms));
     println!("vm        {}", manifest.name);
     if !manifest.message.is_empty() {
@@ -93,19 +119,20 @@ pub(crate) fn show(args: &ShowArgs, json: bool) -> anyhow::Result<()> {
     if !tags.is_empty() {
         println!("tags      {}", tags.join(", "));
     }
-    show_regions(snapshot.store(), manifest)?;
+    show_regions(snapshot.store(), manifest);
     show_stats(&manifest.stats);
     states.iter().for_each(show_chunk);
     Ok(())
 }
 
-fn show_regions(store: &Store, manifest: &Manifest) -> anyhow::Result<()> {
+fn show_regions(store: &Store, manifest: &Manifest) {
     println!("\nregions in {}", store.describe());
     for region in &manifest.regions {
-        let root = region.root.map_or_else(|| "all zero".to_owned(), |root| format!("root {}", root.hash.short()));
+        let root = region
+            .root
+            .map_or_else(|| "all zero".to_owned(), |root| format!("root {}", root.hash.short()));
         println!("  {:<8} {} pages, {root}", region.name, output::count(region.pages));
     }
-    Ok(())
 }
 
 fn show_stats(stats: &Value) {
@@ -118,7 +145,10 @@ fn show_stats(stats: &Value) {
             (_, Some(count)) => output::count(count),
             (_, None) => value.to_string(),
         };
-        println!("  {:<16} {text}", name.trim_end_matches("_us").trim_end_matches("_bytes").replace('_', " "));
+        println!(
+            "  {:<16} {text}",
+            name.trim_end_matches("_us").trim_end_matches("_bytes").replace('_', " ")
+        );
     }
 }
 
@@ -135,7 +165,9 @@ fn show_value(value: &Value, indent: &str) {
     for (name, value) in fields {
         let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
         match value {
-            Value::Object(inner) if inner.values().all(|value| !value.is_object()) && text.len() > LONGEST_VALUE => {
+            Value::Object(inner)
+                if inner.values().all(|value| !value.is_object()) && text.len() > LONGEST_VALUE =>
+            {
                 println!("{indent}{name}");
                 show_fields(inner, &format!("{indent}  "));
             }
@@ -143,8 +175,12 @@ fn show_value(value: &Value, indent: &str) {
                 println!("{indent}{name}");
                 show_value(value, &format!("{indent}  "));
             }
-            Value::Array(items) if text.len() > LONGEST_VALUE => println!("{indent}{name}: {} items", items.len()),
-            Value::String(digits) if digits.len() > LONGEST_VALUE => println!("{indent}{name}: {} bytes", digits.len() / 2),
+            Value::Array(items) if text.len() > LONGEST_VALUE => {
+                println!("{indent}{name}: {} items", items.len());
+            }
+            Value::String(digits) if digits.len() > LONGEST_VALUE => {
+                println!("{indent}{name}: {} bytes", digits.len() / 2);
+            }
             _ => println!("{indent}{name}: {text}"),
         }
     }
@@ -154,7 +190,9 @@ fn show_value(value: &Value, indent: &str) {
 fn show_fields(fields: &serde_json::Map<String, Value>, indent: &str) {
     let texts: Vec<String> = fields
         .iter()
-        .map(|(name, value)| format!("{name:<7}{}", value.as_str().map_or_else(|| value.to_string(), str::to_owned)))
+        .map(|(name, value)| {
+            format!("{name:<7}{}", value.as_str().map_or_else(|| value.to_string(), str::to_owned))
+        })
         .collect();
     for line in texts.chunks(4) {
         let line: String = line.iter().map(|text| format!("{text:<28}")).collect();

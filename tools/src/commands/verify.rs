@@ -30,7 +30,10 @@ pub(crate) fn verify(args: &VerifyArgs, json: bool) -> anyhow::Result<ExitCode> 
         report.damage.iter().map(|damage| (damage.snapshot, damage.error.to_string())).collect();
     let memory_pages = check_memory(&store, &ids, args.memory, &mut damage);
     if json {
-        let damage: Vec<_> = damage.iter().map(|(snapshot, error)| json!({"snapshot": snapshot, "error": error})).collect();
+        let damage: Vec<_> = damage
+            .iter()
+            .map(|(snapshot, error)| json!({"snapshot": snapshot, "error": error}))
+            .collect();
         print_json(&json!({
             "ok": damage.is_empty(), "snapshots": report.snapshots, "nodes": report.nodes, "frames": report.frames,
             "chunks": report.chunks, "stored_bytes": report.stored_bytes, "page_bytes": report.page_bytes,
@@ -62,7 +65,12 @@ fn check_blocks(store: &Arc<Store>, ids: &[SnapshotId]) -> Result<VerifyReport, 
 }
 
 /// Checks memory against the workload's oracle; returns how many pages that were.
-fn check_memory(store: &Arc<Store>, ids: &[SnapshotId], which: MemoryCheck, damage: &mut Vec<(Option<SnapshotId>, String)>) -> u64 {
+fn check_memory(
+    store: &Arc<Store>,
+    ids: &[SnapshotId],
+    which: MemoryCheck,
+    damage: &mut Vec<(Option<SnapshotId>, String)>,
+) -> u64 {
     let chosen = match which {
         MemoryCheck::None => &[],
         MemoryCheck::Newest => &ids[ids.len().saturating_sub(1)..],
@@ -70,7 +78,10 @@ fn check_memory(store: &Arc<Store>, ids: &[SnapshotId], which: MemoryCheck, dama
     };
     let mut pages = 0;
     for id in chosen {
-        let checked = store.snapshot(*id).map_err(Into::into).and_then(|snapshot| frazil_vmm::verify_snapshot(&snapshot));
+        let checked = store
+            .snapshot(*id)
+            .map_err(Into::into)
+            .and_then(|snapshot| frazil_vmm::verify_snapshot(&snapshot));
         match checked {
             Ok(Some(report)) => pages += report.pages_checked,
             Ok(None) => {}
@@ -80,13 +91,23 @@ fn check_memory(store: &Arc<Store>, ids: &[SnapshotId], which: MemoryCheck, dama
     pages
 }
 
-fn print_summary(store: &Store, report: &VerifyReport, memory_pages: u64, damaged: usize, took: Duration) {
+fn print_summary(
+    store: &Store,
+    report: &VerifyReport,
+    memory_pages: u64,
+    damaged: usize,
+    took: Duration,
+) {
     let memory = if memory_pages > 0 {
-        format!("; {} pages of guest memory are what the guest must have written", output::count(memory_pages))
+        format!(
+            "; {} pages of guest memory are what the guest must have written",
+            output::count(memory_pages)
+        )
     } else {
         String::new()
     };
-    let verdict = if damaged == 0 { format!("all good{memory}") } else { format!("{damaged} DAMAGED") };
+    let verdict =
+        if damaged == 0 { format!("all good{memory}") } else { format!("{damaged} DAMAGED") };
     println!(
         "{}: {} snapshots, {} frames, {} tree nodes, {} state chunks, {} read ({} of pages) in {}: {verdict}",
         store.describe(),

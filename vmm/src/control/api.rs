@@ -125,7 +125,11 @@ impl From<&crate::workload::ControlView> for WorkloadStatus {
                 populated: cpu.control.populated != 0,
                 gap_us_max: view.tsc_to_us(cpu.control.gap_max_tsc),
                 gaps: cpu.control.gap_count,
-                recent_gaps: cpu.gaps.iter().map(|gap| (gap.tsc, view.tsc_to_us(gap.gap_tsc))).collect(),
+                recent_gaps: cpu
+                    .gaps
+                    .iter()
+                    .map(|gap| (gap.tsc, view.tsc_to_us(gap.gap_tsc)))
+                    .collect(),
                 checks_done: cpu.control.checks_done,
                 check_failures: cpu.control.check_failures,
             })
@@ -151,7 +155,12 @@ pub struct WorkloadVerified {
 impl From<Result<VerifyReport, String>> for WorkloadVerified {
     fn from(result: Result<VerifyReport, String>) -> Self {
         match result {
-            Ok(report) => Self { ok: true, pages_checked: report.pages_checked, writes: report.writes, damage: None },
+            Ok(report) => Self {
+                ok: true,
+                pages_checked: report.pages_checked,
+                writes: report.writes,
+                damage: None,
+            },
             Err(damage) => Self { ok: false, pages_checked: 0, writes: 0, damage: Some(damage) },
         }
     }

@@ -55,16 +55,22 @@ impl Client {
     }
 
     fn request<T: DeserializeOwned>(&self, method: &str, path: &str, body: &[u8]) -> Result<T> {
-        let (status, answer) = self.exchange(method, path, body).map_err(|error| VmmError::NoSuchVm {
-            name: self.record.name.clone(),
-            found: format!("its control socket {} failed: {error}", self.record.socket.display()),
-        })?;
+        let (status, answer) =
+            self.exchange(method, path, body).map_err(|error| VmmError::NoSuchVm {
+                name: self.record.name.clone(),
+                found: format!(
+                    "its control socket {} failed: {error}",
+                    self.record.socket.display()
+                ),
+            })?;
         if (200..300).contains(&status) {
             return serde_json::from_slice(&answer)
                 .map_err(|error| VmmError::NotNow(format!("the VM's answer to {method} {path} does not parse ({error}): is it another version of frazil?")));
         }
-        let message = serde_json::from_slice::<ApiError>(&answer)
-            .map_or_else(|_| format!("the VM answered {method} {path} with status {status}"), |answer| answer.error);
+        let message = serde_json::from_slice::<ApiError>(&answer).map_or_else(
+            |_| format!("the VM answered {method} {path} with status {status}"),
+            |answer| answer.error,
+        );
         Err(VmmError::NotNow(message))
     }
 
@@ -85,7 +91,9 @@ impl Client {
 }
 
 fn parse_answer(answer: &[u8]) -> io::Result<(u16, Vec<u8>)> {
-    let bad = |what: &str| io::Error::new(io::ErrorKind::InvalidData, format!("expected an HTTP answer, found {what}"));
+    let bad = |what: &str| {
+        io::Error::new(io::ErrorKind::InvalidData, format!("expected an HTTP answer, found {what}"))
+    };
     if answer.is_empty() {
         return Err(bad("the end: the VM ended before it answered"));
     }
@@ -94,8 +102,12 @@ fn parse_answer(answer: &[u8]) -> io::Result<(u16, Vec<u8>)> {
     match parsed.parse(answer) {
         Ok(httparse::Status::Complete(head_len)) => {
             let status = parsed.code.ok_or_else(|| bad("no status"))?;
-            let len = parsed.headers.iter().find(|header| header.name.eq_ignore_ascii_case("content-length"));
-            let len = len.and_then(|header| std::str::from_utf8(header.value).ok()?.parse::<usize>().ok());
+            let len = parsed
+                .headers
+                .iter()
+                .find(|header| header.name.eq_ignore_ascii_case("content-length"));
+            let len = len
+                .and_then(|header| std::str::from_utf8(header.value).ok()?.parse::<usize>().ok());
             let body = &answer[head_len..];
             match len {
                 Some(len) if len == body.len() => Ok((status, body.to_vec())),

@@ -58,10 +58,9 @@ impl Registration {
         let lock = lock(&file, name)?;
         let socket = socket.unwrap_or_else(|| folder.join(format!("{name}.sock")));
         let record = VmRecord { name: name.to_owned(), pid: std::process::id(), socket };
-        let json = serde_json::to_vec(&record).map_err(|error| VmmError::Config(error.to_string()))?;
-        (&lock)
-            .write_all(&json)
-            .map_err(VmmError::host(format!("write {}", file.display())))?;
+        let json =
+            serde_json::to_vec(&record).map_err(|error| VmmError::Config(error.to_string()))?;
+        (&lock).write_all(&json).map_err(VmmError::host(format!("write {}", file.display())))?;
         Ok(Self { record, file, _lock: lock })
     }
 
@@ -108,19 +107,32 @@ fn make_private_folder(folder: &Path) -> Result<()> {
 fn lock(file: &Path, name: &str) -> Result<File> {
     let cannot = |error| VmmError::host(format!("create {}", file.display()))(error);
     loop {
-        let lock = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(file).map_err(cannot)?;
+        let lock = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(file)
+            .map_err(cannot)?;
         match lock.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
-                let pid = read_record(file).map_or_else(String::new, |record| format!(" (process {})", record.pid));
-                return Err(VmmError::Config(format!("a VM `{name}` is running already{pid}: choose another --name, or `frazil stop {name}`")));
+                let pid = read_record(file)
+                    .map_or_else(String::new, |record| format!(" (process {})", record.pid));
+                return Err(VmmError::Config(format!(
+                    "a VM `{name}` is running already{pid}: choose another --name, or `frazil stop {name}`"
+                )));
             }
             Err(TryLockError::Error(error)) => return Err(cannot(error)),
         }
         // Between opening and locking, its last owner may have removed it: then it is no name
         // of the file that we locked.
         let same = match (lock.metadata(), fs::metadata(file)) {
-            (Ok(ours), Ok(named)) => std::os::unix::fs::MetadataExt::ino(&ours) == std::os::unix::fs::MetadataExt::ino(&named),
+            (Ok(ours), Ok(named)) => {
+                std::os::unix::fs::MetadataExt::ino(&ours)
+                    == std::os::unix::fs::MetadataExt::ino(&named)
+            }
             _ => false,
         };
         if same {
@@ -136,7 +148,8 @@ fn read_record(file: &Path) -> Option<VmRecord> {
 
 /// True if the process that entered `file` lives.
 fn is_live(file: &Path) -> bool {
-    File::open(file).is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
+    File::open(file)
+        .is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
 }
 
 /// The VMs that run, by name. What processes that are gone left behind is cleared away.

@@ -44,15 +44,22 @@ impl Server {
     /// # Errors
     /// [`VmmError::Host`] if it cannot be listened on.
     pub fn start(vm: Arc<Vm>, socket: &Path, on_checkpoint: OnEvent) -> Result<Self> {
-        let cannot = |source| VmmError::Host { op: format!("listen on {}", socket.display()), source };
+        let cannot =
+            |source| VmmError::Host { op: format!("listen on {}", socket.display()), source };
         if std::os::unix::net::UnixStream::connect(socket).is_ok() {
-            return Err(cannot(std::io::Error::new(std::io::ErrorKind::AddrInUse, "another process listens there")));
+            return Err(cannot(std::io::Error::new(
+                std::io::ErrorKind::AddrInUse,
+                "another process listens there",
+            )));
         }
         match std::fs::remove_file(socket) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(cannot(error)),
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(cannot(error));
+            }
             _ => {}
         }
-        let server = tiny_http::Server::http_unix(socket).map_err(|error| cannot(std::io::Error::other(error)))?;
+        let server = tiny_http::Server::http_unix(socket)
+            .map_err(|error| cannot(std::io::Error::other(error)))?;
         make_private_socket(socket).map_err(cannot)?;
         let server = Arc::new(server);
         let listener = Arc::clone(&server);
@@ -80,11 +87,14 @@ fn serve(server: &tiny_http::Server, vm: &Arc<Vm>, on_checkpoint: &OnEvent) {
     while let Ok(request) = server.recv() {
         if active.fetch_add(1, Ordering::Relaxed) >= MAX_REQUESTS {
             active.fetch_sub(1, Ordering::Relaxed);
-            let answer = ApiError { error: format!("{MAX_REQUESTS} requests are being served already: try again") };
+            let answer = ApiError {
+                error: format!("{MAX_REQUESTS} requests are being served already: try again"),
+            };
             respond(request, 503, &answer);
             continue;
         }
-        let (vm, on_checkpoint, done) = (Arc::clone(vm), Arc::clone(on_checkpoint), Arc::clone(&active));
+        let (vm, on_checkpoint, done) =
+            (Arc::clone(vm), Arc::clone(on_checkpoint), Arc::clone(&active));
         let spawned = std::thread::Builder::new().name("frazil-request".into()).spawn(move || {
             handle(request, &vm, &on_checkpoint);
             done.fetch_sub(1, Ordering::Relaxed);
@@ -111,12 +121,16 @@ fn body(request: &mut Request) -> Answer<Vec<u8>> {
     match (request.body_length(), request.method()) {
         (None | Some(0), Method::Get | Method::Put) => return Ok(Vec::new()),
         (Some(len), _) if len <= MAX_BODY_LEN => {}
-        (Some(len), _) => return Err((413, format!("body: expected at most {MAX_BODY_LEN} bytes, found {len}"))),
+        (Some(len), _) => {
+            return Err((413, format!("body: expected at most {MAX_BODY_LEN} bytes, found {len}")));
+        }
         (None, _) => return Err((411, "expected a Content-Length header, found none".into())),
     }
     let mut bytes = Vec::new();
     let mut reader = request.as_reader().take(MAX_BODY_LEN as u64);
-    reader.read_to_end(&mut bytes).map_err(|error| (400, format!("cannot read the body: {error}")))?;
+    reader
+        .read_to_end(&mut bytes)
+        .map_err(|error| (400, format!("cannot read the body: {error}")))?;
     Ok(bytes)
 }
 
@@ -138,18 +152,30 @@ fn route(request: &Request, body: &[u8], vm: &Vm, on_checkpoint: &OnEvent) -> An
     let path = request.url().split('?').next().unwrap_or_default().to_owned();
     match (method.as_str(), path.as_str()) {
         ("GET", "/vm") => to_json(&VmStatus::of(vm)),
-        ("PUT", "/vm/pause") => conflict(vm.pause()).and_then(|()| to_json(&Done { state: RunState::Paused })),
-        ("PUT", "/vm/continue") => conflict(vm.go()).and_then(|()| to_json(&Done { state: RunState::Running })),
+        ("PUT", "/vm/pause") => {
+            conflict(vm.pause()).and_then(|()| to_json(&Done { state: RunState::Paused }))
+        }
+        ("PUT", "/vm/continue") => {
+            conflict(vm.go()).and_then(|()| to_json(&Done { state: RunState::Running }))
+        }
         ("PUT", "/vm/stop") => {
             vm.stop();
             to_json(&Done { state: RunState::Ended })
         }
         ("POST", "/checkpoints") => checkpoint(body, vm, on_checkpoint),
         ("GET", "/checkpoints/progress") => to_json(&vm.checkpoint_progress()),
-        ("GET", "/workload") => conflict(vm.workload()).and_then(|view| to_json(&WorkloadStatus::from(&view))),
-        ("POST", "/workload/verify") => conflict(vm.verify_workload()).and_then(|found| to_json(&WorkloadVerified::from(found))),
-        ("GET", "/openapi.json") => serde_json::from_str(super::OPENAPI).map_err(|error| (500, error.to_string())),
-        _ if ROUTES.iter().any(|(_, known)| *known == path) => Err((405, format!("{method} is not for {path}; see /openapi.json"))),
+        ("GET", "/workload") => {
+            conflict(vm.workload()).and_then(|view| to_json(&WorkloadStatus::from(&view)))
+        }
+        ("POST", "/workload/verify") => {
+            conflict(vm.verify_workload()).and_then(|found| to_json(&WorkloadVerified::from(found)))
+        }
+        ("GET", "/openapi.json") => {
+            serde_json::from_str(super::OPENAPI).map_err(|error| (500, error.to_string()))
+        }
+        _ if ROUTES.iter().any(|(_, known)| *known == path) => {
+            Err((405, format!("{method} is not for {path}; see /openapi.json")))
+        }
         _ => Err((404, format!("nothing is at {path}; see /openapi.json"))),
     }
 }
@@ -158,7 +184,9 @@ fn checkpoint(body: &[u8], vm: &Vm, on_checkpoint: &OnEvent) -> Answer {
     let request: CheckpointRequest = if body.is_empty() {
         CheckpointRequest::default()
     } else {
-        serde_json::from_slice(body).map_err(|error| (400, format!("body: expected a checkpoint request, found: {error}")))?
+        serde_json::from_slice(body).map_err(|error| {
+            (400, format!("body: expected a checkpoint request, found: {error}"))
+        })?
     };
     let taken = vm.checkpoint(&request);
     on_checkpoint(&taken);
@@ -180,7 +208,8 @@ fn respond(request: Request, status: u16, answer: &impl Serialize) {
     let body = serde_json::to_vec(&json!(answer)).unwrap_or_default();
     let json = Header::from_bytes("Content-Type", "application/json").expect("a valid header");
     // A client that went away needs no answer.
-    let _gone = request.respond(Response::from_data(body).with_status_code(status).with_header(json));
+    let _gone =
+        request.respond(Response::from_data(body).with_status_code(status).with_header(json));
 }
 
 #[cfg(test)]
@@ -195,11 +224,17 @@ mod tests {
             .unwrap()
             .iter()
             .flat_map(|(path, methods)| {
-                methods.as_object().unwrap().keys().map(move |method| (method.to_uppercase(), path.clone()))
+                methods
+                    .as_object()
+                    .unwrap()
+                    .keys()
+                    .map(move |method| (method.to_uppercase(), path.clone()))
             })
             .collect();
-        let mut routes: Vec<(String, String)> =
-            ROUTES.iter().map(|(method, path)| ((*method).to_owned(), (*path).to_owned())).collect();
+        let mut routes: Vec<(String, String)> = ROUTES
+            .iter()
+            .map(|(method, path)| ((*method).to_owned(), (*path).to_owned()))
+            .collect();
         described.sort();
         routes.sort();
         assert_eq!(described, routes);

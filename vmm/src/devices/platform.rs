@@ -5,8 +5,8 @@
 
 use frazil_snapstore::StateChunk;
 use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_ioapic_state,
-    kvm_irqchip, kvm_pic_state, kvm_pit_channel_state, kvm_pit_state2,
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data,
+    kvm_ioapic_state, kvm_irqchip, kvm_pic_state, kvm_pit_channel_state, kvm_pit_state2,
 };
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
@@ -45,7 +45,8 @@ pub fn capture(vm: &VmFd) -> Result<CapturedPlatform> {
         vm.get_irqchip(&mut chip).map_err(VmmError::kvm("read the interrupt controllers"))?;
         Ok(chip)
     };
-    let (master, slave, ioapic) = (chip(KVM_IRQCHIP_PIC_MASTER)?, chip(KVM_IRQCHIP_PIC_SLAVE)?, chip(KVM_IRQCHIP_IOAPIC)?);
+    let (master, slave, ioapic) =
+        (chip(KVM_IRQCHIP_PIC_MASTER)?, chip(KVM_IRQCHIP_PIC_SLAVE)?, chip(KVM_IRQCHIP_IOAPIC)?);
     // SAFETY: KVM filled the member of the union that the chip id names.
     let (pics, ioapic) = unsafe { ([master.chip.pic, slave.chip.pic], ioapic.chip.ioapic) };
     Ok(CapturedPlatform {
@@ -62,9 +63,16 @@ impl CapturedPlatform {
     /// # Errors
     /// If one cannot be encoded.
     pub fn save(&self) -> Result<Vec<StateChunk>> {
-        let irqchip = SavedIrqchip { pics: self.pics.map(SavedPic::from), ioapic: SavedIoapic::from(&self.ioapic) };
+        let irqchip = SavedIrqchip {
+            pics: self.pics.map(SavedPic::from),
+            ioapic: SavedIoapic::from(&self.ioapic),
+        };
         let clock = SavedClock { kvmclock_ns: self.clock.clock.into() };
-        Ok(vec![chunk(IRQCHIP, &irqchip)?, chunk(PIT, &SavedPit::from(&self.pit))?, chunk(CLOCK, &clock)?])
+        Ok(vec![
+            chunk(IRQCHIP, &irqchip)?,
+            chunk(PIT, &SavedPit::from(&self.pit))?,
+            chunk(CLOCK, &clock)?,
+        ])
     }
 }
 
@@ -80,7 +88,8 @@ pub fn restore(vm: &VmFd, chunks: &mut ChunkSet) -> Result<()> {
         (KVM_IRQCHIP_IOAPIC, kvm_bindings::kvm_irqchip__bindgen_ty_1 { ioapic: ioapic.into() }),
     ];
     for (chip_id, chip) in chips {
-        vm.set_irqchip(&kvm_irqchip { chip_id, pad: 0, chip }).map_err(VmmError::kvm("set the interrupt controllers"))?;
+        vm.set_irqchip(&kvm_irqchip { chip_id, pad: 0, chip })
+            .map_err(VmmError::kvm("set the interrupt controllers"))?;
     }
     let pit: SavedPit = chunks.take(PIT)?;
     vm.set_pit2(&pit.into()).map_err(VmmError::kvm("set the timer"))?;
@@ -130,8 +139,22 @@ macro_rules! saved_pic {
 }
 
 saved_pic!(
-    last_irr, irr, imr, isr, priority_add, irq_base, read_reg_select, poll, special_mask, init_state,
-    auto_eoi, rotate_on_auto_eoi, special_fully_nested_mode, init4, elcr, elcr_mask,
+    last_irr,
+    irr,
+    imr,
+    isr,
+    priority_add,
+    irq_base,
+    read_reg_select,
+    poll,
+    special_mask,
+    init_state,
+    auto_eoi,
+    rotate_on_auto_eoi,
+    special_fully_nested_mode,
+    init4,
+    elcr,
+    elcr_mask,
 );
 
 #[derive(Clone, PartialEq, Serialize, Deserialize)]
@@ -156,7 +179,8 @@ impl From<&kvm_ioapic_state> for SavedIoapic {
 impl From<SavedIoapic> for kvm_ioapic_state {
     fn from(saved: SavedIoapic) -> Self {
         let SavedIoapic { base_address, ioregsel, id, irr, redirtbl } = saved;
-        let mut state = Self { base_address: base_address.into(), ioregsel, id, irr, ..Default::default() };
+        let mut state =
+            Self { base_address: base_address.into(), ioregsel, id, irr, ..Default::default() };
         for (entry, bits) in state.redirtbl.iter_mut().zip(redirtbl) {
             entry.bits = bits.into();
         }

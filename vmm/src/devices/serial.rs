@@ -49,7 +49,9 @@ impl SerialOutput {
         Ok(match self {
             Self::Stdout => Box::new(io::stdout()),
             Self::Stderr => Box::new(io::stderr()),
-            Self::File(path) => Box::new(open(path).map_err(VmmError::host(format!("open {}", path.display())))?),
+            Self::File(path) => {
+                Box::new(open(path).map_err(VmmError::host(format!("open {}", path.display())))?)
+            }
             Self::Null => Box::new(io::sink()),
         })
     }
@@ -70,7 +72,8 @@ impl QueuedOutput {
             .name("frazil-serial".into())
             .spawn(move || {
                 while let Ok(first) = waiting.recv() {
-                    let bytes: Vec<u8> = std::iter::once(first).chain(waiting.try_iter()).flatten().collect();
+                    let bytes: Vec<u8> =
+                        std::iter::once(first).chain(waiting.try_iter()).flatten().collect();
                     // A reader that is gone must not stop the guest.
                     if output.write_all(&bytes).and_then(|()| output.flush()).is_err() {
                         return;
@@ -127,11 +130,14 @@ impl SerialPort {
     /// As [`Self::new`], and [`VmmError::State`] if the state makes no sense.
     pub fn restore(vm: &VmFd, output: &SerialOutput, saved: SavedSerial) -> Result<Self> {
         let output = QueuedOutput::new(output.open()?)?;
-        let serial = Serial::from_state(&saved.into(), irq(vm)?, NoEvents, output).map_err(|error| VmmError::State {
-            chunk: CHUNK.into(),
-            expected: "the state of a 16550A".into(),
-            found: format!("{error:?}"),
-        })?;
+        let serial =
+            Serial::from_state(&saved.into(), irq(vm)?, NoEvents, output).map_err(|error| {
+                VmmError::State {
+                    chunk: CHUNK.into(),
+                    expected: "the state of a 16550A".into(),
+                    found: format!("{error:?}"),
+                }
+            })?;
         Ok(Self { serial })
     }
 

@@ -32,7 +32,9 @@ pub enum Ended {
 pub(super) enum Goal {
     Run,
     /// Stop at an instruction boundary; with `capture`, read the state too.
-    Park { capture: bool },
+    Park {
+        capture: bool,
+    },
     Exit,
 }
 
@@ -60,7 +62,13 @@ impl Gate {
     /// A gate for `threads` vCPU threads, which start parked.
     pub(super) fn new(threads: usize) -> Self {
         Self {
-            inner: Mutex::new(Inner { goal: Goal::Park { capture: false }, epoch: 0, parked: 0, alive: threads, ended: None }),
+            inner: Mutex::new(Inner {
+                goal: Goal::Park { capture: false },
+                epoch: 0,
+                parked: 0,
+                alive: threads,
+                ended: None,
+            }),
             goal_changed: Condvar::new(),
             moved: Condvar::new(),
         }

@@ -33,14 +33,18 @@ fn kick_signal() -> i32 {
 /// How long to wait for a kick before kicking again.
 const REKICK_AFTER: Duration = Duration::from_millis(50);
 /// How long all vCPUs may take to stop; a fault that cannot be served ends the machine first.
-const STOP_PATIENCE: Duration = Duration::from_secs(60);
+const STOP_PATIENCE: Duration = Duration::from_mins(1);
 
 thread_local! {
     /// `kvm_run.immediate_exit` of the vCPU this thread runs.
     static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(std::ptr::null_mut()) };
 }
 
-extern "C" fn on_kick(_signal: libc::c_int, _info: *mut libc::siginfo_t, _context: *mut libc::c_void) {
+extern "C" fn on_kick(
+    _signal: libc::c_int,
+    _info: *mut libc::siginfo_t,
+    _context: *mut libc::c_void,
+) {
     let flag = IMMEDIATE_EXIT.get();
     if !flag.is_null() {
         // SAFETY: the thread sets the pointer to a field of its vCPU's kvm_run, and resets it
@@ -62,7 +66,12 @@ impl Vcpu {
     ///
     /// # Errors
     /// [`VmmError::Kvm`] naming what KVM refused.
-    pub fn new(hypervisor: &Hypervisor, shell: &VmShell, index: usize, cpuid: &CpuId) -> Result<Self> {
+    pub fn new(
+        hypervisor: &Hypervisor,
+        shell: &VmShell,
+        index: usize,
+        cpuid: &CpuId,
+    ) -> Result<Self> {
         let fd = shell.fd.create_vcpu(index as u64).map_err(VmmError::kvm("create a vCPU"))?;
         fd.set_cpuid2(cpuid).map_err(VmmError::kvm("set CPUID"))?;
         let reader = StateReader::new(&shell.fd, &fd, &hypervisor.msr_indices()?, cpuid)?;
@@ -73,7 +82,13 @@ impl Vcpu {
     ///
     /// # Errors
     /// [`VmmError::State`] or [`VmmError::Kvm`] naming what does not fit this host.
-    pub fn restore(hypervisor: &Hypervisor, shell: &VmShell, index: usize, chunk: &str, saved: &SavedVcpu) -> Result<Self> {
+    pub fn restore(
+        hypervisor: &Hypervisor,
+        shell: &VmShell,
+        index: usize,
+        chunk: &str,
+        saved: &SavedVcpu,
+    ) -> Result<Self> {
         let vcpu = Self::new(hypervisor, shell, index, &state::restore_cpuid(&saved.cpuid)?)?;
         state::restore(&vcpu.fd, chunk, saved)?;
         Ok(vcpu)
@@ -121,8 +136,10 @@ impl VcpuSet {
     /// # Errors
     /// [`VmmError::Host`] if a thread or the signal handler cannot be had.
     pub fn start(vcpus: Vec<Vcpu>, bus: &Arc<Bus>) -> Result<Self> {
-        register_signal_handler(kick_signal(), on_kick)
-            .map_err(|error| VmmError::Host { op: "register a signal handler".into(), source: std::io::Error::from_raw_os_error(error.errno()) })?;
+        register_signal_handler(kick_signal(), on_kick).map_err(|error| VmmError::Host {
+            op: "register a signal handler".into(),
+            source: std::io::Error::from_raw_os_error(error.errno()),
+        })?;
         let gate = Arc::new(Gate::new(vcpus.len()));
         let mut threads = Vec::with_capacity(vcpus.len());
         for vcpu in vcpus {
@@ -181,7 +198,14 @@ impl VcpuSet {
         let nothing = || VmmError::NotNow("a vCPU's state was not captured".into());
         self.threads
             .iter()
-            .map(|thread| thread.captured.lock().unwrap_or_else(PoisonError::into_inner).take().ok_or_else(nothing)?)
+            .map(|thread| {
+                thread
+                    .captured
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .take()
+                    .ok_or_else(nothing)?
+            })
             .collect()
     }
 
@@ -279,7 +303,10 @@ impl RunningVcpu {
         match self.finish_exit() {
             Some(reason) => self.gate.end(reason),
             None if capture => {
-                let captured = self.reader.read(&self.fd).map(|raw| CapturedVcpu { raw, reader: Arc::clone(&self.reader) });
+                let captured = self
+                    .reader
+                    .read(&self.fd)
+                    .map(|raw| CapturedVcpu { raw, reader: Arc::clone(&self.reader) });
                 *self.captured.lock().unwrap_or_else(PoisonError::into_inner) = Some(captured);
             }
             None => {}
@@ -302,7 +329,9 @@ impl RunningVcpu {
 
     fn enter(&mut self) -> Turn {
         match self.fd.run() {
-            Ok(VcpuExit::IoOut(port, data)) => self.bus.pio_write(port, data).map_or(Turn::Again, Turn::End),
+            Ok(VcpuExit::IoOut(port, data)) => {
+                self.bus.pio_write(port, data).map_or(Turn::Again, Turn::End)
+            }
             Ok(VcpuExit::IoIn(port, data)) => {
                 self.bus.pio_read(port, data);
                 Turn::Again
@@ -315,7 +344,9 @@ impl RunningVcpu {
             Ok(VcpuExit::MmioWrite(..) | VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => Turn::Again,
             Ok(VcpuExit::Intr) => self.kicked(),
             Ok(VcpuExit::Shutdown) => Turn::End(self.crashed("triple fault")),
-            Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_CRASH, _)) => Turn::End(self.crashed("the guest reported a crash")),
+            Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_CRASH, _)) => {
+                Turn::End(self.crashed("the guest reported a crash"))
+            }
             Ok(VcpuExit::SystemEvent(..)) => Turn::End(Ended::GuestReset),
             Ok(other) => {
                 let exit = format!("{other:?}");

@@ -286,13 +286,20 @@ pub struct SavedXcr {
 impl SavedXcr {
     pub(super) fn all(xcrs: &kvm_xcrs) -> Vec<Self> {
         let used = (xcrs.nr_xcrs as usize).min(xcrs.xcrs.len());
-        xcrs.xcrs[..used].iter().map(|xcr| Self { index: xcr.xcr, value: xcr.value.into() }).collect()
+        xcrs.xcrs[..used]
+            .iter()
+            .map(|xcr| Self { index: xcr.xcr, value: xcr.value.into() })
+            .collect()
     }
 
     pub(super) fn restore(saved: &[Self]) -> Result<kvm_xcrs, String> {
         let mut xcrs = kvm_xcrs::default();
         if saved.len() > xcrs.xcrs.len() {
-            return Err(format!("{} extended control registers, KVM keeps {}", saved.len(), xcrs.xcrs.len()));
+            return Err(format!(
+                "{} extended control registers, KVM keeps {}",
+                saved.len(),
+                xcrs.xcrs.len()
+            ));
         }
         xcrs.nr_xcrs = saved.len() as u32;
         for (slot, xcr) in xcrs.xcrs.iter_mut().zip(saved) {
@@ -358,11 +365,17 @@ mod tests {
 
     #[test]
     fn events_and_sregs_round_trip() {
-        let mut events = kvm_vcpu_events { sipi_vector: 3, flags: 9, exception_payload: 1 << 60, ..Default::default() };
+        let mut events = kvm_vcpu_events {
+            sipi_vector: 3,
+            flags: 9,
+            exception_payload: 1 << 60,
+            ..Default::default()
+        };
         events.exception.nr = 14;
         events.triple_fault.pending = 1;
         assert_eq!(kvm_vcpu_events::from(&SavedEvents::from(&events)), events);
-        let mut sregs = kvm_sregs { cr3: 0x9000, interrupt_bitmap: [1, 2, 3, 4], ..Default::default() };
+        let mut sregs =
+            kvm_sregs { cr3: 0x9000, interrupt_bitmap: [1, 2, 3, 4], ..Default::default() };
         sregs.cs.type_ = 11;
         sregs.gdt.limit = 0x27;
         assert_eq!(kvm_sregs::from(&SavedSregs::from(&sregs)), sregs);

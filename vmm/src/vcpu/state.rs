@@ -4,8 +4,8 @@
 #![allow(unsafe_code)]
 
 use kvm_bindings::{
-    CpuId, Msrs, Xsave, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
-    kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+    CpuId, Msrs, Xsave, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
+    kvm_sregs, kvm_vcpu_events, kvm_xcrs,
 };
 use kvm_ioctls::{Cap, VcpuFd, VmFd};
 
@@ -42,7 +42,12 @@ pub(super) struct StateReader {
 
 impl StateReader {
     /// Finds out which of `msr_indices` this vCPU has. KVM lists some that a guest lacks.
-    pub(super) fn new(vm: &VmFd, vcpu: &VcpuFd, msr_indices: &[u32], cpuid: &CpuId) -> Result<Self> {
+    pub(super) fn new(
+        vm: &VmFd,
+        vcpu: &VcpuFd,
+        msr_indices: &[u32],
+        cpuid: &CpuId,
+    ) -> Result<Self> {
         let mut indices = msr_indices.to_vec();
         let msrs = loop {
             let mut msrs = msr_list(&indices)?;
@@ -53,7 +58,8 @@ impl StateReader {
             // KVM stops at the first it cannot read.
             indices.remove(read);
         };
-        let xsave_len = usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0).max(XSAVE_LEN);
+        let xsave_len =
+            usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0).max(XSAVE_LEN);
         Ok(Self {
             msrs,
             xsave_extra_words: (xsave_len - XSAVE_LEN).div_ceil(4),
@@ -91,8 +97,9 @@ impl StateReader {
     }
 
     fn read_xsave(&self, vcpu: &VcpuFd) -> Result<Xsave> {
-        let mut xsave = Xsave::new(self.xsave_extra_words)
-            .map_err(|error| VmmError::Config(format!("cannot make room for the XSAVE area: {error:?}")))?;
+        let mut xsave = Xsave::new(self.xsave_extra_words).map_err(|error| {
+            VmmError::Config(format!("cannot make room for the XSAVE area: {error:?}"))
+        })?;
         if self.xsave_extra_words == 0 {
             let plain = vcpu.get_xsave().map_err(VmmError::kvm("read the XSAVE area"))?;
             // SAFETY: only the fixed part is replaced; the length of the extra part stays zero.
@@ -117,7 +124,12 @@ impl StateReader {
             xcrs: SavedXcr::all(&raw.xcrs),
             xsave: HexBytes(words.flat_map(|word| word.to_le_bytes()).collect()),
             lapic: HexBytes(raw.lapic.regs.iter().map(|byte| *byte as u8).collect()),
-            msrs: raw.msrs.as_slice().iter().map(|msr| SavedMsr { index: u64::from(msr.index).into(), value: msr.data.into() }).collect(),
+            msrs: raw
+                .msrs
+                .as_slice()
+                .iter()
+                .map(|msr| SavedMsr { index: u64::from(msr.index).into(), value: msr.data.into() })
+                .collect(),
             events: (&raw.events).into(),
             cpuid: self.cpuid.clone(),
         }
@@ -125,14 +137,17 @@ impl StateReader {
 }
 
 fn msr_list(indices: &[u32]) -> Result<Msrs> {
-    let entries: Vec<_> = indices.iter().map(|index| kvm_msr_entry { index: *index, ..Default::default() }).collect();
-    Msrs::from_entries(&entries).map_err(|error| VmmError::Config(format!("cannot make a list of MSRs: {error:?}")))
+    let entries: Vec<_> =
+        indices.iter().map(|index| kvm_msr_entry { index: *index, ..Default::default() }).collect();
+    Msrs::from_entries(&entries)
+        .map_err(|error| VmmError::Config(format!("cannot make a list of MSRs: {error:?}")))
 }
 
 /// The CPUID leaves of a saved vCPU.
 pub(super) fn restore_cpuid(saved: &[SavedCpuid]) -> Result<CpuId> {
     let entries: Vec<_> = saved.iter().map(Into::into).collect();
-    CpuId::from_entries(&entries).map_err(|error| VmmError::Config(format!("cannot use the saved CPUID: {error:?}")))
+    CpuId::from_entries(&entries)
+        .map_err(|error| VmmError::Config(format!("cannot use the saved CPUID: {error:?}")))
 }
 
 /// Puts `saved` into a new vCPU whose CPUID is set already. Where the order matters:
@@ -142,7 +157,11 @@ pub(super) fn restore_cpuid(saved: &[SavedCpuid]) -> Result<CpuId> {
 /// - the TSC before the TSC deadline;
 /// - the events after everything that may clear one; the MP state last, since it lets the vCPU go.
 pub(super) fn restore(vcpu: &VcpuFd, chunk: &str, saved: &SavedVcpu) -> Result<()> {
-    let wrong = |expected: &str, found: String| VmmError::State { chunk: chunk.to_owned(), expected: expected.to_owned(), found };
+    let wrong = |expected: &str, found: String| VmmError::State {
+        chunk: chunk.to_owned(),
+        expected: expected.to_owned(),
+        found,
+    };
     let host_khz = vcpu.get_tsc_khz().unwrap_or(0);
     if saved.tsc_khz != 0 && saved.tsc_khz != host_khz {
         // Without TSC scaling KVM refuses, and the guest's clocks run at the host's rate.
@@ -152,13 +171,19 @@ pub(super) fn restore(vcpu: &VcpuFd, chunk: &str, saved: &SavedVcpu) -> Result<(
     }
     vcpu.set_sregs(&(&saved.sregs).into()).map_err(VmmError::kvm("set segment registers"))?;
     vcpu.set_regs(&(&saved.regs).into()).map_err(VmmError::kvm("set registers"))?;
-    restore_xsave(vcpu, &saved.xsave).map_err(|found| wrong("an XSAVE area this host can take", found))?;
-    let xcrs = SavedXcr::restore(&saved.xcrs).map_err(|found| wrong("extended control registers", found))?;
+    restore_xsave(vcpu, &saved.xsave)
+        .map_err(|found| wrong("an XSAVE area this host can take", found))?;
+    let xcrs = SavedXcr::restore(&saved.xcrs)
+        .map_err(|found| wrong("extended control registers", found))?;
     vcpu.set_xcrs(&xcrs).map_err(VmmError::kvm("set extended control registers"))?;
-    vcpu.set_debug_regs(&(&saved.debug_regs).into()).map_err(VmmError::kvm("set debug registers"))?;
+    vcpu.set_debug_regs(&(&saved.debug_regs).into())
+        .map_err(VmmError::kvm("set debug registers"))?;
     let mut lapic = kvm_lapic_state::default();
     if saved.lapic.0.len() != lapic.regs.len() {
-        return Err(wrong(&format!("{} bytes of local APIC", lapic.regs.len()), saved.lapic.0.len().to_string()));
+        return Err(wrong(
+            &format!("{} bytes of local APIC", lapic.regs.len()),
+            saved.lapic.0.len().to_string(),
+        ));
     }
     lapic.regs.iter_mut().zip(&saved.lapic.0).for_each(|(slot, byte)| *slot = *byte as _);
     vcpu.set_lapic(&lapic).map_err(VmmError::kvm("set the local APIC"))?;
@@ -178,10 +203,11 @@ fn restore_xsave(vcpu: &VcpuFd, saved: &HexBytes) -> Result<(), String> {
     // SAFETY: only the fixed part is replaced; the length of the extra part stays as it is.
     unsafe { xsave.as_mut_fam_struct() }.xsave.region.copy_from_slice(fixed);
     xsave.as_mut_slice().copy_from_slice(extra);
-    // SAFETY: KVM reads as many bytes as the area it was saved from has, or fails.
     let set = if extra.is_empty() {
+        // SAFETY: KVM reads the fixed part alone.
         unsafe { vcpu.set_xsave(&xsave.as_fam_struct_ref().xsave) }
     } else {
+        // SAFETY: KVM reads as many bytes as the area it was saved from has, or fails.
         unsafe { vcpu.set_xsave2(&xsave) }
     };
     set.map_err(|error| format!("{} bytes, which KVM refuses: {error}", saved.0.len()))
@@ -195,12 +221,17 @@ fn restore_msrs(vcpu: &VcpuFd, chunk: &str, saved: &[SavedMsr]) -> Result<()> {
     };
     let mut entries: Vec<_> = saved
         .iter()
-        .map(|msr| kvm_msr_entry { index: msr.index.0 as u32, data: msr.value.0, ..Default::default() })
+        .map(|msr| kvm_msr_entry {
+            index: msr.index.0 as u32,
+            data: msr.value.0,
+            ..Default::default()
+        })
         .collect();
     entries.sort_by_key(|entry| rank(entry.index));
     let mut rest = entries.as_slice();
     while !rest.is_empty() {
-        let msrs = Msrs::from_entries(rest).map_err(|error| VmmError::Config(format!("cannot make a list of MSRs: {error:?}")))?;
+        let msrs = Msrs::from_entries(rest)
+            .map_err(|error| VmmError::Config(format!("cannot make a list of MSRs: {error:?}")))?;
         let set = vcpu.set_msrs(&msrs).map_err(VmmError::kvm("set MSRs"))?;
         if set == rest.len() {
             break;
@@ -214,7 +245,9 @@ fn restore_msrs(vcpu: &VcpuFd, chunk: &str, saved: &[SavedMsr]) -> Result<()> {
             return Err(VmmError::State {
                 chunk: chunk.to_owned(),
                 expected: format!("MSR {:#x} to take {:#x}", refused.index, refused.data),
-                found: format!("KVM refuses, it holds {value:#x}: this host's KVM or processor differs"),
+                found: format!(
+                    "KVM refuses, it holds {value:#x}: this host's KVM or processor differs"
+                ),
             });
         }
         rest = &rest[set + 1..];
