@@ -178,7 +178,7 @@ fn find_soon(name: &str, child: &mut Child) -> anyhow::Result<frazil_vmm::contro
 impl Demo<'_> {
     fn say(&self, text: &str) {
         if !self.json {
-            println!("{text}");
+            outln!("{text}");
         }
     }
 
@@ -397,7 +397,7 @@ impl Demo<'_> {
         });
         output::print_table(&table);
         if self.args.store.is_some() {
-            println!(
+            outln!(
                 "\nThe store is in {}: try `frazil log {0}` and `frazil show {0}@latest`.",
                 self.store.display()
             );

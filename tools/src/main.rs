@@ -3,10 +3,11 @@
 //! This crate is thin: it parses, calls the libraries and prints. Results go to standard output,
 //! everything else to standard error. Exit status: 0, 1 after an error, 2 after wrong usage.
 
+#[macro_use]
+mod output;
 mod cli;
 mod commands;
 mod demo;
-mod output;
 
 use std::process::ExitCode;
 

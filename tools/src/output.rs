@@ -1,10 +1,25 @@
 //! Printing for people.
 
+use std::fmt::Arguments;
+use std::io::Write;
 use std::time::Duration;
 
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{BinaryBytes, ProgressBar, ProgressStyle};
 use jiff::{Timestamp, tz::TimeZone};
+
+/// As `println!`, but a reader that went away (`frazil log | head`) is no reason to panic: least
+/// of all in a process that runs a VM.
+macro_rules! outln {
+    ($($arg:tt)*) => {
+        $crate::output::line(format_args!($($arg)*))
+    };
+}
+
+/// Prints a line on standard output, if anybody listens.
+pub(crate) fn line(text: Arguments<'_>) {
+    let _nobody_listens = writeln!(std::io::stdout(), "{text}");
+}
 
 /// A table without lines, its columns two spaces apart.
 pub(crate) fn table(headers: &[&str], right_aligned: &[usize]) -> Table {
@@ -22,7 +37,7 @@ pub(crate) fn table(headers: &[&str], right_aligned: &[usize]) -> Table {
 
 /// Prints a table, without the blanks at the ends of lines.
 pub(crate) fn print_table(table: &Table) {
-    println!("{}", table.trim_fmt());
+    outln!("{}", table.trim_fmt());
 }
 
 /// "12.3 MiB".

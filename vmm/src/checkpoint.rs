@@ -156,7 +156,6 @@ pub struct CheckpointTotals {
 
 /// What stood still at the cut: all that the commit needs, so that the guest can go on.
 struct Cut {
-    pages: StagedPages,
     vcpus: Vec<CapturedVcpu>,
     platform: CapturedPlatform,
     devices: Vec<StateChunk>,
@@ -172,6 +171,8 @@ struct Checkpoint<'a> {
     region: RegionHandle,
     /// Pages harvested and not written yet.
     waiting: PageSet,
+    /// The guest stands still for `--exit`: it must go on if the commit fails.
+    resume_after_failure: bool,
     started: Instant,
     stats: CheckpointStats,
 }
@@ -250,7 +251,18 @@ impl<'a> Checkpoint<'a> {
         vm.progress.set(Some(transaction.progress()));
         let stats = CheckpointStats { ram_bytes: vm.ram().len_bytes(), ..CheckpointStats::new() };
         let waiting = PageSet::new(line.since_head.capacity());
-        Ok(Self { vm, request, line, transaction, region, waiting, started, stats })
+        let resume_after_failure = false;
+        Ok(Self {
+            vm,
+            request,
+            line,
+            transaction,
+            region,
+            waiting,
+            resume_after_failure,
+            started,
+            stats,
+        })
     }
 
     /// Phase 1, the guest runs: writes what is dirty, then what became dirty meanwhile, as long
@@ -291,15 +303,18 @@ impl<'a> Checkpoint<'a> {
     /// Phases 2 to 4. Whatever happens, a guest that ran goes on running, unless it is to exit
     /// and the cut succeeded.
     fn quiesce_cut_and_go_on(&mut self) -> Result<Cut> {
-        let paused_by_user = self.vm.paused();
+        let mut paused = self.vm.paused();
         let pause_started = Instant::now();
         let quiesced = self.vm.vcpus.pause(true);
         self.stats.quiesce_us = us(pause_started.elapsed());
         let cut_started = Instant::now();
         let cut = quiesced.and_then(|()| self.cut());
         self.stats.cut_us = us(cut_started.elapsed());
-        let stays = *paused_by_user || (self.request.exit && cut.is_ok());
-        if !stays {
+        self.resume_after_failure = self.request.exit && cut.is_ok() && !*paused;
+        if self.resume_after_failure {
+            // For everybody else it stands still by the user's wish from here on.
+            *paused = true;
+        } else if !*paused {
             let go_on_started = Instant::now();
             self.vm.vcpus.resume();
             self.stats.go_on_us = us(go_on_started.elapsed());
@@ -313,9 +328,8 @@ impl<'a> Checkpoint<'a> {
         let mut left = self.harvest()?;
         left.union(&self.waiting);
         self.stats.cut_pages = left.count();
+        self.line.staged.copy(left, self.vm.ram()).map_err(VmmError::host("copy guest pages"))?;
         Ok(Cut {
-            pages: StagedPages::copy(&left, self.vm.ram())
-                .map_err(VmmError::host("copy guest pages"))?,
             vcpus: self.vm.vcpus.take_captured()?,
             platform: platform::capture(&self.vm.shell.fd)?,
             devices: self.vm.bus.snapshot()?,
@@ -325,25 +339,25 @@ impl<'a> Checkpoint<'a> {
 
     /// Phase 5, the guest runs.
     fn commit(self, cut: Cut) -> Result<CheckpointReport> {
-        let (vm, exit, tag) = (self.vm, self.request.exit, self.request.tag.clone());
-        let committed = self.publish(cut);
-        if exit {
-            match &committed {
-                Ok(_) => vm.vcpus.end(Ended::Suspended),
-                Err(_) if !*vm.paused() => vm.vcpus.resume(),
-                Err(_) => {}
+        let (vm, request, resume) = (self.vm, self.request, self.resume_after_failure);
+        let taken = self.publish(cut).and_then(|report| {
+            if let (Some(tag), Some(store)) = (&request.tag, vm.store()) {
+                store.set_tag(tag, Some(report.id))?;
             }
+            Ok(report)
+        });
+        match &taken {
+            Ok(_) if request.exit => vm.vcpus.end(Ended::Suspended),
+            Err(_) if resume => vm.go()?,
+            _ => {}
         }
-        let report = committed?;
-        if let (Some(tag), Some(store)) = (tag, vm.store()) {
-            store.set_tag(&tag, Some(report.id))?;
-        }
-        Ok(report)
+        taken
     }
 
     fn publish(mut self, cut: Cut) -> Result<CheckpointReport> {
         let commit_started = Instant::now();
-        let written = self.transaction.write_pages(self.region, &cut.pages.set, &cut.pages)?;
+        let staged = &self.line.staged;
+        let written = self.transaction.write_pages(self.region, &staged.set, staged)?;
         self.stats.zero_pages += written.zero_pages;
         self.stats.frame_bytes += written.stored_bytes;
         self.stats.dirty_pages = self.line.since_head.count();
@@ -360,6 +374,7 @@ impl<'a> Checkpoint<'a> {
         // Only now: the snapshot that holds them is published. Whatever the guest wrote since the
         // cut is still in KVM's log, and what the VMM wrote in its own.
         self.line.since_head.clear();
+        self.line.staged.trim();
         Ok(CheckpointReport {
             vm: self.vm.name().to_owned(),
             id: committed.id,
@@ -427,21 +442,35 @@ fn encode_state(vm: &Vm, cut: &Cut) -> Result<Vec<StateChunk>> {
     Ok(chunks)
 }
 
-/// Pages copied in the pause.
-struct StagedPages {
+/// Pages copied in the pause. Kept from one checkpoint to the next, since fresh memory costs more
+/// than the copy.
+#[derive(Debug, Default)]
+pub(crate) struct StagedPages {
     set: PageSet,
     numbers: Vec<u64>,
     contents: Vec<Page>,
 }
 
+/// What a VM keeps of it between checkpoints at the most: 64 MiB.
+const STAGED_PAGES_KEPT_MAX: usize = 16_384;
+
 impl StagedPages {
-    fn copy(set: &PageSet, ram: &GuestRam) -> io::Result<Self> {
-        let numbers: Vec<u64> = set.iter().collect();
-        let mut contents = vec![[0; frazil_snapstore::PAGE_SIZE]; numbers.len()];
-        for (number, page) in numbers.iter().zip(&mut contents) {
+    fn copy(&mut self, set: PageSet, ram: &GuestRam) -> io::Result<()> {
+        self.numbers.clear();
+        self.numbers.extend(set.iter());
+        self.set = set;
+        if self.contents.len() < self.numbers.len() {
+            self.contents.resize(self.numbers.len(), [0; frazil_snapstore::PAGE_SIZE]);
+        }
+        for (number, page) in self.numbers.iter().zip(&mut self.contents) {
             ram.read_page(*number, page)?;
         }
-        Ok(Self { set: set.clone(), numbers, contents })
+        Ok(())
+    }
+
+    fn trim(&mut self) {
+        self.contents.truncate(STAGED_PAGES_KEPT_MAX);
+        self.contents.shrink_to(STAGED_PAGES_KEPT_MAX);
     }
 }
 

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::boot::{self, BootSource, Kernel};
-use crate::checkpoint::{CheckpointProgress, CheckpointTotals};
+use crate::checkpoint::{CheckpointProgress, CheckpointTotals, StagedPages};
 use crate::cpuid;
 use crate::devices::serial::{SerialOutput, SerialPort};
 use crate::devices::{Bus, platform, serial};
@@ -129,6 +129,8 @@ pub(crate) struct Line {
     /// snapshot that holds them is published, so a failed checkpoint loses none.
     pub since_head: PageSet,
     pub tracker: Box<dyn DirtyTracker>,
+    /// Room for the pages that are copied in the pause.
+    pub staged: StagedPages,
 }
 
 /// A running virtual machine.
@@ -223,6 +225,7 @@ impl Vm {
             head: None,
             since_head: PageSet::new(shell.ram.end_page()),
             tracker: Box::new(AllWrites::new(tracker, Arc::clone(&shell.ram))),
+            staged: StagedPages::default(),
         };
         Self {
             name,

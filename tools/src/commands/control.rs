@@ -53,7 +53,7 @@ pub(crate) fn checkpoint(args: CheckpointArgs, json: bool) -> anyhow::Result<()>
         return print_json(&report);
     }
     let CheckpointReport { stats, .. } = &report;
-    println!(
+    outln!(
         "{}  {} pages, {} stored (RAM {}), pause {}, {} in all{}",
         report.id.short(),
         output::count(stats.dirty_pages),
@@ -138,6 +138,6 @@ fn say(vm: &str, done: Done, json: bool) -> anyhow::Result<()> {
     if json {
         return print_json(&json!({"vm": vm, "state": done.state}));
     }
-    println!("{vm}: {}", state_name(done.state));
+    outln!("{vm}: {}", state_name(done.state));
     Ok(())
 }

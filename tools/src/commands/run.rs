@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -21,6 +21,8 @@ use super::{Started, default_store, monotonic_ns, open_snapshot, print_json};
 use crate::cli::{HostArgs, ResumeArgs, RunArgs, SerialArg};
 use crate::output;
 
+/// How often a failure that repeats itself is told.
+const REPEAT_AFTER: Duration = Duration::from_secs(10);
 /// How long first progress of a resumed workload is waited for before it is not reported.
 const FIRST_PROGRESS_PATIENCE: Duration = Duration::from_mins(1);
 
@@ -210,9 +212,21 @@ fn print_checkpoint(taken: &frazil_vmm::Result<CheckpointReport>, json: bool) {
             Err(error) => Ok(json!({"event": "checkpoint_failed", "error": error.to_string()})),
         };
         if let Ok(event) = event {
-            println!("{event}");
+            outln!("{event}");
         }
     } else if let Err(error) = taken {
+        complain(&error.to_string());
+    }
+}
+
+/// Says that a checkpoint failed; the same failure again and again only every so often.
+fn complain(error: &str) {
+    static LAST: Mutex<Option<(String, Instant)>> = Mutex::new(None);
+    let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
+    let repeated =
+        last.as_ref().is_some_and(|(said, when)| said == error && when.elapsed() < REPEAT_AFTER);
+    if !repeated {
+        *last = Some((error.to_owned(), Instant::now()));
         eprintln!("frazil: checkpoint failed, the guest goes on: {error}");
     }
 }
@@ -228,10 +242,7 @@ fn watch_first_progress(vm: &Arc<Vm>, started: Started, json: bool) {
                 let now = monotonic_ns();
                 let ms = (now - started.monotonic_ns) as f64 / 1e6;
                 if json {
-                    println!(
-                        "{}",
-                        json!({"event": "first_progress", "ms": ms, "monotonic_ns": now})
-                    );
+                    outln!("{}", json!({"event": "first_progress", "ms": ms, "monotonic_ns": now}));
                 } else {
                     eprintln!(
                         "frazil: the guest made progress {ms:.1} ms after this process started"

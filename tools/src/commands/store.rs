@@ -106,18 +106,18 @@ pub(crate) fn show(args: &ShowArgs, json: bool) -> anyhow::Result<()> {
             "regions": regions, "state": state, "stats": manifest.stats,
         }));
     }
-    println!("snapshot  {}", snapshot.id());
-    println!(
+    outln!("snapshot  {}", snapshot.id());
+    outln!(
         "parent    {}",
         manifest.parent.map_or_else(|| "none".into(), |parent| parent.to_string())
     );
-    println!("time      {}", output::time(manifest.time_unix_ms));
-    println!("vm        {}", manifest.name);
+    outln!("time      {}", output::time(manifest.time_unix_ms));
+    outln!("vm        {}", manifest.name);
     if !manifest.message.is_empty() {
-        println!("message   {}", manifest.message);
+        outln!("message   {}", manifest.message);
     }
     if !tags.is_empty() {
-        println!("tags      {}", tags.join(", "));
+        outln!("tags      {}", tags.join(", "));
     }
     show_regions(snapshot.store(), manifest);
     show_stats(&manifest.stats);
@@ -126,18 +126,18 @@ pub(crate) fn show(args: &ShowArgs, json: bool) -> anyhow::Result<()> {
 }
 
 fn show_regions(store: &Store, manifest: &Manifest) {
-    println!("\nregions in {}", store.describe());
+    outln!("\nregions in {}", store.describe());
     for region in &manifest.regions {
         let root = region
             .root
             .map_or_else(|| "all zero".to_owned(), |root| format!("root {}", root.hash.short()));
-        println!("  {:<8} {} pages, {root}", region.name, output::count(region.pages));
+        outln!("  {:<8} {} pages, {root}", region.name, output::count(region.pages));
     }
 }
 
 fn show_stats(stats: &Value) {
     let Some(stats) = stats.as_object() else { return };
-    println!("\ncheckpoint");
+    outln!("\ncheckpoint");
     for (name, value) in stats {
         let text = match (name.rsplit('_').next(), value.as_u64()) {
             (Some("us"), Some(us)) => output::micros(us),
@@ -145,7 +145,7 @@ fn show_stats(stats: &Value) {
             (_, Some(count)) => output::count(count),
             (_, None) => value.to_string(),
         };
-        println!(
+        outln!(
             "  {:<16} {text}",
             name.trim_end_matches("_us").trim_end_matches("_bytes").replace('_', " ")
         );
@@ -156,7 +156,7 @@ fn show_stats(stats: &Value) {
 const LONGEST_VALUE: usize = 100;
 
 fn show_chunk(chunk: &StateChunk) {
-    println!("\n{} ({} version {})", chunk.name, chunk.kind, chunk.version);
+    outln!("\n{} ({} version {})", chunk.name, chunk.kind, chunk.version);
     show_value(&chunk.body, "  ");
 }
 
@@ -168,20 +168,20 @@ fn show_value(value: &Value, indent: &str) {
             Value::Object(inner)
                 if inner.values().all(|value| !value.is_object()) && text.len() > LONGEST_VALUE =>
             {
-                println!("{indent}{name}");
+                outln!("{indent}{name}");
                 show_fields(inner, &format!("{indent}  "));
             }
             Value::Object(_) if text.len() > LONGEST_VALUE => {
-                println!("{indent}{name}");
+                outln!("{indent}{name}");
                 show_value(value, &format!("{indent}  "));
             }
             Value::Array(items) if text.len() > LONGEST_VALUE => {
-                println!("{indent}{name}: {} items", items.len());
+                outln!("{indent}{name}: {} items", items.len());
             }
             Value::String(digits) if digits.len() > LONGEST_VALUE => {
-                println!("{indent}{name}: {} bytes", digits.len() / 2);
+                outln!("{indent}{name}: {} bytes", digits.len() / 2);
             }
-            _ => println!("{indent}{name}: {text}"),
+            _ => outln!("{indent}{name}: {text}"),
         }
     }
 }
@@ -196,6 +196,6 @@ fn show_fields(fields: &serde_json::Map<String, Value>, indent: &str) {
         .collect();
     for line in texts.chunks(4) {
         let line: String = line.iter().map(|text| format!("{text:<28}")).collect();
-        println!("{indent}{}", line.trim_end());
+        outln!("{indent}{}", line.trim_end());
     }
 }

@@ -108,7 +108,7 @@ fn print_summary(
     };
     let verdict =
         if damaged == 0 { format!("all good{memory}") } else { format!("{damaged} DAMAGED") };
-    println!(
+    outln!(
         "{}: {} snapshots, {} frames, {} tree nodes, {} state chunks, {} read ({} of pages) in {}: {verdict}",
         store.describe(),
         output::count(report.snapshots),

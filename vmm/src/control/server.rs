@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -22,13 +23,16 @@ use crate::vm::Vm;
 const MAX_BODY_LEN: usize = 1024;
 /// Requests served at once; a checkpoint's lasts as long as the checkpoint.
 const MAX_REQUESTS: usize = 32;
+/// How long requests in flight may delay the server's end.
+const LAST_ANSWERS_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Called after each checkpoint that a request asked for.
 pub type OnEvent = Arc<dyn Fn(&Result<CheckpointReport>) + Send + Sync>;
 
 /// Serves one VM's control socket until dropped.
 pub struct Server {
-    server: Arc<tiny_http::Server>,
+    listener: Arc<tiny_http::Server>,
+    active: Arc<AtomicUsize>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -63,26 +67,37 @@ impl Server {
         make_private_socket(socket).map_err(cannot)?;
         let server = Arc::new(server);
         let listener = Arc::clone(&server);
+        let active = Arc::new(AtomicUsize::new(0));
+        let counter = Arc::clone(&active);
         let thread = std::thread::Builder::new()
             .name("frazil-api".into())
-            .spawn(move || serve(&listener, &vm, &on_checkpoint))
+            .spawn(move || serve(&listener, &vm, &on_checkpoint, &counter))
             .map_err(VmmError::host("start the API thread"))?;
-        Ok(Self { server, thread: Some(thread) })
+        Ok(Self { listener: server, active, thread: Some(thread) })
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
-        self.server.unblock();
+        self.listener.unblock();
         if let Some(thread) = self.thread.take() {
             // A panic was reported by the panic hook.
             let _joined = thread.join();
         }
+        // The request that ended the VM still wants its answer.
+        let until = Instant::now() + LAST_ANSWERS_PATIENCE;
+        while self.active.load(Ordering::Acquire) > 0 && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 }
 
-fn serve(server: &tiny_http::Server, vm: &Arc<Vm>, on_checkpoint: &OnEvent) {
-    let active = Arc::new(AtomicUsize::new(0));
+fn serve(
+    server: &tiny_http::Server,
+    vm: &Arc<Vm>,
+    on_checkpoint: &OnEvent,
+    active: &Arc<AtomicUsize>,
+) {
     // `recv` fails only when the server is unblocked to end.
     while let Ok(request) = server.recv() {
         if active.fetch_add(1, Ordering::Relaxed) >= MAX_REQUESTS {
@@ -94,10 +109,10 @@ fn serve(server: &tiny_http::Server, vm: &Arc<Vm>, on_checkpoint: &OnEvent) {
             continue;
         }
         let (vm, on_checkpoint, done) =
-            (Arc::clone(vm), Arc::clone(on_checkpoint), Arc::clone(&active));
+            (Arc::clone(vm), Arc::clone(on_checkpoint), Arc::clone(active));
         let spawned = std::thread::Builder::new().name("frazil-request".into()).spawn(move || {
             handle(request, &vm, &on_checkpoint);
-            done.fetch_sub(1, Ordering::Relaxed);
+            done.fetch_sub(1, Ordering::Release);
         });
         if let Err(error) = spawned {
             // The request went with the thread; its client sees the connection close.

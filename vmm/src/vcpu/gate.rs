@@ -43,9 +43,22 @@ struct Inner {
     goal: Goal,
     /// Counts goals, so that a thread parks once for each.
     epoch: u64,
+    /// Threads parked for this goal: one that is still asleep from the goal before is not.
     parked: usize,
+    /// Threads asleep in the gate, whichever goal brought them there.
+    asleep: usize,
     alive: usize,
     ended: Option<Ended>,
+}
+
+impl Inner {
+    fn change(&mut self, goal: Goal) {
+        if self.goal != Goal::Exit {
+            self.goal = goal;
+            self.epoch += 1;
+            self.parked = 0;
+        }
+    }
 }
 
 /// See the module's text.
@@ -66,6 +79,7 @@ impl Gate {
                 goal: Goal::Park { capture: false },
                 epoch: 0,
                 parked: 0,
+                asleep: 0,
                 alive: threads,
                 ended: None,
             }),
@@ -85,12 +99,7 @@ impl Gate {
 
     /// Sets the goal. Exit is final.
     pub(super) fn set_goal(&self, goal: Goal) {
-        let mut inner = self.lock();
-        if inner.goal != Goal::Exit {
-            inner.goal = goal;
-            inner.epoch += 1;
-        }
-        drop(inner);
+        self.lock().change(goal);
         self.goal_changed.notify_all();
     }
 
@@ -101,11 +110,12 @@ impl Gate {
             return;
         }
         inner.parked += 1;
+        inner.asleep += 1;
         self.moved.notify_all();
         while inner.epoch == epoch {
             inner = self.goal_changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
         }
-        inner.parked -= 1;
+        inner.asleep -= 1;
         drop(inner);
         self.moved.notify_all();
     }
@@ -123,7 +133,7 @@ impl Gate {
 
     /// Waits until all threads have left the gate; false if that took longer than `patience`.
     pub(super) fn wait_unparked(&self, patience: Duration) -> bool {
-        self.wait(patience, |inner| inner.parked == 0 || inner.goal != Goal::Run)
+        self.wait(patience, |inner| inner.asleep == 0 || inner.goal != Goal::Run)
     }
 
     fn wait(&self, patience: Duration, reached: impl Fn(&Inner) -> bool) -> bool {
@@ -140,10 +150,7 @@ impl Gate {
     pub(super) fn end(&self, reason: Ended) {
         let mut inner = self.lock();
         inner.ended.get_or_insert(reason);
-        if inner.goal != Goal::Exit {
-            inner.goal = Goal::Exit;
-            inner.epoch += 1;
-        }
+        inner.change(Goal::Exit);
         drop(inner);
         self.goal_changed.notify_all();
         self.moved.notify_all();
@@ -157,5 +164,61 @@ impl Gate {
     pub(super) fn wait_ended(&self, patience: Duration) -> Option<Ended> {
         self.wait(patience, |inner| inner.ended.is_some());
         self.ended()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    /// A thread that does what a vCPU's does at the gate, and counts its captures.
+    fn thread(gate: &Arc<Gate>, captures: &Arc<AtomicU64>) -> std::thread::JoinHandle<()> {
+        let (gate, captures) = (Arc::clone(gate), Arc::clone(captures));
+        std::thread::spawn(move || {
+            loop {
+                match gate.goal() {
+                    (Goal::Run, _) => std::thread::yield_now(),
+                    (Goal::Park { capture }, epoch) => {
+                        captures.fetch_add(u64::from(capture), Ordering::SeqCst);
+                        gate.park(epoch);
+                    }
+                    (Goal::Exit, _) => return gate.leave(),
+                }
+            }
+        })
+    }
+
+    #[test]
+    fn threads_that_stand_still_stop_again_for_another_goal() {
+        let gate = Arc::new(Gate::new(3));
+        let captures = Arc::default();
+        let threads: Vec<_> = (0..3).map(|_| thread(&gate, &captures)).collect();
+        assert!(gate.wait_parked(PATIENCE));
+        for round in 1..=300 {
+            // Parked already, as in a VM that the user paused.
+            gate.set_goal(Goal::Park { capture: true });
+            assert!(gate.wait_parked(PATIENCE));
+            assert_eq!(
+                captures.load(Ordering::SeqCst),
+                3 * round,
+                "every thread captured before the wait ended"
+            );
+            if round % 3 == 0 {
+                gate.set_goal(Goal::Run);
+                assert!(gate.wait_unparked(PATIENCE));
+                gate.set_goal(Goal::Park { capture: false });
+                assert!(gate.wait_parked(PATIENCE));
+            }
+        }
+        gate.end(Ended::GuestReset);
+        gate.end(Ended::Stopped);
+        assert_eq!(gate.wait_ended(PATIENCE), Some(Ended::GuestReset), "the first reason counts");
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+        assert!(gate.wait_parked(PATIENCE), "nobody is left to wait for");
     }
 }
