@@ -1,2 +1,97 @@
-//! frazil-bench
-fn main() {}
+//! `frazil-bench SUITE`: what frazil reaches, and beside each figure the limit it is held
+//! against, measured in the same run.
+//!
+//! A figure without its limit says as much about the machine as about the program; so every suite
+//! measures both, and prints the ratio. Memory is warmed before it is timed, whatever is timed is
+//! timed several times, and `n` says how often.
+
+mod bench;
+mod cleanup;
+mod codec;
+mod content;
+mod host;
+mod machine;
+mod metric;
+mod raw;
+mod raw_guest;
+mod samples;
+mod suites;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, ValueEnum};
+
+use bench::{Bench, Settings};
+
+/// Measures frazil against the limits of this machine. Progress goes to standard error.
+#[derive(Debug, Parser)]
+#[command(name = "frazil-bench", version)]
+struct Cli {
+    /// What to measure.
+    suite: Suite,
+    /// Print one JSON object a metric: suite, metric, value, unit, floor, ratio, n.
+    #[arg(long)]
+    json: bool,
+    /// Guest memory sizes. Default: 1GiB for floors, 1GiB,4GiB for the others.
+    #[arg(long, value_name = "SIZE,…", value_delimiter = ',', value_parser = size)]
+    memory: Vec<u64>,
+    /// Repeat every measurement so often instead of as often as suits it.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    runs: Option<u32>,
+    /// Small sizes and few runs: shows that everything works, and gives no figures to rely on.
+    #[arg(long)]
+    quick: bool,
+    /// Put stores and scratch files below this directory. Default: ./target if there is one, else
+    /// the system's temporary directory. Wants a disk, not a tmpfs.
+    #[arg(long, value_name = "DIR")]
+    store_dir: Option<PathBuf>,
+    /// The `frazil` command to measure. Default: the one beside this program.
+    #[arg(long, value_name = "PATH")]
+    frazil: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Suite {
+    /// The limits themselves: memory, compression, hashing, KVM, userfaultfd, disk.
+    Floors,
+    /// Taking checkpoints of a running guest: pause, throughput, bytes.
+    Checkpoint,
+    /// Resuming: first progress, sweeping memory that comes lazily, loading it eagerly.
+    Resume,
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    parse_size::Config::new()
+        .with_binary()
+        .parse_size(text)
+        .map_err(|error| format!("expected a size such as 512MiB or 4GiB ({error})"))
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("frazil-bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
+    let Cli { suite, json, memory, runs, quick, store_dir, frazil } = cli;
+    if cfg!(debug_assertions) {
+        eprintln!("frazil-bench: warning: built without --release; the figures mean nothing");
+    }
+    host::check()?;
+    cleanup::on_signals()?;
+    let settings = Settings { memory_bytes: memory, runs: runs.map(|runs| runs as usize), quick };
+    let mut bench = Bench::new(settings, json, store_dir.as_deref())?;
+    match suite {
+        Suite::Floors => suites::floors::run(&mut bench),
+        Suite::Checkpoint => suites::checkpoint::run(&mut bench),
+        Suite::Resume => suites::resume::run(&mut bench, frazil),
+    }?;
+    bench.finish()
+}

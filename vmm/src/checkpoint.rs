@@ -325,8 +325,11 @@ impl<'a> Checkpoint<'a> {
 
     /// Phase 3, the guest stands still.
     fn cut(&mut self) -> Result<Cut> {
-        let mut left = self.harvest()?;
-        left.union(&self.waiting);
+        // Into the set that is there: nothing is allocated for it in the pause.
+        let harvested = self.line.tracker.harvest(&mut self.waiting);
+        self.line.since_head.union(&self.waiting);
+        harvested?;
+        let left = std::mem::take(&mut self.waiting);
         self.stats.cut_pages = left.count();
         self.line.staged.copy(left, self.vm.ram()).map_err(VmmError::host("copy guest pages"))?;
         Ok(Cut {

@@ -118,9 +118,8 @@ impl VmShell {
     pub fn new(hypervisor: &Hypervisor, ram: Arc<GuestRam>) -> Result<Self> {
         let fd = hypervisor.kvm.create_vm().map_err(VmmError::kvm("create a VM"))?;
         fd.set_tss_address(TSS_ADDRESS).map_err(VmmError::kvm("set the TSS address"))?;
-        fd.create_irq_chip().map_err(VmmError::kvm("create the interrupt controllers"))?;
-        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-        fd.create_pit2(pit).map_err(VmmError::kvm("create the timer"))?;
+        // Slots before the devices: afterwards each would wait for readers of KVM's buses, for
+        // milliseconds.
         for (slot, (range, address)) in ram.mapped_ranges().enumerate() {
             let region = kvm_userspace_memory_region {
                 slot: slot as u32,
@@ -134,6 +133,9 @@ impl VmShell {
             unsafe { fd.set_user_memory_region(region) }
                 .map_err(VmmError::kvm("add a memory slot"))?;
         }
+        fd.create_irq_chip().map_err(VmmError::kvm("create the interrupt controllers"))?;
+        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        fd.create_pit2(pit).map_err(VmmError::kvm("create the timer"))?;
         Ok(Self { fd: Arc::new(fd), ram })
     }
 }

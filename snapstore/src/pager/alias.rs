@@ -7,7 +7,7 @@
 use std::fs::File;
 use std::io;
 
-use memmap2::{MmapOptions, MmapRaw};
+use memmap2::{Advice, MmapOptions, MmapRaw};
 
 /// A shared mapping of a whole memory file.
 #[derive(Debug)]
@@ -31,6 +31,9 @@ impl Alias {
     ) -> T {
         let end = offset.checked_add(len).expect("offsets are below the mapping's length");
         assert!(end <= self.map.len(), "{offset}+{len} is outside the mapping");
+        // All page-table entries at once instead of a fault for each page. Kernels before 5.14
+        // refuse, and fault.
+        let _unpopulated = self.map.advise_range(Advice::PopulateWrite, offset, len);
         // SAFETY: the range was just checked to be inside the mapping, which lives as long as
         // `self`. Nobody else refers to these bytes: pages that were not filled are mapped
         // nowhere else (userfaultfd holds every access back), and two fillers exclude each other

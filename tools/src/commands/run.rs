@@ -110,8 +110,9 @@ fn serve(session: Session) -> anyhow::Result<ExitCode> {
     if let Some(started) = first_progress {
         watch_first_progress(&vm, started, json);
     }
-    if !paused {
-        vm.go()?;
+    // Told to end before it could start: that is no failure.
+    if !paused && let Err(error) = vm.go() && vm.ended().is_none() {
+        return Err(error.into());
     }
     let scheduler = host
         .checkpoint_every
@@ -123,6 +124,9 @@ fn serve(session: Session) -> anyhow::Result<ExitCode> {
         }
     };
     drop(scheduler);
+    // Answers that are on their way, such as to the request that ended the VM, get a moment; a
+    // suspending checkpoint's line comes before the end's.
+    drop(server);
     let totals = vm.checkpoint_totals();
     let code = say_ended(&vm, &ended, json)?;
     if !json && totals.taken + totals.failed > 0 {
@@ -136,8 +140,6 @@ fn serve(session: Session) -> anyhow::Result<ExitCode> {
             output::micros(totals.pause_us_max)
         );
     }
-    // Answers that are on their way, such as to the request that ended the VM, get a moment.
-    drop(server);
     drop(registration);
     Ok(code)
 }

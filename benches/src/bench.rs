@@ -1,0 +1,121 @@
+//! What every suite needs: settings, a scratch directory, a place for metrics.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use tempfile::TempDir;
+
+use crate::metric::{Metric, Output};
+use crate::samples::Samples;
+use crate::{cleanup, host};
+
+const GIB: u64 = 1 << 30;
+const QUICK_BYTES: u64 = 64 << 20;
+
+/// What the user chose.
+#[derive(Clone, Debug)]
+pub(crate) struct Settings {
+    /// Guest memory sizes; empty for the suite's own.
+    pub memory_bytes: Vec<u64>,
+    /// How often to repeat each measurement, if not as suits it.
+    pub runs: Option<usize>,
+    /// Small and few.
+    pub quick: bool,
+}
+
+/// A run of a suite.
+#[derive(Debug)]
+pub(crate) struct Bench {
+    settings: Settings,
+    output: Output,
+    scratch: TempDir,
+}
+
+impl Bench {
+    /// Prepares a scratch directory and says where.
+    pub(crate) fn new(
+        settings: Settings,
+        json: bool,
+        store_dir: Option<&Path>,
+    ) -> anyhow::Result<Self> {
+        let base = store_dir.map_or_else(default_scratch, Path::to_path_buf);
+        std::fs::create_dir_all(&base)
+            .with_context(|| format!("cannot create {}", base.display()))?;
+        let scratch = tempfile::Builder::new()
+            .prefix("frazil-bench-")
+            .tempdir_in(&base)
+            .with_context(|| format!("cannot create a directory in {}", base.display()))?;
+        cleanup::remove_at_exit(scratch.path());
+        let file_system = host::file_system(scratch.path())?;
+        eprintln!("frazil-bench: stores in {} ({file_system})", base.display());
+        if file_system == host::TMPFS {
+            eprintln!("frazil-bench: warning: a tmpfs is no disk; give --store-dir on a real one");
+        }
+        Ok(Self { settings, output: Output::new(json), scratch })
+    }
+
+    /// Guest memory sizes to measure at; `most` of the usual ones.
+    pub(crate) fn memory_sizes(&self, most: usize) -> Vec<u64> {
+        match &self.settings.memory_bytes[..] {
+            [] if self.settings.quick => vec![QUICK_BYTES],
+            [] => [GIB, 4 * GIB].into_iter().take(most).collect(),
+            given => given.to_vec(),
+        }
+    }
+
+    /// How often to measure something that is usually measured `usual` times.
+    pub(crate) fn runs(&self, usual: usize) -> usize {
+        let quick = if self.settings.quick { usual.min(3) } else { usual };
+        self.settings.runs.unwrap_or(quick)
+    }
+
+    /// `usual`, or `quick` if the run is to be quick.
+    pub(crate) fn sized<T>(&self, usual: T, quick: T) -> T {
+        if self.settings.quick { quick } else { usual }
+    }
+
+    /// A new directory, to go with the run at the latest.
+    pub(crate) fn scratch(&self) -> anyhow::Result<TempDir> {
+        tempfile::tempdir_in(self.scratch.path()).with_context(|| {
+            format!("cannot create a directory in {}", self.scratch.path().display())
+        })
+    }
+
+    /// Says on standard error what happens now.
+    #[allow(clippy::unused_self)] // so that progress needs a run, and may go through a bar one day
+    pub(crate) fn say(&self, what: &str) {
+        eprintln!("frazil-bench: {what}");
+    }
+
+    /// Prints a metric.
+    pub(crate) fn emit(&mut self, metric: Metric) -> anyhow::Result<()> {
+        self.output.emit(metric)
+    }
+
+    /// Prints median and 99th percentile of times as `NAME_p50_us` and `NAME_p99_us`.
+    pub(crate) fn emit_times(&mut self, name: &str, times: &Samples) -> anyhow::Result<()> {
+        self.emit(Metric::new(format!("{name}_p50_us"), times.us(0.5), "us", times.n()))?;
+        self.emit(Metric::new(format!("{name}_p99_us"), times.us(0.99), "us", times.n()))
+    }
+
+    /// Prints what is still to be printed, and removes what was written.
+    pub(crate) fn finish(self) -> anyhow::Result<()> {
+        self.output.finish()?;
+        let path = self.scratch.path().to_path_buf();
+        self.scratch.close().with_context(|| format!("cannot remove {}", path.display()))
+    }
+}
+
+fn default_scratch() -> PathBuf {
+    let target = PathBuf::from("target");
+    if target.is_dir() { target } else { std::env::temp_dir() }
+}
+
+/// A memory size as metric names have it: `1g`, `64m`.
+pub(crate) fn size_label(bytes: u64) -> String {
+    if bytes.is_multiple_of(GIB) {
+        format!("{}g", bytes / GIB)
+    } else {
+        format!("{}m", bytes >> 20)
+    }
+}

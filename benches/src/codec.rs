@@ -1,0 +1,130 @@
+//! zstd on frames, one core or all: what checkpoints and eager resumes are held against.
+
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use rayon::prelude::*;
+
+use crate::content::FRAME_BYTES;
+use crate::samples::Samples;
+
+/// The level stores compress with by default.
+const LEVEL: i32 = 1;
+/// Frames a worker takes at a time, so that making its zstd context costs next to nothing.
+const FRAMES_MIN: usize = 64;
+
+/// How many cores to use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Cores {
+    One,
+    All,
+}
+
+struct Packer {
+    zstd: zstd::bulk::Compressor<'static>,
+    out: Vec<u8>,
+}
+
+impl Packer {
+    fn new() -> std::io::Result<Self> {
+        let out = vec![0; zstd::zstd_safe::compress_bound(FRAME_BYTES)];
+        Ok(Self { zstd: zstd::bulk::Compressor::new(LEVEL)?, out })
+    }
+
+    fn pack(&mut self, frame: &[u8]) -> std::io::Result<&[u8]> {
+        let len = self.zstd.compress_to_buffer(frame, &mut self.out)?;
+        Ok(&self.out[..len])
+    }
+}
+
+struct Unpacker {
+    zstd: zstd::bulk::Decompressor<'static>,
+    out: Vec<u8>,
+}
+
+impl Unpacker {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self { zstd: zstd::bulk::Decompressor::new()?, out: vec![0; FRAME_BYTES] })
+    }
+
+    fn unpack(&mut self, frame: &[u8]) -> std::io::Result<()> {
+        self.zstd.decompress_to_buffer(frame, &mut self.out).map(|_len| ())
+    }
+}
+
+/// Compresses `raw` in frames and keeps nothing; returns the time and the compressed length.
+pub(crate) fn time_compress(raw: &[u8], cores: Cores) -> anyhow::Result<(Duration, usize)> {
+    let started = Instant::now();
+    let len: std::io::Result<usize> = match cores {
+        Cores::One => {
+            let mut packer = Packer::new()?;
+            raw.chunks(FRAME_BYTES).map(|frame| packer.pack(frame).map(<[u8]>::len)).sum()
+        }
+        Cores::All => raw
+            .par_chunks(FRAME_BYTES)
+            .with_min_len(FRAMES_MIN)
+            .map_init(Packer::new, |packer, frame| match packer {
+                Ok(packer) => packer.pack(frame).map(<[u8]>::len),
+                Err(error) => Err(std::io::Error::other(error.to_string())),
+            })
+            .sum(),
+    };
+    Ok((started.elapsed(), len.context("zstd failed")?))
+}
+
+/// The frames of `raw`, compressed.
+pub(crate) fn compress(raw: &[u8]) -> anyhow::Result<Vec<Vec<u8>>> {
+    let mut packer = Packer::new()?;
+    raw.chunks(FRAME_BYTES)
+        .map(|frame| Ok(packer.pack(frame).context("zstd failed")?.to_vec()))
+        .collect()
+}
+
+/// Decompresses `frames` and keeps nothing; returns the time.
+pub(crate) fn time_decompress(frames: &[Vec<u8>], cores: Cores) -> anyhow::Result<Duration> {
+    let started = Instant::now();
+    let done: std::io::Result<()> = match cores {
+        Cores::One => {
+            let mut unpacker = Unpacker::new()?;
+            frames.iter().try_for_each(|frame| unpacker.unpack(frame))
+        }
+        Cores::All => frames
+            .par_iter()
+            .with_min_len(FRAMES_MIN)
+            .map_init(Unpacker::new, |unpacker, frame| match unpacker {
+                Ok(unpacker) => unpacker.unpack(frame),
+                Err(error) => Err(std::io::Error::other(error.to_string())),
+            })
+            .collect(),
+    };
+    done.context("zstd failed")?;
+    Ok(started.elapsed())
+}
+
+/// Repeats [`time_compress`] after one warm-up; the times, and the compressed length.
+pub(crate) fn compress_times(
+    raw: &[u8],
+    cores: Cores,
+    runs: usize,
+) -> anyhow::Result<(Samples, usize)> {
+    let mut times = Samples::new();
+    let (_, len) = time_compress(raw, cores)?;
+    for _ in 0..runs {
+        times.add_time(time_compress(raw, cores)?.0);
+    }
+    Ok((times, len))
+}
+
+/// Repeats [`time_decompress`] after one warm-up.
+pub(crate) fn decompress_times(
+    frames: &[Vec<u8>],
+    cores: Cores,
+    runs: usize,
+) -> anyhow::Result<Samples> {
+    let mut times = Samples::new();
+    time_decompress(frames, cores)?;
+    for _ in 0..runs {
+        times.add_time(time_decompress(frames, cores)?);
+    }
+    Ok(times)
+}

@@ -1,0 +1,119 @@
+//! One figure, and how figures are printed.
+
+use std::io::Write;
+
+use anyhow::Context;
+use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+use serde::Serialize;
+
+/// A figure, with the limit it is held against.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Metric {
+    suite: String,
+    #[serde(rename = "metric")]
+    name: String,
+    value: f64,
+    unit: &'static str,
+    floor: Option<f64>,
+    ratio: Option<f64>,
+    n: u64,
+}
+
+/// The unit of a throughput: here a ratio below 1 is what is lost.
+pub(crate) const MIB_S: &str = "MiB/s (more is better)";
+
+impl Metric {
+    /// A figure `suite.name`, the median of `n` unless the name says otherwise.
+    pub(crate) fn new(name: impl Into<String>, value: f64, unit: &'static str, n: u64) -> Self {
+        let name = name.into();
+        let suite = name.split('.').next().unwrap_or_default().to_owned();
+        Self { suite, name, value: rounded(value), unit, floor: None, ratio: None, n }
+    }
+
+    /// Adds the limit, in the same unit, measured in the same run.
+    pub(crate) fn against(mut self, floor: f64) -> Self {
+        self.ratio = (floor > 0.0).then(|| rounded(self.value / floor));
+        self.floor = Some(rounded(floor));
+        self
+    }
+}
+
+/// To four digits: more would only pretend.
+fn rounded(value: f64) -> f64 {
+    if value == 0.0 || !value.is_finite() {
+        return 0.0;
+    }
+    let scale = 10_f64.powi(3 - value.abs().log10().floor() as i32);
+    (value * scale).round() / scale
+}
+
+/// Where figures go: at once as JSON lines, or as a table at the end.
+#[derive(Debug)]
+pub(crate) struct Output {
+    json: bool,
+    rows: Vec<Metric>,
+}
+
+impl Output {
+    pub(crate) fn new(json: bool) -> Self {
+        Self { json, rows: Vec::new() }
+    }
+
+    pub(crate) fn emit(&mut self, metric: Metric) -> anyhow::Result<()> {
+        if self.json {
+            print_line(&serde_json::to_string(&metric)?)?;
+        } else {
+            self.rows.push(metric);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn finish(self) -> anyhow::Result<()> {
+        if self.json {
+            return Ok(());
+        }
+        let mut table = Table::new();
+        table
+            .load_style(presets::NOTHING)
+            .set_content_arrangement(ContentArrangement::Disabled)
+            .set_header(["metric", "value", "floor", "ratio", "n", "unit"]);
+        for row in &self.rows {
+            let number = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), plain);
+            table.add_row([
+                row.name.clone(),
+                plain(row.value),
+                number(row.floor),
+                number(row.ratio),
+                row.n.to_string(),
+                row.unit.to_owned(),
+            ]);
+        }
+        for column in 1..=4 {
+            if let Some(column) = table.column_mut(column) {
+                column.set_cell_alignment(CellAlignment::Right);
+            }
+        }
+        print_line(&format!("{table}\n\n{LEGEND}"))
+    }
+}
+
+/// Not `println!`: a reader that is gone is an error, not a panic.
+fn print_line(line: &str) -> anyhow::Result<()> {
+    writeln!(std::io::stdout(), "{line}").context("cannot write to standard output")
+}
+
+/// A number without exponent and without digits that say nothing.
+fn plain(value: f64) -> String {
+    match value.abs() {
+        size if size >= 1000.0 => format!("{value:.0}"),
+        size if size >= 10.0 => format!("{value:.1}"),
+        _ => format!("{value:.3}"),
+    }
+}
+
+const LEGEND: &str = "value  median of n, unless the name says _p99 (99th percentile) or _max
+floor  the limit, measured in this run: raw copy, raw system call, zstd on the same bytes, disk
+       (dirty10 pauses: stop-and-copy of the same guest; gaps, the guest's view: the pause)
+ratio  value / floor; near 1 is as good as it can be, for throughputs as for times
+1g 4g  bytes of guest memory (m: MiB); p1000: 1,000 pages written per checkpoint; dirty10: 10 %
+page   4096 bytes; MB is 10^6 bytes, MiB 2^20";

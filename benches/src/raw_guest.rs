@@ -1,0 +1,185 @@
+//! The built-in guest on the barest of machines: one vCPU in a thread, and KVM's handle in reach.
+//!
+//! A `Vm` keeps its handle to itself, rightly; but the floors of a checkpoint are ioctls on it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow, ensure};
+use frazil_snapstore::{PAGE_SIZE, PageSet};
+use frazil_vmm::boot::{self, BootSource, Kernel};
+use frazil_vmm::kvm::{Hypervisor, VmShell};
+use frazil_vmm::memory::GuestRam;
+use frazil_vmm::workload::control::vcpu_control_gpa;
+use frazil_vmm::workload::{GUEST_ELF, WorkloadSpec};
+use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
+use vm_memory::{Bytes, GuestAddress};
+
+/// Looks at the guest's progress so often.
+const POLL: Duration = Duration::from_micros(100);
+/// A guest that gets nowhere for so long is given up.
+pub(crate) const PATIENCE: Duration = Duration::from_mins(5);
+
+const LINE_STATUS_PORT: u16 = 0x3fd;
+const TRANSMITTER_EMPTY: u8 = 0x60;
+
+/// A running guest.
+#[derive(Debug)]
+pub(crate) struct RawGuest {
+    shell: VmShell,
+    stop: Arc<AtomicBool>,
+    vcpu: Option<JoinHandle<anyhow::Result<VcpuFd>>>,
+    data_pages: u64,
+}
+
+impl RawGuest {
+    /// Boots the built-in guest with `spec` and lets it run; `prepare` may see to its RAM before.
+    ///
+    /// The guest reports every second whatever `spec` says: each report leaves KVM_RUN, which is
+    /// where the thread looks whether to stop. That keeps signal handlers out of here.
+    pub(crate) fn start(
+        spec: &str,
+        ram_bytes: u64,
+        prepare: impl FnOnce(&GuestRam) -> anyhow::Result<()>,
+    ) -> anyhow::Result<Self> {
+        let hypervisor = Hypervisor::open()?;
+        let ram = Arc::new(GuestRam::new(ram_bytes)?);
+        prepare(&ram)?;
+        let shell = VmShell::new(&hypervisor, ram)?;
+        let vcpu = shell.fd.create_vcpu(0).context("KVM refused a vCPU")?;
+        vcpu.set_cpuid2(&hypervisor.supported_cpuid()?).context("KVM refused CPUID")?;
+        boot::set_local_apic(&vcpu)?;
+        let mut spec: WorkloadSpec = spec.parse()?;
+        spec.tsc_khz = vcpu.get_tsc_khz().context("KVM has no TSC frequency")?.into();
+        spec.report_s = 1;
+        spec.check_fits(ram_bytes)?;
+        let source = BootSource {
+            kernel: Kernel::Builtin(GUEST_ELF),
+            initrd: None,
+            cmdline: spec.to_cmdline(),
+        };
+        let entry = boot::load(&source, &shell.ram)?;
+        boot::set_boot_registers(&vcpu, entry)?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let vcpu = std::thread::Builder::new()
+            .name("bench-vcpu".into())
+            .spawn(move || run(vcpu, &stopped))
+            .context("cannot start a thread")?;
+        let data_pages = data_pages(ram_bytes);
+        Ok(Self { shell, stop, vcpu: Some(vcpu), data_pages })
+    }
+
+    /// Pages the guest works on.
+    pub(crate) fn data_pages(&self) -> u64 {
+        self.data_pages
+    }
+
+    /// KVM's handle.
+    pub(crate) fn vm(&self) -> &VmFd {
+        &self.shell.fd
+    }
+
+    /// Pages the guest has written so far, each as often as it was.
+    pub(crate) fn turns(&self) -> anyhow::Result<u64> {
+        turns(&self.shell.ram)
+    }
+
+    /// Waits until the guest has written `turns` pages; returns how many it has and when.
+    pub(crate) fn wait_turns(&self, turns: u64) -> anyhow::Result<(u64, Instant)> {
+        wait_turns(&self.shell.ram, turns, || {
+            self.vcpu.as_ref().is_some_and(|vcpu| !vcpu.is_finished())
+        })
+    }
+
+    /// Time the guest takes for one write to each of its pages, if nothing else happens.
+    pub(crate) fn lap(&self) -> anyhow::Result<Duration> {
+        let (first, started) = (self.turns()?, Instant::now());
+        let (last, ended) = self.wait_turns(first + self.data_pages)?;
+        // The look at the progress is late by a little, by when the guest is further on.
+        Ok((ended - started).mul_f64(self.data_pages as f64 / (last - first) as f64))
+    }
+
+    /// Reads and clears KVM's dirty log; returns the time of the system calls and the pages.
+    pub(crate) fn dirty_log(&self) -> anyhow::Result<(Duration, u64)> {
+        let mut dirty = PageSet::new(self.shell.ram.end_page());
+        let mut took = Duration::ZERO;
+        for (slot, (range, _)) in self.shell.ram.mapped_ranges().enumerate() {
+            let started = Instant::now();
+            let words = self.vm().get_dirty_log(slot as u32, range.len_bytes as usize);
+            took += started.elapsed();
+            let words = words.context("KVM refused to read the dirty log")?;
+            dirty.insert_words(range.gpa / PAGE_SIZE as u64, &words);
+        }
+        Ok((took, dirty.count()))
+    }
+
+    /// Stops the guest, which takes up to a second.
+    pub(crate) fn stop(&mut self) -> anyhow::Result<VcpuFd> {
+        self.stop.store(true, Ordering::Relaxed);
+        let vcpu = self.vcpu.take().context("the guest was stopped before")?;
+        vcpu.join().map_err(|_panic| anyhow!("the vCPU's thread panicked"))?
+    }
+}
+
+impl Drop for RawGuest {
+    fn drop(&mut self) {
+        if self.vcpu.is_some() {
+            // Whatever it ended with, nobody is interested any more.
+            let _ended = self.stop();
+        }
+    }
+}
+
+fn run(mut vcpu: VcpuFd, stop: &AtomicBool) -> anyhow::Result<VcpuFd> {
+    while !stop.load(Ordering::Relaxed) {
+        match vcpu.run().context("KVM_RUN failed")? {
+            // The only device: a serial port that takes everything and has nothing to say.
+            VcpuExit::IoIn(LINE_STATUS_PORT, data) => data.fill(TRANSMITTER_EMPTY),
+            VcpuExit::IoIn(_, data) => data.fill(0xff),
+            VcpuExit::IoOut(..) | VcpuExit::MmioRead(..) | VcpuExit::MmioWrite(..) => {}
+            other => return Err(anyhow!("the guest ended with {other:?}")),
+        }
+    }
+    Ok(vcpu)
+}
+
+/// Pages the built-in guest works on, in a machine with `ram_bytes` of RAM.
+pub(crate) fn data_pages(ram_bytes: u64) -> u64 {
+    frazil_vmm::workload::spec::data_bytes_available(ram_bytes) / PAGE_SIZE as u64
+}
+
+/// Pages that vCPU 0 has written so far, read from its control page.
+pub(crate) fn turns(ram: &GuestRam) -> anyhow::Result<u64> {
+    // The progress counter is the control page's first field.
+    ram.memory()
+        .load(GuestAddress(vcpu_control_gpa(0)), Ordering::Relaxed)
+        .context("cannot read the guest's progress")
+}
+
+/// Waits until vCPU 0 has written `target` pages; returns how many it has and when.
+pub(crate) fn wait_turns(
+    ram: &GuestRam,
+    target: u64,
+    alive: impl Fn() -> bool,
+) -> anyhow::Result<(u64, Instant)> {
+    let (mut last, mut moved) = (turns(ram)?, Instant::now());
+    loop {
+        let now = turns(ram)?;
+        if now >= target {
+            return Ok((now, Instant::now()));
+        }
+        ensure!(alive(), "the guest ended after {now} of {target} pages");
+        if now != last {
+            (last, moved) = (now, Instant::now());
+        }
+        ensure!(
+            moved.elapsed() < PATIENCE,
+            "the guest stands still after {now} of {target} pages, for {} s",
+            PATIENCE.as_secs()
+        );
+        std::thread::sleep(POLL);
+    }
+}

@@ -1,0 +1,133 @@
+//! userfaultfd without a store behind it: a thread that touches, a thread that maps.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use anyhow::{Context, anyhow};
+use frazil_snapstore::PAGE_SIZE;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{FallocateFlags, fallocate};
+use userfaultfd::{Event, FeatureFlags, RegisterMode, Uffd, UffdBuilder};
+
+use crate::bench::Bench;
+use crate::metric::Metric;
+use crate::raw::SharedMemory;
+use crate::samples::Samples;
+
+/// `UFFD_FEATURE_MINOR_SHMEM`, which the userfaultfd crate has no name for.
+const FEATURE_MINOR_SHMEM: u64 = 1 << 10;
+
+/// How a fault is answered.
+#[derive(Clone, Copy, Debug)]
+enum Answer {
+    /// The pages are in the memfd: `UFFDIO_CONTINUE` so many at a time.
+    Continue { pages: usize },
+    /// There are none: `UFFDIO_COPY` one.
+    Copy,
+}
+
+pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
+    let answers = [
+        ("continue_1", Answer::Continue { pages: 1 }, bench.sized(8192, 1024)),
+        ("continue_64", Answer::Continue { pages: 64 }, bench.sized(65536, 4096)),
+        ("continue_512", Answer::Continue { pages: 512 }, bench.sized(65536, 4096)),
+        ("copy_1", Answer::Copy, bench.sized(8192, 1024)),
+    ];
+    // The host gives memory back lazily: the first to use it pays, and that is not to be us.
+    let warm = SharedMemory::new(
+        answers.map(|(_, _, pages)| pages).into_iter().fold(0, usize::max) * PAGE_SIZE,
+    )?;
+    allocate(&warm)?;
+    drop(warm);
+    for (name, answer, pages) in answers {
+        let mut times = Samples::new();
+        for _ in 0..bench.runs(5) {
+            times.add_time(sweep(answer, pages)?);
+        }
+        let us = times.us(0.5) / pages as f64;
+        let metric = format!("floors.uffd_{name}_us_per_page");
+        bench.emit(Metric::new(metric, us, "us/page", times.n()))?;
+    }
+    Ok(())
+}
+
+/// Touches `pages` pages one after the other while another thread answers the faults.
+fn sweep(answer: Answer, pages: usize) -> anyhow::Result<std::time::Duration> {
+    let memory = SharedMemory::new(pages * PAGE_SIZE)?;
+    if matches!(answer, Answer::Continue { .. }) {
+        allocate(&memory)?;
+    }
+    let uffd = open()?;
+    uffd.register_with_mode(
+        memory.address() as *mut _,
+        memory.len_bytes(),
+        RegisterMode::MISSING | RegisterMode::MINOR,
+    )
+    .context("cannot register memory with userfaultfd")?;
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let server = scope.spawn(|| {
+            let served = serve(&uffd, &memory, answer, &done);
+            if served.is_err() {
+                // Or the one that touches would wait for ever.
+                let _let_go = uffd.unregister(memory.address() as *mut _, memory.len_bytes());
+            }
+            served
+        });
+        let started = Instant::now();
+        (0..pages).for_each(|page| memory.touch(page));
+        let took = started.elapsed();
+        done.store(true, Ordering::Relaxed);
+        server.join().map_err(|_panic| anyhow!("the fault thread panicked"))??;
+        Ok(took)
+    })
+}
+
+fn allocate(memory: &SharedMemory) -> anyhow::Result<()> {
+    fallocate(memory.file(), FallocateFlags::empty(), 0, memory.len_bytes() as u64)
+        .context("cannot allocate memory")
+}
+
+fn open() -> anyhow::Result<Uffd> {
+    UffdBuilder::new()
+        .close_on_exec(true)
+        .non_blocking(true)
+        .user_mode_only(false)
+        .require_features(
+            FeatureFlags::MISSING_SHMEM | FeatureFlags::from_bits_retain(FEATURE_MINOR_SHMEM),
+        )
+        .create()
+        .context("userfaultfd is not available")
+}
+
+fn serve(
+    uffd: &Uffd,
+    memory: &SharedMemory,
+    answer: Answer,
+    done: &AtomicBool,
+) -> anyhow::Result<()> {
+    let page = [1; PAGE_SIZE];
+    let patience = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
+    while !done.load(Ordering::Relaxed) {
+        poll(&mut [PollFd::new(uffd, PollFlags::IN)], Some(&patience)).context("poll failed")?;
+        while let Some(event) = uffd.read_event().context("cannot read a fault")? {
+            let Event::Pagefault { addr, .. } = event else {
+                return Err(anyhow!("unexpected userfaultfd event {event:?}"));
+            };
+            let index = (addr as usize - memory.address()) / PAGE_SIZE;
+            match answer {
+                Answer::Copy => memory.uffd_copy(uffd, &page, index)?,
+                Answer::Continue { pages } => {
+                    let first = index - index % pages;
+                    uffd.r#continue(
+                        (memory.address() + first * PAGE_SIZE) as *mut _,
+                        pages * PAGE_SIZE,
+                        true,
+                    )
+                    .context("UFFDIO_CONTINUE failed")?;
+                }
+            }
+        }
+    }
+    Ok(())
+}

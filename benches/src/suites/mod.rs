@@ -1,0 +1,5 @@
+//! The suites, one file or folder each: a list of named measurements.
+
+pub(crate) mod checkpoint;
+pub(crate) mod floors;
+pub(crate) mod resume;
