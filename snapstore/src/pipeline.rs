@@ -249,6 +249,9 @@ mod tests {
     fn dense_pages_get_aligned_frames() {
         let pages: Vec<u64> = (3..100).collect();
         let batches = cut_batches(&pages, 16);
-        assert!(batches[1..].iter().all(|batch| pages[batch.start].is_multiple_of(16)), "{batches:?}");
+        assert!(
+            batches[1..].iter().all(|batch| pages[batch.start].is_multiple_of(16)),
+            "{batches:?}"
+        );
     }
 }

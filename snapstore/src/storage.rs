@@ -184,7 +184,7 @@ impl Storage for DirStorage {
         // The lock is the flock; the number only helps whoever finds it held. Too full a disk
         // to write it must not stop a `prune` that would make room.
         let _unwritten = file.set_len(0).and_then(|()| write!(file, "{}", std::process::id()));
-        Ok(Box::new(DirLock { _file: file }))
+        Ok(Box::new(DirLock { file }))
     }
 
     fn describe(&self) -> String {
@@ -195,7 +195,15 @@ impl Storage for DirStorage {
 #[derive(Debug)]
 struct DirLock {
     // The kernel drops the flock when the last descriptor closes, however the process ends.
-    _file: File,
+    file: File,
+}
+
+impl Drop for DirLock {
+    fn drop(&mut self) {
+        // Not left to closing the file: a child process that is just being started has a copy of
+        // the descriptor until it executes its program.
+        let _closed_below_at_the_latest = self.file.unlock();
+    }
 }
 
 impl WriterLock for DirLock {}

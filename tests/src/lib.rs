@@ -1,1 +1,9 @@
 //! Simulators and oracles shared by the tests of this room.
+
+pub mod faulty_storage;
+pub mod format_reader;
+pub mod memory_copy;
+pub mod oracle;
+pub mod rng;
+pub mod storage_sim;
+pub mod vm_harness;

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use frazil_vmm::workload::WorkloadSpec;
 
 /// Freezes running virtual machines: a checkpoint is taken while the guest goes on and costs what
@@ -88,15 +88,11 @@ fn interval(text: &str) -> Result<Duration, String> {
 }
 
 #[derive(Debug, Args)]
+#[command(group = ArgGroup::new("guest").required(true))]
 pub(crate) struct RunArgs {
     /// Boot this ELF64 kernel (a Linux vmlinux, or a bare-metal program) by the Linux 64-bit boot
     /// protocol, with its console on COM1.
-    #[arg(
-        long,
-        value_name = "FILE",
-        conflicts_with = "workload",
-        required_unless_present = "workload"
-    )]
+    #[arg(long, value_name = "FILE", group = "guest")]
     pub kernel: Option<PathBuf>,
     /// Initial RAM disk for --kernel.
     #[arg(long, value_name = "FILE", requires = "kernel")]
@@ -112,7 +108,7 @@ pub(crate) struct RunArgs {
     /// Run the built-in guest: key=value,… of touch=SIZE, rate=PAGES_PER_S|max,
     /// pattern=seq|uniform|hot, hot_share=0.1, hot_writes=0.9, content=zero|text|random|edit,
     /// seed=N, populate=yes|no, check=SECONDS, report=SECONDS, stop_after=TURNS, gap_us=N.
-    #[arg(long, value_name = "SPEC", value_parser = workload)]
+    #[arg(long, value_name = "SPEC", value_parser = workload, group = "guest")]
     pub workload: Option<WorkloadSpec>,
     /// Guest memory.
     #[arg(long, value_name = "SIZE", default_value = "512MiB", value_parser = size)]

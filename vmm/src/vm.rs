@@ -298,6 +298,12 @@ impl Vm {
         self.vcpus.wait_ended(patience)
     }
 
+    /// Waits until what the guest wrote to its serial port has reached its destination, or that
+    /// takes too long. What it writes afterwards is dropped.
+    pub fn finish_output(&self) {
+        self.bus.serial().finish_output();
+    }
+
     /// Why the VM ended, if it did.
     #[must_use]
     pub fn ended(&self) -> Option<Ended> {

@@ -81,6 +81,7 @@ fn prepare(bench: &Bench, frazil: PathBuf, ram_bytes: u64, label: String) -> any
     let folder = bench.scratch()?;
     let path = folder.path().join("store");
     let machine = Machine::boot(SPEC, ram_bytes, Some(create_store(&path)?))?;
+    machine.vm.pause()?;
     machine.vm.checkpoint(&CheckpointRequest::default()).context("the checkpoint failed")?;
     drop(machine);
     let store = Store::open(&path, StoreOptions::default())?;

@@ -21,6 +21,8 @@ use super::{Started, default_store, monotonic_ns, open_snapshot, print_json};
 use crate::cli::{HostArgs, ResumeArgs, RunArgs, SerialArg};
 use crate::output;
 
+/// Signals that come so soon after the first are the same one.
+const SIGNAL_ECHO: Duration = Duration::from_millis(500);
 /// How often a failure that repeats itself is told.
 const REPEAT_AFTER: Duration = Duration::from_secs(10);
 /// How long first progress of a resumed workload is waited for before it is not reported.
@@ -111,7 +113,10 @@ fn serve(session: Session) -> anyhow::Result<ExitCode> {
         watch_first_progress(&vm, started, json);
     }
     // Told to end before it could start: that is no failure.
-    if !paused && let Err(error) = vm.go() && vm.ended().is_none() {
+    if !paused
+        && let Err(error) = vm.go()
+        && vm.ended().is_none()
+    {
         return Err(error.into());
     }
     let scheduler = host
@@ -127,6 +132,7 @@ fn serve(session: Session) -> anyhow::Result<ExitCode> {
     // Answers that are on their way, such as to the request that ended the VM, get a moment; a
     // suspending checkpoint's line comes before the end's.
     drop(server);
+    vm.finish_output();
     let totals = vm.checkpoint_totals();
     let code = say_ended(&vm, &ended, json)?;
     if !json && totals.taken + totals.failed > 0 {
@@ -167,10 +173,14 @@ fn stop_on_signals(vm: &Arc<Vm>) -> anyhow::Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("cannot handle signals")?;
     let vm = Arc::downgrade(vm);
     std::thread::Builder::new().name("frazil-signals".into()).spawn(move || {
-        for (count, signal) in signals.forever().enumerate() {
+        let mut first: Option<Instant> = None;
+        for signal in signals.forever() {
+            // `timeout` and terminals send one signal twice, to the process and to its group.
+            let again = first.get_or_insert_with(Instant::now).elapsed() > SIGNAL_ECHO;
             match vm.upgrade() {
-                Some(vm) if count == 0 => vm.stop(),
-                _ => std::process::exit(128 + signal),
+                Some(vm) if !again => vm.stop(),
+                _ if again => std::process::exit(128 + signal),
+                _ => {}
             }
         }
     })?;

@@ -4,8 +4,9 @@ use std::io::{self, Write};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
-use crossbeam_channel::Sender;
+use crossbeam_channel::{Receiver, Sender};
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -23,6 +24,9 @@ const IRQ: u32 = 4;
 pub const CHUNK: &str = "serial0";
 /// Writes that wait for a slow reader before they are dropped.
 const QUEUE_WRITES: usize = 64 * 1024;
+
+/// How long a slow reader of the guest's last words is waited for.
+const LAST_OUTPUT_PATIENCE: Duration = Duration::from_secs(1);
 
 /// The register behind `port`, if it is one of the serial port's.
 #[must_use]
@@ -60,17 +64,21 @@ impl SerialOutput {
 /// Hands output to a thread, so that a slow terminal or a full pipe never stops a vCPU.
 #[derive(Debug)]
 struct QueuedOutput {
-    queue: Sender<Vec<u8>>,
+    /// None once finished.
+    queue: Option<Sender<Vec<u8>>>,
+    /// Disconnected when the thread has written everything, or gave up.
+    written: Receiver<()>,
     dropped: Arc<AtomicU64>,
 }
 
 impl QueuedOutput {
     fn new(mut output: Box<dyn Write + Send>) -> Result<Self> {
         let (queue, waiting) = crossbeam_channel::bounded::<Vec<u8>>(QUEUE_WRITES);
-        let dropped = Arc::new(AtomicU64::new(0));
+        let (writing, written) = crossbeam_channel::bounded::<()>(0);
         std::thread::Builder::new()
             .name("frazil-serial".into())
             .spawn(move || {
+                let _until_done = writing;
                 while let Ok(first) = waiting.recv() {
                     let bytes: Vec<u8> =
                         std::iter::once(first).chain(waiting.try_iter()).flatten().collect();
@@ -81,13 +89,21 @@ impl QueuedOutput {
                 }
             })
             .map_err(VmmError::host("start the serial thread"))?;
-        Ok(Self { queue, dropped })
+        Ok(Self { queue: Some(queue), written, dropped: Arc::default() })
+    }
+
+    /// Takes no more, and waits for a moment until all is written.
+    fn finish(&mut self) {
+        self.queue = None;
+        // Nothing is ever sent: this returns when the thread ends, or time is up.
+        let _done_or_late = self.written.recv_timeout(LAST_OUTPUT_PATIENCE);
     }
 }
 
 impl Write for QueuedOutput {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.queue.try_send(bytes.to_vec()).is_err() {
+        let sent = self.queue.as_ref().is_some_and(|queue| queue.try_send(bytes.to_vec()).is_ok());
+        if !sent {
             self.dropped.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         }
         Ok(bytes.len())
@@ -149,6 +165,11 @@ impl SerialPort {
 
     pub(super) fn read(&mut self, register: u8) -> u8 {
         self.serial.read(register)
+    }
+
+    /// Takes no more output, and waits for a moment until all of it is written.
+    pub fn finish_output(&mut self) {
+        self.serial.writer_mut().finish();
     }
 
     /// Bytes dropped because nobody read them in time.

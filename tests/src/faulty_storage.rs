@@ -1,0 +1,197 @@
+//! A directory whose medium fails when it is told to, or is full at a given size.
+
+use std::io;
+use std::path::Path;
+use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use frazil_snapstore::{DirStorage, LockError, SEGMENT_FOLDER, Storage, StoreFile, WriterLock};
+
+/// "Input/output error".
+pub const EIO: i32 = 5;
+/// "No space left on device".
+pub const ENOSPC: i32 = 28;
+
+/// What goes wrong with a [`FaultyStorage`]. Only what changes the medium fails.
+#[derive(Debug)]
+pub struct Faults {
+    /// Operations that still succeed; below zero, none is planned to fail.
+    left: AtomicI64,
+    errno: AtomicI32,
+    /// 1 if all operations behind the first that fails do so too.
+    lasting: AtomicI32,
+    capacity_bytes: AtomicU64,
+    injected: AtomicU64,
+    usage: OnceLock<Usage>,
+}
+
+/// Asks how many bytes are in use.
+struct Usage(Box<dyn Fn() -> u64 + Send + Sync>);
+
+impl std::fmt::Debug for Usage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Usage")
+    }
+}
+
+impl Faults {
+    /// The operation after `after` more that change the medium fails with `errno`, and with
+    /// `lasting` all behind it.
+    pub fn plan(&self, after: u64, errno: i32, lasting: bool) {
+        self.errno.store(errno, Ordering::SeqCst);
+        self.lasting.store(i32::from(lasting), Ordering::SeqCst);
+        self.left.store(after as i64, Ordering::SeqCst);
+    }
+
+    /// The medium is full at `bytes`.
+    pub fn limit(&self, bytes: u64) {
+        self.capacity_bytes.store(bytes, Ordering::SeqCst);
+    }
+
+    /// The medium is good and large again.
+    pub fn clear(&self) {
+        self.left.store(-1, Ordering::SeqCst);
+        self.capacity_bytes.store(u64::MAX, Ordering::SeqCst);
+    }
+
+    /// Operations that failed so far.
+    #[must_use]
+    pub fn injected(&self) -> u64 {
+        self.injected.load(Ordering::SeqCst)
+    }
+
+    fn fail(&self, errno: i32) -> io::Result<()> {
+        self.injected.fetch_add(1, Ordering::SeqCst);
+        Err(io::Error::from_raw_os_error(errno))
+    }
+
+    fn check(&self) -> io::Result<()> {
+        let step = |left: i64| (left >= 0).then(|| left - 1);
+        // An error from `fetch_update` only says that nothing is planned.
+        match self.left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, step) {
+            Ok(0) => {
+                if self.lasting.load(Ordering::SeqCst) == 1 {
+                    self.left.store(0, Ordering::SeqCst);
+                }
+                self.fail(self.errno.load(Ordering::SeqCst))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn check_room(&self, more: u64) -> io::Result<()> {
+        let capacity = self.capacity_bytes.load(Ordering::SeqCst);
+        let used = self.usage.get().map_or(0, |usage| (usage.0)());
+        if capacity != u64::MAX && used + more > capacity { self.fail(ENOSPC) } else { Ok(()) }
+    }
+}
+
+/// A store's directory with [`Faults`].
+#[derive(Debug)]
+pub struct FaultyStorage {
+    inner: DirStorage,
+    faults: Arc<Faults>,
+}
+
+impl FaultyStorage {
+    /// The directory `root`, its folders made; nothing fails until it is told to.
+    #[must_use]
+    pub fn new(root: &Path) -> (Self, Arc<Faults>) {
+        let inner = DirStorage::new(root);
+        inner.create_folders().expect("a scratch folder");
+        let faults = Arc::new(Faults {
+            left: AtomicI64::new(-1),
+            errno: AtomicI32::new(EIO),
+            lasting: AtomicI32::new(0),
+            capacity_bytes: AtomicU64::new(u64::MAX),
+            injected: AtomicU64::new(0),
+            usage: OnceLock::new(),
+        });
+        let path = root.to_path_buf();
+        let usage = Usage(Box::new(move || used_bytes(&path)));
+        faults.usage.set(usage).expect("it is set once");
+        (Self { inner, faults: Arc::clone(&faults) }, faults)
+    }
+}
+
+/// Bytes of all files of the store at `root`.
+#[must_use]
+pub fn used_bytes(root: &Path) -> u64 {
+    let folder_bytes = |folder: &Path| -> u64 {
+        let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+        let files = entries.filter_map(|entry| entry.metadata().ok());
+        files.filter(std::fs::Metadata::is_file).map(|file| file.len()).sum()
+    };
+    folder_bytes(root) + folder_bytes(&root.join(SEGMENT_FOLDER))
+}
+
+impl Storage for FaultyStorage {
+    fn open(&self, name: &str, writable: bool) -> io::Result<Arc<dyn StoreFile>> {
+        let inner = self.inner.open(name, writable)?;
+        Ok(Arc::new(FaultyFile { inner, faults: Arc::clone(&self.faults) }))
+    }
+
+    fn create(&self, name: &str) -> io::Result<Arc<dyn StoreFile>> {
+        self.faults.check()?;
+        let inner = self.inner.create(name)?;
+        Ok(Arc::new(FaultyFile { inner, faults: Arc::clone(&self.faults) }))
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        self.faults.check()?;
+        self.inner.remove(name)
+    }
+
+    fn list(&self, folder: &str) -> io::Result<Vec<String>> {
+        self.inner.list(folder)
+    }
+
+    fn sync_names(&self, folder: &str) -> io::Result<()> {
+        self.faults.check()?;
+        self.inner.sync_names(folder)
+    }
+
+    fn try_lock(&self) -> Result<Box<dyn WriterLock>, LockError> {
+        self.inner.try_lock()
+    }
+
+    fn describe(&self) -> String {
+        self.inner.describe()
+    }
+}
+
+#[derive(Debug)]
+struct FaultyFile {
+    inner: Arc<dyn StoreFile>,
+    faults: Arc<Faults>,
+}
+
+impl StoreFile for FaultyFile {
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.inner.read_exact_at(buf, offset)
+    }
+
+    fn write_all_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        let grows = (offset + buf.len() as u64).saturating_sub(self.inner.len_bytes()?);
+        if let Err(error) = self.faults.check().and_then(|()| self.faults.check_room(grows)) {
+            // As a real disk does: part of it is there, and the caller cannot tell which.
+            self.inner.write_all_at(&buf[..buf.len() / 2], offset)?;
+            return Err(error);
+        }
+        self.inner.write_all_at(buf, offset)
+    }
+
+    fn len_bytes(&self) -> io::Result<u64> {
+        self.inner.len_bytes()
+    }
+
+    fn set_len(&self, len_bytes: u64) -> io::Result<()> {
+        self.faults.check()?;
+        self.inner.set_len(len_bytes)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.faults.check()?;
+        self.inner.sync()
+    }
+}

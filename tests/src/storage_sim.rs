@@ -1,0 +1,486 @@
+//! A medium in memory that fails and loses power as badly as real ones may.
+//!
+//! What was written is durable only after a sync, and a name only after the sync of its folder.
+//! A crash keeps any part of the rest: sectors of a write, lengths without the data, names
+//! without the file. A sync that failed leaves its writes in doubt for good, as Linux does.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use frazil_snapstore::{LockError, Storage, StoreFile, WriterLock};
+
+use crate::rng::Rng;
+
+/// What a medium writes at once or not at all, in bytes; now and then it does not even that.
+const SECTOR_LEN: u64 = 512;
+const EIO: i32 = 5;
+const ENOSPC: i32 = 28;
+
+/// Operations a hook can wait for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)] // They are the calls of the trait.
+pub enum Op {
+    Lock,
+    Create,
+    Remove,
+    SyncNames,
+    Write,
+    SetLen,
+    Sync,
+}
+
+/// How an operation fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// EIO, with no effect.
+    Eio,
+    /// ENOSPC, with no effect.
+    Enospc,
+    /// A write is cut short and ends in EIO; other operations fail with EIO.
+    Torn,
+}
+
+/// Which operation fails: the one after `after` more that change the medium, and all those behind
+/// it if `lasting`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FaultPlan {
+    /// How many succeed before.
+    pub after: u64,
+    /// How it fails.
+    pub fault: Fault,
+    /// True if every later one fails too.
+    pub lasting: bool,
+}
+
+#[derive(Clone, Debug)]
+enum Change {
+    Write { offset: u64, bytes: Vec<u8> },
+    SetLen(u64),
+}
+
+/// A file: what is durable, what a reader sees, and the way from the one to the other.
+#[derive(Clone, Debug, Default)]
+struct Inode {
+    durable: Vec<u8>,
+    current: Vec<u8>,
+    /// Changes since the last sync; true marks those that a failed sync left in doubt.
+    pending: Vec<(Change, bool)>,
+}
+
+impl Change {
+    fn apply(&self, content: &mut Vec<u8>) {
+        match self {
+            Self::SetLen(len) => content.resize(*len as usize, 0),
+            Self::Write { offset, bytes } => write_at(content, *offset, bytes),
+        }
+    }
+
+    /// True if `self`, made later, leaves nothing of `earlier`.
+    fn overrules(&self, earlier: &Self) -> bool {
+        match (self, earlier) {
+            (Self::SetLen(len), Self::Write { offset, .. }) => len <= offset,
+            (Self::Write { offset, .. }, Self::Write { offset: old, bytes }) => {
+                *offset <= *old + bytes.len() as u64
+            }
+            (_, Self::SetLen(_)) => true,
+        }
+    }
+}
+
+fn write_at(content: &mut Vec<u8>, offset: u64, bytes: &[u8]) {
+    let (start, end) = (offset as usize, offset as usize + bytes.len());
+    if content.len() < end {
+        content.resize(end, 0);
+    }
+    content[start..end].copy_from_slice(bytes);
+}
+
+impl Inode {
+    fn change(&mut self, change: Change) {
+        change.apply(&mut self.current);
+        self.pending.push((change, false));
+    }
+
+    fn sync(&mut self) {
+        let pending = std::mem::take(&mut self.pending);
+        for (index, (change, in_doubt)) in pending.iter().enumerate() {
+            if !in_doubt {
+                change.apply(&mut self.durable);
+            } else if !pending[index + 1..].iter().any(|(later, _)| later.overrules(change)) {
+                self.pending.push((change.clone(), true));
+            }
+        }
+    }
+
+    /// What is found after the power came back.
+    fn after_power_cut(&self, rng: &mut Rng, eighths: u64) -> Vec<u8> {
+        let mut content = self.durable.clone();
+        for (change, _) in &self.pending {
+            match change {
+                Change::SetLen(_) if rng.chance(eighths) => change.apply(&mut content),
+                Change::SetLen(_) => {}
+                Change::Write { offset, bytes } => {
+                    let end = offset + bytes.len() as u64;
+                    // The new length may reach the medium without the data.
+                    if rng.chance(eighths) && (content.len() as u64) < end {
+                        content.resize(end as usize, 0);
+                    }
+                    let mut at = *offset;
+                    while at < end {
+                        let next = (at - at % SECTOR_LEN + SECTOR_LEN).min(end);
+                        if rng.chance(eighths) {
+                            let torn = eighths < 8 && rng.chance(1);
+                            let keep = if torn { rng.below(next - at) } else { next - at };
+                            let piece = &bytes[(at - offset) as usize..][..keep as usize];
+                            write_at(&mut content, at, piece);
+                        }
+                        at = next;
+                    }
+                }
+            }
+        }
+        content
+    }
+}
+
+/// All files and names.
+#[derive(Clone, Debug, Default)]
+struct Image {
+    inodes: Vec<Inode>,
+    names: BTreeMap<String, usize>,
+    durable_names: BTreeMap<String, usize>,
+    /// Creations and removals whose folder was not synced since.
+    name_changes: Vec<(String, Option<usize>)>,
+}
+
+fn rename(names: &mut BTreeMap<String, usize>, name: &str, target: Option<usize>) {
+    match target {
+        Some(inode) => names.insert(name.to_owned(), inode),
+        None => names.remove(name),
+    };
+}
+
+fn folder_of(name: &str) -> &str {
+    name.rsplit_once('/').map_or("", |(folder, _)| folder)
+}
+
+impl Image {
+    fn change_name(&mut self, name: &str, target: Option<usize>) {
+        rename(&mut self.names, name, target);
+        self.name_changes.push((name.to_owned(), target));
+    }
+
+    fn sync_names(&mut self, folder: &str) {
+        let (now, later) = std::mem::take(&mut self.name_changes)
+            .into_iter()
+            .partition(|(name, _)| folder_of(name) == folder);
+        self.name_changes = later;
+        let now: Vec<(String, Option<usize>)> = now;
+        now.iter().for_each(|(name, target)| rename(&mut self.durable_names, name, *target));
+    }
+
+    fn used_bytes(&self) -> u64 {
+        self.names.values().map(|inode| self.inodes[*inode].current.len() as u64).sum()
+    }
+
+    fn after_power_cut(&self, seed: u64) -> Self {
+        let mut rng = Rng::new(seed);
+        // Nothing and all of what was not synced are the cases most likely to matter.
+        let eighths = match seed % 4 {
+            0 => 0,
+            1 => 8,
+            _ => 1 + rng.below(7),
+        };
+        let mut names = self.durable_names.clone();
+        for (name, target) in &self.name_changes {
+            if rng.chance(eighths) {
+                rename(&mut names, name, *target);
+            }
+        }
+        let inodes = self.inodes.iter().map(|inode| {
+            let content = inode.after_power_cut(&mut rng, eighths);
+            Inode { durable: content.clone(), current: content, pending: Vec::new() }
+        });
+        let inodes = inodes.collect();
+        Self { inodes, durable_names: names.clone(), names, name_changes: Vec::new() }
+    }
+}
+
+type Hook = Box<dyn FnOnce() + Send>;
+
+#[derive(Default)]
+struct Medium {
+    image: Image,
+    /// Operations so far that change the medium or make it durable.
+    mutations: u64,
+    fault: Option<(u64, FaultPlan)>,
+    capacity_bytes: Option<u64>,
+    locked: bool,
+    /// The image before each mutation, if they are recorded.
+    history: Option<Vec<Image>>,
+    hook: Option<(Op, String, Hook)>,
+}
+
+/// A handle of a simulated medium; clones see the same one, as processes on one machine do.
+#[derive(Clone, Default)]
+pub struct SimStorage {
+    medium: Arc<Mutex<Medium>>,
+}
+
+impl std::fmt::Debug for SimStorage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("SimStorage")
+    }
+}
+
+impl SimStorage {
+    fn medium(&self) -> MutexGuard<'_, Medium> {
+        self.medium.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn of(image: Image) -> Self {
+        Self { medium: Arc::new(Mutex::new(Medium { image, ..Medium::default() })) }
+    }
+
+    /// Keeps the state before every mutation from here on, for [`Self::crash_before`].
+    pub fn record(&self) {
+        let mut medium = self.medium();
+        medium.history = Some(Vec::new());
+        medium.mutations = 0;
+    }
+
+    /// Mutations so far.
+    #[must_use]
+    pub fn mutations(&self) -> u64 {
+        self.medium().mutations
+    }
+
+    /// The medium as it is found if power fails now. This one goes on as it is.
+    #[must_use]
+    pub fn crash(&self, seed: u64) -> Self {
+        Self::of(self.medium().image.after_power_cut(seed))
+    }
+
+    /// The medium as it is found if power failed before recorded mutation `index`.
+    #[must_use]
+    pub fn crash_before(&self, index: u64, seed: u64) -> Self {
+        let medium = self.medium();
+        let history = medium.history.as_ref().expect("recording was switched on");
+        Self::of(history.get(index as usize).unwrap_or(&medium.image).after_power_cut(seed))
+    }
+
+    /// Plans a failure, or none.
+    pub fn fail(&self, plan: Option<FaultPlan>) {
+        let mut medium = self.medium();
+        medium.fault = plan.map(|plan| (medium.mutations + plan.after, plan));
+    }
+
+    /// Runs `hook` once, right before the next `op` on the file (or folder) `name`.
+    pub fn once(&self, op: Op, name: &str, hook: impl FnOnce() + Send + 'static) {
+        self.medium().hook = Some((op, name.to_owned(), Box::new(hook)));
+    }
+
+    /// The medium holds at most this many bytes from here on.
+    pub fn set_capacity(&self, bytes: Option<u64>) {
+        self.medium().capacity_bytes = bytes;
+    }
+
+    /// Bytes of all files that have a name.
+    #[must_use]
+    pub fn used_bytes(&self) -> u64 {
+        self.medium().image.used_bytes()
+    }
+
+    /// Names and lengths of all files.
+    #[must_use]
+    pub fn files(&self) -> BTreeMap<String, u64> {
+        let medium = self.medium();
+        let len = |inode: &usize| medium.image.inodes[*inode].current.len() as u64;
+        medium.image.names.iter().map(|(name, inode)| (name.clone(), len(inode))).collect()
+    }
+
+    /// What a file holds.
+    #[must_use]
+    pub fn content(&self, name: &str) -> Option<Vec<u8>> {
+        let medium = self.medium();
+        medium.image.names.get(name).map(|inode| medium.image.inodes[*inode].current.clone())
+    }
+
+    /// Puts a file there, durably, or takes it away, as damage or somebody else would.
+    pub fn put(&self, name: &str, content: Option<&[u8]>) {
+        let mut medium = self.medium();
+        let image = &mut medium.image;
+        let inode = content.map(|content| {
+            let (durable, current) = (content.to_vec(), content.to_vec());
+            image.inodes.push(Inode { durable, current, pending: Vec::new() });
+            image.inodes.len() - 1
+        });
+        rename(&mut image.names, name, inode);
+        rename(&mut image.durable_names, name, inode);
+    }
+
+    /// Before a mutation: the hook, the history, and whether it is to fail.
+    fn mutate(&self, op: Op, name: &str) -> (MutexGuard<'_, Medium>, Option<Fault>) {
+        let mut medium = self.medium();
+        if medium.hook.as_ref().is_some_and(|(on, file, _)| (*on, file.as_str()) == (op, name)) {
+            let (_, _, hook) = medium.hook.take().expect("just seen");
+            // It may use the medium itself.
+            drop(medium);
+            hook();
+            medium = self.medium();
+        }
+        if op == Op::Lock {
+            return (medium, None);
+        }
+        let index = medium.mutations;
+        medium.mutations += 1;
+        let before = medium.history.is_some().then(|| medium.image.clone());
+        medium.history.iter_mut().zip(before).for_each(|(history, image)| history.push(image));
+        let fault = medium.fault.filter(|(at, plan)| index == *at || (plan.lasting && index > *at));
+        (medium, fault.map(|(_, plan)| plan.fault))
+    }
+}
+
+impl Fault {
+    fn error(self) -> io::Error {
+        io::Error::from_raw_os_error(if self == Self::Enospc { ENOSPC } else { EIO })
+    }
+}
+
+impl Storage for SimStorage {
+    fn open(&self, name: &str, _writable: bool) -> io::Result<Arc<dyn StoreFile>> {
+        let inode = self.medium().image.names.get(name).copied();
+        let inode = inode.ok_or(io::ErrorKind::NotFound)?;
+        Ok(Arc::new(SimFile { storage: self.clone(), name: name.to_owned(), inode }))
+    }
+
+    fn create(&self, name: &str) -> io::Result<Arc<dyn StoreFile>> {
+        let (mut medium, fault) = self.mutate(Op::Create, name);
+        if let Some(fault) = fault {
+            return Err(fault.error());
+        }
+        if medium.image.names.contains_key(name) {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        medium.image.inodes.push(Inode::default());
+        let inode = medium.image.inodes.len() - 1;
+        medium.image.change_name(name, Some(inode));
+        Ok(Arc::new(SimFile { storage: self.clone(), name: name.to_owned(), inode }))
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        let (mut medium, fault) = self.mutate(Op::Remove, name);
+        if let Some(fault) = fault {
+            return Err(fault.error());
+        }
+        if !medium.image.names.contains_key(name) {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        medium.image.change_name(name, None);
+        Ok(())
+    }
+
+    fn list(&self, folder: &str) -> io::Result<Vec<String>> {
+        let medium = self.medium();
+        let inside = medium.image.names.keys().filter(|name| folder_of(name) == folder);
+        Ok(inside.map(|name| name.rsplit('/').next().unwrap_or(name).to_owned()).collect())
+    }
+
+    fn sync_names(&self, folder: &str) -> io::Result<()> {
+        let (mut medium, fault) = self.mutate(Op::SyncNames, folder);
+        if let Some(fault) = fault {
+            return Err(fault.error());
+        }
+        medium.image.sync_names(folder);
+        Ok(())
+    }
+
+    fn try_lock(&self) -> Result<Box<dyn WriterLock>, LockError> {
+        let (mut medium, _) = self.mutate(Op::Lock, "");
+        if std::mem::replace(&mut medium.locked, true) {
+            return Err(LockError::Held("another handle".into()));
+        }
+        Ok(Box::new(SimLock(self.clone())))
+    }
+
+    fn describe(&self) -> String {
+        "simulated store".into()
+    }
+}
+
+#[derive(Debug)]
+struct SimLock(SimStorage);
+
+impl WriterLock for SimLock {}
+
+impl Drop for SimLock {
+    fn drop(&mut self) {
+        self.0.medium().locked = false;
+    }
+}
+
+#[derive(Debug)]
+struct SimFile {
+    storage: SimStorage,
+    name: String,
+    inode: usize,
+}
+
+impl StoreFile for SimFile {
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        let medium = self.storage.medium();
+        let content = &medium.image.inodes[self.inode].current;
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        let bytes = content.get(start..).and_then(|rest| rest.get(..buf.len()));
+        buf.copy_from_slice(bytes.ok_or(io::ErrorKind::UnexpectedEof)?);
+        Ok(())
+    }
+
+    fn write_all_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        let (mut medium, fault) = self.storage.mutate(Op::Write, &self.name);
+        let len = medium.image.inodes[self.inode].current.len() as u64;
+        let growth = (offset + buf.len() as u64).saturating_sub(len);
+        let free = medium
+            .capacity_bytes
+            .map_or(u64::MAX, |capacity| capacity.saturating_sub(medium.image.used_bytes()));
+        let (keep, error) = match fault {
+            Some(Fault::Torn) => (buf.len() * 2 / 3, Some(Fault::Torn)),
+            Some(fault) => (0, Some(fault)),
+            // A full medium takes what fits.
+            None if growth > free => {
+                (buf.len().saturating_sub((growth - free) as usize), Some(Fault::Enospc))
+            }
+            None => (buf.len(), None),
+        };
+        if keep > 0 {
+            let change = Change::Write { offset, bytes: buf[..keep].to_vec() };
+            medium.image.inodes[self.inode].change(change);
+        }
+        error.map_or(Ok(()), |fault| Err(fault.error()))
+    }
+
+    fn len_bytes(&self) -> io::Result<u64> {
+        Ok(self.storage.medium().image.inodes[self.inode].current.len() as u64)
+    }
+
+    fn set_len(&self, len_bytes: u64) -> io::Result<()> {
+        let (mut medium, fault) = self.storage.mutate(Op::SetLen, &self.name);
+        if let Some(fault) = fault {
+            return Err(fault.error());
+        }
+        medium.image.inodes[self.inode].change(Change::SetLen(len_bytes));
+        Ok(())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        let (mut medium, fault) = self.storage.mutate(Op::Sync, &self.name);
+        let inode = &mut medium.image.inodes[self.inode];
+        if let Some(fault) = fault {
+            inode.pending.iter_mut().for_each(|(_, in_doubt)| *in_doubt = true);
+            return Err(fault.error());
+        }
+        inode.sync();
+        Ok(())
+    }
+}

@@ -1,0 +1,268 @@
+//! Damage to the files of a store, bit by bit: it is reported with the file's name, or it does
+//! not matter. Never a panic, never a wrong page.
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use frazil_snapstore::{
+    DirStorage, PAGE_SIZE, Page, SnapshotId, Store, StoreOptions, VerifyProgress, segment_name,
+    verify,
+};
+use frazil_tests::format_reader::{BLOCK_HEADER_LEN, FILE_HEADER_LEN, KIND_FRAME, read_segment};
+use frazil_tests::oracle::{Edit, Model, check_all, content, small_options, take};
+
+/// Every how many bytes of a frame's payload one bit is flipped: its hash covers all alike.
+const FRAME_STRIDE: usize = 97;
+/// Every how many flips all pages are read as well, by a store that has nothing cached.
+const READ_STRIDE: usize = 40;
+
+struct Fixture {
+    folder: tempfile::TempDir,
+    published: Vec<(SnapshotId, Model)>,
+    segments: Vec<String>,
+}
+
+/// How damage showed.
+#[derive(Debug, PartialEq, Eq)]
+enum Outcome {
+    /// An error or a finding of `verify` names the file.
+    Reported,
+    /// Everything is there and right.
+    Intact,
+    /// An older state of the store, and nothing says so.
+    Older(usize),
+}
+
+fn fixture() -> Fixture {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::open_or_create(folder.path(), small_options()).unwrap();
+    let regions = [("disk".to_owned(), vec![0; 30]), ("ram".to_owned(), vec![0; 70])];
+    let mut model = Model { regions: regions.into() };
+    let mut published: Vec<(SnapshotId, Model)> = Vec::new();
+    for step in 0..4_u64 {
+        let ram =
+            (0..9).map(|index| ((step * 17 + index) % 70, 3 + 3 * ((step + index) % 7) as u8));
+        let disk = (0..4).map(|index| ((step * 5 + index * 3) % 30, (4 + step) as u8));
+        let rounds = vec![("ram".to_owned(), ram.collect()), ("disk".to_owned(), disk.collect())];
+        let parent = published.last().map(|(id, _)| *id);
+        let id = take(&store, parent, &mut model, &Edit { rounds, step }).unwrap().id;
+        published.push((id, model.clone()));
+    }
+    store.set_tag("gold", Some(published[1].0)).unwrap();
+    check_all(&store, &published);
+    let count = fs::read_dir(folder.path().join("segments")).unwrap().count();
+    assert!(count > 2, "the fixture is to have several segments");
+    let segments = (1..=count).map(|number| segment_name(number as u32)).collect();
+    Fixture { folder, published, segments }
+}
+
+impl Fixture {
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn open(&self) -> Result<Arc<Store>, String> {
+        open(self.folder.path())
+    }
+
+    /// Opens, verifies and reads everything.
+    fn judge(&self, damaged: &str) -> Outcome {
+        let store = match self.open() {
+            Ok(store) => store,
+            Err(error) => {
+                assert!(error.contains(damaged), "`{error}` does not name {damaged}");
+                return Outcome::Reported;
+            }
+        };
+        let found: Vec<SnapshotId> = store.snapshots().iter().map(|info| info.id).collect();
+        let expected: Vec<SnapshotId> = self.published.iter().map(|(id, _)| *id).collect();
+        assert!(expected.starts_with(&found), "never another snapshot");
+        let reported = reported(&store, &found, damaged);
+        let unread = read_all(&store, &self.published[..found.len()]);
+        assert!(reported || unread == 0, "pages cannot be read, and verify finds nothing");
+        match found.len() {
+            _ if reported => Outcome::Reported,
+            len if len < expected.len() => Outcome::Older(len),
+            _ => Outcome::Intact,
+        }
+    }
+
+    /// Replaces a file while `run` looks.
+    fn with<T>(&self, name: &str, content: Option<&[u8]>, run: impl FnOnce() -> T) -> T {
+        let path = self.path(name);
+        let good = fs::read(&path).unwrap();
+        content.map_or_else(|| fs::remove_file(&path), |bytes| fs::write(&path, bytes)).unwrap();
+        let result = run();
+        fs::write(&path, good).unwrap();
+        result
+    }
+}
+
+fn open(folder: &Path) -> Result<Arc<Store>, String> {
+    let storage = Arc::new(DirStorage::new(folder));
+    Store::open_storage(storage, small_options()).map_err(|error| error.to_string())
+}
+
+/// True if `verify` finds damage; all of it must be in `file`.
+fn reported(store: &Arc<Store>, snapshots: &[SnapshotId], file: &str) -> bool {
+    let report = verify(store, snapshots, &VerifyProgress::default()).unwrap();
+    for damage in &report.damage {
+        assert!(damage.error.to_string().contains(file), "`{}` does not name {file}", damage.error);
+    }
+    !report.damage.is_empty()
+}
+
+/// Reads every page of every snapshot; those that can be read must be right. Returns how many
+/// could not.
+fn read_all(store: &Arc<Store>, published: &[(SnapshotId, Model)]) -> usize {
+    let mut unread = 0;
+    let mut page: Page = [0; PAGE_SIZE];
+    for (id, model) in published {
+        let Ok(snapshot) = store.snapshot(*id) else {
+            unread += 1;
+            continue;
+        };
+        unread += usize::from(snapshot.states().is_err());
+        for (name, contents) in &model.regions {
+            let region = snapshot.region(name).expect("the manifest was verified");
+            for (number, expected) in contents.iter().enumerate() {
+                match region.read_page(number as u64, &mut page) {
+                    Ok(()) => assert!(&page == content(*expected), "page {number} of {name}"),
+                    Err(_) => unread += 1,
+                }
+            }
+        }
+    }
+    unread
+}
+
+#[test]
+fn every_bit_of_the_small_files_counts() {
+    let fixture = fixture();
+    // Header, body and check of the newest record, the tag.
+    let newest_len = 24 + 33 + "gold".len() + 32;
+    for (name, matters) in [("FRAZIL", true), ("journal", true), ("lock", false)] {
+        let good = fs::read(fixture.path(name)).unwrap();
+        assert!(!good.is_empty());
+        for bit in 0..good.len() * 8 {
+            let mut bytes = good.clone();
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            let (outcome, opens) =
+                fixture.with(name, Some(&bytes), || (fixture.judge(name), fixture.open().is_ok()));
+            // Only the newest record may pass for a torn append, which the next writer cuts off:
+            // damage before it must stop everybody.
+            let may_open =
+                name == "lock" || (name == "journal" && bit / 8 >= good.len() - newest_len);
+            assert_eq!(opens, may_open, "bit {bit} of {name}");
+            let expected = if matters { Outcome::Reported } else { Outcome::Intact };
+            assert_eq!(outcome, expected, "bit {bit} of {name}");
+        }
+    }
+    assert_eq!(fixture.judge(""), Outcome::Intact, "the fixture is as it was");
+}
+
+#[test]
+fn every_byte_of_a_segment_counts() {
+    let fixture = fixture();
+    // One store without caches, kept open: opening for each flip would take minutes.
+    let options = StoreOptions { node_cache_bytes: 0, frame_cache_bytes: 0, ..small_options() };
+    let store = Store::open(fixture.folder.path(), options).unwrap();
+    let ids: Vec<SnapshotId> = fixture.published.iter().map(|(id, _)| *id).collect();
+    let mut flips = 0;
+    for name in &fixture.segments {
+        let good = fs::read(fixture.path(name)).unwrap();
+        let file = fs::OpenOptions::new().write(true).open(fixture.path(name)).unwrap();
+        let mut flip = |bit: usize| {
+            let byte = bit / 8;
+            file.write_all_at(&[good[byte] ^ 1 << (bit % 8)], byte as u64).unwrap();
+            flips += 1;
+            // A header is checked when the file is opened, so that takes another store.
+            if byte < FILE_HEADER_LEN || flips % READ_STRIDE == 0 {
+                assert_eq!(fixture.judge(name), Outcome::Reported, "bit {bit} of {name}");
+            } else {
+                assert!(reported(&store, &ids, name), "bit {bit} of {name} was not seen");
+            }
+            file.write_all_at(&good[byte..=byte], byte as u64).unwrap();
+        };
+        (0..FILE_HEADER_LEN * 8).for_each(&mut flip);
+        for record in read_segment(&good) {
+            let payload = record.offset + BLOCK_HEADER_LEN..record.offset + record.len;
+            (record.offset * 8..payload.start * 8).for_each(&mut flip);
+            let stride = if record.kind == KIND_FRAME { FRAME_STRIDE } else { 1 };
+            payload.step_by(stride).for_each(|byte| flip(byte * 8 + byte % 8));
+        }
+    }
+    println!("{flips} flips, all reported");
+    assert_eq!(fixture.judge(""), Outcome::Intact, "the fixture is as it was");
+}
+
+#[test]
+fn truncated_files_are_reported() {
+    let fixture = fixture();
+    for name in fixture.segments.iter().map(String::as_str).chain(["FRAZIL"]) {
+        let good = fs::read(fixture.path(name)).unwrap();
+        for len in (0..good.len()).step_by(64) {
+            let outcome = fixture.with(name, Some(&good[..len]), || fixture.judge(name));
+            assert_eq!(outcome, Outcome::Reported, "{name} cut to {len}");
+        }
+        let missing = fixture.with(name, None, || fixture.judge(name));
+        assert_eq!(missing, Outcome::Reported, "{name} removed");
+    }
+}
+
+/// A journal that ends behind a whole record is an older store: nothing can tell it from one.
+#[test]
+fn a_truncated_journal_is_reported_or_an_older_store() {
+    let fixture = fixture();
+    let good = fs::read(fixture.path("journal")).unwrap();
+    let mut older = Vec::new();
+    for len in 0..good.len() {
+        match fixture.with("journal", Some(&good[..len]), || fixture.judge("journal")) {
+            Outcome::Reported => {}
+            Outcome::Older(count) => older.push(count),
+            Outcome::Intact => older.push(fixture.published.len()),
+        }
+    }
+    // Behind the header, behind each publication but the last, and before the tag.
+    assert_eq!(older, [0, 1, 2, 3, 4]);
+}
+
+#[test]
+fn exchanged_and_foreign_files_are_reported() {
+    let fixture = fixture();
+    let [first, second] =
+        [0, 1].map(|index| fs::read(fixture.path(&fixture.segments[index])).unwrap());
+    let swapped = fixture.with(&fixture.segments[0], Some(&second), || {
+        fixture.with(&fixture.segments[1], Some(&first), || fixture.judge("segments/"))
+    });
+    assert_eq!(swapped, Outcome::Reported);
+    let stranger = self::fixture();
+    for name in ["FRAZIL", "journal", "segments/00000001.seg"] {
+        let foreign = fs::read(stranger.path(name)).unwrap();
+        // The journal is what disagrees with a foreign FRAZIL.
+        let named = if name == "FRAZIL" { "journal" } else { name };
+        let outcome = fixture.with(name, Some(&foreign), || fixture.judge(named));
+        assert_eq!(outcome, Outcome::Reported, "{name} of another store");
+    }
+}
+
+#[test]
+fn garbage_behind_the_journal_is_reported_and_cleared_by_the_next_writer() {
+    let fixture = fixture();
+    let good = fs::read(fixture.path("journal")).unwrap();
+    for garbage in [&b"x"[..], &[0; 4096], &[0xFF; 300], &good[64..200], b"FRJR"] {
+        let bytes = [&good, garbage].concat();
+        let outcome = fixture.with("journal", Some(&bytes), || {
+            let outcome = fixture.judge("journal");
+            let store = fixture.open().unwrap();
+            assert_eq!(store.torn_journal_bytes(), garbage.len() as u64);
+            check_all(&store, &fixture.published);
+            store.set_tag("silver", None).unwrap();
+            assert_eq!(fixture.judge("journal"), Outcome::Intact, "after the next record");
+            outcome
+        });
+        assert_eq!(outcome, Outcome::Reported);
+    }
+}

@@ -1,0 +1,208 @@
+//! Power fails before every operation that changes the medium, and keeps any part of what was not
+//! synced. Whatever is found then is the store before or after the operation in progress.
+
+use std::sync::Arc;
+
+use frazil_snapstore::{SnapshotId, Store, StoreError};
+use frazil_tests::oracle::{Edit, Model, check_all, check_no_orphans, small_options, take};
+use frazil_tests::rng::Rng;
+use frazil_tests::storage_sim::SimStorage;
+
+const WORKLOADS: u64 = 6;
+const STEPS: u64 = 6;
+/// Different outcomes of one crash; a multiple of 4 has "nothing kept" and "all kept" among them.
+const SEEDS: u64 = 8;
+
+/// Something that was made durable, and the mutations of the medium before and after it.
+struct Event {
+    kind: Kind,
+    started: u64,
+    done: u64,
+}
+
+enum Kind {
+    Snapshot(SnapshotId, Model),
+    Tag(&'static str, Option<SnapshotId>),
+}
+
+struct Recorded {
+    storage: SimStorage,
+    created: u64,
+    events: Vec<Event>,
+}
+
+fn empty_model() -> Model {
+    Model { regions: [("disk".to_owned(), vec![0; 24]), ("ram".to_owned(), vec![0; 600])].into() }
+}
+
+fn random_edit(rng: &mut Rng, step: u64) -> Edit {
+    let mut rounds = Vec::new();
+    for (name, pages, most) in [("ram", 600, 30), ("disk", 24, 6)] {
+        let count = rng.below(most);
+        // Noise mostly, so that segments fill up; zeros now and then.
+        let mut content = || if rng.chance(1) { 0 } else { 3 * (1 + rng.below(7) as u8) };
+        let contents: Vec<u8> = (0..count).map(|_| content()).collect();
+        let pages = contents.into_iter().map(|id| (rng.below(pages), id)).collect();
+        rounds.push((name.to_owned(), pages));
+    }
+    Edit { rounds, step }
+}
+
+fn open(storage: &SimStorage) -> Arc<Store> {
+    Store::open_or_create_storage(Arc::new(storage.clone()), small_options())
+        .expect("the store opens")
+}
+
+/// Runs a random workload on a medium that records every state it goes through.
+fn record(seed: u64) -> Recorded {
+    let mut rng = Rng::new(seed);
+    let storage = SimStorage::default();
+    storage.record();
+    let store = open(&storage);
+    let created = storage.mutations();
+    let mut events = Vec::new();
+    let mut published: Vec<(SnapshotId, Model)> = Vec::new();
+    for step in 0..STEPS {
+        let branch = published.get(rng.below(published.len() as u64 + 1) as usize);
+        // Mostly the newest, so that there are lines; sometimes a branch, or a new line.
+        let base = if rng.chance(6) { published.last() } else { branch };
+        let (parent, mut model) =
+            base.map_or((None, empty_model()), |(id, model)| (Some(*id), model.clone()));
+        let edit = random_edit(&mut rng, step);
+        let started = storage.mutations();
+        if rng.chance(1) {
+            // Taken back: what it wrote must not be in the way of what comes.
+            let mut abandoned = store.begin(parent).unwrap();
+            let region = abandoned.region("ram", 600).unwrap();
+            let mut set = frazil_snapstore::PageSet::new(600);
+            set.insert_range(0, 40);
+            let source = frazil_tests::oracle::Source(&[9; 600]);
+            abandoned.write_pages(region, &set, &source).unwrap();
+            continue;
+        }
+        let id = take(&store, parent, &mut model, &edit).unwrap().id;
+        published.push((id, model.clone()));
+        events.push(Event { kind: Kind::Snapshot(id, model), started, done: storage.mutations() });
+        if rng.chance(3) {
+            let (started, target) = (storage.mutations(), rng.chance(6).then_some(id));
+            store.set_tag("gold", target).unwrap();
+            events.push(Event {
+                kind: Kind::Tag("gold", target),
+                started,
+                done: storage.mutations(),
+            });
+        }
+    }
+    Recorded { storage, created, events }
+}
+
+/// Checks that `store` is what the events before mutation `index` made, with or without the one
+/// in progress; returns its snapshots.
+fn check_prefix(store: &Arc<Store>, events: &[Event], index: u64) -> Vec<(SnapshotId, Model)> {
+    let mut published = Vec::new();
+    let mut gold = None;
+    let mut torn = store.torn_journal_bytes() > 0;
+    for event in events.iter().take_while(|event| event.started < index) {
+        let certain = event.done <= index;
+        match &event.kind {
+            Kind::Snapshot(id, model) => {
+                let there = store.resolve(&id.to_string()).is_ok();
+                assert!(there || !certain, "snapshot {id} was committed, and is lost");
+                if there {
+                    published.push((*id, model.clone()));
+                }
+                torn &= !(certain && std::ptr::eq(event, events.last().unwrap()));
+            }
+            Kind::Tag(_, target) if certain => gold = *target,
+            Kind::Tag(name, target) => {
+                let found = store.tags().get(*name).copied();
+                assert!(found == gold || found == *target, "a tag is the old or the new one");
+                gold = found;
+            }
+        }
+    }
+    assert_eq!(store.tags().get("gold").copied(), gold);
+    assert_eq!(torn, store.torn_journal_bytes() > 0, "torn, and nothing was being written");
+    check_all(store, &published);
+    published
+}
+
+/// Takes a snapshot on a store found after a crash, and checks that it left nothing behind.
+fn go_on(
+    storage: &SimStorage,
+    store: &Arc<Store>,
+    published: &mut Vec<(SnapshotId, Model)>,
+    step: u64,
+    torn: bool,
+) {
+    let last = published.last().cloned();
+    let (parent, mut model) = last.map_or((None, empty_model()), |(id, model)| (Some(id), model));
+    let edit = Edit { rounds: vec![("ram".into(), vec![(step % 600, 3), (599, 6), (0, 0)])], step };
+    let id = take(store, parent, &mut model, &edit).expect("a commit after the crash").id;
+    published.push((id, model));
+    assert_eq!(store.torn_journal_bytes(), 0, "the writer clears a torn tail away");
+    // The data of a torn record is kept on purpose: it may be all that is left of a snapshot.
+    if !torn {
+        check_no_orphans(storage, store, false);
+    }
+}
+
+#[test]
+fn a_crash_at_any_point_leaves_the_old_store_or_the_new_one() {
+    let (mut crashes, mut torn, mut kept) = (0, 0, 0);
+    for workload in 0..WORKLOADS {
+        let Recorded { storage, created, events } = record(workload);
+        for index in 0..=storage.mutations() {
+            for seed in (0..SEEDS).map(|seed| seed + SEEDS * index) {
+                let found = storage.crash_before(index, seed);
+                let created = created <= index;
+                let opened = Store::open_storage(Arc::new(found.clone()), small_options());
+                match opened {
+                    Ok(_) => {}
+                    Err(StoreError::NotAStore { .. } | StoreError::Corrupt { .. }) if !created => {}
+                    Err(error) => {
+                        panic!("workload {workload}, before {index}, seed {seed}: {error}")
+                    }
+                }
+                let store = open(&found);
+                let mut published = check_prefix(&store, &events, index);
+                crashes += 1;
+                torn += u64::from(store.torn_journal_bytes() > 0);
+                kept += u64::from(published.len() > certain(&events, index));
+                crash_again(&found, &store, &mut published, seed);
+            }
+        }
+    }
+    println!(
+        "{crashes} crashes, {torn} with a torn journal, {kept} that kept an unfinished commit"
+    );
+    assert!(torn > 0 && kept > 0, "the simulator must be able to tear and to keep");
+}
+
+fn certain(events: &[Event], index: u64) -> usize {
+    let done = events.iter().filter(|event| event.done <= index);
+    done.filter(|event| matches!(event.kind, Kind::Snapshot(..))).count()
+}
+
+/// Goes on with the store, and lets the power fail once more while it does.
+fn crash_again(
+    storage: &SimStorage,
+    store: &Arc<Store>,
+    published: &mut Vec<(SnapshotId, Model)>,
+    seed: u64,
+) {
+    let before = published.clone();
+    let torn = store.torn_journal_bytes() > 0;
+    storage.record();
+    go_on(storage, store, published, 900 + seed, torn);
+    let index = Rng::new(seed).below(storage.mutations() + 1);
+    let again = storage.crash_before(index, seed.wrapping_mul(31));
+    let reopened = open(&again);
+    let mut found =
+        if reopened.snapshots().len() == before.len() { before } else { published.clone() };
+    assert!(index < storage.mutations() || found.len() == published.len(), "the commit is lost");
+    check_all(&reopened, &found);
+    let torn = torn || reopened.torn_journal_bytes() > 0;
+    go_on(&again, &reopened, &mut found, 901 + seed, torn);
+    check_all(&reopened, &found);
+}

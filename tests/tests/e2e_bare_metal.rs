@@ -1,0 +1,91 @@
+//! A guest of somebody else: a bare-metal ELF that knows only the Linux boot protocol.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use frazil_tests::vm_harness::{Host, kvm_or_skip};
+
+/// Prints "hello", the command line that the zero page (RSI) leads to, and resets the machine.
+/// Ring 0, long mode, no stack.
+const SOURCE: &str = r#"
+    .text
+    .globl _start
+_start:
+    mov %rsi, %rbx
+    mov $0x3f8, %edx
+    lea hello(%rip), %rcx
+1:  movb (%rcx), %al
+    test %al, %al
+    jz 2f
+    outb %al, %dx
+    inc %rcx
+    jmp 1b
+2:  movl 0x228(%rbx), %ecx
+3:  movb (%rcx), %al
+    test %al, %al
+    jz 4f
+    outb %al, %dx
+    inc %rcx
+    jmp 3b
+4:  movb $0x0a, %al
+    outb %al, %dx
+    movl 0x202(%rbx), %eax
+    cmp $0x53726448, %eax
+    jne 5f
+    movb $0xfe, %al
+    outb %al, $0x64
+5:  hlt
+    jmp 5b
+hello:
+    .asciz "hello\n"
+"#;
+
+/// Assembles `source` to an ELF executable at 1 MiB.
+fn assemble(host: &Host, name: &str, source: &str) -> PathBuf {
+    let (text, elf) = (host.path(&format!("{name}.s")), host.path(name));
+    std::fs::write(&text, source).expect("the scratch folder");
+    let output = Command::new("gcc")
+        .args(["-nostdlib", "-static", "-no-pie", "-Wl,-N,--build-id=none,-Ttext=0x100000", "-o"])
+        .args([&elf, &text])
+        .output()
+        .expect("gcc, which links this test too");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    elf
+}
+
+#[test]
+fn a_bare_metal_elf_says_hello_and_resets() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    let elf = assemble(&host, "hello", SOURCE).display().to_string();
+    // Often: output written just before the end must not get lost.
+    for round in 0..8 {
+        let finished =
+            host.ok(&["run", "--kernel", &elf, "--memory", "32MiB", "--cmdline", "frazil says=hi"]);
+        assert_eq!(finished.stdout, "hello\nfrazil says=hi\n", "round {round}: {finished:#?}");
+        finished.expect_says(&["reset"]);
+    }
+    let json = host.ok(&["run", "--kernel", &elf, "--memory", "32MiB", "--json"]);
+    assert_eq!(json.json_lines().last().expect("a line")["reason"], "guest_reset", "{json:#?}");
+    json.expect_says(&["hello", "console=ttyS0"]);
+    let file = host.path("serial").display().to_string();
+    let quiet = host.ok(&["run", "--kernel", &elf, "--memory", "32MiB", "--serial", &file]);
+    assert_eq!(quiet.stdout, "");
+    let written = std::fs::read_to_string(file).expect("the serial file");
+    assert!(written.starts_with("hello\n"), "{written:?}");
+}
+
+#[test]
+fn a_guest_that_crashes_ends_the_vm_with_an_error() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    // No interrupt table: the first exception is a triple fault.
+    let elf = assemble(&host, "crash", "    .globl _start\n_start: ud2\n").display().to_string();
+    let finished = host.frazil(&["run", "--kernel", &elf, "--memory", "32MiB", "--json"]);
+    finished.expect_code(1).expect_says(&["crashed", "triple fault", "rip 0x1000"]);
+    assert_eq!(finished.json_lines().last().expect("a line")["reason"], "guest_crashed");
+}

@@ -1,0 +1,377 @@
+//! The `frazil` command on real KVM, through its command line and its control socket only, as a
+//! script would use it.
+
+use frazil_tests::vm_harness::{Host, RunningVm, kvm_or_skip, number, text, wait_for};
+use rustix::process::Signal;
+use serde_json::Value;
+
+const QUIET: &str = "touch=8MiB,rate=400,report=0";
+
+/// Checks one checkpoint's JSON and returns its id.
+#[track_caller]
+fn check_report(report: &Value, vm: &str, parent: Option<&str>) -> String {
+    assert_eq!(text(report, "vm"), vm);
+    assert_eq!(report["parent"].as_str(), parent, "{report}");
+    assert_eq!(text(report, "id").len(), 64);
+    let field = |name| number(report, name);
+    assert!(field("dirty_pages") > 0 && field("pause_us") > 0 && field("time_unix_ms") > 0);
+    assert_eq!(field("stored_bytes"), field("frame_bytes") + field("meta_bytes"), "{report}");
+    assert!(field("precopied_pages") + field("cut_pages") >= field("dirty_pages"), "{report}");
+    assert!(field("duration_us") >= field("pause_us") && field("commit_us") >= field("sync_us"));
+    let rounds = report["rounds"].as_array().expect("rounds");
+    let precopied: u64 = rounds.iter().map(|round| number(round, "pages")).sum();
+    assert_eq!(precopied, field("precopied_pages"), "{report}");
+    text(report, "id").to_owned()
+}
+
+#[test]
+fn a_session_from_run_to_suspend_and_resume() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    let vm = host.run("day", "touch=16MiB,rate=400,seed=5", &["--memory", "64MiB"]);
+    assert_eq!(vm.started["resumed_from"], Value::Null);
+    vm.wait_populated();
+    let status = host.json(&["ps"]);
+    assert_eq!((text(&status, "name"), text(&status, "state")), ("day", "running"));
+    assert_eq!(number(&status["machine"], "ram_bytes"), 64 << 20);
+    assert_eq!(number(&status, "pid"), number(&vm.started, "pid"));
+
+    let first = host.json(&["checkpoint", "day", "--message", "the first", "--tag", "gold"]);
+    let first_id = check_report(&first, "day", None);
+    assert!(number(&first, "dirty_pages") >= 4096, "all of a new guest is new: {first}");
+    let second = host.json(&["checkpoint", "day"]);
+    let second_id = check_report(&second, "day", Some(&first_id));
+    assert!(number(&second, "dirty_pages") < 2000, "only what changed: {second}");
+    let third = host.json(&["checkpoint", "day", "--message", "third"]);
+    let third_id = check_report(&third, "day", Some(&second_id));
+    assert_eq!(text(&host.json(&["ps"]), "head"), third_id);
+
+    pause_and_continue(&host, &vm);
+    look_at_the_store(&host, [&first_id, &second_id, &third_id]);
+
+    let last = host.json(&["checkpoint", "day", "--exit"]);
+    let last_id = check_report(&last, "day", Some(&third_id));
+    vm.expect_ended("suspended");
+    assert!(host.ok(&["ps", "--json"]).stdout.is_empty());
+    resume_goes_on(&host, &last_id);
+}
+
+fn pause_and_continue(host: &Host, vm: &RunningVm) {
+    assert_eq!(host.json(&["pause", "day"])["state"], "paused");
+    let before = vm.get("/workload");
+    std::thread::sleep(std::time::Duration::from_millis(150));
+    assert_eq!(vm.get("/workload"), before, "a paused guest must stand still");
+    assert_eq!(host.json(&["ps"])["state"], "paused");
+    assert_eq!(host.json(&["continue", "day"])["state"], "running");
+    vm.wait_beyond(number(&before, "turns"));
+    assert_eq!(host.json(&["ps"])["state"], "running");
+}
+
+fn look_at_the_store(host: &Host, ids: [&str; 3]) {
+    let store = host.store_path().display().to_string();
+    let log = host.ok(&["log", &store, "--json"]).json_lines();
+    let found: Vec<&str> = log.iter().map(|line| text(line, "id")).collect();
+    assert_eq!(found, [ids[2], ids[1], ids[0]], "newest first");
+    let parents: Vec<Option<&str>> = log.iter().map(|line| line["parent"].as_str()).collect();
+    assert_eq!(parents, [Some(ids[1]), Some(ids[0]), None]);
+    assert_eq!(log[2]["tags"], serde_json::json!(["gold"]));
+    assert_eq!((text(&log[2], "message"), text(&log[0], "message")), ("the first", "third"));
+    assert_eq!(host.ok(&["log", &store, "--json", "-n", "1"]).json_lines().len(), 1);
+
+    for (reference, id) in
+        [("latest", ids[2]), ("", ids[2]), ("latest~1", ids[1]), ("latest~2", ids[0])]
+            .into_iter()
+            .chain([("gold", ids[0]), (&ids[1][..12], ids[1]), (ids[0], ids[0])])
+    {
+        let shown = host.json(&["show", &host.at(reference)]);
+        assert_eq!(text(&shown, "id"), id, "{reference}");
+    }
+    let shown = host.json(&["show", &host.at("gold")]);
+    assert_eq!(shown["regions"][0]["pages"], 64 * 256);
+    let chunks: Vec<&str> =
+        shown["state"].as_array().expect("state").iter().map(|chunk| text(chunk, "name")).collect();
+    for name in ["machine", "vcpu0", "serial0"] {
+        assert!(chunks.contains(&name), "{name} in {chunks:?}");
+    }
+    let report = host.json(&["verify", &store]);
+    assert_eq!((&report["ok"], &report["snapshots"]), (&Value::Bool(true), &3.into()), "{report}");
+    assert_eq!(number(&report, "memory_pages_checked"), 4096);
+    assert_eq!(host.verify_all(), 3 * 4096);
+}
+
+fn resume_goes_on(host: &Host, last_id: &str) {
+    let mut vm = host.resume("night", "latest", &["--paused"]);
+    assert_eq!(text(&vm.started, "resumed_from"), last_id);
+    // Still as it was cut: the counters are those of the snapshot, not of a new boot.
+    let at_cut = vm.turns();
+    assert!(at_cut >= 4096, "{at_cut}");
+    assert_eq!(vm.turns(), at_cut, "--paused leaves it standing");
+    assert_eq!(host.json(&["continue", "night"])["state"], "running");
+    vm.wait_beyond(at_cut);
+    vm.event("first_progress");
+    assert_eq!(number(&vm.verify_workload(), "pages_checked"), 4096);
+    let report = host.json(&["checkpoint", "night"]);
+    check_report(&report, "night", Some(last_id));
+    assert!(number(&report, "dirty_pages") < 2000, "incremental: {report}");
+    assert_eq!(host.json(&["stop", "night"])["state"], "ended");
+    vm.expect_ended("stopped");
+    assert_eq!(host.verify_all(), 5 * 4096);
+}
+
+/// A run, a suspend, a lazy resume without fill, more of the same, everything verified.
+fn round_trip(content: &str, pattern: &str, cpus: &str) {
+    let host = Host::new();
+    let spec = format!(
+        "touch=4MiB,rate=2000,report=0,seed=7,hot_share=0.05,content={content},pattern={pattern}"
+    );
+    let vm = host.run("trip", &spec, &["--memory", "48MiB", "--cpus", cpus]);
+    vm.wait_populated();
+    let what = format!("{content} {pattern} {cpus}");
+    let before = vm.turns();
+    let _first = host.json(&["checkpoint", "trip"]);
+    vm.wait_beyond(before);
+    let _last = host.json(&["checkpoint", "trip", "--exit"]);
+    vm.expect_ended("suspended");
+    let vm = host.resume("trip", "latest", &["--no-fill"]);
+    let resumed = vm.turns();
+    assert!(resumed >= before, "{what}: {resumed} after {before}");
+    vm.wait_beyond(resumed);
+    // Most pages were not touched since, and must be in it all the same.
+    let report = host.json(&["checkpoint", "trip"]);
+    assert!(number(&report, "dirty_pages") > 0, "{what}: {report}");
+    vm.verify_workload();
+    let _last = host.json(&["checkpoint", "trip", "--exit"]);
+    vm.expect_ended("suspended");
+    assert_eq!(host.verify_all(), 4 * 1024, "{what}");
+}
+
+fn every_content_and_pattern(cpus: &str) {
+    if !kvm_or_skip() {
+        return;
+    }
+    for content in ["zero", "text", "random", "edit"] {
+        for pattern in ["seq", "uniform", "hot"] {
+            round_trip(content, pattern, cpus);
+        }
+    }
+}
+
+#[test]
+fn every_content_and_pattern_on_one_vcpu() {
+    every_content_and_pattern("1");
+}
+
+#[test]
+fn every_content_and_pattern_on_two_vcpus() {
+    every_content_and_pattern("2");
+}
+
+#[test]
+fn a_chain_of_lazy_resumes_keeps_what_nobody_touched() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    let vm = host.run("chain", "touch=32MiB,rate=100,report=0,seed=3", &["--memory", "64MiB"]);
+    vm.wait_populated();
+    let mut parent = text(&host.json(&["checkpoint", "chain", "--exit"]), "id").to_owned();
+    vm.expect_ended("suspended");
+    for depth in 0..5 {
+        let vm = host.resume("chain", "latest", &["--no-fill"]);
+        assert_eq!(text(&vm.started, "resumed_from"), parent);
+        vm.wait_beyond(vm.turns() + 3);
+        let pager = vm.get("/vm")["pager"].clone();
+        // Else the test would prove nothing: most of the 8192 pages are not there.
+        assert!(number(&pager, "filled_pages") < 6000, "depth {depth}: {pager}");
+        assert_eq!(pager["complete"], false);
+        let report = host.json(&["checkpoint", "chain", "--exit"]);
+        parent = check_report(&report, "chain", Some(&parent));
+        assert!(number(&report, "dirty_pages") < 1000, "depth {depth}: {report}");
+        vm.expect_ended("suspended");
+    }
+    assert_eq!(host.verify_all(), 6 * 8192);
+}
+
+#[test]
+fn an_older_snapshot_resumed_makes_a_branch() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    let vm = host.run("trunk", QUIET, &["--memory", "64MiB"]);
+    vm.wait_populated();
+    let base = text(&host.json(&["checkpoint", "trunk", "--tag", "base"]), "id").to_owned();
+    vm.wait_beyond(vm.turns() + 50);
+    let tip = text(&host.json(&["checkpoint", "trunk"]), "id").to_owned();
+    let tip_turns = vm.turns();
+    // Two VMs of one line, both alive, taking turns with one store.
+    let branch = host.resume("branch", "base", &["--eager"]);
+    assert_eq!(branch.get("/vm")["pager"], Value::Null, "--eager needs no pager");
+    let on_branch = host.json(&["checkpoint", "branch", "--tag", "side"]);
+    check_report(&on_branch, "branch", Some(&base));
+    check_report(&host.json(&["checkpoint", "trunk"]), "trunk", Some(&tip));
+    vm.wait_beyond(tip_turns);
+    branch.verify_workload();
+    assert_eq!(host.ok(&["ps", "--json"]).json_lines().len(), 2);
+    assert_eq!(text(&host.json(&["show", &host.at("side~1")]), "id"), base);
+    for (vm, name) in [(vm, "trunk"), (branch, "branch")] {
+        let _stopped = host.ok(&["stop", name]);
+        vm.expect_ended("stopped");
+    }
+    assert_eq!(host.verify_all(), 4 * 2048);
+}
+
+#[test]
+fn signals_and_stop_end_a_vm_cleanly() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
+        let vm = host.run("ends", QUIET, &["--memory", "48MiB"]);
+        vm.signal(signal);
+        vm.expect_ended("stopped");
+        assert!(host.ok(&["ps", "--json"]).stdout.is_empty(), "{signal:?}");
+    }
+    // Also while it stands still, and while it is paging in.
+    let vm = host.run("ends", QUIET, &["--memory", "48MiB"]);
+    vm.wait_populated();
+    let _taken = host.json(&["checkpoint", "ends", "--exit"]);
+    vm.expect_ended("suspended");
+    for more in [&["--paused"][..], &["--no-fill"], &[]] {
+        let vm = host.resume("ends", "latest", more);
+        vm.signal(Signal::TERM);
+        vm.expect_ended("stopped");
+    }
+}
+
+#[test]
+fn a_paused_vm_is_checkpointed_and_stays_paused() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    let vm = host.run("still", QUIET, &["--memory", "64MiB", "--cpus", "2"]);
+    vm.wait_populated();
+    let _paused = host.ok(&["pause", "still"]);
+    let before = vm.get("/workload");
+    let first = text(&host.json(&["checkpoint", "still"]), "id").to_owned();
+    let second = host.json(&["checkpoint", "still"]);
+    assert_eq!(second["parent"].as_str(), Some(first.as_str()));
+    assert_eq!(number(&second, "dirty_pages"), 0, "nothing ran in between: {second}");
+    assert_eq!(vm.get("/workload"), before);
+    assert_eq!(host.json(&["ps"])["state"], "paused");
+    let _last = host.json(&["checkpoint", "still", "--exit"]);
+    vm.expect_ended("suspended");
+    let vm = host.resume("still", "latest", &["--paused", "--no-fill"]);
+    assert_eq!(vm.turns(), number(&before, "turns"));
+    let _untouched = host.json(&["checkpoint", "still", "--exit"]);
+    vm.expect_ended("suspended");
+    assert_eq!(host.verify_all(), 4 * 2048);
+}
+
+/// The answer to the request that ends a VM must arrive, however quickly the process goes.
+#[test]
+fn stop_and_suspend_are_answered_every_time() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    for round in 0..12 {
+        let vm = host.run("brief", "touch=1MiB,rate=100,report=0", &["--memory", "48MiB"]);
+        let command: &[&str] =
+            if round % 2 == 0 { &["stop", "brief"] } else { &["checkpoint", "brief", "--exit"] };
+        let finished = host.frazil(command);
+        assert_eq!(finished.status.code(), Some(0), "round {round}: {finished:#?}");
+        vm.expect_ended(if round % 2 == 0 { "stopped" } else { "suspended" });
+    }
+}
+
+#[test]
+fn periodic_checkpoints_come_at_their_rate_and_are_printed() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    let mut vm = host.run("clock", QUIET, &["--memory", "48MiB", "--checkpoint-every", "100ms"]);
+    let mut parent: Option<String> = None;
+    for _ in 0..6 {
+        let event = vm.event("checkpoint");
+        parent = Some(check_report(&event, "clock", parent.as_deref()));
+    }
+    let totals = wait_for("totals", || Some(vm.get("/vm")["checkpoints"].clone()));
+    assert!(number(&totals, "taken") >= 6 && number(&totals, "failed") == 0, "{totals}");
+    let _stopped = host.ok(&["stop", "clock"]);
+    vm.expect_ended("stopped");
+    host.verify_all();
+}
+
+#[test]
+fn text_in_a_pipe_has_no_escape_codes_and_says_the_same() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    let store = host.store_path().display().to_string();
+    let vm = host.run("plain", QUIET, &["--memory", "48MiB", "--serial", "null"]);
+    vm.wait_populated();
+    let base = host.at("latest");
+    let outputs = [
+        host.ok(&["checkpoint", "plain", "--message", "hello"]),
+        host.ok(&["ps"]),
+        host.ok(&["log", &store]),
+        host.ok(&["show", &base]),
+        host.ok(&["verify", &store]),
+        host.ok(&["pause", "plain"]),
+        host.ok(&["continue", "plain"]),
+        host.ok(&["stop", "plain"]),
+    ];
+    for (output, says) in outputs
+        .iter()
+        .zip(["pages", "plain", "hello", "snapshot", "all good", "paused", "running", "ended"])
+    {
+        assert!(output.stdout.contains(says), "expected `{says}`: {output:#?}");
+        let all = format!("{}{}", output.stdout, output.stderr);
+        let odd = all.chars().find(|c| c.is_control() && *c != '\n');
+        assert_eq!(odd, None, "{all:?}");
+    }
+    vm.expect_ended("stopped");
+}
+
+#[test]
+fn ram_above_the_hole_is_saved_and_comes_back() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    // Random pages of all there is, few of them: some lie above 4 GiB.
+    let spec = "rate=3000,pattern=uniform,populate=no,report=0,seed=11";
+    let vm = host.run("big", spec, &["--memory", "5GiB", "--cpus", "2"]);
+    wait_for("the guest's start", || {
+        vm.http("GET", "/workload", "").ok().filter(|(status, _)| *status == 200)
+    });
+    vm.wait_beyond(1500);
+    let first = host.json(&["checkpoint", "big", "--exit"]);
+    assert_eq!(number(&first, "ram_bytes"), 5 << 30);
+    vm.expect_ended("suspended");
+    let pages_above = |reference: &str| {
+        let store = host.store();
+        let id = store.resolve(reference).expect("it is there").id;
+        let region = store.snapshot(id).and_then(|found| found.region("ram")).expect("RAM");
+        assert_eq!(region.pages(), 6 << 18, "5 GiB and the hole");
+        let runs = region.runs(4 << 18, 2 << 18).expect("runs");
+        assert!(region.runs(3 << 18, 1 << 18).expect("runs").is_empty(), "the hole has no pages");
+        runs.iter().map(|run| run.count).sum::<u64>()
+    };
+    let above = pages_above("latest");
+    assert!(above > 200, "two of five pages lie above the hole: {above}");
+    let vm = host.resume("big", "latest", &["--no-fill"]);
+    vm.wait_beyond(vm.turns() + 500);
+    let second = host.json(&["checkpoint", "big", "--exit"]);
+    assert!(number(&second, "dirty_pages") < 100_000, "{second}");
+    vm.expect_ended("suspended");
+    assert!(pages_above("latest") > above);
+    assert_eq!(host.verify_all(), 2 * ((5 << 18) - 4096));
+}

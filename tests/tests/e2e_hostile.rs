@@ -1,0 +1,330 @@
+//! A VM among others: a second writer, a full disk, a user without rights, clients that talk
+//! nonsense. The guest goes on, and whoever asked is told what to do.
+
+use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use frazil_tests::faulty_storage::used_bytes;
+use frazil_tests::rng::Rng;
+use frazil_tests::vm_harness::{
+    Finished, Host, PATIENCE, RunningVm, finish, frazil, kvm_or_skip, number, wait_for,
+};
+
+const SMALL: &[&str] = &["--memory", "64MiB"];
+
+#[test]
+fn two_writers_take_turns() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    let vm = host.run("patient", "touch=4MiB,rate=500,report=0", SMALL);
+    vm.wait_populated();
+    let _first = host.json(&["checkpoint", "patient"]);
+    let store = host.store();
+    let other = store.begin(None).expect("nobody writes");
+    let refused = host.frazil(&["checkpoint", "patient"]);
+    let holder = format!("process {}", std::process::id());
+    refused.expect_code(1).expect_says(&["is being written by", &holder, "one writer at a time"]);
+    // Forgetting the second one's pages would show below.
+    vm.wait_beyond(vm.turns() + 100);
+    drop(other);
+    let report = host.json(&["checkpoint", "patient"]);
+    assert!(number(&report, "dirty_pages") >= 50, "{report}");
+    let totals = vm.get("/vm")["checkpoints"].clone();
+    assert_eq!((number(&totals, "taken"), number(&totals, "failed")), (2, 1), "{totals}");
+    let _last = host.json(&["checkpoint", "patient", "--exit"]);
+    vm.expect_ended("suspended");
+    assert_eq!(host.verify_all(), 3 * 1024);
+}
+
+#[test]
+fn a_suspend_that_fails_leaves_the_guest_running() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    let vm = host.run("stays", "touch=4MiB,rate=500,report=0", SMALL);
+    vm.wait_populated();
+    let store = host.store();
+    let other = store.begin(None).expect("nobody writes");
+    host.frazil(&["checkpoint", "stays", "--exit"]).expect_code(1).expect_says(&["being written"]);
+    drop(other);
+    host.frazil(&["checkpoint", "stays", "--exit", "--tag", "latest"])
+        .expect_code(1)
+        .expect_says(&["cannot be a tag"]);
+    vm.wait_beyond(vm.turns());
+    let _last = host.json(&["checkpoint", "stays", "--exit"]);
+    vm.expect_ended("suspended");
+}
+
+/// A small file system of its own, gone when dropped.
+struct Tmpfs(PathBuf);
+
+impl Tmpfs {
+    /// None if this process may not mount.
+    fn mount(path: PathBuf, size: &str) -> Option<Self> {
+        std::fs::create_dir(&path).expect("the scratch folder");
+        let options = format!("size={size}");
+        let mounted = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &options, "frazil-test"])
+            .arg(&path)
+            .output();
+        mounted.is_ok_and(|output| output.status.success()).then_some(Self(path))
+    }
+
+    fn resize(&self, size: &str) {
+        let options = format!("remount,size={size}");
+        let status = Command::new("mount").args(["-o", &options]).arg(&self.0).status();
+        assert!(status.expect("mount").success());
+    }
+
+    fn free_bytes(&self) -> u64 {
+        let stat = rustix::fs::statvfs(&self.0).expect("it is mounted");
+        stat.f_bavail * stat.f_frsize
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        let _gone = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_full_disk_costs_a_checkpoint_and_no_more() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    let Some(disk) = Tmpfs::mount(host.path("disk"), "128m") else {
+        eprintln!(
+            "NOT RUN: no permission to mount a tmpfs; \
+             `a_full_medium_costs_nothing_but_the_checkpoint` has the same on a simulated one"
+        );
+        return;
+    };
+    let store = disk.0.join("store").display().to_string();
+    let spec = "touch=20MiB,rate=max,pattern=uniform,content=random,report=0";
+    let args = ["run", "--workload", spec, "--store", &store, "--name", "full"];
+    let vm = host.start(&[&args, SMALL].concat());
+    vm.wait_populated();
+    let _first = host.json(&["checkpoint", "full"]);
+    // From here on there is room for a fraction of a checkpoint.
+    disk.resize(&format!("{}k", (used_bytes(Path::new(&store)) >> 10) + 2048));
+    let free = disk.free_bytes();
+    assert!(free < 4 << 20, "{free}");
+    for _ in 0..3 {
+        vm.wait_beyond(vm.turns() + 5000);
+        let failed = host.frazil(&["checkpoint", "full"]);
+        failed.expect_code(1).expect_says(&[
+            "no space left",
+            "previous snapshot",
+            "free some space",
+        ]);
+        assert!(
+            disk.free_bytes() >= free,
+            "its space must come back: {} of {free}",
+            disk.free_bytes()
+        );
+        vm.wait_beyond(vm.turns());
+    }
+    assert_eq!(host.ok(&["log", &store, "--json"]).json_lines().len(), 1);
+    disk.resize("256m");
+    let report = host.json(&["checkpoint", "full", "--exit"]);
+    // Every page was written since the first: those that failed checkpoints had harvested too.
+    assert!(number(&report, "dirty_pages") > 4500, "{report}");
+    vm.expect_ended("suspended");
+    let report = host.json(&["verify", &store, "--memory", "all"]);
+    assert_eq!((&report["ok"], number(&report, "memory_pages_checked")), (&true.into(), 2 * 5120));
+}
+
+/// Runs `frazil` with `args` as a user without rights, after the commands `before`, which have
+/// mounts of their own. A VM that starts is told to end after a second.
+fn as_nobody(host: &Host, before: &str, args: &[&str]) -> Finished {
+    // Where the user can get at it.
+    std::fs::set_permissions(host.path(""), PermissionsExt::from_mode(0o777)).expect("ours");
+    let binary = host.path("frazil-copy");
+    if !binary.exists() {
+        std::fs::copy(frazil(), &binary).expect("a copy");
+    }
+    let user = "setpriv --reuid=65534 --regid=65534 --clear-groups";
+    let script = format!(
+        "set -e; {before} exec {user} timeout --foreground --preserve-status --signal=TERM 1 \"$0\" \"$@\""
+    );
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", &script]).arg(&binary).args(args);
+    host.surround(&mut command);
+    command.env("FRAZIL_RUNTIME_DIR", host.path("run-of-nobody"));
+    finish(command, PATIENCE)
+}
+
+/// A node for KVM that everybody may open, in a mount namespace of its own.
+const KVM_FOR_ALL: &str = "rm -f kvm; mknod kvm c 10 232; chmod 666 kvm; \
+     mount --bind kvm /dev/kvm;";
+/// The same for nobody but root.
+const KVM_FOR_ROOT: &str = "rm -f kvm; mknod kvm c 10 232; chmod 600 kvm; \
+     mount --bind kvm /dev/kvm;";
+
+#[test]
+fn without_rights_one_is_told_which() {
+    if !kvm_or_skip() {
+        return;
+    }
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("NOT RUN: only root can become another user");
+        return;
+    }
+    let host = Host::new();
+    let vm = host.run("roots", "touch=4MiB,rate=100,report=0", SMALL);
+    vm.wait_populated();
+    let _taken = host.json(&["checkpoint", "roots", "--exit"]);
+    vm.expect_ended("suspended");
+    let run = ["run", "--workload", "touch=4MiB", "--memory", "64MiB"];
+    as_nobody(&host, KVM_FOR_ROOT, &run).expect_code(1).expect_says(&[
+        "cannot use KVM: no permission to open /dev/kvm",
+        "group that owns it (usually `kvm`)",
+    ]);
+    resume_without_userfaultfd(&host);
+}
+
+fn resume_without_userfaultfd(host: &Host) {
+    let open = |path: &Path, mode| {
+        std::fs::set_permissions(path, PermissionsExt::from_mode(mode)).expect("ours");
+    };
+    let store = host.store_path();
+    open(&store.join("lock"), 0o666);
+    let hide = format!("{KVM_FOR_ALL} mount --bind /dev/null /dev/userfaultfd;");
+    let at = host.at("latest");
+    as_nobody(host, &hide, &["resume", &at]).expect_code(1).expect_says(&[
+        "userfaultfd is not available",
+        "CAP_SYS_PTRACE",
+        "/dev/userfaultfd",
+        "--eager",
+    ]);
+    // As the message says.
+    let user = as_nobody(host, &hide, &["resume", &at, "--eager", "--json"]);
+    let lines = user.expect_code(0).json_lines();
+    assert_eq!(lines[0]["event"], "started", "{user:#?}");
+    assert_eq!(lines.last().expect("a line")["reason"], "stopped", "{user:#?}");
+}
+
+fn connect(vm: &RunningVm) -> UnixStream {
+    let stream = UnixStream::connect(&vm.socket).expect("it listens");
+    stream.set_read_timeout(Some(Duration::from_secs(5))).expect("a timeout");
+    stream.set_write_timeout(Some(Duration::from_secs(5))).expect("a timeout");
+    stream
+}
+
+#[test]
+fn nonsense_on_the_socket_stops_nobody() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    let mut vm = host.run("calm", "touch=4MiB,rate=500,report=0", SMALL);
+    vm.wait_populated();
+    let mut rng = Rng::new(4);
+    let mut kept = Vec::new();
+    for _ in 0..60 {
+        let mut garbage: Vec<u8> = (0..rng.below(3000)).map(|_| rng.bits() as u8).collect();
+        if rng.chance(4) {
+            garbage.splice(0..0, *b"POST /checkpoints HTTP/1.1\r\n");
+        }
+        let mut stream = connect(&vm);
+        // It may hang up in the middle.
+        let _refused = stream.write_all(&garbage);
+        if rng.chance(4) {
+            kept.push(stream);
+        }
+    }
+    for half in [
+        "G",
+        "GET /vm",
+        "GET /vm HTTP/1.1\r\n",
+        "GET /vm HTTP/1.1\r\nHost: x\r\nContent-Le",
+        "POST /checkpoints HTTP/1.1\r\nHost: x\r\nContent-Length: 900\r\n\r\n{",
+        "POST /checkpoints HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nfff\r\n{",
+    ] {
+        for _ in 0..5 {
+            let mut stream = connect(&vm);
+            stream.write_all(half.as_bytes()).expect("it is read");
+            kept.push(stream);
+        }
+    }
+    kept.extend((0..150).map(|_| connect(&vm)));
+    // Among all those: whoever asks properly is answered.
+    let before = vm.turns();
+    vm.wait_beyond(before);
+    let _taken = host.json(&["checkpoint", "calm"]);
+    assert_eq!(host.json(&["pause", "calm"])["state"], "paused");
+    assert_eq!(host.json(&["continue", "calm"])["state"], "running");
+    drop(kept);
+    assert!(!vm.has_ended());
+    vm.verify_workload();
+    let _stopped = host.ok(&["stop", "calm"]);
+    vm.expect_ended("stopped");
+    host.verify_all();
+}
+
+#[test]
+fn requests_that_are_wrong_are_told_so() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    let vm = host.run("strict", "touch=4MiB,rate=500,report=0", SMALL);
+    vm.wait_populated();
+    for (method, path, body, expected, says) in [
+        ("GET", "/nowhere", "", 404, "nothing is at /nowhere"),
+        ("DELETE", "/vm", "", 405, "DELETE is not for /vm"),
+        ("POST", "/checkpoints", "{", 400, "expected a checkpoint request"),
+        ("POST", "/checkpoints", r#"{"mesage":"x"}"#, 400, "unknown field `mesage`"),
+        ("POST", "/checkpoints", r#"{"exit":"yes"}"#, 400, "expected a boolean"),
+    ] {
+        let (status, answer) = vm.http(method, path, body).expect("an answer");
+        assert_eq!(status, expected, "{method} {path}: {answer}");
+        let error = answer["error"].as_str().unwrap_or_default();
+        assert!(error.contains(says), "{method} {path}: {answer}");
+    }
+    let huge = format!(r#"{{"message":"{}"}}"#, "x".repeat(1 << 20));
+    // It may hang up on the body; an answer, if there is one, says why.
+    if let Ok((status, answer)) = vm.http("POST", "/checkpoints", &huge) {
+        assert_eq!(status, 413, "{answer}");
+    }
+    let mut stream = connect(&vm);
+    let lie = "POST /checkpoints HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n";
+    stream.write_all(lie.as_bytes()).expect("it is read");
+    let mut answer = [0; 12];
+    stream.read_exact(&mut answer).expect("an answer, without reading a body that long");
+    assert_eq!(&answer, b"HTTP/1.1 413");
+    assert!(
+        host.ok(&["log", &host.store_path().display().to_string(), "--json"]).stdout.is_empty()
+    );
+    vm.wait_beyond(vm.turns());
+}
+
+#[test]
+fn a_slow_reader_of_the_console_does_not_stop_the_guest() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    let fifo = host.path("console");
+    let made = Command::new("mkfifo").arg(&fifo).status().expect("mkfifo");
+    assert!(made.success());
+    // Open at both ends, and never read.
+    let _end = std::fs::File::options().read(true).write(true).open(&fifo).expect("the pipe");
+    let spec = "touch=1MiB,rate=500,report=1";
+    let vm =
+        host.run("loud", spec, &["--memory", "48MiB", "--serial", &fifo.display().to_string()]);
+    vm.wait_populated();
+    let target = vm.turns() + 1500;
+    wait_for("three seconds of work", || (vm.turns() > target).then_some(()));
+    let _stopped = host.ok(&["stop", "loud"]);
+    vm.expect_ended("stopped");
+}
