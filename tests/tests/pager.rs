@@ -1,4 +1,6 @@
 //! The pager with a memfd and plain threads: no virtual machine is needed to be wrong.
+//!
+//! `unsafe` is allowed in the module `memory` only, which owns the raw pointers.
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
@@ -231,7 +233,7 @@ fn many_threads_see_the_snapshot_and_keep_what_they_write() {
         return;
     }
     within(120, || {
-        for seed in 0..12 {
+        for seed in 0..48 {
             let Fixture { region, contents, .. } = fixture(mixed(12, seed));
             // As memory below and above a hole: two ranges of the region, one file.
             let memory = Memory::new(&[(0, 5), (6 * CHUNK_PAGES, 6)]);

@@ -398,8 +398,14 @@ impl Shared {
         // Pages that are still missing are zero in the snapshot, and so they are without us.
         self.letting_go.store(true, Ordering::Release);
         for mapping in &self.mappings {
-            if let Err(error) = self.uffd.unregister(mapping.address as *mut _, mapping.len_bytes) {
+            let address = mapping.address as *mut _;
+            if let Err(error) = self.uffd.unregister(address, mapping.len_bytes) {
                 return self.fail(uffd_error("unregister memory", mapping.address, &error));
+            }
+            // The kernel wakes those who wait before it lets go: one that faults again in between
+            // would wait for a pager that is gone.
+            if let Err(error) = self.uffd.wake(address, mapping.len_bytes) {
+                return self.fail(uffd_error("wake", mapping.address, &error));
             }
         }
         self.complete.store(true, Ordering::Release);
