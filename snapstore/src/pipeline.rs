@@ -197,11 +197,10 @@ fn append_frames(
         stats.pages += (pages.len() + zero_pages.len()) as u64;
         stats.zero_pages += zero_pages.len() as u64;
         progress.pages_done.fetch_add((pages.len() + zero_pages.len()) as u64, Ordering::Relaxed);
-        runs.extend(zero_pages.into_iter().map(|page| Run {
-            first: page,
-            count: 1,
-            location: Location::Zero,
-        }));
+        for page in zero_pages {
+            let zero = Run { first: page, count: 1, location: Location::Zero };
+            crate::node::push_run(&mut runs, zero);
+        }
         if let Some(record) = record {
             let frame = segments.append(&record)?;
             stats.frames += 1;
