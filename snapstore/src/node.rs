@@ -159,7 +159,7 @@ pub(crate) fn root_level(pages: u64) -> u8 {
     (0..MAX_LEVEL).find(|level| span_pages(*level) >= pages).unwrap_or(MAX_LEVEL)
 }
 
-/// The most pages a region may range over: what a root of [`MAX_LEVEL`] spans.
+/// The most pages a region may range over: what a root of the highest level spans.
 pub const MAX_REGION_PAGES: u64 = span_pages(MAX_LEVEL);
 
 /// A node in memory.

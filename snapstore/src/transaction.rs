@@ -34,6 +34,8 @@ pub struct Description {
     pub name: String,
     /// What the user says about it.
     pub message: String,
+    /// A tag to point to it.
+    pub tag: Option<String>,
     /// When it was cut, Unix milliseconds.
     pub time_unix_ms: u64,
     /// The machine, vCPUs, devices.
@@ -43,7 +45,7 @@ pub struct Description {
 }
 
 /// A published snapshot and what publishing it came to.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Committed {
     /// The snapshot.
     pub id: SnapshotId,
@@ -55,6 +57,8 @@ pub struct Committed {
     pub nodes: u64,
     /// Time to make it durable and publish it, in microseconds.
     pub sync_us: u64,
+    /// Why the tag could not be set, if it could not: the snapshot is published all the same.
+    pub tag_failure: Option<String>,
 }
 
 /// A snapshot being written. Dropping it without [`Self::commit`] takes back all it wrote.
@@ -345,6 +349,9 @@ impl Transaction {
         if self.failed {
             return Err(StoreError::Invalid("a snapshot some of whose pages could not be written cannot be committed; start over".into()));
         }
+        if let Some(tag) = &description.tag {
+            crate::reference::check_tag(tag)?;
+        }
         let regions = self.write_trees()?;
         let state = self.write_state(&description.state)?;
         let manifest = Manifest {
@@ -382,12 +389,19 @@ impl Transaction {
             time_unix_ms: manifest.time_unix_ms,
             tail,
         })?;
+        let sync_us = u64::try_from(syncing.elapsed().as_micros()).unwrap_or(u64::MAX);
+        // Still under the writer lock, so that nobody comes between.
+        let tag_failure = description.tag.and_then(|name| {
+            let entry = Entry::Tag { name, target: Some(id) };
+            self.store.append_to_journal(entry).err().map(|failure| failure.error.to_string())
+        });
         Ok(Committed {
             id,
             frame_bytes: self.frame_bytes,
             meta_bytes,
             nodes: self.nodes,
-            sync_us: u64::try_from(syncing.elapsed().as_micros()).unwrap_or(u64::MAX),
+            sync_us,
+            tag_failure,
         })
     }
 

@@ -126,6 +126,7 @@ pub fn describe(step: u64) -> Description {
         body: serde_json::json!({ "step": value, "text": "frazil ".repeat(20) }),
     };
     Description {
+        tag: None,
         name: "oracle".into(),
         message: format!("step {step}"),
         time_unix_ms: 1_700_000_000_000 + step,

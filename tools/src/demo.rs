@@ -25,6 +25,8 @@ use crate::output;
 const PATIENCE: Duration = Duration::from_mins(2);
 /// Between two checkpoints: ten a second.
 const INTERVAL: Duration = Duration::from_millis(100);
+/// How many checkpoints may be too quick to be caught in the middle.
+const KILL_ATTEMPTS: u32 = 5;
 /// Memory the guest leaves alone, for itself.
 const GUEST_OWN_BYTES: u64 = 64 << 20;
 
@@ -247,42 +249,25 @@ impl Demo<'_> {
     }
 
     /// Lets the guest dirty a good deal, starts a checkpoint, and kills the process while that
-    /// is being written.
+    /// is being written. A checkpoint that was too quick to be caught is followed by another.
     fn kill_in_the_middle(&mut self, mut vm: VmProcess) -> anyhow::Result<()> {
-        std::thread::sleep(5 * INTERVAL);
-        self.figures.turns_before_kill = vm.turns()?;
-        let asked = {
-            let client = vm.client.clone();
-            std::thread::spawn(move || {
-                client.post::<CheckpointReport>("/checkpoints", &CheckpointRequest::default())
-            })
-        };
-        let until = Instant::now() + PATIENCE;
-        let caught = loop {
-            if let Ok(Some(progress)) =
-                vm.client.get::<Option<ProgressReport>>("/checkpoints/progress")
-                && progress.pages_done > 0
-            {
-                break progress;
+        for attempt in 1..=KILL_ATTEMPTS {
+            std::thread::sleep(attempt * 5 * INTERVAL);
+            self.figures.turns_before_kill = vm.turns()?;
+            let Some((caught, answer)) = catch_in_the_middle(&mut vm)? else { continue };
+            if answer.is_ok() {
+                bail!("the checkpoint was published while its process was being killed: try again");
             }
-            ensure!(
-                Instant::now() < until && !asked.is_finished(),
-                "the checkpoint was done before it could be caught in the middle"
-            );
-        };
-        // SIGKILL: the process gets no chance to tidy up.
-        vm.child.kill().context("cannot kill the VM process")?;
-        vm.child.wait()?;
-        let answer = asked.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        ensure!(answer.is_err(), "the checkpoint was published before the kill");
-        self.figures.killed_at_pages = caught.pages_done;
-        self.figures.killed_of_pages = caught.pages_total;
-        self.say(&format!(
-            "3. SIGKILL in the middle of the next one, when {} of {} pages were written.",
-            output::count(caught.pages_done),
-            output::count(caught.pages_total)
-        ));
-        Ok(())
+            self.figures.killed_at_pages = caught.pages_done;
+            self.figures.killed_of_pages = caught.pages_total;
+            self.say(&format!(
+                "3. SIGKILL in the middle of the next one, when {} of {} pages were written.",
+                output::count(caught.pages_done),
+                output::count(caught.pages_total)
+            ));
+            return Ok(());
+        }
+        bail!("{KILL_ATTEMPTS} checkpoints were all done before they could be caught in the middle")
     }
 
     fn resume_the_last(&mut self) -> anyhow::Result<VmProcess> {
@@ -404,6 +389,35 @@ impl Demo<'_> {
         }
         Ok(())
     }
+}
+
+type Caught = (ProgressReport, frazil_vmm::Result<CheckpointReport>);
+
+/// Starts a checkpoint and kills the process as soon as some of its pages are written; None if it
+/// was done before.
+fn catch_in_the_middle(vm: &mut VmProcess) -> anyhow::Result<Option<Caught>> {
+    let asked = {
+        let client = vm.client.clone();
+        let request = CheckpointRequest::default();
+        std::thread::spawn(move || client.post::<CheckpointReport>("/checkpoints", &request))
+    };
+    let until = Instant::now() + PATIENCE;
+    let caught = loop {
+        if let Ok(Some(progress)) = vm.client.get::<Option<ProgressReport>>("/checkpoints/progress")
+            && progress.pages_done > 0
+        {
+            break progress;
+        }
+        if asked.is_finished() {
+            return Ok(None);
+        }
+        ensure!(Instant::now() < until, "the checkpoint made no progress within {PATIENCE:?}");
+    };
+    // SIGKILL: the process gets no chance to tidy up.
+    vm.child.kill().context("cannot kill the VM process")?;
+    vm.child.wait()?;
+    let answer = asked.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    Ok(Some((caught, answer)))
 }
 
 fn check_oracle(store: &Arc<Store>, id: frazil_snapstore::SnapshotId) -> anyhow::Result<()> {

@@ -101,6 +101,9 @@ pub struct CheckpointReport {
     pub sync_us: u64,
     /// From the request to the publication, in microseconds.
     pub duration_us: u64,
+    /// Why the tag could not be set, if it was asked for and could not. The snapshot is there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tag_failure: Option<String>,
 }
 
 /// Where the checkpoint being taken is; for progress bars.
@@ -123,6 +126,12 @@ pub struct ProgressReport {
 impl CheckpointProgress {
     fn set(&self, progress: Option<Arc<Progress>>) {
         *self.current.lock().unwrap_or_else(PoisonError::into_inner) = progress;
+    }
+
+    /// Makes the checkpoint being taken fail, if one is.
+    pub fn cancel(&self) {
+        let current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        current.iter().for_each(|progress| progress.cancel());
     }
 
     /// How far the checkpoint being taken has come, if one is.
@@ -203,6 +212,18 @@ impl Vm {
         taken
     }
 
+    /// As [`Self::checkpoint`], or None, counted as skipped, if one is being taken already.
+    pub fn checkpoint_if_idle(
+        &self,
+        request: &CheckpointRequest,
+    ) -> Option<Result<CheckpointReport>> {
+        if matches!(self.line.try_lock(), Err(TryLockError::WouldBlock)) {
+            self.count_skipped();
+            return None;
+        }
+        Some(self.checkpoint(request))
+    }
+
     /// How far the checkpoint being taken has come, if one is.
     #[must_use]
     pub fn checkpoint_progress(&self) -> Option<ProgressReport> {
@@ -236,16 +257,9 @@ impl<'a> Checkpoint<'a> {
         if let Some(tag) = &request.tag {
             frazil_snapstore::reference::check_tag(tag)?;
         }
-        let line = match vm.line.try_lock() {
-            Ok(line) => line,
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => {
-                return Err(VmmError::NotNow(format!(
-                    "VM `{}` is taking a checkpoint already",
-                    vm.name()
-                )));
-            }
-        };
+        // After the one that is being taken, if one is.
+        let line = vm.line.lock().unwrap_or_else(PoisonError::into_inner);
+        vm.check_alive()?;
         let mut transaction = begin_transaction(store, line.head)?;
         let region = transaction.region(RAM_REGION, vm.ram().end_page())?;
         vm.progress.set(Some(transaction.progress()));
@@ -313,7 +327,7 @@ impl<'a> Checkpoint<'a> {
         self.resume_after_failure = self.request.exit && cut.is_ok() && !*paused;
         if self.resume_after_failure {
             // For everybody else it stands still by the user's wish from here on.
-            *paused = true;
+            self.vm.set_paused(&mut paused, true);
         } else if !*paused {
             let go_on_started = Instant::now();
             self.vm.vcpus.resume();
@@ -343,12 +357,7 @@ impl<'a> Checkpoint<'a> {
     /// Phase 5, the guest runs.
     fn commit(self, cut: Cut) -> Result<CheckpointReport> {
         let (vm, request, resume) = (self.vm, self.request, self.resume_after_failure);
-        let taken = self.publish(cut).and_then(|report| {
-            if let (Some(tag), Some(store)) = (&request.tag, vm.store()) {
-                store.set_tag(tag, Some(report.id))?;
-            }
-            Ok(report)
-        });
+        let taken = self.publish(cut);
         match &taken {
             Ok(_) if request.exit => vm.vcpus.end(Ended::Suspended),
             Err(_) if resume => vm.go()?,
@@ -367,6 +376,7 @@ impl<'a> Checkpoint<'a> {
         let description = Description {
             name: self.vm.name().to_owned(),
             message: self.request.message.clone(),
+            tag: self.request.tag.clone(),
             time_unix_ms: cut.time_unix_ms,
             state: encode_state(self.vm, &cut)?,
             stats: serde_json::to_value(&self.stats)
@@ -387,6 +397,7 @@ impl<'a> Checkpoint<'a> {
             stored_bytes: committed.frame_bytes + committed.meta_bytes,
             commit_us: us(commit_started.elapsed()),
             sync_us: committed.sync_us,
+            tag_failure: committed.tag_failure,
             duration_us: us(self.started.elapsed()),
             stats: self.stats,
         })

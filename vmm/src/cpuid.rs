@@ -7,6 +7,9 @@ use crate::kvm::Hypervisor;
 
 const HYPERVISOR_BIT: u32 = 1 << 31;
 const TSC_DEADLINE_BIT: u32 = 1 << 24;
+// No virtualization inside the guest: its state is not part of snapshots.
+const VMX_BIT: u32 = 1 << 5;
+const SVM_BIT: u32 = 1 << 2;
 
 /// The host's features, with the fields that differ from vCPU to vCPU set for number `index` of
 /// `cpus`: APIC ids and topology (Intel SDM vol. 2A, CPUID).
@@ -20,6 +23,7 @@ pub fn for_vcpu(hypervisor: &Hypervisor, index: usize, cpus: usize) -> Result<Cp
         match entry.function {
             0x1 => {
                 entry.ecx |= HYPERVISOR_BIT | TSC_DEADLINE_BIT;
+                entry.ecx &= !VMX_BIT;
                 entry.ebx = entry.ebx & 0xffff | (cpus as u32) << 16 | apic_id << 24;
             }
             // One thread a core, all cores in one package.
@@ -31,6 +35,7 @@ pub fn for_vcpu(hypervisor: &Hypervisor, index: usize, cpus: usize) -> Result<Cp
                 (entry.eax, entry.ebx, entry.ecx, entry.edx) =
                     (shift, count, kind << 8 | entry.index, apic_id);
             }
+            0x8000_0001 => entry.ecx &= !SVM_BIT,
             0x8000_001e => entry.eax = apic_id,
             _ => {}
         }

@@ -18,6 +18,10 @@ use crate::memory::GuestRam;
 /// Three pages below 4 GiB that Intel's KVM wants for itself.
 const TSS_ADDRESS: usize = 0xfffb_d000;
 
+/// Memory type range registers (Intel SDM vol. 3A, 12.11), which KVM keeps and does not list.
+const MTRRS: [std::ops::RangeInclusive<u32>; 5] =
+    [0x200..=0x20f, 0x250..=0x250, 0x258..=0x259, 0x268..=0x26f, 0x2ff..=0x2ff];
+
 /// An open /dev/kvm that can do what frazil needs.
 #[derive(Debug)]
 pub struct Hypervisor {
@@ -90,7 +94,10 @@ impl Hypervisor {
     /// [`VmmError::Kvm`].
     pub fn msr_indices(&self) -> Result<Vec<u32>> {
         let list = self.kvm.get_msr_index_list().map_err(VmmError::kvm("list MSRs"))?;
-        Ok(list.as_slice().to_vec())
+        let mut indices = list.as_slice().to_vec();
+        indices
+            .extend(MTRRS.into_iter().flatten().filter(|index| !list.as_slice().contains(index)));
+        Ok(indices)
     }
 
     /// The most vCPUs a VM may have.

@@ -42,7 +42,14 @@ impl Scheduler {
                     if vm.ended().is_some() {
                         return;
                     }
-                    on_checkpoint(&vm.checkpoint(&CheckpointRequest::default()));
+                    match vm.checkpoint_if_idle(&CheckpointRequest::default()) {
+                        // Ended meanwhile: nothing failed.
+                        Some(Err(_)) if vm.ended().is_some() => return,
+                        Some(taken) => on_checkpoint(&taken),
+                        None => {
+                            counter.fetch_add(1, Ordering::Relaxed);
+                        }
+                    }
                     due += interval;
                     // Late: the moments that passed are left out, not made up for.
                     let now = Instant::now();

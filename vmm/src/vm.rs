@@ -1,6 +1,7 @@
 //! A virtual machine: booted or resumed, run, paused, ended.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use frazil_snapstore::pager::{Pager, PagerOptions, PagerStats};
@@ -150,6 +151,8 @@ pub struct Vm {
     pub(crate) line: Mutex<Line>,
     /// True while the user wants the guest to stand still. Locked while vCPUs stop and go.
     pub(crate) paused: Mutex<bool>,
+    /// The same, for those who only ask.
+    paused_now: AtomicBool,
     pub(crate) progress: CheckpointProgress,
     pub(crate) totals: Mutex<CheckpointTotals>,
 }
@@ -197,13 +200,20 @@ impl Vm {
         let hypervisor = Hypervisor::open()?;
         check_cpus(&hypervisor, machine.cpus)?;
         let shell = build_shell(&hypervisor, &machine, snapshot)?;
+        // Before any state is set: KVM itself touches guest memory then (kvmclock, page tables).
+        let late = Arc::new(OnceLock::new());
+        let pager = bring_memory(snapshot, &shell.ram, &late, loading)?;
         let vcpus = restore_vcpus(&hypervisor, &shell, &machine, &mut chunks)?;
         platform::restore(&shell.fd, &mut chunks)?;
         let serial = SerialPort::restore(&shell.fd, &host.serial, chunks.take(serial::CHUNK)?)?;
         chunks.finish()?;
         let bus = Arc::new(Bus::new(serial));
         let vcpus = Arc::new(VcpuSet::start(vcpus, &bus)?);
-        let pager = bring_memory(snapshot, &shell.ram, &vcpus, loading)?;
+        late.get_or_init(|| Arc::downgrade(&vcpus));
+        // One that failed before there were vCPUs to stop.
+        if let Some(failure) = pager.as_ref().and_then(Pager::failure) {
+            return Err(VmmError::NotNow(failure.to_string()));
+        }
         let mut vm = Self::assemble(name, machine, host, shell, bus, vcpus, pager);
         vm.resumed_from = Some(snapshot.id());
         // What was never touched since is shared with the snapshot, resident or not.
@@ -239,6 +249,7 @@ impl Vm {
             shell,
             line: Mutex::new(line),
             paused: Mutex::new(true),
+            paused_now: AtomicBool::new(true),
             progress: CheckpointProgress::default(),
             totals: Mutex::default(),
         }
@@ -251,7 +262,8 @@ impl Vm {
     pub fn go(&self) -> Result<()> {
         self.check_alive()?;
         let mut paused = self.paused();
-        if std::mem::replace(&mut *paused, false) {
+        if *paused {
+            self.set_paused(&mut paused, false);
             self.vcpus.resume();
         }
         Ok(())
@@ -265,8 +277,8 @@ impl Vm {
         self.check_alive()?;
         let mut paused = self.paused();
         if !*paused {
-            self.vcpus.pause(false)?;
-            *paused = true;
+            self.stop_vcpus()?;
+            self.set_paused(&mut paused, true);
         }
         Ok(())
     }
@@ -281,14 +293,25 @@ impl Vm {
         if *paused {
             return Ok(with());
         }
-        self.vcpus.pause(false)?;
+        self.stop_vcpus()?;
         let out = with();
         self.vcpus.resume();
         Ok(out)
     }
 
-    /// Ends the VM.
+    /// Stops the vCPUs, or none of them.
+    fn stop_vcpus(&self) -> Result<()> {
+        self.vcpus.pause(false).inspect_err(|_| self.vcpus.resume())
+    }
+
+    pub(crate) fn set_paused(&self, paused: &mut bool, value: bool) {
+        *paused = value;
+        self.paused_now.store(value, Ordering::Relaxed);
+    }
+
+    /// Ends the VM. A checkpoint that is being written is given up.
     pub fn stop(&self) {
+        self.progress.cancel();
         self.vcpus.end(Ended::Stopped);
     }
 
@@ -343,7 +366,8 @@ impl Vm {
     /// True while the user wants the guest to stand still.
     #[must_use]
     pub fn is_paused(&self) -> bool {
-        *self.paused()
+        // Not the lock: it is held for as long as somebody looks at a guest that stands still.
+        self.paused_now.load(Ordering::Relaxed)
     }
 
     /// What the pager did, if memory comes lazily.
@@ -482,10 +506,13 @@ fn restore_vcpus(
         .collect()
 }
 
+/// The vCPUs to stop if the pager fails, once they exist.
+type LateVcpus = Arc<OnceLock<Weak<VcpuSet>>>;
+
 fn bring_memory(
     snapshot: &Snapshot,
     ram: &GuestRam,
-    vcpus: &Arc<VcpuSet>,
+    vcpus: &LateVcpus,
     loading: Loading,
 ) -> Result<Option<Pager>> {
     let region = snapshot.region(RAM_REGION)?;
@@ -495,9 +522,9 @@ fn bring_memory(
             Ok(None)
         }
         Loading::Lazy(options) => {
-            let vcpus = Arc::downgrade(vcpus);
+            let vcpus = Arc::clone(vcpus);
             let on_failure = Box::new(move |error: &frazil_snapstore::pager::PagerError| {
-                if let Some(vcpus) = vcpus.upgrade() {
+                if let Some(vcpus) = vcpus.get().and_then(Weak::upgrade) {
                     vcpus.end(Ended::Failed { detail: error.to_string() });
                 }
             });

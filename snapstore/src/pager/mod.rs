@@ -137,8 +137,8 @@ pub struct PagerStats {
     pub complete: bool,
 }
 
-/// Called once, from a pager thread, when a page cannot be served. Whoever waits for the page
-/// waits on: the callee has to stop the users of the memory.
+/// Called once, from a pager thread, when a page cannot be served. The callee has to stop the users
+/// of the memory: once it returns, those who wait for a page are let go and find zeros.
 pub type OnFailure = Box<dyn Fn(&PagerError) + Send + Sync>;
 
 pub(crate) struct Shared {
@@ -317,8 +317,30 @@ impl Shared {
         if self.failure.set(Arc::clone(&error)).is_ok() {
             tracing::error!(%error, "the pager stops");
             (self.on_failure)(&error);
+            // Whoever waits for a page would wait for ever. The user was told, so nothing that
+            // comes of the zero pages they find now will be kept.
+            if let Err(error) = self.let_go() {
+                tracing::error!(%error, "those who wait for a page may hang");
+            }
         }
         self.stop();
+    }
+
+    /// Gives the memory back to the kernel: pages that are missing read as zero from here on.
+    fn let_go(&self) -> Result<(), PagerError> {
+        self.letting_go.store(true, Ordering::Release);
+        for mapping in &self.mappings {
+            let address = mapping.address as *mut _;
+            self.uffd
+                .unregister(address, mapping.len_bytes)
+                .map_err(|error| uffd_error("unregister memory", mapping.address, &error))?;
+            // The kernel wakes those who wait before it lets go: one that faults again in between
+            // would wait for a pager that is gone.
+            self.uffd
+                .wake(address, mapping.len_bytes)
+                .map_err(|error| uffd_error("wake", mapping.address, &error))?;
+        }
+        Ok(())
     }
 
     fn serve_faults(&self) {
@@ -396,17 +418,8 @@ impl Shared {
         }
         self.counters.total_pages.store(total_pages, Ordering::Relaxed);
         // Pages that are still missing are zero in the snapshot, and so they are without us.
-        self.letting_go.store(true, Ordering::Release);
-        for mapping in &self.mappings {
-            let address = mapping.address as *mut _;
-            if let Err(error) = self.uffd.unregister(address, mapping.len_bytes) {
-                return self.fail(uffd_error("unregister memory", mapping.address, &error));
-            }
-            // The kernel wakes those who wait before it lets go: one that faults again in between
-            // would wait for a pager that is gone.
-            if let Err(error) = self.uffd.wake(address, mapping.len_bytes) {
-                return self.fail(uffd_error("wake", mapping.address, &error));
-            }
+        if let Err(error) = self.let_go() {
+            return self.fail(error);
         }
         self.complete.store(true, Ordering::Release);
         self.stop();

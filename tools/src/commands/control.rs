@@ -49,6 +49,12 @@ pub(crate) fn checkpoint(args: CheckpointArgs, json: bool) -> anyhow::Result<()>
     };
     bar.finish_and_clear();
     let report = report?;
+    if exit {
+        wait_gone(&vm)?;
+    }
+    if let Some(failure) = &report.tag_failure {
+        eprintln!("frazil: {} is published, its tag is not set: {failure}", report.id.short());
+    }
     if json {
         return print_json(&report);
     }
@@ -120,18 +126,22 @@ pub(crate) fn go(args: &VmArg, json: bool) -> anyhow::Result<()> {
 
 pub(crate) fn stop(args: &VmArg, json: bool) -> anyhow::Result<()> {
     let done: Done = client(&args.vm)?.put("/vm/stop")?;
-    // A name that is free again is what a script expects after `stop`.
+    wait_gone(&args.vm)?;
+    say(&args.vm, done, json)
+}
+
+/// Waits until the VM's name is free again, which is what a script expects of what ends it.
+fn wait_gone(vm: &str) -> anyhow::Result<()> {
     let until = Instant::now() + STOP_PATIENCE;
-    while !args.vm.contains('/') && find(&args.vm).is_ok() {
+    while !vm.contains('/') && find(vm).is_ok() {
         if Instant::now() > until {
             anyhow::bail!(
-                "VM `{}` was told to stop and is still there after {STOP_PATIENCE:?}: look at its process",
-                args.vm
+                "VM `{vm}` was told to end and is still there after {STOP_PATIENCE:?}: look at its process"
             );
         }
         std::thread::sleep(Duration::from_millis(5));
     }
-    say(&args.vm, done, json)
+    Ok(())
 }
 
 fn say(vm: &str, done: Done, json: bool) -> anyhow::Result<()> {

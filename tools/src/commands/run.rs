@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -25,6 +25,8 @@ use crate::output;
 const SIGNAL_ECHO: Duration = Duration::from_millis(500);
 /// How often a failure that repeats itself is told.
 const REPEAT_AFTER: Duration = Duration::from_secs(10);
+/// How long the counters may take to be read before the guest runs all the same.
+const FIRST_READ_PATIENCE: Duration = Duration::from_secs(5);
 /// How long first progress of a resumed workload is waited for before it is not reported.
 const FIRST_PROGRESS_PATIENCE: Duration = Duration::from_mins(1);
 
@@ -245,9 +247,14 @@ fn complain(error: &str) {
 
 /// Tells when the built-in guest of a resumed VM has done its first work.
 fn watch_first_progress(vm: &Arc<Vm>, started: Started, json: bool) {
-    let Ok(before) = vm.workload().map(|view| loops(&view)) else { return };
+    // Reading the guest's counters may need its memory: never on the thread that has to notice
+    // that the VM has failed.
+    let (ready, read) = mpsc::channel();
     let vm = Arc::downgrade(vm);
     let watch = move || {
+        let before = vm.upgrade().and_then(|vm| vm.workload().ok()).map(|view| loops(&view));
+        let _gone = ready.send(());
+        let Some(before) = before else { return };
         let until = Instant::now() + FIRST_PROGRESS_PATIENCE;
         while let Some(vm) = vm.upgrade().filter(|_| Instant::now() < until) {
             if vm.workload().is_ok_and(|view| loops(&view) != before) {
@@ -267,6 +274,8 @@ fn watch_first_progress(vm: &Arc<Vm>, started: Started, json: bool) {
     };
     // Without the thread nothing is missing but the message.
     let _unwatched = std::thread::Builder::new().name("frazil-progress".into()).spawn(watch);
+    // The guest must not run before its counters were read; a VM that cannot be read ends.
+    let _read_or_late = read.recv_timeout(FIRST_READ_PATIENCE);
 }
 
 fn loops(view: &frazil_vmm::workload::ControlView) -> u64 {

@@ -74,8 +74,8 @@ impl Registration {
 impl Drop for Registration {
     fn drop(&mut self) {
         // Whatever is left is recognised as stale, since the lock goes with this.
+        // The socket is the server's, which removes it.
         let _gone = fs::remove_file(&self.file);
-        let _gone = fs::remove_file(&self.record.socket);
     }
 }
 
@@ -152,6 +152,23 @@ fn is_live(file: &Path) -> bool {
         .is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
 }
 
+/// Removes what a process that is gone left behind, unless somebody took it over meanwhile.
+fn clear_away(file: &Path, record: &VmRecord) {
+    // Under the lock nobody can enter; with the name still on it, it is the file we looked at.
+    let Ok(lock) = OpenOptions::new().write(true).open(file) else { return };
+    if lock.try_lock().is_err() || read_record(file).as_ref() != Some(record) {
+        return;
+    }
+    if std::os::unix::net::UnixStream::connect(&record.socket).is_err() {
+        let is_socket = fs::symlink_metadata(&record.socket)
+            .is_ok_and(|found| std::os::unix::fs::FileTypeExt::is_socket(&found.file_type()));
+        if is_socket {
+            let _gone = fs::remove_file(&record.socket);
+        }
+    }
+    let _gone = fs::remove_file(file);
+}
+
 /// The VMs that run, by name. What processes that are gone left behind is cleared away.
 ///
 /// # Errors
@@ -171,10 +188,7 @@ pub fn list() -> Result<Vec<VmRecord>> {
         }
         match read_record(&file) {
             Some(record) if is_live(&file) => records.push(record),
-            Some(record) => {
-                let _gone = fs::remove_file(&record.socket);
-                let _gone = fs::remove_file(&file);
-            }
+            Some(record) => clear_away(&file, &record),
             // Being written just now, or not ours.
             None => {}
         }

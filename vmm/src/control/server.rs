@@ -2,7 +2,8 @@
 //! request has a thread of its own, and there are only so many of them.
 
 use std::io::Read;
-use std::path::Path;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
@@ -32,6 +33,7 @@ pub type OnEvent = Arc<dyn Fn(&Result<CheckpointReport>) + Send + Sync>;
 /// Serves one VM's control socket until dropped.
 pub struct Server {
     listener: Arc<tiny_http::Server>,
+    socket: PathBuf,
     active: Arc<AtomicUsize>,
     thread: Option<JoinHandle<()>>,
 }
@@ -56,11 +58,15 @@ impl Server {
                 "another process listens there",
             )));
         }
-        match std::fs::remove_file(socket) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(cannot(error));
+        match std::fs::symlink_metadata(socket) {
+            Ok(found) if found.file_type().is_socket() => {
+                std::fs::remove_file(socket).map_err(cannot)?;
             }
-            _ => {}
+            Ok(_) => {
+                let kind = std::io::ErrorKind::AlreadyExists;
+                return Err(cannot(std::io::Error::new(kind, "what is there is no socket")));
+            }
+            Err(_nothing_there) => {}
         }
         let server = tiny_http::Server::http_unix(socket)
             .map_err(|error| cannot(std::io::Error::other(error)))?;
@@ -73,12 +79,14 @@ impl Server {
             .name("frazil-api".into())
             .spawn(move || serve(&listener, &vm, &on_checkpoint, &counter))
             .map_err(VmmError::host("start the API thread"))?;
-        Ok(Self { listener: server, active, thread: Some(thread) })
+        Ok(Self { listener: server, socket: socket.to_owned(), active, thread: Some(thread) })
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
+        // Ours: it could not have been bound otherwise.
+        let _gone = std::fs::remove_file(&self.socket);
         self.listener.unblock();
         if let Some(thread) = self.thread.take() {
             // A panic was reported by the panic hook.
@@ -111,14 +119,23 @@ fn serve(
         let (vm, on_checkpoint, done) =
             (Arc::clone(vm), Arc::clone(on_checkpoint), Arc::clone(active));
         let spawned = std::thread::Builder::new().name("frazil-request".into()).spawn(move || {
+            let _done = Served(done);
             handle(request, &vm, &on_checkpoint);
-            done.fetch_sub(1, Ordering::Release);
         });
         if let Err(error) = spawned {
             // The request went with the thread; its client sees the connection close.
             tracing::warn!(%error, "cannot serve a request");
             active.fetch_sub(1, Ordering::Relaxed);
         }
+    }
+}
+
+/// Counts a request out, however it ends.
+struct Served(Arc<AtomicUsize>);
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Release);
     }
 }
 

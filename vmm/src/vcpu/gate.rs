@@ -45,6 +45,8 @@ struct Inner {
     epoch: u64,
     /// Threads parked for this goal: one that is still asleep from the goal before is not.
     parked: usize,
+    /// Threads whose vCPU has stopped for this goal.
+    stopped: usize,
     /// Threads asleep in the gate, whichever goal brought them there.
     asleep: usize,
     alive: usize,
@@ -57,6 +59,7 @@ impl Inner {
             self.goal = goal;
             self.epoch += 1;
             self.parked = 0;
+            self.stopped = 0;
         }
     }
 }
@@ -79,6 +82,7 @@ impl Gate {
                 goal: Goal::Park { capture: false },
                 epoch: 0,
                 parked: 0,
+                stopped: 0,
                 asleep: 0,
                 alive: threads,
                 ended: None,
@@ -103,6 +107,21 @@ impl Gate {
         self.goal_changed.notify_all();
     }
 
+    /// Called by a vCPU thread that has stopped for `epoch`: waits until all have, so that nothing
+    /// one of them still does, an interrupt to another vCPU say, is missing from what is read
+    /// afterwards. False if the goal has changed.
+    pub(super) fn wait_all_stopped(&self, epoch: u64) -> bool {
+        let mut inner = self.lock();
+        if inner.epoch == epoch {
+            inner.stopped += 1;
+            self.goal_changed.notify_all();
+        }
+        while inner.epoch == epoch && inner.stopped < inner.alive {
+            inner = self.goal_changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
+        }
+        inner.epoch == epoch
+    }
+
     /// Called by a vCPU thread that has stopped for `epoch`: waits for another goal.
     pub(super) fn park(&self, epoch: u64) {
         let mut inner = self.lock();
@@ -124,6 +143,7 @@ impl Gate {
     pub(super) fn leave(&self) {
         self.lock().alive -= 1;
         self.moved.notify_all();
+        self.goal_changed.notify_all();
     }
 
     /// Waits until all threads are parked; false if that took longer than `patience`.

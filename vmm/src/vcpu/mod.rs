@@ -90,7 +90,7 @@ impl Vcpu {
         saved: &SavedVcpu,
     ) -> Result<Self> {
         let vcpu = Self::new(hypervisor, shell, index, &state::restore_cpuid(&saved.cpuid)?)?;
-        state::restore(&vcpu.fd, chunk, saved)?;
+        vcpu.reader.restore(&vcpu.fd, chunk, saved)?;
         Ok(vcpu)
     }
 
@@ -272,8 +272,22 @@ enum Turn {
     End(Ended),
 }
 
+/// Takes a vCPU's thread out of the gate, however the thread ends.
+struct Leaving(Arc<Gate>);
+
+impl Drop for Leaving {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            IMMEDIATE_EXIT.set(std::ptr::null_mut());
+            self.0.end(Ended::Failed { detail: "a vCPU's thread panicked".into() });
+        }
+        self.0.leave();
+    }
+}
+
 impl RunningVcpu {
     fn run(mut self) {
+        let _leaving = Leaving(Arc::clone(&self.gate));
         IMMEDIATE_EXIT.set(&raw mut self.fd.get_kvm_run().immediate_exit);
         loop {
             match self.gate.goal() {
@@ -286,7 +300,6 @@ impl RunningVcpu {
             }
         }
         IMMEDIATE_EXIT.set(std::ptr::null_mut());
-        self.gate.leave();
     }
 
     /// Runs the guest until it is kicked, or ends.
@@ -302,7 +315,7 @@ impl RunningVcpu {
     fn park(&mut self, capture: bool, epoch: u64) {
         match self.finish_exit() {
             Some(reason) => self.gate.end(reason),
-            None if capture => {
+            None if capture && self.gate.wait_all_stopped(epoch) => {
                 let captured = self
                     .reader
                     .read(&self.fd)

@@ -111,6 +111,11 @@ impl StateReader {
         Ok(xsave)
     }
 
+    /// Puts `saved` into a new vCPU whose CPUID is set already.
+    pub(super) fn restore(&self, vcpu: &VcpuFd, chunk: &str, saved: &SavedVcpu) -> Result<()> {
+        restore(vcpu, chunk, saved, self.xsave_extra_words)
+    }
+
     /// The saved form of what was read.
     pub(super) fn save(&self, raw: &RawVcpu) -> SavedVcpu {
         let fixed = raw.xsave.as_fam_struct_ref().xsave.region;
@@ -156,7 +161,7 @@ pub(super) fn restore_cpuid(saved: &[SavedCpuid]) -> Result<CpuId> {
 /// - the LAPIC before the MSRs: the deadline timer needs the timer mode;
 /// - the TSC before the TSC deadline;
 /// - the events after everything that may clear one; the MP state last, since it lets the vCPU go.
-pub(super) fn restore(vcpu: &VcpuFd, chunk: &str, saved: &SavedVcpu) -> Result<()> {
+fn restore(vcpu: &VcpuFd, chunk: &str, saved: &SavedVcpu, extra_words: usize) -> Result<()> {
     let wrong = |expected: &str, found: String| VmmError::State {
         chunk: chunk.to_owned(),
         expected: expected.to_owned(),
@@ -171,7 +176,7 @@ pub(super) fn restore(vcpu: &VcpuFd, chunk: &str, saved: &SavedVcpu) -> Result<(
     }
     vcpu.set_sregs(&(&saved.sregs).into()).map_err(VmmError::kvm("set segment registers"))?;
     vcpu.set_regs(&(&saved.regs).into()).map_err(VmmError::kvm("set registers"))?;
-    restore_xsave(vcpu, &saved.xsave)
+    restore_xsave(vcpu, &saved.xsave, extra_words)
         .map_err(|found| wrong("an XSAVE area this host can take", found))?;
     let xcrs = SavedXcr::restore(&saved.xcrs)
         .map_err(|found| wrong("extended control registers", found))?;
@@ -192,12 +197,16 @@ pub(super) fn restore(vcpu: &VcpuFd, chunk: &str, saved: &SavedVcpu) -> Result<(
     vcpu.set_mp_state(mp_state(saved.mp_state)).map_err(VmmError::kvm("set the MP state"))
 }
 
-fn restore_xsave(vcpu: &VcpuFd, saved: &HexBytes) -> Result<(), String> {
+/// `extra_words` is how much longer this VM's area is than the fixed part: KVM reads so many.
+fn restore_xsave(vcpu: &VcpuFd, saved: &HexBytes, extra_words: usize) -> Result<(), String> {
     let (words, rest) = saved.0.as_chunks::<4>();
-    if !rest.is_empty() || saved.0.len() < XSAVE_LEN || saved.0.len() > 64 * 1024 {
-        return Err(format!("{} bytes", saved.0.len()));
+    let most = XSAVE_LEN + extra_words * 4;
+    if !rest.is_empty() || saved.0.len() < XSAVE_LEN || saved.0.len() > most {
+        return Err(format!("{} bytes, this host takes {XSAVE_LEN} to {most}", saved.0.len()));
     }
-    let words: Vec<u32> = words.iter().map(|word| u32::from_le_bytes(*word)).collect();
+    let mut words: Vec<u32> = words.iter().map(|word| u32::from_le_bytes(*word)).collect();
+    // A shorter area has fewer features in use; the rest are in their initial state, zero.
+    words.resize(most / 4, 0);
     let (fixed, extra) = words.split_at(XSAVE_LEN / 4);
     let mut xsave = Xsave::new(extra.len()).map_err(|error| format!("{error:?}"))?;
     // SAFETY: only the fixed part is replaced; the length of the extra part stays as it is.
@@ -207,7 +216,7 @@ fn restore_xsave(vcpu: &VcpuFd, saved: &HexBytes) -> Result<(), String> {
         // SAFETY: KVM reads the fixed part alone.
         unsafe { vcpu.set_xsave(&xsave.as_fam_struct_ref().xsave) }
     } else {
-        // SAFETY: KVM reads as many bytes as the area it was saved from has, or fails.
+        // SAFETY: the buffer is as long as KVM_CAP_XSAVE2 said.
         unsafe { vcpu.set_xsave2(&xsave) }
     };
     set.map_err(|error| format!("{} bytes, which KVM refuses: {error}", saved.0.len()))
