@@ -68,11 +68,12 @@ pub struct BootSource {
 /// [`VmmError::Boot`] saying what cannot be booted and why.
 pub fn load(source: &BootSource, ram: &GuestRam) -> Result<u64> {
     let memory = ram.memory();
-    let entry = match &source.kernel {
+    let (entry, kernel_end) = match &source.kernel {
         Kernel::Builtin(image) => load_elf("the built-in guest", &mut Cursor::new(image), memory)?,
         Kernel::File(path) => load_elf(&path.display().to_string(), &mut open(path)?, memory)?,
     };
-    let initrd = source.initrd.as_ref().map(|path| load_initrd(path, ram)).transpose()?;
+    let initrd =
+        source.initrd.as_ref().map(|path| load_initrd(path, ram, kernel_end)).transpose()?;
     let cmdline = load_command_line(&source.cmdline, memory)?;
     write_zero_page(ram, cmdline, initrd)?;
     write_tables(memory)?;
@@ -88,11 +89,12 @@ fn open(path: &Path) -> Result<File> {
         .map_err(|error| boot_error(path.display().to_string(), "a readable file", error))
 }
 
+/// Loads the segments of an ELF file; returns the address to enter at and the end of the highest.
 fn load_elf<F: Read + Seek + ReadVolatile>(
     what: &str,
     image: &mut F,
     memory: &GuestMemory,
-) -> Result<u64> {
+) -> Result<(u64, u64)> {
     const EXPECTED: &str =
         "an ELF64 executable for x86-64 (of a Linux kernel: the uncompressed vmlinux)";
     let mut head = Vec::new();
@@ -117,10 +119,11 @@ fn load_elf<F: Read + Seek + ReadVolatile>(
     image.seek(SeekFrom::Start(0)).map_err(|error| boot_error(what, EXPECTED, error))?;
     let loaded = Elf::load(memory, None, image, None)
         .map_err(|error| boot_error(what, "ELF segments that fit guest memory", error))?;
-    Ok(loaded.kernel_load.0)
+    Ok((loaded.kernel_load.0, loaded.kernel_end))
 }
 
-fn load_initrd(path: &Path, ram: &GuestRam) -> Result<(u64, u64)> {
+/// Loads the initrd behind `kernel_end`; returns its address and length.
+fn load_initrd(path: &Path, ram: &GuestRam, kernel_end: u64) -> Result<(u64, u64)> {
     let mut file = open(path)?;
     let what = || path.display().to_string();
     let len = file.metadata().map_err(|error| boot_error(what(), "a readable file", error))?.len();
@@ -129,9 +132,13 @@ fn load_initrd(path: &Path, ram: &GuestRam) -> Result<(u64, u64)> {
     let address = low_end
         .checked_sub(len)
         .map(|address| address & !0xfff)
-        .filter(|address| *address > HIGH_RAM && len > 0)
+        .filter(|address| *address >= kernel_end.max(HIGH_RAM) && len > 0)
         .ok_or_else(|| {
-            boot_error(what(), "an initrd that fits guest memory", format!("{len} bytes"))
+            boot_error(
+                what(),
+                "an initrd that fits guest memory behind the kernel",
+                format!("{len} bytes"),
+            )
         })?;
     ram.memory()
         .read_exact_volatile_from(GuestAddress(address), &mut file, len as usize)
