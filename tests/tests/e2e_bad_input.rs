@@ -212,12 +212,17 @@ fn kernels_that_are_none() {
     refused(&host, &args, &["the command line", "2047"]);
 }
 
-/// Where the frame of the first data page of the newest snapshot is.
-fn data_frame(host: &Host) -> (PathBuf, u64, String) {
+/// The first page that the workload writes.
+const DATA_GPA: u64 = 16 << 20;
+/// The page with the counters of the workload's first vCPU, which `resume` reads itself.
+const CONTROL_GPA: u64 = 0x20_1000;
+
+/// Where the frame of the page at `gpa` in the newest snapshot is.
+fn frame_of(host: &Host, gpa: u64) -> (PathBuf, u64, String) {
     let store = host.store();
     let id = store.latest().expect("a snapshot").id;
     let region = store.snapshot(id).and_then(|snapshot| snapshot.region("ram")).expect("RAM");
-    let page = (16 << 20) / 4096;
+    let page = gpa / 4096;
     let Location::Frame { frame, .. } = region.locate(page).expect("the tree is good") else {
         panic!("the guest wrote page {page}");
     };
@@ -242,7 +247,7 @@ fn a_damaged_frame_is_never_shown_to_a_guest() {
     }
     let good = host_with_store();
     let host = copy_store(&good);
-    let (segment, offset, name) = data_frame(&host);
+    let (segment, offset, name) = frame_of(&host, DATA_GPA);
     flip_byte(&segment, offset + 100);
     let store = host.store_path().display().to_string();
     let place = format!("{name} is damaged at offset {offset}");
@@ -259,13 +264,25 @@ fn a_damaged_frame_is_never_shown_to_a_guest() {
 }
 
 #[test]
+fn damage_that_the_vmm_itself_meets_ends_the_vm_too() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let good = host_with_store();
+    let host = copy_store(&good);
+    let (segment, offset, name) = frame_of(&host, CONTROL_GPA);
+    flip_byte(&segment, offset + 100);
+    resume_fails(&host, &name);
+}
+
+#[test]
 fn a_truncated_segment_is_named() {
     if !kvm_or_skip() {
         return;
     }
     let good = host_with_store();
     let host = copy_store(&good);
-    let (segment, offset, name) = data_frame(&host);
+    let (segment, offset, name) = frame_of(&host, DATA_GPA);
     let file = std::fs::File::options().write(true).open(segment).expect("the segment");
     file.set_len(offset + 10).expect("it can be cut");
     let store = host.store_path().display().to_string();
