@@ -39,6 +39,6 @@ pub use page::{PAGE_SIZE, Page, PageSet, PageSource, is_zero};
 pub use pipeline::{Progress, WriteStats};
 pub use snapshot::{RegionReader, Snapshot};
 pub use storage::{DirStorage, LockError, Storage, StoreFile, WriterLock};
-pub use store::{SnapshotInfo, Store, StoreOptions};
+pub use store::{SnapshotInfo, Store, StoreOptions, unix_ms};
 pub use transaction::{Committed, Description, RegionHandle, Transaction};
 pub use verify::{Damage, VerifyProgress, VerifyReport, verify};

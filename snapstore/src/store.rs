@@ -408,7 +408,8 @@ pub(crate) fn check_frame_len(raw_len: usize) -> Result<(), Malformed> {
 }
 
 /// Now, in Unix milliseconds.
-pub(crate) fn unix_ms() -> u64 {
+#[must_use]
+pub fn unix_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }

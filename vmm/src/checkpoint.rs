@@ -5,11 +5,11 @@
 use std::io;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use frazil_snapstore::{
     Description, Page, PageSet, PageSource, Progress, RegionHandle, SnapshotId, StateChunk, Store,
-    StoreError, Transaction, WriteStats,
+    StoreError, Transaction, WriteStats, unix_ms,
 };
 use serde::{Deserialize, Serialize};
 
@@ -285,7 +285,8 @@ impl<'a> Checkpoint<'a> {
         let mut previous = u64::MAX;
         let started = Instant::now();
         for round in 0..MAX_ROUNDS {
-            let fresh = self.harvest()?;
+            let mut fresh = PageSet::new(self.line.since_head.capacity());
+            self.line.harvest(&mut fresh)?;
             // The first round writes all that the parent lacks, also what an earlier checkpoint
             // harvested and failed to publish.
             let pages = if round == 0 { self.line.since_head.clone() } else { fresh };
@@ -303,15 +304,6 @@ impl<'a> Checkpoint<'a> {
         }
         self.stats.precopy_us = us(started.elapsed());
         Ok(())
-    }
-
-    /// Adds what was written since the last harvest to the line's set, and returns it.
-    fn harvest(&mut self) -> Result<PageSet> {
-        let mut fresh = PageSet::new(self.line.since_head.capacity());
-        let harvested = self.line.tracker.harvest(&mut fresh);
-        // Also after an error: what was read is cleared in KVM.
-        self.line.since_head.union(&fresh);
-        harvested.map(|()| fresh)
     }
 
     /// Phases 2 to 4. Whatever happens, a guest that ran goes on running, unless it is to exit
@@ -340,9 +332,7 @@ impl<'a> Checkpoint<'a> {
     /// Phase 3, the guest stands still.
     fn cut(&mut self) -> Result<Cut> {
         // Into the set that is there: nothing is allocated for it in the pause.
-        let harvested = self.line.tracker.harvest(&mut self.waiting);
-        self.line.since_head.union(&self.waiting);
-        harvested?;
+        self.line.harvest(&mut self.waiting)?;
         let left = std::mem::take(&mut self.waiting);
         self.stats.cut_pages = left.count();
         self.line.staged.copy(left, self.vm.ram()).map_err(VmmError::host("copy guest pages"))?;
@@ -501,9 +491,4 @@ impl PageSource for StagedPages {
 
 fn us(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
-}
-
-fn unix_ms() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }

@@ -1,7 +1,6 @@
 //! Periodic checkpoints.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -15,12 +14,11 @@ use crate::vm::Vm;
 pub type OnCheckpoint = Box<dyn Fn(&Result<CheckpointReport>) + Send>;
 
 /// Takes a checkpoint every so often, until dropped. One that would have to start while another
-/// is being written is left out and counted.
+/// is being written is left out, and counted among the VM's totals.
 #[derive(Debug)]
 pub struct Scheduler {
     stop: Option<Sender<()>>,
     thread: Option<JoinHandle<()>>,
-    skipped: Arc<AtomicU64>,
 }
 
 impl Scheduler {
@@ -30,8 +28,6 @@ impl Scheduler {
     /// [`VmmError::Host`] if its thread cannot be started.
     pub fn start(vm: Arc<Vm>, interval: Duration, on_checkpoint: OnCheckpoint) -> Result<Self> {
         let (stop, stopped) = crossbeam_channel::bounded::<()>(0);
-        let skipped = Arc::new(AtomicU64::new(0));
-        let counter = Arc::clone(&skipped);
         let thread = std::thread::Builder::new()
             .name("frazil-schedule".into())
             .spawn(move || {
@@ -46,28 +42,19 @@ impl Scheduler {
                         // Ended meanwhile: nothing failed.
                         Some(Err(_)) if vm.ended().is_some() => return,
                         Some(taken) => on_checkpoint(&taken),
-                        None => {
-                            counter.fetch_add(1, Ordering::Relaxed);
-                        }
+                        None => {}
                     }
                     due += interval;
                     // Late: the moments that passed are left out, not made up for.
                     let now = Instant::now();
                     while due <= now {
                         due += interval;
-                        counter.fetch_add(1, Ordering::Relaxed);
                         vm.count_skipped();
                     }
                 }
             })
             .map_err(VmmError::host("start the scheduler's thread"))?;
-        Ok(Self { stop: Some(stop), thread: Some(thread), skipped })
-    }
-
-    /// Checkpoints left out because the one before was not done in time.
-    #[must_use]
-    pub fn skipped(&self) -> u64 {
-        self.skipped.load(Ordering::Relaxed)
+        Ok(Self { stop: Some(stop), thread: Some(thread) })
     }
 }
 

@@ -12,6 +12,35 @@ use serde_json::Value;
 
 use crate::error::{Result, VmmError};
 
+/// Declares a saved type with the fields of a runtime type, and both conversions. The patterns name
+/// every field: one that the runtime type gains breaks the build.
+macro_rules! saved_twin {
+    ($(#[$meta:meta])* $vis:vis struct $saved:ident = $runtime:ident { $($field:ident: $type:ty),* $(,)? }) => {
+        $(#[$meta])*
+        #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+        #[serde(deny_unknown_fields)]
+        #[allow(missing_docs)] // the names are those of the data sheets
+        $vis struct $saved {
+            $(pub $field: $type,)*
+        }
+
+        impl From<$runtime> for $saved {
+            fn from(state: $runtime) -> Self {
+                let $runtime { $($field,)* } = state;
+                Self { $($field,)* }
+            }
+        }
+
+        impl From<$saved> for $runtime {
+            fn from(saved: $saved) -> Self {
+                let $saved { $($field,)* } = saved;
+                Self { $($field,)* }
+            }
+        }
+    };
+}
+pub(crate) use saved_twin;
+
 /// A type that is saved as the body of a chunk.
 pub trait Saved: Serialize + DeserializeOwned {
     /// What kind of thing it is the state of.

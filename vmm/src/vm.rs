@@ -134,6 +134,16 @@ pub(crate) struct Line {
     pub staged: StagedPages,
 }
 
+impl Line {
+    /// Adds the pages written since the last harvest to `pages`, and to those the head lacks.
+    pub(crate) fn harvest(&mut self, pages: &mut PageSet) -> Result<()> {
+        let harvested = self.tracker.harvest(pages);
+        // Also after an error: what was read is cleared in KVM.
+        self.since_head.union(pages);
+        harvested
+    }
+}
+
 /// A running virtual machine.
 #[derive(Debug)]
 pub struct Vm {

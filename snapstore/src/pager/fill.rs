@@ -111,10 +111,7 @@ impl Filler {
         first: u64,
         shared: &Shared,
     ) -> Result<u64, PagerError> {
-        let runs = self
-            .region
-            .runs(first, CHUNK_PAGES)
-            .map_err(|source| self.store_error(first, source))?;
+        let runs = self.runs_of(first)?;
         let mut chunk = self.chunk(mapping, first);
         for run in &runs {
             self.fill_run(&mut chunk, run, shared)?;
@@ -126,10 +123,7 @@ impl Filler {
     pub(super) fn load(&self, mapping: &Mapping) -> Result<(), PagerError> {
         (0..mapping.pages() / CHUNK_PAGES).into_par_iter().try_for_each(|index| {
             let first = mapping.first_page + index * CHUNK_PAGES;
-            let runs = self
-                .region
-                .runs(first, CHUNK_PAGES)
-                .map_err(|source| self.store_error(first, source))?;
+            let runs = self.runs_of(first)?;
             let mut chunk = self.chunk(mapping, first);
             for run in &runs {
                 self.decode(&chunk, run).map_err(|source| self.store_error(run.first, source))?;
@@ -146,6 +140,11 @@ impl Filler {
         let index = base + ((first - mapping.first_page) / CHUNK_PAGES) as usize;
         let bits = self.chunks[index].lock().unwrap_or_else(PoisonError::into_inner);
         Chunk { mapping, first, bits }
+    }
+
+    /// The runs with contents in the chunk that starts at `first`.
+    fn runs_of(&self, first: u64) -> Result<Vec<Run>, PagerError> {
+        self.region.runs(first, CHUNK_PAGES).map_err(|source| self.store_error(first, source))
     }
 
     fn store_error(&self, page: u64, source: StoreError) -> PagerError {

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::{Result, VmmError};
-use crate::state::{ChunkSet, Saved, chunk};
+use crate::state::{ChunkSet, Saved, chunk, saved_twin};
 use crate::vcpu::saved::Reg;
 
 const IRQCHIP: &str = "irqchip";
@@ -116,46 +116,27 @@ impl Saved for SavedIrqchip {
     }
 }
 
-macro_rules! saved_pic {
-    ($($field:ident),* $(,)?) => {
-        #[derive(Clone, PartialEq, Serialize, Deserialize)]
-        #[serde(deny_unknown_fields)]
-        struct SavedPic { $($field: u8,)* }
-
-        impl From<kvm_pic_state> for SavedPic {
-            fn from(state: kvm_pic_state) -> Self {
-                let kvm_pic_state { $($field,)* } = state;
-                Self { $($field,)* }
-            }
-        }
-
-        impl From<SavedPic> for kvm_pic_state {
-            fn from(saved: SavedPic) -> Self {
-                let SavedPic { $($field,)* } = saved;
-                Self { $($field,)* }
-            }
-        }
-    };
+saved_twin! {
+    /// One 8259A.
+    struct SavedPic = kvm_pic_state {
+        last_irr: u8,
+        irr: u8,
+        imr: u8,
+        isr: u8,
+        priority_add: u8,
+        irq_base: u8,
+        read_reg_select: u8,
+        poll: u8,
+        special_mask: u8,
+        init_state: u8,
+        auto_eoi: u8,
+        rotate_on_auto_eoi: u8,
+        special_fully_nested_mode: u8,
+        init4: u8,
+        elcr: u8,
+        elcr_mask: u8,
+    }
 }
-
-saved_pic!(
-    last_irr,
-    irr,
-    imr,
-    isr,
-    priority_add,
-    irq_base,
-    read_reg_select,
-    poll,
-    special_mask,
-    init_state,
-    auto_eoi,
-    rotate_on_auto_eoi,
-    special_fully_nested_mode,
-    init4,
-    elcr,
-    elcr_mask,
-);
 
 #[derive(Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -188,32 +169,13 @@ impl From<SavedIoapic> for kvm_ioapic_state {
     }
 }
 
-macro_rules! saved_pit_channel {
-    ($($field:ident: $type:ty),* $(,)?) => {
-        #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-        #[serde(deny_unknown_fields)]
-        struct SavedPitChannel { $($field: $type,)* }
-
-        impl From<kvm_pit_channel_state> for SavedPitChannel {
-            fn from(state: kvm_pit_channel_state) -> Self {
-                let kvm_pit_channel_state { $($field,)* } = state;
-                Self { $($field,)* }
-            }
-        }
-
-        impl From<SavedPitChannel> for kvm_pit_channel_state {
-            fn from(saved: SavedPitChannel) -> Self {
-                let SavedPitChannel { $($field,)* } = saved;
-                Self { $($field,)* }
-            }
-        }
-    };
-}
-
-saved_pit_channel!(
-    count: u32, latched_count: u16, count_latched: u8, status_latched: u8, status: u8, read_state: u8,
+saved_twin! {
+    /// One channel of the 8254.
+    struct SavedPitChannel = kvm_pit_channel_state {
+        count: u32, latched_count: u16, count_latched: u8, status_latched: u8, status: u8, read_state: u8,
     write_state: u8, write_latch: u8, rw_mode: u8, mode: u8, bcd: u8, gate: u8, count_load_time: i64,
-);
+    }
+}
 
 /// The 8254.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -8,7 +8,6 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender};
 use kvm_ioctls::VmFd;
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use vm_superio::serial::{NoEvents, SerialState};
 use vm_superio::{Serial, Trigger};
@@ -16,7 +15,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{Device, SnapshotSupport};
 use crate::error::{Result, VmmError};
-use crate::state::{Saved, chunk};
+use crate::state::{Saved, chunk, saved_twin};
 
 const BASE: u16 = 0x3f8;
 const IRQ: u32 = 4;
@@ -191,78 +190,19 @@ impl Device for SerialPort {
     }
 }
 
-/// The registers of a 16550A and what waits in its receive buffer.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[allow(missing_docs)] // the names are those of the data sheet
-pub struct SavedSerial {
-    pub baud_divisor_low: u8,
-    pub baud_divisor_high: u8,
-    pub interrupt_enable: u8,
-    pub interrupt_identification: u8,
-    pub line_control: u8,
-    pub line_status: u8,
-    pub modem_control: u8,
-    pub modem_status: u8,
-    pub scratch: u8,
-    pub in_buffer: Vec<u8>,
-}
-
-impl From<SerialState> for SavedSerial {
-    fn from(state: SerialState) -> Self {
-        let SerialState {
-            baud_divisor_low,
-            baud_divisor_high,
-            interrupt_enable,
-            interrupt_identification,
-            line_control,
-            line_status,
-            modem_control,
-            modem_status,
-            scratch,
-            in_buffer,
-        } = state;
-        Self {
-            baud_divisor_low,
-            baud_divisor_high,
-            interrupt_enable,
-            interrupt_identification,
-            line_control,
-            line_status,
-            modem_control,
-            modem_status,
-            scratch,
-            in_buffer,
-        }
-    }
-}
-
-impl From<SavedSerial> for SerialState {
-    fn from(saved: SavedSerial) -> Self {
-        let SavedSerial {
-            baud_divisor_low,
-            baud_divisor_high,
-            interrupt_enable,
-            interrupt_identification,
-            line_control,
-            line_status,
-            modem_control,
-            modem_status,
-            scratch,
-            in_buffer,
-        } = saved;
-        Self {
-            baud_divisor_low,
-            baud_divisor_high,
-            interrupt_enable,
-            interrupt_identification,
-            line_control,
-            line_status,
-            modem_control,
-            modem_status,
-            scratch,
-            in_buffer,
-        }
+saved_twin! {
+    /// The registers of a 16550A and what waits in its receive buffer.
+    pub struct SavedSerial = SerialState {
+        baud_divisor_low: u8,
+        baud_divisor_high: u8,
+        interrupt_enable: u8,
+        interrupt_identification: u8,
+        line_control: u8,
+        line_status: u8,
+        modem_control: u8,
+        modem_status: u8,
+        scratch: u8,
+        in_buffer: Vec<u8>,
     }
 }
 
