@@ -10,7 +10,7 @@ need() { # need PACKAGE CHECK...
     "$@" >/dev/null 2>&1 || missing+=("$package")
 }
 has_libclang() {
-    ldconfig -p 2>/dev/null | grep -q 'libclang[-.0-9]*\.so' || compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' >/dev/null
+    ldconfig -p 2>/dev/null | grep -q 'libclang[-.0-9]*\.so' || compgen -G '/usr/lib/llvm-*/lib/libclang[-.][0-9s]*so*' >/dev/null # not libclang-cpp
 }
 
 need gcc command -v cc

@@ -90,6 +90,16 @@ impl<'a> Decoder<'a> {
         })
     }
 
+    /// True if nothing is left.
+    pub fn is_empty(&self) -> bool {
+        self.rest.is_empty()
+    }
+
+    /// All that is left.
+    pub fn rest(&mut self) -> &'a [u8] {
+        std::mem::take(&mut self.rest)
+    }
+
     /// The fields must end here.
     pub fn finish(self, what: &'static str) -> Decoded<()> {
         if self.rest.is_empty() {

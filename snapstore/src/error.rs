@@ -77,6 +77,21 @@ pub enum StoreError {
         found: String,
     },
 
+    /// A file or record is not there.
+    #[error(
+        "{file} lacks what was written at offset {offset}: {found}; if the snapshot was forgotten \
+         and pruned while it was being read, use another one, else the store is damaged: `frazil \
+         verify` says how far"
+    )]
+    Missing {
+        /// The file it was in, or was written to.
+        file: String,
+        /// Offset of the record in bytes.
+        offset: u64,
+        /// What there is instead.
+        found: String,
+    },
+
     /// The reference names no snapshot.
     #[error("no snapshot `{reference}` in {store}: {hint}")]
     UnknownRef {

@@ -15,13 +15,35 @@ pub const STORE_FILE: &str = "FRAZIL";
 pub const LOCK_FILE: &str = "lock";
 /// The log of published snapshots and tags.
 pub const JOURNAL_FILE: &str = "journal";
-/// The folder of segments.
+/// The journal being written anew, before it takes the other's place.
+pub const JOURNAL_NEW_FILE: &str = "journal.new";
+/// The folder of segments and packs.
 pub const SEGMENT_FOLDER: &str = "segments";
+/// The folder of pins: who reads what, so that it is not pruned away. Not part of the data.
+pub const PIN_FOLDER: &str = "pins";
 
 /// The name of segment `number`.
 #[must_use]
 pub fn segment_name(number: u32) -> String {
     format!("{SEGMENT_FOLDER}/{number:08x}.seg")
+}
+
+/// The name of pack `number`.
+#[must_use]
+pub fn pack_name(number: u32) -> String {
+    format!("{SEGMENT_FOLDER}/{number:08x}.pack")
+}
+
+/// The kind and number that the file `name` of the segment folder stands for, if it is ours.
+pub(crate) fn parse_name(name: &str) -> Option<(FileKind, u32)> {
+    let (digits, kind) = match name.rsplit_once('.')? {
+        (digits, "seg") => (digits, FileKind::Segment),
+        (digits, "pack") => (digits, FileKind::Pack),
+        _ => return None,
+    };
+    let number = u32::from_str_radix(digits, 16).ok()?;
+    // Only names we would have given: the others are somebody else's files.
+    (format!("{number:08x}") == digits).then_some((kind, number))
 }
 
 /// Bytes of every file header.
@@ -35,6 +57,8 @@ pub(crate) const RECORD_MAGIC: u8 = 0xF5;
 pub const MAX_FRAME_PAGES: usize = 64;
 /// The most bytes a decoded node may have.
 pub(crate) const MAX_NODE_LEN: usize = 4 << 20;
+/// The most bytes a decoded delta frame may have: pages, and 46 bytes a page to name its base.
+pub(crate) const MAX_DELTA_LEN: usize = MAX_FRAME_PAGES * (PAGE_SIZE + 64);
 /// The most bytes a decoded manifest or state chunk may have.
 pub const MAX_BLOB_LEN: usize = 64 << 20;
 /// The most bytes a segment may reach; offsets are 32 bits.
@@ -48,10 +72,11 @@ const _: () = {
 };
 
 /// What kind of file a header belongs to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) enum FileKind {
     Store,
     Segment,
+    Pack,
     Journal,
 }
 
@@ -60,6 +85,7 @@ impl FileKind {
         match self {
             Self::Store => *b"FRAZIL\r\n",
             Self::Segment => *b"FRZLSEG\n",
+            Self::Pack => *b"FRZLPAK\n",
             Self::Journal => *b"FRZLJNL\n",
         }
     }
@@ -72,7 +98,7 @@ impl FileKind {
 /// |---|---|---|
 /// | 0 | 8 | magic |
 /// | 8 | 4 | format version |
-/// | 12 | 4 | file number (segment number; 0 elsewhere) |
+/// | 12 | 4 | file number (of the segment or pack; how often the journal was written anew) |
 /// | 16 | 16 | the store's UUID |
 /// | 32 | 8 | time of creation, Unix milliseconds |
 /// | 40 | 8 | zero |
@@ -154,6 +180,12 @@ pub(crate) enum RecordKind {
     Blob = 3,
     /// A snapshot's manifest.
     Manifest = 4,
+    /// Up to [`MAX_FRAME_PAGES`] pages as their difference from pages of frames.
+    Delta = 5,
+    /// Fingerprints of the pages of frames.
+    Fingerprints = 6,
+    /// What a pack holds, and where.
+    PackIndex = 7,
 }
 
 impl RecordKind {
@@ -161,7 +193,8 @@ impl RecordKind {
         match self {
             Self::Frame => MAX_FRAME_PAGES * PAGE_SIZE,
             Self::Node => MAX_NODE_LEN,
-            Self::Blob | Self::Manifest => MAX_BLOB_LEN,
+            Self::Delta => MAX_DELTA_LEN,
+            Self::Blob | Self::Manifest | Self::Fingerprints | Self::PackIndex => MAX_BLOB_LEN,
         }
     }
 
@@ -171,6 +204,9 @@ impl RecordKind {
             Self::Node => "tree node",
             Self::Blob => "state chunk",
             Self::Manifest => "manifest",
+            Self::Delta => "delta frame",
+            Self::Fingerprints => "fingerprints",
+            Self::PackIndex => "pack index",
         }
     }
 }
@@ -226,7 +262,10 @@ impl RecordHeader {
             2 => RecordKind::Node,
             3 => RecordKind::Blob,
             4 => RecordKind::Manifest,
-            other => return Err(Malformed::new("record kind", "1 to 4", other)),
+            5 => RecordKind::Delta,
+            6 => RecordKind::Fingerprints,
+            7 => RecordKind::PackIndex,
+            other => return Err(Malformed::new("record kind", "1 to 7", other)),
         };
         let codec = match decoder.u8("record codec")? {
             0 => Codec::Plain,
@@ -294,7 +333,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn record_headers_parse_or_fail(bytes in any::<[u8; RECORD_HEADER_LEN]>(), kind in 1_u8..5) {
+        fn record_headers_parse_or_fail(bytes in any::<[u8; RECORD_HEADER_LEN]>(), kind in 1_u8..8) {
             let mut bytes = bytes;
             bytes[0] = RECORD_MAGIC;
             bytes[1] = kind;

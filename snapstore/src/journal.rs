@@ -9,18 +9,26 @@ use crate::codec::{Decoded, Decoder, Malformed, put_block_ref};
 use crate::error::{Result, StoreError};
 use crate::format::{FILE_HEADER_LEN, FileHeader, FileKind, JOURNAL_FILE};
 use crate::id::{BlockRef, Hash, SnapshotId};
+use crate::layout::Relayout;
 use crate::storage::StoreFile;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"FRJR");
 /// magic, kind, sequence number, body length, zero.
 const HEADER_LEN: usize = 4 + 4 + 8 + 4 + 4;
 const CHECK_LEN: usize = 32;
-const MAX_BODY_LEN: usize = 4096;
+/// Bounds what a damaged length can ask for; 32,000 forgotten snapshots fit one record.
+const MAX_BODY_LEN: usize = 1 << 20;
+/// The most snapshots of one record, and the most segments of one relayout.
+pub(crate) const MAX_LISTED: usize = 30_000;
 /// The longest tag, in bytes.
 pub(crate) const MAX_TAG_LEN: usize = 255;
 
 const KIND_PUBLISH: u32 = 1;
 const KIND_TAG: u32 = 2;
+const KIND_FORGET: u32 = 3;
+const KIND_RELAYOUT: u32 = 4;
+
+const _: () = assert!(MAX_LISTED * 32 <= MAX_BODY_LEN && MAX_LISTED * 3 * 4 + 128 <= MAX_BODY_LEN);
 
 /// One event.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,6 +39,10 @@ pub(crate) enum Entry {
         name: String,
         target: Option<SnapshotId>,
     },
+    /// These snapshots are no more; at most [`MAX_LISTED`].
+    Forget(Vec<SnapshotId>),
+    /// Files changed places; at most [`MAX_LISTED`] in each list.
+    Relayout(Relayout),
 }
 
 /// A snapshot became visible.
@@ -42,6 +54,8 @@ pub(crate) struct Publication {
     pub time_unix_ms: u64,
     /// Where the next transaction goes on: segment and offset in bytes.
     pub tail: (u32, u64),
+    /// The fingerprints of the pages this transaction wrote, if it kept any.
+    pub fingerprints: Option<BlockRef>,
 }
 
 impl Entry {
@@ -49,6 +63,8 @@ impl Entry {
         match self {
             Self::Publish(_) => KIND_PUBLISH,
             Self::Tag { .. } => KIND_TAG,
+            Self::Forget(_) => KIND_FORGET,
+            Self::Relayout(_) => KIND_RELAYOUT,
         }
     }
 
@@ -60,12 +76,23 @@ impl Entry {
                 put_optional_id(&mut body, publication.parent);
                 put_block_ref(&mut body, &publication.manifest);
                 body.extend_from_slice(&publication.time_unix_ms.to_le_bytes());
-                body.extend_from_slice(&publication.tail.0.to_le_bytes());
-                body.extend_from_slice(&publication.tail.1.to_le_bytes());
+                put_tail(&mut body, publication.tail);
+                put_optional_ref(&mut body, publication.fingerprints.as_ref());
             }
             Self::Tag { name, target } => {
                 put_optional_id(&mut body, *target);
                 body.extend_from_slice(name.as_bytes());
+            }
+            Self::Forget(ids) => ids.iter().for_each(|id| body.extend_from_slice(&id.0)),
+            Self::Relayout(Relayout { tail, next_pack, pack, moved, dropped, retired_packs }) => {
+                body.push(u8::from(tail.is_some()));
+                put_tail(&mut body, tail.unwrap_or_default());
+                body.extend_from_slice(&next_pack.to_le_bytes());
+                put_optional_ref(&mut body, pack.as_ref());
+                for list in [moved, dropped, retired_packs] {
+                    body.extend_from_slice(&(list.len() as u32).to_le_bytes());
+                    list.iter().for_each(|number| body.extend_from_slice(&number.to_le_bytes()));
+                }
             }
         }
         body
@@ -81,20 +108,73 @@ impl Entry {
                     manifest: decoder.block_ref("manifest reference")?,
                     time_unix_ms: decoder.u64("time")?,
                     tail: (decoder.u32("segment")?, decoder.u64("segment length")?),
+                    fingerprints: optional_ref(&mut decoder, "fingerprints")?,
                 };
                 decoder.finish("published snapshot")?;
                 Ok(Self::Publish(publication))
             }
             KIND_TAG => {
                 let target = optional_id(&mut decoder)?;
-                let rest = body.len() - 33;
-                let name = std::str::from_utf8(decoder.bytes("tag", rest)?)
+                let name = std::str::from_utf8(decoder.rest())
                     .map_err(|error| Malformed::new("tag", "UTF-8", error))?;
                 Ok(Self::Tag { name: name.to_owned(), target })
             }
-            other => Err(Malformed::new("journal record kind", "1 or 2", other)),
+            KIND_FORGET => {
+                let mut ids = Vec::with_capacity(body.len() / 32);
+                while !decoder.is_empty() {
+                    ids.push(decoder.hash("snapshot id")?);
+                }
+                Ok(Self::Forget(ids))
+            }
+            KIND_RELAYOUT => {
+                let has_tail = flag(&mut decoder, "presence of a tail")?;
+                let tail = (decoder.u32("segment")?, decoder.u64("segment length")?);
+                let relayout = Relayout {
+                    tail: has_tail.then_some(tail),
+                    next_pack: decoder.u32("number of the next pack")?,
+                    pack: optional_ref(&mut decoder, "pack index")?,
+                    moved: numbers(&mut decoder, "moved segments")?,
+                    dropped: numbers(&mut decoder, "dropped segments")?,
+                    retired_packs: numbers(&mut decoder, "retired packs")?,
+                };
+                decoder.finish("relayout")?;
+                Ok(Self::Relayout(relayout))
+            }
+            other => Err(Malformed::new("journal record kind", "1 to 4", other)),
         }
     }
+}
+
+fn put_tail(out: &mut Vec<u8>, (segment, offset): (u32, u64)) {
+    out.extend_from_slice(&segment.to_le_bytes());
+    out.extend_from_slice(&offset.to_le_bytes());
+}
+
+fn put_optional_ref(out: &mut Vec<u8>, block: Option<&BlockRef>) {
+    out.push(u8::from(block.is_some()));
+    if let Some(block) = block {
+        put_block_ref(out, block);
+    }
+}
+
+fn optional_ref(decoder: &mut Decoder<'_>, what: &'static str) -> Decoded<Option<BlockRef>> {
+    flag(decoder, "presence of a reference")?.then(|| decoder.block_ref(what)).transpose()
+}
+
+fn flag(decoder: &mut Decoder<'_>, what: &'static str) -> Decoded<bool> {
+    match decoder.u8(what)? {
+        0 => Ok(false),
+        1 => Ok(true),
+        other => Err(Malformed::new(what, "0 or 1", other)),
+    }
+}
+
+fn numbers(decoder: &mut Decoder<'_>, what: &'static str) -> Decoded<Vec<u32>> {
+    let count = decoder.u32(what)? as usize;
+    if count > MAX_LISTED {
+        return Err(Malformed::new(what, format!("at most {MAX_LISTED}"), count));
+    }
+    (0..count).map(|_| decoder.u32(what)).collect()
 }
 
 fn put_optional_id(out: &mut Vec<u8>, id: Option<SnapshotId>) {
@@ -103,18 +183,16 @@ fn put_optional_id(out: &mut Vec<u8>, id: Option<SnapshotId>) {
 }
 
 fn optional_id(decoder: &mut Decoder<'_>) -> Decoded<Option<SnapshotId>> {
-    let present = decoder.u8("presence of an id")?;
+    let present = flag(decoder, "presence of an id")?;
     let id = decoder.hash("id")?;
-    match present {
-        0 => Ok(None),
-        1 => Ok(Some(id)),
-        other => Err(Malformed::new("presence of an id", "0 or 1", other)),
-    }
+    Ok(present.then_some(id))
 }
 
 /// Where reading the journal stands: after the last good record.
 #[derive(Clone, Debug)]
 pub(crate) struct Cursor {
+    /// The header of the journal that was read: another one is another journal.
+    header: [u8; FILE_HEADER_LEN],
     /// Offset after the last good record, in bytes.
     pub end: u64,
     next_sequence: u64,
@@ -126,12 +204,29 @@ pub(crate) struct Cursor {
 impl Cursor {
     /// At the start of a journal with this header.
     pub fn start(header: &FileHeader) -> Self {
+        let header = header.encode();
         Self {
+            header,
             end: FILE_HEADER_LEN as u64,
             next_sequence: 0,
-            chain: Hash::of(&header.encode()),
+            chain: Hash::of(&header),
             torn_bytes: 0,
         }
+    }
+
+    /// True if `file` is a journal written anew since this one was read.
+    pub fn is_replaced(&self, file: &dyn StoreFile) -> Result<bool> {
+        let mut header = [0; FILE_HEADER_LEN];
+        match file.read_exact_at(&mut header, 0) {
+            Ok(()) => Ok(header != self.header),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+            Err(error) => Err(StoreError::io("read", JOURNAL_FILE, error)),
+        }
+    }
+
+    /// How often the journal was written anew before this one.
+    pub fn generation(&self) -> u32 {
+        u32::from_le_bytes(self.header[12..16].try_into().expect("four bytes"))
     }
 
     /// Reads what was appended since.
@@ -237,6 +332,7 @@ impl Cursor {
         let check = chain(&self.chain, &bytes);
         bytes.extend_from_slice(&check.0);
         let after = Self {
+            header: self.header,
             end: self.end + bytes.len() as u64,
             next_sequence: self.next_sequence + 1,
             chain: check,
@@ -325,6 +421,7 @@ mod tests {
                 manifest,
                 time_unix_ms: 5,
                 tail: (1, 964),
+                fingerprints: None,
             }),
             Entry::Tag { name: "gold".into(), target: Some(id) },
             Entry::Publish(Publication {
@@ -333,6 +430,16 @@ mod tests {
                 manifest,
                 time_unix_ms: 6,
                 tail: (2, 64),
+                fingerprints: Some(manifest),
+            }),
+            Entry::Forget(vec![id, Hash::of(b"other")]),
+            Entry::Relayout(Relayout {
+                tail: Some((2, 64)),
+                next_pack: 8,
+                pack: Some(manifest),
+                moved: vec![1, 2],
+                dropped: vec![9],
+                retired_packs: vec![3, 4, 5],
             }),
             Entry::Tag { name: "gold".into(), target: None },
         ]
@@ -372,7 +479,7 @@ mod tests {
         let check = chain(&start().chain, &bytes[..covered]);
         bytes[covered..].copy_from_slice(&check.0);
         let error = start().parse(&bytes).unwrap_err();
-        assert!(error.to_string().contains("expected 1 or 2, found 9"), "{error}");
+        assert!(error.to_string().contains("expected 1 to 4, found 9"), "{error}");
     }
 
     #[test]

@@ -8,37 +8,58 @@
 //! This crate knows pages, regions and opaque state, and nothing of virtual machines. The layout
 //! on the medium is fixed in `FORMAT.md`, the reasons for it in `DESIGN.md`.
 
+mod catalog;
+mod changes;
 mod codec;
+mod create;
+mod delta;
+mod diff;
+mod elide;
 mod error;
 mod format;
+mod frame;
 mod id;
 mod journal;
+mod layout;
 mod manifest;
+mod mark;
 mod node;
+mod pack;
 mod page;
 pub mod pager;
+mod pins;
 mod pipeline;
+mod progress;
+mod prune;
 mod record;
 pub mod reference;
+mod repack;
+//pub mod retention;
 mod segment;
+mod sift;
 mod snapshot;
 mod storage;
 mod store;
 mod transaction;
 mod tree;
 mod verify;
+mod writer;
 
+pub use catalog::SnapshotInfo;
+pub use diff::{DiffOptions, PageRange, RegionDiff, SnapshotDiff, StateDiff, diff};
 pub use error::{Result, StoreError};
 pub use format::{
-    FORMAT_VERSION, JOURNAL_FILE, MAX_FRAME_PAGES, SEGMENT_FOLDER, STORE_FILE, segment_name,
+    FORMAT_VERSION, JOURNAL_FILE, MAX_FRAME_PAGES, SEGMENT_FOLDER, STORE_FILE, pack_name,
+    segment_name,
 };
 pub use id::{BlockRef, Hash, SnapshotId};
 pub use manifest::{Manifest, RegionManifest, StateChunk, StateRef};
 pub use node::{Location, MAX_REGION_PAGES, Run};
 pub use page::{PAGE_SIZE, Page, PageSet, PageSource, is_zero};
-pub use pipeline::{Progress, WriteStats};
+pub use progress::{Progress, WriteStats};
+pub use prune::{PruneOptions, PruneProgress, PruneReport};
 pub use snapshot::{RegionReader, Snapshot};
-pub use storage::{DirStorage, LockError, Storage, StoreFile, WriterLock};
-pub use store::{SnapshotInfo, Store, StoreOptions, unix_ms};
+pub use storage::{DirStorage, LockError, Pin, Storage, StoreFile, WriterLock};
+pub use store::{Elide, Store, StoreOptions, unix_ms};
 pub use transaction::{Committed, Description, RegionHandle, Transaction};
 pub use verify::{Damage, VerifyProgress, VerifyReport, verify};

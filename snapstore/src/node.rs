@@ -4,6 +4,8 @@
 //! a Bε-tree, *pending* runs that override what the children say: a small commit rewrites the
 //! root only, and changes move down in batches that are worth a child's rewriting.
 
+use std::collections::HashMap;
+
 use crate::codec::{Decoded, Decoder, Malformed, put_block_ref, put_varint};
 use crate::format::MAX_FRAME_PAGES;
 use crate::id::BlockRef;
@@ -29,14 +31,31 @@ pub enum Location {
         /// The page's place in the decoded frame.
         slot: u8,
     },
+    /// In slot `slot` of a delta frame, as the difference from a page of a plain one.
+    Delta {
+        /// The delta frame's record.
+        frame: BlockRef,
+        /// The page's place in the decoded frame.
+        slot: u8,
+    },
 }
 
 impl Location {
+    /// The frame or delta frame, and the slot there; none for zero pages.
+    #[must_use]
+    pub fn block(&self) -> Option<(BlockRef, u8)> {
+        match *self {
+            Self::Zero => None,
+            Self::Frame { frame, slot } | Self::Delta { frame, slot } => Some((frame, slot)),
+        }
+    }
+
     /// The location `pages` further on in the same run.
     fn advance(self, pages: u64) -> Self {
         match self {
             Self::Zero => Self::Zero,
             Self::Frame { frame, slot } => Self::Frame { frame, slot: slot + pages as u8 },
+            Self::Delta { frame, slot } => Self::Delta { frame, slot: slot + pages as u8 },
         }
     }
 }
@@ -79,7 +98,8 @@ impl Location {
     fn advance_fits(self, pages: u64, next: Self) -> bool {
         match (self, next) {
             (Self::Zero, Self::Zero) => true,
-            (Self::Frame { frame: a, slot }, Self::Frame { frame: b, slot: next }) => {
+            (Self::Frame { frame: a, slot }, Self::Frame { frame: b, slot: next })
+            | (Self::Delta { frame: a, slot }, Self::Delta { frame: b, slot: next }) => {
                 a == b && u64::from(slot) + pages == u64::from(next)
             }
             _ => false,
@@ -203,26 +223,27 @@ impl Node {
         ((page - self.first) / span_pages(self.level - 1)) as u8
     }
 
-    /// Layout: level (1 byte), first page, frames and runs counts (varints), frames (references),
-    /// runs, bit map of children (8 bytes) and their references. A run is: gap to the end of the
-    /// run before (varint), count (varint), 0 for zero pages or 1 + index of its frame (varint),
-    /// and, for a frame, the slot (1 byte).
+    /// Layout: level (1 byte), first page, numbers of frames, delta frames and runs (varints),
+    /// references to frames and to delta frames, runs, bit map of children (8 bytes) and their
+    /// references. A run is: gap to the end of the run before (varint), count (varint), 0 for zero
+    /// pages or 1 + index of its frame (varint), and, for a frame, the slot (1 byte).
     pub fn encode(&self) -> Vec<u8> {
-        let (frames, indices) = self.frame_table();
+        let table = FrameTable::of(&self.runs);
         let mut out = Vec::with_capacity(
-            32 + frames.len() * 44 + self.runs.len() * 6 + self.children.len() * 44,
+            32 + table.len() * 44 + self.runs.len() * 6 + self.children.len() * 44,
         );
         out.push(self.level);
         put_varint(&mut out, self.first);
-        put_varint(&mut out, frames.len() as u64);
+        put_varint(&mut out, table.frames.len() as u64);
+        put_varint(&mut out, table.deltas.len() as u64);
         put_varint(&mut out, self.runs.len() as u64);
-        frames.iter().for_each(|frame| put_block_ref(&mut out, frame));
+        table.frames.iter().chain(&table.deltas).for_each(|frame| put_block_ref(&mut out, frame));
         let mut end = self.first;
-        for (run, index) in self.runs.iter().zip(indices) {
+        for run in &self.runs {
             put_varint(&mut out, run.first - end);
             put_varint(&mut out, run.count);
-            put_varint(&mut out, index);
-            if let Location::Frame { slot, .. } = run.location {
+            put_varint(&mut out, table.index(&run.location));
+            if let Some((_, slot)) = run.location.block() {
                 out.push(slot);
             }
             end = run.end();
@@ -233,26 +254,6 @@ impl Node {
             self.children.iter().for_each(|(_, child)| put_block_ref(&mut out, child));
         }
         out
-    }
-
-    /// The distinct frames in order of first use, and per run 0 or 1 + its frame's index.
-    fn frame_table(&self) -> (Vec<BlockRef>, Vec<u64>) {
-        let mut frames = Vec::new();
-        let mut known = std::collections::HashMap::new();
-        let indices = self
-            .runs
-            .iter()
-            .map(|run| match run.location {
-                Location::Zero => 0,
-                Location::Frame { frame, .. } => {
-                    1 + *known.entry(frame).or_insert_with(|| {
-                        frames.push(frame);
-                        frames.len() as u64 - 1
-                    })
-                }
-            })
-            .collect();
-        (frames, indices)
     }
 
     pub fn decode(bytes: &[u8], level: u8, first: u64) -> Decoded<Self> {
@@ -268,21 +269,25 @@ impl Node {
         }
         let mut node = Self::empty(level, first);
         let frame_count = decoder.varint("number of frames")?;
+        let delta_count = decoder.varint("number of delta frames")?;
         let run_count = decoder.varint("number of runs")?;
         let most = bytes.len() as u64;
-        if frame_count > most / BlockRef::ENCODED_LEN as u64 || run_count > most / 3 {
+        let table_len = frame_count.saturating_add(delta_count);
+        if table_len > most / BlockRef::ENCODED_LEN as u64 || run_count > most / 3 {
             return Err(Malformed::new(
                 "counts",
                 format!("what fits {most} bytes"),
-                format!("{frame_count} frames, {run_count} runs"),
+                format!("{frame_count} frames, {delta_count} delta frames, {run_count} runs"),
             ));
         }
-        let frames =
-            (0..frame_count).map(|_| decoder.block_ref("frame")).collect::<Decoded<Vec<_>>>()?;
+        let mut refs = |count: u64, what| {
+            (0..count).map(|_| decoder.block_ref(what)).collect::<Decoded<Vec<_>>>()
+        };
+        let (frames, deltas) = (refs(frame_count, "frame")?, refs(delta_count, "delta frame")?);
         node.runs.reserve_exact(run_count as usize);
         let mut end = first;
         for _ in 0..run_count {
-            let run = decode_run(&mut decoder, end, node.end(), &frames)?;
+            let run = decode_run(&mut decoder, end, node.end(), &frames, &deltas)?;
             end = run.end();
             node.runs.push(run);
         }
@@ -302,6 +307,7 @@ fn decode_run(
     after: u64,
     limit: u64,
     frames: &[BlockRef],
+    deltas: &[BlockRef],
 ) -> Decoded<Run> {
     let gap = decoder.varint("gap between runs")?;
     let count = decoder.varint("length of a run")?;
@@ -323,11 +329,58 @@ fn decode_run(
             u64::from(slot) + count,
         ));
     }
-    let frame = usize::try_from(index - 1).ok().and_then(|index| frames.get(index));
-    let frame = *frame.ok_or_else(|| {
-        Malformed::new("frame of a run", format!("at most {}", frames.len()), index)
-    })?;
-    Ok(Run { first, count, location: Location::Frame { frame, slot } })
+    let index = usize::try_from(index - 1).unwrap_or(usize::MAX);
+    let delta = index.checked_sub(frames.len()).and_then(|index| deltas.get(index));
+    let location = match (frames.get(index), delta) {
+        (Some(&frame), _) => Location::Frame { frame, slot },
+        (None, Some(&frame)) => Location::Delta { frame, slot },
+        (None, None) => {
+            let most = frames.len() + deltas.len();
+            let found = index.saturating_add(1);
+            return Err(Malformed::new("frame of a run", format!("at most {most}"), found));
+        }
+    };
+    Ok(Run { first, count, location })
+}
+
+/// The distinct frames and delta frames of runs, in order of first use.
+#[derive(Default)]
+struct FrameTable {
+    frames: Vec<BlockRef>,
+    deltas: Vec<BlockRef>,
+    known: HashMap<(BlockRef, bool), usize>,
+}
+
+impl FrameTable {
+    fn of(runs: &[Run]) -> Self {
+        let mut table = Self::default();
+        for run in runs {
+            let (list, frame, delta) = match run.location {
+                Location::Zero => continue,
+                Location::Frame { frame, .. } => (&mut table.frames, frame, false),
+                Location::Delta { frame, .. } => (&mut table.deltas, frame, true),
+            };
+            table.known.entry((frame, delta)).or_insert_with(|| {
+                list.push(frame);
+                list.len() - 1
+            });
+        }
+        table
+    }
+
+    fn len(&self) -> usize {
+        self.frames.len() + self.deltas.len()
+    }
+
+    /// 0 for zero pages, else 1 + the frame's index; delta frames come behind the others.
+    fn index(&self, location: &Location) -> u64 {
+        let index = match *location {
+            Location::Zero => return 0,
+            Location::Frame { frame, .. } => self.known[&(frame, false)],
+            Location::Delta { frame, .. } => self.frames.len() + self.known[&(frame, true)],
+        };
+        1 + index as u64
+    }
 }
 
 #[cfg(test)]
@@ -362,6 +415,7 @@ pub(crate) mod tests {
                     end = first + count;
                     let location = match number {
                         0 => Location::Zero,
+                        number if number % 3 == 0 => Location::Delta { frame: frame(number), slot },
                         number => Location::Frame { frame: frame(number), slot },
                     };
                     out.push(Run { first, count, location });

@@ -74,6 +74,12 @@ impl PageSet {
         self.words().iter().all(|&word| word == 0)
     }
 
+    /// The last page in the set.
+    #[must_use]
+    pub fn last(&self) -> Option<u64> {
+        self.bits.last_one().map(|index| index as u64)
+    }
+
     /// True if `page` is in the set; pages beyond its capacity are not.
     #[must_use]
     pub fn contains(&self, page: u64) -> bool {

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 
 use crate::codec::{Decoded, Malformed};
 use crate::format::{Codec, RECORD_HEADER_LEN, RecordHeader, RecordKind};
-use crate::id::{BlockRef, Hash};
+use crate::id::Hash;
 
 /// A record ready to be appended to a segment.
 #[derive(Debug)]
@@ -18,6 +18,8 @@ pub(crate) struct EncodedRecord {
 /// Compresses and hashes records; one per thread, since a zstd context is costly to make.
 pub(crate) struct RecordEncoder {
     compressor: zstd::bulk::Compressor<'static>,
+    /// Where output goes that may turn out shorter.
+    out: Vec<u8>,
 }
 
 impl std::fmt::Debug for RecordEncoder {
@@ -29,18 +31,17 @@ impl std::fmt::Debug for RecordEncoder {
 impl RecordEncoder {
     /// An encoder at zstd `level` (negative levels are the fast ones).
     pub fn new(level: i32) -> std::io::Result<Self> {
-        Ok(Self { compressor: zstd::bulk::Compressor::new(level)? })
+        Ok(Self { compressor: zstd::bulk::Compressor::new(level)?, out: Vec::new() })
     }
 
     /// Encodes `raw`, compressed if that saves at least a sixteenth of it.
     pub fn encode(&mut self, kind: RecordKind, raw: &[u8]) -> EncodedRecord {
         let most = raw.len() - raw.len() / 16;
-        let mut bytes = vec![0; RECORD_HEADER_LEN + most];
+        self.out.resize(RECORD_HEADER_LEN + most, 0);
         // zstd stops as soon as the output does not fit, which is how incompressible data shows.
-        match self.compressor.compress_to_buffer(raw, &mut bytes[RECORD_HEADER_LEN..]) {
+        match self.compressor.compress_to_buffer(raw, &mut self.out[RECORD_HEADER_LEN..]) {
             Ok(stored_len) => {
-                bytes.truncate(RECORD_HEADER_LEN + stored_len);
-                bytes.shrink_to_fit();
+                let bytes = self.out[..RECORD_HEADER_LEN + stored_len].to_vec();
                 Self::seal(kind, Codec::Zstd, raw.len(), bytes)
             }
             Err(_does_not_fit) => Self::encode_plain(kind, raw),
@@ -71,16 +72,17 @@ impl RecordEncoder {
 /// A record whose bytes were checked against the hash in its reference.
 #[derive(Debug)]
 pub(crate) struct VerifiedRecord<'a> {
+    bytes: &'a [u8],
     header: RecordHeader,
     payload: &'a [u8],
 }
 
 impl<'a> VerifiedRecord<'a> {
-    /// Checks `bytes` against `block`, and that it is a record of `kind`.
-    pub fn check(bytes: &'a [u8], block: &BlockRef, kind: RecordKind) -> Decoded<Self> {
+    /// Checks `bytes` against `hash`, and that it is a record of `kind`.
+    pub fn check(bytes: &'a [u8], hash: &Hash, kind: RecordKind) -> Decoded<Self> {
         let found = Hash::of(bytes);
-        if found != block.hash {
-            return Err(Malformed::new("hash of the record", block.hash, found));
+        if found != *hash {
+            return Err(Malformed::new("hash of the record", hash, found));
         }
         let header = RecordHeader::decode(bytes)?;
         if header.kind != kind {
@@ -90,7 +92,12 @@ impl<'a> VerifiedRecord<'a> {
         if payload.len() != header.stored_len as usize {
             return Err(Malformed::new("stored length", header.stored_len, payload.len()));
         }
-        Ok(Self { header, payload })
+        Ok(Self { bytes, header, payload })
+    }
+
+    /// The whole record as it is stored.
+    pub fn bytes(&self) -> &'a [u8] {
+        self.bytes
     }
 
     /// Bytes of the payload when decoded.
@@ -144,17 +151,13 @@ mod tests {
 
     use super::*;
 
-    fn reference(record: &EncodedRecord) -> BlockRef {
-        BlockRef { segment: 0, offset: 0, len: record.bytes.len() as u32, hash: record.hash }
-    }
-
     proptest! {
         #[test]
         fn records_round_trip(noise in proptest::collection::vec(any::<u8>(), 0..3000), repeat in 1_usize..5) {
             let raw = noise.repeat(repeat);
             let record = RecordEncoder::new(1).unwrap().encode(RecordKind::Frame, &raw);
             prop_assert!(record.bytes.len() <= RECORD_HEADER_LEN + raw.len());
-            let verified = VerifiedRecord::check(&record.bytes, &reference(&record), RecordKind::Frame).unwrap();
+            let verified = VerifiedRecord::check(&record.bytes, &record.hash, RecordKind::Frame).unwrap();
             prop_assert_eq!(verified.decode().unwrap(), raw);
         }
 
@@ -165,8 +168,7 @@ mod tests {
                 let header = RecordHeader { kind: RecordKind::Node, codec: Codec::Zstd, stored_len: (bytes.len() - RECORD_HEADER_LEN) as u32, raw_len: 1 << 20 };
                 bytes[..RECORD_HEADER_LEN].copy_from_slice(&header.encode());
             }
-            let block = BlockRef { segment: 0, offset: 0, len: bytes.len() as u32, hash: Hash::of(&bytes) };
-            if let Ok(record) = VerifiedRecord::check(&bytes, &block, RecordKind::Node) {
+            if let Ok(record) = VerifiedRecord::check(&bytes, &Hash::of(&bytes), RecordKind::Node) {
                 let _any = record.decode();
             }
         }
@@ -176,15 +178,14 @@ mod tests {
     fn every_flipped_bit_of_a_record_is_seen() {
         let record =
             RecordEncoder::new(1).unwrap().encode(RecordKind::Blob, &b"frazil ".repeat(30));
-        let block = reference(&record);
         for bit in 0..record.bytes.len() * 8 {
             let mut flipped = record.bytes.clone();
             flipped[bit / 8] ^= 1 << (bit % 8);
             assert!(
-                VerifiedRecord::check(&flipped, &block, RecordKind::Blob).is_err(),
+                VerifiedRecord::check(&flipped, &record.hash, RecordKind::Blob).is_err(),
                 "bit {bit}"
             );
         }
-        assert!(VerifiedRecord::check(&record.bytes, &block, RecordKind::Node).is_err());
+        assert!(VerifiedRecord::check(&record.bytes, &record.hash, RecordKind::Node).is_err());
     }
 }

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
+use crate::catalog::SnapshotInfo;
 use crate::error::{Result, StoreError};
 use crate::id::SnapshotId;
-use crate::store::SnapshotInfo;
 
 /// The shortest prefix of an id that is looked up.
 const MIN_PREFIX_LEN: usize = 4;
@@ -142,6 +142,7 @@ mod tests {
                 parent: index.checked_sub(1).map(|parent| Hash([parent; 32])),
                 time_unix_ms: u64::from(index),
                 manifest,
+                fingerprints: None,
             })
             .collect()
     }

@@ -1,5 +1,6 @@
-//! Segments: append-only files of records.
+//! Segments: append-only files of records; and finding what was written to them, wherever it is.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::io;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -8,26 +9,144 @@ use crate::codec::Malformed;
 use crate::error::{Result, StoreError};
 use crate::format::{
     FILE_HEADER_LEN, FORMAT_VERSION, FileHeader, FileKind, MAX_BLOB_LEN, MAX_SEGMENT_LEN,
-    RECORD_HEADER_LEN, RecordKind, SEGMENT_FOLDER, segment_name,
+    RECORD_HEADER_LEN, RecordHeader, RecordKind, SEGMENT_FOLDER, pack_name, segment_name,
 };
-use crate::id::BlockRef;
+use crate::id::{BlockRef, Hash};
+use crate::layout::Layout;
+use crate::pack::{PackIndex, Place, SlotMap};
+use crate::page::PAGE_SIZE;
 use crate::record::{EncodedRecord, VerifiedRecord};
 use crate::storage::{Storage, StoreFile};
 
 /// Bytes gathered before they are written to the medium.
 const WRITE_BUFFER_LEN: usize = 1 << 20;
 
-/// The segments of a store, opened as they are needed.
+/// The segments and packs of a store, opened as they are needed.
 #[derive(Debug)]
 pub(crate) struct Segments {
     storage: Arc<dyn Storage>,
     store: [u8; 16],
-    open: RwLock<HashMap<u32, Arc<dyn StoreFile>>>,
+    layout: RwLock<Arc<Layout>>,
+    open: RwLock<HashMap<(FileKind, u32), Arc<dyn StoreFile>>>,
+    indexes: RwLock<HashMap<u32, (Hash, Arc<PackIndex>)>>,
 }
+
+/// Where the record of a reference is now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Physical {
+    /// A segment or a pack.
+    pub file: (FileKind, u32),
+    /// Offset of the record's header there, in bytes.
+    pub position: u32,
+    /// Length with its header, in bytes.
+    pub len: u32,
+    /// BLAKE3 of the record.
+    pub hash: Hash,
+    /// Which slots of the frame are where in it.
+    pub slots: SlotMap,
+}
+
+impl Physical {
+    fn file_name(&self) -> String {
+        file_name(self.file)
+    }
+}
+
+pub(crate) fn file_name((kind, number): (FileKind, u32)) -> String {
+    if kind == FileKind::Pack { pack_name(number) } else { segment_name(number) }
+}
+
+thread_local! {
+    /// Where records are read into: a new buffer each time would cost as much as the read.
+    static BUFFER: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+}
+
+/// What a thread keeps of it between reads at the most.
+const BUFFER_KEPT_MAX: usize = 1 << 20;
 
 impl Segments {
     pub fn new(storage: Arc<dyn Storage>, store: [u8; 16]) -> Self {
-        Self { storage, store, open: RwLock::default() }
+        Self {
+            storage,
+            store,
+            layout: RwLock::default(),
+            open: RwLock::default(),
+            indexes: RwLock::default(),
+        }
+    }
+
+    /// Where everything is, as far as the journal was read.
+    pub fn layout(&self) -> Arc<Layout> {
+        Arc::clone(&self.layout.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Takes note of a new layout, and closes the files that are no more.
+    pub fn set_layout(&self, layout: &Layout) {
+        if *self.layout() == *layout {
+            return;
+        }
+        let gone = |(kind, number): (FileKind, u32)| match kind {
+            FileKind::Pack => !layout.packs.contains_key(&number),
+            _ => layout.is_retired(number),
+        };
+        *self.layout.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(layout.clone());
+        self.open.write().unwrap_or_else(PoisonError::into_inner).retain(|file, _| !gone(*file));
+        let mut indexes = self.indexes.write().unwrap_or_else(PoisonError::into_inner);
+        indexes.retain(|number, _| layout.packs.contains_key(number));
+    }
+
+    /// Finds the record `block` refers to.
+    pub fn resolve(&self, block: &BlockRef) -> Result<Physical> {
+        let layout = self.layout();
+        let (position, len, hash) = (block.offset, block.len, block.hash);
+        let Some(pack) = layout.moved.get(&block.segment) else {
+            if layout.retired.contains(&block.segment) {
+                return Err(pruned(block));
+            }
+            let file = (FileKind::Segment, block.segment);
+            return Ok(Physical { file, position, len, hash, slots: SlotMap::Identity });
+        };
+        let file = (FileKind::Pack, *pack);
+        let index = self.index(*pack, &layout)?;
+        match index.find(block.segment, block.offset) {
+            None => Err(pruned(block)),
+            Some(Place::Verbatim(position)) => {
+                Ok(Physical { file, position, len, hash, slots: SlotMap::Identity })
+            }
+            Some(Place::Regrouped { record, slots }) => {
+                let record = index.records[record as usize];
+                let (position, len, hash) = (record.position, record.len, record.hash);
+                Ok(Physical { file, position, len, hash, slots })
+            }
+        }
+    }
+
+    /// The index of a pack.
+    pub fn index(&self, pack: u32, layout: &Layout) -> Result<Arc<PackIndex>> {
+        let block = layout.packs.get(&pack).ok_or_else(|| StoreError::Missing {
+            file: pack_name(pack),
+            offset: 0,
+            found: "the journal names no such pack".into(),
+        })?;
+        let known = self.indexes.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, index)) = known.get(&pack).filter(|(hash, _)| *hash == block.hash) {
+            return Ok(Arc::clone(index));
+        }
+        drop(known);
+        let place = Physical {
+            file: (FileKind::Pack, pack),
+            position: block.offset,
+            len: block.len,
+            hash: block.hash,
+            slots: SlotMap::Identity,
+        };
+        let index = self.read_at(&place, RecordKind::PackIndex, |record| {
+            PackIndex::decode(&record.decode()?)
+        })?;
+        let index = Arc::new(index);
+        let mut known = self.indexes.write().unwrap_or_else(PoisonError::into_inner);
+        known.insert(pack, (block.hash, Arc::clone(&index)));
+        Ok(index)
     }
 
     /// Reads the record `block` refers to, checks it, and hands it to `with`.
@@ -37,96 +156,218 @@ impl Segments {
         kind: RecordKind,
         with: impl FnOnce(&VerifiedRecord<'_>) -> Result<T, Malformed>,
     ) -> Result<T> {
+        self.read_at(&self.resolve(block)?, kind, with)
+    }
+
+    /// Reads the record at `place`, checks it, and hands it to `with`.
+    pub fn read_at<T>(
+        &self,
+        place: &Physical,
+        kind: RecordKind,
+        with: impl FnOnce(&VerifiedRecord<'_>) -> Result<T, Malformed>,
+    ) -> Result<T> {
         let damaged = |malformed: Malformed| StoreError::Corrupt {
-            file: segment_name(block.segment),
-            offset: u64::from(block.offset),
+            file: place.file_name(),
+            offset: u64::from(place.position),
             what: format!("{}: {}", kind.name(), malformed.what),
             expected: malformed.expected,
             found: malformed.found,
         };
-        let len = block.len as usize;
+        let len = place.len as usize;
         if !(RECORD_HEADER_LEN..=RECORD_HEADER_LEN + MAX_BLOB_LEN).contains(&len) {
             return Err(damaged(Malformed::new("length in the reference", "a record", len)));
         }
-        let file = self.file(block.segment)?;
-        let mut bytes = vec![0; len];
-        file.read_exact_at(&mut bytes, u64::from(block.offset)).map_err(|error| {
-            if error.kind() == io::ErrorKind::UnexpectedEof {
-                let end = file.len_bytes().unwrap_or(0);
-                damaged(Malformed::new(
-                    "record",
-                    format!("{len} bytes"),
-                    format!("the end of the file at {end}: the segment was truncated"),
-                ))
-            } else {
-                StoreError::io("read", segment_name(block.segment), error)
-            }
-        })?;
-        let record = VerifiedRecord::check(&bytes, block, kind).map_err(damaged)?;
-        with(&record).map_err(damaged)
+        let file = self.file(place.file)?;
+        // Taken out while it is in use: `with` may read another record.
+        let mut bytes = BUFFER.take();
+        bytes.resize(len, 0);
+        let read = read_record(file.as_ref(), place, &mut bytes, damaged).and_then(|()| {
+            let record = VerifiedRecord::check(&bytes, &place.hash, kind).map_err(damaged)?;
+            with(&record).map_err(damaged)
+        });
+        if bytes.capacity() <= BUFFER_KEPT_MAX {
+            BUFFER.set(bytes);
+        }
+        read
     }
 
-    /// The file of a segment, its header checked when it is first opened.
-    pub fn file(&self, number: u32) -> Result<Arc<dyn StoreFile>> {
-        if let Some(file) = self.open.read().unwrap_or_else(PoisonError::into_inner).get(&number) {
+    /// How many pages the frame or delta frame at `place` has, by its header alone.
+    pub fn slots(&self, place: &Physical) -> Result<u64> {
+        let mut bytes = [0; RECORD_HEADER_LEN];
+        let damaged = |malformed: Malformed| StoreError::Corrupt {
+            file: place.file_name(),
+            offset: u64::from(place.position),
+            what: format!("frame: {}", malformed.what),
+            expected: malformed.expected,
+            found: malformed.found,
+        };
+        read_record(self.file(place.file)?.as_ref(), place, &mut bytes, damaged)?;
+        let header = RecordHeader::decode(&bytes).map_err(damaged)?;
+        // What names the bases of a delta frame is shorter than a page.
+        Ok(u64::from(header.raw_len) / PAGE_SIZE as u64)
+    }
+
+    /// A segment or pack, its header checked when it is first opened.
+    pub fn file(&self, key: (FileKind, u32)) -> Result<Arc<dyn StoreFile>> {
+        if let Some(file) = self.open.read().unwrap_or_else(PoisonError::into_inner).get(&key) {
             return Ok(Arc::clone(file));
         }
-        let name = segment_name(number);
+        let name = file_name(key);
         let file = self.storage.open(&name, false).map_err(|error| {
             if error.kind() == io::ErrorKind::NotFound {
-                StoreError::Corrupt {
-                    file: name.clone(),
-                    offset: 0,
-                    what: "segment".into(),
-                    expected: "a file that snapshots refer to".into(),
-                    found: "no such file".into(),
-                }
+                let found = "no such file".to_owned();
+                StoreError::Missing { file: name.clone(), offset: 0, found }
             } else {
                 StoreError::io("open", name.clone(), error)
             }
         })?;
-        check_segment_header(file.as_ref(), number, self.store)?;
+        check_header(file.as_ref(), key, &name, self.store)?;
         let mut open = self.open.write().unwrap_or_else(PoisonError::into_inner);
-        Ok(Arc::clone(open.entry(number).or_insert(file)))
+        Ok(Arc::clone(open.entry(key).or_insert(file)))
+    }
+
+    /// Closes all files, and forgets what was read of them: they are opened and checked anew.
+    pub fn close(&self) {
+        self.open.write().unwrap_or_else(PoisonError::into_inner).clear();
+        self.indexes.write().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
     /// Forgets the open file of a segment that was cut or removed.
-    pub fn forget(&self, number: u32) {
-        self.open.write().unwrap_or_else(PoisonError::into_inner).remove(&number);
+    pub fn forget(&self, key: (FileKind, u32)) {
+        self.open.write().unwrap_or_else(PoisonError::into_inner).remove(&key);
     }
 }
 
-fn check_segment_header(file: &dyn StoreFile, number: u32, store: [u8; 16]) -> Result<()> {
-    let name = segment_name(number);
+fn pruned(block: &BlockRef) -> StoreError {
+    StoreError::Missing {
+        file: segment_name(block.segment),
+        offset: u64::from(block.offset),
+        found: "it was pruned away".into(),
+    }
+}
+
+fn read_record(
+    file: &dyn StoreFile,
+    place: &Physical,
+    bytes: &mut [u8],
+    damaged: impl Fn(Malformed) -> StoreError,
+) -> Result<()> {
+    file.read_exact_at(bytes, u64::from(place.position)).map_err(|error| {
+        if error.kind() == io::ErrorKind::UnexpectedEof {
+            let end = file.len_bytes().unwrap_or(0);
+            damaged(Malformed::new(
+                "record",
+                format!("{} bytes", bytes.len()),
+                format!("the end of the file at {end}: the file was truncated"),
+            ))
+        } else {
+            StoreError::io("read", place.file_name(), error)
+        }
+    })
+}
+
+fn check_header(
+    file: &dyn StoreFile,
+    (kind, number): (FileKind, u32),
+    name: &str,
+    store: [u8; 16],
+) -> Result<()> {
     let mut bytes = [0; FILE_HEADER_LEN];
     file.read_exact_at(&mut bytes, 0).map_err(|error| {
         if error.kind() == io::ErrorKind::UnexpectedEof {
             StoreError::Corrupt {
-                file: name.clone(),
+                file: name.to_owned(),
                 offset: 0,
                 what: "file header".into(),
                 expected: format!("{FILE_HEADER_LEN} bytes"),
-                found: "a shorter file: the segment was truncated".into(),
+                found: "a shorter file: it was truncated".into(),
             }
         } else {
-            StoreError::io("read", name.clone(), error)
+            StoreError::io("read", name, error)
         }
     })?;
-    let header = FileHeader::decode(&bytes, FileKind::Segment, &name)?;
+    let header = FileHeader::decode(&bytes, kind, name)?;
     if header.number != number || header.store != store {
         return Err(StoreError::Corrupt {
-            file: name,
+            file: name.to_owned(),
             offset: 0,
-            what: "file header: segment and store".into(),
-            expected: format!("segment {number} of this store"),
+            what: "file header: number and store".into(),
+            expected: format!("number {number} of this store"),
             found: format!(
-                "segment {} of store {}",
+                "number {} of store {}",
                 header.number,
                 crate::format::hex(&header.store)
             ),
         });
     }
     Ok(())
+}
+
+/// A file that grows: what is appended goes to the medium in large pieces.
+#[derive(Debug)]
+pub(crate) struct Appender {
+    name: String,
+    file: Arc<dyn StoreFile>,
+    /// Bytes already handed to the medium.
+    written: u64,
+    /// Bytes behind them, not handed over yet.
+    buffer: Vec<u8>,
+}
+
+impl Appender {
+    /// Creates segment or pack `key` of `store`, to be appended to behind its header.
+    pub fn create(storage: &dyn Storage, key: (FileKind, u32), store: [u8; 16]) -> Result<Self> {
+        let name = file_name(key);
+        let file =
+            storage.create(&name).map_err(|error| StoreError::io("create", name.clone(), error))?;
+        let header = FileHeader {
+            kind: key.0,
+            version: FORMAT_VERSION,
+            number: key.1,
+            store,
+            created_unix_ms: crate::store::unix_ms(),
+        };
+        Ok(Self { name, file, written: 0, buffer: header.encode().to_vec() })
+    }
+
+    /// Goes on at `end` of a file that is there.
+    pub fn open(name: String, file: Arc<dyn StoreFile>, end: u64) -> Self {
+        Self { name, file, written: end, buffer: Vec::new() }
+    }
+
+    /// Length with all that was appended, in bytes.
+    pub fn len(&self) -> u64 {
+        self.written + self.buffer.len() as u64
+    }
+
+    /// Appends `bytes`; returns where they start.
+    pub fn append(&mut self, bytes: &[u8]) -> Result<u32> {
+        let offset = u32::try_from(self.len()).expect("files are bounded below 4 GiB");
+        self.buffer.extend_from_slice(bytes);
+        if self.buffer.len() >= WRITE_BUFFER_LEN {
+            self.flush()?;
+        }
+        Ok(offset)
+    }
+
+    /// Hands everything gathered to the medium.
+    pub fn flush(&mut self) -> Result<()> {
+        if self.buffer.is_empty() {
+            return Ok(());
+        }
+        self.file
+            .write_all_at(&self.buffer, self.written)
+            .map_err(|error| StoreError::io("append to", self.name.clone(), error))?;
+        self.written += self.buffer.len() as u64;
+        self.buffer.clear();
+        Ok(())
+    }
+
+    /// Makes everything appended durable.
+    pub fn sync(&mut self) -> Result<()> {
+        self.flush()?;
+        self.file.sync().map_err(|error| StoreError::io("sync", self.name.clone(), error))
+    }
 }
 
 /// Appends records to segments for one transaction.
@@ -138,24 +379,15 @@ pub(crate) struct SegmentWriter {
     storage: Arc<dyn Storage>,
     store: [u8; 16],
     max_len_bytes: u64,
-    current: Current,
+    number: u32,
+    current: Option<Appender>,
     /// Segment and length to return to.
     started_at: Option<(u32, u64)>,
     /// Segments created by this transaction.
     created: Vec<u32>,
     /// Segments filled up by this transaction and not synced yet.
-    full: Vec<(u32, Arc<dyn StoreFile>)>,
+    full: Vec<Appender>,
     appended_bytes: u64,
-}
-
-#[derive(Debug)]
-struct Current {
-    number: u32,
-    file: Option<Arc<dyn StoreFile>>,
-    /// Bytes already handed to the medium.
-    written: u64,
-    /// Bytes after `written`, not handed over yet.
-    buffer: Vec<u8>,
 }
 
 impl SegmentWriter {
@@ -167,17 +399,15 @@ impl SegmentWriter {
         tail: Option<(u32, u64, Arc<dyn StoreFile>)>,
         next: u32,
     ) -> Self {
-        let (started_at, current) = match tail {
-            Some((number, end, file)) => (
-                Some((number, end)),
-                Current { number, file: Some(file), written: end, buffer: Vec::new() },
-            ),
-            None => (None, Current { number: next, file: None, written: 0, buffer: Vec::new() }),
-        };
+        let started_at = tail.as_ref().map(|(number, end, _)| (*number, *end));
+        let number = tail.as_ref().map_or(next, |(number, _, _)| *number);
+        let current =
+            tail.map(|(number, end, file)| Appender::open(segment_name(number), file, end));
         Self {
             storage,
             store,
-            max_len_bytes: max_len_bytes.clamp(1 << 16, MAX_SEGMENT_LEN),
+            max_len_bytes: max_len_bytes.clamp(1 << 12, MAX_SEGMENT_LEN),
+            number,
             current,
             started_at,
             created: Vec::new(),
@@ -188,84 +418,48 @@ impl SegmentWriter {
 
     /// Appends `record`; it is on the medium for certain only after [`Self::sync`].
     pub fn append(&mut self, record: &EncodedRecord) -> Result<BlockRef> {
-        let end = self.current.written + self.current.buffer.len() as u64;
-        if self.current.file.is_none() {
-            self.start_segment(self.current.number)?;
-        } else if end + record.bytes.len() as u64 > self.max_len_bytes
-            && end > FILE_HEADER_LEN as u64
-        {
-            self.flush()?;
-            let next = self.current.number + 1;
-            if let Some(file) = self.current.file.take() {
-                self.full.push((self.current.number, file));
-            }
-            self.start_segment(next)?;
+        let len = record.bytes.len() as u64;
+        let full = |current: &mut Appender| {
+            let end = current.len();
+            end + len > self.max_len_bytes && end > FILE_HEADER_LEN as u64
+        };
+        if let Some(mut current) = self.current.take_if(full) {
+            current.flush()?;
+            self.full.push(current);
+            self.number += 1;
         }
-        let offset = self.current.written + self.current.buffer.len() as u64;
-        self.current.buffer.extend_from_slice(&record.bytes);
-        self.appended_bytes += record.bytes.len() as u64;
-        if self.current.buffer.len() >= WRITE_BUFFER_LEN {
-            self.flush()?;
+        if self.current.is_none() {
+            let key = (FileKind::Segment, self.number);
+            let appender = Appender::create(self.storage.as_ref(), key, self.store)?;
+            self.created.push(self.number);
+            self.appended_bytes += FILE_HEADER_LEN as u64;
+            self.current = Some(appender);
         }
+        let current = self.current.as_mut().expect("just made");
+        let offset = current.append(&record.bytes)?;
+        self.appended_bytes += len;
         Ok(BlockRef {
-            segment: self.current.number,
-            offset: u32::try_from(offset).expect("segments are bounded below 4 GiB"),
+            segment: self.number,
+            offset,
             len: u32::try_from(record.bytes.len()).expect("records are bounded below 4 GiB"),
             hash: record.hash,
         })
     }
 
-    fn start_segment(&mut self, number: u32) -> Result<()> {
-        let name = segment_name(number);
-        let file =
-            self.storage.create(&name).map_err(|error| StoreError::io("create", name, error))?;
-        self.created.push(number);
-        let header = FileHeader {
-            kind: FileKind::Segment,
-            version: FORMAT_VERSION,
-            number,
-            store: self.store,
-            created_unix_ms: crate::store::unix_ms(),
-        };
-        self.appended_bytes += FILE_HEADER_LEN as u64;
-        let mut buffer = std::mem::take(&mut self.current.buffer);
-        buffer.clear();
-        buffer.extend_from_slice(&header.encode());
-        self.current = Current { number, file: Some(file), written: 0, buffer };
-        Ok(())
-    }
-
-    /// Hands everything gathered to the medium.
-    fn flush(&mut self) -> Result<()> {
-        let Some(file) = &self.current.file else { return Ok(()) };
-        if self.current.buffer.is_empty() {
-            return Ok(());
-        }
-        file.write_all_at(&self.current.buffer, self.current.written).map_err(|error| {
-            StoreError::io("append to", segment_name(self.current.number), error)
-        })?;
-        self.current.written += self.current.buffer.len() as u64;
-        self.current.buffer.clear();
-        Ok(())
-    }
-
     /// Makes everything appended durable; returns the segment to go on with and its length.
     pub fn sync(&mut self) -> Result<(u32, u64)> {
-        self.flush()?;
-        for (number, file) in self.full.drain(..) {
-            file.sync().map_err(|error| StoreError::io("sync", segment_name(number), error))?;
+        for mut full in self.full.drain(..) {
+            full.sync()?;
         }
-        if let Some(file) = &self.current.file {
-            file.sync().map_err(|error| {
-                StoreError::io("sync", segment_name(self.current.number), error)
-            })?;
+        if let Some(current) = &mut self.current {
+            current.sync()?;
         }
         if !self.created.is_empty() {
             self.storage
                 .sync_names(SEGMENT_FOLDER)
                 .map_err(|error| StoreError::io("sync", SEGMENT_FOLDER, error))?;
         }
-        Ok((self.current.number, self.current.written))
+        Ok((self.number, self.current.as_ref().map_or(0, Appender::len)))
     }
 
     /// Bytes appended so far, file headers included.
@@ -277,7 +471,7 @@ impl SegmentWriter {
     pub fn roll_back(self, segments: &Segments) -> Result<()> {
         let Self { storage, created, started_at, .. } = self;
         for number in created {
-            segments.forget(number);
+            segments.forget((FileKind::Segment, number));
             let name = segment_name(number);
             storage.remove(&name).map_err(|error| StoreError::io("remove", name, error))?;
         }

@@ -2,14 +2,16 @@
 
 use std::sync::Arc;
 
+use crate::catalog::SnapshotInfo;
 use crate::codec::Malformed;
 use crate::error::{Result, StoreError};
-use crate::format::{RecordKind, segment_name};
-use crate::id::{BlockRef, Hash, SnapshotId};
+use crate::format::RecordKind;
+use crate::id::{Hash, SnapshotId};
 use crate::manifest::{Manifest, StateChunk, StateRef};
 use crate::node::{Location, Run};
 use crate::page::{PAGE_SIZE, Page};
-use crate::store::{SnapshotInfo, Store, check_frame_len};
+use crate::storage::Pin;
+use crate::store::Store;
 use crate::tree::Tree;
 
 /// A snapshot opened for reading.
@@ -18,20 +20,27 @@ pub struct Snapshot {
     store: Arc<Store>,
     id: SnapshotId,
     manifest: Arc<Manifest>,
+    pin: Option<Arc<dyn Pin>>,
 }
 
 impl Snapshot {
-    pub(crate) fn load(store: Arc<Store>, info: &SnapshotInfo) -> Result<Self> {
-        let manifest = store.segments.read(&info.manifest, RecordKind::Manifest, |record| {
-            let json = record.decode()?;
-            let found = Hash::of(&json);
-            if found != info.id {
-                return Err(Malformed::new("snapshot id", info.id, found));
-            }
-            serde_json::from_slice::<Manifest>(&json)
-                .map_err(|error| Malformed::new("manifest", "JSON of a manifest", error))
+    pub(crate) fn load(
+        store: Arc<Store>,
+        info: &SnapshotInfo,
+        pin: Option<Arc<dyn Pin>>,
+    ) -> Result<Self> {
+        let manifest = store.reading(|| {
+            store.segments.read(&info.manifest, RecordKind::Manifest, |record| {
+                let json = record.decode()?;
+                let found = Hash::of(&json);
+                if found != info.id {
+                    return Err(Malformed::new("snapshot id", info.id, found));
+                }
+                serde_json::from_slice::<Manifest>(&json)
+                    .map_err(|error| Malformed::new("manifest", "JSON of a manifest", error))
+            })
         })?;
-        Ok(Self { store, id: info.id, manifest: Arc::new(manifest) })
+        Ok(Self { store, id: info.id, manifest: Arc::new(manifest), pin })
     }
 
     /// Its id.
@@ -52,6 +61,12 @@ impl Snapshot {
         &self.manifest
     }
 
+    /// What keeps it from being pruned away, if it was opened by [`Store::pin`].
+    #[must_use]
+    pub fn pin(&self) -> Option<Arc<dyn Pin>> {
+        self.pin.clone()
+    }
+
     /// The region called `name`.
     ///
     /// # Errors
@@ -70,6 +85,7 @@ impl Snapshot {
             store: Arc::clone(&self.store),
             name: region.name.clone(),
             tree: Tree { root: region.root, pages: region.pages },
+            _pin: self.pin.clone(),
         })
     }
 
@@ -78,9 +94,11 @@ impl Snapshot {
     /// # Errors
     /// [`StoreError::Corrupt`] if it is damaged.
     pub fn state(&self, chunk: &StateRef) -> Result<StateChunk> {
-        let body = self.store.segments.read(&chunk.body, RecordKind::Blob, |record| {
-            serde_json::from_slice(&record.decode()?)
-                .map_err(|error| Malformed::new("state chunk", "JSON", error))
+        let body = self.store.reading(|| {
+            self.store.segments.read(&chunk.body, RecordKind::Blob, |record| {
+                serde_json::from_slice(&record.decode()?)
+                    .map_err(|error| Malformed::new("state chunk", "JSON", error))
+            })
         })?;
         Ok(StateChunk {
             name: chunk.name.clone(),
@@ -105,6 +123,7 @@ pub struct RegionReader {
     store: Arc<Store>,
     name: String,
     tree: Tree,
+    _pin: Option<Arc<dyn Pin>>,
 }
 
 impl RegionReader {
@@ -143,44 +162,47 @@ impl RegionReader {
     /// # Errors
     /// [`StoreError::Corrupt`] if it, or a node on the way to it, is damaged.
     pub fn read_page(&self, page: u64, buf: &mut Page) -> Result<()> {
-        match self.locate(page)? {
-            Location::Zero => buf.fill(0),
-            Location::Frame { frame, slot } => {
-                let pages = self.store.frame(&frame)?;
-                buf.copy_from_slice(slot_bytes(&frame, &pages, slot, 1)?);
-            }
+        self.store.read_location(&self.locate(page)?, buf)
+    }
+
+    /// Copies the pages from `first` on into `out`, as many as fit: whole pages, verified.
+    ///
+    /// # Errors
+    /// As [`Self::read_page`]; [`StoreError::Invalid`] if `out` is no number of pages or reaches
+    /// beyond the region.
+    pub fn read_pages(&self, first: u64, out: &mut [u8]) -> Result<()> {
+        let count = (out.len() / PAGE_SIZE) as u64;
+        let fits = first.checked_add(count).is_some_and(|end| end <= self.tree.pages);
+        if !out.len().is_multiple_of(PAGE_SIZE) || !fits {
+            return Err(StoreError::Invalid(format!(
+                "{} bytes from page {first} on are not whole pages of region `{}`, which has {}",
+                out.len(),
+                self.name,
+                self.tree.pages
+            )));
         }
+        let mut at = first;
+        for run in self.runs(first, count)? {
+            let start = (run.first - first) as usize * PAGE_SIZE;
+            let end = (run.end() - first) as usize * PAGE_SIZE;
+            out[(at - first) as usize * PAGE_SIZE..start].fill(0);
+            self.store.read_location(&run.location, &mut out[start..end])?;
+            at = run.end();
+        }
+        out[(at - first) as usize * PAGE_SIZE..].fill(0);
         Ok(())
     }
 
-    /// The decoded bytes of `run`: `run.count` pages, verified. `None` for zero pages.
+    /// Copies the pages of `run` into `out`, verified.
     ///
     /// # Errors
     /// As [`Self::read_page`].
-    pub fn read_run<T>(&self, run: &Run, with: impl FnOnce(&[u8]) -> T) -> Result<Option<T>> {
-        match run.location {
-            Location::Zero => Ok(None),
-            Location::Frame { frame, slot } => {
-                let pages = self.store.frame(&frame)?;
-                Ok(Some(with(slot_bytes(&frame, &pages, slot, run.count)?)))
-            }
-        }
-    }
-
-    /// Decodes a whole frame straight into `out`, verified, without the cache: for a reader that
-    /// wants every page of it. Returns false, with `out` untouched, if the frame is not exactly
-    /// as long as `out`.
     ///
-    /// # Errors
-    /// As [`Self::read_page`].
-    pub fn read_whole_frame(&self, frame: &BlockRef, out: &mut [u8]) -> Result<bool> {
-        self.store.segments.read(frame, RecordKind::Frame, |record| {
-            check_frame_len(record.raw_len())?;
-            if record.raw_len() != out.len() {
-                return Ok(false);
-            }
-            record.decode_into(out).map(|()| true)
-        })
+    /// # Panics
+    /// If `out` is not `run.count` pages long.
+    pub fn read_run(&self, run: &Run, out: &mut [u8]) -> Result<()> {
+        assert_eq!(out.len() as u64, run.count * PAGE_SIZE as u64, "one page a page of the run");
+        self.store.read_location(&run.location, out)
     }
 
     fn check_page(&self, page: u64) -> Result<()> {
@@ -192,25 +214,4 @@ impl RegionReader {
             self.name, self.tree.pages
         )))
     }
-}
-
-/// The bytes of `count` slots from `slot` on; a reference beyond the frame's end is damage.
-pub(crate) fn slot_bytes<'a>(
-    frame: &BlockRef,
-    pages: &'a [u8],
-    slot: u8,
-    count: u64,
-) -> Result<&'a [u8]> {
-    let start = usize::from(slot) * PAGE_SIZE;
-    let end = usize::try_from(count)
-        .ok()
-        .and_then(|count| count.checked_mul(PAGE_SIZE))
-        .and_then(|len| start.checked_add(len));
-    end.and_then(|end| pages.get(start..end)).ok_or_else(|| StoreError::Corrupt {
-        file: segment_name(frame.segment),
-        offset: u64::from(frame.offset),
-        what: "frame: slots a tree node refers to".into(),
-        expected: format!("slots {slot} to {}", u64::from(slot) + count),
-        found: format!("{} pages", pages.len() / PAGE_SIZE),
-    })
 }

@@ -10,6 +10,9 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::format::PIN_FOLDER;
+use crate::pins;
+
 /// One file of a store.
 pub trait StoreFile: Send + Sync + Debug {
     /// Fills `buf` from `offset`.
@@ -76,6 +79,13 @@ pub trait Storage: Send + Sync + Debug {
     /// The medium's.
     fn remove(&self, name: &str) -> io::Result<()>;
 
+    /// Gives file `from` the name `to` in the same folder, in place of what had it before, at once
+    /// and as a whole.
+    ///
+    /// # Errors
+    /// The medium's.
+    fn rename(&self, from: &str, to: &str) -> io::Result<()>;
+
     /// Names of the files in folder `folder` ("" is the store itself), in no order.
     ///
     /// # Errors
@@ -94,9 +104,25 @@ pub trait Storage: Send + Sync + Debug {
     /// [`LockError::Held`] if another writer, in this or another process, has it.
     fn try_lock(&self) -> Result<Box<dyn WriterLock>, LockError>;
 
+    /// Marks `name` as in use by this process, until the pin is dropped or the process ends,
+    /// however it ends. The same name may be pinned many times.
+    ///
+    /// # Errors
+    /// The medium's, such as when it cannot be written to.
+    fn pin(&self, name: &str) -> io::Result<Box<dyn Pin>>;
+
+    /// The names that are pinned, by this or another process.
+    ///
+    /// # Errors
+    /// The medium's.
+    fn pinned(&self) -> io::Result<Vec<String>>;
+
     /// The store's place, for messages.
     fn describe(&self) -> String;
 }
+
+/// Keeps a snapshot that is being read from being pruned away.
+pub trait Pin: Send + Sync + Debug {}
 
 /// A store in a directory of a local file system.
 #[derive(Debug)]
@@ -147,6 +173,10 @@ impl Storage for DirStorage {
         fs::remove_file(self.root.join(name))
     }
 
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        fs::rename(self.root.join(from), self.root.join(to))
+    }
+
     fn list(&self, folder: &str) -> io::Result<Vec<String>> {
         fs::read_dir(self.root.join(folder))?
             .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
@@ -185,6 +215,14 @@ impl Storage for DirStorage {
         // to write it must not stop a `prune` that would make room.
         let _unwritten = file.set_len(0).and_then(|()| write!(file, "{}", std::process::id()));
         Ok(Box::new(DirLock { file }))
+    }
+
+    fn pin(&self, name: &str) -> io::Result<Box<dyn Pin>> {
+        pins::pin(&self.root.join(PIN_FOLDER), name)
+    }
+
+    fn pinned(&self) -> io::Result<Vec<String>> {
+        pins::pinned(&self.root.join(PIN_FOLDER))
     }
 
     fn describe(&self) -> String {

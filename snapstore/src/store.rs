@@ -1,8 +1,7 @@
 //! A store: opening it, its catalog of snapshots, and finding one by what a person types.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fmt;
-use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -10,18 +9,20 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use quick_cache::Weighter;
 use quick_cache::sync::Cache;
 
-use crate::codec::Malformed;
+use crate::catalog::{Catalog, SnapshotInfo};
+use crate::create::{create_if_missing, journal_start, read_store_header, refuse_foreign};
+use crate::delta::Base;
+use crate::elide::{FingerprintIndex, Gate};
 use crate::error::{Result, StoreError};
-use crate::format::{
-    FILE_HEADER_LEN, FORMAT_VERSION, FileHeader, FileKind, JOURNAL_FILE, LOCK_FILE,
-    MAX_FRAME_PAGES, RecordKind, SEGMENT_FOLDER, STORE_FILE,
-};
+use crate::format::{JOURNAL_FILE, LOCK_FILE, MAX_FRAME_PAGES, RecordKind, STORE_FILE};
+use crate::frame::Frame;
 use crate::id::{BlockRef, Hash, SnapshotId};
-use crate::journal::{self, Cursor, Entry, Publication};
+use crate::journal::{Cursor, Entry};
 use crate::node::Node;
+use crate::page::{PAGE_SIZE, Page};
 use crate::segment::Segments;
 use crate::snapshot::Snapshot;
-use crate::storage::{DirStorage, LockError, Storage, StoreFile, WriterLock};
+use crate::storage::{DirStorage, LockError, Pin, Storage, WriterLock};
 use crate::tree::{FlushPolicy, NodeSource};
 
 /// How a store is written and read. Nothing here changes the format.
@@ -39,6 +40,37 @@ pub struct StoreOptions {
     pub node_cache_bytes: u64,
     /// Memory for decoded frames in bytes.
     pub frame_cache_bytes: u64,
+    /// Memory for single pages that deltas are made against, in bytes.
+    pub base_cache_bytes: u64,
+    /// Memory for the fingerprints of pages in the store, in bytes.
+    pub dedup_index_bytes: u64,
+    /// What need not be written.
+    pub elide: Elide,
+}
+
+/// What is left out of what is written. Reading needs none of these.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(clippy::struct_excessive_bools)] // four independent switches
+pub struct Elide {
+    /// Zero pages take no frame.
+    pub zero: bool,
+    /// Pages equal to the parent's are not written again.
+    pub equal: bool,
+    /// Pages equal to any in the store that is still known refer to that one.
+    pub dedup: bool,
+    /// Pages that differ little from the parent's are stored as the difference.
+    pub delta: bool,
+}
+
+impl Default for Elide {
+    fn default() -> Self {
+        Self { zero: true, equal: true, dedup: true, delta: true }
+    }
+}
+
+impl Elide {
+    /// Every page is written as it is.
+    pub const NONE: Self = Self { zero: false, equal: false, dedup: false, delta: false };
 }
 
 impl Default for StoreOptions {
@@ -50,20 +82,11 @@ impl Default for StoreOptions {
             workers: 0,
             node_cache_bytes: 32 << 20,
             frame_cache_bytes: 16 << 20,
+            base_cache_bytes: 32 << 20,
+            dedup_index_bytes: 64 << 20,
+            elide: Elide::default(),
         }
     }
-}
-
-/// A published snapshot, as the catalog lists it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SnapshotInfo {
-    /// Its id.
-    pub id: SnapshotId,
-    /// The snapshot it changed.
-    pub parent: Option<SnapshotId>,
-    /// When it was published, Unix milliseconds.
-    pub time_unix_ms: u64,
-    pub(crate) manifest: BlockRef,
 }
 
 /// A store of snapshots.
@@ -73,7 +96,10 @@ pub struct Store {
     pub(crate) uuid: [u8; 16],
     pub(crate) segments: Segments,
     pub(crate) nodes: Cache<Hash, Arc<Node>, NodeWeighter>,
-    pub(crate) frames: Cache<Hash, Arc<[u8]>, FrameWeighter>,
+    pub(crate) frames: Cache<Hash, Arc<Frame>, FrameWeighter>,
+    pub(crate) bases: Cache<Base, Arc<Page>, PageWeighter>,
+    pub(crate) fingerprints: FingerprintIndex,
+    pub(crate) delta_gate: Gate,
     pub(crate) flush_policy: FlushPolicy,
     pub(crate) pool: rayon::ThreadPool,
     catalog: RwLock<Catalog>,
@@ -84,17 +110,6 @@ impl fmt::Debug for Store {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Store").field("storage", &self.storage).finish_non_exhaustive()
     }
-}
-
-/// What the journal says, as far as it was read.
-#[derive(Debug)]
-pub(crate) struct Catalog {
-    pub cursor: Cursor,
-    snapshots: Vec<SnapshotInfo>,
-    index: HashMap<SnapshotId, usize>,
-    tags: BTreeMap<String, SnapshotId>,
-    /// Where the newest transaction ended: segment and offset.
-    pub tail: Option<(u32, u64)>,
 }
 
 /// What the writing side of this handle remembers between transactions.
@@ -118,9 +133,18 @@ impl Weighter<Hash, Arc<Node>> for NodeWeighter {
 #[derive(Clone, Debug)]
 pub(crate) struct FrameWeighter;
 
-impl Weighter<Hash, Arc<[u8]>> for FrameWeighter {
-    fn weight(&self, _key: &Hash, frame: &Arc<[u8]>) -> u64 {
-        64 + frame.len() as u64
+impl Weighter<Hash, Arc<Frame>> for FrameWeighter {
+    fn weight(&self, _key: &Hash, frame: &Arc<Frame>) -> u64 {
+        64 + (frame.pages.len() + size_of_val(&*frame.bases)) as u64
+    }
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct PageWeighter;
+
+impl Weighter<Base, Arc<Page>> for PageWeighter {
+    fn weight(&self, _key: &Base, _page: &Arc<Page>) -> u64 {
+        128 + PAGE_SIZE as u64
     }
 }
 
@@ -164,18 +188,7 @@ impl Store {
         storage: Arc<dyn Storage>,
         options: StoreOptions,
     ) -> Result<Arc<Self>> {
-        if unfinished(storage.as_ref())?.is_some() {
-            let _lock = lock(storage.as_ref())?;
-            // Looked at again: another process may have made the store before the lock was ours.
-            match unfinished(storage.as_ref())? {
-                Some(Unfinished::Nothing) => create(storage.as_ref())?,
-                Some(Unfinished::StoreFile(header)) => {
-                    let file = storage.open(STORE_FILE, true);
-                    put_header(storage.as_ref(), STORE_FILE, file, &header)?;
-                }
-                None => {}
-            }
-        }
+        create_if_missing(storage.as_ref())?;
         Self::open_storage(storage, options)
     }
 
@@ -191,7 +204,7 @@ impl Store {
             )));
         }
         let header = read_store_header(storage.as_ref())?;
-        let cursor = journal_start(storage.as_ref(), header.store)?;
+        let start = journal_start(storage.as_ref(), header.store)?;
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(options.workers)
             .thread_name(|index| format!("frazil-zstd{index}"))
@@ -206,7 +219,10 @@ impl Store {
             frames: Cache::with_weighter(512, options.frame_cache_bytes, FrameWeighter),
             flush_policy: FlushPolicy::default(),
             pool,
-            catalog: RwLock::new(Catalog::new(cursor)),
+            catalog: RwLock::new(Catalog::new(start)),
+            fingerprints: FingerprintIndex::new(options.dedup_index_bytes),
+            delta_gate: Gate::default(),
+            bases: Cache::with_weighter(1024, options.base_cache_bytes, PageWeighter),
             writer: Mutex::default(),
             storage,
             options,
@@ -221,7 +237,8 @@ impl Store {
         self.storage.describe()
     }
 
-    /// Reads what other processes published since the store was opened or last refreshed.
+    /// Reads what other processes published, forgot or pruned since the store was opened or last
+    /// refreshed.
     ///
     /// # Errors
     /// [`StoreError::Corrupt`] if the journal is damaged before its newest record.
@@ -231,7 +248,14 @@ impl Store {
             .storage
             .open(JOURNAL_FILE, false)
             .map_err(|error| StoreError::io("open", JOURNAL_FILE, error))?;
-        catalog.advance(file.as_ref())
+        if catalog.cursor.is_replaced(file.as_ref())? {
+            // Written anew by `prune`. From this file: its name may change hands again.
+            *catalog = Catalog::read(file.as_ref(), self.uuid)?;
+        } else {
+            catalog.advance(file.as_ref())?;
+        }
+        self.segments.set_layout(&catalog.layout);
+        Ok(())
     }
 
     /// Lets a handle that was latched by an I/O error write again, as a new process would: what
@@ -241,13 +265,13 @@ impl Store {
     /// As [`Self::open`].
     pub fn reopen(&self) -> Result<()> {
         let mut writer = self.writer_state();
-        let mut catalog = Catalog::new(journal_start(self.storage.as_ref(), self.uuid)?);
         let file = self
             .storage
             .open(JOURNAL_FILE, false)
             .map_err(|error| StoreError::io("open", JOURNAL_FILE, error))?;
         // Replaced as a whole: readers never see an empty store.
-        catalog.advance(file.as_ref())?;
+        let catalog = Catalog::read(file.as_ref(), self.uuid)?;
+        self.segments.set_layout(&catalog.layout);
         *self.catalog.write().unwrap_or_else(PoisonError::into_inner) = catalog;
         *writer = WriterState { abandon_tail: true, latched: None };
         Ok(())
@@ -256,19 +280,19 @@ impl Store {
     /// The published snapshots, oldest first.
     #[must_use]
     pub fn snapshots(&self) -> Vec<SnapshotInfo> {
-        self.catalog().snapshots.clone()
+        self.catalog().snapshots().to_vec()
     }
 
     /// The newest published snapshot.
     #[must_use]
     pub fn latest(&self) -> Option<SnapshotInfo> {
-        self.catalog().snapshots.last().copied()
+        self.catalog().snapshots().last().copied()
     }
 
     /// The tags and what they point to.
     #[must_use]
     pub fn tags(&self) -> BTreeMap<String, SnapshotId> {
-        self.catalog().tags.clone()
+        self.catalog().tags().clone()
     }
 
     /// Bytes at the end of the journal that are no record: a torn append, which the next writer
@@ -285,29 +309,53 @@ impl Store {
     /// [`StoreError::UnknownRef`] or [`StoreError::AmbiguousRef`].
     pub fn resolve(&self, reference: &str) -> Result<SnapshotInfo> {
         let catalog = self.catalog();
-        crate::reference::resolve(&catalog.snapshots, &catalog.tags, reference, &self.describe())
+        crate::reference::resolve(catalog.snapshots(), catalog.tags(), reference, &self.describe())
     }
 
-    /// Opens snapshot `id` for reading.
+    /// Opens snapshot `id` for reading. If it is forgotten and pruned meanwhile, reading fails:
+    /// see [`Self::pin`].
     ///
     /// # Errors
     /// [`StoreError::UnknownRef`] if it is not published; [`StoreError::Corrupt`] if its manifest
     /// is damaged.
     pub fn snapshot(self: &Arc<Self>, id: SnapshotId) -> Result<Snapshot> {
-        Snapshot::load(Arc::clone(self), &self.published(id)?)
+        Snapshot::load(Arc::clone(self), &self.published(id)?, None)
+    }
+
+    /// Opens snapshot `id` for as long as the returned one, and what is made of it, lives: nobody
+    /// prunes it away meanwhile, though it may be forgotten. On a medium that cannot be written
+    /// to, as [`Self::snapshot`].
+    ///
+    /// # Errors
+    /// As [`Self::snapshot`].
+    pub fn pin(self: &Arc<Self>, id: SnapshotId) -> Result<Snapshot> {
+        let pin = self.pin_name(id);
+        // Behind the pin: whoever prunes from here on sees it, and what was forgotten before is
+        // not published any more.
+        self.refresh()?;
+        Snapshot::load(Arc::clone(self), &self.published(id)?, pin)
+    }
+
+    pub(crate) fn pin_name(&self, id: SnapshotId) -> Option<Arc<dyn Pin>> {
+        match self.storage.pin(&id.to_string()) {
+            Ok(pin) => Some(Arc::from(pin)),
+            Err(error) => {
+                tracing::warn!(%error, %id, "cannot pin a snapshot: it can be pruned while in use");
+                None
+            }
+        }
     }
 
     pub(crate) fn published(&self, id: SnapshotId) -> Result<SnapshotInfo> {
         self.find(id).ok_or_else(|| StoreError::UnknownRef {
             reference: id.to_string(),
             store: self.describe(),
-            hint: "it is not published here".into(),
+            hint: "it is not published here, or was forgotten".into(),
         })
     }
 
     pub(crate) fn find(&self, id: SnapshotId) -> Option<SnapshotInfo> {
-        let catalog = self.catalog();
-        catalog.index.get(&id).map(|index| catalog.snapshots[*index])
+        self.catalog().find(id)
     }
 
     pub(crate) fn writer_state(&self) -> MutexGuard<'_, WriterState> {
@@ -326,42 +374,25 @@ impl Store {
             catalog.take(entry);
             catalog.cursor = cursor;
         }
-    }
-}
-
-impl Catalog {
-    fn new(cursor: Cursor) -> Self {
-        Self {
-            cursor,
-            snapshots: Vec::new(),
-            index: HashMap::new(),
-            tags: BTreeMap::new(),
-            tail: None,
-        }
+        self.segments.set_layout(&catalog.layout);
     }
 
-    /// Takes in what was appended to the journal, or nothing if it is damaged.
-    fn advance(&mut self, journal: &dyn StoreFile) -> Result<()> {
-        let mut cursor = self.cursor.clone();
-        let entries = cursor.advance(journal)?;
-        self.cursor = cursor;
-        entries.into_iter().for_each(|entry| self.take(entry));
-        Ok(())
+    /// Takes note of a journal this handle has just written anew.
+    pub(crate) fn replaced(&self, catalog: Catalog) {
+        self.segments.set_layout(&catalog.layout);
+        *self.catalog.write().unwrap_or_else(PoisonError::into_inner) = catalog;
     }
 
-    fn take(&mut self, entry: Entry) {
-        match entry {
-            Entry::Publish(Publication { id, parent, manifest, time_unix_ms, tail }) => {
-                self.index.insert(id, self.snapshots.len());
-                self.snapshots.push(SnapshotInfo { id, parent, time_unix_ms, manifest });
-                self.tail = Some(tail);
+    /// Does `read`; if something is missing, once more after looking at what others pruned: it
+    /// may have been moved.
+    pub(crate) fn reading<T>(&self, mut read: impl FnMut() -> Result<T>) -> Result<T> {
+        match read() {
+            Err(error @ StoreError::Missing { .. }) => {
+                let before = self.segments.layout();
+                self.refresh()?;
+                if *before == *self.segments.layout() { Err(error) } else { read() }
             }
-            Entry::Tag { name, target: Some(id) } => {
-                self.tags.insert(name, id);
-            }
-            Entry::Tag { name, target: None } => {
-                self.tags.remove(&name);
-            }
+            other => other,
         }
     }
 }
@@ -373,38 +404,15 @@ impl NodeSource for Store {
         {
             return Ok(node);
         }
-        let node = self.segments.read(block, RecordKind::Node, |record| {
-            Node::decode(&record.decode()?, level, first)
+        let node = self.reading(|| {
+            self.segments.read(block, RecordKind::Node, |record| {
+                Node::decode(&record.decode()?, level, first)
+            })
         })?;
         let node = Arc::new(node);
         self.nodes.insert(block.hash, Arc::clone(&node));
         Ok(node)
     }
-}
-
-impl Store {
-    /// Reads a frame, verified and decoded: whole pages, one after the other.
-    pub(crate) fn frame(&self, frame: &BlockRef) -> Result<Arc<[u8]>> {
-        if let Some(pages) = self.frames.get(&frame.hash) {
-            return Ok(pages);
-        }
-        let pages: Arc<[u8]> = self
-            .segments
-            .read(frame, RecordKind::Frame, |record| {
-                check_frame_len(record.raw_len())?;
-                record.decode()
-            })?
-            .into();
-        self.frames.insert(frame.hash, Arc::clone(&pages));
-        Ok(pages)
-    }
-}
-
-pub(crate) fn check_frame_len(raw_len: usize) -> Result<(), Malformed> {
-    if raw_len == 0 || !raw_len.is_multiple_of(crate::page::PAGE_SIZE) {
-        return Err(Malformed::new("decoded length", "whole pages", format!("{raw_len} bytes")));
-    }
-    Ok(())
 }
 
 /// Now, in Unix milliseconds.
@@ -420,133 +428,4 @@ pub(crate) fn lock(storage: &dyn Storage) -> Result<Box<dyn WriterLock>> {
         LockError::Held(holder) => StoreError::Busy { store: storage.describe(), holder },
         LockError::Io(error) => StoreError::io("lock", LOCK_FILE, error),
     })
-}
-
-/// A directory that holds anything but what an interrupted creation leaves is not ours to fill.
-fn refuse_foreign(storage: &dyn Storage, names: &[String]) -> Result<()> {
-    let known = [LOCK_FILE, JOURNAL_FILE, SEGMENT_FOLDER];
-    let foreign = names.iter().find(|name| !known.contains(&name.as_str()));
-    let segments = storage.list(SEGMENT_FOLDER).unwrap_or_default();
-    match foreign.or(segments.first()) {
-        None => Ok(()),
-        Some(name) => Err(StoreError::NotAStore {
-            path: storage.describe(),
-            expected: "the file FRAZIL, or an empty directory",
-            found: format!("`{name}` and no FRAZIL"),
-        }),
-    }
-}
-
-fn create(storage: &dyn Storage) -> Result<()> {
-    let header = FileHeader {
-        kind: FileKind::Journal,
-        version: FORMAT_VERSION,
-        number: 0,
-        store: random_uuid()?,
-        created_unix_ms: unix_ms(),
-    };
-    // The file that makes it a store comes last: before it, an interrupted creation starts over.
-    match storage.remove(JOURNAL_FILE) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            return Err(StoreError::io("replace", JOURNAL_FILE, error));
-        }
-        _ => {}
-    }
-    for (name, kind) in [(JOURNAL_FILE, FileKind::Journal), (STORE_FILE, FileKind::Store)] {
-        put_header(storage, name, storage.create(name), &FileHeader { kind, ..header })?;
-    }
-    Ok(())
-}
-
-/// Writes a file that is nothing but its header so far, durably.
-fn put_header(
-    storage: &dyn Storage,
-    name: &str,
-    file: io::Result<Arc<dyn StoreFile>>,
-    header: &FileHeader,
-) -> Result<()> {
-    file.and_then(|file| file.write_all_at(&header.encode(), 0).and_then(|()| file.sync()))
-        .and_then(|()| storage.sync_names(""))
-        .map_err(|error| StoreError::io("create", name, error))
-}
-
-/// How far a store's creation came.
-enum Unfinished {
-    /// There is no `FRAZIL`: whatever else creation leaves is made anew.
-    Nothing,
-    /// `FRAZIL` was being written when the power failed; this is what it has to say.
-    StoreFile(FileHeader),
-}
-
-/// What is left to do to have a store here; none if `FRAZIL` stands.
-fn unfinished(storage: &dyn Storage) -> Result<Option<Unfinished>> {
-    let names = storage.list("").map_err(|error| StoreError::io("list", "", error))?;
-    if !names.iter().any(|name| name == STORE_FILE) {
-        refuse_foreign(storage, &names)?;
-        return Ok(Some(Unfinished::Nothing));
-    }
-    // Whatever else is wrong with the files, opening the store will say it better.
-    Ok(interrupted_store_file(storage).unwrap_or(None).map(Unfinished::StoreFile))
-}
-
-/// The header that `FRAZIL` was to have, if a crash left it cut short or with zeros in it. The
-/// journal was durable before, and nothing is appended to it before `FRAZIL` is.
-fn interrupted_store_file(storage: &dyn Storage) -> io::Result<Option<FileHeader>> {
-    let (file, journal) = (storage.open(STORE_FILE, false)?, storage.open(JOURNAL_FILE, false)?);
-    let len = file.len_bytes()?;
-    if len > FILE_HEADER_LEN as u64 || journal.len_bytes()? != FILE_HEADER_LEN as u64 {
-        return Ok(None);
-    }
-    let (mut bytes, mut found) = ([0; FILE_HEADER_LEN], vec![0; len as usize]);
-    journal.read_exact_at(&mut bytes, 0)?;
-    file.read_exact_at(&mut found, 0)?;
-    let Ok(header) = FileHeader::decode(&bytes, FileKind::Journal, JOURNAL_FILE) else {
-        return Ok(None);
-    };
-    let header = FileHeader { kind: FileKind::Store, ..header };
-    let expected = header.encode();
-    let cut_short = found != expected
-        && found.iter().zip(expected).all(|(byte, expected)| *byte == 0 || *byte == expected);
-    Ok(cut_short.then_some(header))
-}
-
-fn random_uuid() -> Result<[u8; 16]> {
-    use std::io::Read;
-    let mut uuid = [0; 16];
-    std::fs::File::open("/dev/urandom")
-        .and_then(|mut file| file.read_exact(&mut uuid))
-        .map_err(|error| StoreError::io("read", "/dev/urandom", error))?;
-    Ok(uuid)
-}
-
-fn read_store_header(storage: &dyn Storage) -> Result<FileHeader> {
-    let not_a_store = |found: String| StoreError::NotAStore {
-        path: storage.describe(),
-        expected: "the file FRAZIL with a store header",
-        found,
-    };
-    let file = match storage.open(STORE_FILE, false) {
-        Ok(file) => file,
-        Err(error)
-            if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) =>
-        {
-            return Err(not_a_store("no such file".into()));
-        }
-        Err(error) => return Err(StoreError::io("open", STORE_FILE, error)),
-    };
-    let mut bytes = [0; FILE_HEADER_LEN];
-    match file.read_exact_at(&mut bytes, 0) {
-        Ok(()) => FileHeader::decode(&bytes, FileKind::Store, STORE_FILE),
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-            Err(not_a_store("a file shorter than its header".into()))
-        }
-        Err(error) => Err(StoreError::io("read", STORE_FILE, error)),
-    }
-}
-
-fn journal_start(storage: &dyn Storage, uuid: [u8; 16]) -> Result<Cursor> {
-    let file = storage
-        .open(JOURNAL_FILE, false)
-        .map_err(|error| StoreError::io("open", JOURNAL_FILE, error))?;
-    Ok(Cursor::start(&journal::read_header(file.as_ref(), uuid)?))
 }

@@ -2,24 +2,28 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+use crate::changes::Changes;
+use crate::elide::{FrameFingerprints, encode_fingerprints};
 use crate::error::{Result, StoreError};
-use crate::format::{JOURNAL_FILE, MAX_BLOB_LEN, RecordKind, SEGMENT_FOLDER, segment_name};
+use crate::format::{MAX_BLOB_LEN, RecordKind};
 use crate::id::{BlockRef, Hash, SnapshotId};
 use crate::journal::{Entry, Publication};
 use crate::manifest::{Manifest, RegionManifest, StateChunk, StateRef};
-use crate::node::{MAX_REGION_PAGES, Node, Run, overlay};
+use crate::node::{MAX_REGION_PAGES, Node};
 use crate::page::{PageSet, PageSource};
-use crate::pipeline::{self, Job, Progress, WriteStats};
+use crate::pipeline::{self, Job, Written};
+use crate::progress::{Progress, WriteStats};
 use crate::record::RecordEncoder;
 use crate::segment::SegmentWriter;
 use crate::snapshot::Snapshot;
-use crate::storage::WriterLock;
+use crate::storage::{Pin, WriterLock};
 use crate::store::{Store, lock, unix_ms};
 use crate::tree::{NodeSink, NodeSource, Tree};
 
@@ -42,6 +46,8 @@ pub struct Description {
     pub state: Vec<StateChunk>,
     /// Figures to keep with it.
     pub stats: Value,
+    /// Keep it from being pruned as long as [`Committed::pin`] lives: for who goes on from it.
+    pub pin: bool,
 }
 
 /// A published snapshot and what publishing it came to.
@@ -59,6 +65,8 @@ pub struct Committed {
     pub sync_us: u64,
     /// Why the tag could not be set, if it could not: the snapshot is published all the same.
     pub tag_failure: Option<String>,
+    /// The pin, if one was asked for and can be had.
+    pub pin: Option<Arc<dyn Pin>>,
 }
 
 /// A snapshot being written. Dropping it without [`Self::commit`] takes back all it wrote.
@@ -74,6 +82,8 @@ pub struct Transaction {
     segments: Option<SegmentWriter>,
     frame_bytes: u64,
     nodes: u64,
+    /// Of the pages written.
+    fingerprints: Vec<FrameFingerprints>,
     /// True once a write failed: some pages of it are missing.
     failed: bool,
     // Last, so that it is given up last.
@@ -84,7 +94,7 @@ pub struct Transaction {
 struct RegionDraft {
     name: String,
     base: Tree,
-    changes: Vec<Run>,
+    changes: Changes,
 }
 
 impl Store {
@@ -98,7 +108,12 @@ impl Store {
         self.check_latched()?;
         let lock = lock(self.storage.as_ref())?;
         self.refresh()?;
-        let parent = parent.map(|id| self.snapshot(id)).transpose()?;
+        let parent = parent.map(|id| self.parent(id)).transpose()?;
+        if self.options.elide.dedup && parent.is_none() {
+            // A new line may have much in common with the others; one that goes on is best known
+            // by what this handle writes.
+            self.load_fingerprints();
+        }
         let segments = self.continue_segments()?;
         Ok(Transaction {
             store: Arc::clone(self),
@@ -108,149 +123,11 @@ impl Store {
             segments: Some(segments),
             frame_bytes: 0,
             nodes: 0,
+            fingerprints: Vec::new(),
             failed: false,
             _lock: lock,
         })
     }
-
-    /// Points tag `name` to `target`, or removes it.
-    ///
-    /// # Errors
-    /// As [`Self::begin`]; [`StoreError::Invalid`] if `name` cannot be a tag;
-    /// [`StoreError::UnknownRef`] if `target` is not published.
-    pub fn set_tag(&self, name: &str, target: Option<SnapshotId>) -> Result<()> {
-        crate::reference::check_tag(name)?;
-        self.check_latched()?;
-        let _lock = lock(self.storage.as_ref())?;
-        self.refresh()?;
-        target.map(|id| self.published(id)).transpose()?;
-        self.append_to_journal(Entry::Tag { name: name.to_owned(), target }).map_err(|failure| {
-            if failure.error.latches() || !failure.undone {
-                self.writer_state().latched = Some(failure.error.to_string());
-            }
-            failure.error
-        })
-    }
-
-    fn check_latched(&self) -> Result<()> {
-        match &self.writer_state().latched {
-            Some(cause) => {
-                Err(StoreError::Latched { store: self.describe(), cause: cause.clone() })
-            }
-            None => Ok(()),
-        }
-    }
-
-    /// Where to append: after the newest published snapshot, with what a crashed writer left
-    /// behind it cleared away.
-    fn continue_segments(&self) -> Result<SegmentWriter> {
-        let (tail, torn) = {
-            let catalog = self.catalog();
-            (catalog.tail, catalog.cursor.torn_bytes)
-        };
-        let abandon_tail = self.writer_state().abandon_tail;
-        let numbers = self.segment_numbers()?;
-        let mut last_used = tail.map_or(0, |(last, _)| last);
-        // A torn newest record may be damage to one that was durable. Its data is then all that is
-        // left of it: leave it alone. Else every writer looks, even one that tidied up before: the
-        // one that crashed may have been another process.
-        if torn == 0 {
-            let orphans = numbers
-                .iter()
-                .copied()
-                .filter(|number| tail.is_none_or(|(last, _)| *number > last));
-            for number in orphans {
-                self.segments.forget(number);
-                let name = segment_name(number);
-                self.storage
-                    .remove(&name)
-                    .map_err(|error| StoreError::io("remove", name, error))?;
-            }
-        } else {
-            last_used = numbers.iter().copied().fold(last_used, u32::max);
-        }
-        let mut go_on = None;
-        if let Some((number, end)) = tail
-            && !abandon_tail
-            && torn == 0
-            && end < self.options.segment_max_bytes
-            // One that is missing, or whose header is damaged, could not be read back.
-            && self.segments.file(number).is_ok()
-        {
-            let name = segment_name(number);
-            let file = self
-                .storage
-                .open(&name, true)
-                .map_err(|error| StoreError::io("open", name.clone(), error))?;
-            let len =
-                file.len_bytes().map_err(|error| StoreError::io("read", name.clone(), error))?;
-            if len > end {
-                file.set_len(end).map_err(|error| StoreError::io("truncate", name, error))?;
-            }
-            // A shorter one has lost published data: `verify` tells; never append to it.
-            go_on = (len >= end).then_some((number, end, file));
-        }
-        let next = last_used.checked_add(1).ok_or_else(|| {
-            StoreError::Invalid(format!("{} has used up all segment numbers", self.describe()))
-        })?;
-        Ok(SegmentWriter::new(
-            Arc::clone(&self.storage),
-            self.uuid,
-            self.options.segment_max_bytes,
-            go_on,
-            next,
-        ))
-    }
-
-    fn segment_numbers(&self) -> Result<HashSet<u32>> {
-        let names = self
-            .storage
-            .list(SEGMENT_FOLDER)
-            .map_err(|error| StoreError::io("list", SEGMENT_FOLDER, error))?;
-        Ok(names
-            .iter()
-            .filter_map(|name| {
-                let number = u32::from_str_radix(name.strip_suffix(".seg")?, 16).ok()?;
-                // Only names we would have given: the others are somebody else's files.
-                (segment_name(number).strip_prefix(SEGMENT_FOLDER)?.strip_prefix('/')? == name)
-                    .then_some(number)
-            })
-            .collect())
-    }
-
-    fn append_to_journal(&self, entry: Entry) -> Result<(), PublishFailure> {
-        let cursor = self.catalog().cursor.clone();
-        let (bytes, after) = cursor.encode_next(&entry);
-        let certain = |error| PublishFailure { error, undone: true };
-        let file = self
-            .storage
-            .open(JOURNAL_FILE, true)
-            .map_err(|error| certain(StoreError::io("open", JOURNAL_FILE, error)))?;
-        if cursor.torn_bytes > 0 {
-            file.set_len(cursor.end)
-                .map_err(|error| certain(StoreError::io("truncate", JOURNAL_FILE, error)))?;
-        }
-        let written = file
-            .write_all_at(&bytes, cursor.end)
-            .map_err(|error| StoreError::io("append to", JOURNAL_FILE, error))
-            .and_then(|()| {
-                file.sync().map_err(|error| StoreError::io("sync", JOURNAL_FILE, error))
-            });
-        if let Err(error) = written {
-            // Take the record back, durably, or nobody knows whether it was published.
-            let undone = file.set_len(cursor.end).and_then(|()| file.sync()).is_ok();
-            return Err(PublishFailure { error, undone });
-        }
-        self.appended(entry, after);
-        Ok(())
-    }
-}
-
-/// A journal append that failed.
-struct PublishFailure {
-    error: StoreError,
-    /// True if it is certain that nothing was published.
-    undone: bool,
 }
 
 impl Transaction {
@@ -279,7 +156,7 @@ impl Transaction {
             return Err(StoreError::Invalid(format!("region `{name}` is named twice")));
         }
         let base = Tree { root: inherited.and_then(|region| region.root), pages };
-        self.regions.push(RegionDraft { name: name.to_owned(), base, changes: Vec::new() });
+        self.regions.push(RegionDraft { name: name.to_owned(), base, changes: Changes::default() });
         Ok(RegionHandle(self.regions.len() - 1))
     }
 
@@ -300,33 +177,37 @@ impl Transaction {
         pages: &PageSet,
         source: &dyn PageSource,
     ) -> Result<WriteStats> {
-        let pages: Vec<u64> = pages.iter().collect();
-        self.progress
-            .pages_total
-            .fetch_add(pages.len() as u64, std::sync::atomic::Ordering::Relaxed);
+        self.progress.pages_total.fetch_add(pages.count(), Ordering::Relaxed);
         let already_failed = std::mem::replace(&mut self.failed, true);
         let draft = &mut self.regions[region.0];
-        if let Some(last) = pages.last().filter(|last| **last >= draft.base.pages) {
+        if let Some(last) = pages.last().filter(|last| *last >= draft.base.pages) {
             return Err(StoreError::Invalid(format!(
                 "page {last} is beyond region `{}`, which has {} pages",
                 draft.name, draft.base.pages
             )));
         }
-        let options = &self.store.options;
         let job = Job {
+            store: &self.store,
             region: &draft.name,
-            pages: &pages,
+            pages,
             source,
-            frame_pages: options.frame_pages,
-            compression_level: options.compression_level,
+            parent: draft.base,
             progress: &self.progress,
         };
         let segments = self.segments.as_mut().expect("held until commit");
-        let (runs, stats) = pipeline::write(&self.store.pool, segments, &job)?;
+        let Written { changes, equal, stats, fingerprints } = pipeline::write(segments, &job)?;
         self.failed = already_failed;
-        draft.changes = overlay(&draft.changes, &runs);
+        let reverted = draft.changes.touched_by(equal);
+        draft.changes = std::mem::take(&mut draft.changes).overlay(changes).overlay(reverted);
         self.frame_bytes += stats.stored_bytes;
+        self.keep_fingerprints(fingerprints);
         Ok(stats)
+    }
+
+    /// Remembers fingerprints to be stored, as many as a block of them may hold.
+    fn keep_fingerprints(&mut self, fingerprints: Vec<FrameFingerprints>) {
+        let room = FINGERPRINTED_FRAMES_MAX.saturating_sub(self.fingerprints.len());
+        self.fingerprints.extend(fingerprints.into_iter().take(room));
     }
 
     /// Writes trees, state and manifest, makes everything durable, and publishes the snapshot.
@@ -367,6 +248,7 @@ impl Transaction {
             state,
             stats: description.stats,
         };
+        let fingerprints = self.write_fingerprints()?;
         let json = encode_json(&manifest, "the manifest")?;
         let block = self.put_blob(RecordKind::Manifest, &json, "manifest")?;
         let id = Hash::of(&json);
@@ -382,12 +264,17 @@ impl Transaction {
         let segments = self.segments.as_mut().expect("held until commit");
         let tail = segments.sync()?;
         let meta_bytes = segments.appended_bytes() - self.frame_bytes;
+        // Before it is published: there is no moment in which it could be pruned.
+        let pin = description.pin.then(|| self.store.pin_name(id)).flatten();
+        // As the catalog has it for snapshots whose parent is forgotten later.
+        let parent = self.store.catalog().nearest_kept(manifest.parent);
         self.publish(Publication {
             id,
-            parent: manifest.parent,
+            parent,
             manifest: block,
             time_unix_ms: manifest.time_unix_ms,
             tail,
+            fingerprints,
         })?;
         let sync_us = u64::try_from(syncing.elapsed().as_micros()).unwrap_or(u64::MAX);
         // Still under the writer lock, so that nobody comes between.
@@ -402,6 +289,7 @@ impl Transaction {
             nodes: self.nodes,
             sync_us,
             tag_failure,
+            pin,
         })
     }
 
@@ -413,6 +301,17 @@ impl Transaction {
             regions.push(RegionManifest { name: draft.name, pages: tree.pages, root: tree.root });
         }
         Ok(regions)
+    }
+
+    fn write_fingerprints(&mut self) -> Result<Option<BlockRef>> {
+        let fingerprints = std::mem::take(&mut self.fingerprints);
+        if fingerprints.is_empty() {
+            return Ok(None);
+        }
+        let payload = encode_fingerprints(&fingerprints);
+        // They are noise: not worth a compressor's time.
+        let record = RecordEncoder::encode_plain(RecordKind::Fingerprints, &payload);
+        self.segments.as_mut().expect("held until commit").append(&record).map(Some)
     }
 
     fn write_state(&mut self, chunks: &[StateChunk]) -> Result<Vec<StateRef>> {
@@ -475,6 +374,8 @@ impl Transaction {
 
     fn roll_back(&mut self, latch: Option<String>) {
         let Some(segments) = self.segments.take() else { return };
+        // It knows frames that are no more.
+        self.store.fingerprints.clear();
         if let Err(error) = segments.roll_back(&self.store.segments) {
             // What could not be taken back is cleared away by the next writer.
             tracing::warn!(%error, "could not take back an unfinished transaction");
@@ -484,6 +385,9 @@ impl Transaction {
         }
     }
 }
+
+/// The most frames whose fingerprints one snapshot keeps: 16 GiB of pages, less than 40 MiB.
+const FINGERPRINTED_FRAMES_MAX: usize = 1 << 18;
 
 /// JSON that is certain to be readable: the parser has limits, such as the depth of nesting, that
 /// the printer does not have.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::changes::Changes;
 use crate::error::Result;
 use crate::id::BlockRef;
 use crate::node::{
@@ -52,8 +53,17 @@ pub(crate) struct Tree {
 impl Tree {
     /// Where `page` is. Costs one node a level, whatever the history.
     pub fn page(&self, nodes: &impl NodeSource, page: u64) -> Result<Location> {
-        let (mut level, mut first) = (root_level(self.pages), 0);
-        let mut next = self.root;
+        Self::page_below(nodes, self.root, root_level(self.pages), 0, page)
+    }
+
+    /// Where `page` is below the node `next`, which stands at `(level, first)`.
+    pub fn page_below(
+        nodes: &impl NodeSource,
+        mut next: Option<BlockRef>,
+        mut level: u8,
+        mut first: u64,
+        page: u64,
+    ) -> Result<Location> {
         while let Some(block) = next {
             let node = nodes.node(&block, level, first)?;
             if let Some(location) = find_page(&node.runs, page) {
@@ -81,18 +91,18 @@ impl Tree {
         Ok(runs)
     }
 
-    /// A tree with `changes` (sorted, without overlaps) laid over this one. Only the nodes on the
-    /// way to what moved are written.
+    /// A tree with `changes` laid over this one. Only the nodes on the way to what moved are
+    /// written.
     pub fn apply(
         &self,
         sink: &mut impl NodeSink,
         policy: FlushPolicy,
-        changes: &[Run],
+        changes: &Changes,
     ) -> Result<Self> {
         if changes.is_empty() {
             return Ok(*self);
         }
-        let root = apply(sink, policy, self.root, root_level(self.pages), 0, changes)?;
+        let root = apply(sink, policy, self.root, root_level(self.pages), 0, &[], changes)?;
         Ok(Self { root, pages: self.pages })
     }
 }
@@ -122,29 +132,37 @@ fn collect(
     Ok(overlay(&below, &own))
 }
 
+/// Writes the node at `(level, first)` with `inherited`, what comes down from its parent, and
+/// then `changes` laid over it; both may reach beyond the node.
 fn apply(
     sink: &mut impl NodeSink,
     policy: FlushPolicy,
     old: Option<BlockRef>,
     level: u8,
     first: u64,
-    changes: &[Run],
+    inherited: &[Run],
+    changes: &Changes,
 ) -> Result<Option<BlockRef>> {
     let mut node = match old {
         Some(block) => Arc::unwrap_or_clone(sink.node(&block, level, first)?),
         None => Node::empty(level, first),
     };
-    node.runs = overlay(&node.runs, changes);
-    if level == 0 {
-        // Nothing lies below a leaf: what it does not name is zero.
-        node.runs.retain(|run| run.location != Location::Zero);
+    let end = node.end();
+    let inherited: Vec<Run> = clip_runs(inherited, first, end).collect();
+    node.runs = overlay(&node.runs, &inherited);
+    let most = if level == 0 { usize::MAX } else { policy.most_runs(level) };
+    // Many changes are handed down as they are: unpacked at once, they would take much memory.
+    if level == 0 || node.runs.len() + changes.count(first, end) <= MUCH * most {
+        node.runs = overlay(&node.runs, &changes.collect(first, end));
+        if node.runs.len() > most {
+            push_down(sink, policy, &mut node, &Changes::default())?;
+        }
     } else {
-        if node.children.is_empty() && old.is_none() && node.runs.len() <= policy.most_runs(level) {
-            node.runs.retain(|run| run.location != Location::Zero);
-        }
-        if node.runs.len() > policy.most_runs(level) {
-            push_down(sink, policy, &mut node)?;
-        }
+        push_down(sink, policy, &mut node, changes)?;
+    }
+    if node.children.is_empty() {
+        // Nothing lies below: what the node does not name is zero.
+        node.runs.retain(|run| run.location != Location::Zero);
     }
     if node.runs.is_empty() && node.children.is_empty() {
         return Ok(None);
@@ -152,24 +170,42 @@ fn apply(
     sink.put(node).map(Some)
 }
 
-/// Moves the pending runs of `node` to its children, leaving small groups where they are.
-fn push_down(sink: &mut impl NodeSink, policy: FlushPolicy, node: &mut Node) -> Result<()> {
+/// Up to so many times the most runs of a node are merged before it is decided what moves down.
+const MUCH: usize = 4;
+
+/// Moves the pending runs of `node`, and `changes`, to its children, leaving small groups where
+/// they are.
+fn push_down(
+    sink: &mut impl NodeSink,
+    policy: FlushPolicy,
+    node: &mut Node,
+    changes: &Changes,
+) -> Result<()> {
     let pending = std::mem::take(&mut node.runs);
     let child_span = span_pages(node.level - 1);
-    let mut at = pending.first().map_or(node.end(), |run| run.first);
+    let next_page = |from: u64, end: u64| {
+        let next = clip_runs(&pending, from, end).next().into_iter();
+        next.chain(changes.view(from, end).next()).map(|run| run.first).min().unwrap_or(end)
+    };
+    let mut at = next_page(node.first, node.end());
     while at < node.end() {
         let index = node.child_index(at);
         let (first, level) = node.child_place(index);
-        let group: Vec<Run> = clip_runs(&pending, first, first + child_span).collect();
-        if group.len() < policy.least_group {
-            group.into_iter().for_each(|run| push_run(&mut node.runs, run));
+        let end = first + child_span;
+        let group: Vec<Run> = clip_runs(&pending, first, end).collect();
+        let old = node.child(index).copied();
+        if group.len() + changes.count(first, end) < policy.least_group {
+            let merged = overlay(&group, &changes.collect(first, end));
+            // Where there is no child, a page is zero without being named.
+            let needed =
+                merged.into_iter().filter(|run| old.is_some() || run.location != Location::Zero);
+            needed.for_each(|run| push_run(&mut node.runs, run));
         } else {
-            let child = apply(sink, policy, node.child(index).copied(), level, first, &group)?;
+            let child = apply(sink, policy, old, level, first, &group, changes)?;
             set_child(node, index, child);
         }
         // On to the child of the next run, if there is one.
-        let next = clip_runs(&pending, first + child_span, node.end()).next();
-        at = next.map_or(node.end(), |run| run.first);
+        at = next_page(end, node.end());
     }
     Ok(())
 }
@@ -192,6 +228,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::changes::tests::changes;
     use crate::id::Hash;
     use crate::node::tests::{explode, frame};
 
@@ -252,7 +289,7 @@ mod tests {
                 let changes = sorted_runs(parts);
                 oracle.extend(explode(&changes));
                 oracle.retain(|_, location| *location != Location::Zero);
-                tree = tree.apply(&mut memory, SMALL, &changes).unwrap();
+                tree = tree.apply(&mut memory, SMALL, &self::changes(&changes)).unwrap();
                 history.push((tree, oracle.clone()));
             }
             for (tree, oracle) in history {
@@ -279,7 +316,7 @@ mod tests {
                 location: Location::Frame { frame: frame(index as u32), slot: 0 },
             })
             .collect();
-        let tree = tree.apply(&mut memory, FlushPolicy::default(), &full).unwrap();
+        let tree = tree.apply(&mut memory, FlushPolicy::default(), &changes(&full)).unwrap();
         let before = memory.put;
         let scattered: Vec<Run> = (0..1000)
             .map(|index| Run {
@@ -288,7 +325,7 @@ mod tests {
                 location: Location::Frame { frame: frame(7), slot: 3 },
             })
             .collect();
-        tree.apply(&mut memory, FlushPolicy::default(), &scattered).unwrap();
+        tree.apply(&mut memory, FlushPolicy::default(), &changes(&scattered)).unwrap();
         assert_eq!(memory.put - before, 1);
     }
 
@@ -298,9 +335,10 @@ mod tests {
         let tree = Tree { root: None, pages: 512 };
         let run =
             Run { first: 3, count: 9, location: Location::Frame { frame: frame(1), slot: 0 } };
-        let tree = tree.apply(&mut memory, SMALL, &[run]).unwrap();
-        let tree =
-            tree.apply(&mut memory, SMALL, &[Run { location: Location::Zero, ..run }]).unwrap();
+        let tree = tree.apply(&mut memory, SMALL, &changes(&[run])).unwrap();
+        let tree = tree
+            .apply(&mut memory, SMALL, &changes(&[Run { location: Location::Zero, ..run }]))
+            .unwrap();
         assert_eq!(tree.root, None);
     }
 }

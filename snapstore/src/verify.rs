@@ -1,18 +1,19 @@
 //! Reading everything that snapshots refer to, and telling what does not check.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rayon::prelude::*;
 
+use crate::codec::Malformed;
+use crate::elide::decode_fingerprints;
 use crate::error::{Result, StoreError};
 use crate::format::RecordKind;
+use crate::frame::{Frame, FrameView, kind_of};
 use crate::id::{BlockRef, SnapshotId};
-use crate::node::{Location, root_level};
-use crate::page::PAGE_SIZE;
-use crate::store::{Store, check_frame_len};
-use crate::tree::NodeSource;
+use crate::mark::{FrameUse, Marked, Marker, Obstacle};
+use crate::segment::Physical;
+use crate::store::Store;
 
 /// How far verifying has come.
 #[derive(Debug, Default)]
@@ -54,12 +55,6 @@ pub struct VerifyReport {
     pub damage: Vec<Damage>,
 }
 
-struct FrameUse {
-    frame: BlockRef,
-    slots: u64,
-    snapshot: SnapshotId,
-}
-
 /// Reads and checks every block that `snapshots` can reach, each once.
 ///
 /// # Errors
@@ -69,139 +64,160 @@ pub fn verify(
     snapshots: &[SnapshotId],
     progress: &VerifyProgress,
 ) -> Result<VerifyReport> {
-    let mut walk =
-        Walk { store, report: VerifyReport::default(), seen: HashSet::new(), frames: Vec::new() };
-    let torn = store.torn_journal_bytes();
-    if torn > 0 {
-        let error = StoreError::Corrupt {
-            file: crate::format::JOURNAL_FILE.into(),
-            offset: store.catalog().cursor.end,
-            what: "journal".into(),
-            expected: "a whole record or the end".into(),
-            found: format!(
-                "{torn} bytes that are none: an append cut short by a crash, or damage to the newest snapshot's record"
-            ),
-        };
-        walk.report.damage.push(Damage { error, snapshot: None });
-    }
-    for id in snapshots {
-        walk.snapshot(*id);
-    }
-    let Walk { mut report, mut frames, .. } = walk;
-    // In the order of the medium; slots that several nodes name are checked together.
-    frames.sort_unstable_by_key(|usage| (usage.frame.segment, usage.frame.offset));
-    frames.dedup_by(|later, first| {
-        let same = later.frame == first.frame;
-        if same {
-            first.slots = first.slots.max(later.slots);
+    let before = store.segments.layout();
+    let report = verify_once(store, snapshots, progress);
+    let missing = |damage: &Damage| {
+        matches!(damage.error, StoreError::Missing { .. } | StoreError::UnknownRef { .. })
+    };
+    if report.damage.iter().any(missing) {
+        store.refresh()?;
+        if *before != *store.segments.layout() {
+            // Somebody pruned meanwhile, and it was moved.
+            return Ok(verify_once(store, snapshots, progress));
         }
-        same
-    });
-    check_frames(store, &frames, progress, &mut report);
+    }
     Ok(report)
 }
 
+fn verify_once(
+    store: &Arc<Store>,
+    snapshots: &[SnapshotId],
+    progress: &VerifyProgress,
+) -> VerifyReport {
+    let mut report = VerifyReport { snapshots: snapshots.len() as u64, ..VerifyReport::default() };
+    report.damage.extend(torn_journal(store));
+    // Past the caches, which may hold a good copy of what the medium has lost.
+    store.nodes.clear();
+    store.frames.clear();
+    store.segments.close();
+    let mut marker = Marker::new(store);
+    // The newest first: see there.
+    for id in snapshots.iter().rev() {
+        match store.published(*id) {
+            Ok(info) => marker.snapshot(&info),
+            Err(error) => report.damage.push(Damage { error, snapshot: Some(*id) }),
+        }
+    }
+    let Marked { snapshots, frames, nodes, chunks, manifests, fingerprints, obstacles } =
+        marker.finish();
+    let found =
+        |obstacle: Obstacle| Damage { error: obstacle.error, snapshot: Some(obstacle.snapshot) };
+    // Frames are read below, each once.
+    report.damage.extend(obstacles.into_iter().filter(|found| !found.is_frame).map(found));
+    report.nodes = nodes.len() as u64;
+    report.chunks = chunks.len() as u64;
+    let read = nodes.iter().chain(&chunks).chain(&manifests).chain(&fingerprints);
+    report.stored_bytes = read.map(|block| u64::from(block.len)).sum();
+    // Nodes and manifests were read on the way.
+    for block in &chunks {
+        let parsed = read_chunk(store, block);
+        report.damage.extend(parsed.err().map(|error| Damage { error, snapshot: None }));
+    }
+    for block in &fingerprints {
+        let parsed = store.segments.read(block, RecordKind::Fingerprints, |record| {
+            decode_fingerprints(&record.decode()?).map(drop)
+        });
+        report.damage.extend(parsed.err().map(|error| Damage { error, snapshot: None }));
+    }
+    check_frames(store, &frames, &snapshots, progress, &mut report);
+    report
+}
+
+fn torn_journal(store: &Store) -> Option<Damage> {
+    let torn = store.torn_journal_bytes();
+    let error = StoreError::Corrupt {
+        file: crate::format::JOURNAL_FILE.into(),
+        offset: store.catalog().cursor.end,
+        what: "journal".into(),
+        expected: "a whole record or the end".into(),
+        found: format!(
+            "{torn} bytes that are none: an append cut short by a crash, or damage to the newest snapshot's record"
+        ),
+    };
+    (torn > 0).then_some(Damage { error, snapshot: None })
+}
+
+fn read_chunk(store: &Store, block: &BlockRef) -> Result<()> {
+    store.segments.read(block, RecordKind::Blob, |record| {
+        serde_json::from_slice::<serde_json::Value>(&record.decode()?)
+            .map(drop)
+            .map_err(|error| Malformed::new("state chunk", "JSON", error))
+    })
+}
+
+/// A record of a file, and the frames that are in it.
+struct Batch<'a> {
+    place: Physical,
+    uses: &'a [(Physical, FrameUse)],
+}
+
 fn check_frames(
-    store: &Store,
+    store: &Arc<Store>,
     frames: &[FrameUse],
+    snapshots: &[SnapshotId],
     progress: &VerifyProgress,
     report: &mut VerifyReport,
 ) {
-    progress.frames_total.store(frames.len() as u64, Ordering::Relaxed);
+    report.frames = frames.len() as u64;
+    progress.frames_total.store(report.frames, Ordering::Relaxed);
+    let damage = |error, usage: &FrameUse| Damage {
+        error,
+        snapshot: snapshots.get(usage.snapshot as usize).copied(),
+    };
+    let mut placed = Vec::with_capacity(frames.len());
+    for usage in frames {
+        match store.segments.resolve(&usage.frame) {
+            Ok(place) => placed.push((place, *usage)),
+            Err(error) => report.damage.push(damage(error, usage)),
+        }
+    }
+    // In the order of the medium, and each record once, though several frames may share it.
+    placed.sort_by_key(|(place, _)| (place.file, place.position));
+    let same = |a: &(Physical, FrameUse), b: &(Physical, FrameUse)| {
+        (a.0.file, a.0.position, a.0.hash) == (b.0.file, b.0.position, b.0.hash)
+    };
+    let batches: Vec<Batch<'_>> =
+        placed.chunk_by(same).map(|uses| Batch { place: uses[0].0, uses }).collect();
     let page_bytes = AtomicU64::new(0);
-    let damage: Vec<Damage> = store.pool.install(|| {
-        frames
+    let stored_bytes = AtomicU64::new(0);
+    let found: Vec<Damage> = store.pool.install(|| {
+        batches
             .par_iter()
-            .filter_map(|usage| {
-                let checked = check_frame(store, usage);
-                progress.frames_done.fetch_add(1, Ordering::Relaxed);
-                progress.stored_bytes.fetch_add(u64::from(usage.frame.len), Ordering::Relaxed);
+            .flat_map_iter(|batch| {
+                let checked = check_batch(store, batch);
+                progress.frames_done.fetch_add(batch.uses.len() as u64, Ordering::Relaxed);
+                progress.stored_bytes.fetch_add(u64::from(batch.place.len), Ordering::Relaxed);
+                stored_bytes.fetch_add(u64::from(batch.place.len), Ordering::Relaxed);
+                page_bytes
+                    .fetch_add(checked.as_ref().map_or(0, |(bytes, _)| *bytes), Ordering::Relaxed);
                 match checked {
-                    Ok(bytes) => {
-                        page_bytes.fetch_add(bytes, Ordering::Relaxed);
-                        None
-                    }
-                    Err(error) => Some(Damage { error, snapshot: Some(usage.snapshot) }),
+                    Ok((_, wrong)) => wrong,
+                    Err(error) => vec![(error, batch.uses[0].1)],
                 }
             })
+            .map(|(error, usage)| damage(error, &usage))
             .collect()
     });
-    report.frames = frames.len() as u64;
-    report.stored_bytes += frames.iter().map(|usage| u64::from(usage.frame.len)).sum::<u64>();
+    report.stored_bytes += stored_bytes.into_inner();
     report.page_bytes = page_bytes.into_inner();
-    report.damage.extend(damage);
+    report.damage.extend(found);
 }
 
-fn check_frame(store: &Store, usage: &FrameUse) -> Result<u64> {
-    let pages = store.segments.read(&usage.frame, RecordKind::Frame, |record| {
-        check_frame_len(record.raw_len())?;
-        record.decode()
-    })?;
-    crate::snapshot::slot_bytes(&usage.frame, &pages, 0, usage.slots)?;
-    debug_assert_eq!(pages.len() % PAGE_SIZE, 0);
-    Ok(pages.len() as u64)
-}
-
-struct Walk<'a> {
-    store: &'a Arc<Store>,
-    report: VerifyReport,
-    /// Blocks whose bytes and everything below were looked at.
-    seen: HashSet<BlockRef>,
-    frames: Vec<FrameUse>,
-}
-
-impl Walk<'_> {
-    fn damaged(&mut self, error: StoreError, snapshot: SnapshotId) {
-        self.report.damage.push(Damage { error, snapshot: Some(snapshot) });
+/// Reads a record; returns the bytes of its pages, and what refers to slots that are not there.
+fn check_batch(store: &Store, batch: &Batch<'_>) -> Result<(u64, Vec<(StoreError, FrameUse)>)> {
+    let delta = batch.uses[0].1.delta;
+    let frame = store
+        .segments
+        .read_at(&batch.place, kind_of(delta), |record| Frame::decode(record, delta))?;
+    let frame = Arc::new(frame);
+    let bytes = frame.pages.len() as u64;
+    let mut wrong = Vec::new();
+    for (place, usage) in batch.uses {
+        let view = FrameView::new(usage.frame, *place, Arc::clone(&frame));
+        let bad = (0..64_u8)
+            .filter(|slot| usage.slots >> slot & 1 == 1)
+            .find_map(|slot| view.bytes(slot, 1).err());
+        wrong.extend(bad.map(|error| (error, *usage)));
     }
-
-    fn snapshot(&mut self, id: SnapshotId) {
-        self.report.snapshots += 1;
-        let snapshot = match self.store.snapshot(id) {
-            Ok(snapshot) => snapshot,
-            Err(error) => return self.damaged(error, id),
-        };
-        for chunk in &snapshot.manifest().state {
-            if self.seen.insert(chunk.body) {
-                self.report.chunks += 1;
-                self.report.stored_bytes += u64::from(chunk.body.len);
-                if let Err(error) = snapshot.state(chunk) {
-                    self.damaged(error, id);
-                }
-            }
-        }
-        for region in &snapshot.manifest().regions {
-            if let Some(root) = &region.root {
-                self.node(root, root_level(region.pages), 0, id);
-            }
-        }
-    }
-
-    fn node(&mut self, block: &BlockRef, level: u8, first: u64, id: SnapshotId) {
-        if !self.seen.insert(*block) {
-            return;
-        }
-        self.report.nodes += 1;
-        self.report.stored_bytes += u64::from(block.len);
-        // Past the cache, which may hold a good copy of what the medium has lost.
-        self.store.nodes.remove(&block.hash);
-        let node = match self.store.node(block, level, first) {
-            Ok(node) => node,
-            Err(error) => return self.damaged(error, id),
-        };
-        for run in &node.runs {
-            if let Location::Frame { frame, slot } = run.location {
-                let slots = u64::from(slot) + run.count;
-                // Runs of one frame usually stand together.
-                match self.frames.last_mut() {
-                    Some(last) if last.frame == frame => last.slots = last.slots.max(slots),
-                    _ => self.frames.push(FrameUse { frame, slots, snapshot: id }),
-                }
-            }
-        }
-        for (index, child) in &node.children {
-            let (first, level) = node.child_place(*index);
-            self.node(child, level, first, id);
-        }
-    }
+    Ok((bytes, wrong))
 }

@@ -5,7 +5,9 @@ use std::path::Path;
 use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use frazil_snapstore::{DirStorage, LockError, SEGMENT_FOLDER, Storage, StoreFile, WriterLock};
+use frazil_snapstore::{
+    DirStorage, LockError, Pin, SEGMENT_FOLDER, Storage, StoreFile, WriterLock,
+};
 
 /// "Input/output error".
 pub const EIO: i32 = 5;
@@ -142,8 +144,21 @@ impl Storage for FaultyStorage {
         self.inner.remove(name)
     }
 
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        self.faults.check()?;
+        self.inner.rename(from, to)
+    }
+
     fn list(&self, folder: &str) -> io::Result<Vec<String>> {
         self.inner.list(folder)
+    }
+
+    fn pin(&self, name: &str) -> io::Result<Box<dyn Pin>> {
+        self.inner.pin(name)
+    }
+
+    fn pinned(&self) -> io::Result<Vec<String>> {
+        self.inner.pinned()
     }
 
     fn sync_names(&self, folder: &str) -> io::Result<()> {

@@ -1,6 +1,8 @@
 //! A second reader of the files, written from `FORMAT.md` and sharing no code with the store: it
 //! tells the tests what is published, and the text what it forgot to say.
 
+use std::collections::BTreeSet;
+
 /// Bytes of the header of every file.
 pub const FILE_HEADER_LEN: usize = 64;
 /// Bytes of the header of a record in a segment.
@@ -10,6 +12,9 @@ pub const KIND_FRAME: u8 = 1;
 const RECORD_HEADER_LEN: usize = 24;
 const CHECK_LEN: usize = 32;
 const KIND_PUBLISH: u32 = 1;
+const KIND_TAG: u32 = 2;
+const KIND_FORGET: u32 = 3;
+const KIND_RELAYOUT: u32 = 4;
 
 /// A `Publish` record.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,42 +37,97 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
 }
 
-/// The published snapshots in a journal, and the length of the part that holds whole records.
+/// What a journal says.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct JournalState {
+    /// Snapshots that are published and not forgotten, in order.
+    pub published: Vec<Published>,
+    /// Where the newest transaction ended: segment and offset.
+    pub tail: Option<(u32, u64)>,
+    /// Packs that are in use.
+    pub packs: BTreeSet<u32>,
+    /// Segments whose file is gone.
+    pub retired: BTreeSet<u32>,
+    /// Length of the part that holds whole records.
+    pub len: usize,
+}
+
+/// Reads a journal.
 ///
 /// # Panics
-/// If the journal is not what `FORMAT.md` says.
+/// If it is not what `FORMAT.md` says.
 #[must_use]
-pub fn read_journal(bytes: &[u8]) -> (Vec<Published>, usize) {
+pub fn read_journal(bytes: &[u8]) -> JournalState {
     assert_eq!(&bytes[..8], b"FRZLJNL\n");
     let mut check = *blake3::hash(&bytes[..FILE_HEADER_LEN]).as_bytes();
-    let mut published = Vec::new();
-    let mut at = FILE_HEADER_LEN;
+    let mut state = JournalState { len: FILE_HEADER_LEN, ..JournalState::default() };
     let mut sequence = 0;
-    while let Some(header) = bytes.get(at..at + RECORD_HEADER_LEN) {
+    while let Some(header) = bytes.get(state.len..state.len + RECORD_HEADER_LEN) {
         let body_len = u32_at(header, 16) as usize;
-        let end = at + RECORD_HEADER_LEN + body_len;
+        let end = state.len + RECORD_HEADER_LEN + body_len;
         let Some(found) = bytes.get(end..end + CHECK_LEN) else { break };
         let mut hasher = blake3::Hasher::new();
-        hasher.update(&check).update(&bytes[at..end]);
+        hasher.update(&check).update(&bytes[state.len..end]);
         if &header[..4] != b"FRJR" || hasher.finalize().as_bytes() != found {
             break;
         }
         assert_eq!((u64_at(header, 8), u32_at(header, 20)), (sequence, 0));
-        let body = &bytes[at + RECORD_HEADER_LEN..end];
-        if u32_at(header, 4) == KIND_PUBLISH {
-            assert_eq!(body.len(), 32 + 33 + 44 + 8 + 12);
-            published.push(Published {
-                id: body[..32].try_into().expect("32 bytes"),
-                parent: (body[32] == 1).then(|| body[33..65].try_into().expect("32 bytes")),
-                manifest: (u32_at(body, 65), u32_at(body, 69), u32_at(body, 73)),
-                tail: (u32_at(body, 117), u64_at(body, 121)),
-            });
-        }
+        state.take(u32_at(header, 4), &bytes[state.len + RECORD_HEADER_LEN..end]);
         check.copy_from_slice(found);
         sequence += 1;
-        at = end + CHECK_LEN;
+        state.len = end + CHECK_LEN;
     }
-    (published, at)
+    state
+}
+
+impl JournalState {
+    fn take(&mut self, kind: u32, body: &[u8]) {
+        let id = |at: usize| -> [u8; 32] { body[at..at + 32].try_into().expect("32 bytes") };
+        match kind {
+            KIND_PUBLISH => {
+                let fingerprints = usize::from(body[129]) * 44;
+                assert_eq!(body.len(), 32 + 33 + 44 + 8 + 12 + 1 + fingerprints);
+                let tail = (u32_at(body, 117), u64_at(body, 121));
+                self.tail = Some(tail);
+                self.published.push(Published {
+                    id: id(0),
+                    parent: (body[32] == 1).then(|| id(33)),
+                    manifest: (u32_at(body, 65), u32_at(body, 69), u32_at(body, 73)),
+                    tail,
+                });
+            }
+            KIND_FORGET => {
+                assert_eq!(body.len() % 32, 0);
+                let gone: Vec<[u8; 32]> = (0..body.len()).step_by(32).map(id).collect();
+                self.published.retain(|snapshot| !gone.contains(&snapshot.id));
+            }
+            KIND_RELAYOUT => self.relayout(body),
+            kind => assert_eq!(kind, KIND_TAG),
+        }
+    }
+
+    fn relayout(&mut self, body: &[u8]) {
+        if body[0] == 1 {
+            self.tail = Some((u32_at(body, 1), u64_at(body, 5)));
+        }
+        let mut at = 18;
+        if body[17] == 1 {
+            self.packs.insert(u32_at(body, at));
+            at += 44;
+        }
+        let mut list = || {
+            let count = u32_at(body, at) as usize;
+            let numbers = (0..count).map(|index| u32_at(body, at + 4 + index * 4)).collect();
+            at += 4 + count * 4;
+            numbers
+        };
+        let [moved, dropped, packs]: [Vec<u32>; 3] = [list(), list(), list()];
+        assert_eq!(at, body.len());
+        self.retired.extend(moved.iter().chain(&dropped));
+        packs
+            .iter()
+            .for_each(|pack| assert!(self.packs.remove(pack), "pack {pack} is retired once"));
+    }
 }
 
 /// A record of a segment.
@@ -87,7 +147,7 @@ pub struct Record {
 /// If they do not.
 #[must_use]
 pub fn read_segment(bytes: &[u8]) -> Vec<Record> {
-    assert_eq!(&bytes[..8], b"FRZLSEG\n");
+    assert!([b"FRZLSEG\n", b"FRZLPAK\n"].contains(&bytes[..8].try_into().expect("eight bytes")));
     let mut records = Vec::new();
     let mut offset = FILE_HEADER_LEN;
     while offset < bytes.len() {

@@ -1,13 +1,13 @@
 //! The naive store: per snapshot, what every page of every region holds. And the checks that a
 //! real store agrees with it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, OnceLock};
 
 use frazil_snapstore::{
-    Committed, Description, Location, PAGE_SIZE, Page, PageSet, PageSource, Result, SnapshotId,
-    StateChunk, Store, StoreOptions, VerifyProgress, segment_name, verify,
+    Committed, Description, Location, PAGE_SIZE, Page, PageSet, PageSource, Result, Snapshot,
+    SnapshotId, StateChunk, Store, StoreOptions, VerifyProgress, verify,
 };
 
 use crate::format_reader::read_journal;
@@ -15,9 +15,12 @@ use crate::rng::Rng;
 use crate::storage_sim::SimStorage;
 
 /// Number of different page contents the tests use; 0 is the zero page.
-pub const CONTENTS: u8 = 24;
+pub const CONTENTS: u8 = 36;
+/// From here on contents are those of noise pages, with a few bytes changed.
+const NEAR: u8 = 24;
 
-/// The page that `id` stands for: all zero, nearly zero, text that compresses, and noise.
+/// The page that `id` stands for: all zero, nearly zero, text that compresses, noise, and pages
+/// that differ little from another.
 ///
 /// # Panics
 /// If `id` is [`CONTENTS`] or more.
@@ -29,6 +32,12 @@ pub fn content(id: u8) -> &'static Page {
 }
 
 fn make_content(id: u8) -> Page {
+    if id >= NEAR {
+        // Three variants each of four pages.
+        let mut page = make_content(3 * (1 + (id - NEAR) % 4));
+        page[usize::from(id) * 100..][..5].copy_from_slice(&[id; 5]);
+        return page;
+    }
     let mut page = [0; PAGE_SIZE];
     let mut rng = Rng::new(u64::from(id));
     match (id, id % 3) {
@@ -79,7 +88,7 @@ pub struct Edit {
 pub fn small_options() -> StoreOptions {
     StoreOptions {
         frame_pages: 4,
-        segment_max_bytes: 1 << 16,
+        segment_max_bytes: 1 << 13,
         workers: 1,
         node_cache_bytes: 4 << 20,
         frame_cache_bytes: 4 << 20,
@@ -133,6 +142,7 @@ pub fn describe(step: u64) -> Description {
         // One chunk changes with every snapshot, the other seldom.
         state: vec![chunk("each", step), chunk("seldom", step / 8)],
         stats: serde_json::Value::Null,
+        pin: false,
     }
 }
 
@@ -144,7 +154,18 @@ pub fn describe(step: u64) -> Description {
 /// # Panics
 /// If anything reads wrong.
 pub fn compare(store: &Arc<Store>, id: SnapshotId, model: &Model) -> Result<()> {
-    let snapshot = store.snapshot(id)?;
+    compare_snapshot(&store.snapshot(id)?, model)
+}
+
+/// As [`compare`], of a snapshot that is open.
+///
+/// # Errors
+/// The store's, if something cannot be read.
+///
+/// # Panics
+/// If anything reads wrong.
+pub fn compare_snapshot(snapshot: &Snapshot, model: &Model) -> Result<()> {
+    let id = snapshot.id();
     let manifest = snapshot.manifest();
     let names: Vec<&String> = manifest.regions.iter().map(|region| &region.name).collect();
     assert_eq!(names, model.regions.keys().collect::<Vec<_>>(), "regions of {id}");
@@ -157,15 +178,19 @@ pub fn compare(store: &Arc<Store>, id: SnapshotId, model: &Model) -> Result<()> 
         let mut seen = vec![0_u8; contents.len()];
         for run in region.runs(0, u64::MAX)? {
             assert_ne!(run.location, Location::Zero);
-            let read = region.read_run(&run, |bytes| {
-                assert_eq!(bytes.len() as u64, run.count * PAGE_SIZE as u64);
-                for (page, bytes) in (run.first..).zip(bytes.chunks(PAGE_SIZE)) {
-                    let expected = contents[page as usize];
-                    assert!(bytes == content(expected), "run page {page} of {name} in {id}");
-                    seen[page as usize] = expected;
-                }
-            })?;
-            assert!(read.is_some(), "a run with contents has bytes");
+            let mut bytes = vec![0xAA; run.count as usize * PAGE_SIZE];
+            region.read_run(&run, &mut bytes)?;
+            for (page, bytes) in (run.first..).zip(bytes.chunks(PAGE_SIZE)) {
+                let expected = contents[page as usize];
+                assert!(bytes == content(expected), "run page {page} of {name} in {id}");
+                seen[page as usize] = expected;
+            }
+        }
+        let mut all = vec![0xAA; contents.len() * PAGE_SIZE];
+        region.read_pages(0, &mut all)?;
+        for (number, expected) in contents.iter().enumerate() {
+            let found = &all[number * PAGE_SIZE..][..PAGE_SIZE];
+            assert!(found == content(*expected), "page {number} of {name} in {id}, in sequence");
         }
         assert!(&seen == contents, "runs of {name} in {id} miss pages");
         let mut page = [0xAA; PAGE_SIZE];
@@ -195,36 +220,29 @@ pub fn check_all(store: &Arc<Store>, models: &[(SnapshotId, Model)]) {
     assert_eq!(report.snapshots, found.len() as u64);
 }
 
-/// Checks that the medium holds no bytes that nobody published. `dead_frames` says that pages
-/// were written twice in one transaction, so that a segment may hold nothing that is in use.
+/// Checks that the medium holds no bytes that nobody published: what is behind the tail, and what
+/// was pruned, is gone.
 ///
 /// # Panics
 /// If there are such bytes.
-pub fn check_no_orphans(storage: &SimStorage, store: &Arc<Store>, dead_frames: bool) {
+pub fn check_no_orphans(storage: &SimStorage) {
     let journal = storage.content("journal").expect("a store has a journal");
-    let (published, end) = read_journal(&journal);
-    assert_eq!(end, journal.len(), "nothing behind the last record");
-    let mut used: BTreeSet<u32> = BTreeSet::new();
-    for publication in &published {
-        used.extend([publication.manifest.0, publication.tail.0]);
-        let snapshot = store.snapshot(frazil_snapstore::Hash(publication.id)).expect("published");
-        let manifest = snapshot.manifest();
-        used.extend(manifest.state.iter().map(|chunk| chunk.body.segment));
-        for region in &manifest.regions {
-            used.extend(region.root.map(|root| root.segment));
-            let reader = snapshot.region(&region.name).expect("listed");
-            for run in reader.runs(0, u64::MAX).expect("readable") {
-                if let Location::Frame { frame, .. } = run.location {
-                    used.insert(frame.segment);
-                }
+    let state = read_journal(&journal);
+    assert_eq!(state.len, journal.len(), "nothing behind the last record");
+    let (last, tail) = state.tail.unwrap_or((0, 0));
+    for (name, len) in &storage.files() {
+        match name.strip_prefix("segments/").and_then(|name| name.split_once('.')) {
+            None => assert!(["FRAZIL", "journal"].contains(&name.as_str()), "{name} is left over"),
+            Some((digits, "pack")) => {
+                let number = u32::from_str_radix(digits, 16).expect("a number");
+                assert!(state.packs.contains(&number), "{name} is a pack of nothing");
+            }
+            Some((digits, _)) => {
+                let number = u32::from_str_radix(digits, 16).expect("a number");
+                assert!(number <= last, "{name} is behind the last segment {last}");
+                assert!(!state.retired.contains(&number), "{name} was pruned");
+                assert!(number != last || *len == tail, "{name} has {len} bytes, {tail} published");
             }
         }
-    }
-    let (last, tail) = published.last().map_or((0, 0), |publication| publication.tail);
-    for (name, len) in storage.files().iter().filter(|(name, _)| name.starts_with("segments/")) {
-        let number = (1..=last).find(|number| segment_name(*number) == *name);
-        let number = number.unwrap_or_else(|| panic!("{name} is behind the last segment {last}"));
-        assert!(number != last || *len == tail, "{name} has {len} bytes, {tail} published");
-        assert!(dead_frames || used.contains(&number), "{name} is used by nobody");
     }
 }

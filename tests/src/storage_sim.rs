@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use frazil_snapstore::{LockError, Storage, StoreFile, WriterLock};
+use frazil_snapstore::{LockError, Pin, Storage, StoreFile, WriterLock};
 
 use crate::rng::Rng;
 
@@ -24,6 +24,7 @@ pub enum Op {
     Lock,
     Create,
     Remove,
+    Rename,
     SyncNames,
     Write,
     SetLen,
@@ -150,15 +151,20 @@ struct Image {
     inodes: Vec<Inode>,
     names: BTreeMap<String, usize>,
     durable_names: BTreeMap<String, usize>,
-    /// Creations and removals whose folder was not synced since.
-    name_changes: Vec<(String, Option<usize>)>,
+    /// Creations, removals and renames whose folder was not synced since.
+    name_changes: Vec<NameChange>,
 }
 
-fn rename(names: &mut BTreeMap<String, usize>, name: &str, target: Option<usize>) {
-    match target {
-        Some(inode) => names.insert(name.to_owned(), inode),
-        None => names.remove(name),
-    };
+/// Names that change at once: a rename takes one away and gives one.
+type NameChange = Vec<(String, Option<usize>)>;
+
+fn rename(names: &mut BTreeMap<String, usize>, change: &NameChange) {
+    for (name, target) in change {
+        match target {
+            Some(inode) => names.insert(name.clone(), *inode),
+            None => names.remove(name),
+        };
+    }
 }
 
 fn folder_of(name: &str) -> &str {
@@ -167,17 +173,21 @@ fn folder_of(name: &str) -> &str {
 
 impl Image {
     fn change_name(&mut self, name: &str, target: Option<usize>) {
-        rename(&mut self.names, name, target);
-        self.name_changes.push((name.to_owned(), target));
+        self.change_names(vec![(name.to_owned(), target)]);
+    }
+
+    fn change_names(&mut self, change: NameChange) {
+        rename(&mut self.names, &change);
+        self.name_changes.push(change);
     }
 
     fn sync_names(&mut self, folder: &str) {
         let (now, later) = std::mem::take(&mut self.name_changes)
             .into_iter()
-            .partition(|(name, _)| folder_of(name) == folder);
+            .partition(|change: &NameChange| folder_of(&change[0].0) == folder);
         self.name_changes = later;
-        let now: Vec<(String, Option<usize>)> = now;
-        now.iter().for_each(|(name, target)| rename(&mut self.durable_names, name, *target));
+        let now: Vec<NameChange> = now;
+        now.iter().for_each(|change| rename(&mut self.durable_names, change));
     }
 
     fn used_bytes(&self) -> u64 {
@@ -193,9 +203,9 @@ impl Image {
             _ => 1 + rng.below(7),
         };
         let mut names = self.durable_names.clone();
-        for (name, target) in &self.name_changes {
+        for change in &self.name_changes {
             if rng.chance(eighths) {
-                rename(&mut names, name, *target);
+                rename(&mut names, change);
             }
         }
         let inodes = self.inodes.iter().map(|inode| {
@@ -217,6 +227,7 @@ struct Medium {
     fault: Option<(u64, FaultPlan)>,
     capacity_bytes: Option<u64>,
     locked: bool,
+    pins: Vec<String>,
     /// The image before each mutation, if they are recorded.
     history: Option<Vec<Image>>,
     hook: Option<(Op, String, Hook)>,
@@ -316,8 +327,9 @@ impl SimStorage {
             image.inodes.push(Inode { durable, current, pending: Vec::new() });
             image.inodes.len() - 1
         });
-        rename(&mut image.names, name, inode);
-        rename(&mut image.durable_names, name, inode);
+        let change = vec![(name.to_owned(), inode)];
+        rename(&mut image.names, &change);
+        rename(&mut image.durable_names, &change);
     }
 
     /// Before a mutation: the hook, the history, and whether it is to fail.
@@ -381,6 +393,16 @@ impl Storage for SimStorage {
         Ok(())
     }
 
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        let (mut medium, fault) = self.mutate(Op::Rename, from);
+        if let Some(fault) = fault {
+            return Err(fault.error());
+        }
+        let inode = medium.image.names.get(from).copied().ok_or(io::ErrorKind::NotFound)?;
+        medium.image.change_names(vec![(from.to_owned(), None), (to.to_owned(), Some(inode))]);
+        Ok(())
+    }
+
     fn list(&self, folder: &str) -> io::Result<Vec<String>> {
         let medium = self.medium();
         let inside = medium.image.names.keys().filter(|name| folder_of(name) == folder);
@@ -404,8 +426,31 @@ impl Storage for SimStorage {
         Ok(Box::new(SimLock(self.clone())))
     }
 
+    fn pin(&self, name: &str) -> io::Result<Box<dyn Pin>> {
+        self.medium().pins.push(name.to_owned());
+        Ok(Box::new(SimPin(self.clone(), name.to_owned())))
+    }
+
+    fn pinned(&self) -> io::Result<Vec<String>> {
+        Ok(self.medium().pins.clone())
+    }
+
     fn describe(&self) -> String {
         "simulated store".into()
+    }
+}
+
+/// Goes with its process: not part of the image.
+#[derive(Debug)]
+struct SimPin(SimStorage, String);
+
+impl Pin for SimPin {}
+
+impl Drop for SimPin {
+    fn drop(&mut self) {
+        let mut medium = self.0.medium();
+        let at = medium.pins.iter().position(|name| *name == self.1);
+        medium.pins.remove(at.expect("pins are dropped once"));
     }
 }
 

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use frazil_snapstore::{SnapshotId, Store, StoreError};
+use frazil_snapstore::{PruneOptions, PruneProgress, SnapshotId, Store, StoreError};
 use frazil_tests::oracle::{Edit, Model, check_all, check_no_orphans, small_options, take};
 use frazil_tests::rng::Rng;
 use frazil_tests::storage_sim::SimStorage;
@@ -23,6 +23,8 @@ struct Event {
 enum Kind {
     Snapshot(SnapshotId, Model),
     Tag(&'static str, Option<SnapshotId>),
+    Forget(Vec<SnapshotId>),
+    Prune,
 }
 
 struct Recorded {
@@ -84,6 +86,17 @@ fn record(seed: u64) -> Recorded {
         published.push((id, model.clone()));
         events.push(Event { kind: Kind::Snapshot(id, model), started, done: storage.mutations() });
         if rng.chance(3) {
+            forget_some(&storage, &store, &mut rng, &mut published, &mut events);
+        }
+        if rng.chance(3) {
+            let max_unused = if rng.chance(4) { 0.0 } else { 0.3 };
+            let options = PruneOptions { max_unused, ..PruneOptions::default() };
+            let started = storage.mutations();
+            let report = store.prune(&options, &PruneProgress::default()).unwrap();
+            assert!(report.bytes_after <= report.bytes_before + 4096, "{report:?}");
+            events.push(Event { kind: Kind::Prune, started, done: storage.mutations() });
+        }
+        if rng.chance(3) && published.iter().any(|(found, _)| *found == id) {
             let (started, target) = (storage.mutations(), rng.chance(6).then_some(id));
             store.set_tag("gold", target).unwrap();
             events.push(Event {
@@ -96,6 +109,21 @@ fn record(seed: u64) -> Recorded {
     Recorded { storage, created, events }
 }
 
+fn forget_some(
+    storage: &SimStorage,
+    store: &Arc<Store>,
+    rng: &mut Rng,
+    published: &mut Vec<(SnapshotId, Model)>,
+    events: &mut Vec<Event>,
+) {
+    let some = published.iter().map(|(id, _)| *id).filter(|_| rng.chance(4));
+    let gone: Vec<SnapshotId> = some.collect();
+    let started = storage.mutations();
+    store.forget(&gone).unwrap();
+    published.retain(|(id, _)| !gone.contains(id));
+    events.push(Event { kind: Kind::Forget(gone), started, done: storage.mutations() });
+}
+
 /// Checks that `store` is what the events before mutation `index` made, with or without the one
 /// in progress; returns its snapshots.
 fn check_prefix(store: &Arc<Store>, events: &[Event], index: u64) -> Vec<(SnapshotId, Model)> {
@@ -106,12 +134,25 @@ fn check_prefix(store: &Arc<Store>, events: &[Event], index: u64) -> Vec<(Snapsh
         let certain = event.done <= index;
         match &event.kind {
             Kind::Snapshot(id, model) => {
-                let there = store.resolve(&id.to_string()).is_ok();
+                let later = events.iter().filter(|event| event.started < index);
+                let forgotten = later
+                    .into_iter()
+                    .any(|event| matches!(&event.kind, Kind::Forget(ids) if ids.contains(id)));
+                let there = forgotten || store.resolve(&id.to_string()).is_ok();
                 assert!(there || !certain, "snapshot {id} was committed, and is lost");
                 if there {
                     published.push((*id, model.clone()));
                 }
                 torn &= !(certain && std::ptr::eq(event, events.last().unwrap()));
+            }
+            Kind::Prune => {}
+            Kind::Forget(ids) => {
+                let gone = ids.iter().all(|id| store.resolve(&id.to_string()).is_err());
+                assert!(gone || !certain, "what was forgotten is back");
+                if gone {
+                    published.retain(|(id, _)| !ids.contains(id));
+                    gold = gold.filter(|id| !ids.contains(id));
+                }
             }
             Kind::Tag(_, target) if certain => gold = *target,
             Kind::Tag(name, target) => {
@@ -143,7 +184,7 @@ fn go_on(
     assert_eq!(store.torn_journal_bytes(), 0, "the writer clears a torn tail away");
     // The data of a torn record is kept on purpose: it may be all that is left of a snapshot.
     if !torn {
-        check_no_orphans(storage, store, false);
+        check_no_orphans(storage);
     }
 }
 

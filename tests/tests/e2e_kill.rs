@@ -31,12 +31,12 @@ fn seed() -> u64 {
 /// than the journal's newest record covers, or a piece of a record.
 fn was_writing(host: &Host) -> bool {
     let journal = std::fs::read(host.store_path().join("journal")).expect("the journal");
-    let (published, whole_len) = read_journal(&journal);
-    let (segment, end) = published.last().map_or((0, 0), |last| last.tail);
+    let state = read_journal(&journal);
+    let (segment, end) = state.tail.unwrap_or((0, 0));
     let len = |number| {
         std::fs::metadata(host.store_path().join(segment_name(number))).map_or(0, |file| file.len())
     };
-    whole_len < journal.len() || len(segment) > end || len(segment + 1) > 0
+    state.len < journal.len() || len(segment) > end || len(segment + 1) > 0
 }
 
 /// What the killed VM left must be sound, the new snapshots whole, and their memory what the
@@ -115,7 +115,7 @@ fn a_hundred_kills_lose_nothing_that_was_published() {
 /// little, as much again as a writer leaves that is killed in the middle of a large checkpoint.
 fn nothing_is_left_over(host: &Host) {
     let journal = std::fs::read(host.store_path().join("journal")).expect("the journal");
-    let (segment, _) = read_journal(&journal).0.last().expect("a snapshot").tail;
+    let (segment, _) = read_journal(&journal).tail.expect("a snapshot");
     let path = |number| host.store_path().join(segment_name(number));
     let newest = std::fs::File::options().write(true).open(path(segment)).expect("it");
     newest.set_len(newest.metadata().expect("it").len() + (64 << 20)).expect("room");
@@ -128,9 +128,9 @@ fn nothing_is_left_over(host: &Host) {
     assert!(number(&report, "dirty_pages") > 0, "{report}");
     vm.expect_ended("suspended");
     let journal = std::fs::read(host.store_path().join("journal")).expect("the journal");
-    let (published, whole_len) = read_journal(&journal);
-    assert_eq!(whole_len, journal.len());
-    let (segment, end) = published.last().expect("a snapshot").tail;
+    let state = read_journal(&journal);
+    assert_eq!(state.len, journal.len());
+    let (segment, end) = state.tail.expect("a snapshot");
     let folder = host.store_path().join(SEGMENT_FOLDER);
     let count = std::fs::read_dir(folder).expect("segments").count() as u64;
     assert_eq!(count, u64::from(segment), "segments are numbered from 1 without gaps");

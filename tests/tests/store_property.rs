@@ -1,12 +1,16 @@
 //! Random histories of a store against a naive oracle: rounds of writing, branches, abandoned and
-//! failed transactions, full media, two handles, tags.
+//! failed transactions, full media, two handles, tags, forgetting, pruning, pins.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use frazil_snapstore::{PageSet, SnapshotId, Store, StoreError, StoreOptions};
+use frazil_snapstore::{
+    Elide, PageSet, PruneOptions, PruneProgress, Snapshot, SnapshotId, Store, StoreError,
+    StoreOptions,
+};
 use frazil_tests::oracle::{
-    CONTENTS, Edit, Model, Source, check_all, check_no_orphans, compare, small_options, take,
+    CONTENTS, Edit, Model, Source, check_all, check_no_orphans, compare, compare_snapshot,
+    small_options, take,
 };
 use frazil_tests::storage_sim::{Fault, FaultPlan, SimStorage};
 use proptest::prelude::*;
@@ -40,6 +44,15 @@ enum Step {
         name: u8,
         target: Option<Index>,
     },
+    /// Forgets some snapshots, those whose bit is set.
+    Forget(u64),
+    Prune {
+        max_unused: f64,
+        max_rewrite_bytes: u64,
+        trouble: Trouble,
+    },
+    /// Holds on to a snapshot, or lets go of the one held.
+    Pin(Option<Index>),
     Reopen,
     /// Another process opens the store from here on.
     Fresh,
@@ -93,7 +106,19 @@ fn step() -> impl Strategy<Value = (usize, Step)> {
         .prop_map(|(parent, round, trouble)| Step::Abandon { parent, round, trouble });
     let tag = (0_u8..3, proptest::option::of(any::<Index>()))
         .prop_map(|(name, target)| Step::Tag { name, target });
-    let step = prop_oneof![8 => take, 2 => abandon, 1 => tag, 1 => Just(Step::Reopen), 1 => Just(Step::Fresh)];
+    let rewrite = prop::sample::select(vec![0, 3000, u64::MAX]);
+    let prune = (prop::sample::select(vec![0.0, 0.3]), rewrite, trouble()).prop_map(
+        |(max_unused, max_rewrite_bytes, trouble)| Step::Prune {
+            max_unused,
+            max_rewrite_bytes,
+            trouble,
+        },
+    );
+    let pin = proptest::option::of(any::<Index>()).prop_map(Step::Pin);
+    let step = prop_oneof![
+        8 => take, 2 => abandon, 1 => tag, 1 => Just(Step::Reopen), 1 => Just(Step::Fresh),
+        2 => any::<u64>().prop_map(Step::Forget), 3 => prune, 1 => pin,
+    ];
     (0_usize..2, step)
 }
 
@@ -105,6 +130,8 @@ struct Pair {
     options: StoreOptions,
     published: Vec<(SnapshotId, Model)>,
     tags: BTreeMap<String, SnapshotId>,
+    /// A snapshot that is held on to, forgotten or not, by the handle that opened it.
+    pinned: Option<(Snapshot, Model)>,
     steps: u64,
     /// Nothing may lie about, unless a torn journal or a doubtful segment made the store careful.
     tidy: bool,
@@ -122,6 +149,7 @@ impl Pair {
             options,
             published: Vec::new(),
             tags: BTreeMap::new(),
+            pinned: None,
             steps: 0,
             tidy: true,
         }
@@ -164,6 +192,16 @@ impl Pair {
                 self.abandon(handle, parent, round, trouble);
             }
             Step::Tag { name, target } => self.tag(handle, *name, target.as_ref()),
+            Step::Forget(which) => self.forget(handle, *which),
+            Step::Prune { max_unused, max_rewrite_bytes, trouble } => {
+                let options = PruneOptions {
+                    max_unused: *max_unused,
+                    max_rewrite_bytes: *max_rewrite_bytes,
+                    dry_run: false,
+                };
+                self.prune(handle, &options, trouble);
+            }
+            Step::Pin(which) => self.pin(handle, which.as_ref()),
             Step::Reopen => {
                 self.handles[handle].reopen().unwrap();
                 // It leaves the newest segment as it is, so what a failed roll back left there stays.
@@ -188,6 +226,58 @@ impl Pair {
         if let Some((id, model)) = self.published.last() {
             compare(writer, *id, model).unwrap();
         }
+        if let Some((snapshot, model)) = &self.pinned {
+            compare_snapshot(snapshot, model).unwrap();
+        }
+    }
+
+    fn forget(&mut self, handle: usize, which: u64) {
+        let mut index = 0;
+        let gone = self.published.iter().map(|(id, _)| *id).filter(|_| {
+            index += 1;
+            which >> (index % 64) & 1 == 1
+        });
+        let gone: Vec<SnapshotId> = gone.collect();
+        self.handles[handle].forget(&gone).unwrap();
+        self.published.retain(|(id, _)| !gone.contains(id));
+        self.tags.retain(|_, id| !gone.contains(id));
+    }
+
+    fn prune(&mut self, handle: usize, options: &PruneOptions, trouble: &Trouble) {
+        let store = Arc::clone(&self.handles[handle]);
+        let progress = PruneProgress::default();
+        let dry = store.prune(&PruneOptions { dry_run: true, ..*options }, &progress).unwrap();
+        self.arm(trouble);
+        let pruned = store.prune(options, &progress);
+        self.disarm();
+        match pruned {
+            Ok(report) => {
+                assert_eq!(
+                    (report.bytes_live, report.segments_removed, report.segments_rewritten),
+                    (dry.bytes_live, dry.segments_removed, dry.segments_rewritten),
+                );
+                check_no_orphans(&self.storage);
+                self.tidy = true;
+            }
+            Err(error) => {
+                assert!(!matches!(trouble, Trouble::None), "it failed for no reason: {error}");
+                if let Err(refused) = store.begin(None) {
+                    assert!(matches!(refused, StoreError::Latched { .. }), "{refused}");
+                    store.reopen().unwrap();
+                }
+                self.tidy = false;
+                // And again, without trouble.
+                store.prune(options, &progress).expect("the next one works");
+                check_no_orphans(&self.storage);
+            }
+        }
+    }
+
+    fn pin(&mut self, handle: usize, which: Option<&Index>) {
+        self.pinned = which.filter(|_| !self.published.is_empty()).map(|index| {
+            let (id, model) = index.get(&self.published);
+            (self.handles[handle].pin(*id).unwrap(), model.clone())
+        });
     }
 
     fn take(&mut self, handle: usize, parent: &Parent, rounds: &[Round], trouble: &Trouble) {
@@ -203,7 +293,7 @@ impl Pair {
             Ok(committed) => {
                 self.published.push((committed.id, model));
                 if self.tidy && store.torn_journal_bytes() == 0 {
-                    check_no_orphans(&self.storage, &store, true);
+                    check_no_orphans(&self.storage);
                 }
             }
             Err(error) => {
@@ -302,8 +392,10 @@ proptest! {
         steps in proptest::collection::vec(step(), 1..12),
         frame_pages in prop::sample::select(vec![1_usize, 3, 16, 64]),
         workers in 1_usize..3,
+        [zero, equal, dedup, delta] in any::<[bool; 4]>(),
     ) {
-        let mut pair = Pair::new(StoreOptions { frame_pages, workers, ..small_options() });
+        let elide = Elide { zero, equal, dedup, delta };
+        let mut pair = Pair::new(StoreOptions { frame_pages, workers, elide, ..small_options() });
         for (handle, step) in &steps {
             pair.run(*handle, step);
         }
@@ -334,5 +426,5 @@ fn deep_trees_agree_with_a_naive_store() {
         published.push((committed.id, model.clone()));
     }
     check_all(&store, &published);
-    check_no_orphans(&storage, &store, false);
+    check_no_orphans(&storage);
 }

@@ -55,8 +55,17 @@ pub struct CheckpointStats {
     pub ram_bytes: u64,
     /// Distinct pages that changed since the parent.
     pub dirty_pages: u64,
-    /// Of what was written, pages that were all zero.
+    /// Of what was looked at, pages that were all zero.
     pub zero_pages: u64,
+    /// Pages that were what they had been before.
+    #[serde(default)]
+    pub equal_pages: u64,
+    /// Pages that were in the store already.
+    #[serde(default)]
+    pub dedup_pages: u64,
+    /// Pages written as the difference from what they had been.
+    #[serde(default)]
+    pub delta_pages: u64,
     /// Pages written while the guest ran, some of them more than once.
     pub precopied_pages: u64,
     /// Pages copied in the pause.
@@ -360,8 +369,7 @@ impl<'a> Checkpoint<'a> {
         let commit_started = Instant::now();
         let staged = &self.line.staged;
         let written = self.transaction.write_pages(self.region, &staged.set, staged)?;
-        self.stats.zero_pages += written.zero_pages;
-        self.stats.frame_bytes += written.stored_bytes;
+        self.stats.count(&written);
         self.stats.dirty_pages = self.line.since_head.count();
         let description = Description {
             name: self.vm.name().to_owned(),
@@ -371,9 +379,11 @@ impl<'a> Checkpoint<'a> {
             state: encode_state(self.vm, &cut)?,
             stats: serde_json::to_value(&self.stats)
                 .map_err(|error| VmmError::Config(format!("cannot encode statistics: {error}")))?,
+            pin: true,
         };
         let committed = self.transaction.commit(description)?;
         let parent = self.line.head.replace(committed.id);
+        self.line.head_pin = committed.pin;
         // Only now: the snapshot that holds them is published. Whatever the guest wrote since the
         // cut is still in KVM's log, and what the VMM wrote in its own.
         self.line.since_head.clear();
@@ -400,6 +410,9 @@ impl CheckpointStats {
             ram_bytes: 0,
             dirty_pages: 0,
             zero_pages: 0,
+            equal_pages: 0,
+            dedup_pages: 0,
+            delta_pages: 0,
             precopied_pages: 0,
             cut_pages: 0,
             frame_bytes: 0,
@@ -419,7 +432,14 @@ impl CheckpointStats {
             us: us(took),
         });
         self.precopied_pages += written.pages;
+        self.count(&written);
+    }
+
+    fn count(&mut self, written: &WriteStats) {
         self.zero_pages += written.zero_pages;
+        self.equal_pages += written.equal_pages;
+        self.dedup_pages += written.dedup_pages;
+        self.delta_pages += written.delta_pages;
         self.frame_bytes += written.stored_bytes;
     }
 }

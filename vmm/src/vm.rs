@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use frazil_snapstore::pager::{Pager, PagerOptions, PagerStats};
-use frazil_snapstore::{PageSet, Snapshot, SnapshotId, Store};
+use frazil_snapstore::{PageSet, Pin, Snapshot, SnapshotId, Store};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -126,6 +126,8 @@ impl SavedMachine {
 pub(crate) struct Line {
     /// The snapshot that the next one changes.
     pub head: Option<SnapshotId>,
+    /// Keeps the head in the store, forgotten or not, for the next one shares with it.
+    pub head_pin: Option<Arc<dyn Pin>>,
     /// Pages written since `head`, as far as they were harvested. They leave the set only when a
     /// snapshot that holds them is published, so a failed checkpoint loses none.
     pub since_head: PageSet,
@@ -227,7 +229,8 @@ impl Vm {
         let mut vm = Self::assemble(name, machine, host, shell, bus, vcpus, pager);
         vm.resumed_from = Some(snapshot.id());
         // What was never touched since is shared with the snapshot, resident or not.
-        vm.line.get_mut().unwrap_or_else(PoisonError::into_inner).head = Some(snapshot.id());
+        let line = vm.line.get_mut().unwrap_or_else(PoisonError::into_inner);
+        (line.head, line.head_pin) = (Some(snapshot.id()), snapshot.pin());
         Ok(vm)
     }
 
@@ -243,6 +246,7 @@ impl Vm {
         let tracker = KvmBitmap::new(Arc::clone(&shell.fd), Arc::clone(&shell.ram));
         let line = Line {
             head: None,
+            head_pin: None,
             since_head: PageSet::new(shell.ram.end_page()),
             tracker: Box::new(AllWrites::new(tracker, Arc::clone(&shell.ram))),
             staged: StagedPages::default(),

@@ -173,20 +173,7 @@ impl Filler {
     fn decode(&self, chunk: &Chunk<'_>, run: &Run) -> Result<(), StoreError> {
         let offset = chunk.file_offset(run.first);
         let len = run.count as usize * PAGE_SIZE;
-        if let Location::Frame { frame, slot: 0 } = run.location {
-            // Straight into place, if the run is the whole frame.
-            let whole = self
-                .alias
-                .fill(offset, len, |bytes| self.region.read_whole_frame(&frame, bytes))?;
-            if whole {
-                return Ok(());
-            }
-        }
-        self.region
-            .read_run(run, |pages| {
-                self.alias.fill(offset, len, |bytes| bytes.copy_from_slice(pages));
-            })
-            .map(|_| ())
+        self.alias.fill(offset, len, |bytes| self.region.read_run(run, bytes))
     }
 
     /// Maps zero pages around `page`, up to the next page with contents or the chunk's end.

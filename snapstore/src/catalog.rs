@@ -1,0 +1,180 @@
+//! What the journal says: which snapshots there are, what is tagged, where everything is.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use crate::error::Result;
+use crate::id::{BlockRef, SnapshotId};
+use crate::journal::{self, Cursor, Entry, Publication};
+use crate::layout::Layout;
+use crate::storage::StoreFile;
+
+/// A published snapshot, as the catalog lists it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SnapshotInfo {
+    /// Its id.
+    pub id: SnapshotId,
+    /// The snapshot it changed; if that was forgotten, the nearest ancestor that was not.
+    pub parent: Option<SnapshotId>,
+    /// When it was cut, Unix milliseconds.
+    pub time_unix_ms: u64,
+    pub(crate) manifest: BlockRef,
+    pub(crate) fingerprints: Option<BlockRef>,
+}
+
+/// The journal as far as it was read.
+#[derive(Debug)]
+pub(crate) struct Catalog {
+    pub cursor: Cursor,
+    snapshots: Vec<SnapshotInfo>,
+    index: HashMap<SnapshotId, usize>,
+    tags: BTreeMap<String, SnapshotId>,
+    /// Snapshots that were forgotten since the journal was last written anew: somebody may still
+    /// be reading them.
+    forgotten: HashMap<SnapshotId, SnapshotInfo>,
+    /// Where the newest transaction ended: segment and offset.
+    pub tail: Option<(u32, u64)>,
+    /// Which files hold what.
+    pub layout: Layout,
+    /// Records so far that say nothing about what is there now.
+    pub stale_records: usize,
+}
+
+impl Catalog {
+    pub fn new(cursor: Cursor) -> Self {
+        Self {
+            cursor,
+            snapshots: Vec::new(),
+            index: HashMap::new(),
+            tags: BTreeMap::new(),
+            forgotten: HashMap::new(),
+            tail: None,
+            layout: Layout::default(),
+            stale_records: 0,
+        }
+    }
+
+    /// Reads a whole journal.
+    pub fn read(journal: &dyn StoreFile, store: [u8; 16]) -> Result<Self> {
+        let mut catalog = Self::new(Cursor::start(&journal::read_header(journal, store)?));
+        catalog.advance(journal)?;
+        Ok(catalog)
+    }
+
+    /// The published snapshots, oldest first.
+    pub fn snapshots(&self) -> &[SnapshotInfo] {
+        &self.snapshots
+    }
+
+    pub fn tags(&self) -> &BTreeMap<String, SnapshotId> {
+        &self.tags
+    }
+
+    pub fn find(&self, id: SnapshotId) -> Option<SnapshotInfo> {
+        self.index.get(&id).map(|index| self.snapshots[*index])
+    }
+
+    /// A snapshot that was forgotten and may be there still.
+    pub fn find_forgotten(&self, id: SnapshotId) -> Option<SnapshotInfo> {
+        self.forgotten.get(&id).copied()
+    }
+
+    /// `parent`, or, if it was forgotten, its nearest ancestor that was not.
+    pub fn nearest_kept(&self, mut parent: Option<SnapshotId>) -> Option<SnapshotId> {
+        for _ in 0..=self.forgotten.len() {
+            let Some(info) = parent.and_then(|id| self.forgotten.get(&id)) else { return parent };
+            parent = info.parent;
+        }
+        None
+    }
+
+    /// Takes in what was appended to the journal, or nothing if it is damaged.
+    pub fn advance(&mut self, journal: &dyn StoreFile) -> Result<()> {
+        let mut cursor = self.cursor.clone();
+        let entries = cursor.advance(journal)?;
+        self.cursor = cursor;
+        entries.into_iter().for_each(|entry| self.take(entry));
+        Ok(())
+    }
+
+    pub fn take(&mut self, entry: Entry) {
+        match entry {
+            Entry::Publish(publication) => self.publish(publication),
+            Entry::Tag { name, target: Some(id) } => {
+                self.stale_records += usize::from(self.tags.insert(name, id).is_some());
+            }
+            Entry::Tag { name, target: None } => {
+                self.tags.remove(&name);
+                self.stale_records += 2;
+            }
+            Entry::Forget(ids) => self.forget(&ids),
+            Entry::Relayout(step) => {
+                self.tail = step.tail.or(self.tail);
+                self.layout.apply(&step);
+                self.stale_records += 1;
+            }
+        }
+    }
+
+    fn publish(&mut self, publication: Publication) {
+        let Publication { id, parent, manifest, time_unix_ms, tail, fingerprints } = publication;
+        self.index.insert(id, self.snapshots.len());
+        self.forgotten.remove(&id);
+        self.snapshots.push(SnapshotInfo { id, parent, time_unix_ms, manifest, fingerprints });
+        self.tail = Some(tail);
+    }
+
+    /// Takes snapshots out; their children become those of the nearest ancestor that stays.
+    fn forget(&mut self, ids: &[SnapshotId]) {
+        let gone: HashSet<SnapshotId> = ids.iter().copied().collect();
+        self.stale_records += 1;
+        let parent_of: HashMap<SnapshotId, Option<SnapshotId>> = self
+            .snapshots
+            .iter()
+            .filter(|info| gone.contains(&info.id))
+            .map(|info| (info.id, info.parent))
+            .collect();
+        let (gone_infos, mut kept): (Vec<_>, Vec<_>) =
+            self.snapshots.drain(..).partition(|info| gone.contains(&info.id));
+        self.stale_records += gone_infos.len();
+        for info in &mut kept {
+            // Bounded, though a parent is older than its children: a journal can say anything.
+            for _ in 0..parent_of.len() {
+                let Some(ancestor) = info.parent.and_then(|parent| parent_of.get(&parent)) else {
+                    break;
+                };
+                info.parent = *ancestor;
+            }
+        }
+        self.snapshots = kept;
+        self.index =
+            self.snapshots.iter().enumerate().map(|(index, info)| (info.id, index)).collect();
+        self.forgotten.extend(gone_infos.into_iter().map(|info| (info.id, info)));
+        let tagged = self.tags.len();
+        self.tags.retain(|_, target| !gone.contains(target));
+        self.stale_records += tagged - self.tags.len();
+    }
+
+    /// The records of a journal that says the same and no more: the layout, the snapshots, those of
+    /// the `pinned` ones that were forgotten, and the tags.
+    pub fn records(&self, pinned: &[SnapshotId]) -> Vec<Entry> {
+        let layout = self.layout.as_steps(self.tail).into_iter().map(Entry::Relayout);
+        let tail = self.tail.unwrap_or_default();
+        let publish = |info: &SnapshotInfo| {
+            let SnapshotInfo { id, parent, time_unix_ms, manifest, fingerprints } = *info;
+            Entry::Publish(Publication { id, parent, manifest, time_unix_ms, tail, fingerprints })
+        };
+        let kept = self.snapshots.iter().map(publish);
+        let forgotten: Vec<&SnapshotInfo> =
+            pinned.iter().filter_map(|id| self.forgotten.get(id)).collect();
+        let ids: Vec<SnapshotId> = forgotten.iter().map(|info| info.id).collect();
+        let tags =
+            self.tags.iter().map(|(name, id)| Entry::Tag { name: name.clone(), target: Some(*id) });
+        // In front of the others, so that `latest` is what it was.
+        layout
+            .chain(forgotten.into_iter().map(publish))
+            .chain(ids.chunks(journal::MAX_LISTED).map(|ids| Entry::Forget(ids.to_vec())))
+            .chain(kept)
+            .chain(tags)
+            .collect()
+    }
+}

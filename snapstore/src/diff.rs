@@ -1,0 +1,253 @@
+//! What differs between two snapshots: two trees walked side by side, equal subtrees skipped.
+
+use std::collections::HashSet;
+
+use serde::Serialize;
+
+use crate::error::{Result, StoreError};
+use crate::id::BlockRef;
+use crate::manifest::{RegionManifest, StateChunk, StateRef};
+use crate::node::{
+    Location, Node, Run, clip_runs, find_page, overlay, push_run, root_level, span_pages,
+};
+use crate::page::{PAGE_SIZE, Page};
+use crate::snapshot::Snapshot;
+use crate::store::Store;
+use crate::tree::{NodeSource, Tree};
+
+/// How to compare.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DiffOptions {
+    /// Compare contents: pages written again with what was there before do not count. Without it,
+    /// pages differ if they are stored in different places, and nothing but trees is read.
+    pub exact: bool,
+}
+
+/// What differs between snapshot A and snapshot B.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SnapshotDiff {
+    /// Every region of either, in B's order, then those that only A has.
+    pub regions: Vec<RegionDiff>,
+    /// State chunks that differ.
+    pub state: Vec<StateDiff>,
+}
+
+/// What differs in one region.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RegionDiff {
+    /// The region's name.
+    pub name: String,
+    /// Pages it ranges over in A; none if A does not have it.
+    pub pages_a: Option<u64>,
+    /// The same of B.
+    pub pages_b: Option<u64>,
+    /// Pages that differ; of a region that only one has, those that are not zero.
+    pub changed_pages: u64,
+    /// Bytes of the distinct frames of B that hold pages that differ.
+    pub stored_bytes: u64,
+    /// Where they are, ascending.
+    pub ranges: Vec<PageRange>,
+}
+
+/// Neighbouring pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct PageRange {
+    /// Number of the first page.
+    pub first: u64,
+    /// How many.
+    pub count: u64,
+}
+
+/// A state chunk that differs, or that only one has.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StateDiff {
+    /// The chunk's name.
+    pub name: String,
+    /// As it is in A.
+    pub a: Option<StateChunk>,
+    /// As it is in B.
+    pub b: Option<StateChunk>,
+}
+
+/// Compares `a` with `b`, which are of one store. Costs what differs, whatever there is.
+///
+/// # Errors
+/// [`StoreError::Invalid`] if they are of different stores; [`StoreError::Corrupt`] if something
+/// that must be read is damaged.
+pub fn diff(a: &Snapshot, b: &Snapshot, options: DiffOptions) -> Result<SnapshotDiff> {
+    if a.store().uuid != b.store().uuid {
+        return Err(StoreError::Invalid(format!(
+            "snapshots of one store can be compared, {} and {} are two",
+            a.store().describe(),
+            b.store().describe()
+        )));
+    }
+    let (ours, theirs) = (&b.manifest().regions, &a.manifest().regions);
+    let only_a = theirs.iter().filter(|region| b.manifest().region(&region.name).is_none());
+    let regions = ours
+        .iter()
+        .map(|region| (a.manifest().region(&region.name), Some(region)))
+        .chain(only_a.map(|region| (Some(region), None)))
+        .map(|(in_a, in_b)| diff_region(b.store(), in_a, in_b, options))
+        .collect::<Result<Vec<_>>>()?;
+    Ok(SnapshotDiff { regions, state: diff_state(a, b)? })
+}
+
+fn diff_state(a: &Snapshot, b: &Snapshot) -> Result<Vec<StateDiff>> {
+    let (ours, theirs) = (&b.manifest().state, &a.manifest().state);
+    let find =
+        |list: &[StateRef], name: &str| list.iter().find(|chunk| chunk.name == name).cloned();
+    let only_a = theirs.iter().filter(|chunk| find(ours, &chunk.name).is_none()).cloned();
+    let pairs = ours
+        .iter()
+        .map(|chunk| (find(theirs, &chunk.name), Some(chunk.clone())))
+        .chain(only_a.map(|chunk| (Some(chunk), None)));
+    let mut out = Vec::new();
+    for (in_a, in_b) in pairs.filter(|(in_a, in_b)| in_a != in_b) {
+        let read = |snapshot: &Snapshot, chunk: Option<&StateRef>| {
+            chunk.map(|chunk| snapshot.state(chunk)).transpose()
+        };
+        let (old, new) = (read(a, in_a.as_ref())?, read(b, in_b.as_ref())?);
+        // The same state may be stored twice.
+        if old != new {
+            let name = in_b.or(in_a).map(|chunk| chunk.name).unwrap_or_default();
+            out.push(StateDiff { name, a: old, b: new });
+        }
+    }
+    Ok(out)
+}
+
+fn diff_region(
+    store: &Store,
+    a: Option<&RegionManifest>,
+    b: Option<&RegionManifest>,
+    options: DiffOptions,
+) -> Result<RegionDiff> {
+    let pages = |region: Option<&RegionManifest>| region.map(|region| region.pages);
+    let most = pages(a).max(pages(b)).unwrap_or(0);
+    let level = root_level(most);
+    let mut walk = Walk { store, options, pages: most, ranges: Vec::new(), frames: HashSet::new() };
+    let (left, right) = (side(store, a, level)?, side(store, b, level)?);
+    walk.compare(&left, &right, level, 0)?;
+    Ok(RegionDiff {
+        name: b.or(a).map(|region| region.name.clone()).unwrap_or_default(),
+        pages_a: pages(a),
+        pages_b: pages(b),
+        changed_pages: walk.ranges.iter().map(|range| range.count).sum(),
+        stored_bytes: walk.frames.iter().map(|frame| u64::from(frame.len)).sum(),
+        ranges: walk.ranges,
+    })
+}
+
+/// A subtree as one side has it: a node, if there is one, and what lies over it.
+#[derive(Clone, Debug, Default)]
+struct Side {
+    node: Option<BlockRef>,
+    pending: Vec<Run>,
+}
+
+/// The root of a region, seen from `level`, which may be above its own if the other is larger.
+fn side(store: &Store, region: Option<&RegionManifest>, level: u8) -> Result<Side> {
+    let Some(region) = region else { return Ok(Side::default()) };
+    if root_level(region.pages) == level {
+        return Ok(Side { node: region.root, pending: Vec::new() });
+    }
+    // Regions do not change their size in a line: this is for unrelated snapshots.
+    let tree = Tree { root: region.root, pages: region.pages };
+    Ok(Side { node: None, pending: tree.runs(store, 0, region.pages)? })
+}
+
+struct Walk<'a> {
+    store: &'a Store,
+    options: DiffOptions,
+    pages: u64,
+    ranges: Vec<PageRange>,
+    frames: HashSet<BlockRef>,
+}
+
+impl Walk<'_> {
+    fn compare(&mut self, a: &Side, b: &Side, level: u8, first: u64) -> Result<()> {
+        let end = (first + span_pages(level)).min(self.pages);
+        if a.node == b.node {
+            // What lies below is the same; only what lies over it can differ.
+            for run in covered(&a.pending, &b.pending) {
+                for page in run.first..run.end() {
+                    let find = |side: &Side| self.locate(side, level, first, page);
+                    let (old, new) = (find(a)?, find(b)?);
+                    self.page(page, old, new)?;
+                }
+            }
+            return Ok(());
+        }
+        let (a, b) = (self.open(a, level, first)?, self.open(b, level, first)?);
+        if level == 0 {
+            let both = covered(&a.runs, &b.runs);
+            for page in both.iter().flat_map(|run| run.first..run.end()).filter(|page| *page < end)
+            {
+                let find = |node: &Node| find_page(&node.runs, page).unwrap_or(Location::Zero);
+                self.page(page, find(&a), find(&b))?;
+            }
+            return Ok(());
+        }
+        for index in 0..64 {
+            let (first, level) = a.child_place(index);
+            let end = first + span_pages(level);
+            let part = |node: &Node| Side {
+                node: node.child(index).copied(),
+                pending: clip_runs(&node.runs, first, end).collect(),
+            };
+            let (a, b) = (part(&a), part(&b));
+            if a.node != b.node || !a.pending.is_empty() || !b.pending.is_empty() {
+                self.compare(&a, &b, level, first)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The node of a side with what lies over it laid on.
+    fn open(&self, side: &Side, level: u8, first: u64) -> Result<Node> {
+        let mut node = match &side.node {
+            Some(block) => (*self.store.node(block, level, first)?).clone(),
+            None => Node::empty(level, first),
+        };
+        node.runs = overlay(&node.runs, &side.pending);
+        Ok(node)
+    }
+
+    fn locate(&self, side: &Side, level: u8, first: u64, page: u64) -> Result<Location> {
+        match find_page(&side.pending, page) {
+            Some(location) => Ok(location),
+            None => Tree::page_below(self.store, side.node, level, first, page),
+        }
+    }
+
+    fn page(&mut self, page: u64, old: Location, new: Location) -> Result<()> {
+        if old == new || (self.options.exact && self.same_contents(&old, &new)?) {
+            return Ok(());
+        }
+        match self.ranges.last_mut() {
+            Some(last) if last.first + last.count == page => last.count += 1,
+            _ => self.ranges.push(PageRange { first: page, count: 1 }),
+        }
+        self.frames.extend(new.block().map(|(frame, _)| frame));
+        Ok(())
+    }
+
+    fn same_contents(&self, old: &Location, new: &Location) -> Result<bool> {
+        let mut pages: [Page; 2] = [[0; PAGE_SIZE]; 2];
+        let [a, b] = &mut pages;
+        self.store.read_location(old, a)?;
+        self.store.read_location(new, b)?;
+        Ok(a == b)
+    }
+}
+
+/// The pages that either of two sorted lists of runs names.
+fn covered(a: &[Run], b: &[Run]) -> Vec<Run> {
+    let blank = |runs: &[Run]| {
+        let mut out = Vec::with_capacity(runs.len());
+        runs.iter().for_each(|run| push_run(&mut out, Run { location: Location::Zero, ..*run }));
+        out
+    };
+    overlay(&blank(a), &blank(b))
+}

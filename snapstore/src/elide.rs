@@ -1,0 +1,281 @@
+//! What need not be written: pages that are in the store already, and pages that are nearly.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use xxhash_rust::xxh3::xxh3_64_with_seed;
+
+use crate::codec::{Decoded, Decoder, Malformed, put_block_ref, put_varint};
+use crate::format::MAX_FRAME_PAGES;
+use crate::id::BlockRef;
+
+/// A short hash of a page. Equal ones are only a hint: contents are compared before anything is
+/// left out, so it need not be strong.
+pub(crate) type Fingerprint = u32;
+
+/// The fingerprint of a page in the store whose UUID is `seed`: a guest cannot prepare pages that
+/// collide in every store.
+pub(crate) fn fingerprint(page: &[u8], seed: [u8; 16]) -> Fingerprint {
+    let seed = u64::from_le_bytes(seed[..8].try_into().expect("eight bytes"));
+    xxh3_64_with_seed(page, seed) as Fingerprint
+}
+
+/// Entries of one bucket; the oldest makes way.
+const WAYS: usize = 8;
+/// Buckets have locks in groups, so that workers seldom meet.
+const SHARDS: usize = 64;
+/// Bytes of an entry, and of its share of the table of frames (16 pages to a frame).
+const ENTRY_LEN: u64 = 8 + 3;
+
+/// Which page of the store has which fingerprint, as far as a fixed amount of memory goes.
+///
+/// An entry that is out of date does no harm: what it points to is read and compared.
+#[derive(Debug)]
+pub(crate) struct FingerprintIndex {
+    shards: Vec<Mutex<Vec<[Entry; WAYS]>>>,
+    frames: Mutex<FrameRing>,
+    buckets_per_shard: usize,
+    /// Set once the fingerprints that the store keeps were read.
+    pub loaded: AtomicBool,
+}
+
+/// Fingerprint, index of the frame (26 bits) and slot (6 bits); 0 is none.
+type Entry = u64;
+
+const FRAME_BITS: u32 = 26;
+
+/// The frames that entries point to; the oldest are overwritten.
+#[derive(Debug)]
+struct FrameRing {
+    frames: Vec<BlockRef>,
+    most: usize,
+    next: usize,
+}
+
+impl FingerprintIndex {
+    pub fn new(memory_bytes: u64) -> Self {
+        let entries = (memory_bytes / ENTRY_LEN).clamp((WAYS * SHARDS) as u64, 1 << 32) as usize;
+        let buckets_per_shard = (entries / WAYS / SHARDS).max(1);
+        // One less than 26 bits hold: index 0 stands for none.
+        let most = (entries / 16).clamp(1, (1 << FRAME_BITS) - 1);
+        Self {
+            shards: std::iter::repeat_with(Mutex::default).take(SHARDS).collect(),
+            frames: Mutex::new(FrameRing { frames: Vec::new(), most, next: 0 }),
+            buckets_per_shard,
+            loaded: AtomicBool::new(false),
+        }
+    }
+
+    /// Shard and bucket of a fingerprint.
+    fn place(&self, fingerprint: Fingerprint) -> (usize, usize) {
+        let hash = fingerprint as usize;
+        (hash % SHARDS, (hash / SHARDS) % self.buckets_per_shard)
+    }
+
+    /// The frame and slot last seen with this fingerprint.
+    pub fn find(&self, fingerprint: Fingerprint) -> Option<(BlockRef, u8)> {
+        let (shard, bucket) = self.place(fingerprint);
+        let shard = self.shards[shard].lock().unwrap_or_else(PoisonError::into_inner);
+        let entries = shard.get(bucket)?;
+        let entry = *entries
+            .iter()
+            .find(|entry| **entry != 0 && (**entry >> 32) as Fingerprint == fingerprint)?;
+        drop(shard);
+        let index = (entry >> 6) as usize & ((1 << FRAME_BITS) - 1);
+        let frames = self.frames.lock().unwrap_or_else(PoisonError::into_inner);
+        Some((*frames.frames.get(index.checked_sub(1)?)?, entry as u8 & 63))
+    }
+
+    /// How many pages it can know.
+    pub fn capacity(&self) -> usize {
+        self.buckets_per_shard * SHARDS * WAYS
+    }
+
+    /// Forgets everything.
+    pub fn clear(&self) {
+        for shard in &self.shards {
+            *shard.lock().unwrap_or_else(PoisonError::into_inner) = Vec::new();
+        }
+        let mut ring = self.frames.lock().unwrap_or_else(PoisonError::into_inner);
+        (ring.frames, ring.next) = (Vec::new(), 0);
+        self.loaded.store(false, Ordering::Relaxed);
+    }
+
+    /// Takes note of the pages of a frame, in slot order.
+    pub fn insert(&self, frame: BlockRef, fingerprints: &[Fingerprint]) {
+        let index = {
+            let mut ring = self.frames.lock().unwrap_or_else(PoisonError::into_inner);
+            let at = ring.next;
+            ring.next = (at + 1) % ring.most;
+            match ring.frames.get_mut(at) {
+                Some(old) => *old = frame,
+                None => ring.frames.push(frame),
+            }
+            at as u64 + 1
+        };
+        for (slot, fingerprint) in fingerprints.iter().enumerate() {
+            let entry = u64::from(*fingerprint) << 32 | index << 6 | slot as u64;
+            let (shard, bucket) = self.place(*fingerprint);
+            let mut shard = self.shards[shard].lock().unwrap_or_else(PoisonError::into_inner);
+            if shard.is_empty() {
+                // Untouched memory costs nothing: zeroes come from the system as they are needed.
+                *shard = vec![[0; WAYS]; self.buckets_per_shard];
+            }
+            let entries = &mut shard[bucket];
+            let same = entries.iter().position(|old| (old >> 32) as Fingerprint == *fingerprint);
+            // In front of the others, in place of its like or of the oldest.
+            entries[..=same.unwrap_or(WAYS - 1)].rotate_right(1);
+            entries[0] = entry;
+        }
+    }
+}
+
+/// A frame and the fingerprints of its pages.
+pub(crate) type FrameFingerprints = (BlockRef, Vec<Fingerprint>);
+
+/// Layout: number of frames (varint), then per frame its reference, its number of pages (1 byte),
+/// and a fingerprint a page (4 bytes).
+pub(crate) fn encode_fingerprints(frames: &[FrameFingerprints]) -> Vec<u8> {
+    let pages: usize = frames.iter().map(|(_, list)| list.len()).sum();
+    let mut out = Vec::with_capacity(10 + frames.len() * 45 + pages * 4);
+    put_varint(&mut out, frames.len() as u64);
+    for (frame, fingerprints) in frames {
+        put_block_ref(&mut out, frame);
+        out.push(fingerprints.len() as u8);
+        fingerprints.iter().for_each(|hash| out.extend_from_slice(&hash.to_le_bytes()));
+    }
+    out
+}
+
+pub(crate) fn decode_fingerprints(bytes: &[u8]) -> Decoded<Vec<FrameFingerprints>> {
+    let mut decoder = Decoder::new(bytes);
+    let count = decoder.varint("number of frames")?;
+    let most = bytes.len() as u64 / (BlockRef::ENCODED_LEN as u64 + 5);
+    if count > most {
+        return Err(Malformed::new("number of frames", format!("at most {most}"), count));
+    }
+    let mut frames = Vec::with_capacity(count as usize);
+    for _ in 0..count {
+        let frame = decoder.block_ref("frame")?;
+        let pages = usize::from(decoder.u8("number of pages")?);
+        if !(1..=MAX_FRAME_PAGES).contains(&pages) {
+            let expected = format!("1 to {MAX_FRAME_PAGES}");
+            return Err(Malformed::new("number of pages", expected, pages));
+        }
+        let fingerprints = (0..pages).map(|_| decoder.u32("fingerprint"));
+        frames.push((frame, fingerprints.collect::<Decoded<Vec<_>>>()?));
+    }
+    decoder.finish("fingerprints")?;
+    Ok(frames)
+}
+
+/// Decides whether to look at the parent's pages at all: reading one back costs more than
+/// compressing a new one, and with most workloads nothing comes of it.
+#[derive(Debug, Default)]
+pub(crate) struct Gate {
+    /// Pages looked at in the high half, useful ones in the low; halved now and then.
+    score: AtomicU64,
+    shut: AtomicBool,
+    batches: AtomicU64,
+}
+
+/// While the gate is shut, one batch of so many is tried.
+const PROBE_EVERY: u64 = 32;
+/// Pages of such a batch that are looked at.
+const PROBE_PAGES: usize = 2;
+/// Pages after which the score is looked at.
+const WINDOW: u64 = 64;
+/// It pays if one page in so many is useful: then it saves about what the others cost.
+const USEFUL_SHARE: u64 = 6;
+
+impl Gate {
+    /// How many pages of the next batch to look at.
+    pub fn pages_to_try(&self) -> usize {
+        if !self.shut.load(Ordering::Relaxed) {
+            return usize::MAX;
+        }
+        let batch = self.batches.fetch_add(1, Ordering::Relaxed);
+        if batch.is_multiple_of(PROBE_EVERY) { PROBE_PAGES } else { 0 }
+    }
+
+    /// Says what came of it.
+    pub fn tried(&self, pages: usize, useful: usize) {
+        if pages == 0 {
+            return;
+        }
+        if self.shut.load(Ordering::Relaxed) {
+            if useful > 0 {
+                self.score.store(0, Ordering::Relaxed);
+                self.shut.store(false, Ordering::Relaxed);
+            }
+            return;
+        }
+        let score = self.score.fetch_add((pages as u64) << 32 | useful as u64, Ordering::Relaxed);
+        let (tried, found) = ((score >> 32) + pages as u64, (score & 0xffff_ffff) + useful as u64);
+        if tried >= WINDOW {
+            self.shut.store(found * USEFUL_SHARE < tried, Ordering::Relaxed);
+            self.score.store(0, Ordering::Relaxed);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::node::tests::frame;
+
+    proptest! {
+        #[test]
+        fn the_newest_place_of_a_fingerprint_is_found(frames in proptest::collection::vec(proptest::collection::vec(0_u32..200, 1..16), 1..40)) {
+            let index = FingerprintIndex::new(1 << 20);
+            let mut oracle = HashMap::new();
+            for (number, fingerprints) in frames.iter().enumerate() {
+                index.insert(frame(number as u32), fingerprints);
+                for (slot, fingerprint) in fingerprints.iter().enumerate() {
+                    oracle.insert(*fingerprint, (frame(number as u32), slot as u8));
+                }
+            }
+            for fingerprint in 0..200 {
+                prop_assert_eq!(index.find(fingerprint), oracle.get(&fingerprint).copied());
+            }
+        }
+
+        #[test]
+        fn fingerprints_round_trip(frames in proptest::collection::vec((0_u32..9, proptest::collection::vec(any::<u32>(), 1..65)), 0..9), cut in any::<prop::sample::Index>()) {
+            let frames: Vec<FrameFingerprints> = frames.into_iter().map(|(number, list)| (frame(number), list)).collect();
+            let bytes = encode_fingerprints(&frames);
+            prop_assert_eq!(decode_fingerprints(&bytes), Ok(frames));
+            prop_assert!(decode_fingerprints(&bytes[..cut.index(bytes.len())]).is_err());
+        }
+    }
+
+    #[test]
+    fn a_small_index_forgets_and_stays_small() {
+        let index = FingerprintIndex::new(0);
+        for number in 0..100_000_u32 {
+            index.insert(frame(number % 1000), &[number.wrapping_mul(2_654_435_761)]);
+        }
+        let entries: usize =
+            index.shards.iter().map(|shard| shard.lock().unwrap().len() * WAYS).sum();
+        assert!(entries <= WAYS * SHARDS, "{entries}");
+        assert!(index.frames.lock().unwrap().frames.len() <= WAYS * SHARDS / 16);
+    }
+
+    #[test]
+    fn a_gate_shuts_when_nothing_comes_of_it_and_opens_when_something_does() {
+        let gate = Gate::default();
+        gate.tried(WINDOW as usize, 0);
+        let tries: Vec<usize> = (0..PROBE_EVERY * 2).map(|_| gate.pages_to_try()).collect();
+        assert_eq!(tries.iter().filter(|pages| **pages > 0).count(), 2);
+        gate.tried(2, 0);
+        assert!(gate.pages_to_try() < usize::MAX);
+        gate.tried(2, 1);
+        assert_eq!(gate.pages_to_try(), usize::MAX);
+        gate.tried(WINDOW as usize, WINDOW as usize / 2);
+        assert_eq!(gate.pages_to_try(), usize::MAX, "it pays");
+    }
+}

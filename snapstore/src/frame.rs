@@ -1,0 +1,192 @@
+//! Frames and delta frames as they are read: verified, decoded, cached.
+
+use std::sync::Arc;
+
+use crate::codec::{Decoded, Malformed};
+use crate::delta::{self, Base};
+use crate::error::{Result, StoreError};
+use crate::format::{RecordKind, segment_name};
+use crate::id::BlockRef;
+use crate::node::Location;
+use crate::page::{PAGE_SIZE, Page};
+use crate::record::VerifiedRecord;
+use crate::segment::Physical;
+use crate::store::Store;
+
+/// A decoded frame: its pages, or what they differ by from their bases.
+#[derive(Debug)]
+pub(crate) struct Frame {
+    /// Whole pages, one after the other.
+    pub pages: Vec<u8>,
+    /// Per page, what it is the difference from; empty for a plain frame.
+    pub bases: Box<[Base]>,
+}
+
+impl Frame {
+    /// Decodes a frame, or, if `delta`, a delta frame.
+    pub fn decode(record: &VerifiedRecord<'_>, delta: bool) -> Decoded<Self> {
+        if !delta {
+            check_frame_len(record.raw_len())?;
+            return Ok(Self { pages: record.decode()?, bases: Box::default() });
+        }
+        let mut pages = record.decode()?;
+        let (bases, at) = delta::decode(&pages)?;
+        pages.drain(..at);
+        Ok(Self { pages, bases: bases.into() })
+    }
+
+    /// Number of pages.
+    pub fn slots(&self) -> usize {
+        self.pages.len() / PAGE_SIZE
+    }
+}
+
+pub(crate) fn kind_of(delta: bool) -> RecordKind {
+    if delta { RecordKind::Delta } else { RecordKind::Frame }
+}
+
+/// A plain frame is whole pages, and at least one.
+pub(crate) fn check_frame_len(raw_len: usize) -> Decoded<()> {
+    if raw_len == 0 || !raw_len.is_multiple_of(PAGE_SIZE) {
+        return Err(Malformed::new("decoded length", "whole pages", format!("{raw_len} bytes")));
+    }
+    Ok(())
+}
+
+/// A frame as one reference to it sees it.
+#[derive(Clone, Debug)]
+pub(crate) struct FrameView {
+    block: BlockRef,
+    place: Physical,
+    pub frame: Arc<Frame>,
+}
+
+impl FrameView {
+    pub fn new(block: BlockRef, place: Physical, frame: Arc<Frame>) -> Self {
+        Self { block, place, frame }
+    }
+
+    /// The bytes of `count` slots from `slot` on.
+    pub fn bytes(&self, slot: u8, count: u64) -> Result<&[u8]> {
+        let first = self.index(slot)?;
+        // Slots of a run are all live, so they lie side by side wherever they were moved to.
+        let last = self.index(slot.saturating_add((count - 1).min(255) as u8))?;
+        if last - first + 1 != count as usize {
+            return Err(self.damaged(slot, count));
+        }
+        self.frame
+            .pages
+            .get(first * PAGE_SIZE..(last + 1) * PAGE_SIZE)
+            .ok_or_else(|| self.damaged(slot, count))
+    }
+
+    /// The base of slot `slot` of a delta frame.
+    pub fn base(&self, slot: u8) -> Result<Base> {
+        let base = self.frame.bases.get(self.index(slot)?);
+        base.copied().ok_or_else(|| self.damaged(slot, 1))
+    }
+
+    /// Where slot `slot` is in the record that was read.
+    fn index(&self, slot: u8) -> Result<usize> {
+        let index = self.place.slots.get(slot).map(usize::from);
+        index.filter(|index| *index < self.frame.slots()).ok_or_else(|| self.damaged(slot, 1))
+    }
+
+    /// A reference beyond the frame's end, or to a slot that is not kept, is damage.
+    fn damaged(&self, slot: u8, count: u64) -> StoreError {
+        StoreError::Corrupt {
+            file: segment_name(self.block.segment),
+            offset: u64::from(self.block.offset),
+            what: "frame: slots that are referred to".into(),
+            expected: format!("slots {slot} to {}", u64::from(slot) + count),
+            found: format!("{} pages, {:?}", self.frame.slots(), self.place.slots),
+        }
+    }
+}
+
+impl Store {
+    /// Reads a frame, or, if `delta`, a delta frame.
+    pub(crate) fn frame(&self, block: &BlockRef, delta: bool) -> Result<FrameView> {
+        self.reading(|| self.frame_at(block, self.segments.resolve(block)?, delta))
+    }
+
+    fn frame_at(&self, block: &BlockRef, place: Physical, delta: bool) -> Result<FrameView> {
+        let frame = match self.frames.get(&place.hash) {
+            Some(frame) if frame.bases.is_empty() != delta => frame,
+            _ => {
+                let frame = self
+                    .segments
+                    .read_at(&place, kind_of(delta), |record| Frame::decode(record, delta))?;
+                let frame = Arc::new(frame);
+                self.frames.insert(place.hash, Arc::clone(&frame));
+                frame
+            }
+        };
+        Ok(FrameView { block: *block, place, frame })
+    }
+
+    /// Reads one page that is a base.
+    pub(crate) fn base_page(&self, base: &Base) -> Result<Arc<Page>> {
+        if let Some(page) = self.bases.get(base) {
+            return Ok(page);
+        }
+        let view = self.frame(&base.frame, false)?;
+        let page: &Page = view.bytes(base.slot, 1)?.try_into().expect("one slot is one page");
+        let page = Arc::new(*page);
+        self.bases.insert(*base, Arc::clone(&page));
+        Ok(page)
+    }
+
+    /// Copies the `out.len()` bytes of pages at `location` into `out`, verified.
+    pub(crate) fn read_location(&self, location: &Location, out: &mut [u8]) -> Result<()> {
+        let count = (out.len() / PAGE_SIZE) as u64;
+        match *location {
+            Location::Zero => out.fill(0),
+            Location::Frame { frame, slot } => {
+                if slot == 0 && count > 1 && self.read_whole_frame(&frame, out)? {
+                    return Ok(());
+                }
+                out.copy_from_slice(self.frame(&frame, false)?.bytes(slot, count)?);
+            }
+            Location::Delta { frame, slot } => {
+                let view = self.frame(&frame, true)?;
+                out.copy_from_slice(view.bytes(slot, count)?);
+                for (slot, page) in (slot..).zip(out.chunks_exact_mut(PAGE_SIZE)) {
+                    self.add_base(&view.base(slot)?, page)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn add_base(&self, base: &Base, page: &mut [u8]) -> Result<()> {
+        let view = self.frame(&base.frame, false)?;
+        delta::xor(page, view.bytes(base.slot, 1)?);
+        Ok(())
+    }
+
+    /// Decodes a plain frame straight into `out`, without the cache, if it is exactly that long
+    /// and all of it is where it was written. Else false, with `out` untouched.
+    fn read_whole_frame(&self, block: &BlockRef, out: &mut [u8]) -> Result<bool> {
+        self.reading(|| {
+            let place = self.segments.resolve(block)?;
+            if place.slots != crate::pack::SlotMap::Identity {
+                return Ok(false);
+            }
+            if let Some(frame) = self.frames.get(&place.hash) {
+                let whole = frame.bases.is_empty() && frame.pages.len() == out.len();
+                if whole {
+                    out.copy_from_slice(&frame.pages);
+                }
+                return Ok(whole);
+            }
+            self.segments.read_at(&place, RecordKind::Frame, |record| {
+                check_frame_len(record.raw_len())?;
+                if record.raw_len() != out.len() {
+                    return Ok(false);
+                }
+                record.decode_into(out).map(|()| true)
+            })
+        })
+    }
+}

@@ -1,0 +1,124 @@
+//! Which file of the store holds what was written to a segment.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use crate::id::BlockRef;
+
+/// What a step of pruning did to the files, as the journal records it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Relayout {
+    /// Where the newest transaction ended: segment and offset in bytes.
+    pub tail: Option<(u32, u64)>,
+    /// The number of the next pack; numbers are not used twice.
+    pub next_pack: u32,
+    /// The index of a new pack; its segment number is the pack's.
+    pub pack: Option<BlockRef>,
+    /// Segments whose live records the new pack holds.
+    pub moved: Vec<u32>,
+    /// Segments that nobody needs any more.
+    pub dropped: Vec<u32>,
+    /// Packs that nobody needs any more; what was live in them is in the new one.
+    pub retired_packs: Vec<u32>,
+}
+
+/// Where everything is, as of a point of the journal.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Layout {
+    /// Per segment, the pack that holds its live records.
+    pub moved: HashMap<u32, u32>,
+    /// Indexes of the packs.
+    pub packs: BTreeMap<u32, BlockRef>,
+    /// Segments that are no more, since the journal was last written anew; `moved` ones too.
+    pub retired: BTreeSet<u32>,
+    /// The number of the next pack.
+    pub next_pack: u32,
+}
+
+impl Layout {
+    pub fn apply(&mut self, step: &Relayout) {
+        let Relayout { tail: _, next_pack, pack, moved, dropped, retired_packs } = step;
+        self.next_pack = self.next_pack.max(*next_pack);
+        for number in dropped {
+            self.moved.remove(number);
+            self.retired.insert(*number);
+        }
+        if let Some(index) = pack {
+            self.packs.insert(index.segment, *index);
+            for number in moved {
+                self.moved.insert(*number, index.segment);
+                self.retired.insert(*number);
+            }
+        }
+        for number in retired_packs {
+            self.packs.remove(number);
+        }
+        self.moved.retain(|_, pack| self.packs.contains_key(pack));
+    }
+
+    /// True if segment `number` is not a file of its own any more.
+    pub fn is_retired(&self, number: u32) -> bool {
+        self.retired.contains(&number) || self.moved.contains_key(&number)
+    }
+
+    /// The layout as steps from nothing: one a pack, and one for what is left.
+    pub fn as_steps(&self, tail: Option<(u32, u64)>) -> Vec<Relayout> {
+        let step = Relayout { tail, next_pack: self.next_pack, ..Relayout::default() };
+        let mut steps = vec![step.clone()];
+        for (number, index) in &self.packs {
+            let here = self.moved.iter().filter(|(_, pack)| *pack == number);
+            let mut moved: Vec<u32> = here.map(|(segment, _)| *segment).collect();
+            moved.sort_unstable();
+            steps.push(Relayout { pack: Some(*index), moved, ..step.clone() });
+        }
+        steps
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::id::Hash;
+
+    fn index(number: u32) -> BlockRef {
+        BlockRef { segment: number, offset: 64, len: 20, hash: Hash([number as u8; 32]) }
+    }
+
+    #[test]
+    fn steps_move_and_drop_segments() {
+        let mut layout = Layout::default();
+        layout.apply(&Relayout {
+            next_pack: 2,
+            pack: Some(index(1)),
+            moved: vec![1, 3],
+            dropped: vec![2],
+            ..Relayout::default()
+        });
+        assert_eq!(layout.moved, HashMap::from([(1, 1), (3, 1)]));
+        assert_eq!(layout.retired, BTreeSet::from([1, 2, 3]));
+        layout.apply(&Relayout {
+            next_pack: 3,
+            pack: Some(index(2)),
+            moved: vec![3, 4],
+            retired_packs: vec![1],
+            ..Relayout::default()
+        });
+        assert_eq!(layout.moved, HashMap::from([(3, 2), (4, 2)]), "1 was live nowhere");
+        assert_eq!(layout.packs.keys().copied().collect::<Vec<_>>(), [2]);
+    }
+
+    #[test]
+    fn a_layout_is_what_its_steps_make() {
+        let mut layout = Layout::default();
+        for number in 1..4 {
+            layout.apply(&Relayout {
+                next_pack: number + 1,
+                pack: Some(index(number)),
+                moved: vec![number * 10, number * 10 + 1],
+                ..Relayout::default()
+            });
+        }
+        let mut again = Layout::default();
+        layout.as_steps(Some((9, 64))).iter().for_each(|step| again.apply(step));
+        assert_eq!(again, layout);
+    }
+}

@@ -1,0 +1,109 @@
+//! Pins in a directory: a file a pin, whose `flock` says that its owner lives.
+
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::storage::Pin;
+
+/// Pins of this process so far: the names of their files differ.
+static COUNT: AtomicU64 = AtomicU64::new(0);
+
+#[derive(Debug)]
+struct DirPin {
+    path: PathBuf,
+    // The kernel drops the flock when the descriptor closes, however the process ends.
+    _file: File,
+}
+
+impl Pin for DirPin {}
+
+impl Drop for DirPin {
+    fn drop(&mut self) {
+        // One that stays is found to be nobody's by the next `pinned`.
+        let _left_behind = fs::remove_file(&self.path);
+    }
+}
+
+pub(crate) fn pin(folder: &Path, name: &str) -> io::Result<Box<dyn Pin>> {
+    match fs::create_dir(folder) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    loop {
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let path = folder.join(format!("{name}.{}.{count}", std::process::id()));
+        let file = match OpenOptions::new().write(true).create_new(true).open(&path) {
+            // Left by a process that had this number before: another name will do.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
+            other => other?,
+        };
+        // Before the lock is ours, `pinned` may take the file for a dead process's and remove it.
+        if file.try_lock().is_ok() && file.metadata()?.nlink() > 0 {
+            return Ok(Box::new(DirPin { path, _file: file }));
+        }
+    }
+}
+
+pub(crate) fn pinned(folder: &Path) -> io::Result<Vec<String>> {
+    let entries = match fs::read_dir(folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other?,
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        let path = entry?.path();
+        let file = match File::open(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            other => other?,
+        };
+        match file.try_lock() {
+            Ok(()) => {
+                // Nobody's. Its owner may be just going to lock it, and then looks whether it is
+                // still there.
+                fs::remove_file(&path).or_else(|error| match error.kind() {
+                    io::ErrorKind::NotFound => Ok(()),
+                    _ => Err(error),
+                })?;
+            }
+            Err(TryLockError::WouldBlock) => {
+                let file_name = path.file_name().unwrap_or_default().to_string_lossy();
+                names.push(file_name.split('.').next().unwrap_or_default().to_owned());
+            }
+            Err(TryLockError::Error(error)) => return Err(error),
+        }
+    }
+    Ok(names)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pins_are_seen_until_they_are_dropped() {
+        let scratch = tempfile::tempdir().unwrap();
+        let folder = scratch.path().join("pins");
+        assert!(pinned(&folder).unwrap().is_empty(), "no folder is no pins");
+        let (one, again) = (pin(&folder, "aa").unwrap(), pin(&folder, "aa").unwrap());
+        let other = pin(&folder, "bb").unwrap();
+        let mut found = pinned(&folder).unwrap();
+        found.sort();
+        assert_eq!(found, ["aa", "aa", "bb"]);
+        drop(one);
+        drop(other);
+        assert_eq!(pinned(&folder).unwrap(), ["aa"]);
+        drop(again);
+        assert!(pinned(&folder).unwrap().is_empty());
+    }
+
+    #[test]
+    fn the_pin_of_a_dead_process_is_cleared_away() {
+        let scratch = tempfile::tempdir().unwrap();
+        fs::write(scratch.path().join("aa.1.0"), "").unwrap();
+        assert!(pinned(scratch.path()).unwrap().is_empty());
+        assert_eq!(fs::read_dir(scratch.path()).unwrap().count(), 0);
+    }
+}

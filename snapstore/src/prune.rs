@@ -1,0 +1,436 @@
+//! Pruning: what no snapshot reaches is removed, and files that are mostly that are written anew.
+//!
+//! [`Store::prune`] is the list of phases. Every step of the last two is a commit of its own: a
+//! pack is durable before the journal names it, and what it replaces is removed after. So it can
+//! be interrupted anywhere and run again.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use serde::{Deserialize, Serialize};
+
+use crate::catalog::{Catalog, SnapshotInfo};
+use crate::error::{Result, StoreError};
+use crate::format::{
+    FORMAT_VERSION, FileHeader, FileKind, JOURNAL_FILE, JOURNAL_NEW_FILE, RecordKind,
+    SEGMENT_FOLDER,
+};
+use crate::id::{BlockRef, SnapshotId};
+use crate::journal::{Cursor, Entry, MAX_LISTED};
+use crate::layout::Relayout;
+use crate::mark::{Marked, Marker};
+use crate::repack;
+use crate::store::{Store, lock, unix_ms};
+
+/// How far to go.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PruneOptions {
+    /// Unused bytes that may stay, as a share of those in use.
+    pub max_unused: f64,
+    /// At most so many bytes are written anew; 0 only removes files that nobody needs.
+    pub max_rewrite_bytes: u64,
+    /// Change nothing, only say what would be done.
+    pub dry_run: bool,
+}
+
+impl Default for PruneOptions {
+    fn default() -> Self {
+        Self { max_unused: 0.05, max_rewrite_bytes: u64::MAX, dry_run: false }
+    }
+}
+
+/// How far pruning has come.
+#[derive(Debug, Default)]
+pub struct PruneProgress {
+    /// Snapshots whose blocks are to be marked.
+    pub snapshots_total: AtomicU64,
+    /// Snapshots marked.
+    pub snapshots_done: AtomicU64,
+    /// Bytes to be written anew.
+    pub rewrite_bytes_total: AtomicU64,
+    /// Bytes of them written.
+    pub rewrite_bytes_done: AtomicU64,
+    cancelled: AtomicBool,
+}
+
+impl PruneProgress {
+    /// Makes the prune that reports here end at its next step. What it did until then stays done.
+    pub fn cancel(&self) {
+        self.cancelled.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn check(&self) -> Result<()> {
+        if self.cancelled.load(Ordering::Relaxed) {
+            return Err(StoreError::Cancelled("pruning stopped; nothing is lost".into()));
+        }
+        Ok(())
+    }
+}
+
+/// What pruning came to, or would come to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PruneReport {
+    /// Snapshots whose blocks stay.
+    pub snapshots: u64,
+    /// Of these, forgotten ones that a process still has in use.
+    pub pinned: u64,
+    /// Bytes of all segments and packs before.
+    pub bytes_before: u64,
+    /// Of these, bytes in use, as near as can be told without reading them.
+    pub bytes_live: u64,
+    /// The others.
+    pub bytes_unused: u64,
+    /// Bytes of all segments and packs afterwards; an estimate if nothing was changed.
+    pub bytes_after: u64,
+    /// Files removed that held nothing in use.
+    pub segments_removed: u64,
+    /// Files whose blocks in use were moved into packs.
+    pub segments_rewritten: u64,
+    /// Files that could not be rewritten, because something in use in them is damaged.
+    pub segments_skipped: u64,
+    /// Bytes of the packs written.
+    pub bytes_rewritten: u64,
+    /// True if nothing was changed.
+    pub dry_run: bool,
+}
+
+/// A block in use.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Item {
+    pub block: BlockRef,
+    pub kind: RecordKind,
+    /// Slots in use, of a frame.
+    pub slots: u64,
+}
+
+/// A segment or pack, and what is in use of it.
+#[derive(Debug)]
+pub(crate) struct Source {
+    pub key: (FileKind, u32),
+    pub total_bytes: u64,
+    pub live_bytes: u64,
+    /// By name, ascending.
+    pub items: Vec<Item>,
+}
+
+impl Source {
+    fn unused_bytes(&self) -> u64 {
+        self.total_bytes.saturating_sub(self.live_bytes)
+    }
+
+    /// The segments whose names these items have.
+    pub fn segments(&self) -> BTreeSet<u32> {
+        self.items.iter().map(|item| item.block.segment).collect()
+    }
+}
+
+/// More small packs than this are written into one.
+const SMALL_PACKS_MAX: usize = 16;
+/// A journal is written anew when it has so many records that say nothing any more, and they are
+/// at least a quarter.
+const STALE_RECORDS_MIN: usize = 16;
+
+impl Store {
+    /// Gives back the space of what no snapshot reaches. Readers go on meanwhile; writers find the
+    /// store busy.
+    ///
+    /// # Errors
+    /// As [`Store::begin`]. Nothing is removed if a snapshot's tree cannot be read in full, for
+    /// then nobody knows what it reaches: [`StoreError::Corrupt`] or [`StoreError::Missing`] says
+    /// what; forget that snapshot first.
+    pub fn prune(
+        self: &Arc<Self>,
+        options: &PruneOptions,
+        progress: &PruneProgress,
+    ) -> Result<PruneReport> {
+        self.check_latched()?;
+        let _lock = lock(self.storage.as_ref())?;
+        self.refresh()?;
+        let mut report = PruneReport { dry_run: options.dry_run, ..PruneReport::default() };
+        let pinned = self.pinned_and_forgotten()?;
+        let marked = self.mark(&pinned, progress, &mut report)?;
+        let sources = self.sources(&marked, &mut report)?;
+        drop(marked);
+        let (dead, live): (Vec<Source>, Vec<Source>) =
+            sources.into_iter().partition(|source| source.items.is_empty());
+        let (chosen, kept) = self.choose(live, options);
+        report.segments_removed = dead.len() as u64;
+        report.segments_rewritten = chosen.len() as u64;
+        let bytes =
+            |sources: &[Source], of: fn(&Source) -> u64| sources.iter().map(of).sum::<u64>();
+        let rewrite = bytes(&chosen, |source| source.live_bytes);
+        progress.rewrite_bytes_total.store(rewrite, Ordering::Relaxed);
+        report.bytes_rewritten = rewrite;
+        report.bytes_after = rewrite + bytes(&kept, |source| source.total_bytes);
+        if options.dry_run {
+            return Ok(report);
+        }
+        let pruned = self
+            .remove_orphans()
+            .and_then(|()| self.remove_dead(&dead))
+            .and_then(|()| self.rewrite(chosen, progress, &mut report))
+            .and_then(|()| self.rewrite_journal(&pinned));
+        if let Err(error) = &pruned
+            && error.latches()
+        {
+            self.writer_state().latched.get_or_insert(error.to_string());
+        }
+        pruned?;
+        report.bytes_after = self.segment_lengths()?.values().sum();
+        Ok(report)
+    }
+
+    fn pinned_and_forgotten(&self) -> Result<Vec<SnapshotInfo>> {
+        let pinned = self.pinned()?;
+        let catalog = self.catalog();
+        Ok(pinned.iter().filter_map(|id| catalog.find_forgotten(*id)).collect())
+    }
+
+    fn mark(
+        self: &Arc<Self>,
+        pinned: &[SnapshotInfo],
+        progress: &PruneProgress,
+        report: &mut PruneReport,
+    ) -> Result<Marked> {
+        let published = self.snapshots();
+        report.snapshots = (published.len() + pinned.len()) as u64;
+        report.pinned = pinned.len() as u64;
+        progress.snapshots_total.store(report.snapshots, Ordering::Relaxed);
+        let mut marker = Marker::new(self);
+        // The newest first: see there.
+        for info in published.iter().rev().chain(pinned) {
+            progress.check()?;
+            marker.snapshot(info);
+            progress.snapshots_done.fetch_add(1, Ordering::Relaxed);
+        }
+        let mut marked = marker.finish();
+        match marked.obstacles.pop() {
+            Some(obstacle) => Err(obstacle.error),
+            None => Ok(marked),
+        }
+    }
+
+    fn segment_lengths(&self) -> Result<BTreeMap<(FileKind, u32), u64>> {
+        let layout = self.segments.layout();
+        let last = self.catalog().tail.map_or(0, |(last, _)| last);
+        let counts = |(kind, number): &(FileKind, u32)| match kind {
+            FileKind::Pack => layout.packs.contains_key(number),
+            _ => *number <= last && !layout.is_retired(*number),
+        };
+        let mut lengths = BTreeMap::new();
+        for key in self.segment_files()?.into_iter().filter(counts) {
+            let name = crate::segment::file_name(key);
+            let len = self.storage.open(&name, false).and_then(|file| file.len_bytes());
+            lengths.insert(key, len.map_err(|error| StoreError::io("read", name, error))?);
+        }
+        Ok(lengths)
+    }
+
+    /// The files that are there, and what is in use of each.
+    fn sources(&self, marked: &Marked, report: &mut PruneReport) -> Result<Vec<Source>> {
+        let mut sources: BTreeMap<(FileKind, u32), Source> = self
+            .segment_lengths()?
+            .into_iter()
+            .map(|(key, total_bytes)| {
+                (key, Source { key, total_bytes, live_bytes: 0, items: Vec::new() })
+            })
+            .collect();
+        let item = |kind| move |block: &BlockRef| Item { block: *block, kind, slots: u64::MAX };
+        let frames = marked.frames.iter().map(|usage| Item {
+            block: usage.frame,
+            kind: crate::frame::kind_of(usage.delta),
+            slots: usage.slots,
+        });
+        let items = frames
+            .chain(marked.nodes.iter().map(item(RecordKind::Node)))
+            .chain(marked.chunks.iter().map(item(RecordKind::Blob)))
+            .chain(marked.manifests.iter().map(item(RecordKind::Manifest)))
+            .chain(marked.fingerprints.iter().map(item(RecordKind::Fingerprints)));
+        for item in items {
+            let (key, bytes) = repack::live_bytes(self, &item)?;
+            // A file that is missing is damage, and its frames stay damaged: nothing to move.
+            if let Some(source) = sources.get_mut(&key) {
+                source.live_bytes += bytes;
+                source.items.push(item);
+            }
+        }
+        for source in sources.values_mut() {
+            source.items.sort_unstable_by_key(|item| (item.block.segment, item.block.offset));
+            report.bytes_before += source.total_bytes;
+            report.bytes_live += source.live_bytes.min(source.total_bytes);
+        }
+        report.bytes_unused = report.bytes_before - report.bytes_live;
+        Ok(sources.into_values().collect())
+    }
+
+    /// Which files to write anew: those with most that is unused first, until little enough is
+    /// left, or as much is written as may be. And small packs, when they are many.
+    fn choose(&self, mut live: Vec<Source>, options: &PruneOptions) -> (Vec<Source>, Vec<Source>) {
+        let share =
+            |source: &Source| source.unused_bytes() as f64 / source.total_bytes.max(1) as f64;
+        live.sort_by(|a, b| share(b).total_cmp(&share(a)));
+        let in_use: u64 = live.iter().map(|source| source.live_bytes).sum();
+        let mut unused: u64 = live.iter().map(Source::unused_bytes).sum();
+        let most = (in_use as f64 * options.max_unused.max(0.0)) as u64;
+        let small = self.options.segment_max_bytes / 4;
+        let is_small =
+            |source: &Source| source.key.0 == FileKind::Pack && source.total_bytes < small;
+        let too_many = live.iter().filter(|source| is_small(source)).count() > SMALL_PACKS_MAX;
+        let mut room = options.max_rewrite_bytes;
+        live.into_iter().partition(|source| {
+            let wanted =
+                (unused > most && source.unused_bytes() > 0) || (too_many && is_small(source));
+            if !wanted || source.live_bytes > room {
+                return false;
+            }
+            room -= source.live_bytes;
+            unused -= source.unused_bytes();
+            true
+        })
+    }
+
+    /// Removes files that hold nothing in use.
+    fn remove_dead(&self, dead: &[Source]) -> Result<()> {
+        for part in dead.chunks(MAX_LISTED) {
+            let of = |kind| {
+                let keys = part.iter().map(|source| source.key);
+                keys.filter(move |key| key.0 == kind).map(|key| key.1).collect()
+            };
+            let step = Relayout {
+                dropped: of(FileKind::Segment),
+                retired_packs: of(FileKind::Pack),
+                ..self.relayout()
+            };
+            self.record(Entry::Relayout(step))?;
+            self.remove_files(part)?;
+        }
+        Ok(())
+    }
+
+    fn remove_files(&self, sources: &[Source]) -> Result<()> {
+        sources.iter().try_for_each(|source| self.remove_file(source.key))?;
+        self.storage
+            .sync_names(SEGMENT_FOLDER)
+            .map_err(|error| StoreError::io("sync", SEGMENT_FOLDER, error))
+    }
+
+    /// A step that changes nothing.
+    fn relayout(&self) -> Relayout {
+        let catalog = self.catalog();
+        let next_pack = catalog.layout.next_pack.max(1);
+        Relayout { tail: catalog.tail, next_pack, ..Relayout::default() }
+    }
+
+    /// Writes what is in use of `chosen` into packs, and removes them, a pack at a time.
+    fn rewrite(
+        self: &Arc<Self>,
+        mut chosen: Vec<Source>,
+        progress: &PruneProgress,
+        report: &mut PruneReport,
+    ) -> Result<()> {
+        chosen.sort_unstable_by_key(|source| source.segments().first().copied());
+        (report.segments_rewritten, report.bytes_rewritten) = (0, 0);
+        while !chosen.is_empty() {
+            progress.check()?;
+            let count = self.sources_of_one_pack(&chosen);
+            let mut group: Vec<Source> = chosen.drain(..count).collect();
+            while !group.is_empty() {
+                let step = self.relayout();
+                match repack::write_pack(self, step.next_pack, &group, progress) {
+                    Ok((index, bytes)) => {
+                        self.adopt(index, &group, step)?;
+                        report.segments_rewritten += group.len() as u64;
+                        report.bytes_rewritten += bytes;
+                        break;
+                    }
+                    // Something in use is damaged: its file stays as it is, the others go on.
+                    Err(repack::Failure { error, source: Some(index) }) => {
+                        tracing::warn!(%error, "a damaged file is left as it is");
+                        group.remove(index);
+                        report.segments_skipped += 1;
+                    }
+                    Err(repack::Failure { error, source: None }) => return Err(error),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn sources_of_one_pack(&self, sources: &[Source]) -> usize {
+        let (mut bytes, mut segments) = (0, 0);
+        let fits = sources.iter().take_while(|source| {
+            bytes += source.live_bytes;
+            segments += source.segments().len();
+            bytes <= self.options.segment_max_bytes && segments <= MAX_LISTED
+        });
+        fits.count().max(1)
+    }
+
+    /// Makes a finished pack part of the store, in place of `sources`.
+    fn adopt(&self, index: BlockRef, sources: &[Source], step: Relayout) -> Result<()> {
+        let moved: BTreeSet<u32> = sources.iter().flat_map(Source::segments).collect();
+        let packs = sources.iter().filter(|source| source.key.0 == FileKind::Pack);
+        let step = Relayout {
+            next_pack: index.segment + 1,
+            pack: Some(index),
+            moved: moved.into_iter().collect(),
+            retired_packs: packs.map(|source| source.key.1).collect(),
+            ..step
+        };
+        self.record(Entry::Relayout(step))?;
+        self.remove_files(sources)
+    }
+
+    /// Writes the journal anew, if much of it says nothing any more.
+    fn rewrite_journal(&self, pinned: &[SnapshotInfo]) -> Result<()> {
+        let pinned: Vec<SnapshotId> = pinned.iter().map(|info| info.id).collect();
+        let (entries, generation) = {
+            let catalog = self.catalog();
+            let entries = catalog.records(&pinned);
+            let stale = catalog.stale_records;
+            if stale < STALE_RECORDS_MIN || stale * 3 < entries.len() {
+                return Ok(());
+            }
+            (entries, catalog.cursor.generation())
+        };
+        let header = FileHeader {
+            kind: FileKind::Journal,
+            version: FORMAT_VERSION,
+            number: generation.wrapping_add(1),
+            store: self.uuid,
+            created_unix_ms: unix_ms(),
+        };
+        let mut cursor = Cursor::start(&header);
+        let mut bytes = header.encode().to_vec();
+        for entry in &entries {
+            let (record, after) = cursor.encode_next(entry);
+            bytes.extend_from_slice(&record);
+            cursor = after;
+        }
+        self.replace_journal(&bytes)
+    }
+
+    fn replace_journal(&self, bytes: &[u8]) -> Result<()> {
+        let failed = |op| move |error| StoreError::io(op, JOURNAL_NEW_FILE, error);
+        let file = self.storage.create(JOURNAL_NEW_FILE).map_err(failed("create"))?;
+        file.write_all_at(bytes, 0).map_err(failed("write"))?;
+        file.sync().map_err(failed("sync"))?;
+        // From here on nobody knows which of the two a crash leaves, until the folder is synced:
+        // nothing may be appended before.
+        let replaced = self
+            .storage
+            .rename(JOURNAL_NEW_FILE, JOURNAL_FILE)
+            .and_then(|()| self.storage.sync_names(""));
+        if let Err(error) = replaced {
+            self.writer_state().latched = Some(format!("the journal was being replaced: {error}"));
+            return Err(StoreError::io("replace", JOURNAL_FILE, error));
+        }
+        let file = self
+            .storage
+            .open(JOURNAL_FILE, false)
+            .map_err(|error| StoreError::io("open", JOURNAL_FILE, error))?;
+        self.replaced(Catalog::read(file.as_ref(), self.uuid)?);
+        Ok(())
+    }
+}

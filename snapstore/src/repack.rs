@@ -1,0 +1,231 @@
+//! Writing a pack: what is in use of segments and older packs, in one file.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use rayon::prelude::*;
+
+use crate::delta::{self, Base};
+use crate::error::{Result, StoreError};
+use crate::format::{FileKind, RecordKind, SEGMENT_FOLDER, pack_name};
+use crate::id::BlockRef;
+use crate::pack::{PackIndex, PackedRecord, Place, SlotMap};
+use crate::page::PAGE_SIZE;
+use crate::prune::{Item, PruneProgress, Source};
+use crate::record::{EncodedRecord, RecordEncoder};
+use crate::segment::Appender;
+use crate::store::Store;
+
+/// Bytes of pages gathered before they are compressed together, on all cores.
+const WINDOW_LEN: usize = 16 << 20;
+
+/// Why a pack could not be written; `source` is the index of the one that is damaged, if that is
+/// why.
+pub(crate) struct Failure {
+    pub error: StoreError,
+    pub source: Option<usize>,
+}
+
+impl From<StoreError> for Failure {
+    fn from(error: StoreError) -> Self {
+        Self { error, source: None }
+    }
+}
+
+/// The file that holds an item, and how many of its bytes that is: of a frame only some of whose
+/// pages are in use, their share.
+pub(crate) fn live_bytes(store: &Store, item: &Item) -> Result<((FileKind, u32), u64)> {
+    let place = store.segments.resolve(&item.block)?;
+    let len = u64::from(place.len);
+    if !matches!(item.kind, RecordKind::Frame | RecordKind::Delta) {
+        return Ok((place.file, len));
+    }
+    // What cannot be read cannot be told; it stays whole.
+    let slots = store.segments.slots(&place).unwrap_or(0);
+    let used = u64::from(item.slots.count_ones());
+    let share = if used >= slots { len } else { len * used / slots };
+    Ok((place.file, share))
+}
+
+/// Writes pack `number` with the items of `sources`; returns the reference to its index, and its
+/// length. What was written is removed if that fails.
+pub(crate) fn write_pack(
+    store: &Arc<Store>,
+    number: u32,
+    sources: &[Source],
+    progress: &PruneProgress,
+) -> Result<(BlockRef, u64), Failure> {
+    let written = PackWriter::create(store, number).map_err(Failure::from).and_then(|mut pack| {
+        for (index, source) in sources.iter().enumerate() {
+            for item in &source.items {
+                progress.check()?;
+                let piece = pack.read(item).map_err(|error| {
+                    let damaged =
+                        matches!(error, StoreError::Corrupt { .. } | StoreError::Missing { .. });
+                    Failure { error, source: damaged.then_some(index) }
+                })?;
+                pack.add(item, piece)?;
+            }
+            progress.rewrite_bytes_done.fetch_add(source.live_bytes, Ordering::Relaxed);
+        }
+        Ok(pack.finish()?)
+    });
+    if written.is_err() {
+        // What stays is an orphan, which the next writer removes.
+        let _left_behind = store.storage.remove(&pack_name(number));
+    }
+    written
+}
+
+/// What an item is made of.
+enum Piece {
+    /// A record, to be copied as it is.
+    Record(Vec<u8>),
+    /// Pages of a frame, and of a delta frame their bases.
+    Pages { raw: Vec<u8>, bases: Vec<Base> },
+}
+
+/// Pages of several frames that will be one record.
+#[derive(Default)]
+struct Group {
+    raw: Vec<u8>,
+    bases: Vec<Base>,
+    members: Vec<(BlockRef, SlotMap)>,
+}
+
+impl Group {
+    fn pages(&self) -> usize {
+        self.raw.len() / PAGE_SIZE
+    }
+}
+
+struct PackWriter<'a> {
+    store: &'a Arc<Store>,
+    number: u32,
+    file: Appender,
+    index: PackIndex,
+    plain: Group,
+    delta: Group,
+    /// Groups that are full, `true` for those of delta frames.
+    full: Vec<(Group, bool)>,
+}
+
+impl<'a> PackWriter<'a> {
+    fn create(store: &'a Arc<Store>, number: u32) -> Result<Self> {
+        let key = (FileKind::Pack, number);
+        let file = Appender::create(store.storage.as_ref(), key, store.uuid)?;
+        let (index, plain, delta) = Default::default();
+        Ok(Self { store, number, file, index, plain, delta, full: Vec::new() })
+    }
+
+    fn read(&self, item: &Item) -> Result<Piece> {
+        let place = self.store.segments.resolve(&item.block)?;
+        let frame = matches!(item.kind, RecordKind::Frame | RecordKind::Delta);
+        if frame {
+            let whole = place.slots == SlotMap::Identity
+                && u64::from(item.slots.count_ones()) >= self.store.segments.slots(&place)?;
+            if !whole {
+                return self.read_slots(item);
+            }
+        }
+        let bytes =
+            self.store.segments.read_at(&place, item.kind, |record| Ok(record.bytes().to_vec()))?;
+        Ok(Piece::Record(bytes))
+    }
+
+    fn read_slots(&self, item: &Item) -> Result<Piece> {
+        let is_delta = item.kind == RecordKind::Delta;
+        let view = self.store.frame(&item.block, is_delta)?;
+        let (mut raw, mut bases) = (Vec::new(), Vec::new());
+        for slot in (0..64_u8).filter(|slot| item.slots >> slot & 1 == 1) {
+            raw.extend_from_slice(view.bytes(slot, 1)?);
+            if is_delta {
+                bases.push(view.base(slot)?);
+            }
+        }
+        Ok(Piece::Pages { raw, bases })
+    }
+
+    fn add(&mut self, item: &Item, piece: Piece) -> Result<()> {
+        match piece {
+            Piece::Record(bytes) => {
+                let position = self.file.append(&bytes)?;
+                self.enter(&item.block, Place::Verbatim(position));
+            }
+            Piece::Pages { raw, bases } => {
+                let is_delta = item.kind == RecordKind::Delta;
+                let most = self.store.options.frame_pages;
+                let group = if is_delta { &mut self.delta } else { &mut self.plain };
+                if !group.members.is_empty() && group.pages() + raw.len() / PAGE_SIZE > most {
+                    self.full.push((std::mem::take(group), is_delta));
+                }
+                let first = group.pages() as u8;
+                group.raw.extend_from_slice(&raw);
+                group.bases.extend(bases);
+                group.members.push((item.block, SlotMap::Packed { first, live: item.slots }));
+            }
+        }
+        if self.full.iter().map(|(group, _)| group.raw.len()).sum::<usize>() >= WINDOW_LEN {
+            self.flush()?;
+        }
+        Ok(())
+    }
+
+    fn enter(&mut self, name: &BlockRef, place: Place) {
+        self.index.segments.entry(name.segment).or_default().push((name.offset, place));
+    }
+
+    /// Compresses the groups that are full, and appends them.
+    fn flush(&mut self) -> Result<()> {
+        let full = std::mem::take(&mut self.full);
+        let level = self.store.options.compression_level;
+        let encode = |(group, is_delta): &(Group, bool)| -> Result<EncodedRecord> {
+            let mut encoder = RecordEncoder::new(level)
+                .map_err(|error| StoreError::io("start", "zstd", error))?;
+            Ok(if *is_delta {
+                encoder.encode(RecordKind::Delta, &delta::encode(&group.bases, &group.raw))
+            } else {
+                encoder.encode(RecordKind::Frame, &group.raw)
+            })
+        };
+        let records: Vec<EncodedRecord> =
+            self.store.pool.install(|| full.par_iter().map(encode).collect::<Result<_>>())?;
+        for ((group, _), record) in full.iter().zip(records) {
+            let position = self.file.append(&record.bytes)?;
+            let len = record.bytes.len() as u32;
+            let number = self.index.records.len() as u32;
+            self.index.records.push(PackedRecord { position, len, hash: record.hash });
+            for (name, slots) in &group.members {
+                self.enter(name, Place::Regrouped { record: number, slots: *slots });
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes what is left and the index, durably.
+    fn finish(mut self) -> Result<(BlockRef, u64)> {
+        for (group, is_delta) in
+            [(std::mem::take(&mut self.plain), false), (std::mem::take(&mut self.delta), true)]
+        {
+            if !group.members.is_empty() {
+                self.full.push((group, is_delta));
+            }
+        }
+        self.flush()?;
+        for entries in self.index.segments.values_mut() {
+            entries.sort_unstable_by_key(|(offset, _)| *offset);
+        }
+        let mut encoder =
+            RecordEncoder::new(1).map_err(|error| StoreError::io("start", "zstd", error))?;
+        let record = encoder.encode(RecordKind::PackIndex, &self.index.encode());
+        let offset = self.file.append(&record.bytes)?;
+        self.file.sync()?;
+        self.store
+            .storage
+            .sync_names(SEGMENT_FOLDER)
+            .map_err(|error| StoreError::io("sync", SEGMENT_FOLDER, error))?;
+        let len = record.bytes.len() as u32;
+        let index = BlockRef { segment: self.number, offset, len, hash: record.hash };
+        Ok((index, self.file.len()))
+    }
+}

@@ -1,0 +1,253 @@
+//! The writing side of a store: the journal, the newest segment, what others left behind.
+
+use std::collections::HashSet;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use crate::elide::decode_fingerprints;
+use crate::error::{Result, StoreError};
+use crate::format::{
+    FileKind, JOURNAL_FILE, JOURNAL_NEW_FILE, PIN_FOLDER, RecordKind, SEGMENT_FOLDER, parse_name,
+    segment_name,
+};
+use crate::id::{BlockRef, SnapshotId};
+use crate::journal::{Entry, MAX_LISTED};
+use crate::segment::SegmentWriter;
+use crate::snapshot::Snapshot;
+use crate::storage::StoreFile;
+use crate::store::{Store, lock};
+
+impl Store {
+    /// Points tag `name` to `target`, or removes it.
+    ///
+    /// # Errors
+    /// As [`Self::begin`]; [`StoreError::Invalid`] if `name` cannot be a tag;
+    /// [`StoreError::UnknownRef`] if `target` is not published.
+    pub fn set_tag(&self, name: &str, target: Option<SnapshotId>) -> Result<()> {
+        crate::reference::check_tag(name)?;
+        self.check_latched()?;
+        let _lock = lock(self.storage.as_ref())?;
+        self.refresh()?;
+        target.map(|id| self.published(id)).transpose()?;
+        self.record(Entry::Tag { name: name.to_owned(), target })
+    }
+
+    /// Takes snapshots out of the catalog, and the tags that point to them. Their children become
+    /// those of the nearest ancestor that stays. The space comes back with [`Self::prune`].
+    ///
+    /// # Errors
+    /// As [`Self::begin`]; [`StoreError::UnknownRef`] if one of them is not published, and then
+    /// none is forgotten.
+    pub fn forget(&self, ids: &[SnapshotId]) -> Result<()> {
+        self.check_latched()?;
+        let _lock = lock(self.storage.as_ref())?;
+        self.refresh()?;
+        let mut distinct = HashSet::new();
+        for id in ids {
+            self.published(*id)?;
+        }
+        let ids: Vec<SnapshotId> = ids.iter().copied().filter(|id| distinct.insert(*id)).collect();
+        ids.chunks(MAX_LISTED).try_for_each(|ids| self.record(Entry::Forget(ids.to_vec())))
+    }
+
+    /// Appends `entry` to the journal, durably, under the writer lock.
+    pub(crate) fn record(&self, entry: Entry) -> Result<()> {
+        self.append_to_journal(entry).map_err(|failure| {
+            if failure.error.latches() || !failure.undone {
+                self.writer_state().latched = Some(failure.error.to_string());
+            }
+            failure.error
+        })
+    }
+
+    pub(crate) fn check_latched(&self) -> Result<()> {
+        match &self.writer_state().latched {
+            Some(cause) => {
+                Err(StoreError::Latched { store: self.describe(), cause: cause.clone() })
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// The snapshot that a transaction changes: one that is published, or one that was forgotten
+    /// while somebody, such as the running machine that goes on from it, holds a pin on it.
+    pub(crate) fn parent(self: &Arc<Self>, id: SnapshotId) -> Result<Snapshot> {
+        let forgotten = self.catalog().find_forgotten(id);
+        match forgotten {
+            Some(info) if self.pinned()?.contains(&id) => {
+                Snapshot::load(Arc::clone(self), &info, None)
+            }
+            _ => self.snapshot(id),
+        }
+    }
+
+    /// The snapshots that some process has pinned.
+    pub(crate) fn pinned(&self) -> Result<HashSet<SnapshotId>> {
+        let names =
+            self.storage.pinned().map_err(|error| StoreError::io("list", PIN_FOLDER, error))?;
+        // Whatever else lies there is not ours.
+        Ok(names.iter().filter_map(|name| name.parse().ok()).collect())
+    }
+
+    /// Reads the fingerprints that the store keeps, the newest that fit memory, once.
+    pub(crate) fn load_fingerprints(&self) {
+        if self.fingerprints.loaded.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let blocks: Vec<BlockRef> =
+            self.catalog().snapshots().iter().rev().filter_map(|info| info.fingerprints).collect();
+        let mut lists = Vec::new();
+        let mut room = self.fingerprints.capacity();
+        for block in blocks {
+            let read = self.reading(|| {
+                self.segments.read(&block, RecordKind::Fingerprints, |record| {
+                    decode_fingerprints(&record.decode()?)
+                })
+            });
+            // Without them, pages are written that need not be: nothing is lost.
+            let Ok(frames) = read else { continue };
+            let pages: usize = frames.iter().map(|(_, list)| list.len()).sum();
+            lists.push(frames);
+            room = room.saturating_sub(pages);
+            if room == 0 {
+                break;
+            }
+        }
+        // The oldest first: the newest place of a page is the likeliest to be near in time.
+        for (frame, fingerprints) in lists.into_iter().rev().flatten() {
+            self.fingerprints.insert(frame, &fingerprints);
+        }
+    }
+
+    /// Where to append: after the newest published snapshot, with what a crashed writer left
+    /// behind it cleared away.
+    pub(crate) fn continue_segments(&self) -> Result<SegmentWriter> {
+        let (tail, torn) = {
+            let catalog = self.catalog();
+            (catalog.tail, catalog.cursor.torn_bytes)
+        };
+        let abandon_tail = self.writer_state().abandon_tail;
+        let mut last_used = tail.map_or(0, |(last, _)| last);
+        // A torn newest record may be damage to one that was durable. Its data is then all that is
+        // left of it: leave it alone. Else every writer looks, even one that tidied up before: the
+        // one that crashed may have been another process.
+        if torn == 0 {
+            self.remove_orphans()?;
+        } else {
+            let files = self.segment_files()?;
+            let segments = files.iter().filter(|(kind, _)| *kind == FileKind::Segment);
+            last_used = segments.map(|(_, number)| *number).fold(last_used, u32::max);
+        }
+        let mut go_on = None;
+        if let Some((number, end)) = tail
+            && !abandon_tail
+            && torn == 0
+            && end < self.options.segment_max_bytes
+        {
+            go_on = self.reopen_tail(number, end)?.map(|file| (number, end, file));
+        }
+        let next = last_used.checked_add(1).ok_or_else(|| {
+            StoreError::Invalid(format!("{} has used up all segment numbers", self.describe()))
+        })?;
+        Ok(SegmentWriter::new(
+            Arc::clone(&self.storage),
+            self.uuid,
+            self.options.segment_max_bytes,
+            go_on,
+            next,
+        ))
+    }
+
+    /// The newest segment, cut to `end`, if it can be appended to.
+    fn reopen_tail(&self, number: u32, end: u64) -> Result<Option<Arc<dyn StoreFile>>> {
+        let layout = self.segments.layout();
+        // One that was pruned is no more; one that is missing, or whose header is damaged, could
+        // not be read back.
+        if layout.is_retired(number) || self.segments.file((FileKind::Segment, number)).is_err() {
+            return Ok(None);
+        }
+        let name = segment_name(number);
+        let file = self
+            .storage
+            .open(&name, true)
+            .map_err(|error| StoreError::io("open", name.clone(), error))?;
+        let len = file.len_bytes().map_err(|error| StoreError::io("read", name.clone(), error))?;
+        if len > end {
+            file.set_len(end).map_err(|error| StoreError::io("truncate", name, error))?;
+        }
+        // A shorter one has lost published data: `verify` tells; never append to it.
+        Ok((len >= end).then_some(file))
+    }
+
+    /// Removes what no published snapshot can be in: what lies behind the tail, what was pruned,
+    /// packs and a journal that were not finished.
+    pub(crate) fn remove_orphans(&self) -> Result<()> {
+        let layout = self.segments.layout();
+        let last = self.catalog().tail.map_or(0, |(last, _)| last);
+        let is_orphan = |(kind, number): (FileKind, u32)| match kind {
+            FileKind::Pack => !layout.packs.contains_key(&number),
+            _ => number > last || layout.is_retired(number),
+        };
+        for key in self.segment_files()?.into_iter().filter(|key| is_orphan(*key)) {
+            self.remove_file(key)?;
+        }
+        match self.storage.remove(JOURNAL_NEW_FILE) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(StoreError::io("remove", JOURNAL_NEW_FILE, error))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    pub(crate) fn remove_file(&self, key: (FileKind, u32)) -> Result<()> {
+        self.segments.forget(key);
+        let name = crate::segment::file_name(key);
+        self.storage.remove(&name).map_err(|error| StoreError::io("remove", name, error))
+    }
+
+    /// The segments and packs that are there.
+    pub(crate) fn segment_files(&self) -> Result<Vec<(FileKind, u32)>> {
+        let names = self
+            .storage
+            .list(SEGMENT_FOLDER)
+            .map_err(|error| StoreError::io("list", SEGMENT_FOLDER, error))?;
+        let mut files: Vec<_> = names.iter().filter_map(|name| parse_name(name)).collect();
+        files.sort_unstable();
+        Ok(files)
+    }
+
+    pub(crate) fn append_to_journal(&self, entry: Entry) -> Result<(), PublishFailure> {
+        let cursor = self.catalog().cursor.clone();
+        let (bytes, after) = cursor.encode_next(&entry);
+        let certain = |error| PublishFailure { error, undone: true };
+        let file = self
+            .storage
+            .open(JOURNAL_FILE, true)
+            .map_err(|error| certain(StoreError::io("open", JOURNAL_FILE, error)))?;
+        if cursor.torn_bytes > 0 {
+            file.set_len(cursor.end)
+                .map_err(|error| certain(StoreError::io("truncate", JOURNAL_FILE, error)))?;
+        }
+        let written = file
+            .write_all_at(&bytes, cursor.end)
+            .map_err(|error| StoreError::io("append to", JOURNAL_FILE, error))
+            .and_then(|()| {
+                file.sync().map_err(|error| StoreError::io("sync", JOURNAL_FILE, error))
+            });
+        if let Err(error) = written {
+            // Take the record back, durably, or nobody knows whether it was published.
+            let undone = file.set_len(cursor.end).and_then(|()| file.sync()).is_ok();
+            return Err(PublishFailure { error, undone });
+        }
+        self.appended(entry, after);
+        Ok(())
+    }
+}
+
+/// A journal append that failed.
+pub(crate) struct PublishFailure {
+    pub error: StoreError,
+    /// True if it is certain that nothing was published.
+    pub undone: bool,
+}
