@@ -1,5 +1,6 @@
-//! zstd on frames, one core or all: what checkpoints and eager resumes are held against.
+//! zstd on frames, one core or all: what checkpoints, stores and eager resumes are held against.
 
+use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -37,18 +38,21 @@ impl Packer {
     }
 }
 
-struct Unpacker {
+/// Decompresses frames of the default size.
+pub(crate) struct Unpacker {
     zstd: zstd::bulk::Decompressor<'static>,
     out: Vec<u8>,
 }
 
 impl Unpacker {
-    fn new() -> std::io::Result<Self> {
+    pub(crate) fn new() -> std::io::Result<Self> {
         Ok(Self { zstd: zstd::bulk::Decompressor::new()?, out: vec![0; FRAME_BYTES] })
     }
 
-    fn unpack(&mut self, frame: &[u8]) -> std::io::Result<()> {
-        self.zstd.decompress_to_buffer(frame, &mut self.out).map(|_len| ())
+    /// The pages of `frame`, until the next call.
+    pub(crate) fn unpack(&mut self, frame: &[u8]) -> std::io::Result<&[u8]> {
+        let len = self.zstd.decompress_to_buffer(frame, &mut self.out)?;
+        Ok(&self.out[..len])
     }
 }
 
@@ -80,19 +84,58 @@ pub(crate) fn compress(raw: &[u8]) -> anyhow::Result<Vec<Vec<u8>>> {
         .collect()
 }
 
+/// Bytes of zstd of `frames` on all cores, each read by `read` into an empty buffer.
+pub(crate) fn compressed_len<T: Sync>(
+    frames: &[T],
+    read: impl Fn(&T, &mut Vec<u8>) -> std::io::Result<()> + Sync,
+) -> anyhow::Result<u64> {
+    let len: std::io::Result<u64> = frames
+        .par_iter()
+        .with_min_len(FRAMES_MIN)
+        .map_init(
+            || (Packer::new(), Vec::new()),
+            |(packer, raw), frame| {
+                raw.clear();
+                read(frame, raw)?;
+                match packer {
+                    Ok(packer) => packer.pack(raw).map(|packed| packed.len() as u64),
+                    Err(error) => Err(std::io::Error::other(error.to_string())),
+                }
+            },
+        )
+        .sum();
+    len.context("zstd failed")
+}
+
 /// Decompresses `frames` and keeps nothing; returns the time.
 pub(crate) fn time_decompress(frames: &[Vec<u8>], cores: Cores) -> anyhow::Result<Duration> {
+    time_unpacking(frames, cores, |unpacker, frame| unpacker.unpack(frame).map(|_pages| ()))
+}
+
+/// Hashes `frames` as they are and decompresses them, in one pass; returns the time.
+pub(crate) fn time_check(frames: &[Vec<u8>], cores: Cores) -> anyhow::Result<Duration> {
+    time_unpacking(frames, cores, |unpacker, frame| {
+        black_box(blake3::hash(frame));
+        unpacker.unpack(frame).map(|_pages| ())
+    })
+}
+
+fn time_unpacking(
+    frames: &[Vec<u8>],
+    cores: Cores,
+    work: impl Fn(&mut Unpacker, &[u8]) -> std::io::Result<()> + Sync,
+) -> anyhow::Result<Duration> {
     let started = Instant::now();
     let done: std::io::Result<()> = match cores {
         Cores::One => {
             let mut unpacker = Unpacker::new()?;
-            frames.iter().try_for_each(|frame| unpacker.unpack(frame))
+            frames.iter().try_for_each(|frame| work(&mut unpacker, frame))
         }
         Cores::All => frames
             .par_iter()
             .with_min_len(FRAMES_MIN)
             .map_init(Unpacker::new, |unpacker, frame| match unpacker {
-                Ok(unpacker) => unpacker.unpack(frame),
+                Ok(unpacker) => work(unpacker, frame),
                 Err(error) => Err(std::io::Error::other(error.to_string())),
             })
             .collect(),

@@ -9,6 +9,7 @@ mod bench;
 mod cleanup;
 mod codec;
 mod content;
+mod heap;
 mod host;
 mod machine;
 mod metric;
@@ -33,7 +34,8 @@ struct Cli {
     /// Print one JSON object a metric: suite, metric, value, unit, floor, ratio, n.
     #[arg(long)]
     json: bool,
-    /// Guest memory sizes. Default: 1GiB for floors, 1GiB,4GiB for the others.
+    /// Guest memory sizes. Default: 1GiB for floors, 4GiB for store, 1GiB,4GiB for the others.
+    /// Of several, store takes the last, for what it writes and reads in full.
     #[arg(long, value_name = "SIZE,…", value_delimiter = ',', value_parser = size)]
     memory: Vec<u64>,
     /// Repeat every measurement so often instead of as often as suits it.
@@ -59,6 +61,20 @@ enum Suite {
     Checkpoint,
     /// Resuming: first progress, sweeping memory that comes lazily, loading it eagerly.
     Resume,
+    /// The store by itself, without KVM: throughput, overhead, history, verifying, pruning.
+    Store,
+    /// Stores with other frame sizes: the measurement behind the default.
+    StoreFrames,
+}
+
+impl Suite {
+    /// Whether it runs guests, and so wants KVM and userfaultfd.
+    fn runs_guests(self) -> bool {
+        match self {
+            Self::Floors | Self::Checkpoint | Self::Resume => true,
+            Self::Store | Self::StoreFrames => false,
+        }
+    }
 }
 
 fn size(text: &str) -> Result<u64, String> {
@@ -84,7 +100,9 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     if cfg!(debug_assertions) {
         eprintln!("frazil-bench: warning: built without --release; the figures mean nothing");
     }
-    host::check()?;
+    if suite.runs_guests() {
+        host::check()?;
+    }
     cleanup::on_signals()?;
     let settings = Settings { memory_bytes: memory, runs: runs.map(|runs| runs as usize), quick };
     let mut bench = Bench::new(settings, json, store_dir.as_deref())?;
@@ -92,6 +110,8 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Suite::Floors => suites::floors::run(&mut bench),
         Suite::Checkpoint => suites::checkpoint::run(&mut bench),
         Suite::Resume => suites::resume::run(&mut bench, frazil),
+        Suite::Store => suites::store::run(&mut bench),
+        Suite::StoreFrames => suites::store::run_frames(&mut bench),
     }?;
     bench.finish()
 }

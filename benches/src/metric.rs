@@ -36,6 +36,12 @@ impl Metric {
         self.floor = Some(rounded(floor));
         self
     }
+
+    /// Adds the limit in a unit of its own: the value is the share beyond it, so there is no ratio.
+    pub(crate) fn beyond(mut self, floor: f64) -> Self {
+        self.floor = Some(rounded(floor));
+        self
+    }
 }
 
 /// To four digits: more would only pretend.
@@ -43,8 +49,10 @@ fn rounded(value: f64) -> f64 {
     if value == 0.0 || !value.is_finite() {
         return 0.0;
     }
-    let scale = 10_f64.powi(3 - value.abs().log10().floor() as i32);
-    (value * scale).round() / scale
+    let digits = 3 - value.abs().log10().floor() as i32;
+    // Always by a whole number, which a float holds exactly.
+    let scale = 10_f64.powi(digits.abs());
+    if digits < 0 { (value / scale).round() * scale } else { (value * scale).round() / scale }
 }
 
 /// Where figures go: at once as JSON lines, or as a table at the end.
@@ -115,5 +123,8 @@ const LEGEND: &str = "value  median of n, unless the name says _p99 (99th percen
 floor  the limit, measured in this run: raw copy, raw system call, zstd on the same bytes, disk
        (dirty10 pauses: stop-and-copy of the same guest; gaps, the guest's view: the pause)
 ratio  value / floor; near 1 is as good as it can be, for throughputs as for times
+store  the floor is, of commit_scale: at 1 GiB; of depth: at depth 1; of delta and elide: switched
+       off; of prune: a new store of just that snapshot; of overhead (%): bytes of zstd on the
+       same pages; of heap: the budget; of frame_pages: the default size
 1g 4g  bytes of guest memory (m: MiB); p1000: 1,000 pages written per checkpoint; dirty10: 10 %
 page   4096 bytes; MB is 10^6 bytes, MiB 2^20";

@@ -164,14 +164,17 @@ impl Catalog {
             Entry::Publish(Publication { id, parent, manifest, time_unix_ms, tail, fingerprints })
         };
         let kept = self.snapshots.iter().map(publish);
-        let forgotten: Vec<&SnapshotInfo> =
-            pinned.iter().filter_map(|id| self.forgotten.get(id)).collect();
+        // Of these nobody will know any more which ancestors were forgotten.
+        let relinked =
+            |info: &SnapshotInfo| SnapshotInfo { parent: self.nearest_kept(info.parent), ..*info };
+        let forgotten: Vec<SnapshotInfo> =
+            pinned.iter().filter_map(|id| self.forgotten.get(id)).map(relinked).collect();
         let ids: Vec<SnapshotId> = forgotten.iter().map(|info| info.id).collect();
         let tags =
             self.tags.iter().map(|(name, id)| Entry::Tag { name: name.clone(), target: Some(*id) });
         // In front of the others, so that `latest` is what it was.
         layout
-            .chain(forgotten.into_iter().map(publish))
+            .chain(forgotten.iter().map(publish))
             .chain(ids.chunks(journal::MAX_LISTED).map(|ids| Entry::Forget(ids.to_vec())))
             .chain(kept)
             .chain(tags)

@@ -251,7 +251,7 @@ impl Cursor {
         self.parse(&bytes)
     }
 
-    fn parse(&mut self, bytes: &[u8]) -> Result<Vec<Entry>> {
+    pub fn parse(&mut self, bytes: &[u8]) -> Result<Vec<Entry>> {
         let mut entries = Vec::new();
         let mut rest = bytes;
         self.torn_bytes = 0;
@@ -394,6 +394,23 @@ pub(crate) fn read_header(file: &dyn StoreFile, store: [u8; 16]) -> Result<FileH
         });
     }
     Ok(header)
+}
+
+/// Records with their checks made right, as far as there are records; for fuzzers.
+pub(crate) fn with_checks(bytes: &[u8], header: &FileHeader) -> Vec<u8> {
+    let mut out = bytes.to_vec();
+    let (mut at, mut check) = (0, Cursor::start(header).chain);
+    while let Some(rest) = out.get(at..) {
+        let Ok((_, _, body_len)) = decode_header(&mut Decoder::new(rest)) else { break };
+        let end = HEADER_LEN + body_len;
+        if rest.len() < end + CHECK_LEN {
+            break;
+        }
+        check = chain(&check, &rest[..end]);
+        out[at + end..at + end + CHECK_LEN].copy_from_slice(&check.0);
+        at += end + CHECK_LEN;
+    }
+    out
 }
 
 #[cfg(test)]

@@ -18,6 +18,8 @@ mod elide;
 mod error;
 mod format;
 mod frame;
+#[doc(hidden)]
+pub mod fuzzing;
 mod id;
 mod journal;
 mod layout;
@@ -34,7 +36,7 @@ mod prune;
 mod record;
 pub mod reference;
 mod repack;
-//pub mod retention;
+pub mod retention;
 mod segment;
 mod sift;
 mod snapshot;
@@ -43,6 +45,7 @@ mod store;
 mod transaction;
 mod tree;
 mod verify;
+mod writeback;
 mod writer;
 
 pub use catalog::SnapshotInfo;

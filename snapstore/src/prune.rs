@@ -13,8 +13,8 @@ use serde::{Deserialize, Serialize};
 use crate::catalog::{Catalog, SnapshotInfo};
 use crate::error::{Result, StoreError};
 use crate::format::{
-    FORMAT_VERSION, FileHeader, FileKind, JOURNAL_FILE, JOURNAL_NEW_FILE, RecordKind,
-    SEGMENT_FOLDER,
+    FILE_HEADER_LEN, FORMAT_VERSION, FileHeader, FileKind, JOURNAL_FILE, JOURNAL_NEW_FILE,
+    RecordKind, SEGMENT_FOLDER,
 };
 use crate::id::{BlockRef, SnapshotId};
 use crate::journal::{Cursor, Entry, MAX_LISTED};
@@ -254,6 +254,12 @@ impl Store {
                 source.live_bytes += bytes;
                 source.items.push(item);
             }
+        }
+        let layout = self.segments.layout();
+        for source in sources.values_mut().filter(|source| !source.items.is_empty()) {
+            let index = layout.packs.get(&source.key.1).filter(|_| source.key.0 == FileKind::Pack);
+            source.live_bytes +=
+                FILE_HEADER_LEN as u64 + index.map_or(0, |index| u64::from(index.len));
         }
         for source in sources.values_mut() {
             source.items.sort_unstable_by_key(|item| (item.block.segment, item.block.offset));

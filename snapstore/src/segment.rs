@@ -17,6 +17,7 @@ use crate::pack::{PackIndex, Place, SlotMap};
 use crate::page::PAGE_SIZE;
 use crate::record::{EncodedRecord, VerifiedRecord};
 use crate::storage::{Storage, StoreFile};
+use crate::writeback::{WRITE_BACK_LEN, WriteBack};
 
 /// Bytes gathered before they are written to the medium.
 const WRITE_BUFFER_LEN: usize = 1 << 20;
@@ -312,6 +313,9 @@ pub(crate) struct Appender {
     written: u64,
     /// Bytes behind them, not handed over yet.
     buffer: Vec<u8>,
+    /// Bytes handed over since the last sync in the background was asked for.
+    unsynced: u64,
+    write_back: WriteBack,
 }
 
 impl Appender {
@@ -327,12 +331,13 @@ impl Appender {
             store,
             created_unix_ms: crate::store::unix_ms(),
         };
-        Ok(Self { name, file, written: 0, buffer: header.encode().to_vec() })
+        Ok(Self { buffer: header.encode().to_vec(), ..Self::open(name, file, 0) })
     }
 
     /// Goes on at `end` of a file that is there.
     pub fn open(name: String, file: Arc<dyn StoreFile>, end: u64) -> Self {
-        Self { name, file, written: end, buffer: Vec::new() }
+        let (buffer, write_back) = Default::default();
+        Self { name, file, written: end, buffer, unsynced: 0, write_back }
     }
 
     /// Length with all that was appended, in bytes.
@@ -359,13 +364,19 @@ impl Appender {
             .write_all_at(&self.buffer, self.written)
             .map_err(|error| StoreError::io("append to", self.name.clone(), error))?;
         self.written += self.buffer.len() as u64;
+        self.unsynced += self.buffer.len() as u64;
         self.buffer.clear();
+        if self.unsynced >= WRITE_BACK_LEN {
+            self.unsynced = 0;
+            self.write_back.request(&self.name, &self.file);
+        }
         Ok(())
     }
 
     /// Makes everything appended durable.
     pub fn sync(&mut self) -> Result<()> {
         self.flush()?;
+        self.write_back.finish()?;
         self.file.sync().map_err(|error| StoreError::io("sync", self.name.clone(), error))
     }
 }
@@ -469,7 +480,10 @@ impl SegmentWriter {
 
     /// Takes back everything appended. The caller drops its references.
     pub fn roll_back(self, segments: &Segments) -> Result<()> {
-        let Self { storage, created, started_at, .. } = self;
+        let Self { storage, created, started_at, current, full, .. } = self;
+        // Nobody syncs a file that is being cut.
+        let synced = full.into_iter().chain(current).map(|mut file| file.write_back.finish());
+        let synced: Vec<Result<()>> = synced.collect();
         for number in created {
             segments.forget((FileKind::Segment, number));
             let name = segment_name(number);
@@ -482,6 +496,6 @@ impl SegmentWriter {
                 .and_then(|file| file.set_len(end))
                 .map_err(|error| StoreError::io("truncate", name, error))?;
         }
-        Ok(())
+        synced.into_iter().collect()
     }
 }

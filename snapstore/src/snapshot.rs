@@ -3,12 +3,12 @@
 use std::sync::Arc;
 
 use crate::catalog::SnapshotInfo;
-use crate::codec::Malformed;
+use crate::codec::{Decoded, Malformed};
 use crate::error::{Result, StoreError};
 use crate::format::RecordKind;
 use crate::id::{Hash, SnapshotId};
 use crate::manifest::{Manifest, StateChunk, StateRef};
-use crate::node::{Location, Run};
+use crate::node::{Location, MAX_REGION_PAGES, Run};
 use crate::page::{PAGE_SIZE, Page};
 use crate::storage::Pin;
 use crate::store::Store;
@@ -36,8 +36,7 @@ impl Snapshot {
                 if found != info.id {
                     return Err(Malformed::new("snapshot id", info.id, found));
                 }
-                serde_json::from_slice::<Manifest>(&json)
-                    .map_err(|error| Malformed::new("manifest", "JSON of a manifest", error))
+                parse_manifest(&json)
             })
         })?;
         Ok(Self { store, id: info.id, manifest: Arc::new(manifest), pin })
@@ -114,6 +113,19 @@ impl Snapshot {
     /// As [`Self::state`].
     pub fn states(&self) -> Result<Vec<StateChunk>> {
         self.manifest.state.iter().map(|chunk| self.state(chunk)).collect()
+    }
+}
+
+fn parse_manifest(json: &[u8]) -> Decoded<Manifest> {
+    let manifest: Manifest = serde_json::from_slice(json)
+        .map_err(|error| Malformed::new("manifest", "JSON of a manifest", error))?;
+    match manifest.regions.iter().find(|region| !(1..=MAX_REGION_PAGES).contains(&region.pages)) {
+        Some(region) => Err(Malformed::new(
+            "pages of a region",
+            format!("1 to {MAX_REGION_PAGES}"),
+            region.pages,
+        )),
+        None => Ok(manifest),
     }
 }
 

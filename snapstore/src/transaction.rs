@@ -377,8 +377,10 @@ impl Transaction {
         // It knows frames that are no more.
         self.store.fingerprints.clear();
         if let Err(error) = segments.roll_back(&self.store.segments) {
-            // What could not be taken back is cleared away by the next writer.
+            // What could not be taken back is cleared away by the next writer, who leaves a segment
+            // in doubt alone.
             tracing::warn!(%error, "could not take back an unfinished transaction");
+            self.store.writer_state().abandon_tail = true;
         }
         if let Some(cause) = latch {
             self.store.writer_state().latched = Some(cause);

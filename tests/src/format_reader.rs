@@ -159,3 +159,20 @@ pub fn read_segment(bytes: &[u8]) -> Vec<Record> {
     assert_eq!(offset, bytes.len(), "the last record ends the segment");
     records
 }
+
+/// The payload of a record, decoded.
+///
+/// # Panics
+/// If it cannot be.
+#[must_use]
+pub fn payload_of(record: &[u8]) -> Vec<u8> {
+    let stored = &record[BLOCK_HEADER_LEN..];
+    let len = u32_at(record, 8) as usize;
+    match record[2] {
+        0 => stored.to_vec(),
+        codec => {
+            assert_eq!(codec, 1);
+            zstd::bulk::decompress(stored, len).expect("a zstd frame")
+        }
+    }
+}

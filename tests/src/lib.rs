@@ -1,6 +1,7 @@
 //! Simulators and oracles shared by the tests of this room.
 
 pub mod faulty_storage;
+pub mod fixture;
 pub mod format_reader;
 pub mod memory_copy;
 pub mod oracle;

@@ -1,29 +1,18 @@
 //! Damage to the files of a store, bit by bit: it is reported with the file's name, or it does
 //! not matter. Never a panic, never a wrong page.
 
-use std::collections::HashMap;
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use frazil_snapstore::{
-    DirStorage, PAGE_SIZE, Page, PruneOptions, PruneProgress, SnapshotId, Store, StoreOptions,
-    VerifyProgress, verify,
-};
+use frazil_snapstore::{DirStorage, PAGE_SIZE, Page, SnapshotId, Store, VerifyProgress, verify};
+use frazil_tests::fixture;
 use frazil_tests::format_reader::read_segment;
-use frazil_tests::oracle::{Edit, Model, check_all, content, small_options, take};
+use frazil_tests::oracle::{Model, check_all, content, small_options};
 
 /// Every how many flips all pages are read as well, by a store that has nothing cached.
 const READ_STRIDE: usize = 50;
-
-struct Fixture {
-    folder: tempfile::TempDir,
-    published: Vec<(SnapshotId, Model)>,
-    /// Of every snapshot there ever was.
-    models: HashMap<SnapshotId, Model>,
-    segments: Vec<String>,
-}
 
 /// How damage showed.
 #[derive(Debug, PartialEq, Eq)]
@@ -36,50 +25,19 @@ enum Outcome {
     Older(usize),
 }
 
-/// Snapshots with everything the format has: frames, deltas, pages found elsewhere, zeros, several
-/// segments, a pack with regrouped frames, tags, forgotten snapshots. Nothing in its files is
-/// unused, and little of it is noise, so that there are few enough bits to flip each.
-fn fixture() -> Fixture {
-    let folder = tempfile::tempdir().unwrap();
-    let options = StoreOptions { segment_max_bytes: 1 << 12, ..small_options() };
-    let store = Store::open_or_create(folder.path(), options).unwrap();
-    let regions = [("disk".to_owned(), vec![0; 30]), ("ram".to_owned(), vec![0; 70])];
-    let mut model = Model { regions: regions.into() };
-    let mut published: Vec<(SnapshotId, Model)> = Vec::new();
-    let mut models = HashMap::new();
-    // 3 is noise, 24 and up are noise with a few bytes changed, the others compress.
-    let rounds: [&[(u64, u8)]; 5] = [
-        &[(0, 4), (1, 3), (2, 7), (3, 10), (20, 13), (21, 16)],
-        &[(1, 24), (2, 19), (5, 3)],
-        &[(1, 28), (3, 22), (4, 0), (60, 1)],
-        &[(0, 0), (2, 7), (69, 13), (20, 10)],
-        &[(5, 32), (61, 4)],
-    ];
-    for (step, ram) in rounds.iter().enumerate() {
-        let disk = vec![(step as u64 * 5, 4 + 3 * step as u8), (29, 1)];
-        let rounds = vec![("ram".to_owned(), ram.to_vec()), ("disk".to_owned(), disk)];
-        let parent = published.last().map(|(id, _)| *id);
-        let edit = Edit { rounds, step: step as u64 };
-        let id = take(&store, parent, &mut model, &edit).unwrap().id;
-        published.push((id, model.clone()));
-        models.insert(id, model.clone());
-        if step == 3 {
-            let gone = [published.remove(0).0, published.remove(1).0];
-            store.forget(&gone).unwrap();
-            let all = PruneOptions { max_unused: 0.0, ..PruneOptions::default() };
-            let report = store.prune(&all, &PruneProgress::default()).unwrap();
-            assert!(report.segments_rewritten > 0, "{report:?}");
-        }
+/// A store with everything there is, to be damaged.
+struct Fixture(fixture::Everything);
+
+impl std::ops::Deref for Fixture {
+    type Target = fixture::Everything;
+
+    fn deref(&self) -> &Self::Target {
+        &self.0
     }
-    store.set_tag("gold", Some(published[1].0)).unwrap();
-    check_all(&store, &published);
-    let files = fs::read_dir(folder.path().join("segments")).unwrap();
-    let names = files.map(|file| file.unwrap().file_name().into_string().unwrap());
-    let mut segments: Vec<String> = names.map(|name| format!("segments/{name}")).collect();
-    segments.sort();
-    assert!(segments.iter().any(|name| name.ends_with(".pack")), "{segments:?}");
-    assert!(segments.iter().any(|name| name.ends_with(".seg")), "{segments:?}");
-    Fixture { folder, published, models, segments }
+}
+
+fn fixture() -> Fixture {
+    Fixture(fixture::everything())
 }
 
 impl Fixture {

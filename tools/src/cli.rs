@@ -3,7 +3,11 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+use clap::builder::RangedI64ValueParser;
+use clap::error::ErrorKind;
+use clap::{ArgGroup, Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use frazil_snapstore::Elide;
+use frazil_snapstore::retention::{Policy, parse_within};
 use frazil_vmm::workload::WorkloadSpec;
 
 /// Freezes running virtual machines: a checkpoint is taken while the guest goes on and costs what
@@ -38,8 +42,25 @@ pub(crate) enum Command {
     Log(LogArgs),
     /// Show what a snapshot is: machine, vCPU registers, devices, regions, statistics.
     Show(ShowArgs),
+    /// Show what differs between two snapshots of a store: memory, registers, devices.
+    Diff(DiffArgs),
     /// Read everything that snapshots refer to and check it.
     Verify(VerifyArgs),
+    /// Take snapshots out of a store: those named, or those that no rule keeps.
+    ///
+    /// With rules, all snapshots are judged, those of each VM apart, in local time: what no rule
+    /// wants is forgotten. Tagged ones always stay, and so does the newest of every VM. Without
+    /// rules, the snapshots named are forgotten, all or none.
+    ///
+    /// They vanish at once, with their tags. Their children take the nearest ancestor that stays
+    /// for parent, and lose nothing. The space comes back with --prune or `frazil prune`.
+    Forget(ForgetArgs),
+    /// Give back the space of what no snapshot needs any more.
+    ///
+    /// Removes what no snapshot reaches, and rewrites files that are mostly unused. What a running
+    /// VM has open stays. VMs go on meanwhile, but cannot write checkpoints. It can be interrupted
+    /// at any moment, and run again.
+    Prune(PruneArgs),
     /// Tell the whole story on the built-in guest: run, checkpoint, kill, resume, verify.
     Demo(DemoArgs),
 }
@@ -87,6 +108,63 @@ fn interval(text: &str) -> Result<Duration, String> {
     Ok(interval)
 }
 
+fn within(text: &str) -> Result<Duration, String> {
+    parse_within(text)
+}
+
+fn a_few() -> RangedI64ValueParser<u32> {
+    clap::value_parser!(u32).range(1..)
+}
+
+fn percent(text: &str) -> Result<f64, String> {
+    let number = text.strip_suffix('%').and_then(|number| number.trim().parse::<f64>().ok());
+    match number {
+        Some(number) if number.is_finite() && number >= 0.0 => Ok(number / 100.0),
+        _ => Err("expected a share such as 5% or 0%".into()),
+    }
+}
+
+fn how_many(text: &str) -> Result<usize, String> {
+    match text {
+        "all" => Ok(usize::MAX),
+        _ => text.parse().map_err(|_| "expected a number or `all`".into()),
+    }
+}
+
+fn elide(text: &str) -> Result<Elide, String> {
+    let mut elide = Elide::NONE;
+    match text {
+        "all" => return Ok(Elide::default()),
+        "none" => return Ok(elide),
+        _ => {}
+    }
+    for name in text.split(',') {
+        let switch = match name.trim() {
+            "zero" => &mut elide.zero,
+            "equal" => &mut elide.equal,
+            "dedup" => &mut elide.dedup,
+            "delta" => &mut elide.delta,
+            other => {
+                return Err(format!(
+                    "expected `all`, `none`, or some of zero,equal,dedup,delta; found `{other}`"
+                ));
+            }
+        };
+        *switch = true;
+    }
+    Ok(elide)
+}
+
+/// Wrong usage of `command` that shows only when its arguments are seen together.
+pub(crate) fn usage_error(command: &str, message: &str) -> clap::Error {
+    let mut all = Cli::command();
+    all.build();
+    match all.find_subcommand_mut(command) {
+        Some(command) => command.error(ErrorKind::ArgumentConflict, message),
+        None => all.error(ErrorKind::ArgumentConflict, message),
+    }
+}
+
 #[derive(Debug, Args)]
 #[command(group = ArgGroup::new("guest").required(true))]
 pub(crate) struct RunArgs {
@@ -132,9 +210,14 @@ pub(crate) struct HostArgs {
     /// Take a checkpoint this often.
     #[arg(long, value_name = "TIME", value_parser = interval)]
     pub checkpoint_every: Option<Duration>,
-    /// zstd level for checkpoints: 1 to 22, or negative for the fast ones.
-    #[arg(long, value_name = "LEVEL", default_value_t = 1, allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(-7..=22))]
+    /// zstd level for checkpoints: 1 to 22, or -1 to -100 for the fast ones.
+    #[arg(long, value_name = "LEVEL", default_value_t = 1, allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(-100..=22))]
     pub compression: i32,
+    /// What checkpoints need not write: `all`, `none`, or some of `zero` (pages that are all
+    /// zero), `equal` (pages rewritten with what was there), `dedup` (pages that are in the store
+    /// already), `delta` (what little changes of a page does not touch).
+    #[arg(long, value_name = "LIST", default_value = "all", value_parser = elide)]
+    pub elide: Elide,
     /// Put the control socket here.
     #[arg(long, value_name = "PATH")]
     pub api_socket: Option<PathBuf>,
@@ -213,6 +296,97 @@ pub(crate) struct VerifyArgs {
     /// must have written.
     #[arg(long, value_enum, default_value = "newest")]
     pub memory: MemoryCheck,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DiffArgs {
+    /// STORE@REF: the older one, usually.
+    pub a: String,
+    /// STORE@REF, or just REF in the same store.
+    pub b: String,
+    /// Compare contents: pages rewritten with what was there before do not count. Reads them all.
+    #[arg(long)]
+    pub exact: bool,
+    /// Print at most so many ranges of a region, or `all`. With --json it is always all.
+    #[arg(long, value_name = "N|all", default_value = "20", value_parser = how_many)]
+    pub ranges: usize,
+}
+
+/// Which snapshots stay, as `restic forget` has it: one stays if any rule wants it.
+#[derive(Clone, Copy, Debug, Args)]
+#[command(next_help_heading = "Rules: of each VM, keep")]
+pub(crate) struct KeepArgs {
+    /// The newest N.
+    #[arg(long = "keep-last", value_name = "N", value_parser = a_few())]
+    pub last: Option<u32>,
+    /// The newest of each of the last N minutes that have one.
+    #[arg(long = "keep-minutely", value_name = "N", value_parser = a_few())]
+    pub minutely: Option<u32>,
+    /// The newest of each of the last N hours that have one.
+    #[arg(long = "keep-hourly", value_name = "N", value_parser = a_few())]
+    pub hourly: Option<u32>,
+    /// The newest of each of the last N days that have one.
+    #[arg(long = "keep-daily", value_name = "N", value_parser = a_few())]
+    pub daily: Option<u32>,
+    /// The newest of each of the last N ISO weeks that have one.
+    #[arg(long = "keep-weekly", value_name = "N", value_parser = a_few())]
+    pub weekly: Option<u32>,
+    /// The newest of each of the last N months that have one.
+    #[arg(long = "keep-monthly", value_name = "N", value_parser = a_few())]
+    pub monthly: Option<u32>,
+    /// The newest of each of the last N years that have one.
+    #[arg(long = "keep-yearly", value_name = "N", value_parser = a_few())]
+    pub yearly: Option<u32>,
+    /// All that are less than TIME older than the newest: 90m, 2h, 1d12h, 6w.
+    #[arg(long = "keep-within", value_name = "TIME", value_parser = within)]
+    pub within: Option<Duration>,
+}
+
+impl KeepArgs {
+    pub(crate) fn policy(self) -> Policy {
+        let Self { last, minutely, hourly, daily, weekly, monthly, yearly, within } = self;
+        Policy { last, minutely, hourly, daily, weekly, monthly, yearly, within }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ForgetArgs {
+    /// Snapshots to forget, as STORE@REF, or REF alone in the same store; and a folder that is
+    /// there names the store. (A tag called like a folder is `@TAG`.)
+    #[arg(value_name = "STORE|SNAP")]
+    pub targets: Vec<String>,
+    /// The store. Default: that of the snapshots, else $FRAZIL_STORE, else ./frazil-store.
+    #[arg(long, value_name = "DIR")]
+    pub store: Option<PathBuf>,
+    /// Judge only snapshots of this VM.
+    #[arg(long, value_name = "VM")]
+    pub name: Option<String>,
+    /// Forget the snapshots named even if they have tags, by which somebody meant to keep them.
+    #[arg(long)]
+    pub untag: bool,
+    /// Say what would be forgotten, and change nothing.
+    #[arg(long, short = 'n')]
+    pub dry_run: bool,
+    /// Give back the space as well, as `frazil prune` does.
+    #[arg(long)]
+    pub prune: bool,
+    #[command(flatten)]
+    pub keep: KeepArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PruneArgs {
+    /// The store. Default: $FRAZIL_STORE, then ./frazil-store.
+    pub store: Option<PathBuf>,
+    /// Leave so much unused, as a share of what is in use, rather than rewrite more.
+    #[arg(long, value_name = "PERCENT", default_value = "5%", value_parser = percent)]
+    pub max_unused: f64,
+    /// Rewrite at most so much; 0 only removes files that nobody needs.
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub max_rewrite: Option<u64>,
+    /// Say what would be done, and change nothing.
+    #[arg(long, short = 'n')]
+    pub dry_run: bool,
 }
 
 #[derive(Debug, Args)]

@@ -24,6 +24,9 @@ fn main() -> ExitCode {
     match run(cli, started) {
         Ok(code) => code,
         Err(error) => {
+            if let Some(usage) = error.downcast_ref::<clap::Error>() {
+                usage.exit();
+            }
             eprintln!("frazil: {error:#}");
             ExitCode::FAILURE
         }
@@ -43,7 +46,10 @@ fn run(cli: Cli, started: commands::Started) -> anyhow::Result<ExitCode> {
         Command::Stop(vm) => commands::control::stop(&vm, json).map(done),
         Command::Log(args) => commands::store::log(&args, json).map(done),
         Command::Show(args) => commands::store::show(&args, json).map(done),
+        Command::Diff(args) => commands::diff::diff(&args, json).map(done),
         Command::Verify(args) => commands::verify::verify(&args, json),
+        Command::Forget(args) => commands::retention::forget(&args, json).map(done),
+        Command::Prune(args) => commands::retention::prune(&args, json).map(done),
         Command::Demo(args) => demo::demo(&args, json).map(done),
     }
 }

@@ -3,3 +3,4 @@
 pub(crate) mod checkpoint;
 pub(crate) mod floors;
 pub(crate) mod resume;
+pub(crate) mod store;

@@ -1,14 +1,17 @@
 //! The commands, and what several of them share.
 
 pub(crate) mod control;
+pub(crate) mod diff;
+pub(crate) mod retention;
 pub(crate) mod run;
 pub(crate) mod store;
 pub(crate) mod verify;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use frazil_snapstore::{Snapshot, Store, StoreOptions, reference};
+use frazil_snapstore::{Snapshot, SnapshotId, Store, StoreOptions, reference};
 use rustix::time::{ClockId, clock_gettime};
 
 /// When this process started to run our code, on the system-wide monotonic clock.
@@ -40,16 +43,47 @@ pub(crate) fn open_store(path: Option<&Path>) -> anyhow::Result<Arc<Store>> {
     Ok(Store::open(&path, StoreOptions::default())?)
 }
 
-/// Finds the snapshot that `STORE@REF` names.
-pub(crate) fn open_snapshot(
+/// Finds the snapshot that `STORE@REF` names: the store's path, the store, the snapshot's id.
+pub(crate) fn find_snapshot(
     text: &str,
     options: StoreOptions,
-) -> anyhow::Result<(PathBuf, Snapshot)> {
+) -> anyhow::Result<(PathBuf, Arc<Store>, SnapshotId)> {
     let (path, reference) = reference::split(text);
     let path = path.map_or_else(default_store, PathBuf::from);
     let store = Store::open(&path, options)?;
-    let info = store.resolve(reference)?;
-    Ok((path, store.snapshot(info.id)?))
+    let id = store.resolve(reference)?.id;
+    Ok((path, store, id))
+}
+
+/// Opens the snapshot that `STORE@REF` names, to look at it.
+pub(crate) fn open_snapshot(text: &str) -> anyhow::Result<(PathBuf, Snapshot)> {
+    let (path, store, id) = find_snapshot(text, StoreOptions::default())?;
+    Ok((path, store.snapshot(id)?))
+}
+
+/// True if both paths lead to one folder.
+pub(crate) fn same_folder(a: &Path, b: &Path) -> bool {
+    match (a.canonicalize(), b.canonicalize()) {
+        (Ok(a), Ok(b)) => a == b,
+        _ => a == b,
+    }
+}
+
+/// The tags of every snapshot that has some.
+pub(crate) fn tags_by_snapshot(store: &Store) -> BTreeMap<SnapshotId, Vec<String>> {
+    let mut tags: BTreeMap<SnapshotId, Vec<String>> = BTreeMap::new();
+    for (tag, id) in store.tags() {
+        tags.entry(id).or_default().push(tag);
+    }
+    tags
+}
+
+/// What a snapshot is about, for people: `[tag] message`.
+pub(crate) fn what(tags: &[String], message: &str) -> String {
+    let tags = tags.iter().map(|tag| format!("[{tag}]"));
+    let parts: Vec<String> =
+        tags.chain([message.to_owned()]).filter(|part| !part.is_empty()).collect();
+    parts.join(" ")
 }
 
 /// Prints `value` as one line of JSON.

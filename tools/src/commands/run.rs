@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use super::{Started, default_store, monotonic_ns, open_snapshot, print_json};
+use super::{Started, default_store, find_snapshot, monotonic_ns, print_json};
 use crate::cli::{HostArgs, ResumeArgs, RunArgs, SerialArg};
 use crate::output;
 
@@ -65,14 +65,16 @@ pub(crate) fn run(args: RunArgs, json: bool) -> anyhow::Result<ExitCode> {
 
 pub(crate) fn resume(args: ResumeArgs, json: bool, started: Started) -> anyhow::Result<ExitCode> {
     let ResumeArgs { snapshot, eager, no_fill, paused, host } = args;
-    let (path, snapshot) = open_snapshot(&snapshot, store_options(&host))?;
-    let (store_path, store) = match &host.store {
+    let (path, store, id) = find_snapshot(&snapshot, store_options(&host))?;
+    // It must not be pruned away under the VM, though it may be forgotten.
+    let snapshot = store.pin(id)?;
+    let store_path = match &host.store {
         Some(other) if *other != path => anyhow::bail!(
             "--store {}: a resumed VM's checkpoints go on in the store of its snapshot, {}",
             other.display(),
             path.display()
         ),
-        _ => (path, Arc::clone(snapshot.store())),
+        _ => path,
     };
     let registration = Registration::enter(&vm_name(&host), host.api_socket.clone())?;
     let loading = if eager {
@@ -157,7 +159,11 @@ fn vm_name(host: &HostArgs) -> String {
 }
 
 fn store_options(host: &HostArgs) -> StoreOptions {
-    StoreOptions { compression_level: host.compression, ..StoreOptions::default() }
+    StoreOptions {
+        compression_level: host.compression,
+        elide: host.elide,
+        ..StoreOptions::default()
+    }
 }
 
 fn host_config(host: &HostArgs, store: Option<Arc<Store>>, json: bool) -> HostConfig {

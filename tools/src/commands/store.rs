@@ -1,20 +1,15 @@
 //! Commands that look at a store: log, show.
 
-use std::collections::BTreeMap;
-
-use frazil_snapstore::{Manifest, SnapshotId, SnapshotInfo, StateChunk, Store, StoreOptions};
+use frazil_snapstore::{Manifest, SnapshotInfo, StateChunk, Store};
 use serde_json::{Value, json};
 
-use super::{open_snapshot, open_store, print_json};
+use super::{open_snapshot, open_store, print_json, tags_by_snapshot, what};
 use crate::cli::{LogArgs, ShowArgs};
 use crate::output;
 
 pub(crate) fn log(args: &LogArgs, json: bool) -> anyhow::Result<()> {
     let store = open_store(args.store.as_deref())?;
-    let mut tags: BTreeMap<SnapshotId, Vec<String>> = BTreeMap::new();
-    for (tag, id) in store.tags() {
-        tags.entry(id).or_default().push(tag);
-    }
+    let mut tags = tags_by_snapshot(&store);
     let mut table = output::table(
         &["SNAPSHOT", "TIME", "PARENT", "PAGES", "BYTES", "PAUSE", "VM", "WHAT"],
         &[3, 4, 5],
@@ -64,9 +59,6 @@ fn log_line(info: &SnapshotInfo, manifest: &Manifest, tags: &[String]) -> Value 
 }
 
 fn log_row(info: &SnapshotInfo, manifest: &Manifest, tags: &[String]) -> [String; 8] {
-    let tags = tags.iter().map(|tag| format!("[{tag}]"));
-    let what: Vec<String> =
-        tags.chain([manifest.message.clone()]).filter(|part| !part.is_empty()).collect();
     [
         info.id.short(),
         output::time(info.time_unix_ms),
@@ -75,12 +67,12 @@ fn log_row(info: &SnapshotInfo, manifest: &Manifest, tags: &[String]) -> [String
         output::bytes(figure(manifest, "frame_bytes")),
         output::micros(figure(manifest, "pause_us")),
         manifest.name.clone(),
-        what.join(" "),
+        what(tags, &manifest.message),
     ]
 }
 
 pub(crate) fn show(args: &ShowArgs, json: bool) -> anyhow::Result<()> {
-    let (_, snapshot) = open_snapshot(&args.snapshot, StoreOptions::default())?;
+    let (_, snapshot) = open_snapshot(&args.snapshot)?;
     let manifest = snapshot.manifest();
     let states = snapshot.states()?;
     let tags: Vec<String> = snapshot

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use frazil_snapstore::{SnapshotId, Store, StoreError, StoreOptions, VerifyProgress, VerifyReport};
+use frazil_snapstore::{SnapshotId, Store, StoreError, VerifyProgress, VerifyReport};
 use serde_json::json;
 
 use super::{open_snapshot, open_store, print_json};
@@ -15,7 +15,7 @@ use crate::output;
 pub(crate) fn verify(args: &VerifyArgs, json: bool) -> anyhow::Result<ExitCode> {
     let (store, ids) = match args.target.as_deref() {
         Some(target) if target.contains('@') => {
-            let (_, snapshot) = open_snapshot(target, StoreOptions::default())?;
+            let (_, snapshot) = open_snapshot(target)?;
             (Arc::clone(snapshot.store()), vec![snapshot.id()])
         }
         path => {

@@ -1,0 +1,196 @@
+//! A store to measure, with one region and one line of snapshots.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use frazil_snapstore::{
+    Description, PAGE_SIZE, PageSet, PageSource, RegionReader, SnapshotId, Store, StoreOptions,
+};
+use rustix::fs::{Advice, fadvise};
+use tempfile::TempDir;
+
+use super::pages::random_pages;
+use crate::bench::Bench;
+
+const REGION: &str = "ram";
+const READ_BYTES: usize = 1 << 20;
+
+/// A store in a directory of its own. Its handle is opened when it is needed first.
+pub(super) struct Bed {
+    folder: TempDir,
+    options: StoreOptions,
+    pages: u64,
+    store: Option<Arc<Store>>,
+    head: Option<SnapshotId>,
+    commits: u64,
+}
+
+impl Bed {
+    /// A store to be of a region of `pages` pages.
+    pub(super) fn new(bench: &Bench, pages: u64, options: StoreOptions) -> anyhow::Result<Self> {
+        let folder = bench.scratch()?;
+        Ok(Self { folder, options, pages, store: None, head: None, commits: 0 })
+    }
+
+    /// Pages of its region.
+    pub(super) fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// Bytes of its region.
+    pub(super) fn region_bytes(&self) -> f64 {
+        self.pages as f64 * PAGE_SIZE as f64
+    }
+
+    /// A directory on the same disk.
+    pub(super) fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// A version that no page had yet.
+    pub(super) fn next_version(&self) -> u64 {
+        self.commits + 1
+    }
+
+    /// The handle.
+    pub(super) fn store(&mut self) -> anyhow::Result<Arc<Store>> {
+        if let Some(store) = &self.store {
+            return Ok(Arc::clone(store));
+        }
+        let store = Store::open_or_create(&self.folder.path().join("store"), self.options.clone())
+            .context("cannot open a store")?;
+        Ok(Arc::clone(self.store.insert(store)))
+    }
+
+    /// Gives up the handle: the next one has nothing cached.
+    pub(super) fn close(&mut self) {
+        self.store = None;
+    }
+
+    /// The next handle has these options.
+    pub(super) fn set_options(&mut self, options: StoreOptions) {
+        self.close();
+        self.options = options;
+    }
+
+    /// The newest snapshot.
+    pub(super) fn head(&self) -> anyhow::Result<SnapshotId> {
+        self.head.context("nothing was committed yet")
+    }
+
+    /// The next snapshot has no parent.
+    pub(super) fn start_over(&mut self) {
+        self.head = None;
+    }
+
+    /// Commits `dirty` on top of the newest snapshot; returns the time.
+    pub(super) fn commit(
+        &mut self,
+        dirty: &PageSet,
+        source: &dyn PageSource,
+    ) -> anyhow::Result<Duration> {
+        let store = self.store()?;
+        self.commits += 1;
+        let description = Description {
+            name: "bench".into(),
+            // Or two snapshots of one millisecond might be one and the same.
+            message: format!("commit {}", self.commits),
+            ..Description::default()
+        };
+        let started = Instant::now();
+        let mut transaction = store.begin(self.head)?;
+        let region = transaction.region(REGION, self.pages)?;
+        transaction.write_pages(region, dirty, source)?;
+        let committed = transaction.commit(description)?;
+        let took = started.elapsed();
+        self.head = Some(committed.id);
+        Ok(took)
+    }
+
+    /// As [`Self::commit`]; returns by how many bytes the store's files grew.
+    pub(super) fn commit_growth(
+        &mut self,
+        dirty: &PageSet,
+        source: &dyn PageSource,
+    ) -> anyhow::Result<u64> {
+        let before = self.stored_bytes()?;
+        self.commit(dirty, source)?;
+        Ok(self.stored_bytes()?.saturating_sub(before))
+    }
+
+    /// The region of the newest snapshot.
+    pub(super) fn reader(&mut self) -> anyhow::Result<RegionReader> {
+        let head = self.head()?;
+        Ok(self.store()?.snapshot(head)?.region(REGION)?)
+    }
+
+    /// Opens the store anew and reads `count` random pages of the newest snapshot; returns the
+    /// time.
+    pub(super) fn open_and_read(&mut self, count: usize, seed: u64) -> anyhow::Result<Duration> {
+        let numbers = random_pages(self.pages, count, seed);
+        let mut buf = [0; PAGE_SIZE];
+        self.close();
+        let started = Instant::now();
+        let reader = self.reader()?;
+        for page in numbers {
+            reader.read_page(page, &mut buf)?;
+        }
+        Ok(started.elapsed())
+    }
+
+    /// Lengths of all the store's files together.
+    pub(super) fn stored_bytes(&self) -> anyhow::Result<u64> {
+        let files = self.files()?;
+        files.iter().map(|path| Ok(fs::metadata(path).with_context(|| at(path))?.len())).sum()
+    }
+
+    /// Closes the store and asks the kernel to forget what it has cached of the files. They are
+    /// durable, or it would not; a host below may still have them in its memory.
+    pub(super) fn evict(&mut self) -> anyhow::Result<()> {
+        self.close();
+        for path in self.files()? {
+            let file = File::open(&path).with_context(|| at(&path))?;
+            fadvise(&file, 0, None, Advice::DontNeed).context("posix_fadvise failed")?;
+        }
+        Ok(())
+    }
+
+    /// Reads the store's files one after the other; returns the time.
+    pub(super) fn read_files(&self) -> anyhow::Result<Duration> {
+        let files = self.files()?;
+        let mut buffer = vec![1; READ_BYTES];
+        let started = Instant::now();
+        for path in files {
+            let mut file = File::open(&path).with_context(|| at(&path))?;
+            while file.read(&mut buffer).with_context(|| at(&path))? > 0 {}
+        }
+        Ok(started.elapsed())
+    }
+
+    fn files(&self) -> anyhow::Result<Vec<PathBuf>> {
+        let mut files = Vec::new();
+        list(&self.folder.path().join("store"), &mut files)?;
+        ensure!(!files.is_empty(), "there is no store yet");
+        Ok(files)
+    }
+}
+
+fn list(folder: &Path, files: &mut Vec<PathBuf>) -> anyhow::Result<()> {
+    for entry in fs::read_dir(folder).with_context(|| at(folder))? {
+        let path = entry.with_context(|| at(folder))?.path();
+        if path.is_dir() {
+            list(&path, files)?;
+        } else {
+            files.push(path);
+        }
+    }
+    Ok(())
+}
+
+fn at(path: &Path) -> String {
+    format!("cannot read {}", path.display())
+}

@@ -1,0 +1,77 @@
+//! What must not grow with the region: committing 1,000 pages, and telling what they were.
+
+use std::time::{Duration, Instant};
+
+use anyhow::ensure;
+use frazil_snapstore::{DiffOptions, PAGE_SIZE, PageSet, SnapshotId, StoreOptions, diff};
+
+use super::bed::Bed;
+use super::pages::{Pool, scattered};
+use crate::bench::Bench;
+use crate::metric::Metric;
+use crate::samples::Samples;
+
+const DIRTY_PAGES: u64 = 1000;
+/// Of so many pages ...
+const STRIDE_PAGES: u64 = 64;
+/// ... so many are there, with next to nothing on them: a full tree, and soon written.
+const FILLED_PAGES: u64 = 16;
+
+pub(super) fn measure(bench: &mut Bench, pool: &Pool) -> anyhow::Result<()> {
+    let (large, small) = bench.sized((16 << 30, 1 << 30), (256 << 20, 16 << 20));
+    let (mut large, mut small) = (filled(bench, large)?, filled(bench, small)?);
+    let (mut times, mut floor) = (Samples::new(), Samples::new());
+    let mut before = large.head()?;
+    for turn in 0..bench.runs(50) as u64 {
+        floor.add_time(commit(&mut small, pool, turn)?);
+        before = large.head()?;
+        times.add_time(commit(&mut large, pool, turn)?);
+    }
+    let metric = Metric::new("store.commit_scale_16g_1g", times.ms(0.5), "ms", times.n());
+    bench.emit(metric.against(floor.ms(0.5)))?;
+
+    let mut times = Samples::new();
+    for _ in 0..bench.runs(20) {
+        times.add_time(diff_from(&mut large, before)?);
+    }
+    bench.emit(Metric::new("store.diff_16g_ms", times.ms(0.5), "ms", times.n()))
+}
+
+/// A region of `bytes` with a quarter of its pages written, all over it.
+fn filled(bench: &Bench, bytes: u64) -> anyhow::Result<Bed> {
+    let pages = bytes / PAGE_SIZE as u64;
+    let mut bed = Bed::new(bench, pages, StoreOptions::default())?;
+    let mut filled = PageSet::new(pages);
+    for first in (0..pages).step_by(STRIDE_PAGES as usize) {
+        filled.insert_range(first, FILLED_PAGES);
+    }
+    bed.commit(&filled, &Pool::sparse().at(0))?;
+    Ok(bed)
+}
+
+/// Commits text on some of the pages that are there; returns the time, from the first page on.
+fn commit(bed: &mut Bed, pool: &Pool, turn: u64) -> anyhow::Result<Duration> {
+    let choices = bed.pages() / STRIDE_PAGES * FILLED_PAGES;
+    let place = |page| page / FILLED_PAGES * STRIDE_PAGES + page % FILLED_PAGES;
+    let dirty = scattered(bed.pages(), DIRTY_PAGES, turn, choices, place);
+    bed.commit(&dirty, &pool.at(bed.next_version()))
+}
+
+/// Compares the newest snapshot with its parent, through a new handle that has no node in memory;
+/// returns the time, loading both snapshots included.
+fn diff_from(bed: &mut Bed, parent: SnapshotId) -> anyhow::Result<Duration> {
+    bed.close();
+    let (store, head) = (bed.store()?, bed.head()?);
+    let started = Instant::now();
+    let (a, b) = (store.snapshot(parent)?, store.snapshot(head)?);
+    let found = diff(&a, &b, DiffOptions::default())?;
+    let took = started.elapsed();
+    let changed: u64 = found.regions.iter().map(|region| region.changed_pages).sum();
+    let ranges = found.regions.iter().flat_map(|region| &region.ranges);
+    let in_ranges: u64 = ranges.map(|range| range.count).sum();
+    ensure!(
+        (changed, in_ranges) == (DIRTY_PAGES, DIRTY_PAGES),
+        "diff: expected {DIRTY_PAGES} changed pages, found {changed}, and {in_ranges} in ranges"
+    );
+    Ok(took)
+}

@@ -1,0 +1,284 @@
+//! Forgetting and pruning: the space comes back, what is live is never touched, readers go on.
+
+use std::sync::Arc;
+
+use frazil_snapstore::{
+    DiffOptions, PageRange, PruneOptions, PruneProgress, SnapshotId, Store, StoreError,
+    StoreOptions, diff,
+};
+use frazil_tests::oracle::{
+    Edit, Model, check_all, compare_snapshot, content, small_options, take,
+};
+use frazil_tests::rng::Rng;
+use frazil_tests::storage_sim::SimStorage;
+
+const PAGES: u64 = 700;
+const ALL: PruneOptions =
+    PruneOptions { max_unused: 0.0, max_rewrite_bytes: u64::MAX, dry_run: false };
+
+struct Line {
+    storage: SimStorage,
+    store: Arc<Store>,
+    model: Model,
+    published: Vec<(SnapshotId, Model)>,
+    rng: Rng,
+}
+
+impl Line {
+    fn new(options: StoreOptions) -> Self {
+        let storage = SimStorage::default();
+        let store = Store::open_or_create_storage(Arc::new(storage.clone()), options).unwrap();
+        let model = Model { regions: [("ram".to_owned(), vec![0; PAGES as usize])].into() };
+        Self { storage, store, model, published: Vec::new(), rng: Rng::new(3) }
+    }
+
+    fn step(&mut self, pages: u64) {
+        let mut random = || (self.rng.below(PAGES), 2 + self.rng.below(22) as u8);
+        let pages = (0..pages).map(|_| random()).collect();
+        let step = self.published.len() as u64;
+        let edit = Edit { rounds: vec![("ram".into(), pages)], step };
+        let parent = self.published.last().map(|(id, _)| *id);
+        let id = take(&self.store, parent, &mut self.model, &edit).unwrap().id;
+        self.published.push((id, self.model.clone()));
+    }
+
+    /// Forgets all but those whose index `keep` likes.
+    fn thin(&mut self, keep: impl Fn(usize) -> bool) {
+        let (kept, gone): (Vec<_>, Vec<_>) =
+            self.published.drain(..).enumerate().partition(|(index, _)| keep(*index));
+        self.published = kept.into_iter().map(|(_, snapshot)| snapshot).collect();
+        let gone: Vec<SnapshotId> = gone.into_iter().map(|(_, (id, _))| id).collect();
+        self.store.forget(&gone).unwrap();
+    }
+
+    fn prune(&self, options: &PruneOptions) -> frazil_snapstore::PruneReport {
+        let report = self.store.prune(options, &PruneProgress::default()).unwrap();
+        check_all(&self.store, &self.published);
+        report
+    }
+}
+
+#[test]
+fn after_pruning_a_store_is_as_small_as_a_fresh_one() {
+    let options = || StoreOptions {
+        segment_max_bytes: 1 << 16,
+        // Equal pages would be found in the one and not in the other.
+        elide: frazil_snapstore::Elide { dedup: false, ..frazil_snapstore::Elide::default() },
+        ..small_options()
+    };
+    let mut line = Line::new(options());
+    (0..60).for_each(|_| line.step(60));
+    line.thin(|index| index == 59);
+    let before = line.storage.used_bytes();
+    line.prune(&ALL);
+    let after = line.storage.used_bytes();
+    let mut fresh = Line::new(options());
+    fresh.model = line.model.clone();
+    let all = fresh.model.regions["ram"].iter().enumerate();
+    let pages = all.map(|(page, id)| (page as u64, *id)).collect();
+    let edit = Edit { rounds: vec![("ram".into(), pages)], step: 0 };
+    take(&fresh.store, None, &mut fresh.model, &edit).unwrap();
+    let fresh = fresh.storage.used_bytes();
+    println!("{before} bytes, {after} after pruning, {fresh} in a fresh store");
+    assert!(before > 4 * after && after * 100 <= fresh * 110, "{before} {after} {fresh}");
+}
+
+#[test]
+fn a_dry_run_changes_nothing_and_a_bound_is_kept() {
+    let mut line = Line::new(small_options());
+    (0..20).for_each(|_| line.step(40));
+    line.thin(|index| index % 3 == 0);
+    let (files, journal) = (line.storage.files(), line.storage.content("journal"));
+    let dry = line.prune(&PruneOptions { dry_run: true, ..ALL });
+    assert_eq!((&files, &journal), (&line.storage.files(), &line.storage.content("journal")));
+    assert!(dry.segments_rewritten > 1 && dry.bytes_unused > 0, "{dry:?}");
+    let none = line.prune(&PruneOptions { max_rewrite_bytes: 0, ..ALL });
+    assert_eq!((none.segments_rewritten, none.bytes_rewritten), (0, 0));
+    assert_eq!(none.segments_removed, dry.segments_removed);
+    let some = line.prune(&PruneOptions { max_rewrite_bytes: 9000, ..ALL });
+    assert!(some.segments_rewritten > 0 && some.segments_rewritten < dry.segments_rewritten);
+    let all = line.prune(&ALL);
+    assert!(all.segments_rewritten > 0);
+    let again = line.prune(&ALL);
+    assert_eq!((again.segments_removed, again.segments_rewritten), (0, 0), "{again:?}");
+    assert!(again.bytes_unused <= again.bytes_live / 20, "{again:?}");
+}
+
+#[test]
+fn readers_go_on_while_everything_moves_under_them() {
+    let mut line = Line::new(small_options());
+    (0..12).for_each(|_| line.step(50));
+    let reader = Store::open_storage(
+        Arc::new(line.storage.clone()),
+        StoreOptions { frame_cache_bytes: 0, ..small_options() },
+    )
+    .unwrap();
+    let (kept_id, kept_model) = line.published[6].clone();
+    let (gone_id, gone_model) = line.published[5].clone();
+    // Opened before, read after; the handle is never told.
+    let kept = reader.snapshot(kept_id).unwrap();
+    let pinned = reader.pin(gone_id).unwrap();
+    let unpinned = reader.snapshot(line.published[4].0).unwrap();
+    line.thin(|index| index == 6 || index == 11);
+    let report = line.prune(&ALL);
+    assert_eq!((report.snapshots, report.pinned), (3, 1));
+    compare_snapshot(&kept, &kept_model).unwrap();
+    compare_snapshot(&pinned, &gone_model).unwrap();
+    let region = unpinned.region("ram").unwrap();
+    let mut pages = vec![0; PAGES as usize * 4096];
+    match region.read_pages(0, &mut pages) {
+        Ok(()) => panic!("what nobody holds on to is gone"),
+        Err(error) => assert!(matches!(error, StoreError::Missing { .. }), "{error}"),
+    }
+    assert!(reader.pin(line.published[0].0).is_ok());
+    let error = reader.pin(gone_id).unwrap_err();
+    assert!(matches!(error, StoreError::UnknownRef { .. }), "{error}");
+    drop(pinned);
+    assert_eq!(line.prune(&ALL).pinned, 0);
+}
+
+#[test]
+fn a_line_goes_on_from_a_forgotten_snapshot_only_while_it_is_pinned() {
+    let mut line = Line::new(small_options());
+    (0..4).for_each(|_| line.step(50));
+    let (head, mut model) = line.published[3].clone();
+    let pin = line.store.pin(head).unwrap();
+    line.thin(|index| index == 1);
+    line.prune(&ALL);
+    let edit = Edit { rounds: vec![("ram".into(), vec![(3, 4)])], step: 90 };
+    let next = take(&line.store, Some(head), &mut model, &edit).unwrap().id;
+    line.published.push((next, model.clone()));
+    check_all(&line.store, &line.published);
+    let parent = line.store.latest().unwrap().parent;
+    assert_eq!(parent, Some(line.published[0].0), "the nearest ancestor that is kept");
+    assert_eq!(line.store.resolve("latest~1").unwrap().id, line.published[0].0);
+    drop(pin);
+    let edit = Edit { rounds: Vec::new(), step: 91 };
+    let error = take(&line.store, Some(head), &mut model, &edit).unwrap_err();
+    assert!(matches!(error, StoreError::UnknownRef { .. }), "{error}");
+}
+
+#[test]
+fn forgetting_takes_tags_along_and_refuses_what_is_not_there() {
+    let mut line = Line::new(small_options());
+    (0..3).for_each(|_| line.step(10));
+    line.store.set_tag("gold", Some(line.published[1].0)).unwrap();
+    let unknown = frazil_snapstore::Hash::of(b"nothing");
+    let error = line.store.forget(&[line.published[0].0, unknown]).unwrap_err();
+    assert!(matches!(error, StoreError::UnknownRef { .. }), "{error}");
+    assert_eq!(line.store.snapshots().len(), 3, "all or nothing");
+    line.thin(|index| index != 1);
+    assert!(line.store.tags().is_empty());
+    check_all(&line.store, &line.published);
+    line.thin(|_| false);
+    line.prune(&ALL);
+    assert!(line.storage.files().keys().all(|name| !name.starts_with("segments/")));
+    // A new line, from nothing.
+    line.model.regions.get_mut("ram").unwrap().fill(0);
+    line.step(20);
+    check_all(&line.store, &line.published);
+}
+
+#[test]
+fn damage_keeps_what_it_touches_and_stops_nothing_else() {
+    let mut line =
+        Line::new(StoreOptions { elide: frazil_snapstore::Elide::NONE, ..small_options() });
+    (0..12).for_each(|_| line.step(40));
+    line.thin(|index| index % 4 == 3);
+    // A frame of the newest snapshot.
+    let newest = line.store.snapshot(line.published[2].0).unwrap().region("ram").unwrap();
+    let run = newest.runs(0, PAGES).unwrap()[0];
+    let (frame, _) = run.location.block().unwrap();
+    let name = frazil_snapstore::segment_name(frame.segment);
+    let good = line.storage.content(&name).unwrap();
+    let mut bad = good.clone();
+    bad[frame.offset as usize + 20] ^= 4;
+    line.storage.put(&name, Some(&bad));
+    let fresh = Store::open_storage(Arc::new(line.storage.clone()), small_options()).unwrap();
+    let report = fresh.prune(&ALL, &PruneProgress::default()).unwrap();
+    assert_eq!(report.segments_skipped, 1, "{report:?}");
+    assert!(report.segments_rewritten > 0, "{report:?}");
+    assert_eq!(line.storage.content(&name), Some(bad), "it stays as it is");
+    // Whoever finds a good copy of that file has everything back.
+    line.storage.put(&name, Some(&good));
+    let fresh = Store::open_storage(Arc::new(line.storage.clone()), small_options()).unwrap();
+    check_all(&fresh, &line.published);
+}
+
+#[test]
+fn a_tree_that_cannot_be_read_stops_pruning_before_it_starts() {
+    let mut line = Line::new(small_options());
+    (0..6).for_each(|_| line.step(40));
+    line.thin(|index| index != 2);
+    let names: Vec<String> =
+        line.storage.files().into_keys().filter(|name| name.ends_with(".seg")).collect();
+    let name = names.last().unwrap();
+    let mut bytes = line.storage.content(name).unwrap();
+    let last = bytes.len() - 1;
+    // The newest manifest is the last record there.
+    bytes[last] ^= 1;
+    line.storage.put(name, Some(&bytes));
+    let files = line.storage.files();
+    let fresh = Store::open_storage(Arc::new(line.storage.clone()), small_options()).unwrap();
+    let error = fresh.prune(&ALL, &PruneProgress::default()).unwrap_err();
+    assert!(error.to_string().contains(name.as_str()), "{error}");
+    assert_eq!(line.storage.files(), files);
+    // Without the snapshot that is damaged, it works.
+    fresh.forget(&[line.published.last().unwrap().0]).unwrap();
+    fresh.prune(&ALL, &PruneProgress::default()).unwrap();
+    line.published.pop();
+    check_all(&fresh, &line.published);
+}
+
+#[test]
+fn a_long_history_with_regular_pruning_stays_small() {
+    let mut line = Line::new(StoreOptions { segment_max_bytes: 1 << 15, ..small_options() });
+    let (mut journal, mut files) = (0, 0);
+    for round in 0..60 {
+        (0..10).for_each(|_| line.step(12));
+        let newest = line.published.len();
+        // The last five, and one of each ten before.
+        line.thin(|index| index + 5 >= newest || index < 6);
+        let all = PruneProgress::default();
+        line.store.prune(&PruneOptions::default(), &all).unwrap();
+        let now = line.storage.files();
+        journal = now["journal"];
+        files = now.len();
+        if round == 20 || round == 59 {
+            check_all(&line.store, &line.published);
+        }
+    }
+    assert!(journal < 40_000, "the journal has {journal} bytes");
+    assert!(files < 40, "{files} files");
+}
+
+#[test]
+fn diffs_agree_with_a_naive_one() {
+    let mut line = Line::new(small_options());
+    (0..10).for_each(|step| line.step(if step == 4 { 500 } else { 25 }));
+    for (a, before) in &line.published {
+        for (b, after) in &line.published {
+            let [a, b] = [a, b].map(|id| line.store.snapshot(*id).unwrap());
+            let exact = diff(&a, &b, DiffOptions { exact: true }).unwrap();
+            let found: Vec<u64> = pages(&exact.regions[0].ranges);
+            let (old, new) = (&before.regions["ram"], &after.regions["ram"]);
+            let naive: Vec<u64> = (0..PAGES)
+                .filter(|page| content(old[*page as usize]) != content(new[*page as usize]))
+                .collect();
+            assert_eq!(found, naive);
+            assert_eq!(exact.regions[0].changed_pages, naive.len() as u64);
+            let quick = diff(&a, &b, DiffOptions::default()).unwrap();
+            let quick_pages = pages(&quick.regions[0].ranges);
+            assert!(
+                naive.iter().all(|page| quick_pages.contains(page)),
+                "it may say more, not less"
+            );
+            assert_eq!(a.id() == b.id(), quick.state.is_empty());
+            assert!(a.id() != b.id() || quick_pages.is_empty());
+        }
+    }
+}
+
+fn pages(ranges: &[PageRange]) -> Vec<u64> {
+    ranges.iter().flat_map(|range| range.first..range.first + range.count).collect()
+}
