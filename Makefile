@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 
-.PHONY: all setup build demo test lint bench clean
+.PHONY: all setup build demo test lint bench fuzz clean
 
 all: build
 
@@ -28,6 +28,15 @@ bench: build
 	target/release/frazil-bench floors
 	target/release/frazil-bench checkpoint
 	target/release/frazil-bench resume
+	target/release/frazil-bench store
+	target/release/frazil-bench store-frames
+
+# Every parser of the store under a coverage-guided fuzzer, FUZZ_SECONDS each. Needs cargo-fuzz.
+FUZZ_SECONDS ?= 60
+fuzz: setup
+	cd snapstore && for target in header record node delta fingerprints pack_index journal manifest reference; do \
+		RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run --sanitizer none $$target -- -max_total_time=$(FUZZ_SECONDS) || exit 1; \
+	done
 
 clean:
 	$(CARGO) clean

@@ -169,8 +169,10 @@ impl Walk<'_> {
     fn compare(&mut self, a: &Side, b: &Side, level: u8, first: u64) -> Result<()> {
         let end = (first + span_pages(level)).min(self.pages);
         if a.node == b.node {
-            // What lies below is the same; only what lies over it can differ.
-            for run in covered(&a.pending, &b.pending) {
+            // What lies below is the same; only what lies over it can differ, where it does.
+            let (only_a, only_b) =
+                (without(&a.pending, &b.pending), without(&b.pending, &a.pending));
+            for run in covered(&only_a, &only_b) {
                 for page in run.first..run.end() {
                     let find = |side: &Side| self.locate(side, level, first, page);
                     let (old, new) = (find(a)?, find(b)?);
@@ -181,7 +183,7 @@ impl Walk<'_> {
         }
         let (a, b) = (self.open(a, level, first)?, self.open(b, level, first)?);
         if level == 0 {
-            let both = covered(&a.runs, &b.runs);
+            let both = covered(&without(&a.runs, &b.runs), &without(&b.runs, &a.runs));
             for page in both.iter().flat_map(|run| run.first..run.end()).filter(|page| *page < end)
             {
                 let find = |node: &Node| find_page(&node.runs, page).unwrap_or(Location::Zero);
@@ -242,6 +244,28 @@ impl Walk<'_> {
     }
 }
 
+/// The parts of sorted `runs` that are not in `others` just so.
+fn without(runs: &[Run], others: &[Run]) -> Vec<Run> {
+    let mut out = Vec::new();
+    let mut others = others.iter().peekable();
+    for run in runs {
+        while others.next_if(|other| other.end() <= run.first).is_some() {}
+        let mut rest = Some(*run);
+        let mut overlapping = others.clone();
+        while let (Some(left), Some(other)) =
+            (rest, overlapping.next_if(|other| other.first < run.end()))
+        {
+            let Some(common) = other.clip(left.first, left.end()) else { continue };
+            if left.clip(common.first, common.end()).is_some_and(|same| same == common) {
+                out.extend(left.clip(0, common.first));
+                rest = left.clip(common.end(), u64::MAX);
+            }
+        }
+        out.extend(rest);
+    }
+    out
+}
+
 /// The pages that either of two sorted lists of runs names.
 fn covered(a: &[Run], b: &[Run]) -> Vec<Run> {
     let blank = |runs: &[Run]| {
@@ -250,4 +274,24 @@ fn covered(a: &[Run], b: &[Run]) -> Vec<Run> {
         out
     };
     overlay(&blank(a), &blank(b))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::node::tests::{explode, runs};
+
+    proptest! {
+        #[test]
+        fn equal_parts_are_left_out(a in runs(512), changes in runs(512), keep in any::<bool>()) {
+            // Related lists, as those of a snapshot and its parent are.
+            let b = if keep { overlay(&a, &changes) } else { changes };
+            let mut expected = explode(&a);
+            let other = explode(&b);
+            expected.retain(|page, location| other.get(page) != Some(location));
+            prop_assert_eq!(explode(&without(&a, &b)), expected);
+        }
+    }
 }

@@ -71,6 +71,9 @@ enum Output {
     Found(Vec<(Run, bool)>, WriteStats),
 }
 
+/// Compressed frames a worker may be ahead of the appender.
+const FRAMES_IN_FLIGHT: usize = 64;
+
 /// Writes the pages of `job`, and returns where they are.
 pub(crate) fn write(segments: &mut SegmentWriter, job: &Job<'_>) -> Result<Written> {
     let pool = &job.store.pool;
@@ -78,13 +81,17 @@ pub(crate) fn write(segments: &mut SegmentWriter, job: &Job<'_>) -> Result<Writt
     let batches = Mutex::new(Batches { pages: job.pages.iter().peekable(), frame_pages });
     let workers = pool.current_num_threads();
     // Enough frames in flight to ride out a slow write, few enough to bound memory.
-    let (outputs, appender) = crossbeam_channel::bounded(4 * workers);
+    let (outputs, appender) = crossbeam_channel::bounded(FRAMES_IN_FLIGHT * workers);
+    // Their memory comes back: new pages from the system cost more than filling them.
+    let (used, spare) = crossbeam_channel::bounded(FRAMES_IN_FLIGHT * workers);
     let failure = Mutex::new(None);
     let appended = pool.in_place_scope(|scope| {
         for _ in 0..workers {
-            let (outputs, batches, failure) = (outputs.clone(), &batches, &failure);
+            let (outputs, spare) = (outputs.clone(), spare.clone());
+            let (batches, failure) = (&batches, &failure);
             scope.spawn(move |_| {
-                let worked = Worker::new(job, outputs).and_then(|mut worker| worker.run(batches));
+                let worked =
+                    Worker::new(job, outputs, spare).and_then(|mut worker| worker.run(batches));
                 if let Err(error) = worked {
                     failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
                 }
@@ -93,7 +100,7 @@ pub(crate) fn write(segments: &mut SegmentWriter, job: &Job<'_>) -> Result<Writt
         drop(outputs);
         // By value: when appending fails, the workers must see the channel closed, or they wait in
         // it for ever.
-        append(segments, appender, job)
+        append(segments, appender, &used, job)
     });
     if let Some(error) = failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
         return Err(error);
@@ -128,6 +135,7 @@ impl<I: Iterator<Item = u64>> Batches<I> {
 struct Worker<'a> {
     job: &'a Job<'a>,
     outputs: Sender<Output>,
+    spare: Receiver<Vec<u8>>,
     encoder: RecordEncoder,
     sifter: Sifter<'a>,
     plain: Gathered,
@@ -135,12 +143,12 @@ struct Worker<'a> {
 }
 
 impl<'a> Worker<'a> {
-    fn new(job: &'a Job<'a>, outputs: Sender<Output>) -> Result<Self> {
+    fn new(job: &'a Job<'a>, outputs: Sender<Output>, spare: Receiver<Vec<u8>>) -> Result<Self> {
         let encoder = RecordEncoder::new(job.store.options.compression_level)
             .map_err(|error| StoreError::io("start", "zstd", error))?;
         let sifter = Sifter::new(job.store, job.parent);
         let (plain, delta) = Default::default();
-        Ok(Self { job, outputs, encoder, sifter, plain, delta })
+        Ok(Self { job, outputs, spare, encoder, sifter, plain, delta })
     }
 
     fn run<I: Iterator<Item = u64>>(&mut self, batches: &Mutex<Batches<I>>) -> Result<()> {
@@ -233,7 +241,8 @@ impl<'a> Worker<'a> {
         if pages.is_empty() {
             return true;
         }
-        let record = self.encoder.encode(RecordKind::Frame, raw);
+        let spare = self.spare.try_recv().unwrap_or_default();
+        let record = self.encoder.encode_into(RecordKind::Frame, raw, spare);
         raw.clear();
         let (pages, fingerprints) = (std::mem::take(pages), std::mem::take(fingerprints));
         let frame = Frame { record, delta: false, pages, fingerprints };
@@ -257,6 +266,7 @@ impl<'a> Worker<'a> {
 fn append(
     segments: &mut SegmentWriter,
     outputs: Receiver<Output>,
+    used: &Sender<Vec<u8>>,
     job: &Job<'_>,
 ) -> Result<Written> {
     let (mut changes, mut equal) = (ChangesBuilder::default(), ChangesBuilder::default());
@@ -279,6 +289,8 @@ fn append(
                     job.store.fingerprints.insert(block, &frame.fingerprints);
                     written.fingerprints.push((block, frame.fingerprints));
                 }
+                // Nobody needs it if there are enough.
+                let _freed = used.try_send(frame.record.bytes);
             }
         }
         job.progress.advance(&before, &written.stats);

@@ -36,15 +36,40 @@ impl RecordEncoder {
 
     /// Encodes `raw`, compressed if that saves at least a sixteenth of it.
     pub fn encode(&mut self, kind: RecordKind, raw: &[u8]) -> EncodedRecord {
+        self.encode_into(kind, raw, Vec::new())
+    }
+
+    /// As [`Self::encode`], into the memory of `bytes`, whatever it holds.
+    pub fn encode_into(
+        &mut self,
+        kind: RecordKind,
+        raw: &[u8],
+        mut bytes: Vec<u8>,
+    ) -> EncodedRecord {
         let most = raw.len() - raw.len() / 16;
         self.out.resize(RECORD_HEADER_LEN + most, 0);
         // zstd stops as soon as the output does not fit, which is how incompressible data shows.
         match self.compressor.compress_to_buffer(raw, &mut self.out[RECORD_HEADER_LEN..]) {
             Ok(stored_len) => {
-                let bytes = self.out[..RECORD_HEADER_LEN + stored_len].to_vec();
+                bytes.clear();
+                bytes.extend_from_slice(&self.out[..RECORD_HEADER_LEN + stored_len]);
                 Self::seal(kind, Codec::Zstd, raw.len(), bytes)
             }
             Err(_does_not_fit) => Self::encode_plain(kind, raw),
+        }
+    }
+
+    /// Encodes a tree node: compressed only if that saves a quarter. References are noise, and what
+    /// is decoded for every look-up should be worth it; pending runs shrink to a third.
+    pub fn encode_node(&mut self, raw: &[u8]) -> EncodedRecord {
+        let most = raw.len() - raw.len() / 4;
+        self.out.resize(RECORD_HEADER_LEN + most, 0);
+        match self.compressor.compress_to_buffer(raw, &mut self.out[RECORD_HEADER_LEN..]) {
+            Ok(stored_len) => {
+                let bytes = self.out[..RECORD_HEADER_LEN + stored_len].to_vec();
+                Self::seal(RecordKind::Node, Codec::Zstd, raw.len(), bytes)
+            }
+            Err(_does_not_fit) => Self::encode_plain(RecordKind::Node, raw),
         }
     }
 

@@ -20,7 +20,9 @@ use crate::storage::{Storage, StoreFile};
 use crate::writeback::{WRITE_BACK_LEN, WriteBack};
 
 /// Bytes gathered before they are written to the medium.
-const WRITE_BUFFER_LEN: usize = 1 << 20;
+///
+/// Few enough that they are still in a core's cache when the system copies them.
+const WRITE_BUFFER_LEN: usize = 256 << 10;
 
 /// The segments and packs of a store, opened as they are needed.
 #[derive(Debug)]

@@ -83,7 +83,7 @@ impl Default for StoreOptions {
             node_cache_bytes: 32 << 20,
             frame_cache_bytes: 16 << 20,
             base_cache_bytes: 32 << 20,
-            dedup_index_bytes: 64 << 20,
+            dedup_index_bytes: 16 << 20,
             elide: Elide::default(),
         }
     }

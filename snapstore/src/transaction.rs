@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
+use rayon::prelude::*;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -20,12 +21,12 @@ use crate::node::{MAX_REGION_PAGES, Node};
 use crate::page::{PageSet, PageSource};
 use crate::pipeline::{self, Job, Written};
 use crate::progress::{Progress, WriteStats};
-use crate::record::RecordEncoder;
+use crate::record::{EncodedRecord, RecordEncoder};
 use crate::segment::SegmentWriter;
 use crate::snapshot::Snapshot;
 use crate::storage::{Pin, WriterLock};
 use crate::store::{Store, lock, unix_ms};
-use crate::tree::{NodeSink, NodeSource, Tree};
+use crate::tree::{MakeLeaf, NodeSink, Tree};
 
 /// A region of the snapshot being written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -295,9 +296,9 @@ impl Transaction {
 
     fn write_trees(&mut self) -> Result<Vec<RegionManifest>> {
         let mut regions = Vec::with_capacity(self.regions.len());
+        let store = Arc::clone(&self.store);
         for draft in std::mem::take(&mut self.regions) {
-            let policy = self.store.flush_policy;
-            let tree = draft.base.apply(self, policy, &draft.changes)?;
+            let tree = draft.base.apply(&*store, self, store.flush_policy, &draft.changes)?;
             regions.push(RegionManifest { name: draft.name, pages: tree.pages, root: tree.root });
         }
         Ok(regions)
@@ -405,19 +406,43 @@ impl Drop for Transaction {
     }
 }
 
-impl NodeSource for Transaction {
-    fn node(&self, block: &BlockRef, level: u8, first: u64) -> Result<Arc<Node>> {
-        self.store.node(block, level, first)
+/// Nodes are mostly hashes and small numbers: the fastest level does as well as any.
+fn node_encoder() -> Result<RecordEncoder> {
+    RecordEncoder::new(1).map_err(|error| StoreError::io("start", "zstd", error))
+}
+
+impl Transaction {
+    fn append_node(&mut self, record: &EncodedRecord, node: Node) -> Result<BlockRef> {
+        let block = self.segments.as_mut().expect("held until commit").append(record)?;
+        self.store.nodes.insert(block.hash, Arc::new(node));
+        self.nodes += 1;
+        Ok(block)
     }
 }
 
 impl NodeSink for Transaction {
     fn put(&mut self, node: Node) -> Result<BlockRef> {
-        // Nodes are mostly hashes: compressing them gains little and costs every look-up.
-        let record = RecordEncoder::encode_plain(RecordKind::Node, &node.encode());
-        let block = self.segments.as_mut().expect("held until commit").append(&record)?;
-        self.store.nodes.insert(block.hash, Arc::new(node));
-        self.nodes += 1;
-        Ok(block)
+        let record = node_encoder()?.encode_node(&node.encode());
+        self.append_node(&record, node)
+    }
+
+    /// Reads, merges and compresses on all cores: a commit of many scattered pages rewrites every
+    /// leaf there is.
+    fn put_leaves(&mut self, count: usize, make: &MakeLeaf<'_>) -> Result<Vec<Option<BlockRef>>> {
+        let encode = |encoder: &mut Result<RecordEncoder>, at| {
+            let Some(leaf) = make(at)? else { return Ok(None) };
+            let encoder = match encoder {
+                Ok(encoder) => encoder,
+                Err(_) => &mut node_encoder()?,
+            };
+            Ok(Some((encoder.encode_node(&leaf.encode()), leaf)))
+        };
+        let leaves: Vec<Option<(EncodedRecord, Node)>> = self.store.pool.install(|| {
+            (0..count).into_par_iter().map_init(node_encoder, encode).collect::<Result<_>>()
+        })?;
+        let append = |leaf: Option<(EncodedRecord, Node)>| {
+            leaf.map(|(record, leaf)| self.append_node(&record, leaf)).transpose()
+        };
+        leaves.into_iter().map(append).collect()
     }
 }

@@ -14,9 +14,15 @@ pub(crate) trait NodeSource {
     fn node(&self, block: &BlockRef, level: u8, first: u64) -> Result<Arc<Node>>;
 }
 
+/// Makes leaf number n of those to be written; none if nothing is left of it.
+pub(crate) type MakeLeaf<'a> = dyn Fn(usize) -> Result<Option<Node>> + Sync + 'a;
+
 /// Appends nodes.
-pub(crate) trait NodeSink: NodeSource {
+pub(crate) trait NodeSink {
     fn put(&mut self, node: Node) -> Result<BlockRef>;
+
+    /// Makes `count` leaves, perhaps several at a time, and appends them.
+    fn put_leaves(&mut self, count: usize, make: &MakeLeaf<'_>) -> Result<Vec<Option<BlockRef>>>;
 }
 
 /// When pending runs move down. Chosen so that a child is rewritten for a batch that is worth it;
@@ -95,6 +101,7 @@ impl Tree {
     /// written.
     pub fn apply(
         &self,
+        nodes: &(impl NodeSource + Sync),
         sink: &mut impl NodeSink,
         policy: FlushPolicy,
         changes: &Changes,
@@ -102,7 +109,8 @@ impl Tree {
         if changes.is_empty() {
             return Ok(*self);
         }
-        let root = apply(sink, policy, self.root, root_level(self.pages), 0, &[], changes)?;
+        let level = root_level(self.pages);
+        let root = Writer { nodes, sink, policy, changes }.write(self.root, level, 0, &[])?;
         Ok(Self { root, pages: self.pages })
     }
 }
@@ -132,82 +140,141 @@ fn collect(
     Ok(overlay(&below, &own))
 }
 
-/// Writes the node at `(level, first)` with `inherited`, what comes down from its parent, and
-/// then `changes` laid over it; both may reach beyond the node.
-fn apply(
-    sink: &mut impl NodeSink,
+/// Up to so many times the most runs of a node are merged before it is decided what moves down.
+const MUCH: usize = 4;
+
+/// Writes a changed tree.
+struct Writer<'a, N, S> {
+    nodes: &'a N,
+    sink: &'a mut S,
     policy: FlushPolicy,
+    changes: &'a Changes,
+}
+
+impl<N: NodeSource + Sync, S: NodeSink> Writer<'_, N, S> {
+    /// Writes the node at `(level, first)` with `inherited`, what comes down from its parent, and
+    /// then the changes laid over it; both may reach beyond the node.
+    fn write(
+        &mut self,
+        old: Option<BlockRef>,
+        level: u8,
+        first: u64,
+        inherited: &[Run],
+    ) -> Result<Option<BlockRef>> {
+        if level == 0 {
+            let leaf = leaf(self.nodes, old, first, inherited, self.changes)?;
+            return leaf.map(|leaf| self.sink.put(leaf)).transpose();
+        }
+        let mut node = open(self.nodes, old, level, first, inherited)?;
+        let most = self.policy.most_runs(level);
+        // Many changes are handed down as they are: unpacked at once, they would take much memory.
+        if node.runs.len() + self.changes.count(first, node.end()) <= MUCH * most {
+            node.runs = overlay(&node.runs, &self.changes.collect(first, node.end()));
+            if node.runs.len() > most {
+                self.push_down(&mut node, &Changes::default())?;
+            }
+        } else {
+            self.push_down(&mut node, self.changes)?;
+        }
+        if node.children.is_empty() {
+            // Nothing lies below: what the node does not name is zero.
+            node.runs.retain(|run| run.location != Location::Zero);
+        }
+        if node.runs.is_empty() && node.children.is_empty() {
+            return Ok(None);
+        }
+        self.sink.put(node).map(Some)
+    }
+
+    /// Moves the pending runs of `node`, and `changes`, to its children, leaving small groups
+    /// where they are.
+    fn push_down(&mut self, node: &mut Node, changes: &Changes) -> Result<()> {
+        let pending = std::mem::take(&mut node.runs);
+        let child_span = span_pages(node.level - 1);
+        let mut moving: Vec<u8> = Vec::new();
+        let mut at = next_page(&pending, changes, node.first, node.end());
+        while at < node.end() {
+            let index = node.child_index(at);
+            let (first, _) = node.child_place(index);
+            let end = first + child_span;
+            let group = clip_runs(&pending, first, end).count() + changes.count(first, end);
+            if group < self.policy.least_group {
+                let group: Vec<Run> = clip_runs(&pending, first, end).collect();
+                let merged = overlay(&group, &changes.collect(first, end));
+                // Where there is no child, a page is zero without being named.
+                let there = node.child(index).is_some();
+                let needed =
+                    merged.into_iter().filter(|run| there || run.location != Location::Zero);
+                needed.for_each(|run| push_run(&mut node.runs, run));
+            } else {
+                moving.push(index);
+            }
+            // On to the child of the next run, if there is one.
+            at = next_page(&pending, changes, end, node.end());
+        }
+        let children = self.write_children(node, &moving, &pending, changes)?;
+        moving.iter().zip(children).for_each(|(index, child)| set_child(node, *index, child));
+        Ok(())
+    }
+
+    fn write_children(
+        &mut self,
+        node: &Node,
+        moving: &[u8],
+        pending: &[Run],
+        changes: &Changes,
+    ) -> Result<Vec<Option<BlockRef>>> {
+        let nodes = self.nodes;
+        if node.level == 1 {
+            return self.sink.put_leaves(moving.len(), &|at| {
+                let old = node.child(moving[at]).copied();
+                leaf(nodes, old, node.child_place(moving[at]).0, pending, changes)
+            });
+        }
+        let mut below = Writer { nodes, sink: &mut *self.sink, policy: self.policy, changes };
+        let write = |index: &u8| {
+            let (first, level) = node.child_place(*index);
+            below.write(node.child(*index).copied(), level, first, pending)
+        };
+        moving.iter().map(write).collect()
+    }
+}
+
+/// The first page from `from` on that a run names, or `end`.
+fn next_page(pending: &[Run], changes: &Changes, from: u64, end: u64) -> u64 {
+    let next = clip_runs(pending, from, end).next().into_iter();
+    next.chain(changes.view(from, end).next()).map(|run| run.first).min().unwrap_or(end)
+}
+
+/// The node at `(level, first)`, new if there is none, with `inherited` laid over it.
+fn open(
+    nodes: &impl NodeSource,
     old: Option<BlockRef>,
     level: u8,
     first: u64,
     inherited: &[Run],
-    changes: &Changes,
-) -> Result<Option<BlockRef>> {
+) -> Result<Node> {
     let mut node = match old {
-        Some(block) => Arc::unwrap_or_clone(sink.node(&block, level, first)?),
+        Some(block) => Arc::unwrap_or_clone(nodes.node(&block, level, first)?),
         None => Node::empty(level, first),
     };
-    let end = node.end();
-    let inherited: Vec<Run> = clip_runs(inherited, first, end).collect();
+    let inherited: Vec<Run> = clip_runs(inherited, first, node.end()).collect();
     node.runs = overlay(&node.runs, &inherited);
-    let most = if level == 0 { usize::MAX } else { policy.most_runs(level) };
-    // Many changes are handed down as they are: unpacked at once, they would take much memory.
-    if level == 0 || node.runs.len() + changes.count(first, end) <= MUCH * most {
-        node.runs = overlay(&node.runs, &changes.collect(first, end));
-        if node.runs.len() > most {
-            push_down(sink, policy, &mut node, &Changes::default())?;
-        }
-    } else {
-        push_down(sink, policy, &mut node, changes)?;
-    }
-    if node.children.is_empty() {
-        // Nothing lies below: what the node does not name is zero.
-        node.runs.retain(|run| run.location != Location::Zero);
-    }
-    if node.runs.is_empty() && node.children.is_empty() {
-        return Ok(None);
-    }
-    sink.put(node).map(Some)
+    Ok(node)
 }
 
-/// Up to so many times the most runs of a node are merged before it is decided what moves down.
-const MUCH: usize = 4;
-
-/// Moves the pending runs of `node`, and `changes`, to its children, leaving small groups where
-/// they are.
-fn push_down(
-    sink: &mut impl NodeSink,
-    policy: FlushPolicy,
-    node: &mut Node,
+/// The leaf at `first` with `inherited` and then `changes` laid over it; none if it is all zero.
+fn leaf(
+    nodes: &impl NodeSource,
+    old: Option<BlockRef>,
+    first: u64,
+    inherited: &[Run],
     changes: &Changes,
-) -> Result<()> {
-    let pending = std::mem::take(&mut node.runs);
-    let child_span = span_pages(node.level - 1);
-    let next_page = |from: u64, end: u64| {
-        let next = clip_runs(&pending, from, end).next().into_iter();
-        next.chain(changes.view(from, end).next()).map(|run| run.first).min().unwrap_or(end)
-    };
-    let mut at = next_page(node.first, node.end());
-    while at < node.end() {
-        let index = node.child_index(at);
-        let (first, level) = node.child_place(index);
-        let end = first + child_span;
-        let group: Vec<Run> = clip_runs(&pending, first, end).collect();
-        let old = node.child(index).copied();
-        if group.len() + changes.count(first, end) < policy.least_group {
-            let merged = overlay(&group, &changes.collect(first, end));
-            // Where there is no child, a page is zero without being named.
-            let needed =
-                merged.into_iter().filter(|run| old.is_some() || run.location != Location::Zero);
-            needed.for_each(|run| push_run(&mut node.runs, run));
-        } else {
-            let child = apply(sink, policy, old, level, first, &group, changes)?;
-            set_child(node, index, child);
-        }
-        // On to the child of the next run, if there is one.
-        at = next_page(end, node.end());
-    }
-    Ok(())
+) -> Result<Option<Node>> {
+    let mut leaf = open(nodes, old, 0, first, inherited)?;
+    leaf.runs = overlay(&leaf.runs, &changes.collect(first, leaf.end()));
+    leaf.runs.retain(|run| run.location != Location::Zero);
+    Ok((!leaf.runs.is_empty()).then_some(leaf))
 }
 
 fn set_child(node: &mut Node, index: u8, child: Option<BlockRef>) {
@@ -224,6 +291,7 @@ fn set_child(node: &mut Node, index: u8, child: Option<BlockRef>) {
 #[cfg(test)]
 mod tests {
     use std::collections::{BTreeMap, HashMap};
+    use std::sync::Mutex;
 
     use proptest::prelude::*;
 
@@ -234,27 +302,46 @@ mod tests {
 
     #[derive(Default)]
     struct Memory {
-        nodes: HashMap<BlockRef, Arc<Node>>,
-        put: usize,
+        nodes: Mutex<HashMap<BlockRef, Arc<Node>>>,
+    }
+
+    impl Memory {
+        fn put_so_far(&self) -> usize {
+            self.nodes.lock().unwrap().len()
+        }
+
+        fn apply(&self, tree: &Tree, policy: FlushPolicy, changes: &Changes) -> Tree {
+            tree.apply(self, &mut Sink(self), policy, changes).unwrap()
+        }
     }
 
     impl NodeSource for Memory {
         fn node(&self, block: &BlockRef, level: u8, first: u64) -> Result<Arc<Node>> {
-            let node = Arc::clone(&self.nodes[block]);
+            let node = Arc::clone(&self.nodes.lock().unwrap()[block]);
             assert_eq!((node.level, node.first), (level, first));
             Ok(node)
         }
     }
 
-    impl NodeSink for Memory {
+    struct Sink<'a>(&'a Memory);
+
+    impl NodeSink for Sink<'_> {
         fn put(&mut self, node: Node) -> Result<BlockRef> {
             let bytes = node.encode();
             assert_eq!(Node::decode(&bytes, node.level, node.first).unwrap(), node);
-            self.put += 1;
-            let block =
-                BlockRef { segment: 0, offset: self.put as u32, len: 0, hash: Hash::of(&bytes) };
-            self.nodes.insert(block, Arc::new(node));
+            let mut nodes = self.0.nodes.lock().unwrap();
+            let (offset, hash) = (nodes.len() as u32, Hash::of(&bytes));
+            let block = BlockRef { segment: 0, offset, len: 0, hash };
+            nodes.insert(block, Arc::new(node));
             Ok(block)
+        }
+
+        fn put_leaves(
+            &mut self,
+            count: usize,
+            make: &MakeLeaf<'_>,
+        ) -> Result<Vec<Option<BlockRef>>> {
+            (0..count).map(|at| make(at)?.map(|leaf| self.put(leaf)).transpose()).collect()
         }
     }
 
@@ -281,7 +368,7 @@ mod tests {
     proptest! {
         #[test]
         fn trees_agree_with_maps_at_every_commit(commits in commits(), probe in 0..PAGES) {
-            let mut memory = Memory::default();
+            let memory = Memory::default();
             let mut tree = Tree { root: None, pages: PAGES };
             let mut oracle = BTreeMap::new();
             let mut history = Vec::new();
@@ -289,7 +376,7 @@ mod tests {
                 let changes = sorted_runs(parts);
                 oracle.extend(explode(&changes));
                 oracle.retain(|_, location| *location != Location::Zero);
-                tree = tree.apply(&mut memory, SMALL, &self::changes(&changes)).unwrap();
+                tree = memory.apply(&tree, SMALL, &self::changes(&changes));
                 history.push((tree, oracle.clone()));
             }
             for (tree, oracle) in history {
@@ -307,7 +394,7 @@ mod tests {
 
     #[test]
     fn a_small_commit_writes_one_node() {
-        let mut memory = Memory::default();
+        let memory = Memory::default();
         let tree = Tree { root: None, pages: PAGES };
         let full: Vec<Run> = (0..PAGES / 16)
             .map(|index| Run {
@@ -316,8 +403,8 @@ mod tests {
                 location: Location::Frame { frame: frame(index as u32), slot: 0 },
             })
             .collect();
-        let tree = tree.apply(&mut memory, FlushPolicy::default(), &changes(&full)).unwrap();
-        let before = memory.put;
+        let tree = memory.apply(&tree, FlushPolicy::default(), &changes(&full));
+        let before = memory.put_so_far();
         let scattered: Vec<Run> = (0..1000)
             .map(|index| Run {
                 first: index * 97,
@@ -325,20 +412,19 @@ mod tests {
                 location: Location::Frame { frame: frame(7), slot: 3 },
             })
             .collect();
-        tree.apply(&mut memory, FlushPolicy::default(), &changes(&scattered)).unwrap();
-        assert_eq!(memory.put - before, 1);
+        memory.apply(&tree, FlushPolicy::default(), &changes(&scattered));
+        assert_eq!(memory.put_so_far() - before, 1);
     }
 
     #[test]
     fn zeroed_pages_leave_nothing_behind() {
-        let mut memory = Memory::default();
+        let memory = Memory::default();
         let tree = Tree { root: None, pages: 512 };
         let run =
             Run { first: 3, count: 9, location: Location::Frame { frame: frame(1), slot: 0 } };
-        let tree = tree.apply(&mut memory, SMALL, &changes(&[run])).unwrap();
-        let tree = tree
-            .apply(&mut memory, SMALL, &changes(&[Run { location: Location::Zero, ..run }]))
-            .unwrap();
+        let tree = memory.apply(&tree, SMALL, &changes(&[run]));
+        let zeros = changes(&[Run { location: Location::Zero, ..run }]);
+        let tree = memory.apply(&tree, SMALL, &zeros);
         assert_eq!(tree.root, None);
     }
 }

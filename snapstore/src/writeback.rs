@@ -12,7 +12,7 @@ use crate::error::{Result, StoreError};
 use crate::storage::StoreFile;
 
 /// Bytes handed to the medium after which they are synced.
-pub(crate) const WRITE_BACK_LEN: u64 = 32 << 20;
+pub(crate) const WRITE_BACK_LEN: u64 = 8 << 20;
 
 /// A file to be synced, and its name for messages.
 type Request = (String, Arc<dyn StoreFile>);
