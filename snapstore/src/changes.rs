@@ -85,7 +85,7 @@ impl Changes {
     pub fn count(&self, start: u64, end: u64) -> usize {
         let from = self.runs.partition_point(|run| run.end() <= start);
         let to = self.runs.partition_point(|run| run.first < end);
-        to.saturating_sub(from)
+        if start < end { to - from } else { 0 }
     }
 
     /// The runs inside `start .. end`, neighbours joined.

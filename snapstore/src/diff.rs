@@ -168,6 +168,22 @@ struct Walk<'a> {
 impl Walk<'_> {
     fn compare(&mut self, a: &Side, b: &Side, level: u8, first: u64) -> Result<()> {
         let end = (first + span_pages(level)).min(self.pages);
+        if a.node.is_none() && b.node.is_none() {
+            // There is nothing but what lies over them, and zeros say nothing then.
+            let named = |side: &Side| {
+                let mut runs = side.pending.clone();
+                runs.retain(|run| run.location != Location::Zero);
+                runs
+            };
+            let (a, b) = (named(a), named(b));
+            let both = covered(&without(&a, &b), &without(&b, &a));
+            for page in both.iter().flat_map(|run| run.first..run.end()).filter(|page| *page < end)
+            {
+                let find = |runs: &[Run]| find_page(runs, page).unwrap_or(Location::Zero);
+                self.page(page, find(&a), find(&b))?;
+            }
+            return Ok(());
+        }
         if a.node == b.node {
             // What lies below is the same; only what lies over it can differ, where it does.
             let (only_a, only_b) =

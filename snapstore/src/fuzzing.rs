@@ -11,7 +11,7 @@ use crate::frame::Frame;
 use crate::id::{BlockRef, Hash};
 use crate::journal::Cursor;
 use crate::manifest::Manifest;
-use crate::node::{MAX_LEVEL, Node, root_level};
+use crate::node::{MAX_LEVEL, MAX_REGION_PAGES, Node, root_level, span_pages};
 use crate::pack::PackIndex;
 use crate::record::VerifiedRecord;
 use crate::{delta, elide, reference};
@@ -63,7 +63,10 @@ fn record(bytes: &[u8]) {
         assert!(RecordHeader::decode(bytes).is_err());
         return;
     }
-    for kind in [RecordKind::Frame, RecordKind::Delta, RecordKind::Node, RecordKind::Blob] {
+    let frames = [RecordKind::Frame, RecordKind::Delta];
+    let others = [RecordKind::Node, RecordKind::Blob, RecordKind::Manifest];
+    let more = [RecordKind::Fingerprints, RecordKind::PackIndex];
+    for kind in frames.into_iter().chain(others).chain(more) {
         if let Ok(record) = VerifiedRecord::check(bytes, &Hash::of(bytes), kind) {
             let is_delta = kind == RecordKind::Delta;
             if matches!(kind, RecordKind::Frame | RecordKind::Delta)
@@ -80,10 +83,19 @@ fn record(bytes: &[u8]) {
 }
 
 fn node(bytes: &[u8]) {
-    // Level and place are what the reader expects; the first byte says what that is here.
-    let level = bytes.first().map_or(0, |byte| byte % 7);
-    if let Ok(node) = Node::decode(bytes, level, 0) {
-        assert_eq!(Node::decode(&node.encode(), level, 0).as_ref(), Ok(&node));
+    // Level and place are what the reader expects; the bytes say what that is here.
+    let mut decoder = Decoder::new(bytes);
+    let (Ok(level), Ok(first)) = (decoder.u8("level"), decoder.varint("first page")) else {
+        return;
+    };
+    let level = level % (MAX_LEVEL + 1);
+    // Where such a node can be.
+    let first = first - first % span_pages(level);
+    if first >= MAX_REGION_PAGES {
+        return;
+    }
+    if let Ok(node) = Node::decode(bytes, level, first) {
+        assert_eq!(Node::decode(&node.encode(), level, first).as_ref(), Ok(&node));
         assert!(node.runs.windows(2).all(|pair| pair[0].end() <= pair[1].first));
         assert!(node.runs.iter().all(|run| run.end() <= node.end()));
     }
@@ -124,7 +136,7 @@ fn journal(bytes: &[u8]) {
     };
     // As it comes, and with its checks made right.
     for fixed in [bytes.to_vec(), crate::journal::with_checks(bytes, &header)] {
-        let mut cursor = Cursor::start(&header);
+        let mut cursor = Cursor::start(&header.encode());
         let mut catalog = crate::catalog::Catalog::new(cursor.clone());
         if let Ok(entries) = cursor.parse(&fixed) {
             entries.into_iter().for_each(|entry| catalog.take(entry));

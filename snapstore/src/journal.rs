@@ -203,25 +203,33 @@ pub(crate) struct Cursor {
 
 impl Cursor {
     /// At the start of a journal with this header.
-    pub fn start(header: &FileHeader) -> Self {
-        let header = header.encode();
+    pub fn start(header: &[u8; FILE_HEADER_LEN]) -> Self {
         Self {
-            header,
+            header: *header,
             end: FILE_HEADER_LEN as u64,
             next_sequence: 0,
-            chain: Hash::of(&header),
+            chain: Hash::of(header),
             torn_bytes: 0,
         }
     }
 
-    /// True if `file` is a journal written anew since this one was read.
-    pub fn is_replaced(&self, file: &dyn StoreFile) -> Result<bool> {
-        let mut header = [0; FILE_HEADER_LEN];
-        match file.read_exact_at(&mut header, 0) {
-            Ok(()) => Ok(header != self.header),
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
-            Err(error) => Err(StoreError::io("read", JOURNAL_FILE, error)),
+    /// True if `file` is the journal that was read so far: the same header, and the same check at
+    /// the end of what was read.
+    pub fn goes_on_in(&self, file: &dyn StoreFile) -> Result<bool> {
+        let read = |bytes: &mut [u8], offset| match file.read_exact_at(bytes, offset) {
+            Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => {
+                Err(StoreError::io("read", JOURNAL_FILE, error))
+            }
+            read => Ok(read.is_ok()),
+        };
+        let (mut header, mut check) = ([0; FILE_HEADER_LEN], [0; CHECK_LEN]);
+        if !read(&mut header, 0)? || header != self.header {
+            return Ok(false);
         }
+        if self.end == FILE_HEADER_LEN as u64 {
+            return Ok(true);
+        }
+        Ok(read(&mut check, self.end - CHECK_LEN as u64)? && check == self.chain.0)
     }
 
     /// How often the journal was written anew before this one.
@@ -367,8 +375,8 @@ fn chain(previous: &Hash, record: &[u8]) -> Hash {
     Hash(*hasher.finalize().as_bytes())
 }
 
-/// Reads and checks the journal's header.
-pub(crate) fn read_header(file: &dyn StoreFile, store: [u8; 16]) -> Result<FileHeader> {
+/// Reads and checks the journal's header; returns its bytes, which the first check starts from.
+pub(crate) fn read_header(file: &dyn StoreFile, store: [u8; 16]) -> Result<[u8; FILE_HEADER_LEN]> {
     let mut bytes = [0; FILE_HEADER_LEN];
     file.read_exact_at(&mut bytes, 0).map_err(|error| {
         if error.kind() == io::ErrorKind::UnexpectedEof {
@@ -393,13 +401,13 @@ pub(crate) fn read_header(file: &dyn StoreFile, store: [u8; 16]) -> Result<FileH
             found: crate::format::hex(&header.store),
         });
     }
-    Ok(header)
+    Ok(bytes)
 }
 
 /// Records with their checks made right, as far as there are records; for fuzzers.
 pub(crate) fn with_checks(bytes: &[u8], header: &FileHeader) -> Vec<u8> {
     let mut out = bytes.to_vec();
-    let (mut at, mut check) = (0, Cursor::start(header).chain);
+    let (mut at, mut check) = (0, Cursor::start(&header.encode()).chain);
     while let Some(rest) = out.get(at..) {
         let Ok((_, _, body_len)) = decode_header(&mut Decoder::new(rest)) else { break };
         let end = HEADER_LEN + body_len;
@@ -419,13 +427,14 @@ mod tests {
     use crate::format::FORMAT_VERSION;
 
     fn start() -> Cursor {
-        Cursor::start(&FileHeader {
+        let header = FileHeader {
             kind: FileKind::Journal,
             version: FORMAT_VERSION,
             number: 0,
             store: [3; 16],
             created_unix_ms: 1,
-        })
+        };
+        Cursor::start(&header.encode())
     }
 
     fn sample() -> Vec<Entry> {

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use crate::id::BlockRef;
+use crate::journal::MAX_LISTED;
 
 /// What a step of pruning did to the files, as the journal records it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -28,7 +29,7 @@ pub(crate) struct Layout {
     pub moved: HashMap<u32, u32>,
     /// Indexes of the packs.
     pub packs: BTreeMap<u32, BlockRef>,
-    /// Segments that are no more, since the journal was last written anew; `moved` ones too.
+    /// Segments that are no more, `moved` ones too.
     pub retired: BTreeSet<u32>,
     /// The number of the next pack.
     pub next_pack: u32,
@@ -64,6 +65,11 @@ impl Layout {
     pub fn as_steps(&self, tail: Option<(u32, u64)>) -> Vec<Relayout> {
         let step = Relayout { tail, next_pack: self.next_pack, ..Relayout::default() };
         let mut steps = vec![step.clone()];
+        // Those too whose names mean nothing any more: they must not be looked for as files.
+        let gone = self.retired.iter().filter(|number| !self.moved.contains_key(number));
+        let gone: Vec<u32> = gone.copied().collect();
+        let dropped = gone.chunks(MAX_LISTED).map(<[u32]>::to_vec);
+        steps.extend(dropped.map(|dropped| Relayout { dropped, ..step.clone() }));
         for (number, index) in &self.packs {
             let here = self.moved.iter().filter(|(_, pack)| *pack == number);
             let mut moved: Vec<u32> = here.map(|(segment, _)| *segment).collect();

@@ -116,9 +116,10 @@ impl<'a> Marker<'a> {
         let node = match self.store.node(block, level, first) {
             Ok(node) => node,
             Err(error) => {
-                return if first_visit {
-                    self.obstacle(error)
-                };
+                if first_visit {
+                    self.obstacle(error);
+                }
+                return;
             }
         };
         let snapshot = self.marked.snapshots.len() as u32 - 1;

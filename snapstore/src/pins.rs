@@ -41,8 +41,15 @@ pub(crate) fn pin(folder: &Path, name: &str) -> io::Result<Box<dyn Pin>> {
             other => other?,
         };
         // Before the lock is ours, `pinned` may take the file for a dead process's and remove it.
-        if file.try_lock().is_ok() && file.metadata()?.nlink() > 0 {
-            return Ok(Box::new(DirPin { path, _file: file }));
+        match file.try_lock() {
+            Ok(()) if file.metadata()?.nlink() > 0 => {
+                return Ok(Box::new(DirPin { path, _file: file }));
+            }
+            Ok(()) | Err(TryLockError::WouldBlock) => {}
+            Err(TryLockError::Error(error)) => {
+                let _left_behind = fs::remove_file(&path);
+                return Err(error);
+            }
         }
     }
 }
@@ -55,7 +62,12 @@ pub(crate) fn pinned(folder: &Path) -> io::Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in entries {
         let path = entry?.path();
-        let file = match File::open(&path) {
+        let file_name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        // Whatever else lies there is not ours.
+        let Some(name) = file_name.split('.').next().filter(|name| is_hex(name)) else { continue };
+        // For writing, where that can be: some file systems lock no other descriptors.
+        let opened = OpenOptions::new().write(true).open(&path).or_else(|_| File::open(&path));
+        let file = match opened {
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
             other => other?,
         };
@@ -63,19 +75,21 @@ pub(crate) fn pinned(folder: &Path) -> io::Result<Vec<String>> {
             Ok(()) => {
                 // Nobody's. Its owner may be just going to lock it, and then looks whether it is
                 // still there.
+                // Not a file at all: not ours either.
                 fs::remove_file(&path).or_else(|error| match error.kind() {
-                    io::ErrorKind::NotFound => Ok(()),
+                    io::ErrorKind::NotFound | io::ErrorKind::IsADirectory => Ok(()),
                     _ => Err(error),
                 })?;
             }
-            Err(TryLockError::WouldBlock) => {
-                let file_name = path.file_name().unwrap_or_default().to_string_lossy();
-                names.push(file_name.split('.').next().unwrap_or_default().to_owned());
-            }
+            Err(TryLockError::WouldBlock) => names.push(name.to_owned()),
             Err(TryLockError::Error(error)) => return Err(error),
         }
     }
     Ok(names)
+}
+
+fn is_hex(name: &str) -> bool {
+    !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
 #[cfg(test)]
@@ -97,6 +111,10 @@ mod tests {
         assert_eq!(pinned(&folder).unwrap(), ["aa"]);
         drop(again);
         assert!(pinned(&folder).unwrap().is_empty());
+        fs::write(folder.join("notes.txt"), "").unwrap();
+        fs::create_dir(folder.join("beef")).unwrap();
+        assert!(pinned(&folder).is_ok_and(|names| names.is_empty()));
+        assert!(folder.join("notes.txt").exists(), "what is not ours stays");
     }
 
     #[test]

@@ -14,7 +14,7 @@ use crate::catalog::{Catalog, SnapshotInfo};
 use crate::error::{Result, StoreError};
 use crate::format::{
     FILE_HEADER_LEN, FORMAT_VERSION, FileHeader, FileKind, JOURNAL_FILE, JOURNAL_NEW_FILE,
-    RecordKind, SEGMENT_FOLDER,
+    MAX_SEGMENT_LEN, RecordKind, SEGMENT_FOLDER,
 };
 use crate::id::{BlockRef, SnapshotId};
 use crate::journal::{Cursor, Entry, MAX_LISTED};
@@ -127,9 +127,11 @@ impl Source {
 
 /// More small packs than this are written into one.
 const SMALL_PACKS_MAX: usize = 16;
+/// The most blocks of several files that go into one pack: its index must stay readable.
+const ITEMS_MAX: usize = 1 << 20;
 /// A journal is written anew when it has so many records that say nothing any more, and they are
 /// at least a quarter.
-const STALE_RECORDS_MIN: usize = 16;
+const STALE_RECORDS_MIN: usize = 8;
 
 impl Store {
     /// Gives back the space of what no snapshot reaches. Readers go on meanwhile; writers find the
@@ -147,14 +149,26 @@ impl Store {
         self.check_latched()?;
         let _lock = lock(self.storage.as_ref())?;
         self.refresh()?;
+        // The blocks of a torn record may be all that is left of a snapshot: not in this run.
+        let doubtful = self.catalog().tail.unwrap_or_default().0;
+        let doubtful = (self.torn_journal_bytes() > 0).then_some(doubtful);
+        if doubtful.is_some() && !options.dry_run {
+            self.keep_doubtful_blocks()?;
+        }
         let mut report = PruneReport { dry_run: options.dry_run, ..PruneReport::default() };
         let pinned = self.pinned_and_forgotten()?;
         let marked = self.mark(&pinned, progress, &mut report)?;
         let sources = self.sources(&marked, &mut report)?;
         drop(marked);
+        let (left_alone, sources): (Vec<Source>, Vec<Source>) =
+            sources.into_iter().partition(|source| {
+                source.key.0 == FileKind::Segment
+                    && doubtful.is_some_and(|from| source.key.1 >= from)
+            });
         let (dead, live): (Vec<Source>, Vec<Source>) =
             sources.into_iter().partition(|source| source.items.is_empty());
-        let (chosen, kept) = self.choose(live, options);
+        let (chosen, mut kept) = self.choose(live, options);
+        kept.extend(left_alone);
         report.segments_removed = dead.len() as u64;
         report.segments_rewritten = chosen.len() as u64;
         let bytes =
@@ -166,8 +180,8 @@ impl Store {
         if options.dry_run {
             return Ok(report);
         }
-        let pruned = self
-            .remove_orphans()
+        let tidied = if doubtful.is_some() { Ok(()) } else { self.remove_orphans() };
+        let pruned = tidied
             .and_then(|()| self.remove_dead(&dead))
             .and_then(|()| self.rewrite(chosen, progress, &mut report))
             .and_then(|()| self.rewrite_journal(&pinned));
@@ -343,6 +357,7 @@ impl Store {
             let mut group: Vec<Source> = chosen.drain(..count).collect();
             while !group.is_empty() {
                 let step = self.relayout();
+                let step = Relayout { next_pack: step.next_pack.max(self.unused_pack()?), ..step };
                 match repack::write_pack(self, step.next_pack, &group, progress) {
                     Ok((index, bytes)) => {
                         self.adopt(index, &group, step)?;
@@ -350,7 +365,8 @@ impl Store {
                         report.bytes_rewritten += bytes;
                         break;
                     }
-                    // Something in use is damaged: its file stays as it is, the others go on.
+                    // Something in use is damaged, or it has more blocks than an index holds: that
+                    // file stays as it is, the others go on.
                     Err(repack::Failure { error, source: Some(index) }) => {
                         tracing::warn!(%error, "a damaged file is left as it is");
                         group.remove(index);
@@ -364,11 +380,17 @@ impl Store {
     }
 
     fn sources_of_one_pack(&self, sources: &[Source]) -> usize {
-        let (mut bytes, mut segments) = (0, 0);
+        let (mut bytes, mut total_bytes, mut segments, mut items) = (0, 0, 0, 0);
         let fits = sources.iter().take_while(|source| {
             bytes += source.live_bytes;
+            // What is in use is an estimate, and may be all there is.
+            total_bytes += source.total_bytes;
             segments += source.segments().len();
-            bytes <= self.options.segment_max_bytes && segments <= MAX_LISTED
+            items += source.items.len();
+            bytes <= self.options.segment_max_bytes
+                && total_bytes <= MAX_SEGMENT_LEN
+                && segments <= MAX_LISTED
+                && items <= ITEMS_MAX
         });
         fits.count().max(1)
     }
@@ -385,7 +407,17 @@ impl Store {
             ..step
         };
         self.record(Entry::Relayout(step))?;
+        // With another record behind it, damage to that one is never taken for a torn append: what
+        // it names would be removed, and there would be nothing else.
+        self.record(Entry::Relayout(self.relayout()))?;
         self.remove_files(sources)
+    }
+
+    /// A number above those of all packs that are there, whosever they are.
+    fn unused_pack(&self) -> Result<u32> {
+        let files = self.segment_files()?;
+        let packs = files.iter().filter(|(kind, _)| *kind == FileKind::Pack);
+        Ok(packs.map(|(_, number)| number.saturating_add(1)).max().unwrap_or(1))
     }
 
     /// Writes the journal anew, if much of it says nothing any more.
@@ -407,7 +439,7 @@ impl Store {
             store: self.uuid,
             created_unix_ms: unix_ms(),
         };
-        let mut cursor = Cursor::start(&header);
+        let mut cursor = Cursor::start(&header.encode());
         let mut bytes = header.encode().to_vec();
         for entry in &entries {
             let (record, after) = cursor.encode_next(entry);

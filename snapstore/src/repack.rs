@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use crate::delta::{self, Base};
 use crate::error::{Result, StoreError};
-use crate::format::{FileKind, RecordKind, SEGMENT_FOLDER, pack_name};
+use crate::format::{FileKind, MAX_BLOB_LEN, RecordKind, SEGMENT_FOLDER, pack_name};
 use crate::id::BlockRef;
 use crate::pack::{PackIndex, PackedRecord, Place, SlotMap};
 use crate::page::PAGE_SIZE;
@@ -55,7 +55,9 @@ pub(crate) fn write_pack(
     sources: &[Source],
     progress: &PruneProgress,
 ) -> Result<(BlockRef, u64), Failure> {
-    let written = PackWriter::create(store, number).map_err(Failure::from).and_then(|mut pack| {
+    // One that is there already is somebody's.
+    let mut pack = PackWriter::create(store, number)?;
+    let fill = || -> Result<(BlockRef, u64), Failure> {
         for (index, source) in sources.iter().enumerate() {
             for item in &source.items {
                 progress.check()?;
@@ -68,8 +70,19 @@ pub(crate) fn write_pack(
             }
             progress.rewrite_bytes_done.fetch_add(source.live_bytes, Ordering::Relaxed);
         }
-        Ok(pack.finish()?)
-    });
+        match pack.finish()? {
+            Some(written) => Ok(written),
+            // Several files together are chosen to be far from that.
+            None => Err(Failure {
+                error: StoreError::Invalid(format!(
+                    "what is in use cannot be listed in {}",
+                    pack_name(number)
+                )),
+                source: (sources.len() == 1).then_some(0),
+            }),
+        }
+    };
+    let written = fill();
     if written.is_err() {
         // What stays is an orphan, which the next writer removes.
         let _left_behind = store.storage.remove(&pack_name(number));
@@ -202,8 +215,9 @@ impl<'a> PackWriter<'a> {
         Ok(())
     }
 
-    /// Writes what is left and the index, durably.
-    fn finish(mut self) -> Result<(BlockRef, u64)> {
+    /// Writes what is left and the index, durably; none if the index is longer than readers
+    /// accept.
+    fn finish(mut self) -> Result<Option<(BlockRef, u64)>> {
         for (group, is_delta) in
             [(std::mem::take(&mut self.plain), false), (std::mem::take(&mut self.delta), true)]
         {
@@ -215,9 +229,16 @@ impl<'a> PackWriter<'a> {
         for entries in self.index.segments.values_mut() {
             entries.sort_unstable_by_key(|(offset, _)| *offset);
         }
+        let payload = self.index.encode();
+        // What it replaces will be removed: it must be readable.
+        if payload.len() > MAX_BLOB_LEN
+            || PackIndex::decode(&payload).ok().as_ref() != Some(&self.index)
+        {
+            return Ok(None);
+        }
         let mut encoder =
             RecordEncoder::new(1).map_err(|error| StoreError::io("start", "zstd", error))?;
-        let record = encoder.encode(RecordKind::PackIndex, &self.index.encode());
+        let record = encoder.encode(RecordKind::PackIndex, &payload);
         let offset = self.file.append(&record.bytes)?;
         self.file.sync()?;
         self.store
@@ -226,6 +247,6 @@ impl<'a> PackWriter<'a> {
             .map_err(|error| StoreError::io("sync", SEGMENT_FOLDER, error))?;
         let len = record.bytes.len() as u32;
         let index = BlockRef { segment: self.number, offset, len, hash: record.hash };
-        Ok((index, self.file.len()))
+        Ok(Some((index, self.file.len())))
     }
 }

@@ -8,8 +8,8 @@ use std::sync::{Arc, PoisonError, RwLock};
 use crate::codec::Malformed;
 use crate::error::{Result, StoreError};
 use crate::format::{
-    FILE_HEADER_LEN, FORMAT_VERSION, FileHeader, FileKind, MAX_BLOB_LEN, MAX_SEGMENT_LEN,
-    RECORD_HEADER_LEN, RecordHeader, RecordKind, SEGMENT_FOLDER, pack_name, segment_name,
+    FILE_HEADER_LEN, FORMAT_VERSION, FileHeader, FileKind, MAX_BLOB_LEN, RECORD_HEADER_LEN,
+    RecordHeader, RecordKind, SEGMENT_FOLDER, pack_name, segment_name,
 };
 use crate::id::{BlockRef, Hash};
 use crate::layout::Layout;
@@ -83,19 +83,15 @@ impl Segments {
         Arc::clone(&self.layout.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Takes note of a new layout, and closes the files that are no more.
-    pub fn set_layout(&self, layout: &Layout) {
+    /// Takes note of a layout; if it is another than before, closes all files, since those that
+    /// are open may be no more, and returns true.
+    pub fn set_layout(&self, layout: &Layout) -> bool {
         if *self.layout() == *layout {
-            return;
+            return false;
         }
-        let gone = |(kind, number): (FileKind, u32)| match kind {
-            FileKind::Pack => !layout.packs.contains_key(&number),
-            _ => layout.is_retired(number),
-        };
         *self.layout.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(layout.clone());
-        self.open.write().unwrap_or_else(PoisonError::into_inner).retain(|file, _| !gone(*file));
-        let mut indexes = self.indexes.write().unwrap_or_else(PoisonError::into_inner);
-        indexes.retain(|number, _| layout.packs.contains_key(number));
+        self.close();
+        true
     }
 
     /// Finds the record `block` refers to.
@@ -349,7 +345,8 @@ impl Appender {
 
     /// Appends `bytes`; returns where they start.
     pub fn append(&mut self, bytes: &[u8]) -> Result<u32> {
-        let offset = u32::try_from(self.len()).expect("files are bounded below 4 GiB");
+        let offset = u32::try_from(self.len())
+            .map_err(|_| StoreError::Invalid(format!("{} would grow beyond 4 GiB", self.name)))?;
         self.buffer.extend_from_slice(bytes);
         if self.buffer.len() >= WRITE_BUFFER_LEN {
             self.flush()?;
@@ -419,7 +416,7 @@ impl SegmentWriter {
         Self {
             storage,
             store,
-            max_len_bytes: max_len_bytes.clamp(1 << 12, MAX_SEGMENT_LEN),
+            max_len_bytes,
             number,
             current,
             started_at,

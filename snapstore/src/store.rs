@@ -14,7 +14,9 @@ use crate::create::{create_if_missing, journal_start, read_store_header, refuse_
 use crate::delta::Base;
 use crate::elide::{FingerprintIndex, Gate};
 use crate::error::{Result, StoreError};
-use crate::format::{JOURNAL_FILE, LOCK_FILE, MAX_FRAME_PAGES, RecordKind, STORE_FILE};
+use crate::format::{
+    JOURNAL_FILE, LOCK_FILE, MAX_FRAME_PAGES, MAX_SEGMENT_LEN, RecordKind, STORE_FILE,
+};
 use crate::frame::Frame;
 use crate::id::{BlockRef, Hash, SnapshotId};
 use crate::journal::{Cursor, Entry};
@@ -44,9 +46,15 @@ pub struct StoreOptions {
     pub base_cache_bytes: u64,
     /// Memory for the fingerprints of pages in the store, in bytes.
     pub dedup_index_bytes: u64,
+    /// Changes that a tree node right above the leaves keeps before they move down; at most
+    /// 16,384, so that nodes stay small enough to be read.
+    pub pending_runs: usize,
     /// What need not be written.
     pub elide: Elide,
 }
+
+/// The most of [`StoreOptions::pending_runs`].
+const PENDING_RUNS_MAX: usize = 1 << 14;
 
 /// What is left out of what is written. Reading needs none of these.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,6 +92,7 @@ impl Default for StoreOptions {
             frame_cache_bytes: 16 << 20,
             base_cache_bytes: 32 << 20,
             dedup_index_bytes: 16 << 20,
+            pending_runs: 2048,
             elide: Elide::default(),
         }
     }
@@ -203,6 +212,8 @@ impl Store {
                 options.frame_pages
             )));
         }
+        let segment_max_bytes = options.segment_max_bytes.clamp(1 << 12, MAX_SEGMENT_LEN);
+        let options = StoreOptions { segment_max_bytes, ..options };
         let header = read_store_header(storage.as_ref())?;
         let start = journal_start(storage.as_ref(), header.store)?;
         let pool = rayon::ThreadPoolBuilder::new()
@@ -217,7 +228,7 @@ impl Store {
             segments: Segments::new(Arc::clone(&storage), header.store),
             nodes: Cache::with_weighter(4096, options.node_cache_bytes, NodeWeighter),
             frames: Cache::with_weighter(512, options.frame_cache_bytes, FrameWeighter),
-            flush_policy: FlushPolicy::default(),
+            flush_policy: FlushPolicy::of(options.pending_runs.min(PENDING_RUNS_MAX)),
             pool,
             catalog: RwLock::new(Catalog::new(start)),
             fingerprints: FingerprintIndex::new(options.dedup_index_bytes),
@@ -248,13 +259,17 @@ impl Store {
             .storage
             .open(JOURNAL_FILE, false)
             .map_err(|error| StoreError::io("open", JOURNAL_FILE, error))?;
-        if catalog.cursor.is_replaced(file.as_ref())? {
-            // Written anew by `prune`. From this file: its name may change hands again.
-            *catalog = Catalog::read(file.as_ref(), self.uuid)?;
-        } else {
+        if catalog.cursor.goes_on_in(file.as_ref())? {
             catalog.advance(file.as_ref())?;
+            self.follow(&catalog);
+        } else {
+            // Written anew by `prune`, or a record that was seen was taken back, since its sync
+            // failed. From this file: its name may change hands again.
+            *catalog = Catalog::read(file.as_ref(), self.uuid)?;
+            self.follow(&catalog);
+            self.segments.close();
+            self.forget_contents();
         }
-        self.segments.set_layout(&catalog.layout);
         Ok(())
     }
 
@@ -271,7 +286,10 @@ impl Store {
             .map_err(|error| StoreError::io("open", JOURNAL_FILE, error))?;
         // Replaced as a whole: readers never see an empty store.
         let catalog = Catalog::read(file.as_ref(), self.uuid)?;
-        self.segments.set_layout(&catalog.layout);
+        self.follow(&catalog);
+        // Whatever the handle wrote and was not published is no more.
+        self.segments.close();
+        self.forget_contents();
         *self.catalog.write().unwrap_or_else(PoisonError::into_inner) = catalog;
         *writer = WriterState { abandon_tail: true, latched: None };
         Ok(())
@@ -374,28 +392,55 @@ impl Store {
             catalog.take(entry);
             catalog.cursor = cursor;
         }
-        self.segments.set_layout(&catalog.layout);
+        self.follow(&catalog);
     }
 
     /// Takes note of a journal this handle has just written anew.
     pub(crate) fn replaced(&self, catalog: Catalog) {
-        self.segments.set_layout(&catalog.layout);
+        self.follow(&catalog);
         *self.catalog.write().unwrap_or_else(PoisonError::into_inner) = catalog;
+    }
+
+    /// Goes by the layout of `catalog` from here on.
+    fn follow(&self, catalog: &Catalog) {
+        if self.segments.set_layout(&catalog.layout) {
+            self.forget_contents();
+        }
+    }
+
+    /// Forgets which contents are where: a page found by what the store no longer has would be
+    /// referred to, and lost.
+    pub(crate) fn forget_contents(&self) {
+        self.fingerprints.clear();
+        self.frames.clear();
+        self.bases.clear();
     }
 
     /// Does `read`; if something is missing, once more after looking at what others pruned: it
     /// may have been moved.
     pub(crate) fn reading<T>(&self, mut read: impl FnMut() -> Result<T>) -> Result<T> {
-        match read() {
-            Err(error @ StoreError::Missing { .. }) => {
-                let before = self.segments.layout();
-                self.refresh()?;
-                if *before == *self.segments.layout() { Err(error) } else { read() }
+        // As of before the read: whoever looks at the journal at the same time must not make it
+        // seem that nothing happened.
+        let mut before = self.segments.layout();
+        for _ in 0..MOVED_MAX {
+            match read() {
+                Err(error @ StoreError::Missing { .. }) => {
+                    self.refresh()?;
+                    let now = self.segments.layout();
+                    if *before == *now {
+                        return Err(error);
+                    }
+                    before = now;
+                }
+                other => return other,
             }
-            other => other,
         }
+        read()
     }
 }
+
+/// How often in a row a block may be moved while it is being read.
+const MOVED_MAX: usize = 8;
 
 impl NodeSource for Store {
     fn node(&self, block: &BlockRef, level: u8, first: u64) -> Result<Arc<Node>> {

@@ -207,8 +207,13 @@ impl Transaction {
 
     /// Remembers fingerprints to be stored, as many as a block of them may hold.
     fn keep_fingerprints(&mut self, fingerprints: Vec<FrameFingerprints>) {
-        let room = FINGERPRINTED_FRAMES_MAX.saturating_sub(self.fingerprints.len());
-        self.fingerprints.extend(fingerprints.into_iter().take(room));
+        let len = |(_, list): &FrameFingerprints| BlockRef::ENCODED_LEN + 1 + list.len() * 4;
+        let mut room = FINGERPRINTS_LEN_MAX - self.fingerprints.iter().map(len).sum::<usize>();
+        self.fingerprints.extend(fingerprints.into_iter().take_while(|frame| {
+            let fits = len(frame) <= room;
+            room = room.saturating_sub(len(frame));
+            fits
+        }));
     }
 
     /// Writes trees, state and manifest, makes everything durable, and publishes the snapshot.
@@ -281,7 +286,7 @@ impl Transaction {
         // Still under the writer lock, so that nobody comes between.
         let tag_failure = description.tag.and_then(|name| {
             let entry = Entry::Tag { name, target: Some(id) };
-            self.store.append_to_journal(entry).err().map(|failure| failure.error.to_string())
+            self.store.record(entry).err().map(|error| error.to_string())
         });
         Ok(Committed {
             id,
@@ -362,8 +367,10 @@ impl Transaction {
     fn publish(&mut self, publication: Publication) -> Result<()> {
         self.store.append_to_journal(Entry::Publish(publication)).map_err(|failure| {
             if !failure.undone {
-                // Somebody may see it as published: its data must stay.
+                // Somebody may see it as published: its data must stay. Or nobody does, and the next
+                // writer removes it.
                 self.segments = None;
+                self.store.forget_contents();
                 self.store.writer_state().latched = Some(failure.error.to_string());
             }
             failure.error
@@ -375,8 +382,7 @@ impl Transaction {
 
     fn roll_back(&mut self, latch: Option<String>) {
         let Some(segments) = self.segments.take() else { return };
-        // It knows frames that are no more.
-        self.store.fingerprints.clear();
+        self.store.forget_contents();
         if let Err(error) = segments.roll_back(&self.store.segments) {
             // What could not be taken back is cleared away by the next writer, who leaves a segment
             // in doubt alone.
@@ -389,8 +395,8 @@ impl Transaction {
     }
 }
 
-/// The most frames whose fingerprints one snapshot keeps: 16 GiB of pages, less than 40 MiB.
-const FINGERPRINTED_FRAMES_MAX: usize = 1 << 18;
+/// The most bytes of fingerprints that one snapshot keeps: of 18 GiB of pages.
+const FINGERPRINTS_LEN_MAX: usize = 32 << 20;
 
 /// JSON that is certain to be readable: the parser has limits, such as the depth of nesting, that
 /// the printer does not have.

@@ -37,13 +37,13 @@ pub(crate) struct FlushPolicy {
     pub least_group: usize,
 }
 
-impl Default for FlushPolicy {
-    fn default() -> Self {
-        Self { above_leaves: 2048, further_up: 4096, least_group: 8 }
-    }
-}
-
 impl FlushPolicy {
+    /// For nodes that keep `above_leaves` runs right above the leaves.
+    pub fn of(above_leaves: usize) -> Self {
+        let above_leaves = above_leaves.max(2);
+        Self { above_leaves, further_up: above_leaves * 2, least_group: 8.min(above_leaves / 2) }
+    }
+
     fn most_runs(self, level: u8) -> usize {
         if level == 1 { self.above_leaves } else { self.further_up }
     }
@@ -403,7 +403,7 @@ mod tests {
                 location: Location::Frame { frame: frame(index as u32), slot: 0 },
             })
             .collect();
-        let tree = memory.apply(&tree, FlushPolicy::default(), &changes(&full));
+        let tree = memory.apply(&tree, FlushPolicy::of(2048), &changes(&full));
         let before = memory.put_so_far();
         let scattered: Vec<Run> = (0..1000)
             .map(|index| Run {
@@ -412,7 +412,7 @@ mod tests {
                 location: Location::Frame { frame: frame(7), slot: 3 },
             })
             .collect();
-        memory.apply(&tree, FlushPolicy::default(), &changes(&scattered));
+        memory.apply(&tree, FlushPolicy::of(2048), &changes(&scattered));
         assert_eq!(memory.put_so_far() - before, 1);
     }
 

@@ -13,6 +13,7 @@ use crate::format::{
 };
 use crate::id::{BlockRef, SnapshotId};
 use crate::journal::{Entry, MAX_LISTED};
+use crate::layout::Relayout;
 use crate::segment::SegmentWriter;
 use crate::snapshot::Snapshot;
 use crate::storage::StoreFile;
@@ -43,6 +44,24 @@ impl Store {
         self.check_latched()?;
         let _lock = lock(self.storage.as_ref())?;
         self.refresh()?;
+        self.forget_published(ids)
+    }
+
+    /// As [`Self::forget`], but leaves those that have a tag by now; returns those forgotten.
+    ///
+    /// # Errors
+    /// As [`Self::forget`].
+    pub fn forget_untagged(&self, ids: &[SnapshotId]) -> Result<Vec<SnapshotId>> {
+        self.check_latched()?;
+        let _lock = lock(self.storage.as_ref())?;
+        self.refresh()?;
+        let tagged: HashSet<SnapshotId> = self.tags().into_values().collect();
+        let ids: Vec<SnapshotId> = ids.iter().copied().filter(|id| !tagged.contains(id)).collect();
+        self.forget_published(&ids)?;
+        Ok(ids)
+    }
+
+    fn forget_published(&self, ids: &[SnapshotId]) -> Result<()> {
         let mut distinct = HashSet::new();
         for id in ids {
             self.published(*id)?;
@@ -53,12 +72,36 @@ impl Store {
 
     /// Appends `entry` to the journal, durably, under the writer lock.
     pub(crate) fn record(&self, entry: Entry) -> Result<()> {
+        self.keep_doubtful_blocks()?;
+        self.record_as_it_is(entry)
+    }
+
+    fn record_as_it_is(&self, entry: Entry) -> Result<()> {
         self.append_to_journal(entry).map_err(|failure| {
             if failure.error.latches() || !failure.undone {
                 self.writer_state().latched = Some(failure.error.to_string());
             }
             failure.error
         })
+    }
+
+    /// If the journal ends in a torn record, moves the tail behind all there is. That record is cut
+    /// off with the next; but it may be a damaged one that was durable, and its blocks all that is
+    /// left of a snapshot.
+    pub(crate) fn keep_doubtful_blocks(&self) -> Result<()> {
+        if self.torn_journal_bytes() == 0 {
+            return Ok(());
+        }
+        let files = self.segment_files()?;
+        let segments = files.iter().filter(|(kind, _)| *kind == FileKind::Segment);
+        let Some(last) = segments.map(|(_, number)| *number).max() else { return Ok(()) };
+        let tail = self.catalog().tail.unwrap_or_default();
+        let name = segment_name(last);
+        let len = self.storage.open(&name, false).and_then(|file| file.len_bytes());
+        let len = len.map_err(|error| StoreError::io("read", name, error))?;
+        let next_pack = self.segments.layout().next_pack;
+        let step = Relayout { tail: Some(tail.max((last, len))), next_pack, ..Relayout::default() };
+        self.record_as_it_is(Entry::Relayout(step))
     }
 
     pub(crate) fn check_latched(&self) -> Result<()> {
@@ -159,7 +202,7 @@ impl Store {
         ))
     }
 
-    /// The newest segment, cut to `end`, if it can be appended to.
+    /// The newest segment, which ends at `end`, if it can be appended to.
     fn reopen_tail(&self, number: u32, end: u64) -> Result<Option<Arc<dyn StoreFile>>> {
         let layout = self.segments.layout();
         // One that was pruned is no more; one that is missing, or whose header is damaged, could
@@ -172,10 +215,7 @@ impl Store {
             .storage
             .open(&name, true)
             .map_err(|error| StoreError::io("open", name.clone(), error))?;
-        let len = file.len_bytes().map_err(|error| StoreError::io("read", name.clone(), error))?;
-        if len > end {
-            file.set_len(end).map_err(|error| StoreError::io("truncate", name, error))?;
-        }
+        let len = file.len_bytes().map_err(|error| StoreError::io("read", name, error))?;
         // A shorter one has lost published data: `verify` tells; never append to it.
         Ok((len >= end).then_some(file))
     }
@@ -183,6 +223,9 @@ impl Store {
     /// Removes what no published snapshot can be in: what lies behind the tail, what was pruned,
     /// packs and a journal that were not finished.
     pub(crate) fn remove_orphans(&self) -> Result<()> {
+        if self.torn_journal_bytes() > 0 {
+            return Ok(());
+        }
         let layout = self.segments.layout();
         let last = self.catalog().tail.map_or(0, |(last, _)| last);
         let is_orphan = |(kind, number): (FileKind, u32)| match kind {
@@ -192,12 +235,28 @@ impl Store {
         for key in self.segment_files()?.into_iter().filter(|key| is_orphan(*key)) {
             self.remove_file(key)?;
         }
+        self.cut_tail()?;
         match self.storage.remove(JOURNAL_NEW_FILE) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 Err(StoreError::io("remove", JOURNAL_NEW_FILE, error))
             }
             _ => Ok(()),
         }
+    }
+
+    /// Cuts what lies behind the tail off the newest segment.
+    fn cut_tail(&self) -> Result<()> {
+        let Some((number, end)) = self.catalog().tail else { return Ok(()) };
+        let name = segment_name(number);
+        let file = match self.storage.open(&name, true) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            file => file.map_err(|error| StoreError::io("open", name.clone(), error))?,
+        };
+        let len = file.len_bytes().map_err(|error| StoreError::io("read", name.clone(), error))?;
+        if len > end {
+            file.set_len(end).map_err(|error| StoreError::io("truncate", name, error))?;
+        }
+        Ok(())
     }
 
     pub(crate) fn remove_file(&self, key: (FileKind, u32)) -> Result<()> {

@@ -47,17 +47,18 @@ pub fn everything() -> Everything {
     let folder = tempfile::tempdir().expect("a scratch folder");
     let options = StoreOptions { segment_max_bytes: 1 << 12, ..small_options() };
     let store = Store::open_or_create(folder.path(), options).expect("it works");
-    let regions = [("disk".to_owned(), vec![0; 30]), ("ram".to_owned(), vec![0; 70])];
+    // One with inner nodes, which keep pending runs and hand others down.
+    let regions = [("disk".to_owned(), vec![0; 30]), ("ram".to_owned(), vec![0; 1300])];
     let mut model = Model { regions: regions.into() };
     let mut published: Vec<(SnapshotId, Model)> = Vec::new();
     let mut models = HashMap::new();
     // 3 is noise, 24 and up are noise with a few bytes changed, the others compress.
     let rounds: [&[(u64, u8)]; 5] = [
-        &[(0, 4), (1, 3), (2, 7), (3, 10), (20, 13), (21, 16)],
-        &[(1, 24), (2, 19), (5, 3)],
-        &[(1, 28), (3, 22), (4, 0), (60, 1)],
+        &[(0, 4), (1, 3), (2, 7), (3, 10), (20, 13), (21, 16), (600, 4), (602, 7), (604, 1)],
+        &[(1, 24), (2, 19), (5, 3), (606, 4), (608, 4), (610, 7), (612, 10)],
+        &[(1, 28), (3, 22), (4, 0), (60, 1), (602, 0), (1290, 4)],
         &[(0, 0), (2, 7), (69, 13), (20, 10)],
-        &[(5, 32), (61, 4)],
+        &[(5, 32), (61, 4), (600, 0)],
     ];
     for (step, ram) in rounds.iter().enumerate() {
         let disk = vec![(step as u64 * 5, 4 + 3 * step as u8), (29, 1)];
@@ -68,11 +69,18 @@ pub fn everything() -> Everything {
         published.push((id, model.clone()));
         models.insert(id, model.clone());
         if step == 3 {
+            // So much of the journal is stale that it is written anew.
+            for tag in ["one", "two", "three", "four"] {
+                store.set_tag(tag, Some(published[0].0)).expect("it works");
+                store.set_tag(tag, None).expect("it works");
+            }
             let gone = [published.remove(0).0, published.remove(1).0];
             store.forget(&gone).expect("it works");
             let all = PruneOptions { max_unused: 0.0, ..PruneOptions::default() };
             let report = store.prune(&all, &PruneProgress::default()).expect("it works");
             assert!(report.segments_rewritten > 0, "{report:?}");
+            let journal = fs::read(folder.path().join("journal")).expect("it is there");
+            assert_ne!(journal[12], 0, "the journal was written anew");
         }
     }
     store.set_tag("gold", Some(published[1].0)).expect("it works");

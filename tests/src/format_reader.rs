@@ -52,6 +52,14 @@ pub struct JournalState {
     pub len: usize,
 }
 
+impl Record {
+    /// Where the next one starts.
+    #[must_use]
+    pub fn end(&self) -> usize {
+        self.offset + self.len
+    }
+}
+
 /// Reads a journal.
 ///
 /// # Panics
@@ -130,7 +138,10 @@ impl JournalState {
     }
 }
 
-/// A record of a segment.
+/// Kind of a record that only writers read.
+pub const KIND_FINGERPRINTS: u8 = 6;
+
+/// A record of a segment or pack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Record {
     /// Where its header starts.

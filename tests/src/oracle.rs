@@ -92,6 +92,7 @@ pub fn small_options() -> StoreOptions {
         workers: 1,
         node_cache_bytes: 4 << 20,
         frame_cache_bytes: 4 << 20,
+        pending_runs: 6,
         ..StoreOptions::default()
     }
 }

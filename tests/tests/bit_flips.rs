@@ -6,13 +6,15 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use frazil_snapstore::{DirStorage, PAGE_SIZE, Page, SnapshotId, Store, VerifyProgress, verify};
+use frazil_snapstore::{
+    DirStorage, PAGE_SIZE, Page, SnapshotId, Store, StoreError, VerifyProgress, verify,
+};
 use frazil_tests::fixture;
-use frazil_tests::format_reader::read_segment;
+use frazil_tests::format_reader::{KIND_FINGERPRINTS, read_segment};
 use frazil_tests::oracle::{Model, check_all, content, small_options};
 
 /// Every how many flips all pages are read as well, by a store that has nothing cached.
-const READ_STRIDE: usize = 50;
+const READ_STRIDE: usize = 200;
 
 /// How damage showed.
 #[derive(Debug, PartialEq, Eq)]
@@ -98,6 +100,20 @@ fn reported(store: &Arc<Store>, snapshots: &[SnapshotId], file: &str) -> bool {
     !report.damage.is_empty()
 }
 
+/// True if `verify` finds damage in `file`, and says where: at `offset`, what was expected and what
+/// was found.
+fn reported_at(store: &Arc<Store>, snapshots: &[SnapshotId], file: &str, offset: u64) -> bool {
+    let report = verify(store, snapshots, &VerifyProgress::default()).unwrap();
+    report.damage.iter().any(|damage| match &damage.error {
+        StoreError::Corrupt { file: found, offset: at, expected, found: what, .. } => {
+            found == file && *at == offset && !expected.is_empty() && !what.is_empty()
+        }
+        // Of a later version, by its number.
+        StoreError::UnsupportedVersion { file: found, .. } => found == file && offset == 0,
+        _ => false,
+    })
+}
+
 /// Reads every page of every snapshot; those that can be read must be right. Returns how many
 /// could not.
 fn read_all(store: &Arc<Store>, published: &[(SnapshotId, Model)]) -> usize {
@@ -156,15 +172,23 @@ fn every_bit_of_a_segment_and_pack_counts() {
     let mut flips = 0;
     for name in &fixture.segments {
         let good = fs::read(fixture.path(name)).unwrap();
-        assert!(!read_segment(&good).is_empty(), "{name} is records from end to end");
+        let blocks = read_segment(&good);
+        assert!(!blocks.is_empty(), "{name} is records from end to end");
         let file = fs::OpenOptions::new().write(true).open(fixture.path(name)).unwrap();
         for bit in 0..good.len() * 8 {
             let byte = bit / 8;
             file.write_all_at(&[good[byte] ^ 1 << (bit % 8)], byte as u64).unwrap();
             flips += 1;
-            assert!(reported(&store, &ids, name), "bit {bit} of {name} was not seen");
+            let block = blocks.iter().find(|block| (block.offset..block.end()).contains(&byte));
+            let offset = block.map_or(0, |block| block.offset as u64);
+            assert!(reported_at(&store, &ids, name, offset), "bit {bit} of {name} was not seen");
             if flips % READ_STRIDE == 0 {
                 assert_eq!(fixture.judge(name), Outcome::Reported, "bit {bit} of {name}");
+                let fresh = fixture.open().unwrap();
+                // Nobody needs fingerprints to read.
+                let needed = block.is_none_or(|block| block.kind != KIND_FINGERPRINTS);
+                let unread = read_all(&fresh, &fixture.published);
+                assert_eq!(unread > 0, needed, "bit {bit} of {name} in reading");
             }
             file.write_all_at(&good[byte..=byte], byte as u64).unwrap();
         }

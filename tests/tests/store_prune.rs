@@ -252,6 +252,70 @@ fn a_long_history_with_regular_pruning_stays_small() {
     assert!(files < 40, "{files} files");
 }
 
+/// A handle that has everything cached, beside one that forgets and prunes until the journal is
+/// written anew: it must not refer to what is no more.
+#[test]
+fn what_others_pruned_is_not_referred_to() {
+    let options = || StoreOptions { frame_cache_bytes: 8 << 20, ..small_options() };
+    let mut line = Line::new(options());
+    let all: Vec<(u64, u8)> = (0..PAGES).map(|page| (page, 2 + (page % 30) as u8)).collect();
+    let edit = |step| Edit { rounds: vec![("ram".into(), all.clone())], step };
+    let first = take(&line.store, None, &mut line.model, &edit(0)).unwrap().id;
+    // Read back, so that the frames are cached and the files open.
+    compare_snapshot(&line.store.snapshot(first).unwrap(), &line.model).unwrap();
+    let other = Store::open_storage(Arc::new(line.storage.clone()), options()).unwrap();
+    for step in 0..20 {
+        other.set_tag(&format!("tag-{step}"), Some(first)).unwrap();
+        other.set_tag(&format!("tag-{step}"), None).unwrap();
+    }
+    other.forget(&[first]).unwrap();
+    other.prune(&ALL, &PruneProgress::default()).unwrap();
+    assert_ne!(line.storage.content("journal").unwrap()[12], 0, "written anew");
+    let again = take(&line.store, None, &mut line.model, &edit(1)).unwrap().id;
+    let fresh = Store::open_storage(Arc::new(line.storage.clone()), options()).unwrap();
+    check_all(&fresh, &[(again, line.model)]);
+}
+
+#[test]
+fn a_cancelled_prune_keeps_what_it_did_and_can_be_run_again() {
+    let mut line = Line::new(small_options());
+    (0..12).for_each(|_| line.step(40));
+    line.thin(|index| index % 4 == 3);
+    let progress = PruneProgress::default();
+    progress.cancel();
+    let error = line.store.prune(&ALL, &progress).unwrap_err();
+    assert!(matches!(error, StoreError::Cancelled(_)), "{error}");
+    check_all(&line.store, &line.published);
+    assert!(line.prune(&ALL).segments_rewritten > 0);
+}
+
+/// A torn newest record may be a damaged one: its blocks stay, whatever is written next, until
+/// somebody prunes.
+#[test]
+fn blocks_of_a_torn_record_survive_tags_and_checkpoints() {
+    let mut line = Line::new(small_options());
+    (0..4).for_each(|_| line.step(30));
+    let good = line.storage.content("journal").unwrap();
+    line.storage.put("journal", Some(&good[..good.len() - 5]));
+    let files = line.storage.files();
+    let store = Store::open_storage(Arc::new(line.storage.clone()), small_options()).unwrap();
+    assert!(store.torn_journal_bytes() > 0);
+    let newest = line.published.pop().unwrap();
+    store.set_tag("gold", Some(line.published[2].0)).unwrap();
+    let mut model = line.published[2].1.clone();
+    let edit = Edit { rounds: vec![("ram".into(), vec![(1, 5)])], step: 70 };
+    let id = take(&store, Some(line.published[2].0), &mut model, &edit).unwrap().id;
+    line.published.push((id, model));
+    check_all(&store, &line.published);
+    for (name, len) in files.iter().filter(|(name, _)| name.starts_with("segments/")) {
+        assert!(line.storage.files()[name] >= *len, "{name} lost something");
+    }
+    // The record, put back by hand, brings the snapshot back.
+    line.storage.put("journal", Some(&good));
+    let repaired = Store::open_storage(Arc::new(line.storage.clone()), small_options()).unwrap();
+    compare_snapshot(&repaired.snapshot(newest.0).unwrap(), &newest.1).unwrap();
+}
+
 #[test]
 fn diffs_agree_with_a_naive_one() {
     let mut line = Line::new(small_options());
