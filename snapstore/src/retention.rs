@@ -143,7 +143,7 @@ impl FromStr for Policy {
     }
 }
 
-/// Reads a length of time for [`Policy::within`]: `90m`, `2h`, `1d12h`, `6w`.
+/// Reads a length of time for `within` of a [`Policy`]: `90m`, `2h`, `1d12h`, `6w`.
 ///
 /// # Errors
 /// What was expected, and what found.

@@ -185,7 +185,7 @@ fn go_on(
     let id = take(store, parent, &mut model, &edit).expect("a commit after the crash").id;
     published.push((id, model));
     assert_eq!(store.torn_journal_bytes(), 0, "the writer clears a torn tail away");
-    if step % 3 == 0 {
+    if step.is_multiple_of(3) {
         // Whatever was interrupted, it can be run again.
         let all = PruneOptions { max_unused: 0.0, ..PruneOptions::default() };
         store.prune(&all, &PruneProgress::default()).expect("a prune after the crash");

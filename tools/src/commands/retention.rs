@@ -36,16 +36,23 @@ pub(crate) fn forget(args: &ForgetArgs, json: bool) -> anyhow::Result<()> {
     let (folder, references) = split_targets(args)?;
     check_usage(args, &policy, &references)?;
     let store = open_store(folder)?;
-    let rows = if policy.is_empty() {
+    let mut rows = if policy.is_empty() {
         named(&store, &references, args.untag)?
     } else {
         judged(&store, &policy, args.name.as_deref())?
     };
-    let ids: Vec<SnapshotId> = rows.iter().filter(|row| !row.keep).map(|row| row.info.id).collect();
-    let left = store.snapshots().len() - ids.len();
+    let mut ids: Vec<SnapshotId> =
+        rows.iter().filter(|row| !row.keep).map(|row| row.info.id).collect();
     if !args.dry_run && !ids.is_empty() {
-        patiently(|| store.forget(&ids))?;
+        if policy.is_empty() {
+            patiently(|| store.forget(&ids))?;
+        } else {
+            // Somebody may have tagged one since it was judged.
+            ids = patiently(|| store.forget_untagged(&ids))?;
+            keep_others(&mut rows, &ids);
+        }
     }
+    let left = store.snapshots().len() - if args.dry_run { ids.len() } else { 0 };
     print_rows(&rows, json)?;
     if !json {
         say_forgotten(&store, ids.len(), left, args);
@@ -54,7 +61,14 @@ pub(crate) fn forget(args: &ForgetArgs, json: bool) -> anyhow::Result<()> {
     let pruned = if args.prune && !args.dry_run {
         let started = Instant::now();
         let options = PruneOptions::default();
-        let report = prune_with_bar(&store, &options)
+        let report = prune_with_bar(&store, &options);
+        if json && report.is_err() {
+            // What was done is done.
+            print_json(&json!({
+                "forgotten": ids.len(), "left": left, "dry_run": false, "prune": null,
+            }))?;
+        }
+        let report = report
             .with_context(|| format!("{} snapshots are forgotten, pruning failed", ids.len()))?;
         if !json {
             say_pruned(&store, &report, started.elapsed());
@@ -69,6 +83,13 @@ pub(crate) fn forget(args: &ForgetArgs, json: bool) -> anyhow::Result<()> {
         }))?;
     }
     Ok(())
+}
+
+/// Those that were to go and did not have been tagged meanwhile.
+fn keep_others(rows: &mut [Row], forgotten: &[SnapshotId]) {
+    for row in rows.iter_mut().filter(|row| !row.keep && !forgotten.contains(&row.info.id)) {
+        (row.keep, row.reasons) = (true, vec!["tagged"]);
+    }
 }
 
 /// The store's folder, if any is named, and the references to snapshots in it.

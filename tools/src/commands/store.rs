@@ -75,6 +75,8 @@ pub(crate) fn show(args: &ShowArgs, json: bool) -> anyhow::Result<()> {
     let (_, snapshot) = open_snapshot(&args.snapshot)?;
     let manifest = snapshot.manifest();
     let states = snapshot.states()?;
+    // As `log` has it: if the one it was taken on was forgotten, the nearest ancestor that was not.
+    let parent = snapshot.store().resolve(&snapshot.id().to_string())?.parent;
     let tags: Vec<String> = snapshot
         .store()
         .tags()
@@ -93,16 +95,13 @@ pub(crate) fn show(args: &ShowArgs, json: bool) -> anyhow::Result<()> {
             .map(|chunk| json!({"name": chunk.name, "kind": chunk.kind, "version": chunk.version, "body": chunk.body}))
             .collect();
         return print_json(&json!({
-            "id": snapshot.id(), "parent": manifest.parent, "time_unix_ms": manifest.time_unix_ms,
+            "id": snapshot.id(), "parent": parent, "time_unix_ms": manifest.time_unix_ms,
             "vm": manifest.name, "message": manifest.message, "tags": tags,
             "regions": regions, "state": state, "stats": manifest.stats,
         }));
     }
     outln!("snapshot  {}", snapshot.id());
-    outln!(
-        "parent    {}",
-        manifest.parent.map_or_else(|| "none".into(), |parent| parent.to_string())
-    );
+    outln!("parent    {}", parent.map_or_else(|| "none".into(), |parent| parent.to_string()));
     outln!("time      {}", output::time(manifest.time_unix_ms));
     outln!("vm        {}", manifest.name);
     if !manifest.message.is_empty() {

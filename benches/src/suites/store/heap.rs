@@ -15,7 +15,7 @@ const COMMITS: u64 = 2;
 
 /// Every second page is dirty, the worst there is for whoever keeps track of runs: of a first
 /// snapshot, and of one on top of it. Rust's heap at its peak, opening the store and its caches
-/// included; zstd's contexts (about a MiB a core) and mapped segments are not in it.
+/// included; zstd's contexts (about a MiB a core) are not in it.
 pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     let pages = bench.sized(16 << 30, 256 << 20) / PAGE_SIZE as u64;
     let mut dirty = PageSet::new(pages);

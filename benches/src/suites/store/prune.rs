@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use anyhow::{bail, ensure};
 use frazil_snapstore::{
-    Page, PageSource, PruneOptions, PruneProgress, RegionReader, StoreOptions, VerifyProgress,
-    verify,
+    PAGE_SIZE, Page, PageSource, PruneOptions, PruneProgress, RegionReader, StoreOptions,
+    VerifyProgress, verify,
 };
 
 use super::bed::Bed;
@@ -32,7 +32,7 @@ pub(super) fn measure(bench: &mut Bench, pool: &Pool) -> anyhow::Result<()> {
     let (prune_ms, rewritten) = forget_all_but_last(&mut bed)?;
 
     let mut fresh = Bed::new(bench, pages, StoreOptions::default())?;
-    let kept = Kept(bed.reader()?);
+    let kept = Kept::read(&bed.reader()?, pages)?;
     let fresh_ms = fresh.commit(&all(pages), &kept)?.as_secs_f64() * 1e3;
     let (bytes, fresh_bytes) = (bed.stored_bytes()? as f64, fresh.stored_bytes()? as f64);
     bench.emit(Metric::new("store.prune_size", bytes, "bytes", 1).against(fresh_bytes))?;
@@ -57,11 +57,22 @@ fn forget_all_but_last(bed: &mut Bed) -> anyhow::Result<(f64, f64)> {
     Ok((took.as_secs_f64() * 1e3, report.bytes_rewritten as f64))
 }
 
-/// The pages of a snapshot, to be written to another store.
-struct Kept(RegionReader);
+/// The pages of a snapshot, read, to be written to another store.
+struct Kept(Vec<u8>);
+
+impl Kept {
+    fn read(region: &RegionReader, pages: u64) -> anyhow::Result<Self> {
+        let mut bytes = vec![0; pages as usize * PAGE_SIZE];
+        region.read_pages(0, &mut bytes)?;
+        Ok(Self(bytes))
+    }
+}
 
 impl PageSource for Kept {
     fn read_page(&self, page: u64, buf: &mut Page) -> io::Result<()> {
-        self.0.read_page(page, buf).map_err(io::Error::other)
+        let start = page as usize * PAGE_SIZE;
+        let bytes = self.0.get(start..start + PAGE_SIZE).ok_or(io::ErrorKind::UnexpectedEof)?;
+        buf.copy_from_slice(bytes);
+        Ok(())
     }
 }

@@ -29,6 +29,9 @@ pub(super) fn measure(bench: &mut Bench, pool: &Pool) -> anyhow::Result<()> {
     }
     let metric = Metric::new("store.commit_scale_16g_1g", times.ms(0.5), "ms", times.n());
     bench.emit(metric.against(floor.ms(0.5)))?;
+    // Now and then waiting changes move down the tree.
+    let metric = Metric::new("store.commit_scale_16g_1g_p90", times.ms(0.9), "ms", times.n());
+    bench.emit(metric.against(floor.ms(0.9)))?;
 
     let mut times = Samples::new();
     for _ in 0..bench.runs(20) {
