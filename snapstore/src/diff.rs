@@ -88,7 +88,7 @@ pub fn diff(a: &Snapshot, b: &Snapshot, options: DiffOptions) -> Result<Snapshot
         .iter()
         .map(|region| (a.manifest().region(&region.name), Some(region)))
         .chain(only_a.map(|region| (Some(region), None)))
-        .map(|(in_a, in_b)| diff_region(b.store(), in_a, in_b, options))
+        .map(|(in_a, in_b)| diff_region(b.store(), in_a, in_b, (options, a.written_at)))
         .collect::<Result<Vec<_>>>()?;
     Ok(SnapshotDiff { regions, state: diff_state(a, b)? })
 }
@@ -121,12 +121,19 @@ fn diff_region(
     store: &Store,
     a: Option<&RegionManifest>,
     b: Option<&RegionManifest>,
-    options: DiffOptions,
+    (options, a_written_at): (DiffOptions, (u32, u32)),
 ) -> Result<RegionDiff> {
     let pages = |region: Option<&RegionManifest>| region.map(|region| region.pages);
     let most = pages(a).max(pages(b)).unwrap_or(0);
     let level = root_level(most);
-    let mut walk = Walk { store, options, pages: most, ranges: Vec::new(), frames: HashSet::new() };
+    let mut walk = Walk {
+        store,
+        options,
+        a_written_at,
+        pages: most,
+        ranges: Vec::new(),
+        frames: HashSet::new(),
+    };
     let (left, right) = (side(store, a, level)?, side(store, b, level)?);
     walk.compare(&left, &right, level, 0)?;
     Ok(RegionDiff {
@@ -160,6 +167,8 @@ fn side(store: &Store, region: Option<&RegionManifest>, level: u8) -> Result<Sid
 struct Walk<'a> {
     store: &'a Store,
     options: DiffOptions,
+    /// Where A's manifest was written: A refers to nothing behind it.
+    a_written_at: (u32, u32),
     pages: u64,
     ranges: Vec<PageRange>,
     frames: HashSet<BlockRef>,
@@ -191,7 +200,9 @@ impl Walk<'_> {
             for run in covered(&only_a, &only_b) {
                 for page in run.first..run.end() {
                     let find = |side: &Side| self.locate(side, level, first, page);
-                    let (old, new) = (find(a)?, find(b)?);
+                    let new = find(b)?;
+                    // Mostly nobody has to look where A has it.
+                    let old = if self.is_news(&new) { Location::Zero } else { find(a)? };
                     self.page(page, old, new)?;
                 }
             }
@@ -210,14 +221,17 @@ impl Walk<'_> {
         for index in 0..64 {
             let (first, level) = a.child_place(index);
             let end = first + span_pages(level);
-            let part = |node: &Node| Side {
-                node: node.child(index).copied(),
-                pending: clip_runs(&node.runs, first, end).collect(),
-            };
-            let (a, b) = (part(&a), part(&b));
-            if a.node != b.node || !a.pending.is_empty() || !b.pending.is_empty() {
-                self.compare(&a, &b, level, first)?;
+            let pending = |node: &Node| clip_runs(&node.runs, first, end).collect();
+            let (left, right) = (a.child(index).copied(), b.child(index).copied());
+            // Most children are alike, with what lies over them.
+            if left == right && clip_runs(&a.runs, first, end).eq(clip_runs(&b.runs, first, end)) {
+                continue;
             }
+            let (left, right) = (
+                Side { node: left, pending: pending(&a) },
+                Side { node: right, pending: pending(&b) },
+            );
+            self.compare(&left, &right, level, first)?;
         }
         Ok(())
     }
@@ -237,6 +251,12 @@ impl Walk<'_> {
             Some(location) => Ok(location),
             None => Tree::page_below(self.store, side.node, level, first, page),
         }
+    }
+
+    /// True if what is at `location` was written after A, so that A has something else.
+    fn is_news(&self, location: &Location) -> bool {
+        let written_at = location.block().map(|(frame, _)| (frame.segment, frame.offset));
+        !self.options.exact && written_at.is_some_and(|place| place > self.a_written_at)
     }
 
     fn page(&mut self, page: u64, old: Location, new: Location) -> Result<()> {

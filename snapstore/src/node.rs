@@ -224,9 +224,14 @@ impl Node {
     }
 
     /// Layout: level (1 byte), first page, numbers of frames, delta frames and runs (varints),
-    /// references to frames and to delta frames, runs, bit map of children (8 bytes) and their
-    /// references. A run is: gap to the end of the run before (varint), count (varint), 0 for zero
-    /// pages or 1 + index of its frame (varint), and, for a frame, the slot (1 byte).
+    /// references to frames and to delta frames; then of all runs the gaps to the end of the run
+    /// before (varints), the counts (varints), the frames (varints: 0 for zero pages, else 1 + the
+    /// zigzag distance from the frame of the run before), and of those with a frame the slots (1
+    /// byte: the zigzag distance from where the frame's last run ended); bit map of children (8
+    /// bytes) and their references.
+    ///
+    /// By columns, and as distances: pending runs are mostly single pages of frames that each take
+    /// their turn, so that but for the gaps there is little in them that a compressor would keep.
     pub fn encode(&self) -> Vec<u8> {
         let table = FrameTable::of(&self.runs);
         let mut out = Vec::with_capacity(
@@ -241,13 +246,19 @@ impl Node {
         let mut end = self.first;
         for run in &self.runs {
             put_varint(&mut out, run.first - end);
-            put_varint(&mut out, run.count);
-            put_varint(&mut out, table.index(&run.location));
-            if let Some((_, slot)) = run.location.block() {
-                out.push(slot);
-            }
             end = run.end();
         }
+        self.runs.iter().for_each(|run| put_varint(&mut out, run.count));
+        let mut slots = Vec::with_capacity(self.runs.len());
+        let mut places = Places::new(table.len());
+        for run in &self.runs {
+            let place = run.location.block().zip(table.index(&run.location));
+            let (frame, slot) =
+                places.encode(place.map(|((_, slot), index)| (index, slot)), run.count);
+            put_varint(&mut out, frame);
+            slots.extend(slot);
+        }
+        out.extend_from_slice(&slots);
         if self.level > 0 {
             let map = self.children.iter().fold(0_u64, |map, (index, _)| map | 1 << index);
             out.extend_from_slice(&map.to_le_bytes());
@@ -284,13 +295,8 @@ impl Node {
             (0..count).map(|_| decoder.block_ref(what)).collect::<Decoded<Vec<_>>>()
         };
         let (frames, deltas) = (refs(frame_count, "frame")?, refs(delta_count, "delta frame")?);
-        node.runs.reserve_exact(run_count as usize);
-        let mut end = first;
-        for _ in 0..run_count {
-            let run = decode_run(&mut decoder, end, node.end(), &frames, &deltas)?;
-            end = run.end();
-            node.runs.push(run);
-        }
+        node.runs = decode_runs(&mut decoder, run_count as usize, (first, node.end()))?;
+        decode_locations(&mut decoder, &mut node.runs, &frames, &deltas)?;
         if level > 0 {
             let map = decoder.u64("map of children")?;
             for index in (0..64_u8).filter(|index| map >> index & 1 == 1) {
@@ -302,45 +308,103 @@ impl Node {
     }
 }
 
-fn decode_run(
+/// The pages of `count` runs inside `place`; where they are comes behind.
+fn decode_runs(decoder: &mut Decoder<'_>, count: usize, place: (u64, u64)) -> Decoded<Vec<Run>> {
+    let mut runs = Vec::with_capacity(count);
+    for _ in 0..count {
+        let first = decoder.varint("gap between runs")?;
+        runs.push(Run { first, count: 0, location: Location::Zero });
+    }
+    let (mut end, limit) = place;
+    for run in &mut runs {
+        run.count = decoder.varint("length of a run")?;
+        let first = end.checked_add(run.first).filter(|first| *first < limit);
+        run.first = first.ok_or_else(|| {
+            Malformed::new("first page of a run", format!("below {limit}"), run.first)
+        })?;
+        if run.count == 0 || run.count > limit - run.first {
+            let most = limit - run.first;
+            return Err(Malformed::new("length of a run", format!("1 to {most}"), run.count));
+        }
+        end = run.end();
+    }
+    Ok(runs)
+}
+
+fn decode_locations(
     decoder: &mut Decoder<'_>,
-    after: u64,
-    limit: u64,
+    runs: &mut [Run],
     frames: &[BlockRef],
     deltas: &[BlockRef],
-) -> Decoded<Run> {
-    let gap = decoder.varint("gap between runs")?;
-    let count = decoder.varint("length of a run")?;
-    let index = decoder.varint("frame of a run")?;
-    let first = after.checked_add(gap).filter(|first| *first < limit);
-    let first = first
-        .ok_or_else(|| Malformed::new("first page of a run", format!("below {limit}"), gap))?;
-    if count == 0 || count > limit - first {
-        return Err(Malformed::new("length of a run", format!("1 to {}", limit - first), count));
+) -> Decoded<()> {
+    let numbers = runs.iter().map(|_| decoder.varint("frame of a run"));
+    let numbers = numbers.collect::<Decoded<Vec<_>>>()?;
+    let table_len = frames.len() + deltas.len();
+    let mut places = Places::new(table_len);
+    for (run, number) in runs.iter_mut().zip(numbers) {
+        // Zero pages, as they came.
+        let Some(distance) = number.checked_sub(1) else { continue };
+        let index = places.index(distance).ok_or_else(|| {
+            Malformed::new("frame of a run", format!("one of {table_len}"), number)
+        })?;
+        let slot = places.slot(index, decoder.u8("slot of a run")?, run.count);
+        let slot = slot.ok_or_else(|| {
+            Malformed::new("slots of a run", format!("inside {MAX_FRAME_PAGES}"), run.count)
+        })?;
+        run.location = match frames.get(index) {
+            Some(&frame) => Location::Frame { frame, slot },
+            None => Location::Delta { frame: deltas[index - frames.len()], slot },
+        };
     }
-    if index == 0 {
-        return Ok(Run { first, count, location: Location::Zero });
+    Ok(())
+}
+
+/// Where the next run is expected to be: in the frame of the one before, behind that frame's last.
+struct Places {
+    last: usize,
+    next_slots: Vec<u8>,
+}
+
+impl Places {
+    fn new(frames: usize) -> Self {
+        Self { last: 0, next_slots: vec![0; frames] }
     }
-    let slot = decoder.u8("slot of a run")?;
-    if u64::from(slot) + count > MAX_FRAME_PAGES as u64 {
-        return Err(Malformed::new(
-            "slots of a run",
-            format!("at most {MAX_FRAME_PAGES}"),
-            u64::from(slot) + count,
-        ));
+
+    /// The number for a frame, and the byte for the slot; for zero pages 0 and none.
+    fn encode(&mut self, place: Option<(usize, u8)>, count: u64) -> (u64, Option<u8>) {
+        let Some((index, slot)) = place else { return (0, None) };
+        let frame = 1 + zigzag(index as i64 - self.last as i64);
+        let slot_distance = zigzag(i64::from(slot) - i64::from(self.next_slots[index]));
+        self.last = index;
+        self.next_slots[index] = slot + count as u8;
+        (frame, Some(slot_distance as u8))
     }
-    let index = usize::try_from(index - 1).unwrap_or(usize::MAX);
-    let delta = index.checked_sub(frames.len()).and_then(|index| deltas.get(index));
-    let location = match (frames.get(index), delta) {
-        (Some(&frame), _) => Location::Frame { frame, slot },
-        (None, Some(&frame)) => Location::Delta { frame, slot },
-        (None, None) => {
-            let most = frames.len() + deltas.len();
-            let found = index.saturating_add(1);
-            return Err(Malformed::new("frame of a run", format!("at most {most}"), found));
-        }
-    };
-    Ok(Run { first, count, location })
+
+    /// The index of the frame at this zigzag distance, if there is one.
+    fn index(&mut self, distance: u64) -> Option<usize> {
+        let index = usize::try_from((self.last as i64).checked_add(unzigzag(distance))?).ok()?;
+        self.last = index;
+        (index < self.next_slots.len()).then_some(index)
+    }
+
+    /// The slot that `byte` stands for in a frame, if `count` pages from there on are inside.
+    fn slot(&mut self, index: usize, byte: u8, count: u64) -> Option<u8> {
+        let slot = i64::from(self.next_slots[index]) + unzigzag(u64::from(byte));
+        let slot = u8::try_from(slot).ok()?;
+        let end =
+            u64::from(slot).checked_add(count).filter(|end| *end <= MAX_FRAME_PAGES as u64)?;
+        self.next_slots[index] = end as u8;
+        Some(slot)
+    }
+}
+
+/// Small numbers for those near zero, on either side.
+fn zigzag(number: i64) -> u64 {
+    (number << 1 ^ number >> 63) as u64
+}
+
+fn unzigzag(number: u64) -> i64 {
+    (number >> 1) as i64 ^ -((number & 1) as i64)
 }
 
 /// The distinct frames and delta frames of runs, in order of first use.
@@ -372,14 +436,13 @@ impl FrameTable {
         self.frames.len() + self.deltas.len()
     }
 
-    /// 0 for zero pages, else 1 + the frame's index; delta frames come behind the others.
-    fn index(&self, location: &Location) -> u64 {
-        let index = match *location {
-            Location::Zero => return 0,
-            Location::Frame { frame, .. } => self.known[&(frame, false)],
-            Location::Delta { frame, .. } => self.frames.len() + self.known[&(frame, true)],
-        };
-        1 + index as u64
+    /// The index of a location's frame; delta frames come behind the others.
+    fn index(&self, location: &Location) -> Option<usize> {
+        match *location {
+            Location::Zero => None,
+            Location::Frame { frame, .. } => Some(self.known[&(frame, false)]),
+            Location::Delta { frame, .. } => Some(self.frames.len() + self.known[&(frame, true)]),
+        }
     }
 }
 

@@ -59,10 +59,10 @@ impl RecordEncoder {
         }
     }
 
-    /// Encodes a tree node: compressed only if that saves a quarter. References are noise, and what
+    /// Encodes a tree node: compressed only if that saves an eighth. References are noise, and what
     /// is decoded for every look-up should be worth it; pending runs shrink to a third.
     pub fn encode_node(&mut self, raw: &[u8]) -> EncodedRecord {
-        let most = raw.len() - raw.len() / 4;
+        let most = raw.len() - raw.len() / 8;
         self.out.resize(RECORD_HEADER_LEN + most, 0);
         match self.compressor.compress_to_buffer(raw, &mut self.out[RECORD_HEADER_LEN..]) {
             Ok(stored_len) => {

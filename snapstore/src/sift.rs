@@ -13,7 +13,7 @@ use crate::tree::Tree;
 
 /// A page that differs from its base in more words of eight bytes than this is written whole: the
 /// difference would be no smaller. Measured with text and noise; see `DESIGN.md`.
-const DELTA_WORDS_MAX: usize = 64;
+const DELTA_WORDS_MAX: usize = 40;
 
 /// What is to become of a page.
 pub(crate) enum Verdict {

@@ -21,6 +21,8 @@ pub struct Snapshot {
     id: SnapshotId,
     manifest: Arc<Manifest>,
     pin: Option<Arc<dyn Pin>>,
+    /// Segment and offset its manifest was written to: what was written later lies behind.
+    pub(crate) written_at: (u32, u32),
 }
 
 impl Snapshot {
@@ -29,6 +31,7 @@ impl Snapshot {
         info: &SnapshotInfo,
         pin: Option<Arc<dyn Pin>>,
     ) -> Result<Self> {
+        let written_at = (info.manifest.segment, info.manifest.offset);
         let manifest = store.reading(|| {
             store.segments.read(&info.manifest, RecordKind::Manifest, |record| {
                 let json = record.decode()?;
@@ -39,7 +42,7 @@ impl Snapshot {
                 parse_manifest(&json)
             })
         })?;
-        Ok(Self { store, id: info.id, manifest: Arc::new(manifest), pin })
+        Ok(Self { store, id: info.id, manifest: Arc::new(manifest), pin, written_at })
     }
 
     /// Its id.

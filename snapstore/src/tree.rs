@@ -1,5 +1,6 @@
 //! Page trees: looking pages up, and writing a changed tree beside the old one.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use crate::changes::Changes;
@@ -44,8 +45,10 @@ impl FlushPolicy {
         Self { above_leaves, further_up: above_leaves * 2, least_group: 8.min(above_leaves / 2) }
     }
 
-    fn most_runs(self, level: u8) -> usize {
-        if level == 1 { self.above_leaves } else { self.further_up }
+    /// The most that a node's runs may weigh before they move down: twice what so many single
+    /// pages of a few frames do.
+    fn most(self, level: u8) -> usize {
+        2 * if level == 1 { self.above_leaves } else { self.further_up }
     }
 }
 
@@ -166,11 +169,11 @@ impl<N: NodeSource + Sync, S: NodeSink> Writer<'_, N, S> {
             return leaf.map(|leaf| self.sink.put(leaf)).transpose();
         }
         let mut node = open(self.nodes, old, level, first, inherited)?;
-        let most = self.policy.most_runs(level);
+        let most = self.policy.most(level);
         // Many changes are handed down as they are: unpacked at once, they would take much memory.
         if node.runs.len() + self.changes.count(first, node.end()) <= MUCH * most {
             node.runs = overlay(&node.runs, &self.changes.collect(first, node.end()));
-            if node.runs.len() > most {
+            if weight(&node.runs) > most {
                 self.push_down(&mut node, &Changes::default())?;
             }
         } else {
@@ -239,6 +242,21 @@ impl<N: NodeSource + Sync, S: NodeSink> Writer<'_, N, S> {
         moving.iter().map(write).collect()
     }
 }
+
+/// What runs cost when their node is written, in units of a run: a reference to a frame is much
+/// longer. Dense pages have a frame of their own every few, and belong in leaves; scattered ones
+/// share theirs.
+fn weight(runs: &[Run]) -> usize {
+    let frames: HashSet<(u32, u32)> = runs
+        .iter()
+        .filter_map(|run| run.location.block())
+        .map(|(frame, _)| (frame.segment, frame.offset))
+        .collect();
+    runs.len() + FRAME_WEIGHT * frames.len()
+}
+
+/// 44 bytes of noise for a reference, about 3 for a run.
+const FRAME_WEIGHT: usize = 14;
 
 /// The first page from `from` on that a run names, or `end`.
 fn next_page(pending: &[Run], changes: &Changes, from: u64, end: u64) -> u64 {

@@ -165,7 +165,7 @@ fn small_edits_are_stored_as_differences_at_any_depth() {
         }
         let stats = bed.write(&memory, (0..32).map(|page| page * 8));
         // The differences grow until a page is written whole again.
-        if step < 50 {
+        if step < 38 {
             assert_eq!(stats.delta_pages, 32, "step {step}: {stats:?}");
             assert!(stats.stored_bytes < 32 * PAGE_SIZE as u64 / 8, "step {step}: {stats:?}");
             assert_eq!(stats.stored_bytes, stats.delta_bytes);
