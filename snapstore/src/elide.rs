@@ -173,7 +173,7 @@ pub(crate) fn decode_fingerprints(bytes: &[u8]) -> Decoded<Vec<FrameFingerprints
 /// compressing a new one, and with most workloads nothing comes of it.
 #[derive(Debug, Default)]
 pub(crate) struct Gate {
-    /// Pages looked at in the high half, useful ones in the low; halved now and then.
+    /// Pages looked at in the high half, useful ones in the low; starts over with each window.
     score: AtomicU64,
     shut: AtomicBool,
     batches: AtomicU64,

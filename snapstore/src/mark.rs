@@ -11,6 +11,7 @@ use crate::catalog::SnapshotInfo;
 use crate::error::StoreError;
 use crate::id::{BlockRef, SnapshotId};
 use crate::node::{Location, Node, Run, root_level};
+use crate::pack::slots_of;
 use crate::snapshot::Snapshot;
 use crate::store::Store;
 use crate::tree::NodeSource;
@@ -172,7 +173,7 @@ impl<'a> Marker<'a> {
         for usage in deltas {
             match self.store.frame(&usage.frame, true) {
                 Ok(view) => {
-                    for slot in (0..64_u8).filter(|slot| usage.slots >> slot & 1 == 1) {
+                    for slot in slots_of(usage.slots) {
                         match view.base(slot) {
                             Ok(base) => self.marked.frames.push(FrameUse {
                                 frame: base.frame,

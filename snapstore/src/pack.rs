@@ -38,6 +38,11 @@ impl SlotMap {
     }
 }
 
+/// The slots whose bits are set, ascending.
+pub(crate) fn slots_of(bits: u64) -> impl Iterator<Item = u8> {
+    (0..64).filter(move |slot| bits >> slot & 1 == 1)
+}
+
 /// A record in a pack that several frames may share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct PackedRecord {

@@ -144,8 +144,7 @@ struct Worker<'a> {
 
 impl<'a> Worker<'a> {
     fn new(job: &'a Job<'a>, outputs: Sender<Output>, spare: Receiver<Vec<u8>>) -> Result<Self> {
-        let encoder = RecordEncoder::new(job.store.options.compression_level)
-            .map_err(|error| StoreError::io("start", "zstd", error))?;
+        let encoder = RecordEncoder::new(job.store.options.compression_level)?;
         let sifter = Sifter::new(job.store, job.parent);
         let (plain, delta) = Default::default();
         Ok(Self { job, outputs, spare, encoder, sifter, plain, delta })

@@ -21,7 +21,7 @@ use crate::journal::{Cursor, Entry, MAX_LISTED};
 use crate::layout::Relayout;
 use crate::mark::{Marked, Marker};
 use crate::repack;
-use crate::store::{Store, lock, unix_ms};
+use crate::store::{Store, unix_ms};
 
 /// How far to go.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -146,9 +146,7 @@ impl Store {
         options: &PruneOptions,
         progress: &PruneProgress,
     ) -> Result<PruneReport> {
-        self.check_latched()?;
-        let _lock = lock(self.storage.as_ref())?;
-        self.refresh()?;
+        let _lock = self.start_writing()?;
         // The blocks of a torn record may be all that is left of a snapshot: not in this run.
         let doubtful = self.catalog().tail.unwrap_or_default().0;
         let doubtful = (self.torn_journal_bytes() > 0).then_some(doubtful);
@@ -464,10 +462,7 @@ impl Store {
             self.writer_state().latched = Some(format!("the journal was being replaced: {error}"));
             return Err(StoreError::io("replace", JOURNAL_FILE, error));
         }
-        let file = self
-            .storage
-            .open(JOURNAL_FILE, false)
-            .map_err(|error| StoreError::io("open", JOURNAL_FILE, error))?;
+        let file = self.open_journal(false)?;
         self.replaced(Catalog::read(file.as_ref(), self.uuid)?);
         Ok(())
     }

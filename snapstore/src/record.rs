@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 
 use crate::codec::{Decoded, Malformed};
+use crate::error::{Result, StoreError};
 use crate::format::{Codec, RECORD_HEADER_LEN, RecordHeader, RecordKind};
 use crate::id::Hash;
 
@@ -30,8 +31,10 @@ impl std::fmt::Debug for RecordEncoder {
 
 impl RecordEncoder {
     /// An encoder at zstd `level` (negative levels are the fast ones).
-    pub fn new(level: i32) -> std::io::Result<Self> {
-        Ok(Self { compressor: zstd::bulk::Compressor::new(level)?, out: Vec::new() })
+    pub fn new(level: i32) -> Result<Self> {
+        let compressor = zstd::bulk::Compressor::new(level)
+            .map_err(|error| StoreError::io("start", "zstd", error))?;
+        Ok(Self { compressor, out: Vec::new() })
     }
 
     /// Encodes `raw`, compressed if that saves at least a sixteenth of it.

@@ -9,7 +9,7 @@ use crate::delta::{self, Base};
 use crate::error::{Result, StoreError};
 use crate::format::{FileKind, MAX_BLOB_LEN, RecordKind, SEGMENT_FOLDER, pack_name};
 use crate::id::BlockRef;
-use crate::pack::{PackIndex, PackedRecord, Place, SlotMap};
+use crate::pack::{PackIndex, PackedRecord, Place, SlotMap, slots_of};
 use crate::page::PAGE_SIZE;
 use crate::prune::{Item, PruneProgress, Source};
 use crate::record::{EncodedRecord, RecordEncoder};
@@ -150,7 +150,7 @@ impl<'a> PackWriter<'a> {
         let is_delta = item.kind == RecordKind::Delta;
         let view = self.store.frame(&item.block, is_delta)?;
         let (mut raw, mut bases) = (Vec::new(), Vec::new());
-        for slot in (0..64_u8).filter(|slot| item.slots >> slot & 1 == 1) {
+        for slot in slots_of(item.slots) {
             raw.extend_from_slice(view.bytes(slot, 1)?);
             if is_delta {
                 bases.push(view.base(slot)?);
@@ -193,8 +193,7 @@ impl<'a> PackWriter<'a> {
         let full = std::mem::take(&mut self.full);
         let level = self.store.options.compression_level;
         let encode = |(group, is_delta): &(Group, bool)| -> Result<EncodedRecord> {
-            let mut encoder = RecordEncoder::new(level)
-                .map_err(|error| StoreError::io("start", "zstd", error))?;
+            let mut encoder = RecordEncoder::new(level)?;
             Ok(if *is_delta {
                 encoder.encode(RecordKind::Delta, &delta::encode(&group.bases, &group.raw))
             } else {
@@ -236,8 +235,7 @@ impl<'a> PackWriter<'a> {
         {
             return Ok(None);
         }
-        let mut encoder =
-            RecordEncoder::new(1).map_err(|error| StoreError::io("start", "zstd", error))?;
+        let mut encoder = RecordEncoder::new(1)?;
         let record = encoder.encode(RecordKind::PackIndex, &payload);
         let offset = self.file.append(&record.bytes)?;
         self.file.sync()?;

@@ -53,6 +53,17 @@ impl Physical {
     fn file_name(&self) -> String {
         file_name(self.file)
     }
+
+    /// What is there is not what `what` should be.
+    fn damaged(&self, what: &str, malformed: Malformed) -> StoreError {
+        StoreError::Corrupt {
+            file: self.file_name(),
+            offset: u64::from(self.position),
+            what: format!("{what}: {}", malformed.what),
+            expected: malformed.expected,
+            found: malformed.found,
+        }
+    }
 }
 
 pub(crate) fn file_name((kind, number): (FileKind, u32)) -> String {
@@ -165,13 +176,7 @@ impl Segments {
         kind: RecordKind,
         with: impl FnOnce(&VerifiedRecord<'_>) -> Result<T, Malformed>,
     ) -> Result<T> {
-        let damaged = |malformed: Malformed| StoreError::Corrupt {
-            file: place.file_name(),
-            offset: u64::from(place.position),
-            what: format!("{}: {}", kind.name(), malformed.what),
-            expected: malformed.expected,
-            found: malformed.found,
-        };
+        let damaged = |malformed| place.damaged(kind.name(), malformed);
         let len = place.len as usize;
         if !(RECORD_HEADER_LEN..=RECORD_HEADER_LEN + MAX_BLOB_LEN).contains(&len) {
             return Err(damaged(Malformed::new("length in the reference", "a record", len)));
@@ -193,13 +198,7 @@ impl Segments {
     /// How many pages the frame or delta frame at `place` has, by its header alone.
     pub fn slots(&self, place: &Physical) -> Result<u64> {
         let mut bytes = [0; RECORD_HEADER_LEN];
-        let damaged = |malformed: Malformed| StoreError::Corrupt {
-            file: place.file_name(),
-            offset: u64::from(place.position),
-            what: format!("frame: {}", malformed.what),
-            expected: malformed.expected,
-            found: malformed.found,
-        };
+        let damaged = |malformed| place.damaged("frame", malformed);
         read_record(self.file(place.file)?.as_ref(), place, &mut bytes, damaged)?;
         let header = RecordHeader::decode(&bytes).map_err(damaged)?;
         // What names the bases of a delta frame is shorter than a page.

@@ -24,7 +24,7 @@ use crate::node::Node;
 use crate::page::{PAGE_SIZE, Page};
 use crate::segment::Segments;
 use crate::snapshot::Snapshot;
-use crate::storage::{DirStorage, LockError, Pin, Storage, WriterLock};
+use crate::storage::{DirStorage, LockError, Pin, Storage, StoreFile, WriterLock};
 use crate::tree::{FlushPolicy, NodeSource};
 
 /// How a store is written and read. Nothing here changes the format.
@@ -46,8 +46,8 @@ pub struct StoreOptions {
     pub base_cache_bytes: u64,
     /// Memory for the fingerprints of pages in the store, in bytes.
     pub dedup_index_bytes: u64,
-    /// Changes that a tree node right above the leaves keeps before they move down; at most
-    /// 16,384, so that nodes stay small enough to be read.
+    /// About how many scattered changes a tree node right above the leaves keeps before they move
+    /// down; at most 16,384, so that nodes stay small enough to be read.
     pub pending_runs: usize,
     /// What need not be written.
     pub elide: Elide,
@@ -255,10 +255,7 @@ impl Store {
     /// [`StoreError::Corrupt`] if the journal is damaged before its newest record.
     pub fn refresh(&self) -> Result<()> {
         let mut catalog = self.catalog.write().unwrap_or_else(PoisonError::into_inner);
-        let file = self
-            .storage
-            .open(JOURNAL_FILE, false)
-            .map_err(|error| StoreError::io("open", JOURNAL_FILE, error))?;
+        let file = self.open_journal(false)?;
         if catalog.cursor.goes_on_in(file.as_ref())? {
             catalog.advance(file.as_ref())?;
             self.follow(&catalog);
@@ -273,6 +270,13 @@ impl Store {
         Ok(())
     }
 
+    /// The journal as it is now: its name may have changed hands.
+    pub(crate) fn open_journal(&self, writable: bool) -> Result<Arc<dyn StoreFile>> {
+        self.storage
+            .open(JOURNAL_FILE, writable)
+            .map_err(|error| StoreError::io("open", JOURNAL_FILE, error))
+    }
+
     /// Lets a handle that was latched by an I/O error write again, as a new process would: what
     /// is published is read anew, and nothing is appended to the segment in doubt.
     ///
@@ -280,10 +284,7 @@ impl Store {
     /// As [`Self::open`].
     pub fn reopen(&self) -> Result<()> {
         let mut writer = self.writer_state();
-        let file = self
-            .storage
-            .open(JOURNAL_FILE, false)
-            .map_err(|error| StoreError::io("open", JOURNAL_FILE, error))?;
+        let file = self.open_journal(false)?;
         // Replaced as a whole: readers never see an empty store.
         let catalog = Catalog::read(file.as_ref(), self.uuid)?;
         self.follow(&catalog);

@@ -25,7 +25,7 @@ use crate::record::{EncodedRecord, RecordEncoder};
 use crate::segment::SegmentWriter;
 use crate::snapshot::Snapshot;
 use crate::storage::{Pin, WriterLock};
-use crate::store::{Store, lock, unix_ms};
+use crate::store::{Store, unix_ms};
 use crate::tree::{MakeLeaf, NodeSink, Tree};
 
 /// A region of the snapshot being written.
@@ -106,9 +106,7 @@ impl Store {
     /// [`StoreError::Latched`] after an I/O error; [`StoreError::UnknownRef`] if there is no such
     /// parent.
     pub fn begin(self: &Arc<Self>, parent: Option<SnapshotId>) -> Result<Transaction> {
-        self.check_latched()?;
-        let lock = lock(self.storage.as_ref())?;
-        self.refresh()?;
+        let lock = self.start_writing()?;
         let parent = parent.map(|id| self.parent(id)).transpose()?;
         if self.options.elide.dedup && parent.is_none() {
             // A new line may have much in common with the others; one that goes on is best known
@@ -350,8 +348,7 @@ impl Transaction {
                 json.len()
             )));
         }
-        let mut encoder =
-            RecordEncoder::new(1).map_err(|error| StoreError::io("start", "zstd", error))?;
+        let mut encoder = RecordEncoder::new(1)?;
         let record = encoder.encode(kind, json);
         let known = self
             .parent
@@ -414,7 +411,7 @@ impl Drop for Transaction {
 
 /// Nodes are mostly hashes and small numbers: the fastest level does as well as any.
 fn node_encoder() -> Result<RecordEncoder> {
-    RecordEncoder::new(1).map_err(|error| StoreError::io("start", "zstd", error))
+    RecordEncoder::new(1)
 }
 
 impl Transaction {

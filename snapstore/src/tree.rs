@@ -30,25 +30,25 @@ pub(crate) trait NodeSink {
 /// the figures stand in `DESIGN.md`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct FlushPolicy {
-    /// The most pending runs of a node right above the leaves.
+    /// What the pending runs of a node right above the leaves may weigh; see [`weight`].
     pub above_leaves: usize,
-    /// The most pending runs of a node further up.
+    /// The same of a node further up.
     pub further_up: usize,
     /// Groups smaller than this stay while the rest moves down.
     pub least_group: usize,
 }
 
 impl FlushPolicy {
-    /// For nodes that keep `above_leaves` runs right above the leaves.
-    pub fn of(above_leaves: usize) -> Self {
-        let above_leaves = above_leaves.max(2);
-        Self { above_leaves, further_up: above_leaves * 2, least_group: 8.min(above_leaves / 2) }
+    /// For nodes right above the leaves that keep about `pending_runs` runs: half their weight is
+    /// for the frames they are in.
+    pub fn of(pending_runs: usize) -> Self {
+        let pending_runs = pending_runs.max(2);
+        let above_leaves = pending_runs * 2;
+        Self { above_leaves, further_up: above_leaves * 2, least_group: 8.min(pending_runs / 2) }
     }
 
-    /// The most that a node's runs may weigh before they move down: twice what so many single
-    /// pages of a few frames do.
     fn most(self, level: u8) -> usize {
-        2 * if level == 1 { self.above_leaves } else { self.further_up }
+        if level == 1 { self.above_leaves } else { self.further_up }
     }
 }
 

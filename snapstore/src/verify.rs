@@ -12,6 +12,7 @@ use crate::format::RecordKind;
 use crate::frame::{Frame, FrameView, kind_of};
 use crate::id::{BlockRef, SnapshotId};
 use crate::mark::{FrameUse, Marked, Marker, Obstacle};
+use crate::pack::slots_of;
 use crate::segment::Physical;
 use crate::store::Store;
 
@@ -214,9 +215,7 @@ fn check_batch(store: &Store, batch: &Batch<'_>) -> Result<(u64, Vec<(StoreError
     let mut wrong = Vec::new();
     for (place, usage) in batch.uses {
         let view = FrameView::new(usage.frame, *place, Arc::clone(&frame));
-        let bad = (0..64_u8)
-            .filter(|slot| usage.slots >> slot & 1 == 1)
-            .find_map(|slot| view.bytes(slot, 1).err());
+        let bad = slots_of(usage.slots).find_map(|slot| view.bytes(slot, 1).err());
         wrong.extend(bad.map(|error| (error, *usage)));
     }
     Ok((bytes, wrong))

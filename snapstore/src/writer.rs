@@ -16,7 +16,7 @@ use crate::journal::{Entry, MAX_LISTED};
 use crate::layout::Relayout;
 use crate::segment::SegmentWriter;
 use crate::snapshot::Snapshot;
-use crate::storage::StoreFile;
+use crate::storage::{StoreFile, WriterLock};
 use crate::store::{Store, lock};
 
 impl Store {
@@ -27,9 +27,7 @@ impl Store {
     /// [`StoreError::UnknownRef`] if `target` is not published.
     pub fn set_tag(&self, name: &str, target: Option<SnapshotId>) -> Result<()> {
         crate::reference::check_tag(name)?;
-        self.check_latched()?;
-        let _lock = lock(self.storage.as_ref())?;
-        self.refresh()?;
+        let _lock = self.start_writing()?;
         target.map(|id| self.published(id)).transpose()?;
         self.record(Entry::Tag { name: name.to_owned(), target })
     }
@@ -41,9 +39,7 @@ impl Store {
     /// As [`Self::begin`]; [`StoreError::UnknownRef`] if one of them is not published, and then
     /// none is forgotten.
     pub fn forget(&self, ids: &[SnapshotId]) -> Result<()> {
-        self.check_latched()?;
-        let _lock = lock(self.storage.as_ref())?;
-        self.refresh()?;
+        let _lock = self.start_writing()?;
         self.forget_published(ids)
     }
 
@@ -52,9 +48,7 @@ impl Store {
     /// # Errors
     /// As [`Self::forget`].
     pub fn forget_untagged(&self, ids: &[SnapshotId]) -> Result<Vec<SnapshotId>> {
-        self.check_latched()?;
-        let _lock = lock(self.storage.as_ref())?;
-        self.refresh()?;
+        let _lock = self.start_writing()?;
         let tagged: HashSet<SnapshotId> = self.tags().into_values().collect();
         let ids: Vec<SnapshotId> = ids.iter().copied().filter(|id| !tagged.contains(id)).collect();
         self.forget_published(&ids)?;
@@ -104,13 +98,14 @@ impl Store {
         self.record_as_it_is(Entry::Relayout(step))
     }
 
-    pub(crate) fn check_latched(&self) -> Result<()> {
-        match &self.writer_state().latched {
-            Some(cause) => {
-                Err(StoreError::Latched { store: self.describe(), cause: cause.clone() })
-            }
-            None => Ok(()),
+    /// The writer lock, and what others wrote before it was ours.
+    pub(crate) fn start_writing(&self) -> Result<Box<dyn WriterLock>> {
+        if let Some(cause) = &self.writer_state().latched {
+            return Err(StoreError::Latched { store: self.describe(), cause: cause.clone() });
         }
+        let lock = lock(self.storage.as_ref())?;
+        self.refresh()?;
+        Ok(lock)
     }
 
     /// The snapshot that a transaction changes: one that is published, or one that was forgotten
@@ -280,10 +275,7 @@ impl Store {
         let cursor = self.catalog().cursor.clone();
         let (bytes, after) = cursor.encode_next(&entry);
         let certain = |error| PublishFailure { error, undone: true };
-        let file = self
-            .storage
-            .open(JOURNAL_FILE, true)
-            .map_err(|error| certain(StoreError::io("open", JOURNAL_FILE, error)))?;
+        let file = self.open_journal(true).map_err(certain)?;
         if cursor.torn_bytes > 0 {
             file.set_len(cursor.end)
                 .map_err(|error| certain(StoreError::io("truncate", JOURNAL_FILE, error)))?;
