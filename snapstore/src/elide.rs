@@ -1,7 +1,7 @@
 //! What need not be written: pages that are in the store already, and pages that are nearly.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{OnceLock, PoisonError, RwLock};
 
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
@@ -22,25 +22,35 @@ pub(crate) fn fingerprint(page: &[u8], seed: [u8; 16]) -> Fingerprint {
 
 /// Entries of one bucket; the oldest makes way.
 const WAYS: usize = 8;
-/// Buckets have locks in groups, so that workers seldom meet.
-const SHARDS: usize = 64;
+/// Buckets that are allocated together, when the first of them is needed.
+const CHUNK_BUCKETS: usize = 64;
 /// Bytes of an entry, and of its share of the table of frames (16 pages to a frame).
 const ENTRY_LEN: u64 = 8 + 3;
 
 /// Which page of the store has which fingerprint, as far as a fixed amount of memory goes.
 ///
-/// An entry that is out of date does no harm: what it points to is read and compared.
+/// Neither looking up nor taking note of a page takes a lock, so that the misses of a frame's pages
+/// overlap: nearly every bucket comes from memory. Entries are hints. One that is out of date, or
+/// lost because two threads wrote to its bucket at once, does no harm: what an entry points to is
+/// read and compared.
 #[derive(Debug)]
 pub(crate) struct FingerprintIndex {
-    shards: Vec<Mutex<Vec<[Entry; WAYS]>>>,
-    frames: Mutex<FrameRing>,
-    buckets_per_shard: usize,
+    chunks: RwLock<Chunks>,
+    frames: RwLock<FrameRing>,
+    buckets: usize,
     /// Set once the fingerprints that the store keeps were read.
     pub loaded: AtomicBool,
 }
 
+type Chunks = Vec<OnceLock<Box<[Bucket; CHUNK_BUCKETS]>>>;
+
+/// A cache line of entries, the newest first.
+#[derive(Debug, Default)]
+#[repr(align(64))]
+struct Bucket([AtomicU64; WAYS]);
+
 /// Fingerprint, index of the frame (26 bits) and slot (6 bits); 0 is none.
-type Entry = u64;
+pub(crate) type Entry = u64;
 
 const FRAME_BITS: u32 = 26;
 
@@ -52,51 +62,76 @@ struct FrameRing {
     next: usize,
 }
 
+impl Bucket {
+    fn find(&self, fingerprint: Fingerprint) -> Option<Entry> {
+        let entries = self.0.iter().map(|entry| entry.load(Ordering::Relaxed));
+        entries.filter(|entry| *entry != 0).find(|entry| is_of(*entry, fingerprint))
+    }
+
+    /// Puts `entry` in front of the others, in place of its like or of the oldest.
+    fn insert(&self, entry: Entry, fingerprint: Fingerprint) {
+        let mut moving = entry;
+        for place in &self.0 {
+            let old = place.load(Ordering::Relaxed);
+            place.store(moving, Ordering::Relaxed);
+            if old == 0 || is_of(old, fingerprint) {
+                return;
+            }
+            moving = old;
+        }
+    }
+}
+
+fn is_of(entry: Entry, fingerprint: Fingerprint) -> bool {
+    (entry >> 32) as Fingerprint == fingerprint
+}
+
 impl FingerprintIndex {
     pub fn new(memory_bytes: u64) -> Self {
-        let entries = (memory_bytes / ENTRY_LEN).clamp((WAYS * SHARDS) as u64, 1 << 32) as usize;
-        let buckets_per_shard = (entries / WAYS / SHARDS).max(1);
+        let entries = (memory_bytes / ENTRY_LEN).clamp(WAYS as u64, 1 << 32) as usize;
+        let buckets = entries / WAYS;
         // One less than 26 bits hold: index 0 stands for none.
         let most = (entries / 16).clamp(1, (1 << FRAME_BITS) - 1);
         Self {
-            shards: std::iter::repeat_with(Mutex::default).take(SHARDS).collect(),
-            frames: Mutex::new(FrameRing { frames: Vec::new(), most, next: 0 }),
-            buckets_per_shard,
+            chunks: RwLock::new(empty_chunks(buckets)),
+            frames: RwLock::new(FrameRing { frames: Vec::new(), most, next: 0 }),
+            buckets,
             loaded: AtomicBool::new(false),
         }
     }
 
-    /// Shard and bucket of a fingerprint.
+    /// Chunk and bucket of a fingerprint.
     fn place(&self, fingerprint: Fingerprint) -> (usize, usize) {
-        let hash = fingerprint as usize;
-        (hash % SHARDS, (hash / SHARDS) % self.buckets_per_shard)
+        let bucket = fingerprint as usize % self.buckets;
+        (bucket / CHUNK_BUCKETS, bucket % CHUNK_BUCKETS)
     }
 
-    /// The frame and slot last seen with this fingerprint.
-    pub fn find(&self, fingerprint: Fingerprint) -> Option<(BlockRef, u8)> {
-        let (shard, bucket) = self.place(fingerprint);
-        let shard = self.shards[shard].lock().unwrap_or_else(PoisonError::into_inner);
-        let entries = shard.get(bucket)?;
-        let entry = *entries
-            .iter()
-            .find(|entry| **entry != 0 && (**entry >> 32) as Fingerprint == fingerprint)?;
-        drop(shard);
+    /// What was last seen with these fingerprints, in their order, into `found`.
+    pub fn find(&self, fingerprints: &[Option<Fingerprint>], found: &mut Vec<Option<Entry>>) {
+        let chunks = self.chunks.read().unwrap_or_else(PoisonError::into_inner);
+        found.clear();
+        found.extend(fingerprints.iter().map(|fingerprint| {
+            let (chunk, bucket) = self.place((*fingerprint)?);
+            chunks[chunk].get()?[bucket].find((*fingerprint)?)
+        }));
+    }
+
+    /// The frame and slot of an entry.
+    pub fn page_of(&self, entry: Entry) -> Option<(BlockRef, u8)> {
         let index = (entry >> 6) as usize & ((1 << FRAME_BITS) - 1);
-        let frames = self.frames.lock().unwrap_or_else(PoisonError::into_inner);
+        let frames = self.frames.read().unwrap_or_else(PoisonError::into_inner);
         Some((*frames.frames.get(index.checked_sub(1)?)?, entry as u8 & 63))
     }
 
     /// How many pages it can know.
     pub fn capacity(&self) -> usize {
-        self.buckets_per_shard * SHARDS * WAYS
+        self.buckets * WAYS
     }
 
     /// Forgets everything.
     pub fn clear(&self) {
-        for shard in &self.shards {
-            *shard.lock().unwrap_or_else(PoisonError::into_inner) = Vec::new();
-        }
-        let mut ring = self.frames.lock().unwrap_or_else(PoisonError::into_inner);
+        *self.chunks.write().unwrap_or_else(PoisonError::into_inner) = empty_chunks(self.buckets);
+        let mut ring = self.frames.write().unwrap_or_else(PoisonError::into_inner);
         (ring.frames, ring.next) = (Vec::new(), 0);
         self.loaded.store(false, Ordering::Relaxed);
     }
@@ -104,7 +139,7 @@ impl FingerprintIndex {
     /// Takes note of the pages of a frame, in slot order.
     pub fn insert(&self, frame: BlockRef, fingerprints: &[Fingerprint]) {
         let index = {
-            let mut ring = self.frames.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut ring = self.frames.write().unwrap_or_else(PoisonError::into_inner);
             let at = ring.next;
             ring.next = (at + 1) % ring.most;
             match ring.frames.get_mut(at) {
@@ -113,21 +148,19 @@ impl FingerprintIndex {
             }
             at as u64 + 1
         };
+        let chunks = self.chunks.read().unwrap_or_else(PoisonError::into_inner);
         for (slot, fingerprint) in fingerprints.iter().enumerate() {
             let entry = u64::from(*fingerprint) << 32 | index << 6 | slot as u64;
-            let (shard, bucket) = self.place(*fingerprint);
-            let mut shard = self.shards[shard].lock().unwrap_or_else(PoisonError::into_inner);
-            if shard.is_empty() {
-                // Untouched memory costs nothing: zeroes come from the system as they are needed.
-                *shard = vec![[0; WAYS]; self.buckets_per_shard];
-            }
-            let entries = &mut shard[bucket];
-            let same = entries.iter().position(|old| (old >> 32) as Fingerprint == *fingerprint);
-            // In front of the others, in place of its like or of the oldest.
-            entries[..=same.unwrap_or(WAYS - 1)].rotate_right(1);
-            entries[0] = entry;
+            let (chunk, bucket) = self.place(*fingerprint);
+            let buckets =
+                chunks[chunk].get_or_init(|| Box::new([(); _].map(|()| Bucket::default())));
+            buckets[bucket].insert(entry, *fingerprint);
         }
     }
+}
+
+fn empty_chunks(buckets: usize) -> Chunks {
+    std::iter::repeat_with(OnceLock::new).take(buckets.div_ceil(CHUNK_BUCKETS)).collect()
 }
 
 /// A frame and the fingerprints of its pages.
@@ -239,8 +272,12 @@ mod tests {
                     oracle.insert(*fingerprint, (frame(number as u32), slot as u8));
                 }
             }
-            for fingerprint in 0..200 {
-                prop_assert_eq!(index.find(fingerprint), oracle.get(&fingerprint).copied());
+            let fingerprints: Vec<_> = (0..200).map(Some).chain([None]).collect();
+            let mut found = Vec::new();
+            index.find(&fingerprints, &mut found);
+            for (fingerprint, entry) in fingerprints.iter().zip(found) {
+                let expected = fingerprint.and_then(|fingerprint| oracle.get(&fingerprint));
+                prop_assert_eq!(entry.and_then(|entry| index.page_of(entry)), expected.copied());
             }
         }
 
@@ -259,10 +296,8 @@ mod tests {
         for number in 0..100_000_u32 {
             index.insert(frame(number % 1000), &[number.wrapping_mul(2_654_435_761)]);
         }
-        let entries: usize =
-            index.shards.iter().map(|shard| shard.lock().unwrap().len() * WAYS).sum();
-        assert!(entries <= WAYS * SHARDS, "{entries}");
-        assert!(index.frames.lock().unwrap().frames.len() <= WAYS * SHARDS / 16);
+        assert_eq!(index.chunks.read().unwrap().len(), 1);
+        assert_eq!(index.frames.read().unwrap().frames.len(), 1);
     }
 
     #[test]

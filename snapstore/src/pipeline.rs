@@ -1,22 +1,22 @@
-//! From pages to appended frames: all cores read, sift and compress; one thread appends.
+//! From pages to appended frames: all cores read, sift, compress and append.
 //!
-//! Memory is bounded by what is in flight, and by 16 bytes for each run of changed pages.
+//! Each core takes the next batch, and whoever has a frame appends it under a lock that is held for
+//! as long as copying it takes. There is nothing in flight between threads: memory is bounded by a
+//! frame or two a core, and by 16 bytes for each run of changed pages.
 
 use std::iter::Peekable;
-use std::sync::{Mutex, PoisonError};
-
-use crossbeam_channel::{Receiver, Sender};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::changes::{Changes, ChangesBuilder};
 use crate::delta::{self, Base};
 use crate::elide::{Fingerprint, FrameFingerprints};
 use crate::error::{Result, StoreError};
 use crate::format::RecordKind;
-use crate::id::BlockRef;
 use crate::node::{Location, Run};
 use crate::page::{PAGE_SIZE, PageSet, PageSource};
 use crate::progress::{Progress, WriteStats};
-use crate::record::{EncodedRecord, RecordEncoder};
+use crate::record::RecordEncoder;
 use crate::segment::SegmentWriter;
 use crate::sift::{Sifter, Verdict};
 use crate::store::Store;
@@ -48,64 +48,83 @@ pub(crate) struct Written {
 /// Pages gathered for one frame.
 #[derive(Default)]
 struct Gathered {
+    /// Their contents, and what may be left behind them of a frame before.
     raw: Vec<u8>,
     pages: Vec<u64>,
     fingerprints: Vec<Fingerprint>,
     bases: Vec<Base>,
 }
 
-/// A compressed frame, or a delta frame, on its way to the appender.
-struct Frame {
-    record: EncodedRecord,
-    delta: bool,
-    /// Page numbers in slot order.
-    pages: Vec<u64>,
-    fingerprints: Vec<Fingerprint>,
-}
+impl Gathered {
+    fn push(&mut self, page: u64, raw: &[u8]) {
+        self.raw.truncate(self.pages.len() * PAGE_SIZE);
+        self.raw.extend_from_slice(raw);
+        self.pages.push(page);
+    }
 
-/// What a worker has to tell.
-enum Output {
-    Frame(Frame),
-    /// Pages that need no frame, `true` for those equal to the parent's; and how many of them
-    /// were what.
-    Found(Vec<(Run, bool)>, WriteStats),
-}
+    fn raw(&self) -> &[u8] {
+        &self.raw[..self.pages.len() * PAGE_SIZE]
+    }
 
-/// Compressed frames a worker may be ahead of the appender.
-const FRAMES_IN_FLIGHT: usize = 64;
+    fn clear(&mut self) {
+        // The bytes stay: to make them all zero before they are read into again is wasted.
+        let Self { raw: _, pages, fingerprints, bases } = self;
+        pages.clear();
+        fingerprints.clear();
+        bases.clear();
+    }
+}
 
 /// Writes the pages of `job`, and returns where they are.
 pub(crate) fn write(segments: &mut SegmentWriter, job: &Job<'_>) -> Result<Written> {
-    let pool = &job.store.pool;
     let frame_pages = job.store.options.frame_pages;
-    let batches = Mutex::new(Batches { pages: job.pages.iter().peekable(), frame_pages });
-    let workers = pool.current_num_threads();
-    // Enough frames in flight to ride out a slow write, few enough to bound memory.
-    let (outputs, appender) = crossbeam_channel::bounded(FRAMES_IN_FLIGHT * workers);
-    // Their memory comes back: new pages from the system cost more than filling them.
-    let (used, spare) = crossbeam_channel::bounded(FRAMES_IN_FLIGHT * workers);
-    let failure = Mutex::new(None);
-    let appended = pool.in_place_scope(|scope| {
-        for _ in 0..workers {
-            let (outputs, spare) = (outputs.clone(), spare.clone());
-            let (batches, failure) = (&batches, &failure);
-            scope.spawn(move |_| {
-                let worked =
-                    Worker::new(job, outputs, spare).and_then(|mut worker| worker.run(batches));
-                if let Err(error) = worked {
-                    failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-                }
-            });
-        }
-        drop(outputs);
-        // By value: when appending fails, the workers must see the channel closed, or they wait in
-        // it for ever.
-        append(segments, appender, &used, job)
+    let shared = Shared {
+        job,
+        batches: Mutex::new(Batches { pages: job.pages.iter().peekable(), frame_pages }),
+        output: Mutex::new(Output::new(segments)),
+        failed: AtomicBool::new(false),
+    };
+    let worked = job.store.pool.broadcast(|_| {
+        let worked = Worker::new(&shared).and_then(|mut worker| worker.run());
+        shared.failed.fetch_or(worked.is_err(), Ordering::Relaxed);
+        worked
     });
-    if let Some(error) = failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
-        return Err(error);
+    worked.into_iter().collect::<Result<()>>()?;
+    Ok(shared.output.into_inner().unwrap_or_else(PoisonError::into_inner).finish())
+}
+
+/// What the workers of one write share.
+struct Shared<'a, I: Iterator<Item = u64>> {
+    job: &'a Job<'a>,
+    batches: Mutex<Batches<I>>,
+    output: Mutex<Output<'a>>,
+    /// One of them failed: the others need not go on.
+    failed: AtomicBool,
+}
+
+/// Where frames are appended, and what came of it.
+struct Output<'a> {
+    segments: &'a mut SegmentWriter,
+    changes: ChangesBuilder,
+    equal: ChangesBuilder,
+    stats: WriteStats,
+    fingerprints: Vec<FrameFingerprints>,
+}
+
+impl<'a> Output<'a> {
+    fn new(segments: &'a mut SegmentWriter) -> Self {
+        let (changes, equal, stats, fingerprints) = Default::default();
+        Self { segments, changes, equal, stats, fingerprints }
     }
-    appended
+
+    fn finish(self) -> Written {
+        Written {
+            changes: self.changes.finish(),
+            equal: self.equal.finish(),
+            stats: self.stats,
+            fingerprints: self.fingerprints,
+        }
+    }
 }
 
 /// Cuts ascending page numbers into batches of at most `frame_pages`. Batches end on multiples of
@@ -132,55 +151,73 @@ impl<I: Iterator<Item = u64>> Batches<I> {
     }
 }
 
-struct Worker<'a> {
+struct Worker<'w, 'a, I: Iterator<Item = u64>> {
+    shared: &'w Shared<'a, I>,
     job: &'a Job<'a>,
-    outputs: Sender<Output>,
-    spare: Receiver<Vec<u8>>,
     encoder: RecordEncoder,
     sifter: Sifter<'a>,
+    /// The batch being looked at, and what was found.
+    raw: Vec<u8>,
+    verdicts: Vec<Verdict>,
     plain: Gathered,
     delta: Gathered,
 }
 
-impl<'a> Worker<'a> {
-    fn new(job: &'a Job<'a>, outputs: Sender<Output>, spare: Receiver<Vec<u8>>) -> Result<Self> {
+impl<'w, 'a, I: Iterator<Item = u64>> Worker<'w, 'a, I> {
+    fn new(shared: &'w Shared<'a, I>) -> Result<Self> {
+        let job = shared.job;
         let encoder = RecordEncoder::new(job.store.options.compression_level)?;
         let sifter = Sifter::new(job.store, job.parent);
-        let (plain, delta) = Default::default();
-        Ok(Self { job, outputs, spare, encoder, sifter, plain, delta })
+        let (raw, verdicts, plain, delta) = Default::default();
+        Ok(Self { shared, job, encoder, sifter, raw, verdicts, plain, delta })
     }
 
-    fn run<I: Iterator<Item = u64>>(&mut self, batches: &Mutex<Batches<I>>) -> Result<()> {
+    fn run(&mut self) -> Result<()> {
         let mut batch = Vec::new();
-        loop {
+        // Whoever failed has the error to tell.
+        while !self.shared.failed.load(Ordering::Relaxed) {
             self.job.progress.check()?;
             // One at a time and in order, so that the segment's order is nearly the region's.
-            batches.lock().unwrap_or_else(PoisonError::into_inner).next(&mut batch);
+            lock(&self.shared.batches).next(&mut batch);
             if batch.is_empty() {
-                break;
+                self.append(RecordKind::Frame)?;
+                return self.append(RecordKind::Delta);
             }
-            // A closed channel: the appender failed and has its own error to tell.
-            if !self.sift(&batch)? {
-                return Ok(());
-            }
-        }
-        if self.emit_plain() {
-            self.emit_delta();
+            self.sift(&batch)?;
         }
         Ok(())
     }
 
-    /// Reads a batch, and compresses what must be written. False if nobody listens any more.
-    fn sift(&mut self, batch: &[u64]) -> Result<bool> {
+    /// Reads a batch, and appends what must be written.
+    fn sift(&mut self, batch: &[u64]) -> Result<()> {
+        self.read(batch)?;
+        let mut verdicts = std::mem::take(&mut self.verdicts);
+        self.sifter.judge(batch, &self.raw, &mut verdicts);
+        let all_new = verdicts.iter().all(|verdict| matches!(verdict, Verdict::New(_)));
+        if all_new && self.plain.pages.is_empty() {
+            // By far the most frequent case: the frame is there already.
+            std::mem::swap(&mut self.plain.raw, &mut self.raw);
+            self.plain.pages.extend_from_slice(batch);
+            self.plain.fingerprints.extend(verdicts.drain(..).filter_map(Verdict::fingerprint));
+        } else {
+            self.gather(batch, &mut verdicts)?;
+        }
+        self.verdicts = verdicts;
+        // What is left of a thinned batch goes with the next.
+        if self.plain.pages.len() >= self.job.store.options.frame_pages.div_ceil(2) {
+            self.append(RecordKind::Frame)?;
+        }
+        Ok(())
+    }
+
+    /// Puts the pages of a batch where their verdicts say.
+    fn gather(&mut self, batch: &[u64], verdicts: &mut Vec<Verdict>) -> Result<()> {
         let frame_pages = self.job.store.options.frame_pages;
         let (mut found, mut stats) = (Vec::new(), WriteStats::default());
-        self.sifter.start_batch();
-        for &page in batch {
-            let start = self.plain.raw.len();
-            self.read(page)?;
-            let verdict = self.sifter.judge(page, &self.plain.raw[start..]);
+        for (index, (page, verdict)) in batch.iter().zip(verdicts.drain(..)).enumerate() {
+            let raw = &self.raw[index * PAGE_SIZE..][..PAGE_SIZE];
             let mut keep = |location, equal| {
-                found.push((Run { first: page, count: 1, location }, equal));
+                found.push((Run { first: *page, count: 1, location }, equal));
             };
             match verdict {
                 Verdict::Zero { equal } => {
@@ -196,119 +233,101 @@ impl<'a> Worker<'a> {
                     keep(location, false);
                 }
                 Verdict::Near(base, contents) => {
-                    let (plain, delta) = (&self.plain.raw[start..], &mut self.delta);
-                    delta.raw.extend_from_slice(plain);
-                    let at = delta.raw.len() - PAGE_SIZE;
-                    delta::xor(&mut delta.raw[at..], contents.as_slice());
-                    delta.pages.push(page);
-                    delta.bases.push(base);
+                    self.delta.push(*page, raw);
+                    let at = self.delta.raw.len() - PAGE_SIZE;
+                    delta::xor(&mut self.delta.raw[at..], contents.as_slice());
+                    self.delta.bases.push(base);
                 }
                 Verdict::New(fingerprint) => {
-                    self.plain.pages.push(page);
+                    self.plain.push(*page, raw);
                     self.plain.fingerprints.extend(fingerprint);
                 }
             }
-            self.plain.raw.truncate(self.plain.pages.len() * PAGE_SIZE);
-            let full = (self.plain.pages.len() == frame_pages && !self.emit_plain())
-                || (self.delta.pages.len() == frame_pages && !self.emit_delta());
-            if full {
-                return Ok(false);
+            if self.plain.pages.len() == frame_pages {
+                self.append(RecordKind::Frame)?;
+            }
+            if self.delta.pages.len() == frame_pages {
+                self.append(RecordKind::Delta)?;
             }
         }
-        self.sifter.end_batch();
-        // What is left of a thinned batch goes with the next.
-        if self.plain.pages.len() >= frame_pages.div_ceil(2) && !self.emit_plain() {
-            return Ok(false);
+        self.note(&found, stats);
+        Ok(())
+    }
+
+    /// Takes note of pages that need no frame, `true` for those equal to the parent's.
+    fn note(&self, found: &[(Run, bool)], stats: WriteStats) {
+        if found.is_empty() {
+            return;
         }
-        Ok(found.is_empty() || self.outputs.send(Output::Found(found, stats)).is_ok())
-    }
-
-    fn read(&mut self, page: u64) -> Result<()> {
-        let raw = &mut self.plain.raw;
-        let start = raw.len();
-        raw.resize(start + PAGE_SIZE, 0);
-        let slot = (&mut raw[start..]).try_into().expect("resized by a page");
-        self.job.source.read_page(page, slot).map_err(|source| StoreError::Source {
-            region: self.job.region.to_owned(),
-            page,
-            source,
-        })
-    }
-
-    fn emit_plain(&mut self) -> bool {
-        let Gathered { raw, pages, fingerprints, .. } = &mut self.plain;
-        if pages.is_empty() {
-            return true;
+        let mut output = lock(&self.shared.output);
+        let before = output.stats;
+        output.stats += stats;
+        output.stats.pages += found.len() as u64;
+        for (run, same) in found {
+            if *same { output.equal.push(run) } else { output.changes.push(run) }
         }
-        let spare = self.spare.try_recv().unwrap_or_default();
-        let record = self.encoder.encode_into(RecordKind::Frame, raw, spare);
-        raw.clear();
-        let (pages, fingerprints) = (std::mem::take(pages), std::mem::take(fingerprints));
-        let frame = Frame { record, delta: false, pages, fingerprints };
-        self.outputs.send(Output::Frame(frame)).is_ok()
+        self.job.progress.advance(&before, &output.stats);
     }
 
-    fn emit_delta(&mut self) -> bool {
-        let Gathered { raw, pages, bases, .. } = &mut self.delta;
-        if pages.is_empty() {
-            return true;
+    /// Reads the pages of a batch.
+    fn read(&mut self, batch: &[u64]) -> Result<()> {
+        self.raw.resize(batch.len() * PAGE_SIZE, 0);
+        let (slots, _) = self.raw.as_chunks_mut();
+        for (page, slot) in batch.iter().zip(slots) {
+            self.job.source.read_page(*page, slot).map_err(|source| StoreError::Source {
+                region: self.job.region.to_owned(),
+                page: *page,
+                source,
+            })?;
         }
-        let record = self.encoder.encode(RecordKind::Delta, &delta::encode(bases, raw));
-        raw.clear();
-        bases.clear();
-        let pages = std::mem::take(pages);
-        let frame = Frame { record, delta: true, pages, fingerprints: Vec::new() };
-        self.outputs.send(Output::Frame(frame)).is_ok()
+        Ok(())
     }
-}
 
-fn append(
-    segments: &mut SegmentWriter,
-    outputs: Receiver<Output>,
-    used: &Sender<Vec<u8>>,
-    job: &Job<'_>,
-) -> Result<Written> {
-    let (mut changes, mut equal) = (ChangesBuilder::default(), ChangesBuilder::default());
-    let mut written = Written::default();
-    for output in outputs {
-        let before = written.stats;
-        match output {
-            Output::Found(runs, stats) => {
-                written.stats += stats;
-                written.stats.pages += runs.len() as u64;
-                for (run, same) in runs {
-                    if same { equal.push(&run) } else { changes.push(&run) }
-                }
-            }
-            Output::Frame(frame) => {
-                let block = segments.append(&frame.record)?;
-                written.stats.count_frame(block.len, frame.pages.len(), frame.delta);
-                push_pages(&mut changes, block, &frame);
-                if !frame.fingerprints.is_empty() {
-                    job.store.fingerprints.insert(block, &frame.fingerprints);
-                    written.fingerprints.push((block, frame.fingerprints));
-                }
-                // Nobody needs it if there are enough.
-                let _freed = used.try_send(frame.record.bytes);
-            }
+    /// Appends what was gathered for a frame, or a delta frame, if anything was.
+    fn append(&mut self, kind: RecordKind) -> Result<()> {
+        let delta = kind == RecordKind::Delta;
+        let gathered = if delta { &mut self.delta } else { &mut self.plain };
+        if gathered.pages.is_empty() {
+            return Ok(());
         }
-        job.progress.advance(&before, &written.stats);
-    }
-    written.changes = changes.finish();
-    written.equal = equal.finish();
-    Ok(written)
-}
-
-fn push_pages(changes: &mut ChangesBuilder, frame: BlockRef, from: &Frame) {
-    for (slot, page) in from.pages.iter().enumerate() {
-        let slot = u8::try_from(slot).expect("a frame has at most 64 pages");
-        let location = if from.delta {
-            Location::Delta { frame, slot }
+        let record = if delta {
+            self.encoder.encode_here(kind, &delta::encode(&gathered.bases, gathered.raw()))
         } else {
-            Location::Frame { frame, slot }
+            self.encoder.encode_here(kind, gathered.raw())
         };
-        changes.push(&Run { first: *page, count: 1, location });
+        let mut output = lock(&self.shared.output);
+        if self.shared.failed.load(Ordering::Relaxed) {
+            // Maybe in appending: then nothing may be appended behind it.
+            return Ok(());
+        }
+        let appended = output.segments.append(record);
+        self.shared.failed.fetch_or(appended.is_err(), Ordering::Relaxed);
+        let frame = appended?;
+        let before = output.stats;
+        output.stats.count_frame(frame.len, gathered.pages.len(), delta);
+        self.job.progress.advance(&before, &output.stats);
+        for (slot, page) in gathered.pages.iter().enumerate() {
+            let slot = u8::try_from(slot).expect("a frame has at most 64 pages");
+            let location = if delta {
+                Location::Delta { frame, slot }
+            } else {
+                Location::Frame { frame, slot }
+            };
+            output.changes.push(&Run { first: *page, count: 1, location });
+        }
+        let fingerprints = std::mem::take(&mut gathered.fingerprints);
+        if !fingerprints.is_empty() {
+            self.job.store.fingerprints.insert(frame, &fingerprints);
+            output.fingerprints.push((frame, fingerprints));
+        }
+        drop(output);
+        gathered.clear();
+        Ok(())
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -16,10 +16,23 @@ pub(crate) struct EncodedRecord {
     pub hash: Hash,
 }
 
+impl EncodedRecord {
+    pub fn view(&self) -> RecordView<'_> {
+        RecordView { bytes: &self.bytes, hash: self.hash }
+    }
+}
+
+/// As [`EncodedRecord`], in its encoder's memory.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RecordView<'a> {
+    pub bytes: &'a [u8],
+    pub hash: Hash,
+}
+
 /// Compresses and hashes records; one per thread, since a zstd context is costly to make.
 pub(crate) struct RecordEncoder {
     compressor: zstd::bulk::Compressor<'static>,
-    /// Where output goes that may turn out shorter.
+    /// Where records are made.
     out: Vec<u8>,
 }
 
@@ -37,43 +50,43 @@ impl RecordEncoder {
         Ok(Self { compressor, out: Vec::new() })
     }
 
-    /// Encodes `raw`, compressed if that saves at least a sixteenth of it.
-    pub fn encode(&mut self, kind: RecordKind, raw: &[u8]) -> EncodedRecord {
-        self.encode_into(kind, raw, Vec::new())
+    /// Encodes `raw`, compressed if that saves at least a sixteenth of it; valid until the next
+    /// call.
+    pub fn encode_here(&mut self, kind: RecordKind, raw: &[u8]) -> RecordView<'_> {
+        self.encode_if_it_saves(kind, raw, raw.len() / 16)
     }
 
-    /// As [`Self::encode`], into the memory of `bytes`, whatever it holds.
-    pub fn encode_into(
-        &mut self,
-        kind: RecordKind,
-        raw: &[u8],
-        mut bytes: Vec<u8>,
-    ) -> EncodedRecord {
-        let most = raw.len() - raw.len() / 16;
-        self.out.resize(RECORD_HEADER_LEN + most, 0);
-        // zstd stops as soon as the output does not fit, which is how incompressible data shows.
-        match self.compressor.compress_to_buffer(raw, &mut self.out[RECORD_HEADER_LEN..]) {
-            Ok(stored_len) => {
-                bytes.clear();
-                bytes.extend_from_slice(&self.out[..RECORD_HEADER_LEN + stored_len]);
-                Self::seal(kind, Codec::Zstd, raw.len(), bytes)
-            }
-            Err(_does_not_fit) => Self::encode_plain(kind, raw),
-        }
+    /// As [`Self::encode_here`], in memory of its own.
+    pub fn encode(&mut self, kind: RecordKind, raw: &[u8]) -> EncodedRecord {
+        let RecordView { bytes, hash } = self.encode_here(kind, raw);
+        EncodedRecord { bytes: bytes.to_vec(), hash }
     }
 
     /// Encodes a tree node: compressed only if that saves an eighth. References are noise, and what
     /// is decoded for every look-up should be worth it; pending runs shrink to a third.
     pub fn encode_node(&mut self, raw: &[u8]) -> EncodedRecord {
-        let most = raw.len() - raw.len() / 8;
-        self.out.resize(RECORD_HEADER_LEN + most, 0);
-        match self.compressor.compress_to_buffer(raw, &mut self.out[RECORD_HEADER_LEN..]) {
-            Ok(stored_len) => {
-                let bytes = self.out[..RECORD_HEADER_LEN + stored_len].to_vec();
-                Self::seal(RecordKind::Node, Codec::Zstd, raw.len(), bytes)
-            }
-            Err(_does_not_fit) => Self::encode_plain(RecordKind::Node, raw),
+        let RecordView { bytes, hash } =
+            self.encode_if_it_saves(RecordKind::Node, raw, raw.len() / 8);
+        EncodedRecord { bytes: bytes.to_vec(), hash }
+    }
+
+    fn encode_if_it_saves(&mut self, kind: RecordKind, raw: &[u8], saved: usize) -> RecordView<'_> {
+        let end = RECORD_HEADER_LEN + raw.len();
+        if self.out.len() < end {
+            self.out.resize(end, 0);
         }
+        // zstd stops as soon as the output does not fit, which is how incompressible data shows.
+        let room = &mut self.out[RECORD_HEADER_LEN..end - saved];
+        let (codec, stored_len) = match self.compressor.compress_to_buffer(raw, room) {
+            Ok(stored_len) => (Codec::Zstd, stored_len),
+            Err(_does_not_fit) => {
+                self.out[RECORD_HEADER_LEN..end].copy_from_slice(raw);
+                (Codec::Plain, raw.len())
+            }
+        };
+        let bytes = &mut self.out[..RECORD_HEADER_LEN + stored_len];
+        let hash = seal(kind, codec, raw.len(), bytes);
+        RecordView { bytes, hash }
     }
 
     /// Encodes `raw` as it is.
@@ -81,20 +94,18 @@ impl RecordEncoder {
         let mut bytes = Vec::with_capacity(RECORD_HEADER_LEN + raw.len());
         bytes.resize(RECORD_HEADER_LEN, 0);
         bytes.extend_from_slice(raw);
-        Self::seal(kind, Codec::Plain, raw.len(), bytes)
+        let hash = seal(kind, Codec::Plain, raw.len(), &mut bytes);
+        EncodedRecord { bytes, hash }
     }
+}
 
-    fn seal(kind: RecordKind, codec: Codec, raw_len: usize, mut bytes: Vec<u8>) -> EncodedRecord {
-        let header = RecordHeader {
-            kind,
-            codec,
-            stored_len: u32::try_from(bytes.len() - RECORD_HEADER_LEN)
-                .expect("records are bounded far below 4 GiB"),
-            raw_len: u32::try_from(raw_len).expect("records are bounded far below 4 GiB"),
-        };
-        bytes[..RECORD_HEADER_LEN].copy_from_slice(&header.encode());
-        EncodedRecord { hash: Hash::of(&bytes), bytes }
-    }
+/// Fills in the header of the record in `bytes`; returns the record's hash.
+fn seal(kind: RecordKind, codec: Codec, raw_len: usize, bytes: &mut [u8]) -> Hash {
+    let len = |len: usize| u32::try_from(len).expect("records are bounded far below 4 GiB");
+    let stored_len = len(bytes.len() - RECORD_HEADER_LEN);
+    let header = RecordHeader { kind, codec, stored_len, raw_len: len(raw_len) };
+    bytes[..RECORD_HEADER_LEN].copy_from_slice(&header.encode());
+    Hash::of(bytes)
 }
 
 /// A record whose bytes were checked against the hash in its reference.

@@ -15,7 +15,7 @@ use crate::id::{BlockRef, Hash};
 use crate::layout::Layout;
 use crate::pack::{PackIndex, Place, SlotMap};
 use crate::page::PAGE_SIZE;
-use crate::record::{EncodedRecord, VerifiedRecord};
+use crate::record::{RecordView, VerifiedRecord};
 use crate::storage::{Storage, StoreFile};
 use crate::writeback::{WRITE_BACK_LEN, WriteBack};
 
@@ -426,7 +426,7 @@ impl SegmentWriter {
     }
 
     /// Appends `record`; it is on the medium for certain only after [`Self::sync`].
-    pub fn append(&mut self, record: &EncodedRecord) -> Result<BlockRef> {
+    pub fn append(&mut self, record: RecordView<'_>) -> Result<BlockRef> {
         let len = record.bytes.len() as u64;
         let full = |current: &mut Appender| {
             let end = current.len();
@@ -445,7 +445,7 @@ impl SegmentWriter {
             self.current = Some(appender);
         }
         let current = self.current.as_mut().expect("just made");
-        let offset = current.append(&record.bytes)?;
+        let offset = current.append(record.bytes)?;
         self.appended_bytes += len;
         Ok(BlockRef {
             segment: self.number,

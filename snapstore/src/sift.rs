@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use crate::delta::{self, Base};
-use crate::elide::{Fingerprint, fingerprint};
+use crate::elide::{Entry, Fingerprint, fingerprint};
 use crate::error::Result;
 use crate::id::BlockRef;
 use crate::node::Location;
-use crate::page::{Page, is_zero};
+use crate::page::{PAGE_SIZE, Page, is_zero};
 use crate::store::{Elide, Store};
 use crate::tree::Tree;
 
@@ -29,6 +29,13 @@ pub(crate) enum Verdict {
     New(Option<Fingerprint>),
 }
 
+impl Verdict {
+    /// Of a page that must be written, if it has one.
+    pub fn fingerprint(self) -> Option<Fingerprint> {
+        if let Self::New(fingerprint) = self { fingerprint } else { None }
+    }
+}
+
 /// Judges the pages of one worker.
 pub(crate) struct Sifter<'a> {
     store: &'a Store,
@@ -38,38 +45,52 @@ pub(crate) struct Sifter<'a> {
     tries_left: usize,
     tried: usize,
     useful: usize,
+    /// Of this batch: fingerprints of the pages that have any, and what is known of them.
+    fingerprints: Vec<Option<Fingerprint>>,
+    known: Vec<Option<Entry>>,
 }
 
 impl<'a> Sifter<'a> {
     pub fn new(store: &'a Store, parent: Tree) -> Self {
         let elide = store.options.elide;
-        Self { store, parent, elide, tries_left: 0, tried: 0, useful: 0 }
+        let (tries_left, tried, useful, fingerprints, known) = Default::default();
+        Self { store, parent, elide, tries_left, tried, useful, fingerprints, known }
     }
 
-    pub fn start_batch(&mut self) {
+    /// Judges the pages `numbers`, whose contents are `raw`, one after the other in `verdicts`.
+    pub fn judge(&mut self, numbers: &[u64], raw: &[u8], verdicts: &mut Vec<Verdict>) {
         let compares = self.parent.root.is_some() && (self.elide.equal || self.elide.delta);
         self.tries_left = if compares { self.store.delta_gate.pages_to_try() } else { 0 };
         (self.tried, self.useful) = (0, 0);
-    }
-
-    pub fn end_batch(&self) {
+        let (pages, _) = raw.as_chunks::<PAGE_SIZE>();
+        self.look_up(pages);
+        verdicts.clear();
+        for (index, (number, page)) in numbers.iter().zip(pages).enumerate() {
+            verdicts.push(self.judge_page(index, *number, page));
+        }
         self.store.delta_gate.tried(self.tried, self.useful);
     }
 
-    pub fn judge(&mut self, number: u64, page: &[u8]) -> Verdict {
-        if self.elide.zero && is_zero(page) {
+    /// Looks all pages up at once: each is a miss in every cache, and they overlap.
+    fn look_up(&mut self, pages: &[Page]) {
+        let (elide, seed) = (self.elide, self.store.uuid);
+        self.fingerprints.clear();
+        self.fingerprints.extend(pages.iter().map(|page| {
+            let zero = elide.zero && is_zero(page);
+            (elide.dedup && !zero).then(|| fingerprint(page, seed))
+        }));
+        self.store.fingerprints.find(&self.fingerprints, &mut self.known);
+    }
+
+    fn judge_page(&mut self, index: usize, number: u64, page: &Page) -> Verdict {
+        if self.elide.zero && self.fingerprints[index].is_none() && is_zero(page) {
             let equal = self.elide.equal
                 && self.parent_location(number).is_some_and(|found| found == Location::Zero);
             return Verdict::Zero { equal };
         }
-        let mut hash = None;
-        if self.elide.dedup {
-            let fingerprint = fingerprint(page, self.store.uuid);
-            hash = Some(fingerprint);
-            if let Some(location) = self.known(fingerprint, page) {
-                let same = self.elide.equal && self.parent_location(number) == Some(location);
-                return if same { Verdict::Equal(location) } else { Verdict::Known(location) };
-            }
+        if let Some(location) = self.known[index].and_then(|entry| self.holder(entry, page)) {
+            let same = self.elide.equal && self.parent_location(number) == Some(location);
+            return if same { Verdict::Equal(location) } else { Verdict::Known(location) };
         }
         if self.tries_left > 0 {
             self.tries_left -= 1;
@@ -80,7 +101,7 @@ impl<'a> Sifter<'a> {
                 return verdict;
             }
         }
-        Verdict::New(hash)
+        Verdict::New(self.fingerprints[index])
     }
 
     /// Where the parent has the page; none if there is no parent, or it cannot be read.
@@ -89,9 +110,9 @@ impl<'a> Sifter<'a> {
         self.parent.page(self.store, number).ok()
     }
 
-    /// Where in the store a page with the same contents is.
-    fn known(&self, fingerprint: Fingerprint, page: &[u8]) -> Option<Location> {
-        let (frame, slot) = self.store.fingerprints.find(fingerprint)?;
+    /// Where in the store `entry` points, if that is a page with the same contents.
+    fn holder(&self, entry: Entry, page: &Page) -> Option<Location> {
+        let (frame, slot) = self.store.fingerprints.page_of(entry)?;
         self.holds(&frame, slot, page).then_some(Location::Frame { frame, slot })
     }
 

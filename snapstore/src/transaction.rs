@@ -315,7 +315,7 @@ impl Transaction {
         let payload = encode_fingerprints(&fingerprints);
         // They are noise: not worth a compressor's time.
         let record = RecordEncoder::encode_plain(RecordKind::Fingerprints, &payload);
-        self.segments.as_mut().expect("held until commit").append(&record).map(Some)
+        self.segments.as_mut().expect("held until commit").append(record.view()).map(Some)
     }
 
     fn write_state(&mut self, chunks: &[StateChunk]) -> Result<Vec<StateRef>> {
@@ -357,7 +357,7 @@ impl Transaction {
             .find(|chunk| chunk.body.hash == record.hash);
         match known {
             Some(chunk) => Ok(chunk.body),
-            None => self.segments.as_mut().expect("held until commit").append(&record),
+            None => self.segments.as_mut().expect("held until commit").append(record.view()),
         }
     }
 
@@ -416,7 +416,7 @@ fn node_encoder() -> Result<RecordEncoder> {
 
 impl Transaction {
     fn append_node(&mut self, record: &EncodedRecord, node: Node) -> Result<BlockRef> {
-        let block = self.segments.as_mut().expect("held until commit").append(record)?;
+        let block = self.segments.as_mut().expect("held until commit").append(record.view())?;
         self.store.nodes.insert(block.hash, Arc::new(node));
         self.nodes += 1;
         Ok(block)

@@ -1,6 +1,7 @@
 //! Damage to the files of a store, bit by bit: it is reported with the file's name, or it does
 //! not matter. Never a panic, never a wrong page.
 
+use std::collections::HashMap;
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -169,6 +170,13 @@ fn every_bit_of_a_segment_and_pack_counts() {
     // One store, kept open: opening for each flip would take minutes. `verify` trusts no cache.
     let store = fixture.open().unwrap();
     let ids: Vec<SnapshotId> = fixture.published.iter().map(|(id, _)| *id).collect();
+    let mut records: HashMap<Vec<u8>, usize> = HashMap::new();
+    for name in &fixture.segments {
+        let good = fs::read(fixture.path(name)).unwrap();
+        for block in read_segment(&good) {
+            *records.entry(good[block.offset..block.end()].to_vec()).or_default() += 1;
+        }
+    }
     let mut flips = 0;
     for name in &fixture.segments {
         let good = fs::read(fixture.path(name)).unwrap();
@@ -185,10 +193,12 @@ fn every_bit_of_a_segment_and_pack_counts() {
             if flips % READ_STRIDE == 0 {
                 assert_eq!(fixture.judge(name), Outcome::Reported, "bit {bit} of {name}");
                 let fresh = fixture.open().unwrap();
-                // Nobody needs fingerprints to read.
+                // Nobody needs fingerprints to read; and a record that stands there twice may have
+                // been read where it is whole: frames are cached by their hash.
                 let needed = block.is_none_or(|block| block.kind != KIND_FINGERPRINTS);
+                let twin = block.is_some_and(|block| records[&good[block.offset..block.end()]] > 1);
                 let unread = read_all(&fresh, &fixture.published);
-                assert_eq!(unread > 0, needed, "bit {bit} of {name} in reading");
+                assert!(twin || (unread > 0) == needed, "bit {bit} of {name} in reading");
             }
             file.write_all_at(&good[byte..=byte], byte as u64).unwrap();
         }
