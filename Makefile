@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 
-.PHONY: all setup build demo test lint bench fuzz clean
+.PHONY: all setup build demo test lint bench images fuzz clean
 
 all: build
 
@@ -30,6 +30,11 @@ bench: build
 	target/release/frazil-bench resume
 	target/release/frazil-bench store
 	target/release/frazil-bench store-frames
+
+# The store on the memory of a stock Debian kernel under QEMU: dumps of 6 GiB, then the figures.
+images: build
+	benches/linux-images.sh target/linux-images
+	target/release/frazil-bench store-images --images target/linux-images/ram-*.raw
 
 # Every parser of the store under a coverage-guided fuzzer, FUZZ_SECONDS each. Needs cargo-fuzz.
 FUZZ_SECONDS ?= 60

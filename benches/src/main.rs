@@ -51,6 +51,9 @@ struct Cli {
     /// The `frazil` command to measure. Default: the one beside this program.
     #[arg(long, value_name = "PATH")]
     frazil: Option<PathBuf>,
+    /// Raw dumps of one guest's RAM, in the order in which they were taken, for store-images.
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    images: Vec<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -65,6 +68,8 @@ enum Suite {
     Store,
     /// Stores with other frame sizes: the measurement behind the default.
     StoreFrames,
+    /// The store on dumps of a real guest's RAM: what each kind of elision saves.
+    StoreImages,
 }
 
 impl Suite {
@@ -72,7 +77,7 @@ impl Suite {
     fn runs_guests(self) -> bool {
         match self {
             Self::Floors | Self::Checkpoint | Self::Resume => true,
-            Self::Store | Self::StoreFrames => false,
+            Self::Store | Self::StoreFrames | Self::StoreImages => false,
         }
     }
 }
@@ -96,7 +101,7 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> anyhow::Result<()> {
-    let Cli { suite, json, memory, runs, quick, store_dir, frazil } = cli;
+    let Cli { suite, json, memory, runs, quick, store_dir, frazil, images } = cli;
     if cfg!(debug_assertions) {
         eprintln!("frazil-bench: warning: built without --release; the figures mean nothing");
     }
@@ -112,6 +117,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Suite::Resume => suites::resume::run(&mut bench, frazil),
         Suite::Store => suites::store::run(&mut bench),
         Suite::StoreFrames => suites::store::run_frames(&mut bench),
+        Suite::StoreImages => suites::store::run_images(&mut bench, &images),
     }?;
     bench.finish()
 }

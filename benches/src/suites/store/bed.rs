@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use frazil_snapstore::{
     Description, PAGE_SIZE, PageSet, PageSource, RegionReader, SnapshotId, Store, StoreOptions,
+    WriteStats,
 };
 use rustix::fs::{Advice, fadvise};
 use tempfile::TempDir;
@@ -93,6 +94,15 @@ impl Bed {
         dirty: &PageSet,
         source: &dyn PageSource,
     ) -> anyhow::Result<Duration> {
+        Ok(self.commit_counted(dirty, source)?.0)
+    }
+
+    /// As [`Self::commit`]; returns what became of the pages, too.
+    pub(super) fn commit_counted(
+        &mut self,
+        dirty: &PageSet,
+        source: &dyn PageSource,
+    ) -> anyhow::Result<(Duration, WriteStats)> {
         let store = self.store()?;
         self.commits += 1;
         let description = Description {
@@ -104,11 +114,11 @@ impl Bed {
         let started = Instant::now();
         let mut transaction = store.begin(self.head)?;
         let region = transaction.region(REGION, self.pages)?;
-        transaction.write_pages(region, dirty, source)?;
+        let stats = transaction.write_pages(region, dirty, source)?;
         let committed = transaction.commit(description)?;
         let took = started.elapsed();
         self.head = Some(committed.id);
-        Ok(took)
+        Ok((took, stats))
     }
 
     /// As [`Self::commit`]; returns by how many bytes the store's files grew.
@@ -125,7 +135,12 @@ impl Bed {
     /// The region of the newest snapshot.
     pub(super) fn reader(&mut self) -> anyhow::Result<RegionReader> {
         let head = self.head()?;
-        Ok(self.store()?.snapshot(head)?.region(REGION)?)
+        self.reader_of(head)
+    }
+
+    /// The region of a snapshot of the store.
+    pub(super) fn reader_of(&mut self, id: SnapshotId) -> anyhow::Result<RegionReader> {
+        Ok(self.store()?.snapshot(id)?.region(REGION)?)
     }
 
     /// Opens the store anew and reads `count` random pages of the newest snapshot; returns the

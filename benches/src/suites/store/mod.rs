@@ -6,9 +6,12 @@
 
 mod bed;
 mod depth;
+mod dumps;
+mod edits;
 mod elide;
 mod frames;
 mod heap;
+mod images;
 mod incremental;
 mod limit;
 mod pages;
@@ -17,6 +20,8 @@ mod read;
 mod scale;
 mod verify;
 mod write;
+
+use std::path::PathBuf;
 
 use crate::bench::Bench;
 use crate::content::FRAME_PAGES;
@@ -70,4 +75,9 @@ fn measure_one_store(bench: &mut Bench, pool: &Pool) -> anyhow::Result<()> {
 pub(crate) fn run_frames(bench: &mut Bench) -> anyhow::Result<()> {
     bench.say(&format!("frames of other sizes than {FRAME_PAGES} pages"));
     frames::measure(bench, &Pool::text())
+}
+
+/// On dumps of a guest's RAM, in the order in which they were taken.
+pub(crate) fn run_images(bench: &mut Bench, images: &[PathBuf]) -> anyhow::Result<()> {
+    images::measure(bench, images)
 }
