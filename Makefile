@@ -36,11 +36,14 @@ images: build
 	benches/linux-images.sh target/linux-images
 	target/release/frazil-bench store-images --images target/linux-images/ram-*.raw
 
-# Every parser of the store under a coverage-guided fuzzer, FUZZ_SECONDS each. Needs cargo-fuzz.
+# Every parser of the store under a coverage-guided fuzzer, FUZZ_SECONDS each. Needs cargo-fuzz. What
+# it finds worth keeping goes below target; the seeds stay as they are.
 FUZZ_SECONDS ?= 60
 fuzz: setup
 	cd snapstore && for target in header record node delta fingerprints pack_index journal manifest reference; do \
-		RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run --sanitizer none $$target -- -max_total_time=$(FUZZ_SECONDS) || exit 1; \
+		mkdir -p fuzz/target/corpus/$$target; \
+		RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run --sanitizer none $$target \
+			fuzz/target/corpus/$$target fuzz/corpus/$$target -- -max_total_time=$(FUZZ_SECONDS) || exit 1; \
 	done
 
 clean:

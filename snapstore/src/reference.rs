@@ -72,6 +72,10 @@ pub(crate) fn resolve(
     };
     let mut found = resolve_base(snapshots, tags, base, store, &unknown)?;
     for generation in 0..generations {
+        // Parents that go round in a circle: only a forged journal has them.
+        if generation >= snapshots.len() {
+            return Err(unknown(format!("{base} cannot have {generations} ancestors")));
+        }
         let parent = found
             .parent
             .ok_or_else(|| unknown(format!("{base} has only {generation} ancestors")))?;
@@ -133,6 +137,14 @@ fn by_id(snapshots: &[SnapshotInfo], id: SnapshotId) -> Option<SnapshotInfo> {
 mod tests {
     use super::*;
     use crate::id::{BlockRef, Hash};
+
+    #[test]
+    fn ancestors_in_a_circle_come_to_an_end() {
+        let mut snapshots = line(3);
+        snapshots[0].parent = Some(snapshots[2].id);
+        let error = resolve(&snapshots, &BTreeMap::new(), "latest~18446744073709551615", "store");
+        assert!(error.unwrap_err().to_string().contains("cannot have"));
+    }
 
     fn line(count: u8) -> Vec<SnapshotInfo> {
         let manifest = BlockRef { segment: 0, offset: 0, len: 0, hash: Hash([0; 32]) };
