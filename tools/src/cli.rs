@@ -264,8 +264,12 @@ pub(crate) struct CheckpointArgs {
 pub(crate) struct LogArgs {
     /// The store. Default: $FRAZIL_STORE, then ./frazil-store.
     pub store: Option<PathBuf>,
+    /// Draw how snapshots descend from each other, as `git log --graph` does: children before
+    /// parents, the newest line first. With --json nothing is drawn, and nothing changes.
+    #[arg(long)]
+    pub graph: bool,
     /// At most so many.
-    #[arg(long, short = 'n', value_name = "N")]
+    #[arg(long, short = 'n', value_name = "N", visible_alias = "limit")]
     pub max_count: Option<usize>,
 }
 
