@@ -45,6 +45,7 @@ fn run(cli: Cli, started: commands::Started) -> anyhow::Result<ExitCode> {
         Command::Pause(vm) => commands::control::pause(&vm, json).map(done),
         Command::Continue(vm) => commands::control::go(&vm, json).map(done),
         Command::Stop(vm) => commands::control::stop(&vm, json).map(done),
+        Command::Top(args) => commands::top::top(&args, json).map(done),
         Command::Log(args) => commands::log::log(&args, json).map(done),
         Command::Show(args) => commands::show::show(&args, json).map(done),
         Command::Diff(args) => commands::diff::diff(&args, json).map(done),

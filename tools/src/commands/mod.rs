@@ -7,6 +7,7 @@ pub(crate) mod log;
 pub(crate) mod retention;
 pub(crate) mod run;
 pub(crate) mod show;
+pub(crate) mod top;
 pub(crate) mod verify;
 
 use std::collections::BTreeMap;
