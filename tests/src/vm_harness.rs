@@ -363,6 +363,21 @@ impl RunningVm {
     /// # Errors
     /// What the connection came to.
     pub fn http(&self, method: &str, path: &str, body: &str) -> std::io::Result<(u16, Value)> {
+        let (head, body) = self.exchange(method, path, body)?;
+        let status = head.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or(0);
+        Ok((status, serde_json::from_str(&body).unwrap_or(Value::Null)))
+    }
+
+    /// As [`Self::http`]: the head and the body of the answer, as they are.
+    ///
+    /// # Errors
+    /// What the connection came to.
+    pub fn exchange(
+        &self,
+        method: &str,
+        path: &str,
+        body: &str,
+    ) -> std::io::Result<(String, String)> {
         let mut stream = UnixStream::connect(&self.socket)?;
         stream.set_read_timeout(Some(Duration::from_secs(1)))?;
         stream.set_write_timeout(Some(PATIENCE))?;
@@ -383,8 +398,7 @@ impl RunningVm {
         let (head, body) = answer.split_once("\r\n\r\n").ok_or_else(|| {
             std::io::Error::other(format!("expected an HTTP answer, found {answer:?}"))
         })?;
-        let status = head.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or(0);
-        Ok((status, serde_json::from_str(body).unwrap_or(Value::Null)))
+        Ok((head.to_owned(), body.to_owned()))
     }
 
     /// `GET path`; fails the test unless it succeeds.

@@ -38,6 +38,10 @@ pub(crate) enum Command {
     Continue(VmArg),
     /// End a VM and its process.
     Stop(VmArg),
+    /// Watch a running VM: dirty rate, pauses, checkpoints, paging. `q` or Ctrl-C quits.
+    ///
+    /// In a pipe, or with --json, one JSON object a line is printed instead, every --interval.
+    Top(TopArgs),
     /// List a store's snapshots, newest first: time, id, parent, pages, bytes, pause.
     Log(LogArgs),
     /// Show what a snapshot is: machine, vCPU registers, devices, regions, statistics.
@@ -264,9 +268,25 @@ pub(crate) struct CheckpointArgs {
 pub(crate) struct LogArgs {
     /// The store. Default: $FRAZIL_STORE, then ./frazil-store.
     pub store: Option<PathBuf>,
+    /// Draw how snapshots descend from each other, as `git log --graph` does: children before
+    /// parents, the newest line first. With --json nothing is drawn, and nothing changes.
+    #[arg(long)]
+    pub graph: bool,
     /// At most so many.
-    #[arg(long, short = 'n', value_name = "N")]
+    #[arg(long, short = 'n', value_name = "N", visible_alias = "limit")]
     pub max_count: Option<usize>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TopArgs {
+    /// The VM's name, or the path of its control socket.
+    pub vm: String,
+    /// How often to look.
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = interval)]
+    pub interval: Duration,
+    /// Stop after so many looks.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub count: Option<u64>,
 }
 
 #[derive(Debug, Args)]

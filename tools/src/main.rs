@@ -27,7 +27,8 @@ fn main() -> ExitCode {
             if let Some(usage) = error.downcast_ref::<clap::Error>() {
                 usage.exit();
             }
-            eprintln!("frazil: {error:#}");
+            // Part of it may be what somebody else sent: a name, a message of a guest.
+            eprintln!("frazil: {}", output::plain(&format!("{error:#}")));
             ExitCode::FAILURE
         }
     }
@@ -44,8 +45,9 @@ fn run(cli: Cli, started: commands::Started) -> anyhow::Result<ExitCode> {
         Command::Pause(vm) => commands::control::pause(&vm, json).map(done),
         Command::Continue(vm) => commands::control::go(&vm, json).map(done),
         Command::Stop(vm) => commands::control::stop(&vm, json).map(done),
-        Command::Log(args) => commands::store::log(&args, json).map(done),
-        Command::Show(args) => commands::store::show(&args, json).map(done),
+        Command::Top(args) => commands::top::top(&args, json).map(done),
+        Command::Log(args) => commands::log::log(&args, json).map(done),
+        Command::Show(args) => commands::show::show(&args, json).map(done),
         Command::Diff(args) => commands::diff::diff(&args, json).map(done),
         Command::Verify(args) => commands::verify::verify(&args, json),
         Command::Forget(args) => commands::retention::forget(&args, json).map(done),

@@ -1,6 +1,7 @@
 //! Printing for people.
 
-use std::fmt::Arguments;
+use std::borrow::Cow;
+use std::fmt::{Arguments, Write as _};
 use std::io::Write;
 use std::time::Duration;
 
@@ -18,7 +19,34 @@ macro_rules! outln {
 
 /// Prints a line on standard output, if anybody listens.
 pub(crate) fn line(text: Arguments<'_>) {
-    let _nobody_listens = writeln!(std::io::stdout(), "{text}");
+    let _nobody_listens = try_line(text);
+}
+
+/// As [`line()`], for those who stop when nobody listens any more.
+pub(crate) fn try_line(text: Arguments<'_>) -> std::io::Result<()> {
+    writeln!(std::io::stdout(), "{}", plain(&text.to_string()))
+}
+
+/// `text` without anything that a terminal would obey rather than show: names and messages may
+/// come from elsewhere. What is replaced reads as it does in JSON, and stays valid there.
+pub(crate) fn plain(text: &str) -> Cow<'_, str> {
+    let obeyed = |c: char| {
+        (c.is_control() && c != '\n')
+            // Characters that turn the direction of text around.
+            || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    };
+    if !text.contains(obeyed) {
+        return Cow::Borrowed(text);
+    }
+    let mut out = String::with_capacity(text.len() + 16);
+    for c in text.chars() {
+        if obeyed(c) {
+            let _to_memory = write!(out, "\\u{:04x}", u32::from(c));
+        } else {
+            out.push(c);
+        }
+    }
+    Cow::Owned(out)
 }
 
 /// A table without lines, its columns two spaces apart.
@@ -81,4 +109,19 @@ pub(crate) fn progress_bar(what: &'static str, unit: &str) -> ProgressBar {
     bar.set_prefix(what);
     bar.enable_steady_tick(Duration::from_millis(100));
     bar
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_terminal_would_obey_is_shown() {
+        assert!(matches!(plain("naïve — ok\n"), Cow::Borrowed(_)));
+        assert_eq!(plain("a\u{1b}[31mb\u{7}\u{9b}2J\r"), "a\\u001b[31mb\\u0007\\u009b2J\\u000d");
+        assert_eq!(plain("x\u{202e}y"), "x\\u202ey");
+        let json = serde_json::to_string("\u{9b}\u{7f}\u{202e}\u{1b}").unwrap();
+        let back: String = serde_json::from_str(&plain(&json)).unwrap();
+        assert_eq!(back, "\u{9b}\u{7f}\u{202e}\u{1b}");
+    }
 }

@@ -215,6 +215,7 @@ impl Vm {
                 totals.pages += report.stats.precopied_pages + report.stats.cut_pages;
                 totals.stored_bytes += report.stored_bytes;
                 totals.pause_us_max = totals.pause_us_max.max(report.stats.pause_us);
+                self.telemetry.record(report);
             }
             Err(_) => totals.failed += 1,
         }

@@ -17,6 +17,7 @@ pub mod kvm;
 pub mod memory;
 pub mod scheduler;
 pub mod state;
+pub mod telemetry;
 pub mod vcpu;
 mod vm;
 pub mod workload;

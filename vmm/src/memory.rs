@@ -6,6 +6,7 @@
 use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
+use std::os::unix::fs::MetadataExt;
 
 use frazil_snapstore::pager::{CHUNK_PAGES, Mapping};
 use frazil_snapstore::{PAGE_SIZE, Page, PageSet, PageSource};
@@ -118,6 +119,14 @@ impl GuestRam {
     #[must_use]
     pub fn len_bytes(&self) -> u64 {
         self.ranges.iter().map(|range| range.len_bytes).sum()
+    }
+
+    /// Bytes of RAM that take memory of the host: pages that the guest, or whoever fills it, has
+    /// touched. None if the host does not say.
+    #[must_use]
+    pub fn allocated_bytes(&self) -> Option<u64> {
+        // Blocks are 512 bytes, whatever the file system's own are.
+        self.memfd.metadata().ok().map(|found| found.blocks() * 512)
     }
 
     /// The page after the last, which is how many pages the store's region ranges over.

@@ -19,6 +19,7 @@ use crate::error::{Result, VmmError};
 use crate::kvm::{Hypervisor, VmShell};
 use crate::memory::{GuestRam, RAM_REGION};
 use crate::state::{ChunkSet, Saved};
+use crate::telemetry::Telemetry;
 use crate::vcpu::saved::SavedVcpu;
 use crate::vcpu::{Ended, Vcpu, VcpuSet};
 use crate::workload::{ControlView, GUEST_ELF, VerifyReport, WorkloadSpec};
@@ -167,6 +168,7 @@ pub struct Vm {
     paused_now: AtomicBool,
     pub(crate) progress: CheckpointProgress,
     pub(crate) totals: Mutex<CheckpointTotals>,
+    pub(crate) telemetry: Telemetry,
 }
 
 impl Vm {
@@ -266,6 +268,7 @@ impl Vm {
             paused_now: AtomicBool::new(true),
             progress: CheckpointProgress::default(),
             totals: Mutex::default(),
+            telemetry: Telemetry::default(),
         }
     }
 

@@ -108,7 +108,7 @@ pub(crate) fn ps(json: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn state_name(state: RunState) -> &'static str {
+pub(crate) fn state_name(state: RunState) -> &'static str {
     match state {
         RunState::Running => "running",
         RunState::Paused => "paused",

@@ -2,9 +2,12 @@
 
 pub(crate) mod control;
 pub(crate) mod diff;
+mod graph;
+pub(crate) mod log;
 pub(crate) mod retention;
 pub(crate) mod run;
-pub(crate) mod store;
+pub(crate) mod show;
+pub(crate) mod top;
 pub(crate) mod verify;
 
 use std::collections::BTreeMap;

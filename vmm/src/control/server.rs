@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use tiny_http::{Header, Method, Request, Response};
 
 use super::api::{ApiError, Done, RunState, VmStatus, WorkloadStatus, WorkloadVerified};
+use super::metrics;
 use super::register::make_private_socket;
 use crate::checkpoint::{CheckpointReport, CheckpointRequest};
 use crate::error::{Result, VmmError};
@@ -142,12 +143,20 @@ impl Drop for Served {
 fn handle(mut request: Request, vm: &Vm, on_checkpoint: &OnEvent) {
     let answer = body(&mut request).and_then(|body| route(&request, &body, vm, on_checkpoint));
     match answer {
-        Ok(value) => respond(request, 200, &value),
+        Ok(Body::Json(value)) => respond(request, 200, &value),
+        Ok(Body::Metrics(text)) => send(request, 200, metrics::CONTENT_TYPE, text.into_bytes()),
         Err((status, error)) => respond(request, status, &ApiError { error }),
     }
 }
 
-type Answer<T = Value> = std::result::Result<T, (u16, String)>;
+/// What a request that succeeded is answered with.
+enum Body {
+    Json(Value),
+    /// In Prometheus's text format.
+    Metrics(String),
+}
+
+type Answer<T = Body> = std::result::Result<T, (u16, String)>;
 
 fn body(request: &mut Request) -> Answer<Vec<u8>> {
     match (request.body_length(), request.method()) {
@@ -167,15 +176,17 @@ fn body(request: &mut Request) -> Answer<Vec<u8>> {
 }
 
 /// Every route, as method and path. `openapi.json` has the same ones.
-pub(super) const ROUTES: [(&str, &str); 9] = [
+pub(super) const ROUTES: [(&str, &str); 11] = [
     ("GET", "/vm"),
     ("PUT", "/vm/pause"),
     ("PUT", "/vm/continue"),
     ("PUT", "/vm/stop"),
     ("POST", "/checkpoints"),
     ("GET", "/checkpoints/progress"),
+    ("GET", "/checkpoints/statistics"),
     ("GET", "/workload"),
     ("POST", "/workload/verify"),
+    ("GET", "/metrics"),
     ("GET", "/openapi.json"),
 ];
 
@@ -196,15 +207,17 @@ fn route(request: &Request, body: &[u8], vm: &Vm, on_checkpoint: &OnEvent) -> An
         }
         ("POST", "/checkpoints") => checkpoint(body, vm, on_checkpoint),
         ("GET", "/checkpoints/progress") => to_json(&vm.checkpoint_progress()),
+        ("GET", "/checkpoints/statistics") => to_json(&vm.checkpoint_statistics()),
         ("GET", "/workload") => {
             conflict(vm.workload()).and_then(|view| to_json(&WorkloadStatus::from(&view)))
         }
         ("POST", "/workload/verify") => {
             conflict(vm.verify_workload()).and_then(|found| to_json(&WorkloadVerified::from(found)))
         }
-        ("GET", "/openapi.json") => {
-            serde_json::from_str(super::OPENAPI).map_err(|error| (500, error.to_string()))
-        }
+        ("GET", "/metrics") => Ok(Body::Metrics(metrics::of(vm))),
+        ("GET", "/openapi.json") => serde_json::from_str(super::OPENAPI)
+            .map(Body::Json)
+            .map_err(|error| (500, error.to_string())),
         _ if ROUTES.iter().any(|(_, known)| *known == path) => {
             Err((405, format!("{method} is not for {path}; see /openapi.json")))
         }
@@ -233,15 +246,21 @@ fn conflict<T>(result: Result<T>) -> Answer<T> {
 }
 
 fn to_json(value: &impl Serialize) -> Answer {
-    serde_json::to_value(value).map_err(|error| (500, format!("cannot encode the answer: {error}")))
+    serde_json::to_value(value)
+        .map(Body::Json)
+        .map_err(|error| (500, format!("cannot encode the answer: {error}")))
 }
 
 fn respond(request: Request, status: u16, answer: &impl Serialize) {
     let body = serde_json::to_vec(&json!(answer)).unwrap_or_default();
-    let json = Header::from_bytes("Content-Type", "application/json").expect("a valid header");
+    send(request, status, "application/json", body);
+}
+
+fn send(request: Request, status: u16, content_type: &str, body: Vec<u8>) {
+    let kind = Header::from_bytes("Content-Type", content_type).expect("a valid header");
     // A client that went away needs no answer.
     let _gone =
-        request.respond(Response::from_data(body).with_status_code(status).with_header(json));
+        request.respond(Response::from_data(body).with_status_code(status).with_header(kind));
 }
 
 #[cfg(test)]

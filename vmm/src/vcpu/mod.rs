@@ -4,6 +4,7 @@
 //! `immediate_exit` in the thread's own `kvm_run`, which no wrapper can do from outside.
 #![allow(unsafe_code)]
 
+mod exits;
 mod gate;
 pub mod saved;
 mod state;
@@ -20,6 +21,8 @@ use vmm_sys_util::signal::{Killable, register_signal_handler};
 use crate::devices::Bus;
 use crate::error::{Result, VmmError};
 use crate::kvm::{Hypervisor, VmShell};
+use exits::ExitCounters;
+pub use exits::ExitCounts;
 pub use gate::Ended;
 use gate::{Gate, Goal};
 use saved::SavedVcpu;
@@ -127,6 +130,7 @@ struct VcpuThread {
 #[derive(Debug)]
 pub struct VcpuSet {
     gate: Arc<Gate>,
+    exits: Arc<ExitCounters>,
     threads: Vec<VcpuThread>,
 }
 
@@ -141,6 +145,7 @@ impl VcpuSet {
             source: std::io::Error::from_raw_os_error(error.errno()),
         })?;
         let gate = Arc::new(Gate::new(vcpus.len()));
+        let exits = Arc::<ExitCounters>::default();
         let mut threads = Vec::with_capacity(vcpus.len());
         for vcpu in vcpus {
             let captured = Arc::default();
@@ -150,6 +155,7 @@ impl VcpuSet {
                 index: vcpu.index,
                 gate: Arc::clone(&gate),
                 bus: Arc::clone(bus),
+                exits: Arc::clone(&exits),
                 captured: Arc::clone(&captured),
             };
             let join = std::thread::Builder::new()
@@ -158,7 +164,7 @@ impl VcpuSet {
                 .map_err(VmmError::host("start a vCPU thread"))?;
             threads.push(VcpuThread { join, captured });
         }
-        Ok(Self { gate, threads })
+        Ok(Self { gate, exits, threads })
     }
 
     /// Stops every vCPU at an instruction boundary, with half-done exits finished. With `capture`
@@ -227,6 +233,12 @@ impl VcpuSet {
         self.gate.wait_ended(patience)
     }
 
+    /// How often they left the guest.
+    #[must_use]
+    pub fn exits(&self) -> ExitCounts {
+        self.exits.counts()
+    }
+
     /// How many there are.
     #[must_use]
     pub fn count(&self) -> usize {
@@ -261,6 +273,7 @@ struct RunningVcpu {
     reader: Arc<StateReader>,
     gate: Arc<Gate>,
     bus: Arc<Bus>,
+    exits: Arc<ExitCounters>,
     captured: Arc<CaptureSlot>,
 }
 
@@ -341,7 +354,9 @@ impl RunningVcpu {
     }
 
     fn enter(&mut self) -> Turn {
-        match self.fd.run() {
+        let exit = self.fd.run();
+        self.exits.count(&exit);
+        match exit {
             Ok(VcpuExit::IoOut(port, data)) => {
                 self.bus.pio_write(port, data).map_or(Turn::Again, Turn::End)
             }

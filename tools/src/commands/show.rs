@@ -1,75 +1,11 @@
-//! Commands that look at a store: log, show.
+//! `frazil show`: what a snapshot is.
 
-use frazil_snapstore::{Manifest, SnapshotInfo, StateChunk, Store};
+use frazil_snapstore::{Manifest, StateChunk, Store};
 use serde_json::{Value, json};
 
-use super::{open_snapshot, open_store, print_json, tags_by_snapshot, what};
-use crate::cli::{LogArgs, ShowArgs};
+use super::{open_snapshot, print_json};
+use crate::cli::ShowArgs;
 use crate::output;
-
-pub(crate) fn log(args: &LogArgs, json: bool) -> anyhow::Result<()> {
-    let store = open_store(args.store.as_deref())?;
-    let mut tags = tags_by_snapshot(&store);
-    let mut table = output::table(
-        &["SNAPSHOT", "TIME", "PARENT", "PAGES", "BYTES", "PAUSE", "VM", "WHAT"],
-        &[3, 4, 5],
-    );
-    for info in store.snapshots().into_iter().rev().take(args.max_count.unwrap_or(usize::MAX)) {
-        let tags = tags.remove(&info.id).unwrap_or_default();
-        let manifest = store.snapshot(info.id).map(|snapshot| snapshot.manifest().clone());
-        match manifest {
-            Ok(manifest) if json => print_json(&log_line(&info, &manifest, &tags))?,
-            Err(error) if json => print_json(&json!({"id": info.id, "error": error.to_string()}))?,
-            Ok(manifest) => {
-                table.add_row(log_row(&info, &manifest, &tags));
-            }
-            Err(error) => {
-                table.add_row([
-                    info.id.short(),
-                    output::time(info.time_unix_ms),
-                    parent(&info),
-                    String::new(),
-                    String::new(),
-                    String::new(),
-                    String::new(),
-                    error.to_string(),
-                ]);
-            }
-        }
-    }
-    if !json {
-        output::print_table(&table);
-    }
-    Ok(())
-}
-
-fn parent(info: &SnapshotInfo) -> String {
-    info.parent.map_or_else(|| "-".into(), |parent| parent.short())
-}
-
-fn figure(manifest: &Manifest, name: &str) -> u64 {
-    manifest.stats[name].as_u64().unwrap_or(0)
-}
-
-fn log_line(info: &SnapshotInfo, manifest: &Manifest, tags: &[String]) -> Value {
-    json!({
-        "id": info.id, "parent": info.parent, "time_unix_ms": info.time_unix_ms,
-        "vm": manifest.name, "message": manifest.message, "tags": tags, "stats": manifest.stats,
-    })
-}
-
-fn log_row(info: &SnapshotInfo, manifest: &Manifest, tags: &[String]) -> [String; 8] {
-    [
-        info.id.short(),
-        output::time(info.time_unix_ms),
-        parent(info),
-        output::count(figure(manifest, "dirty_pages")),
-        output::bytes(figure(manifest, "frame_bytes")),
-        output::micros(figure(manifest, "pause_us")),
-        manifest.name.clone(),
-        what(tags, &manifest.message),
-    ]
-}
 
 pub(crate) fn show(args: &ShowArgs, json: bool) -> anyhow::Result<()> {
     let (_, snapshot) = open_snapshot(&args.snapshot)?;

@@ -1,0 +1,274 @@
+//! `GET /metrics`: what a VM knows of itself, in Prometheus's text format, version 0.0.4.
+//!
+//! Names carry their unit, counters end in `_total`, times are seconds and sizes bytes. What a VM
+//! does not know, such as the pager's figures where memory did not come lazily, is left out.
+
+use std::fmt::{Display, Write};
+
+use super::api::{RunState, VmStatus};
+use crate::telemetry::{CheckpointStatistics, Distribution};
+use crate::vcpu::ExitCounts;
+use crate::vm::{SavedGuest, Vm};
+
+/// The format's media type.
+pub(super) const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+const PAGE_BYTES: u64 = frazil_snapstore::PAGE_SIZE as u64;
+const MICROSECONDS: f64 = 1e6;
+
+/// The metrics of `vm` now.
+pub(super) fn of(vm: &Vm) -> String {
+    let mut page = Page::default();
+    let status = VmStatus::of(vm);
+    machine(&mut page, &status, vm.ram().allocated_bytes());
+    exits(&mut page, vm.vcpus.exits());
+    checkpoints(&mut page, &vm.checkpoint_statistics());
+    pager(&mut page, &status);
+    page.text
+}
+
+fn machine(page: &mut Page, status: &VmStatus, allocated_bytes: Option<u64>) {
+    let guest = match &status.machine.guest {
+        SavedGuest::Workload { .. } => "workload",
+        SavedGuest::Kernel { .. } => "kernel",
+    };
+    page.family("frazil_vm_info", "gauge", "The VM, as labels; always 1.");
+    let version = env!("CARGO_PKG_VERSION");
+    page.sample("", &[("name", &status.name), ("guest", guest), ("version", version)], 1);
+    page.family("frazil_vm_state", "gauge", "1 for the state that the VM is in, else 0.");
+    for (name, state) in
+        [("running", RunState::Running), ("paused", RunState::Paused), ("ended", RunState::Ended)]
+    {
+        page.sample("", &[("state", name)], u8::from(status.state == state));
+    }
+    page.gauge(
+        "frazil_uptime_seconds",
+        "Time since the VM was booted or resumed.",
+        status.uptime_ms as f64 / 1e3,
+    );
+    page.gauge("frazil_vcpus", "Virtual CPUs.", status.machine.cpus);
+    page.gauge("frazil_memory_bytes", "Guest memory.", status.machine.ram_bytes);
+    if let Some(bytes) = allocated_bytes {
+        page.gauge(
+            "frazil_memory_allocated_bytes",
+            "Guest memory that takes memory of the host.",
+            bytes,
+        );
+    }
+    page.counter(
+        "frazil_serial_dropped_bytes_total",
+        "Serial output that was dropped because nobody read it in time.",
+        status.serial_dropped_bytes,
+    );
+}
+
+fn exits(page: &mut Page, exits: ExitCounts) {
+    let ExitCounts { port_io, mmio, kicked, other } = exits;
+    page.labelled(
+        "frazil_vcpu_exits_total",
+        "counter",
+        "Times that a vCPU left the guest for this process, by cause.",
+        "cause",
+        &[("port_io", port_io), ("mmio", mmio), ("kicked", kicked), ("other", other)],
+    );
+}
+
+fn checkpoints(page: &mut Page, found: &CheckpointStatistics) {
+    let (totals, sums) = (&found.totals, &found.sums);
+    page.labelled(
+        "frazil_checkpoints_total",
+        "counter",
+        "Checkpoints: published, failed, or left out because one was being taken.",
+        "result",
+        &[("taken", totals.taken), ("failed", totals.failed), ("skipped", totals.skipped)],
+    );
+    for (name, help, values) in [
+        ("pause", "How long the guest stood still.", &found.pause_us),
+        ("quiesce", "Of the pause: until every vCPU stood still.", &found.quiesce_us),
+        ("cut", "Of the pause: last harvest, copying, device state.", &found.cut_us),
+        ("duration", "From the request to the publication.", &found.duration_us),
+    ] {
+        page.histogram(&format!("frazil_checkpoint_{name}_seconds"), help, values, MICROSECONDS);
+    }
+    page.histogram(
+        "frazil_checkpoint_dirty_pages",
+        "Distinct pages that changed since the checkpoint before.",
+        &found.dirty_pages,
+        1.0,
+    );
+    page.labelled(
+        "frazil_checkpoint_pages_total",
+        "counter",
+        "Pages looked at by checkpoints: while the guest ran, or left to the cut.",
+        "phase",
+        &[("precopy", sums.precopied_pages), ("cut", sums.cut_pages)],
+    );
+    page.labelled(
+        "frazil_checkpoint_elided_pages_total",
+        "counter",
+        "Of these, pages that were not written whole: zero, as before, in the store already, or \
+         written as differences.",
+        "reason",
+        &[
+            ("zero", sums.zero_pages),
+            ("equal", sums.equal_pages),
+            ("dedup", sums.dedup_pages),
+            ("delta", sums.delta_pages),
+        ],
+    );
+    page.labelled(
+        "frazil_checkpoint_stored_bytes_total",
+        "counter",
+        "Bytes appended to the store: compressed pages; tree nodes, state and manifests.",
+        "kind",
+        &[("frames", sums.frame_bytes), ("meta", sums.meta_bytes)],
+    );
+    if let Some(rate) = found.dirty_pages_per_s {
+        page.gauge(
+            "frazil_dirty_pages_per_second",
+            "Distinct pages that changed in each second between the last two checkpoints.",
+            rate,
+        );
+    }
+    if let Some(last) = &found.last {
+        page.gauge(
+            "frazil_last_checkpoint_timestamp_seconds",
+            "When the last checkpoint was cut, Unix time.",
+            last.time_unix_ms as f64 / 1e3,
+        );
+    }
+}
+
+fn pager(page: &mut Page, status: &VmStatus) {
+    let Some(pager) = &status.pager else { return };
+    page.counter("frazil_pager_faults_total", "Page faults answered.", pager.faults);
+    page.counter(
+        "frazil_pager_fault_seconds_total",
+        "Time spent answering page faults.",
+        pager.fault_us_total as f64 / MICROSECONDS,
+    );
+    page.gauge(
+        "frazil_pager_fault_max_seconds",
+        "The longest that a page fault took to answer.",
+        pager.fault_us_max as f64 / MICROSECONDS,
+    );
+    page.gauge(
+        "frazil_pager_resident_bytes",
+        "Guest memory that came from the snapshot, or was touched where the snapshot has zeros.",
+        (pager.filled_pages + pager.zero_pages) * PAGE_BYTES,
+    );
+    page.gauge(
+        "frazil_pager_complete",
+        "1 once all of the snapshot's memory is resident, else 0.",
+        u8::from(pager.complete),
+    );
+}
+
+/// A page of metrics being written.
+#[derive(Default)]
+struct Page {
+    text: String,
+    /// The metric that samples belong to.
+    name: String,
+}
+
+impl Page {
+    fn family(&mut self, name: &str, kind: &str, help: &str) {
+        name.clone_into(&mut self.name);
+        // Help texts are ours: there is nothing in them to escape.
+        let _to_memory = write!(self.text, "# HELP {name} {help}\n# TYPE {name} {kind}\n");
+    }
+
+    fn sample(&mut self, suffix: &str, labels: &[(&str, &str)], value: impl Display) {
+        self.text.push_str(&self.name);
+        self.text.push_str(suffix);
+        for (index, (label, text)) in labels.iter().enumerate() {
+            let before = if index == 0 { '{' } else { ',' };
+            let _to_memory = write!(self.text, "{before}{label}=\"{}\"", escaped(text));
+        }
+        let end = if labels.is_empty() { "" } else { "}" };
+        let _to_memory = writeln!(self.text, "{end} {value}");
+    }
+
+    fn counter(&mut self, name: &str, help: &str, value: impl Display) {
+        self.family(name, "counter", help);
+        self.sample("", &[], value);
+    }
+
+    fn gauge(&mut self, name: &str, help: &str, value: impl Display) {
+        self.family(name, "gauge", help);
+        self.sample("", &[], value);
+    }
+
+    fn labelled(
+        &mut self,
+        name: &str,
+        kind: &str,
+        help: &str,
+        label: &str,
+        values: &[(&str, u64)],
+    ) {
+        self.family(name, kind, help);
+        for (text, value) in values {
+            self.sample("", &[(label, text)], value);
+        }
+    }
+
+    /// A histogram; `per_unit` of the distribution's values make one of the metric's unit.
+    fn histogram(&mut self, name: &str, help: &str, values: &Distribution, per_unit: f64) {
+        self.family(name, "histogram", help);
+        let mut so_far = 0;
+        for bucket in &values.buckets {
+            so_far += bucket.count;
+            let le = bucket
+                .le
+                .map_or_else(|| "+Inf".to_owned(), |le| (le as f64 / per_unit).to_string());
+            self.sample("_bucket", &[("le", &le)], so_far);
+        }
+        self.sample("_sum", &[], values.sum as f64 / per_unit);
+        self.sample("_count", &[], values.count);
+    }
+}
+
+/// A label's value, as it stands between quotation marks.
+fn escaped(text: &str) -> String {
+    text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::telemetry::Bucket;
+
+    #[test]
+    fn labels_are_escaped_and_histograms_add_up() {
+        let mut page = Page::default();
+        page.family("a_info", "gauge", "About a.");
+        page.sample("", &[("name", "x\"\\\ny"), ("b", "c")], 1);
+        let buckets = [(Some(10), 2), (Some(1_000_000), 3), (None, 1)];
+        let values = Distribution {
+            count: 6,
+            sum: 2_500_000,
+            min: 0,
+            p50: 0,
+            p90: 0,
+            p99: 0,
+            max: 0,
+            buckets: buckets.map(|(le, count)| Bucket { le, count }).to_vec(),
+        };
+        page.histogram("b_seconds", "About b.", &values, MICROSECONDS);
+        let expected = "\
+# HELP a_info About a.
+# TYPE a_info gauge
+a_info{name=\"x\\\"\\\\\\ny\",b=\"c\"} 1
+# HELP b_seconds About b.
+# TYPE b_seconds histogram
+b_seconds_bucket{le=\"0.00001\"} 2
+b_seconds_bucket{le=\"1\"} 5
+b_seconds_bucket{le=\"+Inf\"} 6
+b_seconds_sum 2.5
+b_seconds_count 6
+";
+        assert_eq!(page.text, expected);
+    }
+}

@@ -1,0 +1,346 @@
+//! How a VM's checkpoints went: distributions, sums, and the last one.
+//!
+//! A checkpoint is recorded once it is published and the guest has long gone on: nothing here is
+//! part of a pause.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use hdrhistogram::Histogram;
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::{CheckpointReport, CheckpointTotals};
+use crate::vm::Vm;
+
+/// Significant digits that distributions keep.
+const DIGITS: u8 = 3;
+
+/// Upper ends of the buckets of pauses and their parts, in microseconds: 10 µs to 1 s.
+const PAUSE_BOUNDS_US: [u64; 16] = [
+    10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000, 200_000,
+    500_000, 1_000_000,
+];
+
+/// Upper ends of the buckets of whole checkpoints, in microseconds: 1 ms to 100 s.
+const DURATION_BOUNDS_US: [u64; 16] = [
+    1_000,
+    2_000,
+    5_000,
+    10_000,
+    20_000,
+    50_000,
+    100_000,
+    200_000,
+    500_000,
+    1_000_000,
+    2_000_000,
+    5_000_000,
+    10_000_000,
+    20_000_000,
+    50_000_000,
+    100_000_000,
+];
+
+/// Upper ends of the buckets of dirty pages: 1 page to 16 GiB of them.
+const PAGE_BOUNDS: [u64; 12] =
+    [1, 4, 16, 64, 256, 1_024, 4_096, 16_384, 65_536, 262_144, 1_048_576, 4_194_304];
+
+/// A bucket of a distribution.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Bucket {
+    /// The largest value it takes, in the distribution's unit; none of the last, which takes all
+    /// that is larger than the others do.
+    pub le: Option<u64>,
+    /// How many values are in it, and in no bucket before it.
+    pub count: u64,
+}
+
+/// How values are distributed. Percentiles and the bounds of buckets are exact to a thousandth.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Distribution {
+    /// How many values.
+    pub count: u64,
+    /// All of them together.
+    pub sum: u64,
+    /// The smallest; 0 if there is none.
+    pub min: u64,
+    /// The median.
+    pub p50: u64,
+    /// Nine of ten are no larger.
+    pub p90: u64,
+    /// Ninety-nine of a hundred are no larger.
+    pub p99: u64,
+    /// The largest.
+    pub max: u64,
+    /// Buckets, by size.
+    pub buckets: Vec<Bucket>,
+}
+
+/// Sums over the published checkpoints.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckpointSums {
+    /// Distinct pages that changed from one to the next.
+    pub dirty_pages: u64,
+    /// Pages written while the guest ran, some of them more than once.
+    pub precopied_pages: u64,
+    /// Pages that waited for the cut.
+    pub cut_pages: u64,
+    /// Pages that were all zero.
+    pub zero_pages: u64,
+    /// Pages that were what they had been before.
+    pub equal_pages: u64,
+    /// Pages that were in the store already.
+    pub dedup_pages: u64,
+    /// Pages written as differences.
+    pub delta_pages: u64,
+    /// Bytes of compressed pages.
+    pub frame_bytes: u64,
+    /// Bytes of tree nodes, state and manifests.
+    pub meta_bytes: u64,
+}
+
+/// `GET /checkpoints/statistics`: how the published checkpoints of a VM went, since it was booted
+/// or resumed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CheckpointStatistics {
+    /// Counts, also of those that failed or were left out.
+    pub totals: CheckpointTotals,
+    /// Sums.
+    pub sums: CheckpointSums,
+    /// How long the guest stood still, in microseconds.
+    pub pause_us: Distribution,
+    /// Of which: until every vCPU did, in microseconds.
+    pub quiesce_us: Distribution,
+    /// Of which: last harvest, copying, device state; in microseconds.
+    pub cut_us: Distribution,
+    /// From the request to the publication, in microseconds.
+    pub duration_us: Distribution,
+    /// Distinct pages that changed since the one before.
+    pub dirty_pages: Distribution,
+    /// Distinct pages that changed in each second between the last two cuts; of the first
+    /// checkpoint, since the VM was built. None before that.
+    pub dirty_pages_per_s: Option<f64>,
+    /// The last one.
+    pub last: Option<CheckpointReport>,
+}
+
+/// Values of one kind: their histogram and, since that rounds, their sum.
+#[derive(Debug)]
+struct Values {
+    histogram: Histogram<u64>,
+    sum: u64,
+}
+
+impl Values {
+    fn new() -> Self {
+        let histogram = Histogram::new(DIGITS).expect("a number of digits that it knows");
+        Self { histogram, sum: 0 }
+    }
+
+    fn record(&mut self, value: u64) {
+        // It grows as it must, up to 64 bits: there is nothing that it cannot take.
+        if self.histogram.record(value).is_ok() {
+            self.sum = self.sum.saturating_add(value);
+        }
+    }
+
+    fn distribution(&self, bounds: &[u64]) -> Distribution {
+        let all = &self.histogram;
+        let mut before = 0;
+        let mut buckets: Vec<Bucket> = bounds
+            .iter()
+            .map(|le| {
+                let up_to = all.count_between(0, *le);
+                let count = up_to - before;
+                before = up_to;
+                Bucket { le: Some(*le), count }
+            })
+            .collect();
+        buckets.push(Bucket { le: None, count: all.len() - before });
+        Distribution {
+            count: all.len(),
+            sum: self.sum,
+            min: all.min(),
+            p50: all.value_at_quantile(0.5),
+            p90: all.value_at_quantile(0.9),
+            p99: all.value_at_quantile(0.99),
+            max: all.max(),
+            buckets,
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Recorded {
+    pause_us: Values,
+    quiesce_us: Values,
+    cut_us: Values,
+    duration_us: Values,
+    dirty_pages: Values,
+    sums: CheckpointSums,
+    dirty_pages_per_s: Option<f64>,
+    /// When the last checkpoint was cut; before the first, when the VM was built.
+    cut_at: Instant,
+    last: Option<CheckpointReport>,
+}
+
+/// What a VM keeps of its checkpoints.
+#[derive(Debug)]
+pub(crate) struct Telemetry(Mutex<Recorded>);
+
+impl Default for Telemetry {
+    fn default() -> Self {
+        Self(Mutex::new(Recorded {
+            pause_us: Values::new(),
+            quiesce_us: Values::new(),
+            cut_us: Values::new(),
+            duration_us: Values::new(),
+            dirty_pages: Values::new(),
+            sums: CheckpointSums::default(),
+            dirty_pages_per_s: None,
+            cut_at: Instant::now(),
+            last: None,
+        }))
+    }
+}
+
+impl Telemetry {
+    /// Counts a checkpoint that was just published.
+    pub(crate) fn record(&self, report: &CheckpointReport) {
+        // The cut is what the commit came after. Not the report's time of day, which may be set
+        // back in between.
+        let now = Instant::now();
+        let cut_at = now.checked_sub(Duration::from_micros(report.commit_us)).unwrap_or(now);
+        self.recorded().record(report, cut_at);
+    }
+
+    fn recorded(&self) -> MutexGuard<'_, Recorded> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn statistics(&self, totals: CheckpointTotals) -> CheckpointStatistics {
+        let recorded = self.recorded();
+        CheckpointStatistics {
+            totals,
+            sums: recorded.sums,
+            pause_us: recorded.pause_us.distribution(&PAUSE_BOUNDS_US),
+            quiesce_us: recorded.quiesce_us.distribution(&PAUSE_BOUNDS_US),
+            cut_us: recorded.cut_us.distribution(&PAUSE_BOUNDS_US),
+            duration_us: recorded.duration_us.distribution(&DURATION_BOUNDS_US),
+            dirty_pages: recorded.dirty_pages.distribution(&PAGE_BOUNDS),
+            dirty_pages_per_s: recorded.dirty_pages_per_s,
+            last: recorded.last.clone(),
+        }
+    }
+}
+
+impl Recorded {
+    fn record(&mut self, report: &CheckpointReport, cut_at: Instant) {
+        let stats = &report.stats;
+        self.pause_us.record(stats.pause_us);
+        self.quiesce_us.record(stats.quiesce_us);
+        self.cut_us.record(stats.cut_us);
+        self.duration_us.record(report.duration_us);
+        self.dirty_pages.record(stats.dirty_pages);
+        let sums = &mut self.sums;
+        sums.dirty_pages += stats.dirty_pages;
+        sums.precopied_pages += stats.precopied_pages;
+        sums.cut_pages += stats.cut_pages;
+        sums.zero_pages += stats.zero_pages;
+        sums.equal_pages += stats.equal_pages;
+        sums.dedup_pages += stats.dedup_pages;
+        sums.delta_pages += stats.delta_pages;
+        sums.frame_bytes += stats.frame_bytes;
+        sums.meta_bytes += report.meta_bytes;
+        let since = cut_at.saturating_duration_since(self.cut_at);
+        if !since.is_zero() {
+            self.dirty_pages_per_s = Some(stats.dirty_pages as f64 / since.as_secs_f64());
+        }
+        self.cut_at = cut_at;
+        self.last = Some(report.clone());
+    }
+}
+
+impl Vm {
+    /// How its checkpoints went so far.
+    #[must_use]
+    pub fn checkpoint_statistics(&self) -> CheckpointStatistics {
+        // Both are recorded under the lock of the totals, so both are of the same moment.
+        let totals = self.totals.lock().unwrap_or_else(PoisonError::into_inner);
+        self.telemetry.statistics(*totals)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn report(pause_us: u64, dirty_pages: u64) -> CheckpointReport {
+        serde_json::from_value(json!({
+            "vm": "v", "id": "00".repeat(32), "parent": null, "time_unix_ms": 1,
+            "ram_bytes": 1 << 20, "dirty_pages": dirty_pages, "zero_pages": 1,
+            "precopied_pages": 2, "cut_pages": 3, "frame_bytes": 400, "rounds": [],
+            "pause_us": pause_us, "quiesce_us": 7, "cut_us": 8, "go_on_us": 9, "precopy_us": 10,
+            "meta_bytes": 50, "stored_bytes": 450, "commit_us": 0, "sync_us": 0,
+            "duration_us": 5_000,
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn buckets_hold_each_value_once_and_bounds_belong_to_the_lower_one() {
+        let telemetry = Telemetry::default();
+        for pause_us in [0, 10, 11, 200, 201, 1_000_000, 2_000_000] {
+            telemetry.record(&report(pause_us, 5));
+        }
+        let found = telemetry.statistics(CheckpointTotals::default());
+        let pause = &found.pause_us;
+        let count = |le: Option<u64>| {
+            pause.buckets.iter().find(|bucket| bucket.le == le).map(|bucket| bucket.count)
+        };
+        assert_eq!(count(Some(10)), Some(2));
+        assert_eq!(count(Some(20)), Some(1));
+        assert_eq!(count(Some(200)), Some(1));
+        assert_eq!(count(Some(500)), Some(1));
+        assert_eq!(count(Some(1_000_000)), Some(1));
+        assert_eq!(count(None), Some(1));
+        assert_eq!(pause.buckets.iter().map(|bucket| bucket.count).sum::<u64>(), 7);
+        assert_eq!((pause.count, pause.min, pause.sum), (7, 0, 3_000_422));
+        assert!(pause.max.abs_diff(2_000_000) <= 2_000, "{pause:?}");
+        assert_eq!(pause.p50, 200);
+        assert_eq!(found.dirty_pages.sum, 35);
+        assert_eq!((found.sums.frame_bytes, found.sums.meta_bytes), (2_800, 350));
+        assert_eq!(found.last.unwrap().stats.pause_us, 2_000_000);
+    }
+
+    #[test]
+    fn nothing_recorded_is_no_error() {
+        let found = Telemetry::default().statistics(CheckpointTotals::default());
+        assert_eq!((found.pause_us.count, found.pause_us.p99, found.pause_us.max), (0, 0, 0));
+        assert_eq!((found.last, found.dirty_pages_per_s), (None, None));
+    }
+
+    #[test]
+    fn the_dirty_rate_is_over_the_time_between_two_cuts() {
+        let telemetry = Telemetry::default();
+        let mut recorded = telemetry.recorded();
+        let start = recorded.cut_at;
+        recorded.record(&report(1, 1_000), start + Duration::from_secs(2));
+        assert_eq!(recorded.dirty_pages_per_s, Some(500.0));
+        recorded.record(&report(1, 30), start + Duration::from_millis(2_100));
+        assert!((recorded.dirty_pages_per_s.unwrap() - 300.0).abs() < 1e-6);
+        // A clock that stands still says nothing new.
+        recorded.record(&report(1, 5), start + Duration::from_millis(2_100));
+        assert!((recorded.dirty_pages_per_s.unwrap() - 300.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn values_as_large_as_they_come_are_taken() {
+        let telemetry = Telemetry::default();
+        telemetry.record(&report(u64::MAX, u64::MAX / 4));
+        telemetry.record(&report(u64::MAX, 0));
+        let found = telemetry.statistics(CheckpointTotals::default());
+        assert_eq!((found.pause_us.count, found.pause_us.sum), (2, u64::MAX));
+    }
+}

@@ -1,0 +1,50 @@
+//! How often, and why, vCPUs left the guest for us. Exits that KVM handles itself are not seen.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use kvm_ioctls::VcpuExit;
+
+/// Counters that all vCPUs of a machine share.
+#[derive(Debug, Default)]
+pub(super) struct ExitCounters {
+    port_io: AtomicU64,
+    mmio: AtomicU64,
+    kicked: AtomicU64,
+    other: AtomicU64,
+}
+
+/// Exits of all vCPUs since the machine was built.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ExitCounts {
+    /// For an access to an I/O port.
+    pub port_io: u64,
+    /// For an access to memory that is not there.
+    pub mmio: u64,
+    /// Because somebody wanted the vCPU to stop, or a signal came.
+    pub kicked: u64,
+    /// For anything else.
+    pub other: u64,
+}
+
+impl ExitCounters {
+    pub(super) fn count(&self, exit: &Result<VcpuExit<'_>, kvm_ioctls::Error>) {
+        let counter = match exit {
+            Ok(VcpuExit::IoIn(..) | VcpuExit::IoOut(..)) => &self.port_io,
+            Ok(VcpuExit::MmioRead(..) | VcpuExit::MmioWrite(..)) => &self.mmio,
+            Ok(VcpuExit::Intr) => &self.kicked,
+            Err(error) if error.errno() == libc::EINTR => &self.kicked,
+            _ => &self.other,
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn counts(&self) -> ExitCounts {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        ExitCounts {
+            port_io: get(&self.port_io),
+            mmio: get(&self.mmio),
+            kicked: get(&self.kicked),
+            other: get(&self.other),
+        }
+    }
+}
