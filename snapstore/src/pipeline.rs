@@ -1,8 +1,8 @@
 //! From pages to appended frames: all cores read, sift, compress and append.
 //!
-//! Each core takes the next batch, and whoever has a frame appends it under a lock that is held for
-//! as long as copying it takes. There is nothing in flight between threads: memory is bounded by a
-//! frame or two a core, and by 16 bytes for each run of changed pages.
+//! Each core takes the next batch, and whoever has a frame appends it under a lock: that is a copy,
+//! and now and then a write of what was gathered. There is nothing in flight between threads: memory
+//! is bounded by a frame or two a core, and by 16 bytes for each run of changed pages.
 
 use std::iter::Peekable;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -153,7 +153,6 @@ impl<I: Iterator<Item = u64>> Batches<I> {
 
 struct Worker<'w, 'a, I: Iterator<Item = u64>> {
     shared: &'w Shared<'a, I>,
-    job: &'a Job<'a>,
     encoder: RecordEncoder,
     sifter: Sifter<'a>,
     /// The batch being looked at, and what was found.
@@ -169,14 +168,14 @@ impl<'w, 'a, I: Iterator<Item = u64>> Worker<'w, 'a, I> {
         let encoder = RecordEncoder::new(job.store.options.compression_level)?;
         let sifter = Sifter::new(job.store, job.parent);
         let (raw, verdicts, plain, delta) = Default::default();
-        Ok(Self { shared, job, encoder, sifter, raw, verdicts, plain, delta })
+        Ok(Self { shared, encoder, sifter, raw, verdicts, plain, delta })
     }
 
     fn run(&mut self) -> Result<()> {
         let mut batch = Vec::new();
         // Whoever failed has the error to tell.
         while !self.shared.failed.load(Ordering::Relaxed) {
-            self.job.progress.check()?;
+            self.shared.job.progress.check()?;
             // One at a time and in order, so that the segment's order is nearly the region's.
             lock(&self.shared.batches).next(&mut batch);
             if batch.is_empty() {
@@ -204,7 +203,7 @@ impl<'w, 'a, I: Iterator<Item = u64>> Worker<'w, 'a, I> {
         }
         self.verdicts = verdicts;
         // What is left of a thinned batch goes with the next.
-        if self.plain.pages.len() >= self.job.store.options.frame_pages.div_ceil(2) {
+        if self.plain.pages.len() >= self.shared.job.store.options.frame_pages.div_ceil(2) {
             self.append(RecordKind::Frame)?;
         }
         Ok(())
@@ -212,7 +211,7 @@ impl<'w, 'a, I: Iterator<Item = u64>> Worker<'w, 'a, I> {
 
     /// Puts the pages of a batch where their verdicts say.
     fn gather(&mut self, batch: &[u64], verdicts: &mut Vec<Verdict>) -> Result<()> {
-        let frame_pages = self.job.store.options.frame_pages;
+        let frame_pages = self.shared.job.store.options.frame_pages;
         let (mut found, mut stats) = (Vec::new(), WriteStats::default());
         for (index, (page, verdict)) in batch.iter().zip(verdicts.drain(..)).enumerate() {
             let raw = &self.raw[index * PAGE_SIZE..][..PAGE_SIZE];
@@ -266,7 +265,7 @@ impl<'w, 'a, I: Iterator<Item = u64>> Worker<'w, 'a, I> {
         for (run, same) in found {
             if *same { output.equal.push(run) } else { output.changes.push(run) }
         }
-        self.job.progress.advance(&before, &output.stats);
+        self.shared.job.progress.advance(&before, &output.stats);
     }
 
     /// Reads the pages of a batch.
@@ -274,8 +273,8 @@ impl<'w, 'a, I: Iterator<Item = u64>> Worker<'w, 'a, I> {
         self.raw.resize(batch.len() * PAGE_SIZE, 0);
         let (slots, _) = self.raw.as_chunks_mut();
         for (page, slot) in batch.iter().zip(slots) {
-            self.job.source.read_page(*page, slot).map_err(|source| StoreError::Source {
-                region: self.job.region.to_owned(),
+            self.shared.job.source.read_page(*page, slot).map_err(|source| StoreError::Source {
+                region: self.shared.job.region.to_owned(),
                 page: *page,
                 source,
             })?;
@@ -296,16 +295,10 @@ impl<'w, 'a, I: Iterator<Item = u64>> Worker<'w, 'a, I> {
             self.encoder.encode_here(kind, gathered.raw())
         };
         let mut output = lock(&self.shared.output);
-        if self.shared.failed.load(Ordering::Relaxed) {
-            // Maybe in appending: then nothing may be appended behind it.
-            return Ok(());
-        }
-        let appended = output.segments.append(record);
-        self.shared.failed.fetch_or(appended.is_err(), Ordering::Relaxed);
-        let frame = appended?;
+        let frame = output.segments.append(record)?;
         let before = output.stats;
         output.stats.count_frame(frame.len, gathered.pages.len(), delta);
-        self.job.progress.advance(&before, &output.stats);
+        self.shared.job.progress.advance(&before, &output.stats);
         for (slot, page) in gathered.pages.iter().enumerate() {
             let slot = u8::try_from(slot).expect("a frame has at most 64 pages");
             let location = if delta {
@@ -317,7 +310,7 @@ impl<'w, 'a, I: Iterator<Item = u64>> Worker<'w, 'a, I> {
         }
         let fingerprints = std::mem::take(&mut gathered.fingerprints);
         if !fingerprints.is_empty() {
-            self.job.store.fingerprints.insert(frame, &fingerprints);
+            self.shared.job.store.fingerprints.insert(frame, &fingerprints);
             output.fingerprints.push((frame, fingerprints));
         }
         drop(output);

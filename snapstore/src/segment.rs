@@ -428,13 +428,14 @@ impl SegmentWriter {
     /// Appends `record`; it is on the medium for certain only after [`Self::sync`].
     pub fn append(&mut self, record: RecordView<'_>) -> Result<BlockRef> {
         let len = record.bytes.len() as u64;
-        let full = |current: &mut Appender| {
+        let full = |current: &Appender| {
             let end = current.len();
             end + len > self.max_len_bytes && end > FILE_HEADER_LEN as u64
         };
-        if let Some(mut current) = self.current.take_if(full) {
+        if let Some(current) = self.current.as_mut().filter(|current| full(current)) {
+            // While it is still the current one: if this fails, so it stays.
             current.flush()?;
-            self.full.push(current);
+            self.full.extend(self.current.take());
             self.number += 1;
         }
         if self.current.is_none() {
