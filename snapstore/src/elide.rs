@@ -29,8 +29,8 @@ const ENTRY_LEN: u64 = 8 + 3;
 
 /// Which page of the store has which fingerprint, as far as a fixed amount of memory goes.
 ///
-/// Neither looking up nor taking note of a page takes a lock, so that the misses of a frame's pages
-/// overlap: nearly every bucket comes from memory. Entries are hints. One that is out of date, or
+/// The pages of a frame are looked up together, with no lock between one and the next, so that their
+/// misses overlap: nearly every bucket comes from memory. Entries are hints. One that is out of date, or
 /// lost because two threads wrote to its bucket at once, does no harm: what an entry points to is
 /// read and compared.
 #[derive(Debug)]

@@ -29,6 +29,12 @@ pub(crate) struct RecordView<'a> {
     pub hash: Hash,
 }
 
+impl RecordView<'_> {
+    fn to_record(self) -> EncodedRecord {
+        EncodedRecord { bytes: self.bytes.to_vec(), hash: self.hash }
+    }
+}
+
 /// Compresses and hashes records; one per thread, since a zstd context is costly to make.
 pub(crate) struct RecordEncoder {
     compressor: zstd::bulk::Compressor<'static>,
@@ -58,16 +64,13 @@ impl RecordEncoder {
 
     /// As [`Self::encode_here`], in memory of its own.
     pub fn encode(&mut self, kind: RecordKind, raw: &[u8]) -> EncodedRecord {
-        let RecordView { bytes, hash } = self.encode_here(kind, raw);
-        EncodedRecord { bytes: bytes.to_vec(), hash }
+        self.encode_here(kind, raw).to_record()
     }
 
     /// Encodes a tree node: compressed only if that saves an eighth. References are noise, and what
     /// is decoded for every look-up should be worth it; pending runs shrink to a third.
     pub fn encode_node(&mut self, raw: &[u8]) -> EncodedRecord {
-        let RecordView { bytes, hash } =
-            self.encode_if_it_saves(RecordKind::Node, raw, raw.len() / 8);
-        EncodedRecord { bytes: bytes.to_vec(), hash }
+        self.encode_if_it_saves(RecordKind::Node, raw, raw.len() / 8).to_record()
     }
 
     fn encode_if_it_saves(&mut self, kind: RecordKind, raw: &[u8], saved: usize) -> RecordView<'_> {

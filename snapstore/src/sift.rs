@@ -45,7 +45,9 @@ pub(crate) struct Sifter<'a> {
     tries_left: usize,
     tried: usize,
     useful: usize,
-    /// Of this batch: fingerprints of the pages that have any, and what is known of them.
+    /// Of this batch: which pages are zero, if that matters; fingerprints of the pages that have
+    /// any; and what is known of them.
+    zero: Vec<bool>,
     fingerprints: Vec<Option<Fingerprint>>,
     known: Vec<Option<Entry>>,
 }
@@ -53,8 +55,9 @@ pub(crate) struct Sifter<'a> {
 impl<'a> Sifter<'a> {
     pub fn new(store: &'a Store, parent: Tree) -> Self {
         let elide = store.options.elide;
-        let (tries_left, tried, useful, fingerprints, known) = Default::default();
-        Self { store, parent, elide, tries_left, tried, useful, fingerprints, known }
+        let (tries_left, tried, useful) = Default::default();
+        let (zero, fingerprints, known) = Default::default();
+        Self { store, parent, elide, tries_left, tried, useful, zero, fingerprints, known }
     }
 
     /// Judges the pages `numbers`, whose contents are `raw`, one after the other in `verdicts`.
@@ -74,16 +77,20 @@ impl<'a> Sifter<'a> {
     /// Looks all pages up at once: each is a miss in every cache, and they overlap.
     fn look_up(&mut self, pages: &[Page]) {
         let (elide, seed) = (self.elide, self.store.uuid);
+        self.zero.clear();
+        self.zero.extend(pages.iter().map(|page| elide.zero && is_zero(page)));
         self.fingerprints.clear();
-        self.fingerprints.extend(pages.iter().map(|page| {
-            let zero = elide.zero && is_zero(page);
-            (elide.dedup && !zero).then(|| fingerprint(page, seed))
-        }));
+        self.fingerprints.extend(
+            pages
+                .iter()
+                .zip(&self.zero)
+                .map(|(page, zero)| (elide.dedup && !zero).then(|| fingerprint(page, seed))),
+        );
         self.store.fingerprints.find(&self.fingerprints, &mut self.known);
     }
 
     fn judge_page(&mut self, index: usize, number: u64, page: &Page) -> Verdict {
-        if self.elide.zero && self.fingerprints[index].is_none() && is_zero(page) {
+        if self.zero[index] {
             let equal = self.elide.equal
                 && self.parent_location(number).is_some_and(|found| found == Location::Zero);
             return Verdict::Zero { equal };

@@ -258,8 +258,7 @@ fn sweeps(bench: &mut Bench, bed: &Bed) -> anyhow::Result<()> {
     let stats = stats.context("a VM that was resumed lazily has no pager")?;
     let name = |what: &str| format!("resume.sweep_{label}_{what}");
     let mean_us = stats.fault_us_total as f64 / stats.faults.max(1) as f64;
-    let pages_per_fault =
-        (stats.filled_pages + stats.zero_pages) as f64 / stats.faults.max(1) as f64;
+    let pages_per_fault = stats.resident_pages() as f64 / stats.faults.max(1) as f64;
     bench.emit(Metric::new(name("faults"), stats.faults as f64, "faults", 1))?;
     bench.emit(Metric::new(name("pages_per_fault"), pages_per_fault, "pages", stats.faults))?;
     bench.emit(Metric::new(name("fault_mean_us"), mean_us, "us", stats.faults))?;

@@ -137,6 +137,15 @@ pub struct PagerStats {
     pub complete: bool,
 }
 
+impl PagerStats {
+    /// Pages that need no fault any more. Until all is there, zero pages that nobody touched are
+    /// not among them.
+    #[must_use]
+    pub fn resident_pages(&self) -> u64 {
+        self.filled_pages + self.zero_pages
+    }
+}
+
 /// Called once, from a pager thread, when a page cannot be served. The callee has to stop the users
 /// of the memory: once it returns, those who wait for a page are let go and find zeros.
 pub type OnFailure = Box<dyn Fn(&PagerError) + Send + Sync>;

@@ -155,7 +155,7 @@ fn pager(page: &mut Page, status: &VmStatus) {
     page.gauge(
         "frazil_pager_resident_bytes",
         "Guest memory that came from the snapshot, or was touched where the snapshot has zeros.",
-        (pager.filled_pages + pager.zero_pages) * PAGE_BYTES,
+        pager.resident_pages() * PAGE_BYTES,
     );
     page.gauge(
         "frazil_pager_complete",

@@ -78,10 +78,8 @@ impl Sample {
             let us = now.fault_us_total.saturating_sub(before.fault_us_total);
             rates.faults_per_s = faults as f64 / seconds;
             rates.fault_us_mean = (faults > 0).then(|| us as f64 / faults as f64);
-            let filled = |pager: &frazil_snapstore::pager::PagerStats| {
-                (pager.filled_pages + pager.zero_pages) * PAGE_BYTES
-            };
-            rates.filled_bytes_per_s = per_s(filled(now), filled(before));
+            rates.filled_bytes_per_s =
+                per_s(now.resident_pages(), before.resident_pages()) * PAGE_BYTES as f64;
         }
         rates
     }
@@ -93,7 +91,7 @@ impl Sample {
         if pager.complete {
             return Some(1.0);
         }
-        let pages = (pager.filled_pages + pager.zero_pages) as f64;
+        let pages = pager.resident_pages() as f64;
         let ram_pages = (self.status.machine.ram_bytes / PAGE_BYTES).max(1) as f64;
         Some((pages / ram_pages).clamp(0.0, 1.0))
     }

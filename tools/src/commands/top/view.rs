@@ -179,7 +179,7 @@ impl View {
         else {
             return;
         };
-        let resident = (pager.filled_pages + pager.zero_pages) * PAGE_BYTES;
+        let resident = pager.resident_pages() * PAGE_BYTES;
         let label = if pager.complete {
             format!("all resident ({} came from the snapshot)", bytes(resident))
         } else {
