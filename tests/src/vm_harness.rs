@@ -379,21 +379,15 @@ impl RunningVm {
         body: &str,
     ) -> std::io::Result<(String, String)> {
         let mut stream = UnixStream::connect(&self.socket)?;
-        stream.set_read_timeout(Some(Duration::from_secs(1)))?;
+        stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
         let len = body.len();
         write!(
             stream,
             "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len}\r\n\r\n{body}"
         )?;
-        let (mut answer, started) = (Vec::new(), Instant::now());
-        // As frazil's own client: the next connection brings along one that the server forgot.
-        while let Err(error) = stream.read_to_end(&mut answer) {
-            if error.kind() != std::io::ErrorKind::WouldBlock || started.elapsed() > PATIENCE {
-                return Err(error);
-            }
-            let _ending = UnixStream::connect(&self.socket);
-        }
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer)?;
         let answer = String::from_utf8_lossy(&answer).into_owned();
         let (head, body) = answer.split_once("\r\n\r\n").ok_or_else(|| {
             std::io::Error::other(format!("expected an HTTP answer, found {answer:?}"))

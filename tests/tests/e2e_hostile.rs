@@ -285,6 +285,7 @@ fn requests_that_are_wrong_are_told_so() {
         ("POST", "/checkpoints", "{", 400, "expected a checkpoint request"),
         ("POST", "/checkpoints", r#"{"mesage":"x"}"#, 400, "unknown field `mesage`"),
         ("POST", "/checkpoints", r#"{"exit":"yes"}"#, 400, "expected a boolean"),
+        ("POST", "/checkpoints", r#"{"tag":"a b"}"#, 400, "cannot be a tag"),
     ] {
         let (status, answer) = vm.http(method, path, body).expect("an answer");
         assert_eq!(status, expected, "{method} {path}: {answer}");

@@ -76,7 +76,7 @@ impl Client {
 
     fn exchange(&self, method: &str, path: &str, body: &[u8]) -> io::Result<(u16, Vec<u8>)> {
         let mut stream = UnixStream::connect(&self.record.socket)?;
-        stream.set_read_timeout(Some(NUDGE_AFTER))?;
+        stream.set_read_timeout(self.patience)?;
         stream.set_write_timeout(self.patience)?;
         write!(
             stream,
@@ -84,34 +84,11 @@ impl Client {
             body.len()
         )?;
         stream.write_all(body)?;
-        parse_answer(&self.read_answer(stream)?)
-    }
-
-    /// Reads to the end. A server that is asked by many at once may give a connection to a thread
-    /// that has just taken another, and forget it until the next one comes; so one comes.
-    fn read_answer(&self, stream: UnixStream) -> io::Result<Vec<u8>> {
-        let (mut stream, mut answer) = (stream.take(MAX_ANSWER_LEN), Vec::new());
-        let mut silent = Duration::ZERO;
-        loop {
-            let len = answer.len();
-            match stream.read_to_end(&mut answer) {
-                Ok(_) => return Ok(answer),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    silent = if answer.len() > len { Duration::ZERO } else { silent + NUDGE_AFTER };
-                    if self.patience.is_some_and(|patience| silent >= patience) {
-                        return Err(error);
-                    }
-                    // One that is about to end takes no more, and still answers.
-                    let _ending = UnixStream::connect(&self.record.socket);
-                }
-                Err(error) => return Err(error),
-            }
-        }
+        let mut answer = Vec::new();
+        stream.take(MAX_ANSWER_LEN).read_to_end(&mut answer)?;
+        parse_answer(&answer)
     }
 }
-
-/// How long a silent server is left alone.
-const NUDGE_AFTER: Duration = Duration::from_secs(1);
 
 fn parse_answer(answer: &[u8]) -> io::Result<(u16, Vec<u8>)> {
     let bad = |what: &str| {

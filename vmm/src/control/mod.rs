@@ -5,6 +5,7 @@
 
 pub mod api;
 mod client;
+mod http;
 mod metrics;
 mod register;
 mod server;

@@ -1,30 +1,38 @@
-//! The server side. Nothing a client does may stop the VM: bodies are small and bounded, each
-//! request has a thread of its own, and there are only so many of them.
+//! The server side. Nothing a client does may stop the VM: requests are small, each is read and
+//! answered by a thread of its own, and of everything there is only so much.
 
-use std::io::Read;
+use std::collections::VecDeque;
+use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use frazil_snapstore::StoreError;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use serde::Serialize;
-use serde_json::{Value, json};
-use tiny_http::{Header, Method, Request, Response};
+use serde_json::Value;
 
 use super::api::{ApiError, Done, RunState, VmStatus, WorkloadStatus, WorkloadVerified};
+use super::http::{self, NoRequest, Request};
 use super::metrics;
 use super::register::make_private_socket;
 use crate::checkpoint::{CheckpointReport, CheckpointRequest};
 use crate::error::{Result, VmmError};
 use crate::vm::Vm;
 
-/// Bodies up to this long are read whole before the request reaches us, so a client that stalls
-/// keeps nobody waiting but itself.
-const MAX_BODY_LEN: usize = 1024;
+/// Connections whose request has not arrived yet; one more, and the oldest of them is closed.
+const MAX_WAITING: usize = 128;
 /// Requests served at once; a checkpoint's lasts as long as the checkpoint.
 const MAX_REQUESTS: usize = 32;
+/// How long a request may take to arrive.
+const REQUEST_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a client may take to read its answer.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
 /// How long requests in flight may delay the server's end.
 const LAST_ANSWERS_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -33,10 +41,19 @@ pub type OnEvent = Arc<dyn Fn(&Result<CheckpointReport>) + Send + Sync>;
 
 /// Serves one VM's control socket until dropped.
 pub struct Server {
-    listener: Arc<tiny_http::Server>,
     socket: PathBuf,
-    active: Arc<AtomicUsize>,
+    stop: Arc<OwnedFd>,
+    shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
+}
+
+/// What the server's threads share.
+struct Shared {
+    vm: Arc<Vm>,
+    on_checkpoint: OnEvent,
+    waiting: Waiting,
+    /// Requests being served.
+    active: AtomicUsize,
 }
 
 impl std::fmt::Debug for Server {
@@ -69,18 +86,24 @@ impl Server {
             }
             Err(_nothing_there) => {}
         }
-        let server = tiny_http::Server::http_unix(socket)
-            .map_err(|error| cannot(std::io::Error::other(error)))?;
+        let listener = UnixListener::bind(socket).map_err(cannot)?;
         make_private_socket(socket).map_err(cannot)?;
-        let server = Arc::new(server);
-        let listener = Arc::clone(&server);
-        let active = Arc::new(AtomicUsize::new(0));
-        let counter = Arc::clone(&active);
+        // A client may be gone again between the poll and the accept.
+        listener.set_nonblocking(true).map_err(cannot)?;
+        let stop = eventfd(0, EventfdFlags::CLOEXEC).map_err(|error| cannot(error.into()))?;
+        let stop = Arc::new(stop);
+        let shared = Arc::new(Shared {
+            vm,
+            on_checkpoint,
+            waiting: Waiting::default(),
+            active: AtomicUsize::new(0),
+        });
+        let (stopped, serving) = (Arc::clone(&stop), Arc::clone(&shared));
         let thread = std::thread::Builder::new()
             .name("frazil-api".into())
-            .spawn(move || serve(&listener, &vm, &on_checkpoint, &counter))
+            .spawn(move || serve(&listener, &stopped, &serving))
             .map_err(VmmError::host("start the API thread"))?;
-        Ok(Self { listener: server, socket: socket.to_owned(), active, thread: Some(thread) })
+        Ok(Self { socket: socket.to_owned(), stop, shared, thread: Some(thread) })
     }
 }
 
@@ -88,64 +111,138 @@ impl Drop for Server {
     fn drop(&mut self) {
         // Ours: it could not have been bound otherwise.
         let _gone = std::fs::remove_file(&self.socket);
-        self.listener.unblock();
+        // An eventfd that is full wakes as well.
+        let _full = rustix::io::write(&self.stop, &1_u64.to_ne_bytes());
         if let Some(thread) = self.thread.take() {
             // A panic was reported by the panic hook.
             let _joined = thread.join();
         }
         // The request that ended the VM still wants its answer.
         let until = Instant::now() + LAST_ANSWERS_PATIENCE;
-        while self.active.load(Ordering::Acquire) > 0 && Instant::now() < until {
+        while self.shared.active.load(Ordering::Acquire) > 0 && Instant::now() < until {
             std::thread::sleep(Duration::from_millis(1));
         }
+        self.shared.waiting.close_all();
     }
 }
 
-fn serve(
-    server: &tiny_http::Server,
-    vm: &Arc<Vm>,
-    on_checkpoint: &OnEvent,
-    active: &Arc<AtomicUsize>,
-) {
-    // `recv` fails only when the server is unblocked to end.
-    while let Ok(request) = server.recv() {
-        if active.fetch_add(1, Ordering::Relaxed) >= MAX_REQUESTS {
-            active.fetch_sub(1, Ordering::Relaxed);
-            let answer = ApiError {
-                error: format!("{MAX_REQUESTS} requests are being served already: try again"),
-            };
-            respond(request, 503, &answer);
-            continue;
+/// Connections whose request has not arrived yet, the oldest first.
+#[derive(Default)]
+struct Waiting(Mutex<VecDeque<Arc<UnixStream>>>);
+
+impl Waiting {
+    fn lock(&self) -> MutexGuard<'_, VecDeque<Arc<UnixStream>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add(&self, stream: &Arc<UnixStream>) {
+        let mut waiting = self.lock();
+        waiting.push_back(Arc::clone(stream));
+        if waiting.len() > MAX_WAITING {
+            waiting.pop_front().iter().for_each(close);
         }
-        let (vm, on_checkpoint, done) =
-            (Arc::clone(vm), Arc::clone(on_checkpoint), Arc::clone(active));
-        let spawned = std::thread::Builder::new().name("frazil-request".into()).spawn(move || {
-            let _done = Served(done);
-            handle(request, &vm, &on_checkpoint);
+    }
+
+    fn remove(&self, stream: &Arc<UnixStream>) {
+        self.lock().retain(|other| !Arc::ptr_eq(other, stream));
+    }
+
+    fn close_all(&self) {
+        self.lock().drain(..).for_each(|stream| close(&stream));
+    }
+}
+
+/// Its thread reads the end, and lets go of it.
+fn close(stream: &Arc<UnixStream>) {
+    let _gone = stream.shutdown(Shutdown::Both);
+}
+
+fn serve(listener: &UnixListener, stop: &OwnedFd, shared: &Arc<Shared>) {
+    loop {
+        let mut fds = [PollFd::new(listener, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
+        match poll(&mut fds, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => {
+                tracing::error!(%error, "the control socket cannot be served any more");
+                return;
+            }
+        }
+        if !fds[1].revents().is_empty() {
+            return;
+        }
+        match listener.accept() {
+            Ok((stream, _)) => spawn_connection(stream, shared),
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+            Err(error) => {
+                // No file descriptors, say: whoever has them may give some back.
+                tracing::warn!(%error, "cannot take a connection");
+                std::thread::sleep(Duration::from_millis(100));
+            }
+        }
+    }
+}
+
+fn spawn_connection(stream: UnixStream, shared: &Arc<Shared>) {
+    let stream = Arc::new(stream);
+    shared.waiting.add(&stream);
+    let (connection, serving) = (Arc::clone(&stream), Arc::clone(shared));
+    let spawned = std::thread::Builder::new()
+        .name("frazil-request".into())
+        .spawn(move || serve_connection(&connection, &serving));
+    if let Err(error) = spawned {
+        // Its client sees the connection close.
+        tracing::warn!(%error, "cannot serve a request");
+        shared.waiting.remove(&stream);
+    }
+}
+
+fn serve_connection(stream: &Arc<UnixStream>, shared: &Arc<Shared>) {
+    // Accepted sockets do not inherit it on Linux; on a system where they do, reads would spin.
+    let blocking = stream.set_nonblocking(false);
+    let received = blocking
+        .and_then(|()| stream.set_write_timeout(Some(ANSWER_PATIENCE)))
+        .map_or(Err(NoRequest::Gone), |()| {
+            http::receive(stream, Instant::now() + REQUEST_PATIENCE)
         });
-        if let Err(error) = spawned {
-            // The request went with the thread; its client sees the connection close.
-            tracing::warn!(%error, "cannot serve a request");
-            active.fetch_sub(1, Ordering::Relaxed);
+    match (received, Serving::enter(shared)) {
+        (Ok(request), Some(_serving)) => {
+            // From here on it is among the requests, and nobody closes it.
+            shared.waiting.remove(stream);
+            handle(stream, &request, shared);
         }
+        (Ok(_), None) => {
+            let error = format!("{MAX_REQUESTS} requests are being served already: try again");
+            respond(stream, 503, &ApiError { error });
+        }
+        (Err(NoRequest::Refused(status, error)), _) => respond(stream, status, &ApiError { error }),
+        (Err(NoRequest::Gone), _) => {}
+    }
+    shared.waiting.remove(stream);
+}
+
+/// Counts a request in, and out again however it ends.
+struct Serving<'a>(&'a Shared);
+
+impl<'a> Serving<'a> {
+    fn enter(shared: &'a Shared) -> Option<Self> {
+        let entered = Self(shared);
+        (shared.active.fetch_add(1, Ordering::Relaxed) < MAX_REQUESTS).then_some(entered)
     }
 }
 
-/// Counts a request out, however it ends.
-struct Served(Arc<AtomicUsize>);
-
-impl Drop for Served {
+impl Drop for Serving<'_> {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Release);
+        self.0.active.fetch_sub(1, Ordering::Release);
     }
 }
 
-fn handle(mut request: Request, vm: &Vm, on_checkpoint: &OnEvent) {
-    let answer = body(&mut request).and_then(|body| route(&request, &body, vm, on_checkpoint));
-    match answer {
-        Ok(Body::Json(value)) => respond(request, 200, &value),
-        Ok(Body::Metrics(text)) => send(request, 200, metrics::CONTENT_TYPE, text.into_bytes()),
-        Err((status, error)) => respond(request, status, &ApiError { error }),
+fn handle(stream: &UnixStream, request: &Request, shared: &Shared) {
+    match route(request, &shared.vm, &shared.on_checkpoint) {
+        Ok(Body::Json(value)) => respond(stream, 200, &value),
+        Ok(Body::Metrics(text)) => {
+            http::answer(stream, 200, metrics::CONTENT_TYPE, text.as_bytes());
+        }
+        Err((status, error)) => respond(stream, status, &ApiError { error }),
     }
 }
 
@@ -157,23 +254,6 @@ enum Body {
 }
 
 type Answer<T = Body> = std::result::Result<T, (u16, String)>;
-
-fn body(request: &mut Request) -> Answer<Vec<u8>> {
-    match (request.body_length(), request.method()) {
-        (None | Some(0), Method::Get | Method::Put) => return Ok(Vec::new()),
-        (Some(len), _) if len <= MAX_BODY_LEN => {}
-        (Some(len), _) => {
-            return Err((413, format!("body: expected at most {MAX_BODY_LEN} bytes, found {len}")));
-        }
-        (None, _) => return Err((411, "expected a Content-Length header, found none".into())),
-    }
-    let mut bytes = Vec::new();
-    let mut reader = request.as_reader().take(MAX_BODY_LEN as u64);
-    reader
-        .read_to_end(&mut bytes)
-        .map_err(|error| (400, format!("cannot read the body: {error}")))?;
-    Ok(bytes)
-}
 
 /// Every route, as method and path. `openapi.json` has the same ones.
 pub(super) const ROUTES: [(&str, &str); 11] = [
@@ -190,10 +270,9 @@ pub(super) const ROUTES: [(&str, &str); 11] = [
     ("GET", "/openapi.json"),
 ];
 
-fn route(request: &Request, body: &[u8], vm: &Vm, on_checkpoint: &OnEvent) -> Answer {
-    let method = request.method().to_string();
-    let path = request.url().split('?').next().unwrap_or_default().to_owned();
-    match (method.as_str(), path.as_str()) {
+fn route(request: &Request, vm: &Vm, on_checkpoint: &OnEvent) -> Answer {
+    let (method, path) = (request.method.as_str(), request.path.as_str());
+    match (method, path) {
         ("GET", "/vm") => to_json(&VmStatus::of(vm)),
         ("PUT", "/vm/pause") => {
             conflict(vm.pause()).and_then(|()| to_json(&Done { state: RunState::Paused }))
@@ -205,7 +284,7 @@ fn route(request: &Request, body: &[u8], vm: &Vm, on_checkpoint: &OnEvent) -> An
             vm.stop();
             to_json(&Done { state: RunState::Ended })
         }
-        ("POST", "/checkpoints") => checkpoint(body, vm, on_checkpoint),
+        ("POST", "/checkpoints") => checkpoint(&request.body, vm, on_checkpoint),
         ("GET", "/checkpoints/progress") => to_json(&vm.checkpoint_progress()),
         ("GET", "/checkpoints/statistics") => to_json(&vm.checkpoint_statistics()),
         ("GET", "/workload") => {
@@ -241,6 +320,7 @@ fn checkpoint(body: &[u8], vm: &Vm, on_checkpoint: &OnEvent) -> Answer {
 fn conflict<T>(result: Result<T>) -> Answer<T> {
     result.map_err(|error| match error {
         VmmError::NotNow(_) | VmmError::Config(_) => (409, error.to_string()),
+        VmmError::Store(StoreError::Invalid(_)) => (400, error.to_string()),
         other => (500, other.to_string()),
     })
 }
@@ -251,16 +331,9 @@ fn to_json(value: &impl Serialize) -> Answer {
         .map_err(|error| (500, format!("cannot encode the answer: {error}")))
 }
 
-fn respond(request: Request, status: u16, answer: &impl Serialize) {
-    let body = serde_json::to_vec(&json!(answer)).unwrap_or_default();
-    send(request, status, "application/json", body);
-}
-
-fn send(request: Request, status: u16, content_type: &str, body: Vec<u8>) {
-    let kind = Header::from_bytes("Content-Type", content_type).expect("a valid header");
-    // A client that went away needs no answer.
-    let _gone =
-        request.respond(Response::from_data(body).with_status_code(status).with_header(kind));
+fn respond(stream: &UnixStream, status: u16, answer: &impl Serialize) {
+    let body = serde_json::to_vec(answer).unwrap_or_default();
+    http::answer(stream, status, "application/json", &body);
 }
 
 #[cfg(test)]
