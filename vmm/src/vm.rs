@@ -14,7 +14,7 @@ use crate::checkpoint::{CheckpointProgress, CheckpointTotals, StagedPages};
 use crate::cpuid;
 use crate::devices::serial::{SerialOutput, SerialPort};
 use crate::devices::{Bus, platform, serial};
-use crate::dirty::{AllWrites, DirtyTracker, KvmBitmap};
+use crate::dirty::{AllWrites, DirtyTracker, TrackerKind};
 use crate::error::{Result, VmmError};
 use crate::kvm::{Hypervisor, VmShell};
 use crate::memory::{GuestRam, RAM_REGION};
@@ -59,6 +59,16 @@ pub struct HostConfig {
     pub serial: SerialOutput,
     /// Where its checkpoints go, if anywhere.
     pub store: Option<Arc<Store>>,
+    /// What keeps track of the pages the guest writes; None is what suits the machine.
+    pub tracker: Option<TrackerKind>,
+}
+
+impl HostConfig {
+    /// Output to `serial`, checkpoints to `store`, the rest as suits the machine.
+    #[must_use]
+    pub fn new(serial: SerialOutput, store: Option<Arc<Store>>) -> Self {
+        Self { serial, store, tracker: None }
+    }
 }
 
 /// How memory comes back on resume.
@@ -180,7 +190,7 @@ impl Vm {
         let hypervisor = Hypervisor::open()?;
         check_cpus(&hypervisor, config.cpus)?;
         let ram = Arc::new(GuestRam::new(config.ram_bytes)?);
-        let shell = VmShell::new(&hypervisor, ram)?;
+        let shell = VmShell::new(&hypervisor, ram, host.tracker)?;
         let mut vcpus = Vec::with_capacity(config.cpus);
         for index in 0..config.cpus {
             let cpuid = cpuid::for_vcpu(&hypervisor, index, config.cpus)?;
@@ -213,7 +223,7 @@ impl Vm {
         let machine: SavedMachine = chunks.take(MACHINE_CHUNK)?;
         let hypervisor = Hypervisor::open()?;
         check_cpus(&hypervisor, machine.cpus)?;
-        let shell = build_shell(&hypervisor, &machine, snapshot)?;
+        let shell = build_shell(&hypervisor, &machine, snapshot, host.tracker)?;
         // Before any state is set: KVM itself touches guest memory then (kvmclock, page tables).
         let late = Arc::new(OnceLock::new());
         let pager = bring_memory(snapshot, &shell.ram, &late, loading)?;
@@ -245,12 +255,12 @@ impl Vm {
         vcpus: Arc<VcpuSet>,
         pager: Option<Pager>,
     ) -> Self {
-        let tracker = KvmBitmap::new(Arc::clone(&shell.fd), Arc::clone(&shell.ram));
+        let tracker = AllWrites::new(shell.tracker(), Arc::clone(&shell.ram));
         let line = Line {
             head: None,
             head_pin: None,
             since_head: PageSet::new(shell.ram.end_page()),
-            tracker: Box::new(AllWrites::new(tracker, Arc::clone(&shell.ram))),
+            tracker: Box::new(tracker),
             staged: StagedPages::default(),
         };
         Self {
@@ -486,6 +496,7 @@ fn build_shell(
     hypervisor: &Hypervisor,
     machine: &SavedMachine,
     snapshot: &Snapshot,
+    tracker: Option<TrackerKind>,
 ) -> Result<VmShell> {
     let ram = Arc::new(GuestRam::new(machine.ram_bytes)?);
     let region = snapshot.region(RAM_REGION)?;
@@ -500,7 +511,7 @@ fn build_shell(
             found: format!("{} pages", region.pages()),
         });
     }
-    VmShell::new(hypervisor, ram)
+    VmShell::new(hypervisor, ram, tracker)
 }
 
 /// Name of a vCPU's chunk.

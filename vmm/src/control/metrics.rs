@@ -63,13 +63,19 @@ fn machine(page: &mut Page, status: &VmStatus, allocated_bytes: Option<u64>) {
 }
 
 fn exits(page: &mut Page, exits: ExitCounts) {
-    let ExitCounts { port_io, mmio, kicked, other } = exits;
+    let ExitCounts { port_io, mmio, kicked, ring_full, other } = exits;
     page.labelled(
         "frazil_vcpu_exits_total",
         "counter",
         "Times that a vCPU left the guest for this process, by cause.",
         "cause",
-        &[("port_io", port_io), ("mmio", mmio), ("kicked", kicked), ("other", other)],
+        &[
+            ("port_io", port_io),
+            ("mmio", mmio),
+            ("kicked", kicked),
+            ("ring_full", ring_full),
+            ("other", other),
+        ],
     );
 }
 
