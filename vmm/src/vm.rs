@@ -5,12 +5,12 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use frazil_snapstore::pager::{Pager, PagerOptions, PagerStats};
-use frazil_snapstore::{PageSet, Pin, Snapshot, SnapshotId, Store};
+use frazil_snapstore::{PAGE_SIZE, PageSet, Pin, Snapshot, SnapshotId, Store};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::boot::{self, BootSource, Kernel};
-use crate::checkpoint::{CheckpointProgress, CheckpointTotals, StagedPages};
+use crate::checkpoint::{CheckpointProgress, CheckpointTotals, CowState, Staging};
 use crate::cpuid;
 use crate::devices::serial::{SerialOutput, SerialPort};
 use crate::devices::{Bus, platform, serial};
@@ -61,13 +61,19 @@ pub struct HostConfig {
     pub store: Option<Arc<Store>>,
     /// What keeps track of the pages the guest writes; None is what suits the machine.
     pub tracker: Option<TrackerKind>,
+    /// Memory that a checkpoint may take to copy pages aside; what is more is left in place and
+    /// protected, where the host can do that.
+    pub staging_bytes: u64,
 }
+
+/// What checkpoints copy aside by default.
+pub const STAGING_BYTES: u64 = 64 << 20;
 
 impl HostConfig {
     /// Output to `serial`, checkpoints to `store`, the rest as suits the machine.
     #[must_use]
     pub fn new(serial: SerialOutput, store: Option<Arc<Store>>) -> Self {
-        Self { serial, store, tracker: None }
+        Self { serial, store, tracker: None, staging_bytes: STAGING_BYTES }
     }
 }
 
@@ -143,8 +149,10 @@ pub(crate) struct Line {
     /// snapshot that holds them is published, so a failed checkpoint loses none.
     pub since_head: PageSet,
     pub tracker: Box<dyn DirtyTracker>,
-    /// Room for the pages that are copied in the pause.
-    pub staged: StagedPages,
+    /// Room for pages that are copied aside.
+    pub staging: Staging,
+    /// For pages that are too many for that.
+    pub cow: CowState,
 }
 
 impl Line {
@@ -152,6 +160,13 @@ impl Line {
     pub(crate) fn harvest(&mut self, pages: &mut PageSet) -> Result<()> {
         let harvested = self.tracker.harvest(pages);
         // Also after an error: what was read is cleared in KVM.
+        self.since_head.union(pages);
+        harvested
+    }
+
+    /// The same at the cut, while no vCPU runs.
+    pub(crate) fn harvest_at_cut(&mut self, pages: &mut PageSet) -> Result<()> {
+        let harvested = self.tracker.harvest_at_cut(pages);
         self.since_head.union(pages);
         harvested
     }
@@ -261,7 +276,8 @@ impl Vm {
             head_pin: None,
             since_head: PageSet::new(shell.ram.end_page()),
             tracker: Box::new(tracker),
-            staged: StagedPages::default(),
+            staging: Staging::default(),
+            cow: CowState::default(),
         };
         Self {
             name,
@@ -328,7 +344,7 @@ impl Vm {
 
     /// Stops the vCPUs, or none of them.
     fn stop_vcpus(&self) -> Result<()> {
-        self.vcpus.pause(false).inspect_err(|_| self.vcpus.resume())
+        self.vcpus.pause().inspect_err(|_| self.vcpus.resume())
     }
 
     pub(crate) fn set_paused(&self, paused: &mut bool, value: bool) {
@@ -401,6 +417,11 @@ impl Vm {
     #[must_use]
     pub fn pager_stats(&self) -> Option<PagerStats> {
         self.pager.as_ref().map(Pager::stats)
+    }
+
+    /// Pages that a checkpoint may copy aside.
+    pub(crate) fn staging_pages(&self) -> u64 {
+        self.host.staging_bytes / PAGE_SIZE as u64
     }
 
     /// The guest's RAM.

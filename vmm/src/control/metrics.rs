@@ -105,9 +105,22 @@ fn checkpoints(page: &mut Page, found: &CheckpointStatistics) {
     page.labelled(
         "frazil_checkpoint_pages_total",
         "counter",
-        "Pages looked at by checkpoints: while the guest ran, or left to the cut.",
+        "Pages written by checkpoints: before the cut, or after it.",
         "phase",
-        &[("precopy", sums.precopied_pages), ("cut", sums.cut_pages)],
+        &[("precopy", sums.precopied_pages), ("commit", sums.commit_pages)],
+    );
+    page.labelled(
+        "frazil_checkpoint_kept_pages_total",
+        "counter",
+        "Pages kept as they were at the cut: copied before it, copied in the pause, or left in \
+         place; and of the last, those copied because the guest was about to change them.",
+        "how",
+        &[
+            ("staged", sums.staged_pages),
+            ("cut", sums.cut_pages),
+            ("protected", sums.protected_pages),
+            ("cow", sums.cow_pages),
+        ],
     );
     page.labelled(
         "frazil_checkpoint_elided_pages_total",

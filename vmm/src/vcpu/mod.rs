@@ -174,17 +174,30 @@ impl VcpuSet {
         Ok(Self { gate, exits, threads })
     }
 
-    /// Stops every vCPU at an instruction boundary, with half-done exits finished. With `capture`
-    /// each thread reads its own vCPU's state on the way.
+    /// Stops every vCPU at an instruction boundary, with half-done exits finished.
     ///
     /// # Errors
     /// [`VmmError::NotNow`] if the machine ended, or a vCPU could not be stopped in a minute.
-    pub fn pause(&self, capture: bool) -> Result<()> {
-        self.gate.set_goal(Goal::Park { capture });
+    pub fn pause(&self) -> Result<()> {
+        self.gate.set_goal(Goal::Park { capture: false });
+        self.kick_until(|patience| self.gate.wait_parked(patience))
+    }
+
+    /// As [`Self::pause`], and each thread goes on to read its own vCPU's state:
+    /// [`Self::take_captured`] waits for that.
+    ///
+    /// # Errors
+    /// As [`Self::pause`].
+    pub fn pause_and_capture(&self) -> Result<()> {
+        self.gate.set_goal(Goal::Park { capture: true });
+        self.kick_until(|patience| self.gate.wait_stopped(patience))
+    }
+
+    fn kick_until(&self, reached: impl Fn(Duration) -> bool) -> Result<()> {
         let started = Instant::now();
         loop {
             self.kick();
-            if self.gate.wait_parked(REKICK_AFTER) {
+            if reached(REKICK_AFTER) {
                 break;
             }
             if started.elapsed() > STOP_PATIENCE {
@@ -203,11 +216,12 @@ impl VcpuSet {
         self.gate.wait_unparked(STOP_PATIENCE);
     }
 
-    /// Takes the states that [`Self::pause`] captured.
+    /// Takes the states that follow [`Self::pause_and_capture`], when all are there.
     ///
     /// # Errors
     /// What a vCPU's thread met while reading it.
     pub fn take_captured(&self) -> Result<Vec<CapturedVcpu>> {
+        self.gate.wait_parked(STOP_PATIENCE);
         let nothing = || VmmError::NotNow("a vCPU's state was not captured".into());
         self.threads
             .iter()
