@@ -3,6 +3,7 @@
 //! A chunk of 64 pages is one word of every set and is changed under one lock, which it shares with
 //! every 64th other chunk. Reads of a chunk share it. I/O is done under it, of this chunk alone.
 
+use std::collections::hash_map::Entry;
 use std::io;
 use std::ops::Range;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -124,9 +125,8 @@ impl Contents {
     /// also for a write that fails half way.
     fn before_change(&self, kept: &mut KeptPages, chunk: u64, pages: u64) -> io::Result<()> {
         for page in bits(self.frozen(chunk, pages)).map(|bit| chunk * CHUNK_PAGES + bit) {
-            if !kept.contains_key(&page) {
-                let old = self.keep(page)?;
-                kept.insert(page, old);
+            if let Entry::Vacant(place) = kept.entry(page) {
+                place.insert(self.keep(page)?);
             }
         }
         self.dirty.insert(chunk, pages);

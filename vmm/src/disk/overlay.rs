@@ -170,6 +170,9 @@ impl Overlay {
     }
 }
 
+/// Files made with a name that was taken away again; makes those names differ.
+static NAMELESS_FILES: AtomicU64 = AtomicU64::new(0);
+
 /// A file that is in `folder`'s file system and in no folder.
 fn nameless_file(folder: &Path) -> io::Result<File> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
@@ -179,8 +182,7 @@ fn nameless_file(folder: &Path) -> io::Result<File> {
         Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) => {}
         Err(error) => return Err(error.into()),
     }
-    static COUNT: AtomicU64 = AtomicU64::new(0);
-    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    let count = NAMELESS_FILES.fetch_add(1, Ordering::Relaxed);
     let path = folder.join(format!(".frazil-disk-{}-{count}", std::process::id()));
     let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path)?;
     std::fs::remove_file(&path)?;

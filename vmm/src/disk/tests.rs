@@ -241,7 +241,7 @@ fn what_is_frozen_is_kept_below_as_zeros_in_memory_or_in_a_slot() {
     let busy = disk.drain(PATIENCE).unwrap().freeze(set_of(&disk, 0..5)).unwrap_err();
     assert!(busy.to_string().contains("not done with its pages"), "{busy}");
     for round in 10..12 {
-        disk.begin().write_at(0, &[round; 6 * PAGE_SIZE]).unwrap();
+        disk.begin().write_at(0, &vec![round; 6 * PAGE_SIZE]).unwrap();
         assert_eq!(frozen.kept_pages(), 5, "once each, and no page that was not frozen");
         assert_eq!(page_of(&frozen, 0), contents[..PAGE_SIZE]);
         for page in 1..4 {
@@ -308,9 +308,9 @@ fn a_full_overlay_fails_the_write_and_nothing_else() {
     assert_eq!(dirty(&disk), [0]);
     check(&|page| page_of(&frozen, page));
     medium.left.store(u64::MAX, Ordering::SeqCst);
-    disk.begin().write_at(0, &[9; 8 * PAGE_SIZE]).unwrap();
+    disk.begin().write_at(0, &vec![9; 8 * PAGE_SIZE]).unwrap();
     check(&|page| page_of(&frozen, page));
-    assert_eq!(read_all(&disk), [9; 8 * PAGE_SIZE]);
+    assert!(read_all(&disk).iter().all(|byte| *byte == 9));
 }
 
 #[test]
