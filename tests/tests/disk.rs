@@ -195,11 +195,13 @@ impl Pair {
         if matches!(fate, Fate::FailedEarly) {
             return;
         }
+        let (before, changes) = changes.split_at(changes.len() / 4);
+        before.iter().for_each(|change| change.apply(disk, &self.model, change.in_block()));
         let (frozen, contents) = self.cut_among_writers(disk, changes);
         let model = &self.model;
         std::thread::scope(|scope| {
             start_writers(scope, disk, model, changes);
-            DiskLine::write(&frozen, region, &mut transaction).unwrap();
+            frozen.write_to(&mut transaction, region).unwrap();
         });
         if matches!(fate, Fate::FailedLate) {
             return;

@@ -9,7 +9,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use frazil_snapstore::{Page, PageSet, PageSource};
+use frazil_snapstore::{Page, PageSet, PageSource, RegionHandle, Transaction, WriteStats};
 
 use super::Disk;
 use crate::error::{Result, VmmError};
@@ -118,7 +118,7 @@ impl FrozenDisk {
         &self.disk
     }
 
-    /// Lets go of some pages: the store has them, they can no longer be read here.
+    /// Lets go of some pages before the others: the store has them, they can no longer be read here.
     pub fn release(&self, pages: &PageSet) {
         let contents = &self.disk.contents;
         contents
@@ -127,6 +127,32 @@ impl FrozenDisk {
             .get_or_insert_with(|| PageSet::new(self.pages.capacity()))
             .union(pages);
         contents.forget_kept(|page| pages.contains(page));
+    }
+
+    /// Writes them to `region` of a transaction, and lets go of them.
+    ///
+    /// # Errors
+    /// The store's, or those of reading the disk; the pages stay frozen then.
+    pub fn write_to(
+        &self,
+        transaction: &mut Transaction,
+        region: RegionHandle,
+    ) -> Result<WriteStats> {
+        let written = transaction.write_pages(region, &self.pages, self)?;
+        // Before the commit, which does not read them again.
+        self.thaw();
+        Ok(written)
+    }
+
+    /// Lets go of all pages: nothing is kept any more, and what was is forgotten.
+    pub fn thaw(&self) {
+        let contents = &self.disk.contents;
+        {
+            let mut freeze = contents.freeze_mut();
+            (freeze.pages, freeze.released) = (None, None);
+        }
+        contents.forget_kept(|_| true);
+        contents.drop_slots();
     }
 
     /// Pages that were kept since they changed after the cut, of those not released yet.
@@ -147,15 +173,8 @@ impl PageSource for FrozenDisk {
 
 impl Drop for FrozenDisk {
     fn drop(&mut self) {
-        let contents = &self.disk.contents;
-        // In this order: nothing is kept any more, what was kept goes, and only then may another
-        // checkpoint begin, which must not find it.
-        {
-            let mut freeze = contents.freeze_mut();
-            (freeze.pages, freeze.released) = (None, None);
-        }
-        contents.forget_kept(|_| true);
-        contents.drop_slots();
-        contents.freeze_mut().busy = false;
+        self.thaw();
+        // Only now may another checkpoint begin, which must not find what this one kept.
+        self.disk.contents.freeze_mut().busy = false;
     }
 }

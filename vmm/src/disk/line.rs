@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use frazil_snapstore::{PageSet, RegionHandle, Transaction, WriteStats};
+use frazil_snapstore::{PageSet, RegionHandle, Transaction};
 
 use super::pages::CHUNK_PAGES;
 use super::{Disk, Drained, FrozenDisk};
@@ -12,8 +12,8 @@ use crate::error::Result;
 ///
 /// A checkpoint calls, in this order: [`Self::prepare`] and [`Self::region`] while the guest runs;
 /// [`Disk::drain`] and [`Self::cut`] while the vCPUs stand still, dropping what `drain` returned when
-/// they go on; [`Self::write`] while the guest runs; [`Self::published`] once the snapshot is. One
-/// that fails in between just drops what it has.
+/// they go on; [`FrozenDisk::write_to`] while the guest runs; [`Self::published`] once the snapshot
+/// is. One that fails in between just drops what it has.
 #[derive(Debug)]
 pub struct DiskLine {
     disk: Arc<Disk>,
@@ -74,18 +74,6 @@ impl DiskLine {
             self.since_head.insert_words(chunk * CHUNK_PAGES, &[word]);
         });
         drained.freeze(pages)
-    }
-
-    /// Writes what was frozen to the region that [`Self::region`] named.
-    ///
-    /// # Errors
-    /// The store's, or those of reading the disk.
-    pub fn write(
-        frozen: &FrozenDisk,
-        region: RegionHandle,
-        transaction: &mut Transaction,
-    ) -> Result<WriteStats> {
-        Ok(transaction.write_pages(region, frozen.pages(), frozen)?)
     }
 
     /// The snapshot that holds what was frozen is published: it is the head.

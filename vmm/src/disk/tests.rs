@@ -409,3 +409,28 @@ fn what_is_frozen_stands_still_under_hammering_writers() {
     });
     assert_eq!(disk.contents.kept_count(), 0);
 }
+
+/// What the pause costs depends on what was written, not on the disk.
+#[test]
+fn a_large_disk_is_cut_as_fast_as_a_small_one() {
+    let file = NamedTempFile::new().unwrap();
+    file.as_file().set_len(1 << 40).unwrap();
+    let disk = Arc::new(Disk::open(0, &config(&file), &OverlayOptions::default()).unwrap());
+    let mut line = DiskLine::new(Arc::clone(&disk));
+    for page in 0..1000 {
+        disk.begin().write_at(page * 97 * PAGE_BYTES, &[1; 512]).unwrap();
+    }
+    let fastest = (0..5_u64).map(|round| {
+        line.prepare();
+        disk.begin().write_at((1 << 39) + round * (1 << 30), &[2; 512]).unwrap();
+        let started = Instant::now();
+        let frozen = line.cut(&disk.drain(PATIENCE).unwrap()).unwrap();
+        let pause = started.elapsed();
+        assert_eq!(frozen.pages().count(), 1001 + round);
+        pause
+    });
+    let fastest = fastest.min().unwrap();
+    println!("a disk of 1 TiB was cut in {fastest:?}");
+    // A set of its pages has 32 MiB: going through one takes milliseconds.
+    assert!(fastest < Duration::from_millis(2), "{fastest:?}");
+}
