@@ -33,6 +33,7 @@ impl Machine {
             ram_bytes,
             cpus: 1,
             guest: Guest::Workload(spec.parse()?),
+            disks: Vec::new(),
         };
         let vm = Vm::boot(&config, HostConfig::new(SerialOutput::Null, store))?;
         vm.go()?;

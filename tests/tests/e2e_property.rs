@@ -88,6 +88,7 @@ impl World {
             ram_bytes: RAM_BYTES,
             cpus: 1 + seed as usize % 2,
             guest: Guest::Workload(spec(seed).parse().expect("a workload")),
+            disks: Vec::new(),
         };
         let vm = Vm::boot(&config, world.host()).expect("it boots");
         vm.go().expect("it runs");

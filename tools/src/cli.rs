@@ -8,6 +8,8 @@ use clap::error::ErrorKind;
 use clap::{ArgGroup, Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use frazil_snapstore::Elide;
 use frazil_snapstore::retention::{Policy, parse_within};
+use frazil_vmm::dirty::TrackerKind;
+use frazil_vmm::disk::DiskConfig;
 use frazil_vmm::workload::WorkloadSpec;
 
 /// Freezes running virtual machines: a checkpoint is taken while the guest goes on and costs what
@@ -97,6 +99,27 @@ fn size(text: &str) -> Result<u64, String> {
         .with_binary()
         .parse_size(text)
         .map_err(|error| format!("expected a size such as 512MiB or 4GiB ({error})"))
+}
+
+/// The file of a disk, and `,ro` if it is only read.
+fn disk(text: &str) -> Result<DiskConfig, String> {
+    let (file, read_only) = match text.strip_suffix(",ro") {
+        Some(file) => (file, true),
+        None => (text, false),
+    };
+    if file.is_empty() {
+        return Err("expected a file, or FILE,ro".into());
+    }
+    Ok(DiskConfig { file: file.into(), read_only, serial: None })
+}
+
+fn tracker(text: &str) -> Result<TrackerKind, String> {
+    match text {
+        "ring" => Ok(TrackerKind::Ring),
+        "manual-bitmap" => Ok(TrackerKind::ManualBitmap),
+        "bitmap" => Ok(TrackerKind::Bitmap),
+        _ => Err("expected `ring`, `manual-bitmap` or `bitmap`".into()),
+    }
 }
 
 fn workload(text: &str) -> Result<WorkloadSpec, String> {
@@ -198,6 +221,11 @@ pub(crate) struct RunArgs {
     /// Number of vCPUs.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub cpus: usize,
+    /// A disk with the contents of FILE, which stays as it is: what the guest writes is kept beside
+    /// it (see --overlay) and becomes part of every snapshot. `,ro` makes it read-only. May be
+    /// repeated. There is no device yet through which a guest could see it.
+    #[arg(long = "disk", value_name = "FILE[,ro]", value_parser = disk)]
+    pub disks: Vec<DiskConfig>,
     #[command(flatten)]
     pub host: HostArgs,
 }
@@ -211,6 +239,18 @@ pub(crate) struct HostArgs {
     /// $FRAZIL_STORE, else ./frazil-store.
     #[arg(long, value_name = "DIR")]
     pub store: Option<PathBuf>,
+    /// Keep what the guest writes to its disks in a file without a name in this folder, instead of
+    /// in memory.
+    #[arg(long, value_name = "DIR")]
+    pub overlay: Option<PathBuf>,
+    /// What keeps track of the pages the guest writes. Default: what suits the machine and this KVM.
+    #[arg(long, value_name = "HOW", value_parser = tracker)]
+    pub dirty_tracking: Option<TrackerKind>,
+    /// Memory that a checkpoint may take to copy pages aside while the guest runs. What is more
+    /// stays in place, write-protected until it is written: the guest waits a little before it can
+    /// change such a page.
+    #[arg(long, value_name = "SIZE", default_value = "64MiB", value_parser = size)]
+    pub staging: u64,
     /// Take a checkpoint this often.
     #[arg(long, value_name = "TIME", value_parser = interval)]
     pub checkpoint_every: Option<Duration>,

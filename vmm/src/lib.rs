@@ -15,6 +15,8 @@ pub mod dirty;
 pub mod disk;
 mod error;
 pub mod kvm;
+mod line;
+mod machine;
 pub mod memory;
 pub mod scheduler;
 pub mod state;
@@ -28,6 +30,9 @@ pub use checkpoint::{
     CheckpointReport, CheckpointRequest, CheckpointStats, CheckpointTotals, ProgressReport, Round,
 };
 pub use error::{Result, VmmError};
+pub use machine::{
+    Guest, HostConfig, Loading, MachineConfig, STAGING_BYTES, SavedGuest, SavedMachine,
+};
 pub use vcpu::Ended;
-pub use vm::{Guest, HostConfig, Loading, MachineConfig, SavedGuest, SavedMachine, Vm};
+pub use vm::Vm;
 pub use workload_memory::{saved_machine, verify_snapshot};

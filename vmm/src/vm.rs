@@ -4,172 +4,36 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use frazil_snapstore::pager::{Pager, PagerOptions, PagerStats};
-use frazil_snapstore::{PAGE_SIZE, PageSet, Pin, Snapshot, SnapshotId, Store};
-use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use frazil_snapstore::pager::{Pager, PagerStats};
+use frazil_snapstore::{PAGE_SIZE, Snapshot, SnapshotId, Store};
 
 use crate::boot::{self, BootSource, Kernel};
-use crate::checkpoint::{CheckpointProgress, CheckpointTotals, CowState, Staging};
+use crate::checkpoint::{CheckpointProgress, CheckpointTotals};
 use crate::cpuid;
-use crate::devices::serial::{SerialOutput, SerialPort};
+use crate::devices::serial::SerialPort;
 use crate::devices::{Bus, platform, serial};
-use crate::dirty::{AllWrites, DirtyTracker, TrackerKind};
+use crate::dirty::TrackerKind;
+use crate::disk::{Disk, OverlayOptions, disk_name};
 use crate::error::{Result, VmmError};
 use crate::kvm::{Hypervisor, VmShell};
+use crate::line::Line;
+use crate::machine::{
+    Guest, HostConfig, Loading, MACHINE_CHUNK, MAX_CPUS, MachineConfig, SavedGuest, SavedMachine,
+};
 use crate::memory::{GuestRam, RAM_REGION};
-use crate::state::{ChunkSet, Saved};
+use crate::state::ChunkSet;
 use crate::telemetry::Telemetry;
 use crate::vcpu::saved::SavedVcpu;
 use crate::vcpu::{Ended, Vcpu, VcpuSet};
 use crate::workload::{ControlView, GUEST_ELF, VerifyReport, WorkloadSpec};
 
-/// The chunk that lists the machine.
-pub(crate) const MACHINE_CHUNK: &str = "machine";
-
-/// The most vCPUs: APIC ids are eight bits without x2APIC.
-const MAX_CPUS: usize = 254;
-
-/// A machine to boot.
-#[derive(Clone, Debug)]
-pub struct MachineConfig {
-    /// Its name.
-    pub name: String,
-    /// Bytes of RAM.
-    pub ram_bytes: u64,
-    /// Number of vCPUs.
-    pub cpus: usize,
-    /// What it runs.
-    pub guest: Guest,
-}
-
-/// What a machine runs.
-#[derive(Clone, Debug)]
-pub enum Guest {
-    /// The built-in workload.
-    Workload(WorkloadSpec),
-    /// A kernel of the user's.
-    Kernel(BootSource),
-}
-
-/// How a VM meets its host; not part of the machine, and free to differ on each resume.
-#[derive(Clone, Debug)]
-pub struct HostConfig {
-    /// Where the serial port's output goes.
-    pub serial: SerialOutput,
-    /// Where its checkpoints go, if anywhere.
-    pub store: Option<Arc<Store>>,
-    /// What keeps track of the pages the guest writes; None is what suits the machine.
-    pub tracker: Option<TrackerKind>,
-    /// Memory that a checkpoint may take to copy pages aside; what is more is left in place and
-    /// protected, where the host can do that.
-    pub staging_bytes: u64,
-}
-
-/// What checkpoints copy aside by default.
-pub const STAGING_BYTES: u64 = 64 << 20;
-
-impl HostConfig {
-    /// Output to `serial`, checkpoints to `store`, the rest as suits the machine.
-    #[must_use]
-    pub fn new(serial: SerialOutput, store: Option<Arc<Store>>) -> Self {
-        Self { serial, store, tracker: None, staging_bytes: STAGING_BYTES }
-    }
-}
-
-/// How memory comes back on resume.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Loading {
-    /// As it is touched.
-    Lazy(PagerOptions),
-    /// All of it before the guest runs.
-    Eager,
-}
-
-/// The machine, as its snapshots list it: with this and the other chunks it is built again.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct SavedMachine {
-    /// Bytes of RAM.
-    pub ram_bytes: u64,
-    /// Number of vCPUs.
-    pub cpus: usize,
-    /// What was booted.
-    pub guest: SavedGuest,
-}
-
-/// What was booted.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
-pub enum SavedGuest {
-    /// The built-in workload.
-    Workload {
-        /// Its specification, with the machine's CPUs and TSC frequency.
-        spec: String,
-    },
-    /// A kernel of the user's.
-    Kernel {
-        /// The file it was loaded from.
-        kernel: String,
-        /// The initial RAM disk's file.
-        initrd: Option<String>,
-        /// Its command line.
-        cmdline: String,
-    },
-}
-
-impl Saved for SavedMachine {
-    const KIND: &'static str = "frazil.machine";
-    const VERSION: u32 = 1;
-
-    fn upgrade(version: u32, _body: Value) -> Result<Value, String> {
-        Err(format!("version {version} was never written"))
-    }
-}
-
-impl SavedMachine {
-    /// The built-in workload's specification, if the machine runs it.
-    #[must_use]
-    pub fn workload(&self) -> Option<WorkloadSpec> {
-        match &self.guest {
-            SavedGuest::Workload { spec } => spec.parse().ok(),
-            SavedGuest::Kernel { .. } => None,
-        }
-    }
-}
-
-/// Where the VM stands in its line of snapshots. Locked for the length of a checkpoint.
-#[derive(Debug)]
-pub(crate) struct Line {
-    /// The snapshot that the next one changes.
-    pub head: Option<SnapshotId>,
-    /// Keeps the head in the store, forgotten or not, for the next one shares with it.
-    pub head_pin: Option<Arc<dyn Pin>>,
-    /// Pages written since `head`, as far as they were harvested. They leave the set only when a
-    /// snapshot that holds them is published, so a failed checkpoint loses none.
-    pub since_head: PageSet,
-    pub tracker: Box<dyn DirtyTracker>,
-    /// Room for pages that are copied aside.
-    pub staging: Staging,
-    /// For pages that are too many for that.
-    pub cow: CowState,
-}
-
-impl Line {
-    /// Adds the pages written since the last harvest to `pages`, and to those the head lacks.
-    pub(crate) fn harvest(&mut self, pages: &mut PageSet) -> Result<()> {
-        let harvested = self.tracker.harvest(pages);
-        // Also after an error: what was read is cleared in KVM.
-        self.since_head.union(pages);
-        harvested
-    }
-
-    /// The same at the cut, while no vCPU runs.
-    pub(crate) fn harvest_at_cut(&mut self, pages: &mut PageSet) -> Result<()> {
-        let harvested = self.tracker.harvest_at_cut(pages);
-        self.since_head.union(pages);
-        harvested
-    }
+/// What a machine is put together from.
+struct Parts {
+    shell: VmShell,
+    bus: Arc<Bus>,
+    vcpus: Arc<VcpuSet>,
+    pager: Option<Pager>,
+    disks: Vec<Arc<Disk>>,
 }
 
 /// A running virtual machine.
@@ -186,6 +50,7 @@ pub struct Vm {
     pub(crate) vcpus: Arc<VcpuSet>,
     pub(crate) bus: Arc<Bus>,
     pub(crate) shell: VmShell,
+    disks: Vec<Arc<Disk>>,
     pub(crate) line: Mutex<Line>,
     /// True while the user wants the guest to stand still. Locked while vCPUs stop and go.
     pub(crate) paused: Mutex<bool>,
@@ -217,10 +82,22 @@ impl Vm {
         let (source, guest) = boot_source(config, tsc_khz)?;
         let entry = boot::load(&source, &shell.ram)?;
         boot::set_boot_registers(vcpus[0].fd(), entry)?;
-        let machine = SavedMachine { ram_bytes: config.ram_bytes, cpus: config.cpus, guest };
+        let disks = config
+            .disks
+            .iter()
+            .enumerate()
+            .map(|(index, disk)| Ok(Arc::new(Disk::open(index, disk, &host.overlay)?)));
+        let disks = disks.collect::<Result<Vec<_>>>()?;
+        let machine = SavedMachine {
+            ram_bytes: config.ram_bytes,
+            cpus: config.cpus,
+            guest,
+            disks: disks.len(),
+        };
         let bus = Arc::new(Bus::new(SerialPort::new(&shell.fd, &host.serial)?));
         let vcpus = Arc::new(VcpuSet::start(vcpus, &bus)?);
-        Ok(Self::assemble(config.name.clone(), machine, host, shell, bus, vcpus, None))
+        let parts = Parts { shell, bus, vcpus, pager: None, disks };
+        Ok(Self::assemble(config.name.clone(), machine, host, parts))
     }
 
     /// Builds the machine that `snapshot` holds. It stands still until [`Self::go`].
@@ -245,6 +122,7 @@ impl Vm {
         let vcpus = restore_vcpus(&hypervisor, &shell, &machine, &mut chunks)?;
         platform::restore(&shell.fd, &mut chunks)?;
         let serial = SerialPort::restore(&shell.fd, &host.serial, chunks.take(serial::CHUNK)?)?;
+        let disks = resume_disks(&machine, snapshot, &mut chunks, &host.overlay)?;
         chunks.finish()?;
         let bus = Arc::new(Bus::new(serial));
         let vcpus = Arc::new(VcpuSet::start(vcpus, &bus)?);
@@ -253,7 +131,8 @@ impl Vm {
         if let Some(failure) = pager.as_ref().and_then(Pager::failure) {
             return Err(VmmError::NotNow(failure.to_string()));
         }
-        let mut vm = Self::assemble(name, machine, host, shell, bus, vcpus, pager);
+        let parts = Parts { shell, bus, vcpus, pager, disks };
+        let mut vm = Self::assemble(name, machine, host, parts);
         vm.resumed_from = Some(snapshot.id());
         // What was never touched since is shared with the snapshot, resident or not.
         let line = vm.line.get_mut().unwrap_or_else(PoisonError::into_inner);
@@ -261,24 +140,9 @@ impl Vm {
         Ok(vm)
     }
 
-    fn assemble(
-        name: String,
-        machine: SavedMachine,
-        host: HostConfig,
-        shell: VmShell,
-        bus: Arc<Bus>,
-        vcpus: Arc<VcpuSet>,
-        pager: Option<Pager>,
-    ) -> Self {
-        let tracker = AllWrites::new(shell.tracker(), Arc::clone(&shell.ram));
-        let line = Line {
-            head: None,
-            head_pin: None,
-            since_head: PageSet::new(shell.ram.end_page()),
-            tracker: Box::new(tracker),
-            staging: Staging::default(),
-            cow: CowState::default(),
-        };
+    fn assemble(name: String, machine: SavedMachine, host: HostConfig, parts: Parts) -> Self {
+        let Parts { shell, bus, vcpus, pager, disks } = parts;
+        let line = Line::new(&shell, &disks);
         Self {
             name,
             machine,
@@ -289,6 +153,7 @@ impl Vm {
             vcpus,
             bus,
             shell,
+            disks,
             line: Mutex::new(line),
             paused: Mutex::new(true),
             paused_now: AtomicBool::new(true),
@@ -419,6 +284,12 @@ impl Vm {
         self.pager.as_ref().map(Pager::stats)
     }
 
+    /// Its disks, for their devices.
+    #[must_use]
+    pub fn disks(&self) -> &[Arc<Disk>] {
+        &self.disks
+    }
+
     /// Pages that a checkpoint may copy aside.
     pub(crate) fn staging_pages(&self) -> u64 {
         self.host.staging_bytes / PAGE_SIZE as u64
@@ -533,6 +404,21 @@ fn build_shell(
         });
     }
     VmShell::new(hypervisor, ram, tracker)
+}
+
+fn resume_disks(
+    machine: &SavedMachine,
+    snapshot: &Snapshot,
+    chunks: &mut ChunkSet,
+    overlay: &OverlayOptions,
+) -> Result<Vec<Arc<Disk>>> {
+    (0..machine.disks)
+        .map(|index| {
+            let name = disk_name(index);
+            let disk = Disk::resume(chunks.take(&name)?, snapshot.region(&name)?, overlay)?;
+            Ok(Arc::new(disk))
+        })
+        .collect()
 }
 
 /// Name of a vCPU's chunk.

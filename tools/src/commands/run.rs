@@ -11,6 +11,7 @@ use frazil_snapstore::{Store, StoreOptions};
 use frazil_vmm::boot::{BootSource, Kernel};
 use frazil_vmm::control::{Registration, Server};
 use frazil_vmm::devices::serial::SerialOutput;
+use frazil_vmm::disk::OverlayOptions;
 use frazil_vmm::scheduler::Scheduler;
 use frazil_vmm::{CheckpointReport, Ended, Guest, HostConfig, Loading, MachineConfig, Vm};
 use serde_json::{Value, json};
@@ -31,7 +32,7 @@ const FIRST_READ_PATIENCE: Duration = Duration::from_secs(5);
 const FIRST_PROGRESS_PATIENCE: Duration = Duration::from_mins(1);
 
 pub(crate) fn run(args: RunArgs, json: bool) -> anyhow::Result<ExitCode> {
-    let RunArgs { kernel, initrd, cmdline, workload, memory, cpus, host } = args;
+    let RunArgs { kernel, initrd, cmdline, workload, memory, cpus, disks, host } = args;
     let guest = match (kernel, workload) {
         (_, Some(spec)) => Guest::Workload(spec),
         (Some(kernel), None) => {
@@ -49,8 +50,8 @@ pub(crate) fn run(args: RunArgs, json: bool) -> anyhow::Result<ExitCode> {
         None
     };
     let registration = Registration::enter(&vm_name(&host), host.api_socket.clone())?;
-    let config =
-        MachineConfig { name: registration.record().name.clone(), ram_bytes: memory, cpus, guest };
+    let name = registration.record().name.clone();
+    let config = MachineConfig { name, ram_bytes: memory, cpus, guest, disks };
     let vm = Vm::boot(&config, host_config(&host, store, json))?;
     serve(Session {
         vm: Arc::new(vm),
@@ -173,7 +174,12 @@ fn host_config(host: &HostArgs, store: Option<Arc<Store>>, json: bool) -> HostCo
         SerialArg::Null => SerialOutput::Null,
         SerialArg::File(path) => SerialOutput::File(path.clone()),
     };
-    HostConfig::new(serial, store)
+    HostConfig {
+        tracker: host.dirty_tracking,
+        staging_bytes: host.staging,
+        overlay: OverlayOptions { folder: host.overlay.clone(), ..OverlayOptions::default() },
+        ..HostConfig::new(serial, store)
+    }
 }
 
 /// Ctrl-C and `kill` end the VM as `frazil stop` does; a second one ends the process at once.

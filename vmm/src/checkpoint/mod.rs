@@ -17,11 +17,14 @@ use frazil_snapstore::{
 
 use crate::devices::CapturedDevices;
 use crate::devices::platform::{self, CapturedPlatform};
+use crate::disk::{DiskLine, FrozenDisk};
 use crate::error::{Result, VmmError};
+use crate::line::Line;
+use crate::machine::MACHINE_CHUNK;
 use crate::memory::RAM_REGION;
 use crate::state::chunk;
 use crate::vcpu::{CapturedVcpu, Ended};
-use crate::vm::{Line, MACHINE_CHUNK, Vm, vcpu_chunk};
+use crate::vm::{Vm, vcpu_chunk};
 
 pub use progress::{CheckpointProgress, ProgressReport};
 pub use report::{CheckpointReport, CheckpointRequest, CheckpointStats, CheckpointTotals, Round};
@@ -36,6 +39,8 @@ const CUT_PAGES_MAX: u64 = 2048;
 const CUT_ROOM_PAGES: usize = 1024;
 /// A guest that writes faster than rounds catch up is cut after so many.
 const MAX_ROUNDS: usize = 6;
+/// How long requests to disks may take to be done in the pause.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(5);
 /// What a VM keeps between checkpoints of the room for copied pages at the most: 64 MiB.
 const STAGING_PAGES_KEPT_MAX: usize = 16_384;
 
@@ -44,6 +49,7 @@ struct Cut {
     vcpus: Vec<CapturedVcpu>,
     platform: CapturedPlatform,
     devices: CapturedDevices,
+    disks: Vec<FrozenDisk>,
     time_unix_ms: u64,
 }
 
@@ -54,6 +60,7 @@ struct Checkpoint<'a> {
     line: MutexGuard<'a, Line>,
     transaction: Transaction,
     region: RegionHandle,
+    disk_regions: Vec<RegionHandle>,
     /// Pages harvested and neither written, copied nor protected yet.
     waiting: PageSet,
     /// Pages left in place until they are written.
@@ -142,6 +149,11 @@ impl<'a> Checkpoint<'a> {
         vm.check_alive()?;
         let mut transaction = begin_transaction(store, line.head)?;
         let region = transaction.region(RAM_REGION, vm.ram().end_page())?;
+        let disk_regions = line
+            .disks
+            .iter()
+            .map(|disk| disk.region(&mut transaction))
+            .collect::<Result<Vec<_>>>()?;
         vm.progress.set(Some(transaction.progress()));
         let stats = CheckpointStats { ram_bytes: vm.ram().len_bytes(), ..CheckpointStats::new() };
         let waiting = PageSet::new(line.since_head.capacity());
@@ -152,6 +164,7 @@ impl<'a> Checkpoint<'a> {
             line,
             transaction,
             region,
+            disk_regions,
             waiting,
             protected: None,
             resume_after_failure,
@@ -192,6 +205,7 @@ impl<'a> Checkpoint<'a> {
     /// nothing is written meanwhile; protects it if it is too much for that.
     fn stage(&mut self) -> Result<()> {
         let started = Instant::now();
+        self.line.disks.iter_mut().for_each(DiskLine::prepare);
         let pages = self.waiting.count();
         self.line.staging.begin(CUT_ROOM_PAGES);
         if pages <= self.vm.staging_pages() || !self.protect()? {
@@ -282,6 +296,13 @@ impl<'a> Checkpoint<'a> {
 
     /// Phase 4, the guest stands still.
     fn cut(&mut self) -> Result<Cut> {
+        // No request is in flight from here on, so memory and disks agree.
+        let drained = self
+            .line
+            .disks
+            .iter()
+            .map(|disk| disk.disk().drain(DRAIN_PATIENCE))
+            .collect::<Result<Vec<_>>>()?;
         // Into the set that is there, copied to memory that is there: nothing is allocated.
         self.line.harvest_at_cut(&mut self.waiting)?;
         if let Some(protected) = &mut self.protected {
@@ -290,10 +311,14 @@ impl<'a> Checkpoint<'a> {
         }
         self.stats.cut_pages = self.waiting.count();
         self.copy_waiting()?;
+        let disks =
+            self.line.disks.iter_mut().zip(&drained).map(|(disk, drained)| disk.cut(drained));
+        let disks = disks.collect::<Result<Vec<_>>>()?;
         // Meanwhile each vCPU's thread reads its own state.
         Ok(Cut {
             platform: platform::capture(&self.vm.shell.fd)?,
             devices: self.vm.bus.capture(),
+            disks,
             vcpus: self.vm.vcpus.take_captured()?,
             time_unix_ms: unix_ms(),
         })
@@ -313,7 +338,7 @@ impl<'a> Checkpoint<'a> {
 
     /// Writes what was left in place, first since the guest may be waiting to change it, and what
     /// was copied.
-    fn write_rest(&mut self) -> Result<()> {
+    fn write_rest(&mut self, cut: &Cut) -> Result<()> {
         if let Some(mut protected) = self.protected.take() {
             let written = protected.write(&mut self.transaction, self.region)?;
             self.stats.committed(&written);
@@ -322,12 +347,17 @@ impl<'a> Checkpoint<'a> {
         let (staged, set) = self.line.staging.finish(self.vm.ram().end_page());
         let written = self.transaction.write_pages(self.region, &set, &staged)?;
         self.stats.committed(&written);
+        for (disk, region) in cut.disks.iter().zip(&self.disk_regions) {
+            let written = disk.write_to(&mut self.transaction, *region)?;
+            self.stats.disk_pages += written.pages;
+            self.stats.count(&written);
+        }
         Ok(())
     }
 
     fn publish(mut self, cut: Cut) -> Result<CheckpointReport> {
         let commit_started = Instant::now();
-        self.write_rest()?;
+        self.write_rest(&cut)?;
         self.stats.dirty_pages = self.line.since_head.count();
         let description = Description {
             name: self.vm.name().to_owned(),
@@ -345,6 +375,9 @@ impl<'a> Checkpoint<'a> {
         // Only now: the snapshot that holds them is published. Whatever the guest wrote since the
         // cut is still in KVM's log, and what the VMM wrote in its own.
         self.line.since_head.clear();
+        for (disk, frozen) in self.line.disks.iter_mut().zip(&cut.disks) {
+            disk.published(frozen);
+        }
         self.line.staging.trim(STAGING_PAGES_KEPT_MAX);
         Ok(CheckpointReport {
             vm: self.vm.name().to_owned(),
@@ -416,6 +449,9 @@ fn encode_state(vm: &Vm, cut: &Cut) -> Result<Vec<StateChunk>> {
     }
     chunks.extend(cut.platform.save()?);
     chunks.extend(cut.devices.save()?);
+    for disk in vm.disks() {
+        chunks.push(chunk(disk.name(), disk.saved())?);
+    }
     Ok(chunks)
 }
 

@@ -65,6 +65,9 @@ pub struct CheckpointStats {
     /// in place.
     #[serde(default)]
     pub commit_pages: u64,
+    /// Pages of disks written.
+    #[serde(default)]
+    pub disk_pages: u64,
     /// Bytes of compressed pages appended.
     pub frame_bytes: u64,
     /// Pre-copy rounds.
@@ -145,6 +148,7 @@ impl CheckpointStats {
             protected_pages: 0,
             cow_pages: 0,
             commit_pages: 0,
+            disk_pages: 0,
             frame_bytes: 0,
             rounds: Vec::new(),
             pause_us: 0,
@@ -171,7 +175,7 @@ impl CheckpointStats {
         self.count(written);
     }
 
-    fn count(&mut self, written: &WriteStats) {
+    pub(super) fn count(&mut self, written: &WriteStats) {
         self.zero_pages += written.zero_pages;
         self.equal_pages += written.equal_pages;
         self.dedup_pages += written.dedup_pages;

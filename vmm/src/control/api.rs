@@ -6,8 +6,9 @@ use frazil_snapstore::SnapshotId;
 use frazil_snapstore::pager::PagerStats;
 
 use crate::checkpoint::{CheckpointTotals, ProgressReport};
+use crate::machine::SavedMachine;
 use crate::vcpu::Ended;
-use crate::vm::{SavedMachine, Vm};
+use crate::vm::Vm;
 use crate::workload::VerifyReport;
 
 /// Whether the guest runs.

@@ -6,9 +6,10 @@
 use std::fmt::{Display, Write};
 
 use super::api::{RunState, VmStatus};
-use crate::telemetry::{CheckpointStatistics, Distribution};
+use crate::machine::SavedGuest;
+use crate::telemetry::{CheckpointStatistics, CheckpointSums, Distribution};
 use crate::vcpu::ExitCounts;
-use crate::vm::{SavedGuest, Vm};
+use crate::vm::Vm;
 
 /// The format's media type.
 pub(super) const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -79,6 +80,30 @@ fn exits(page: &mut Page, exits: ExitCounts) {
     );
 }
 
+/// Which way pages went.
+fn pages(page: &mut Page, sums: &CheckpointSums) {
+    page.labelled(
+        "frazil_checkpoint_pages_total",
+        "counter",
+        "Pages written by checkpoints: before the cut, or after it.",
+        "phase",
+        &[("precopy", sums.precopied_pages), ("commit", sums.commit_pages)],
+    );
+    page.labelled(
+        "frazil_checkpoint_kept_pages_total",
+        "counter",
+        "Pages kept as they were at the cut: copied before it, copied in the pause, or left in \
+         place; and of the last, those copied because the guest was about to change them.",
+        "how",
+        &[
+            ("staged", sums.staged_pages),
+            ("cut", sums.cut_pages),
+            ("protected", sums.protected_pages),
+            ("cow", sums.cow_pages),
+        ],
+    );
+}
+
 fn checkpoints(page: &mut Page, found: &CheckpointStatistics) {
     let (totals, sums) = (&found.totals, &found.sums);
     page.labelled(
@@ -102,26 +127,7 @@ fn checkpoints(page: &mut Page, found: &CheckpointStatistics) {
         &found.dirty_pages,
         1.0,
     );
-    page.labelled(
-        "frazil_checkpoint_pages_total",
-        "counter",
-        "Pages written by checkpoints: before the cut, or after it.",
-        "phase",
-        &[("precopy", sums.precopied_pages), ("commit", sums.commit_pages)],
-    );
-    page.labelled(
-        "frazil_checkpoint_kept_pages_total",
-        "counter",
-        "Pages kept as they were at the cut: copied before it, copied in the pause, or left in \
-         place; and of the last, those copied because the guest was about to change them.",
-        "how",
-        &[
-            ("staged", sums.staged_pages),
-            ("cut", sums.cut_pages),
-            ("protected", sums.protected_pages),
-            ("cow", sums.cow_pages),
-        ],
-    );
+    pages(page, sums);
     page.labelled(
         "frazil_checkpoint_elided_pages_total",
         "counter",

@@ -29,6 +29,7 @@ fn boot(kind: TrackerKind, ram_bytes: u64, cpus: usize, spec: &str) -> Vm {
         ram_bytes,
         cpus,
         guest: Guest::Workload(spec.parse().unwrap()),
+        disks: Vec::new(),
     };
     let host = HostConfig { tracker: Some(kind), ..HostConfig::new(SerialOutput::Null, None) };
     Vm::boot(&config, host).unwrap()
