@@ -4,7 +4,7 @@
 
 use std::io;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use frazil_snapstore::{
@@ -17,6 +17,7 @@ use crate::devices::platform::{self, CapturedPlatform};
 use crate::error::{Result, VmmError};
 use crate::memory::{GuestRam, RAM_REGION};
 use crate::state::chunk;
+use crate::turns::Turn;
 use crate::vcpu::{CapturedVcpu, Ended};
 use crate::vm::{Line, MACHINE_CHUNK, Vm, vcpu_chunk};
 
@@ -130,6 +131,9 @@ pub struct ProgressReport {
     pub pages_done: u64,
     /// Bytes appended for them.
     pub stored_bytes: u64,
+    /// It is being given up.
+    #[serde(default)]
+    pub cancelled: bool,
 }
 
 impl CheckpointProgress {
@@ -151,6 +155,7 @@ impl CheckpointProgress {
             pages_total: progress.pages_total.load(Ordering::Relaxed),
             pages_done: progress.pages_done.load(Ordering::Relaxed),
             stored_bytes: progress.stored_bytes.load(Ordering::Relaxed),
+            cancelled: progress.is_cancelled(),
         })
     }
 }
@@ -162,6 +167,9 @@ pub struct CheckpointTotals {
     pub taken: u64,
     /// Failed; the dirty pages went into the next one.
     pub failed: u64,
+    /// Given up because somebody asked for that; the same goes for their pages.
+    #[serde(default)]
+    pub cancelled: u64,
     /// Periodic ones left out because the one before was not done.
     pub skipped: u64,
     /// Pages written.
@@ -202,7 +210,15 @@ impl Vm {
     /// Nothing is published then, the guest goes on, and the pages that would have been saved are
     /// part of the next checkpoint.
     pub fn checkpoint(&self, request: &CheckpointRequest) -> Result<CheckpointReport> {
-        let taken = Checkpoint::begin(self, request).and_then(|mut checkpoint| {
+        self.checkpoint_in(&self.turns.checkpoint(), request)
+    }
+
+    fn checkpoint_in(
+        &self,
+        turn: &Turn<'_>,
+        request: &CheckpointRequest,
+    ) -> Result<CheckpointReport> {
+        let taken = Checkpoint::begin(self, request, turn.since).and_then(|mut checkpoint| {
             checkpoint.precopy()?;
             let cut = checkpoint.quiesce_cut_and_go_on()?;
             checkpoint.commit(cut)
@@ -216,7 +232,10 @@ impl Vm {
                 totals.stored_bytes += report.stored_bytes;
                 totals.pause_us_max = totals.pause_us_max.max(report.stats.pause_us);
                 self.telemetry.record(report);
+                turn.published();
+                self.keeping.published();
             }
+            Err(error) if error.is_cancelled() => totals.cancelled += 1,
             Err(_) => totals.failed += 1,
         }
         taken
@@ -227,11 +246,19 @@ impl Vm {
         &self,
         request: &CheckpointRequest,
     ) -> Option<Result<CheckpointReport>> {
-        if matches!(self.line.try_lock(), Err(TryLockError::WouldBlock)) {
-            self.count_skipped();
-            return None;
+        let turn = self.turns.checkpoint_if_none();
+        if turn.is_none() {
+            self.count_skipped(1);
         }
-        Some(self.checkpoint(request))
+        turn.map(|turn| self.checkpoint_in(&turn, request))
+    }
+
+    /// Has the checkpoint that is being taken given up, and waits until it is: the guest goes on,
+    /// and the pages are part of the next one. False if there is none, or it was published before
+    /// it could be stopped.
+    #[must_use]
+    pub fn cancel_checkpoint(&self) -> bool {
+        self.turns.cancel_checkpoint(|| self.progress.cancel())
     }
 
     /// How far the checkpoint being taken has come, if one is.
@@ -246,8 +273,8 @@ impl Vm {
         *self.totals.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn count_skipped(&self) {
-        self.totals.lock().unwrap_or_else(PoisonError::into_inner).skipped += 1;
+    pub(crate) fn count_skipped(&self, count: u64) {
+        self.totals.lock().unwrap_or_else(PoisonError::into_inner).skipped += count;
     }
 
     /// The snapshot that the next checkpoint changes; None while one is being taken.
@@ -258,8 +285,7 @@ impl Vm {
 }
 
 impl<'a> Checkpoint<'a> {
-    fn begin(vm: &'a Vm, request: &'a CheckpointRequest) -> Result<Self> {
-        let started = Instant::now();
+    fn begin(vm: &'a Vm, request: &'a CheckpointRequest, started: Instant) -> Result<Self> {
         vm.check_alive()?;
         let store = vm.store().ok_or_else(|| {
             VmmError::NotNow(format!("VM `{}` has no store: run it with --store DIR", vm.name()))
@@ -267,12 +293,13 @@ impl<'a> Checkpoint<'a> {
         if let Some(tag) = &request.tag {
             frazil_snapstore::reference::check_tag(tag)?;
         }
-        // After the one that is being taken, if one is.
         let line = vm.line.lock().unwrap_or_else(PoisonError::into_inner);
-        vm.check_alive()?;
         let mut transaction = begin_transaction(store, line.head)?;
         let region = transaction.region(RAM_REGION, vm.ram().end_page())?;
         vm.progress.set(Some(transaction.progress()));
+        if vm.turns.is_cancelled() {
+            vm.progress.cancel();
+        }
         let stats = CheckpointStats { ram_bytes: vm.ram().len_bytes(), ..CheckpointStats::new() };
         let waiting = PageSet::new(line.since_head.capacity());
         let resume_after_failure = false;
