@@ -34,7 +34,7 @@ impl Machine {
             cpus: 1,
             guest: Guest::Workload(spec.parse()?),
         };
-        let vm = Vm::boot(&config, HostConfig { serial: SerialOutput::Null, store })?;
+        let vm = Vm::boot(&config, HostConfig::new(SerialOutput::Null, store))?;
         vm.go()?;
         let machine = Self { vm, data_pages: data_pages(ram_bytes) };
         machine.wait_turns(machine.data_pages)?;
@@ -43,7 +43,7 @@ impl Machine {
 
     /// Resumes `snapshot`; the guest stands still.
     pub(crate) fn resume(snapshot: &Snapshot, loading: Loading) -> anyhow::Result<Self> {
-        let host = HostConfig { serial: SerialOutput::Null, store: None };
+        let host = HostConfig::new(SerialOutput::Null, None);
         let vm = Vm::resume(snapshot, "bench".into(), host, loading)?;
         let data_pages = data_pages(vm.machine().ram_bytes);
         Ok(Self { vm, data_pages })

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow, ensure};
 use frazil_snapstore::{PAGE_SIZE, PageSet};
 use frazil_vmm::boot::{self, BootSource, Kernel};
+use frazil_vmm::dirty::TrackerKind;
 use frazil_vmm::kvm::{Hypervisor, VmShell};
 use frazil_vmm::memory::GuestRam;
 use frazil_vmm::workload::control::vcpu_control_gpa;
@@ -47,7 +48,7 @@ impl RawGuest {
         let hypervisor = Hypervisor::open()?;
         let ram = Arc::new(GuestRam::new(ram_bytes)?);
         prepare(&ram)?;
-        let shell = VmShell::new(&hypervisor, ram)?;
+        let shell = VmShell::new(&hypervisor, ram, Some(TrackerKind::Bitmap))?;
         let vcpu = shell.fd.create_vcpu(0).context("KVM refused a vCPU")?;
         vcpu.set_cpuid2(&hypervisor.supported_cpuid()?).context("KVM refused CPUID")?;
         boot::set_local_apic(&vcpu)?;

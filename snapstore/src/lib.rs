@@ -11,6 +11,7 @@
 mod catalog;
 mod changes;
 mod codec;
+pub mod cow;
 mod create;
 mod delta;
 mod diff;
@@ -28,6 +29,7 @@ mod mark;
 mod node;
 mod pack;
 mod page;
+mod page_set;
 pub mod pager;
 mod pins;
 mod pipeline;
@@ -58,7 +60,8 @@ pub use format::{
 pub use id::{BlockRef, Hash, SnapshotId};
 pub use manifest::{Manifest, RegionManifest, StateChunk, StateRef};
 pub use node::{Location, MAX_REGION_PAGES, Run};
-pub use page::{PAGE_SIZE, Page, PageSet, PageSource, is_zero};
+pub use page::{PAGE_SIZE, Page, PageSource, is_zero};
+pub use page_set::PageSet;
 pub use progress::{Progress, WriteStats};
 pub use prune::{PruneOptions, PruneProgress, PruneReport};
 pub use snapshot::{RegionReader, Snapshot};

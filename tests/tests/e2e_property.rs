@@ -97,7 +97,7 @@ impl World {
     }
 
     fn host(&self) -> HostConfig {
-        HostConfig { serial: SerialOutput::Null, store: Some(Arc::clone(&self.store)) }
+        HostConfig::new(SerialOutput::Null, Some(Arc::clone(&self.store)))
     }
 
     fn vm(&self) -> &Vm {

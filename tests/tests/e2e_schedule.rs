@@ -216,7 +216,7 @@ fn boot(name: &str, store: &Arc<Store>) -> Arc<Vm> {
         cpus: 1,
         guest: Guest::Workload(WORKLOAD.parse().expect("a workload")),
     };
-    let host = HostConfig { serial: SerialOutput::Null, store: Some(Arc::clone(store)) };
+    let host = HostConfig::new(SerialOutput::Null, Some(Arc::clone(store)));
     let vm = Vm::boot(&config, host).expect("it boots");
     vm.go().expect("it runs");
     wait_for("populated", || {

@@ -7,13 +7,19 @@
 use std::sync::Arc;
 
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
+    CpuId, KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL,
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MAX_CPUID_ENTRIES,
+    KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_dirty_gfn, kvm_enable_cap, kvm_pit_config,
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
+use crate::dirty::{DirtyRings, DirtyTracker, KvmBitmap, SMALL_RAM_BYTES, TrackerKind};
 use crate::error::{Result, VmmError};
 use crate::memory::GuestRam;
+
+/// Entries of a dirty ring, within what this KVM offers: one for 16 pages of RAM.
+const RING_ENTRIES: std::ops::RangeInclusive<u64> = 4096..=65_536;
 
 /// Three pages below 4 GiB that Intel's KVM wants for itself.
 const TSS_ADDRESS: usize = 0xfffb_d000;
@@ -114,16 +120,31 @@ pub struct VmShell {
     pub fd: Arc<VmFd>,
     /// The memory, which every slot refers to.
     pub ram: Arc<GuestRam>,
+    /// What sees the guest's writes to it.
+    tracking: Tracking,
+}
+
+#[derive(Debug)]
+enum Tracking {
+    Rings(Arc<DirtyRings>),
+    Bitmap { manual: bool },
 }
 
 impl VmShell {
-    /// Creates a VM over `ram`, with the in-kernel interrupt controllers and timer, and the dirty
-    /// log on from the first instruction.
+    /// Creates a VM over `ram`, with the in-kernel interrupt controllers and timer, and its writes
+    /// tracked from the first instruction: by `tracker`, or by what suits its size and this KVM.
     ///
     /// # Errors
-    /// [`VmmError::Kvm`] naming what KVM refused.
-    pub fn new(hypervisor: &Hypervisor, ram: Arc<GuestRam>) -> Result<Self> {
+    /// [`VmmError::Kvm`] naming what KVM refused; [`VmmError::Config`] if it has no such tracker.
+    pub fn new(
+        hypervisor: &Hypervisor,
+        ram: Arc<GuestRam>,
+        tracker: Option<TrackerKind>,
+    ) -> Result<Self> {
         let fd = hypervisor.kvm.create_vm().map_err(VmmError::kvm("create a VM"))?;
+        let fd = Arc::new(fd);
+        // Before there are slots, which get bitmaps otherwise.
+        let tracking = track(&fd, &ram, tracker)?;
         fd.set_tss_address(TSS_ADDRESS).map_err(VmmError::kvm("set the TSS address"))?;
         // Slots before the devices: afterwards each would wait for readers of KVM's buses, for
         // milliseconds.
@@ -143,6 +164,91 @@ impl VmShell {
         fd.create_irq_chip().map_err(VmmError::kvm("create the interrupt controllers"))?;
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         fd.create_pit2(pit).map_err(VmmError::kvm("create the timer"))?;
-        Ok(Self { fd: Arc::new(fd), ram })
+        Ok(Self { fd, ram, tracking })
     }
+
+    /// The rings to which each vCPU's is to be added, and that are to be relieved when one is full;
+    /// none if bitmaps keep track.
+    #[must_use]
+    pub fn rings(&self) -> Option<&Arc<DirtyRings>> {
+        match &self.tracking {
+            Tracking::Rings(rings) => Some(rings),
+            Tracking::Bitmap { .. } => None,
+        }
+    }
+
+    /// What reports the guest's writes. For one reader: each write is reported once.
+    #[must_use]
+    pub fn tracker(&self) -> Box<dyn DirtyTracker> {
+        match &self.tracking {
+            Tracking::Rings(rings) => Box::new(Arc::clone(rings)),
+            Tracking::Bitmap { manual } => {
+                Box::new(KvmBitmap::new(Arc::clone(&self.fd), &self.ram, *manual))
+            }
+        }
+    }
+}
+
+/// Settles who keeps track of writes: `wanted`, or else a ring for all but small machines, a bitmap
+/// with manual protection, and one without, whichever of them this KVM has first.
+fn track(vm: &Arc<VmFd>, ram: &GuestRam, wanted: Option<TrackerKind>) -> Result<Tracking> {
+    let refused = |kind: TrackerKind| {
+        VmmError::Config(format!("this KVM cannot track writes by {kind}: choose another tracker"))
+    };
+    match wanted {
+        Some(kind @ TrackerKind::Ring) => enable_rings(vm, ram)?.ok_or_else(|| refused(kind)),
+        Some(kind @ TrackerKind::ManualBitmap) => {
+            if enable_manual_protect(vm)? {
+                Ok(Tracking::Bitmap { manual: true })
+            } else {
+                Err(refused(kind))
+            }
+        }
+        Some(TrackerKind::Bitmap) => Ok(Tracking::Bitmap { manual: false }),
+        None => {
+            if ram.len_bytes() > SMALL_RAM_BYTES
+                && let Some(rings) = enable_rings(vm, ram)?
+            {
+                return Ok(rings);
+            }
+            Ok(Tracking::Bitmap { manual: enable_manual_protect(vm)? })
+        }
+    }
+}
+
+fn enable_rings(vm: &Arc<VmFd>, ram: &GuestRam) -> Result<Option<Tracking>> {
+    // The older one promises the same order of accesses on x86, and no other.
+    let Some((cap, len_max)) = [KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_DIRTY_LOG_RING]
+        .map(|cap| (cap, vm.check_extension_raw(cap.into())))
+        .into_iter()
+        .find(|(_, len_max)| *len_max > 0)
+    else {
+        return Ok(None);
+    };
+    let entry_len = size_of::<kvm_dirty_gfn>() as u64;
+    let wanted = (ram.end_page() / 16).next_power_of_two();
+    let wanted = wanted.clamp(*RING_ENTRIES.start(), *RING_ENTRIES.end());
+    let entries = wanted.min(len_max as u64 / entry_len);
+    let args = [entries * entry_len, 0, 0, 0];
+    vm.enable_cap(&kvm_enable_cap { cap, args, ..Default::default() })
+        .map_err(VmmError::kvm("enable dirty rings"))?;
+    let rings = DirtyRings::new(Arc::clone(vm), ram, entries as u32);
+    Ok(Some(Tracking::Rings(Arc::new(rings))))
+}
+
+/// False if this KVM has none.
+///
+/// Without `KVM_DIRTY_LOG_INITIALLY_SET`: it spares writing to pages the fault that finds them
+/// dirty, by calling all of them dirty from the start. Ours are watched from the first instruction,
+/// so a page that nobody touched would be saved as one that changed.
+fn enable_manual_protect(vm: &VmFd) -> Result<bool> {
+    let cap = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
+    let offered = vm.check_extension_raw(cap.into());
+    if offered & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE as i32 == 0 {
+        return Ok(false);
+    }
+    let args = [u64::from(KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE), 0, 0, 0];
+    vm.enable_cap(&kvm_enable_cap { cap, args, ..Default::default() })
+        .map_err(VmmError::kvm("enable manual protection of the dirty log"))?;
+    Ok(true)
 }

@@ -12,6 +12,7 @@ pub mod control;
 mod cpuid;
 pub mod devices;
 pub mod dirty;
+pub mod disk;
 mod error;
 pub mod keeper;
 pub mod kvm;

@@ -5,19 +5,18 @@
 
 use std::fs::File;
 use std::io;
-use std::num::NonZeroUsize;
 use std::os::unix::fs::MetadataExt;
 
 use frazil_snapstore::pager::{CHUNK_PAGES, Mapping};
 use frazil_snapstore::{PAGE_SIZE, Page, PageSet, PageSource};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
     Address, Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap,
     GuestMemoryRegion, GuestRegionMmap,
 };
 
+use crate::dirty::VmmWrites;
 use crate::error::{Result, VmmError};
 
 /// Where the hole for devices starts: 3 GiB.
@@ -35,7 +34,7 @@ const _: () = assert!(RAM_GRANULE_BYTES.is_multiple_of(CHUNK_PAGES * PAGE_SIZE a
 pub const RAM_REGION: &str = "ram";
 
 /// vm-memory's view of guest RAM, with a bitmap of what the VMM wrote.
-pub type GuestMemory = GuestMemoryMmap<AtomicBitmap>;
+pub type GuestMemory = GuestMemoryMmap<VmmWrites>;
 
 /// One contiguous part of RAM; each is one KVM memory slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -165,7 +164,7 @@ impl GuestRam {
     pub fn harvest_vmm_writes(&self, dirty: &mut PageSet) {
         for region in self.memory.iter() {
             let first = region.start_addr().raw_value() / PAGE_SIZE as u64;
-            dirty.insert_words(first, &region.get_mmap().bitmap().get_and_reset());
+            region.get_mmap().bitmap().harvest(first, dirty);
         }
     }
 }
@@ -176,10 +175,9 @@ impl PageSource for GuestRam {
     }
 }
 
-fn map(memfd: &File, range: &RamRange) -> io::Result<GuestRegionMmap<AtomicBitmap>> {
+fn map(memfd: &File, range: &RamRange) -> io::Result<GuestRegionMmap<VmmWrites>> {
     let len = usize::try_from(range.len_bytes).map_err(io::Error::other)?;
-    let page = NonZeroUsize::new(PAGE_SIZE).expect("a page is not empty");
-    let region = MmapRegionBuilder::new_with_bitmap(len, AtomicBitmap::new(len, page))
+    let region = MmapRegionBuilder::new_with_bitmap(len, VmmWrites::new(len))
         .with_file_offset(FileOffset::new(memfd.try_clone()?, range.file_offset))
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
         .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)

@@ -5,16 +5,16 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use frazil_snapstore::pager::{Pager, PagerOptions, PagerStats};
-use frazil_snapstore::{PageSet, Pin, Snapshot, SnapshotId, Store};
+use frazil_snapstore::{PAGE_SIZE, PageSet, Pin, Snapshot, SnapshotId, Store};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::boot::{self, BootSource, Kernel};
-use crate::checkpoint::{CheckpointProgress, CheckpointTotals, StagedPages};
+use crate::checkpoint::{CheckpointProgress, CheckpointTotals, CowState, Staging};
 use crate::cpuid;
 use crate::devices::serial::{SerialOutput, SerialPort};
 use crate::devices::{Bus, platform, serial};
-use crate::dirty::{AllWrites, DirtyTracker, KvmBitmap};
+use crate::dirty::{AllWrites, DirtyTracker, TrackerKind};
 use crate::error::{Result, VmmError};
 use crate::keeper::Keeping;
 use crate::kvm::{Hypervisor, VmShell};
@@ -61,6 +61,22 @@ pub struct HostConfig {
     pub serial: SerialOutput,
     /// Where its checkpoints go, if anywhere.
     pub store: Option<Arc<Store>>,
+    /// What keeps track of the pages the guest writes; None is what suits the machine.
+    pub tracker: Option<TrackerKind>,
+    /// Memory that a checkpoint may take to copy pages aside; what is more is left in place and
+    /// protected, where the host can do that.
+    pub staging_bytes: u64,
+}
+
+/// What checkpoints copy aside by default.
+pub const STAGING_BYTES: u64 = 64 << 20;
+
+impl HostConfig {
+    /// Output to `serial`, checkpoints to `store`, the rest as suits the machine.
+    #[must_use]
+    pub fn new(serial: SerialOutput, store: Option<Arc<Store>>) -> Self {
+        Self { serial, store, tracker: None, staging_bytes: STAGING_BYTES }
+    }
 }
 
 /// How memory comes back on resume.
@@ -135,8 +151,10 @@ pub(crate) struct Line {
     /// snapshot that holds them is published, so a failed checkpoint loses none.
     pub since_head: PageSet,
     pub tracker: Box<dyn DirtyTracker>,
-    /// Room for the pages that are copied in the pause.
-    pub staged: StagedPages,
+    /// Room for pages that are copied aside.
+    pub staging: Staging,
+    /// For pages that are too many for that.
+    pub cow: CowState,
 }
 
 impl Line {
@@ -144,6 +162,13 @@ impl Line {
     pub(crate) fn harvest(&mut self, pages: &mut PageSet) -> Result<()> {
         let harvested = self.tracker.harvest(pages);
         // Also after an error: what was read is cleared in KVM.
+        self.since_head.union(pages);
+        harvested
+    }
+
+    /// The same at the cut, while no vCPU runs.
+    pub(crate) fn harvest_at_cut(&mut self, pages: &mut PageSet) -> Result<()> {
+        let harvested = self.tracker.harvest_at_cut(pages);
         self.since_head.union(pages);
         harvested
     }
@@ -169,7 +194,7 @@ pub struct Vm {
     /// The same, for those who only ask.
     paused_now: AtomicBool,
     /// How often the user had the guest stand still so far.
-    pauses: AtomicU64,
+    pub(crate) pauses: AtomicU64,
     pub(crate) progress: CheckpointProgress,
     pub(crate) totals: Mutex<CheckpointTotals>,
     pub(crate) telemetry: Telemetry,
@@ -187,7 +212,7 @@ impl Vm {
         let hypervisor = Hypervisor::open()?;
         check_cpus(&hypervisor, config.cpus)?;
         let ram = Arc::new(GuestRam::new(config.ram_bytes)?);
-        let shell = VmShell::new(&hypervisor, ram)?;
+        let shell = VmShell::new(&hypervisor, ram, host.tracker)?;
         let mut vcpus = Vec::with_capacity(config.cpus);
         for index in 0..config.cpus {
             let cpuid = cpuid::for_vcpu(&hypervisor, index, config.cpus)?;
@@ -220,7 +245,7 @@ impl Vm {
         let machine: SavedMachine = chunks.take(MACHINE_CHUNK)?;
         let hypervisor = Hypervisor::open()?;
         check_cpus(&hypervisor, machine.cpus)?;
-        let shell = build_shell(&hypervisor, &machine, snapshot)?;
+        let shell = build_shell(&hypervisor, &machine, snapshot, host.tracker)?;
         // Before any state is set: KVM itself touches guest memory then (kvmclock, page tables).
         let late = Arc::new(OnceLock::new());
         let pager = bring_memory(snapshot, &shell.ram, &late, loading)?;
@@ -252,13 +277,14 @@ impl Vm {
         vcpus: Arc<VcpuSet>,
         pager: Option<Pager>,
     ) -> Self {
-        let tracker = KvmBitmap::new(Arc::clone(&shell.fd), Arc::clone(&shell.ram));
+        let tracker = AllWrites::new(shell.tracker(), Arc::clone(&shell.ram));
         let line = Line {
             head: None,
             head_pin: None,
             since_head: PageSet::new(shell.ram.end_page()),
-            tracker: Box::new(AllWrites::new(tracker, Arc::clone(&shell.ram))),
-            staged: StagedPages::default(),
+            tracker: Box::new(tracker),
+            staging: Staging::default(),
+            cow: CowState::default(),
         };
         Self {
             name,
@@ -328,7 +354,7 @@ impl Vm {
 
     /// Stops the vCPUs, or none of them.
     fn stop_vcpus(&self) -> Result<()> {
-        self.vcpus.pause(false).inspect_err(|_| self.vcpus.resume())
+        self.vcpus.pause().inspect_err(|_| self.vcpus.resume())
     }
 
     pub(crate) fn set_paused(&self, paused: &mut bool, value: bool) {
@@ -398,18 +424,15 @@ impl Vm {
         self.paused_now.load(Ordering::Acquire)
     }
 
-    /// While the user wants the guest to stand still, a number that another such time will not
-    /// have.
-    pub(crate) fn rest(&self) -> Option<u64> {
-        // First: a number that is too old is of no time that comes.
-        let pauses = self.pauses.load(Ordering::Acquire);
-        self.is_paused().then_some(pauses)
-    }
-
     /// What the pager did, if memory comes lazily.
     #[must_use]
     pub fn pager_stats(&self) -> Option<PagerStats> {
         self.pager.as_ref().map(Pager::stats)
+    }
+
+    /// Pages that a checkpoint may copy aside.
+    pub(crate) fn staging_pages(&self) -> u64 {
+        self.host.staging_bytes / PAGE_SIZE as u64
     }
 
     /// The guest's RAM.
@@ -505,6 +528,7 @@ fn build_shell(
     hypervisor: &Hypervisor,
     machine: &SavedMachine,
     snapshot: &Snapshot,
+    tracker: Option<TrackerKind>,
 ) -> Result<VmShell> {
     let ram = Arc::new(GuestRam::new(machine.ram_bytes)?);
     let region = snapshot.region(RAM_REGION)?;
@@ -519,7 +543,7 @@ fn build_shell(
             found: format!("{} pages", region.pages()),
         });
     }
-    VmShell::new(hypervisor, ram)
+    VmShell::new(hypervisor, ram, tracker)
 }
 
 /// Name of a vCPU's chunk.

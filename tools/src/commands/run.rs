@@ -217,7 +217,7 @@ fn host_config(host: &HostArgs, store: Option<Arc<Store>>, json: bool) -> HostCo
         SerialArg::Null => SerialOutput::Null,
         SerialArg::File(path) => SerialOutput::File(path.clone()),
     };
-    HostConfig { serial, store }
+    HostConfig::new(serial, store)
 }
 
 /// Ctrl-C and `kill` end the VM as `frazil stop` does; a second one ends the process at once.

@@ -64,13 +64,19 @@ fn machine(page: &mut Page, status: &VmStatus, allocated_bytes: Option<u64>) {
 }
 
 fn exits(page: &mut Page, exits: ExitCounts) {
-    let ExitCounts { port_io, mmio, kicked, other } = exits;
+    let ExitCounts { port_io, mmio, kicked, ring_full, other } = exits;
     page.labelled(
         "frazil_vcpu_exits_total",
         "counter",
         "Times that a vCPU left the guest for this process, by cause.",
         "cause",
-        &[("port_io", port_io), ("mmio", mmio), ("kicked", kicked), ("other", other)],
+        &[
+            ("port_io", port_io),
+            ("mmio", mmio),
+            ("kicked", kicked),
+            ("ring_full", ring_full),
+            ("other", other),
+        ],
     );
 }
 
@@ -105,9 +111,22 @@ fn checkpoints(page: &mut Page, found: &CheckpointStatistics) {
     page.labelled(
         "frazil_checkpoint_pages_total",
         "counter",
-        "Pages looked at by checkpoints: while the guest ran, or left to the cut.",
+        "Pages written by checkpoints: before the cut, or after it.",
         "phase",
-        &[("precopy", sums.precopied_pages), ("cut", sums.cut_pages)],
+        &[("precopy", sums.precopied_pages), ("commit", sums.commit_pages)],
+    );
+    page.labelled(
+        "frazil_checkpoint_kept_pages_total",
+        "counter",
+        "Pages kept as they were at the cut: copied before it, copied in the pause, or left in \
+         place; and of the last, those copied because the guest was about to change them.",
+        "how",
+        &[
+            ("staged", sums.staged_pages),
+            ("cut", sums.cut_pages),
+            ("protected", sums.protected_pages),
+            ("cow", sums.cow_pages),
+        ],
     );
     page.labelled(
         "frazil_checkpoint_elided_pages_total",
@@ -129,6 +148,10 @@ fn checkpoints(page: &mut Page, found: &CheckpointStatistics) {
         "kind",
         &[("frames", sums.frame_bytes), ("meta", sums.meta_bytes)],
     );
+    last_checkpoint(page, found);
+}
+
+fn last_checkpoint(page: &mut Page, found: &CheckpointStatistics) {
     if let Some(rate) = found.dirty_pages_per_s {
         page.gauge(
             "frazil_dirty_pages_per_second",

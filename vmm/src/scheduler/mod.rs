@@ -8,6 +8,7 @@ mod plan;
 mod quiet;
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -100,6 +101,16 @@ impl Drop for Scheduler {
 fn wait(stopped: &Receiver<()>, until: Instant) -> bool {
     let left = until.saturating_duration_since(Instant::now());
     stopped.recv_timeout(left) == Err(RecvTimeoutError::Timeout)
+}
+
+impl Vm {
+    /// While the user wants the guest to stand still, a number that another such time will not
+    /// have.
+    fn rest(&self) -> Option<u64> {
+        // First: a number that is too old is of no time that comes.
+        let pauses = self.pauses.load(Ordering::Acquire);
+        self.is_paused().then_some(pauses)
+    }
 }
 
 /// The scheduler's thread.

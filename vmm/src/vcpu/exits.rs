@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
 use kvm_ioctls::VcpuExit;
 
 /// Counters that all vCPUs of a machine share.
@@ -10,6 +11,7 @@ pub(super) struct ExitCounters {
     port_io: AtomicU64,
     mmio: AtomicU64,
     kicked: AtomicU64,
+    ring_full: AtomicU64,
     other: AtomicU64,
 }
 
@@ -22,6 +24,8 @@ pub struct ExitCounts {
     pub mmio: u64,
     /// Because somebody wanted the vCPU to stop, or a signal came.
     pub kicked: u64,
+    /// Because its dirty ring was full.
+    pub ring_full: u64,
     /// For anything else.
     pub other: u64,
 }
@@ -33,6 +37,7 @@ impl ExitCounters {
             Ok(VcpuExit::MmioRead(..) | VcpuExit::MmioWrite(..)) => &self.mmio,
             Ok(VcpuExit::Intr) => &self.kicked,
             Err(error) if error.errno() == libc::EINTR => &self.kicked,
+            Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => &self.ring_full,
             _ => &self.other,
         };
         counter.fetch_add(1, Ordering::Relaxed);
@@ -44,6 +49,7 @@ impl ExitCounters {
             port_io: get(&self.port_io),
             mmio: get(&self.mmio),
             kicked: get(&self.kicked),
+            ring_full: get(&self.ring_full),
             other: get(&self.other),
         }
     }

@@ -14,11 +14,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use kvm_bindings::{CpuId, KVM_SYSTEM_EVENT_CRASH};
+use kvm_bindings::{CpuId, KVM_EXIT_DIRTY_RING_FULL, KVM_SYSTEM_EVENT_CRASH};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{Killable, register_signal_handler};
 
 use crate::devices::Bus;
+use crate::dirty::DirtyRings;
 use crate::error::{Result, VmmError};
 use crate::kvm::{Hypervisor, VmShell};
 use exits::ExitCounters;
@@ -62,6 +63,7 @@ pub struct Vcpu {
     fd: VcpuFd,
     index: usize,
     reader: StateReader,
+    rings: Option<Arc<DirtyRings>>,
 }
 
 impl Vcpu {
@@ -78,7 +80,11 @@ impl Vcpu {
         let fd = shell.fd.create_vcpu(index as u64).map_err(VmmError::kvm("create a vCPU"))?;
         fd.set_cpuid2(cpuid).map_err(VmmError::kvm("set CPUID"))?;
         let reader = StateReader::new(&shell.fd, &fd, &hypervisor.msr_indices()?, cpuid)?;
-        Ok(Self { fd, index, reader })
+        let rings = shell.rings().cloned();
+        if let Some(rings) = &rings {
+            rings.add(&fd)?;
+        }
+        Ok(Self { fd, index, reader, rings })
     }
 
     /// A vCPU with the state `saved`, from the chunk `chunk`.
@@ -151,6 +157,7 @@ impl VcpuSet {
             let captured = Arc::default();
             let thread = RunningVcpu {
                 reader: Arc::new(vcpu.reader),
+                rings: vcpu.rings,
                 fd: vcpu.fd,
                 index: vcpu.index,
                 gate: Arc::clone(&gate),
@@ -167,17 +174,30 @@ impl VcpuSet {
         Ok(Self { gate, exits, threads })
     }
 
-    /// Stops every vCPU at an instruction boundary, with half-done exits finished. With `capture`
-    /// each thread reads its own vCPU's state on the way.
+    /// Stops every vCPU at an instruction boundary, with half-done exits finished.
     ///
     /// # Errors
     /// [`VmmError::NotNow`] if the machine ended, or a vCPU could not be stopped in a minute.
-    pub fn pause(&self, capture: bool) -> Result<()> {
-        self.gate.set_goal(Goal::Park { capture });
+    pub fn pause(&self) -> Result<()> {
+        self.gate.set_goal(Goal::Park { capture: false });
+        self.kick_until(|patience| self.gate.wait_parked(patience))
+    }
+
+    /// As [`Self::pause`], and each thread goes on to read its own vCPU's state:
+    /// [`Self::take_captured`] waits for that.
+    ///
+    /// # Errors
+    /// As [`Self::pause`].
+    pub fn pause_and_capture(&self) -> Result<()> {
+        self.gate.set_goal(Goal::Park { capture: true });
+        self.kick_until(|patience| self.gate.wait_stopped(patience))
+    }
+
+    fn kick_until(&self, reached: impl Fn(Duration) -> bool) -> Result<()> {
         let started = Instant::now();
         loop {
             self.kick();
-            if self.gate.wait_parked(REKICK_AFTER) {
+            if reached(REKICK_AFTER) {
                 break;
             }
             if started.elapsed() > STOP_PATIENCE {
@@ -196,11 +216,12 @@ impl VcpuSet {
         self.gate.wait_unparked(STOP_PATIENCE);
     }
 
-    /// Takes the states that [`Self::pause`] captured.
+    /// Takes the states that follow [`Self::pause_and_capture`], when all are there.
     ///
     /// # Errors
     /// What a vCPU's thread met while reading it.
     pub fn take_captured(&self) -> Result<Vec<CapturedVcpu>> {
+        self.gate.wait_parked(STOP_PATIENCE);
         let nothing = || VmmError::NotNow("a vCPU's state was not captured".into());
         self.threads
             .iter()
@@ -271,6 +292,7 @@ struct RunningVcpu {
     fd: VcpuFd,
     index: usize,
     reader: Arc<StateReader>,
+    rings: Option<Arc<DirtyRings>>,
     gate: Arc<Gate>,
     bus: Arc<Bus>,
     exits: Arc<ExitCounters>,
@@ -376,6 +398,7 @@ impl RunningVcpu {
                 Turn::End(self.crashed("the guest reported a crash"))
             }
             Ok(VcpuExit::SystemEvent(..)) => Turn::End(Ended::GuestReset),
+            Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => self.relieve_rings(),
             Ok(other) => {
                 let exit = format!("{other:?}");
                 Turn::End(self.failed(&format!("unexpected exit {exit}")))
@@ -385,6 +408,15 @@ impl RunningVcpu {
                 libc::EAGAIN => Turn::Again,
                 _ => Turn::End(self.failed(&format!("KVM_RUN failed: {error}"))),
             },
+        }
+    }
+
+    /// Its ring is full: KVM lets it go on once there is room.
+    fn relieve_rings(&self) -> Turn {
+        match self.rings.as_ref().map(|rings| rings.relieve()) {
+            Some(Ok(())) => Turn::Again,
+            Some(Err(error)) => Turn::End(self.failed(&error.to_string())),
+            None => Turn::End(self.failed("a dirty ring is full, and there is none")),
         }
     }
 

@@ -1,0 +1,73 @@
+//! The ioctls of dirty tracking that kvm-ioctls does not wrap, or only with a new buffer each time.
+//!
+//! `unsafe` is allowed here because they hand KVM buffers to fill.
+#![allow(unsafe_code)]
+
+use kvm_bindings::{
+    kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_dirty_log,
+    kvm_dirty_log__bindgen_ty_1,
+};
+use kvm_ioctls::VmFd;
+use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
+
+use crate::error::{Result, VmmError};
+
+/// Their numbers, from the kernel's include/uapi/linux/kvm.h.
+#[allow(missing_docs)] // the macros take none
+mod nr {
+    use kvm_bindings::{KVMIO, kvm_clear_dirty_log, kvm_dirty_log};
+    use vmm_sys_util::{ioctl_io_nr, ioctl_iow_nr, ioctl_iowr_nr};
+
+    ioctl_iow_nr!(KVM_GET_DIRTY_LOG, KVMIO, 0x42, kvm_dirty_log);
+    ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
+    ioctl_io_nr!(KVM_RESET_DIRTY_RINGS, KVMIO, 0xc7);
+}
+
+/// Copies the dirty bits of memory slot `slot` into `bits`, which has one for each of its pages,
+/// in whole words. Clears them too unless manual protection is enabled.
+pub(super) fn get_dirty_log(vm: &VmFd, slot: u32, bits: &mut [u64]) -> Result<()> {
+    let log = kvm_dirty_log {
+        slot,
+        padding1: 0,
+        __bindgen_anon_1: kvm_dirty_log__bindgen_ty_1 { dirty_bitmap: bits.as_mut_ptr().cast() },
+    };
+    // SAFETY: KVM writes a bit for each page of the slot, in whole words, which `bits` has room
+    // for: trackers make it so from the ranges that the slots were made from.
+    let ret = unsafe { ioctl_with_ref(vm, nr::KVM_GET_DIRTY_LOG(), &log) };
+    done(ret, "read the dirty log")
+}
+
+/// Clears the dirty bits of slot `slot` that are set in `bits`, the first of which is that of page
+/// `first_page`, a multiple of 64; protects those pages anew. Manual protection only.
+pub(super) fn clear_dirty_log(
+    vm: &VmFd,
+    slot: u32,
+    first_page: u64,
+    pages: u64,
+    bits: &[u64],
+) -> Result<()> {
+    assert!(pages <= bits.len() as u64 * 64, "a bit for each page");
+    let mut log = kvm_clear_dirty_log {
+        slot,
+        num_pages: pages as u32,
+        first_page,
+        // KVM only reads them.
+        __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 {
+            dirty_bitmap: bits.as_ptr().cast_mut().cast(),
+        },
+    };
+    // SAFETY: KVM reads `pages` bits from `bits`, which has them, by the assertion.
+    let ret = unsafe { ioctl_with_mut_ref(vm, nr::KVM_CLEAR_DIRTY_LOG(), &mut log) };
+    done(ret, "clear the dirty log")
+}
+
+/// Has KVM watch the pages anew whose ring entries were taken.
+pub(super) fn reset_dirty_rings(vm: &VmFd) -> Result<()> {
+    // SAFETY: this ioctl has no argument, and touches nothing but KVM's own state and the rings.
+    let ret = unsafe { ioctl_with_val(vm, nr::KVM_RESET_DIRTY_RINGS(), 0) };
+    done(ret, "reset the dirty rings")
+}
+
+fn done(ret: i32, op: &'static str) -> Result<()> {
+    if ret < 0 { Err(VmmError::kvm(op)(kvm_ioctls::Error::last())) } else { Ok(()) }
+}

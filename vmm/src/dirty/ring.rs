@@ -1,0 +1,160 @@
+//! KVM's dirty rings: the numbers of the pages that a vCPU wrote, in a ring of its own.
+//!
+//! `unsafe` is allowed here because the rings are memory that KVM writes to while we read it.
+//!
+//! See "KVM_CAP_DIRTY_LOG_RING/KVM_CAP_DIRTY_LOG_RING_ACQ_REL" in the kernel's
+//! Documentation/virt/kvm/api.rst.
+#![allow(unsafe_code)]
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use frazil_snapstore::{PAGE_SIZE, PageSet};
+use kvm_bindings::{KVM_DIRTY_LOG_PAGE_OFFSET, kvm_dirty_gfn};
+use kvm_ioctls::{VcpuFd, VmFd};
+use memmap2::{MmapOptions, MmapRaw};
+
+use super::ioctls::reset_dirty_rings;
+use super::{DirtyTracker, TrackerKind};
+use crate::error::{Result, VmmError};
+use crate::memory::GuestRam;
+
+/// `KVM_DIRTY_GFN_F_DIRTY`: KVM has filled the entry.
+const DIRTY: u32 = 1;
+/// `KVM_DIRTY_GFN_F_RESET`: we have taken it, and KVM may watch its page again.
+const RESET: u32 = 2;
+
+/// Where an entry's page is: slots are the ranges of RAM in their order.
+#[derive(Clone, Copy, Debug)]
+struct Slot {
+    first_page: u64,
+    pages: u64,
+}
+
+/// One vCPU's ring.
+#[derive(Debug)]
+struct Ring {
+    map: MmapRaw,
+    entries: u32,
+    /// The entry to be filled next, counted from the first on, wrapping.
+    next: u32,
+}
+
+impl Ring {
+    fn map(vcpu: &VcpuFd, entries: u32) -> std::io::Result<Self> {
+        let offset = u64::from(KVM_DIRTY_LOG_PAGE_OFFSET) * PAGE_SIZE as u64;
+        let len = entries as usize * size_of::<kvm_dirty_gfn>();
+        let map = MmapOptions::new().offset(offset).len(len).map_raw(vcpu)?;
+        Ok(Self { map, entries, next: 0 })
+    }
+
+    /// Takes every entry that KVM has filled.
+    fn take(&mut self, mut found: impl FnMut(u32, u64)) -> u32 {
+        // Once around: no more can be filled until these are reset.
+        for taken in 0..self.entries {
+            let index = (self.next % self.entries) as usize;
+            #[allow(clippy::cast_ptr_alignment)] // a mapping starts at a page
+            let first = self.map.as_mut_ptr().cast::<kvm_dirty_gfn>();
+            // SAFETY: the mapping has `entries` of them and lives as long as `self`; KVM writes to
+            // it meanwhile, so nothing but raw pointers refers to it.
+            let entry = unsafe { first.add(index) };
+            // SAFETY: `flags` is aligned, and both sides access it atomically.
+            let flags = unsafe { AtomicU32::from_ptr(&raw mut (*entry).flags) };
+            if flags.load(Ordering::Acquire) & DIRTY == 0 {
+                return taken;
+            }
+            // SAFETY: KVM wrote them before it set the flag, and leaves them alone until the entry
+            // is reset.
+            let (slot, offset) =
+                unsafe { ((&raw const (*entry).slot).read(), (&raw const (*entry).offset).read()) };
+            found(slot, offset);
+            flags.store(RESET, Ordering::Release);
+            self.next = self.next.wrapping_add(1);
+        }
+        self.entries
+    }
+}
+
+#[derive(Debug)]
+struct Inner {
+    rings: Vec<Ring>,
+    /// Pages taken from rings that were full, until the next harvest.
+    spilled: PageSet,
+}
+
+/// The rings of all vCPUs of a machine.
+///
+/// A vCPU whose ring is full leaves the guest; its thread calls [`Self::relieve`]. Reading costs
+/// what was written, however large RAM is.
+#[derive(Debug)]
+pub struct DirtyRings {
+    vm: Arc<VmFd>,
+    slots: Vec<Slot>,
+    entries: u32,
+    inner: Mutex<Inner>,
+}
+
+impl DirtyRings {
+    /// Rings of `entries` each, which `vm` was told before. Each vCPU's is added as it is made.
+    #[must_use]
+    pub fn new(vm: Arc<VmFd>, ram: &GuestRam, entries: u32) -> Self {
+        let slots = ram.mapped_ranges().map(|(range, _)| Slot {
+            first_page: range.gpa / PAGE_SIZE as u64,
+            pages: range.len_bytes / PAGE_SIZE as u64,
+        });
+        let inner = Inner { rings: Vec::new(), spilled: PageSet::new(ram.end_page()) };
+        Self { slots: slots.collect(), vm, entries, inner: Mutex::new(inner) }
+    }
+
+    /// Adds a vCPU's ring.
+    ///
+    /// # Errors
+    /// [`VmmError::Host`] if it cannot be mapped.
+    pub fn add(&self, vcpu: &VcpuFd) -> Result<()> {
+        let ring = Ring::map(vcpu, self.entries).map_err(VmmError::host("map a dirty ring"))?;
+        self.lock().rings.push(ring);
+        Ok(())
+    }
+
+    /// Makes room in the rings, as a vCPU whose ring is full needs it.
+    ///
+    /// # Errors
+    /// [`VmmError::Kvm`] if KVM cannot reset them. No page is lost.
+    pub fn relieve(&self) -> Result<()> {
+        let Inner { rings, spilled } = &mut *self.lock();
+        self.take(rings, spilled)
+    }
+
+    fn take(&self, rings: &mut [Ring], pages: &mut PageSet) -> Result<()> {
+        let mut taken = 0;
+        for ring in rings {
+            taken += ring.take(|slot, offset| {
+                // KVM names only slots and pages that exist.
+                if let Some(slot) = self.slots.get(slot as usize)
+                    && offset < slot.pages
+                {
+                    pages.insert(slot.first_page + offset);
+                }
+            });
+        }
+        // Before anybody reads those pages: a write that comes later must be seen.
+        if taken > 0 { reset_dirty_rings(&self.vm) } else { Ok(()) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl DirtyTracker for Arc<DirtyRings> {
+    fn harvest(&mut self, dirty: &mut PageSet) -> Result<()> {
+        let Inner { rings, spilled } = &mut *self.lock();
+        dirty.union(spilled);
+        spilled.clear();
+        self.take(rings, dirty)
+    }
+
+    fn kind(&self) -> TrackerKind {
+        TrackerKind::Ring
+    }
+}
