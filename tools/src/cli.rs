@@ -10,6 +10,7 @@ use frazil_snapstore::Elide;
 use frazil_snapstore::retention::{Policy, parse_within};
 use frazil_vmm::dirty::TrackerKind;
 use frazil_vmm::disk::DiskConfig;
+use frazil_vmm::scheduler::Every;
 use frazil_vmm::workload::WorkloadSpec;
 
 /// Freezes running virtual machines: a checkpoint is taken while the guest goes on and costs what
@@ -135,6 +136,15 @@ fn interval(text: &str) -> Result<Duration, String> {
     Ok(interval)
 }
 
+fn every(text: &str) -> Result<Every, String> {
+    match text {
+        "continuous" => Ok(Every::Continuous),
+        _ => {
+            interval(text).map(Every::Interval).map_err(|wrong| format!("{wrong}, or `continuous`"))
+        }
+    }
+}
+
 fn within(text: &str) -> Result<Duration, String> {
     parse_within(text)
 }
@@ -251,9 +261,14 @@ pub(crate) struct HostArgs {
     /// change such a page.
     #[arg(long, value_name = "SIZE", default_value = "64MiB", value_parser = size)]
     pub staging: u64,
-    /// Take a checkpoint this often.
-    #[arg(long, value_name = "TIME", value_parser = interval)]
-    pub checkpoint_every: Option<Duration>,
+    /// Take a checkpoint this often, or the next as soon as the one before is published. What is
+    /// due while one is being taken is left out.
+    #[arg(long, value_name = "TIME|continuous", value_parser = every)]
+    pub checkpoint_every: Option<Every>,
+    /// Let a checkpoint that is due wait up to so long for a moment in which the guest writes
+    /// little, so that it stands still for less.
+    #[arg(long, value_name = "TIME", value_parser = interval, requires = "checkpoint_every")]
+    pub checkpoint_quiet: Option<Duration>,
     /// zstd level for checkpoints: 1 to 22, or -1 to -100 for the fast ones.
     #[arg(long, value_name = "LEVEL", default_value_t = 1, allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(-100..=22))]
     pub compression: i32,
@@ -269,6 +284,9 @@ pub(crate) struct HostArgs {
     /// standard error.
     #[arg(long, value_name = "WHERE", default_value = "stdio", value_parser = serial)]
     pub serial: SerialArg,
+    /// Applied to the snapshots with this VM's name, while it runs.
+    #[command(flatten)]
+    pub keep: KeepArgs,
 }
 
 #[derive(Debug, Args)]
@@ -302,6 +320,10 @@ pub(crate) struct CheckpointArgs {
     /// End the VM once it is published (suspend).
     #[arg(long)]
     pub exit: bool,
+    /// Give up the checkpoint that is being taken instead, whoever asked for it. The guest goes
+    /// on, and its pages are part of the next one.
+    #[arg(long, conflicts_with_all = ["message", "tag", "exit"])]
+    pub cancel: bool,
 }
 
 #[derive(Debug, Args)]
@@ -372,9 +394,10 @@ pub(crate) struct DiffArgs {
     pub ranges: usize,
 }
 
-/// Which snapshots stay, as `restic forget` has it: one stays if any rule wants it.
+/// Which snapshots stay, as `restic forget` has it: one stays if any rule wants it. Tagged ones
+/// always do.
 #[derive(Clone, Copy, Debug, Args)]
-#[command(next_help_heading = "Rules: of each VM, keep")]
+#[command(next_help_heading = "Rules: of a VM's snapshots, keep")]
 pub(crate) struct KeepArgs {
     /// The newest N.
     #[arg(long = "keep-last", value_name = "N", value_parser = a_few())]

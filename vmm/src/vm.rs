@@ -1,6 +1,6 @@
 //! A virtual machine: booted or resumed, run, paused, ended.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -15,6 +15,7 @@ use crate::devices::{Bus, platform, serial};
 use crate::dirty::TrackerKind;
 use crate::disk::{Disk, OverlayOptions, disk_name};
 use crate::error::{Result, VmmError};
+use crate::keeper::Keeping;
 use crate::kvm::{Hypervisor, VmShell};
 use crate::line::Line;
 use crate::machine::{
@@ -23,6 +24,7 @@ use crate::machine::{
 use crate::memory::{GuestRam, RAM_REGION};
 use crate::state::ChunkSet;
 use crate::telemetry::Telemetry;
+use crate::turns::Turns;
 use crate::vcpu::saved::SavedVcpu;
 use crate::vcpu::{Ended, Vcpu, VcpuSet};
 use crate::workload::{ControlView, GUEST_ELF, VerifyReport, WorkloadSpec};
@@ -56,9 +58,14 @@ pub struct Vm {
     pub(crate) paused: Mutex<bool>,
     /// The same, for those who only ask.
     paused_now: AtomicBool,
+    /// How often the user had the guest stand still so far.
+    pub(crate) pauses: AtomicU64,
     pub(crate) progress: CheckpointProgress,
     pub(crate) totals: Mutex<CheckpointTotals>,
     pub(crate) telemetry: Telemetry,
+    /// Who may write to the store.
+    pub(crate) turns: Turns,
+    pub(crate) keeping: Keeping,
 }
 
 impl Vm {
@@ -157,9 +164,12 @@ impl Vm {
             line: Mutex::new(line),
             paused: Mutex::new(true),
             paused_now: AtomicBool::new(true),
+            pauses: AtomicU64::new(0),
             progress: CheckpointProgress::default(),
             totals: Mutex::default(),
             telemetry: Telemetry::default(),
+            turns: Turns::default(),
+            keeping: Keeping::default(),
         }
     }
 
@@ -214,7 +224,8 @@ impl Vm {
 
     pub(crate) fn set_paused(&self, paused: &mut bool, value: bool) {
         *paused = value;
-        self.paused_now.store(value, Ordering::Relaxed);
+        self.pauses.fetch_add(u64::from(value), Ordering::Release);
+        self.paused_now.store(value, Ordering::Release);
     }
 
     /// Ends the VM. A checkpoint that is being written is given up.
@@ -275,7 +286,7 @@ impl Vm {
     #[must_use]
     pub fn is_paused(&self) -> bool {
         // Not the lock: it is held for as long as somebody looks at a guest that stands still.
-        self.paused_now.load(Ordering::Relaxed)
+        self.paused_now.load(Ordering::Acquire)
     }
 
     /// What the pager did, if memory comes lazily.

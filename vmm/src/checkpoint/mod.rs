@@ -6,7 +6,7 @@ mod progress;
 mod report;
 mod staging;
 
-use std::sync::{Arc, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use frazil_snapstore::cow::{CopyOnWrite, Protected};
@@ -23,6 +23,7 @@ use crate::line::Line;
 use crate::machine::MACHINE_CHUNK;
 use crate::memory::RAM_REGION;
 use crate::state::chunk;
+use crate::turns::Turn;
 use crate::vcpu::{CapturedVcpu, Ended};
 use crate::vm::{Vm, vcpu_chunk};
 
@@ -78,7 +79,15 @@ impl Vm {
     /// Nothing is published then, the guest goes on, and the pages that would have been saved are
     /// part of the next checkpoint.
     pub fn checkpoint(&self, request: &CheckpointRequest) -> Result<CheckpointReport> {
-        let taken = Checkpoint::begin(self, request).and_then(|mut checkpoint| {
+        self.checkpoint_in(&self.turns.checkpoint(), request)
+    }
+
+    fn checkpoint_in(
+        &self,
+        turn: &Turn<'_>,
+        request: &CheckpointRequest,
+    ) -> Result<CheckpointReport> {
+        let taken = Checkpoint::begin(self, request, turn.since).and_then(|mut checkpoint| {
             checkpoint.precopy()?;
             checkpoint.stage()?;
             let cut = checkpoint.quiesce_cut_and_go_on()?;
@@ -93,7 +102,10 @@ impl Vm {
                 totals.stored_bytes += report.stored_bytes;
                 totals.pause_us_max = totals.pause_us_max.max(report.stats.pause_us);
                 self.telemetry.record(report);
+                turn.published();
+                self.keeping.published();
             }
+            Err(error) if error.is_cancelled() => totals.cancelled += 1,
             Err(_) => totals.failed += 1,
         }
         taken
@@ -104,11 +116,19 @@ impl Vm {
         &self,
         request: &CheckpointRequest,
     ) -> Option<Result<CheckpointReport>> {
-        if matches!(self.line.try_lock(), Err(TryLockError::WouldBlock)) {
-            self.count_skipped();
-            return None;
+        let turn = self.turns.checkpoint_if_none();
+        if turn.is_none() {
+            self.count_skipped(1);
         }
-        Some(self.checkpoint(request))
+        turn.map(|turn| self.checkpoint_in(&turn, request))
+    }
+
+    /// Has the checkpoint that is being taken given up, and waits until it is: the guest goes on,
+    /// and the pages are part of the next one. False if there is none, or it was published before
+    /// it could be stopped.
+    #[must_use]
+    pub fn cancel_checkpoint(&self) -> bool {
+        self.turns.cancel_checkpoint(|| self.progress.cancel())
     }
 
     /// How far the checkpoint being taken has come, if one is.
@@ -123,8 +143,8 @@ impl Vm {
         *self.totals.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn count_skipped(&self) {
-        self.totals.lock().unwrap_or_else(PoisonError::into_inner).skipped += 1;
+    pub(crate) fn count_skipped(&self, count: u64) {
+        self.totals.lock().unwrap_or_else(PoisonError::into_inner).skipped += count;
     }
 
     /// The snapshot that the next checkpoint changes; None while one is being taken.
@@ -135,8 +155,7 @@ impl Vm {
 }
 
 impl<'a> Checkpoint<'a> {
-    fn begin(vm: &'a Vm, request: &'a CheckpointRequest) -> Result<Self> {
-        let started = Instant::now();
+    fn begin(vm: &'a Vm, request: &'a CheckpointRequest, started: Instant) -> Result<Self> {
         vm.check_alive()?;
         let store = vm.store().ok_or_else(|| {
             VmmError::NotNow(format!("VM `{}` has no store: run it with --store DIR", vm.name()))
@@ -144,9 +163,7 @@ impl<'a> Checkpoint<'a> {
         if let Some(tag) = &request.tag {
             frazil_snapstore::reference::check_tag(tag)?;
         }
-        // After the one that is being taken, if one is.
         let line = vm.line.lock().unwrap_or_else(PoisonError::into_inner);
-        vm.check_alive()?;
         let mut transaction = begin_transaction(store, line.head)?;
         let region = transaction.region(RAM_REGION, vm.ram().end_page())?;
         let disk_regions = line
@@ -155,6 +172,9 @@ impl<'a> Checkpoint<'a> {
             .map(|disk| disk.region(&mut transaction))
             .collect::<Result<Vec<_>>>()?;
         vm.progress.set(Some(transaction.progress()));
+        if vm.turns.is_cancelled() {
+            vm.progress.cancel();
+        }
         let stats = CheckpointStats { ram_bytes: vm.ram().len_bytes(), ..CheckpointStats::new() };
         let waiting = PageSet::new(line.since_head.capacity());
         let resume_after_failure = false;

@@ -21,6 +21,9 @@ pub struct ProgressReport {
     pub pages_done: u64,
     /// Bytes appended for them.
     pub stored_bytes: u64,
+    /// It is being given up.
+    #[serde(default)]
+    pub cancelled: bool,
 }
 
 impl CheckpointProgress {
@@ -42,6 +45,7 @@ impl CheckpointProgress {
             pages_total: progress.pages_total.load(Ordering::Relaxed),
             pages_done: progress.pages_done.load(Ordering::Relaxed),
             stored_bytes: progress.stored_bytes.load(Ordering::Relaxed),
+            cancelled: progress.is_cancelled(),
         })
     }
 }

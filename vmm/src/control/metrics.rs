@@ -24,6 +24,7 @@ pub(super) fn of(vm: &Vm) -> String {
     machine(&mut page, &status, vm.ram().allocated_bytes());
     exits(&mut page, vm.vcpus.exits());
     checkpoints(&mut page, &vm.checkpoint_statistics());
+    keep(&mut page, &status);
     pager(&mut page, &status);
     page.text
 }
@@ -109,9 +110,14 @@ fn checkpoints(page: &mut Page, found: &CheckpointStatistics) {
     page.labelled(
         "frazil_checkpoints_total",
         "counter",
-        "Checkpoints: published, failed, or left out because one was being taken.",
+        "Checkpoints: published, failed, cancelled, or left out because one was being taken.",
         "result",
-        &[("taken", totals.taken), ("failed", totals.failed), ("skipped", totals.skipped)],
+        &[
+            ("taken", totals.taken),
+            ("failed", totals.failed),
+            ("cancelled", totals.cancelled),
+            ("skipped", totals.skipped),
+        ],
     );
     for (name, help, values) in [
         ("pause", "How long the guest stood still.", &found.pause_us),
@@ -148,6 +154,10 @@ fn checkpoints(page: &mut Page, found: &CheckpointStatistics) {
         "kind",
         &[("frames", sums.frame_bytes), ("meta", sums.meta_bytes)],
     );
+    last_checkpoint(page, found);
+}
+
+fn last_checkpoint(page: &mut Page, found: &CheckpointStatistics) {
     if let Some(rate) = found.dirty_pages_per_s {
         page.gauge(
             "frazil_dirty_pages_per_second",
@@ -162,6 +172,32 @@ fn checkpoints(page: &mut Page, found: &CheckpointStatistics) {
             last.time_unix_ms as f64 / 1e3,
         );
     }
+}
+
+fn keep(page: &mut Page, status: &VmStatus) {
+    let Some(keep) = &status.keep else { return };
+    page.counter(
+        "frazil_keep_forgotten_snapshots_total",
+        "Snapshots forgotten because no rule of the policy keeps them.",
+        keep.forgotten,
+    );
+    page.labelled(
+        "frazil_keep_prunes_total",
+        "counter",
+        "Prunes in the background: finished, or interrupted by a checkpoint.",
+        "result",
+        &[("finished", keep.prunes), ("interrupted", keep.interrupted)],
+    );
+    page.counter(
+        "frazil_keep_pruned_bytes_total",
+        "Bytes of the store that pruning in the background gave back.",
+        keep.pruned_bytes,
+    );
+    page.counter(
+        "frazil_keep_failures_total",
+        "Times that forgetting or pruning in the background failed.",
+        keep.failed,
+    );
 }
 
 fn pager(page: &mut Page, status: &VmStatus) {
