@@ -210,10 +210,10 @@ impl Protected {
         self.pages.subtract(others);
     }
 
-    /// Pages that are protected, as far as the store has not read them.
+    /// The pages that are protected, as far as the store has not read them.
     #[must_use]
-    pub fn pages(&self) -> u64 {
-        self.pages.count()
+    pub fn pages(&self) -> &PageSet {
+        &self.pages
     }
 
     /// Pages that were copied because their users wanted to write to them.

@@ -132,7 +132,7 @@ fn giving_up_takes_the_protection_away() {
             let mut others = PageSet::new(PAGES);
             protected.cut(&mut others);
             assert_eq!(others.iter().collect::<Vec<_>>(), [5], "it may have been written to");
-            assert_eq!(protected.pages(), PAGES - 1);
+            assert_eq!(protected.pages().count(), PAGES - 1);
             ram.memory().write_slice(&[2; 8], GuestAddress(6 << 12)).expect("a copy is made");
         }
         drop(protected);

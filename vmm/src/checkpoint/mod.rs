@@ -327,7 +327,7 @@ impl<'a> Checkpoint<'a> {
         self.line.harvest_at_cut(&mut self.waiting)?;
         if let Some(protected) = &mut self.protected {
             protected.cut(&mut self.waiting);
-            self.stats.protected_pages = protected.pages();
+            self.stats.protected_pages = protected.pages().count();
         }
         self.stats.cut_pages = self.waiting.count();
         self.copy_waiting()?;
@@ -359,12 +359,14 @@ impl<'a> Checkpoint<'a> {
     /// Writes what was left in place, first since the guest may be waiting to change it, and what
     /// was copied.
     fn write_rest(&mut self, cut: &Cut) -> Result<()> {
+        let (staged, mut set) = self.line.staging.finish(self.vm.ram().end_page());
         if let Some(mut protected) = self.protected.take() {
+            // One that was copied and then changed was left in place afterwards: the copy is old.
+            set.subtract(protected.pages());
             let written = protected.write(&mut self.transaction, self.region)?;
             self.stats.committed(&written);
             self.stats.cow_pages = protected.copied();
         }
-        let (staged, set) = self.line.staging.finish(self.vm.ram().end_page());
         let written = self.transaction.write_pages(self.region, &set, &staged)?;
         self.stats.committed(&written);
         for (disk, region) in cut.disks.iter().zip(&self.disk_regions) {
