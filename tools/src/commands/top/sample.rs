@@ -162,7 +162,7 @@ pub(super) mod tests {
         });
         let status = json!({
             "name": "vm1", "pid": 1, "state": "running",
-            "machine": {"ram_bytes": 64 << 20, "cpus": 2,
+            "machine": {"ram_bytes": 64 << 20, "cpus": 2, "disks": 0,
                 "guest": {"kind": "workload", "spec": ""}},
             "store": "store st", "resumed_from": null, "head": null, "uptime_ms": 1_000 * n,
             "checkpoints": totals, "checkpoint_in_progress": null, "pager": pager,
