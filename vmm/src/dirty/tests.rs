@@ -148,6 +148,27 @@ fn no_page_is_reported_for_nothing() {
     }
 }
 
+/// Kicks that come while a full ring is being relieved: KVM leaves that half done when a signal is
+/// pending.
+#[test]
+fn kicks_at_any_moment_lose_no_page() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let vm = boot(TrackerKind::Ring, 96 << 20, 1, "rate=0,pattern=seq,content=edit,report=0");
+    let mut oracle = Oracle::new(&vm);
+    for round in 0..40 {
+        for _ in 0..25 {
+            vm.go().unwrap();
+            std::thread::sleep(Duration::from_micros(500 * (round % 7)));
+            vm.pause().unwrap();
+        }
+        oracle.harvest_at_cut();
+        oracle.check();
+    }
+    assert!(vm.vcpus.exits().ring_full > 10, "{:?}", vm.vcpus.exits());
+}
+
 #[test]
 fn what_the_vmm_writes_while_it_is_harvested_is_not_lost() {
     let writes = Arc::new(VmmWrites::new(512 << 20));
