@@ -31,8 +31,12 @@ use crate::transaction::{RegionHandle, Transaction};
 const FEATURE_WP_SHMEM: u64 = 1 << 12;
 /// Pages written to the store before their protection is taken away, all at once.
 const PAGES_AT_ONCE: u64 = 8192;
-/// Runs of pages protected while the lock is held, for which users that fault have to wait.
-const RUNS_AT_ONCE: usize = 64;
+/// The same while somebody waits for one of them.
+const PAGES_AT_ONCE_IN_HASTE: u64 = 1024;
+/// Pages whose protection changes while the lock is held, for which users that fault have to wait;
+/// a run of few counts as [`RUN_PAGES_MIN`].
+const PAGES_LOCKED: u64 = 1024;
+const RUN_PAGES_MIN: u64 = 16;
 /// Pages freed at a fault, if faults come in order of address.
 const CLUSTER_MAX: u64 = 64;
 
@@ -52,10 +56,14 @@ enum Phase {
 
 struct State {
     phase: Phase,
-    /// Pages whose protection was taken away before the cut.
-    released: Vec<u64>,
+    /// Pages whose protection was taken away before the cut, and not made again since.
+    released: PageSet,
     /// What pages contained at the cut that have been written to since.
     copies: HashMap<u64, Box<Page>>,
+    /// The most of them.
+    copies_max: usize,
+    /// Pages that somebody waits for until the store has them, since there are so many copies.
+    wanted: PageSet,
     /// The page after the last fault's, and how many that fault freed.
     after_last: u64,
     cluster: u64,
@@ -122,8 +130,10 @@ impl CopyOnWrite {
             protected: std::iter::repeat_with(AtomicU64::default).take(words).collect(),
             state: Mutex::new(State {
                 phase: Phase::Idle,
-                released: Vec::new(),
+                released: PageSet::new(words as u64 * 64),
                 copies: HashMap::new(),
+                copies_max: usize::MAX,
+                wanted: PageSet::new(words as u64 * 64),
                 after_last: 0,
                 cluster: 1,
             }),
@@ -139,11 +149,13 @@ impl CopyOnWrite {
         Ok(Self { shared, thread: Some(thread) })
     }
 
-    /// Starts protecting pages for one cut: none yet.
+    /// Starts protecting pages for one cut: none yet. Once `copies_max` pages had to be copied,
+    /// whoever wants to write to another waits until the store has it.
     #[must_use]
-    pub fn begin(&self) -> Protected {
+    pub fn begin(&self, copies_max: usize) -> Protected {
         let mut state = self.shared.lock();
         state.phase = Phase::BeforeCut;
+        state.copies_max = copies_max;
         state.released.clear();
         let pages = PageSet::new(self.shared.protected.len() as u64 * 64);
         drop(state);
@@ -184,16 +196,16 @@ impl Protected {
     /// What userfaultfd refuses.
     pub fn protect(&mut self, pages: &PageSet) -> Result<(), PagerError> {
         self.pages.union(pages);
-        let mut runs = pages.runs().peekable();
-        while runs.peek().is_some() {
-            // With the lock: a late answer to an old fault must not come between the two.
-            let _state = self.shared.lock();
-            for (first, count) in runs.by_ref().take(RUNS_AT_ONCE) {
-                (first..first + count).for_each(|page| self.shared.set_bit(page));
-                self.shared.protect(first, count)?;
+        let shared = &self.shared;
+        // With the lock: a late answer to an old fault must not come between the two.
+        shared.in_parts(pages, |state, first, count| {
+            for page in first..first + count {
+                shared.set_bit(page);
+                // Whoever was let go and has not written yet faults once more.
+                state.released.remove(page);
             }
-        }
-        Ok(())
+            shared.protect(first, count)
+        })
     }
 
     /// The cut: users stand still. `others` are pages that were written since they were protected,
@@ -201,7 +213,7 @@ impl Protected {
     pub fn cut(&mut self, others: &mut PageSet) {
         let mut state = self.shared.lock();
         state.phase = Phase::AfterCut;
-        state.released.drain(..).for_each(|page| others.insert(page));
+        others.union(&state.released);
         // Still protected, as likely as not: the first to write to one takes that away.
         for page in others.iter() {
             self.shared.clear_bit(page);
@@ -234,16 +246,7 @@ impl Protected {
     ) -> Result<WriteStats> {
         let mut stats = WriteStats::default();
         while !self.pages.is_empty() {
-            let mut part = PageSet::new(self.pages.capacity());
-            let mut room = PAGES_AT_ONCE;
-            for (first, count) in self.pages.runs() {
-                let count = count.min(room);
-                part.insert_range(first, count);
-                room -= count;
-                if room == 0 {
-                    break;
-                }
-            }
+            let part = self.next_part();
             stats += transaction.write_pages(region, &part, &*self.shared)?;
             self.release(&part);
             self.pages.subtract(&part);
@@ -251,19 +254,36 @@ impl Protected {
         Ok(stats)
     }
 
-    /// Nobody needs the contents of `pages` at the cut any more.
-    fn release(&mut self, pages: &PageSet) {
-        let mut runs = pages.runs().peekable();
-        while runs.peek().is_some() {
-            let mut state = self.shared.lock();
-            for (first, count) in runs.by_ref().take(RUNS_AT_ONCE) {
-                for page in first..first + count {
-                    self.shared.clear_bit(page);
-                    self.copied += u64::from(state.copies.remove(&page).is_some());
-                }
-                self.shared.unprotect(first, count);
+    /// What is written next: what somebody waits for, and then from the front.
+    fn next_part(&self) -> PageSet {
+        let none = PageSet::new(self.pages.capacity());
+        let mut part = std::mem::replace(&mut self.shared.lock().wanted, none);
+        let mut room = if part.is_empty() { PAGES_AT_ONCE } else { PAGES_AT_ONCE_IN_HASTE };
+        for (first, count) in self.pages.runs() {
+            let count = count.min(room);
+            part.insert_range(first, count);
+            room -= count;
+            if room == 0 {
+                break;
             }
         }
+        part
+    }
+
+    /// Nobody needs the contents of `pages` at the cut any more.
+    fn release(&mut self, pages: &PageSet) {
+        let (shared, mut copied) = (&self.shared, 0);
+        let released = shared.in_parts(pages, |state, first, count| {
+            for page in first..first + count {
+                shared.clear_bit(page);
+                state.wanted.remove(page);
+                copied += u64::from(state.copies.remove(&page).is_some());
+            }
+            shared.unprotect(first, count);
+            Ok(())
+        });
+        debug_assert!(released.is_ok(), "taking protection away gives up instead of failing");
+        self.copied += copied;
     }
 }
 
@@ -273,7 +293,8 @@ impl Drop for Protected {
         self.release(&left);
         let mut state = self.shared.lock();
         state.phase = Phase::Idle;
-        state.released = Vec::new();
+        state.released.clear();
+        state.wanted.clear();
         state.copies = HashMap::new();
     }
 }
@@ -301,6 +322,30 @@ impl PageSource for Shared {
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Does `with` each run of `pages`, a bounded number of them each time the lock is taken.
+    fn in_parts(
+        &self,
+        pages: &PageSet,
+        mut with: impl FnMut(&mut State, u64, u64) -> Result<(), PagerError>,
+    ) -> Result<(), PagerError> {
+        let mut runs = pages.runs().flat_map(|(first, count)| {
+            let starts = (0..count).step_by(PAGES_LOCKED as usize);
+            starts.map(move |start| (first + start, (count - start).min(PAGES_LOCKED)))
+        });
+        loop {
+            let mut state = self.lock();
+            let mut room = PAGES_LOCKED;
+            while room > 0 {
+                let Some((first, count)) = runs.next() else { return Ok(()) };
+                with(&mut state, first, count)?;
+                room = room.saturating_sub(count.max(RUN_PAGES_MIN));
+            }
+            drop(state);
+            // To those who wait for the lock: it is not handed over.
+            std::thread::yield_now();
+        }
     }
 
     fn bit(&self, page: u64) -> bool {
@@ -400,9 +445,13 @@ impl Shared {
         }
         match state.phase {
             Phase::Idle | Phase::BeforeCut => {
-                state.released.push(page);
+                state.released.insert(page);
                 self.clear_bit(page);
                 self.unprotect(page, 1);
+            }
+            Phase::AfterCut if state.copies.len() >= state.copies_max => {
+                // It is let go on by the writing of this page, which comes next.
+                state.wanted.insert(page);
             }
             Phase::AfterCut => {
                 let pages = self.cluster(&mut state, page);

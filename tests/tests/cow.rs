@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, RwLock};
+use std::time::Duration;
 
 use frazil_snapstore::cow::CopyOnWrite;
 use frazil_snapstore::{Description, PAGE_SIZE, Page, PageSet, PageSource, Store, StoreOptions};
@@ -67,7 +68,9 @@ fn the_store_gets_memory_as_it_was_at_the_cut() {
         let mut rng = Rng::new(7);
         let (mut parent, mut copied) = (None, 0);
         for generation in 0..6 {
-            let mut protected = cow.begin();
+            // Every other time few copies may be made, and writers have to wait.
+            let generous = generation % 2 == 0;
+            let mut protected = cow.begin(if generous { usize::MAX } else { 50 });
             // What changed since the generation before, or part of it: the rest is copied.
             let mut dirty = PageSet::new(PAGES);
             ram.harvest_vmm_writes(&mut dirty);
@@ -87,11 +90,12 @@ fn the_store_gets_memory_as_it_was_at_the_cut() {
             let expected = all_of(ram);
             drop(still);
 
-            // Let them write to much of it before the store looks.
+            // Let them write to much of it before the store looks, as far as they may.
             let until = writes.load(Ordering::Relaxed) + 2000;
-            while writes.load(Ordering::Relaxed) < until {
+            while generous && writes.load(Ordering::Relaxed) < until {
                 std::thread::yield_now();
             }
+            std::thread::sleep(Duration::from_millis(5));
             let mut transaction = store.begin(parent).expect("a transaction");
             let region = transaction.region(RAM_REGION, PAGES).expect("a region");
             protected.write(&mut transaction, region).expect("it is written");
@@ -125,7 +129,7 @@ fn giving_up_takes_the_protection_away() {
     let mut all = PageSet::new(PAGES);
     all.insert_range(0, PAGES);
     for after_cut in [false, true] {
-        let mut protected = cow.begin();
+        let mut protected = cow.begin(usize::MAX);
         protected.protect(&all).expect("it is protected");
         ram.memory().write_slice(&[1; 8], GuestAddress(5 << 12)).expect("a late writer");
         if after_cut {

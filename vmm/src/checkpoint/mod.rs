@@ -38,6 +38,8 @@ const FEW_PAGES: u64 = 32;
 const CUT_PAGES_MAX: u64 = 2048;
 /// Room for pages that are found only in the pause.
 const CUT_ROOM_PAGES: usize = 1024;
+/// Pages copied since the guest was about to change them, for each that may be copied aside.
+const COW_SHARE: usize = 4;
 /// A guest that writes faster than rounds catch up is cut after so many.
 const MAX_ROUNDS: usize = 6;
 /// How long requests to disks may take to be done in the pause.
@@ -227,15 +229,17 @@ impl<'a> Checkpoint<'a> {
         let started = Instant::now();
         self.line.disks.iter_mut().for_each(DiskLine::prepare);
         let pages = self.waiting.count();
-        self.line.staging.begin(CUT_ROOM_PAGES);
+        self.line.staging.begin();
         if pages <= self.vm.staging_pages() || !self.protect()? {
-            self.line.staging.reserve(pages as usize + CUT_ROOM_PAGES);
+            self.line.staging.reserve(pages as usize);
             self.copy_aside()?;
             if self.waiting.count() > CUT_PAGES_MAX {
                 // It writes as fast as we copy. If there is no protection, so be it.
                 self.protect()?;
             }
         }
+        // Nothing is allocated in the pause, unless more than this turns up.
+        self.line.staging.reserve(self.waiting.count() as usize + CUT_ROOM_PAGES);
         self.stats.stage_us = us(started.elapsed());
         Ok(())
     }
@@ -268,9 +272,9 @@ impl<'a> Checkpoint<'a> {
     /// this host cannot.
     fn protect(&mut self) -> Result<bool> {
         let Some(cow) = self.vm.copy_on_write(&mut self.line.cow) else { return Ok(false) };
-        let mut protected = cow.begin();
+        let mut protected = cow.begin(self.vm.staging_pages() as usize * COW_SHARE);
         let mut handed = PageSet::new(self.waiting.capacity());
-        loop {
+        for round in 1.. {
             let pages = self.waiting.count();
             handed.union(&self.waiting);
             if let Err(error) = protected.protect(&self.waiting) {
@@ -281,9 +285,13 @@ impl<'a> Checkpoint<'a> {
                 return Ok(false);
             }
             self.waiting.clear();
+            if round > MAX_ROUNDS {
+                // What was found last is protected, and what was written since waits for the cut.
+                break;
+            }
             self.line.harvest(&mut self.waiting)?;
             let found = self.waiting.count();
-            if found <= FEW_PAGES || found > pages / 2 {
+            if found <= FEW_PAGES || found <= CUT_PAGES_MAX && found > pages / 2 {
                 break;
             }
         }
@@ -327,7 +335,6 @@ impl<'a> Checkpoint<'a> {
         self.line.harvest_at_cut(&mut self.waiting)?;
         if let Some(protected) = &mut self.protected {
             protected.cut(&mut self.waiting);
-            self.stats.protected_pages = protected.pages().count();
         }
         self.stats.cut_pages = self.waiting.count();
         self.copy_waiting()?;
@@ -363,6 +370,7 @@ impl<'a> Checkpoint<'a> {
         if let Some(mut protected) = self.protected.take() {
             // One that was copied and then changed was left in place afterwards: the copy is old.
             set.subtract(protected.pages());
+            self.stats.protected_pages = protected.pages().count();
             let written = protected.write(&mut self.transaction, self.region)?;
             self.stats.committed(&written);
             self.stats.cow_pages = protected.copied();

@@ -17,14 +17,13 @@ pub(crate) struct Staging {
 }
 
 impl Staging {
-    /// Forgets what was copied, and makes room for `pages` pages, so that copying that many
-    /// allocates nothing and touches no new memory.
-    pub(super) fn begin(&mut self, pages: usize) {
+    /// Forgets what was copied.
+    pub(super) fn begin(&mut self) {
         self.numbers.clear();
-        self.reserve(pages);
     }
 
-    /// Makes room for `pages` more pages.
+    /// Makes room for `pages` more pages, so that copying them allocates nothing and touches no new
+    /// memory.
     pub(super) fn reserve(&mut self, pages: usize) {
         let wanted = self.numbers.len() + pages;
         self.numbers.reserve(pages);
@@ -66,6 +65,7 @@ impl Staging {
     /// Gives back what is beyond `pages` pages.
     pub(super) fn trim(&mut self, pages: usize) {
         self.numbers.clear();
+        self.numbers.shrink_to(pages);
         self.contents.truncate(pages);
         self.contents.shrink_to(pages);
     }
@@ -109,7 +109,8 @@ mod tests {
         };
         let mut staging = Staging::default();
         for base in [1, 100] {
-            staging.begin(2);
+            staging.begin();
+            staging.reserve(2);
             (0..9).for_each(|page| write(page, base));
             staging.copy(&set(&[0, 3, 5, 8]), &ram).unwrap();
             write(3, base + 1);
