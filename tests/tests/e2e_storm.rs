@@ -36,7 +36,7 @@ fn storm(pattern: &str, tracker: TrackerKind, staging_bytes: u64) -> Vec<Checkpo
         view.vcpus.iter().all(|cpu| cpu.control.populated != 0).then_some(())
     });
     let mut all = Vec::new();
-    for round in 0..6 {
+    for round in 0..4 {
         let report = vm.checkpoint(&CheckpointRequest::default()).expect("a checkpoint");
         let snapshot = store.snapshot(report.id).expect("the snapshot");
         if let Err(error) = verify_snapshot(&snapshot) {
@@ -64,7 +64,7 @@ fn what_is_too_much_to_copy_is_left_in_place() {
     ] {
         let all = storm(pattern, tracker, 1 << 20);
         let protected = sum(&all, |stats| stats.protected_pages);
-        assert!(protected > 5_000, "{pattern}: {protected} pages were left in place");
+        assert!(protected > 3_000, "{pattern}: {protected} pages were left in place");
         let copied = sum(&all, |stats| stats.cow_pages);
         assert!(copied > 100, "{pattern}: {copied} pages were copied for the guest");
     }
@@ -79,5 +79,5 @@ fn what_can_be_copied_is_copied() {
     }
     let all = storm("uniform", TrackerKind::Ring, 256 << 20);
     let staged = sum(&all, |stats| stats.staged_pages);
-    assert!(staged > 16_000, "{staged} pages were copied aside");
+    assert!(staged > 10_000, "{staged} pages were copied aside");
 }

@@ -116,7 +116,7 @@ impl Hypervisor {
 /// A VM with memory and interrupt controllers, and no vCPUs yet.
 #[derive(Debug)]
 pub struct VmShell {
-    /// KVM's handle. Declared before `ram`, so that KVM lets go of the memory first.
+    /// KVM's handle. Whoever keeps a copy of it keeps one of `ram` too, and lets go of that last.
     pub fd: Arc<VmFd>,
     /// The memory, which every slot refers to.
     pub ram: Arc<GuestRam>,
@@ -156,8 +156,8 @@ impl VmShell {
                 memory_size: range.len_bytes,
                 userspace_addr: address as u64,
             };
-            // SAFETY: the mapping belongs to `ram`, which lives as long as the shell, is as long
-            // as the slot says, and no other slot covers it.
+            // SAFETY: the mapping belongs to `ram`, which whoever has the VM's handle keeps, is as
+            // long as the slot says, and no other slot covers it.
             unsafe { fd.set_user_memory_region(region) }
                 .map_err(VmmError::kvm("add a memory slot"))?;
         }
@@ -191,7 +191,7 @@ impl VmShell {
 
 /// Settles who keeps track of writes: `wanted`, or else a ring for all but small machines, a bitmap
 /// with manual protection, and one without, whichever of them this KVM has first.
-fn track(vm: &Arc<VmFd>, ram: &GuestRam, wanted: Option<TrackerKind>) -> Result<Tracking> {
+fn track(vm: &Arc<VmFd>, ram: &Arc<GuestRam>, wanted: Option<TrackerKind>) -> Result<Tracking> {
     let refused = |kind: TrackerKind| {
         VmmError::Config(format!("this KVM cannot track writes by {kind}: choose another tracker"))
     };
@@ -216,7 +216,7 @@ fn track(vm: &Arc<VmFd>, ram: &GuestRam, wanted: Option<TrackerKind>) -> Result<
     }
 }
 
-fn enable_rings(vm: &Arc<VmFd>, ram: &GuestRam) -> Result<Option<Tracking>> {
+fn enable_rings(vm: &Arc<VmFd>, ram: &Arc<GuestRam>) -> Result<Option<Tracking>> {
     // The older one promises the same order of accesses on x86, and no other.
     let Some((cap, len_max)) = [KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_DIRTY_LOG_RING]
         .map(|cap| (cap, vm.check_extension_raw(cap.into())))

@@ -60,6 +60,8 @@ pub struct Vm {
     paused_now: AtomicBool,
     /// How often the user had the guest stand still so far.
     pub(crate) pauses: AtomicU64,
+    /// The checkpoint that ends the machine is being written.
+    pub(crate) suspending: AtomicBool,
     pub(crate) progress: CheckpointProgress,
     pub(crate) totals: Mutex<CheckpointTotals>,
     pub(crate) telemetry: Telemetry,
@@ -165,6 +167,7 @@ impl Vm {
             paused: Mutex::new(true),
             paused_now: AtomicBool::new(true),
             pauses: AtomicU64::new(0),
+            suspending: AtomicBool::new(false),
             progress: CheckpointProgress::default(),
             totals: Mutex::default(),
             telemetry: Telemetry::default(),
@@ -180,6 +183,7 @@ impl Vm {
     pub fn go(&self) -> Result<()> {
         self.check_alive()?;
         let mut paused = self.paused();
+        self.check_not_suspending()?;
         if *paused {
             self.set_paused(&mut paused, false);
             self.vcpus.resume();
@@ -194,6 +198,7 @@ impl Vm {
     pub fn pause(&self) -> Result<()> {
         self.check_alive()?;
         let mut paused = self.paused();
+        self.check_not_suspending()?;
         if !*paused {
             self.stop_vcpus()?;
             self.set_paused(&mut paused, true);
@@ -212,9 +217,19 @@ impl Vm {
             return Ok(with());
         }
         self.stop_vcpus()?;
-        let out = with();
-        self.vcpus.resume();
-        Ok(out)
+        let _goes_on = GoesOn(&self.vcpus);
+        Ok(with())
+    }
+
+    /// Neither to be stopped nor to go on: its last checkpoint is being written.
+    fn check_not_suspending(&self) -> Result<()> {
+        if self.suspending.load(Ordering::Acquire) {
+            return Err(VmmError::NotNow(format!(
+                "VM `{}` is being suspended: wait for that, or cancel its checkpoint",
+                self.name
+            )));
+        }
+        Ok(())
     }
 
     /// Stops the vCPUs, or none of them.
@@ -351,6 +366,15 @@ impl Vm {
                 Err(VmmError::NotNow(format!("VM `{}` has ended: {ended:?}", self.name)))
             }
         }
+    }
+}
+
+/// Lets vCPUs go on when it is dropped.
+pub(crate) struct GoesOn<'a>(pub &'a VcpuSet);
+
+impl Drop for GoesOn<'_> {
+    fn drop(&mut self) {
+        self.0.resume();
     }
 }
 

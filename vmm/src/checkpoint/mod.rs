@@ -6,6 +6,7 @@ mod progress;
 mod report;
 mod staging;
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -25,7 +26,7 @@ use crate::memory::RAM_REGION;
 use crate::state::chunk;
 use crate::turns::Turn;
 use crate::vcpu::{CapturedVcpu, Ended};
-use crate::vm::{Vm, vcpu_chunk};
+use crate::vm::{GoesOn, Vm, vcpu_chunk};
 
 pub use progress::{CheckpointProgress, ProgressReport};
 pub use report::{CheckpointReport, CheckpointRequest, CheckpointStats, CheckpointTotals, Round};
@@ -42,8 +43,8 @@ const CUT_ROOM_PAGES: usize = 1024;
 const COW_SHARE: usize = 4;
 /// A guest that writes faster than rounds catch up is cut after so many.
 const MAX_ROUNDS: usize = 6;
-/// How long requests to disks may take to be done in the pause.
-const DRAIN_PATIENCE: Duration = Duration::from_secs(5);
+/// How long requests to disks may take to be done in the pause, all together.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(1);
 /// What a VM keeps between checkpoints of the room for copied pages at the most: 64 MiB.
 const STAGING_PAGES_KEPT_MAX: usize = 16_384;
 
@@ -96,6 +97,11 @@ impl Vm {
             checkpoint.commit(cut)
         });
         self.progress.set(None);
+        self.line
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .staging
+            .trim(STAGING_PAGES_KEPT_MAX);
         let mut totals = self.totals.lock().unwrap_or_else(PoisonError::into_inner);
         match &taken {
             Ok(report) => {
@@ -208,6 +214,8 @@ impl<'a> Checkpoint<'a> {
             if pages <= self.vm.staging_pages() {
                 break;
             }
+            // Nobody waits for what a machine that has ended had to write.
+            self.vm.check_alive()?;
             let round_started = Instant::now();
             let ram = self.vm.ram().as_ref();
             let written = self.transaction.write_pages(self.region, &self.waiting, ram)?;
@@ -304,18 +312,22 @@ impl<'a> Checkpoint<'a> {
     fn quiesce_cut_and_go_on(&mut self) -> Result<Cut> {
         let mut paused = self.vm.paused();
         let pause_started = Instant::now();
+        // However this ends, by a panic too.
+        let goes_on = (!*paused).then(|| GoesOn(&self.vm.vcpus));
         let quiesced = self.vm.vcpus.pause_and_capture();
         self.stats.quiesce_us = us(pause_started.elapsed());
         let cut_started = Instant::now();
         let cut = quiesced.and_then(|()| self.cut());
         self.stats.cut_us = us(cut_started.elapsed());
-        self.resume_after_failure = self.request.exit && cut.is_ok() && !*paused;
-        if self.resume_after_failure {
-            // For everybody else it stands still by the user's wish from here on.
+        if self.request.exit && cut.is_ok() {
+            // It stands still until the commit is done, and nobody may let it go on.
+            self.vm.suspending.store(true, Ordering::Release);
+            self.resume_after_failure = goes_on.is_some();
+            std::mem::forget(goes_on);
             self.vm.set_paused(&mut paused, true);
-        } else if !*paused {
+        } else {
             let go_on_started = Instant::now();
-            self.vm.vcpus.resume();
+            drop(goes_on);
             self.stats.go_on_us = us(go_on_started.elapsed());
         }
         self.stats.pause_us = us(pause_started.elapsed());
@@ -325,11 +337,12 @@ impl<'a> Checkpoint<'a> {
     /// Phase 4, the guest stands still.
     fn cut(&mut self) -> Result<Cut> {
         // No request is in flight from here on, so memory and disks agree.
+        let until = Instant::now() + DRAIN_PATIENCE;
         let drained = self
             .line
             .disks
             .iter()
-            .map(|disk| disk.disk().drain(DRAIN_PATIENCE))
+            .map(|disk| disk.disk().drain(until.saturating_duration_since(Instant::now())))
             .collect::<Result<Vec<_>>>()?;
         // Into the set that is there, copied to memory that is there: nothing is allocated.
         self.line.harvest_at_cut(&mut self.waiting)?;
@@ -355,10 +368,16 @@ impl<'a> Checkpoint<'a> {
     fn commit(self, cut: Cut) -> Result<CheckpointReport> {
         let (vm, request, resume) = (self.vm, self.request, self.resume_after_failure);
         let taken = self.publish(cut);
-        match &taken {
-            Ok(_) if request.exit => vm.vcpus.end(Ended::Suspended),
-            Err(_) if resume => vm.go()?,
-            _ => {}
+        if taken.is_ok() && request.exit {
+            vm.vcpus.end(Ended::Suspended);
+        }
+        vm.suspending.store(false, Ordering::Release);
+        if taken.is_err()
+            && resume
+            && let Err(error) = vm.go()
+        {
+            // It has ended meanwhile, which says more than why the checkpoint failed.
+            tracing::info!(%error, "the guest does not go on");
         }
         taken
     }
@@ -408,7 +427,6 @@ impl<'a> Checkpoint<'a> {
         for (disk, frozen) in self.line.disks.iter_mut().zip(&cut.disks) {
             disk.published(frozen);
         }
-        self.line.staging.trim(STAGING_PAGES_KEPT_MAX);
         Ok(CheckpointReport {
             vm: self.vm.name().to_owned(),
             id: committed.id,

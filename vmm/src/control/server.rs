@@ -31,6 +31,9 @@ use crate::vm::Vm;
 const MAX_WAITING: usize = 128;
 /// Requests served at once; a checkpoint's lasts as long as the checkpoint.
 const MAX_REQUESTS: usize = 32;
+/// Of these, requests that may take as long as they like: checkpoints wait for each other. The rest
+/// are answered at once, and always have room.
+const MAX_SLOW_REQUESTS: usize = 8;
 /// How long a request may take to arrive.
 const REQUEST_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a client may take to read its answer.
@@ -56,6 +59,8 @@ struct Shared {
     waiting: Waiting,
     /// Requests being served.
     active: AtomicUsize,
+    /// Of these, slow ones.
+    slow: AtomicUsize,
 }
 
 impl std::fmt::Debug for Server {
@@ -99,6 +104,7 @@ impl Server {
             on_checkpoint,
             waiting: Waiting::default(),
             active: AtomicUsize::new(0),
+            slow: AtomicUsize::new(0),
         });
         let (stopped, serving) = (Arc::clone(&stop), Arc::clone(&shared));
         let thread = std::thread::Builder::new()
@@ -206,7 +212,7 @@ fn serve_connection(stream: &Arc<UnixStream>, shared: &Arc<Shared>) {
         .map_or(Err(NoRequest::Gone), |()| {
             http::receive(stream, Instant::now() + REQUEST_PATIENCE)
         });
-    match (received, Serving::enter(shared)) {
+    match (received, Serving::enter(&shared.active, MAX_REQUESTS)) {
         (Ok(request), Some(_serving)) => {
             // From here on it is among the requests, and nobody closes it.
             shared.waiting.remove(stream);
@@ -223,22 +229,32 @@ fn serve_connection(stream: &Arc<UnixStream>, shared: &Arc<Shared>) {
 }
 
 /// Counts a request in, and out again however it ends.
-struct Serving<'a>(&'a Shared);
+struct Serving<'a>(&'a AtomicUsize);
 
 impl<'a> Serving<'a> {
-    fn enter(shared: &'a Shared) -> Option<Self> {
-        let entered = Self(shared);
-        (shared.active.fetch_add(1, Ordering::Relaxed) < MAX_REQUESTS).then_some(entered)
+    fn enter(count: &'a AtomicUsize, most: usize) -> Option<Self> {
+        let entered = Self(count);
+        (count.fetch_add(1, Ordering::Relaxed) < most).then_some(entered)
     }
 }
 
 impl Drop for Serving<'_> {
     fn drop(&mut self) {
-        self.0.active.fetch_sub(1, Ordering::Release);
+        self.0.fetch_sub(1, Ordering::Release);
     }
 }
 
+/// True if it may wait for a checkpoint, or take long itself.
+fn is_slow(request: &Request) -> bool {
+    request.method == "POST"
+}
+
 fn handle(stream: &UnixStream, request: &Request, shared: &Shared) {
+    let slow = is_slow(request).then(|| Serving::enter(&shared.slow, MAX_SLOW_REQUESTS));
+    if matches!(slow, Some(None)) {
+        let error = format!("{MAX_SLOW_REQUESTS} checkpoints are waited for already: try again");
+        return respond(stream, 503, &ApiError { error });
+    }
     match route(request, &shared.vm, &shared.on_checkpoint) {
         Ok(Body::Json(value)) => respond(stream, 200, &value),
         Ok(Body::Metrics(text)) => {

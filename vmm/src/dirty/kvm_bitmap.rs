@@ -25,6 +25,8 @@ pub struct KvmBitmap {
     vm: Arc<VmFd>,
     slots: Vec<Slot>,
     manual: bool,
+    /// Which the VM's slots refer to: it goes last.
+    _ram: Arc<GuestRam>,
 }
 
 #[derive(Debug)]
@@ -39,13 +41,13 @@ impl KvmBitmap {
     /// Tracks the slots of `vm`, which are the ranges of `ram` in their order. `manual` says that
     /// `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` is enabled.
     #[must_use]
-    pub fn new(vm: Arc<VmFd>, ram: &GuestRam, manual: bool) -> Self {
+    pub fn new(vm: Arc<VmFd>, ram: &Arc<GuestRam>, manual: bool) -> Self {
         let slots = ram.mapped_ranges().map(|(range, _)| {
             let pages = range.len_bytes / PAGE_SIZE as u64;
             let bits = vec![0; pages.div_ceil(64) as usize];
             Slot { first_page: range.gpa / PAGE_SIZE as u64, pages, bits }
         });
-        Self { slots: slots.collect(), vm, manual }
+        Self { slots: slots.collect(), vm, manual, _ram: Arc::clone(ram) }
     }
 
     fn read(&mut self, slot: usize, dirty: &mut PageSet) -> Result<()> {

@@ -98,12 +98,14 @@ pub struct DirtyRings {
     slots: Vec<Slot>,
     entries: u32,
     inner: Mutex<Inner>,
+    /// Which the VM's slots refer to: it goes last.
+    _ram: Arc<GuestRam>,
 }
 
 impl DirtyRings {
     /// Rings of `entries` each, which `vm` was told before. Each vCPU's is added as it is made.
     #[must_use]
-    pub fn new(vm: Arc<VmFd>, ram: &GuestRam, entries: u32) -> Self {
+    pub fn new(vm: Arc<VmFd>, ram: &Arc<GuestRam>, entries: u32) -> Self {
         let slots = ram.mapped_ranges().map(|(range, _)| Slot {
             first_page: range.gpa / PAGE_SIZE as u64,
             pages: range.len_bytes / PAGE_SIZE as u64,
@@ -111,7 +113,13 @@ impl DirtyRings {
         let none = || PageSet::new(ram.end_page());
         let inner =
             Inner { rings: Vec::new(), spilled: none(), taken: none(), owed: 0, unwatched: none() };
-        Self { slots: slots.collect(), vm, entries, inner: Mutex::new(inner) }
+        Self {
+            slots: slots.collect(),
+            vm,
+            entries,
+            inner: Mutex::new(inner),
+            _ram: Arc::clone(ram),
+        }
     }
 
     /// Adds a vCPU's ring.

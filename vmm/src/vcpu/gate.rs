@@ -150,6 +150,7 @@ impl Gate {
         inner.change(goal);
         self.unlock(inner);
         self.goal_changed.notify_all();
+        self.moved.notify_all();
     }
 
     /// Called by a vCPU thread that has stopped for `epoch`: waits until all have, so that nothing

@@ -190,6 +190,10 @@ impl VcpuSet {
     /// # Errors
     /// As [`Self::pause`].
     pub fn pause_and_capture(&self) -> Result<()> {
+        // One that failed may have left some behind.
+        for thread in &self.threads {
+            *thread.captured.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        }
         self.gate.set_goal(Goal::Park { capture: true });
         self.kick_until(|patience| self.gate.wait_stopped(patience))
     }
@@ -222,7 +226,9 @@ impl VcpuSet {
     /// # Errors
     /// What a vCPU's thread met while reading it.
     pub fn take_captured(&self) -> Result<Vec<CapturedVcpu>> {
-        self.gate.wait_parked(STOP_PATIENCE);
+        if !self.gate.wait_parked(STOP_PATIENCE) || self.gate.ended().is_some() {
+            return Err(VmmError::NotNow("the vCPUs ended while they were read".into()));
+        }
         let nothing = || VmmError::NotNow("a vCPU's state was not captured".into());
         self.threads
             .iter()
@@ -252,7 +258,12 @@ impl VcpuSet {
     /// Waits for the machine's end; None if it goes on after `patience`.
     #[must_use]
     pub fn wait_ended(&self, patience: Duration) -> Option<Ended> {
-        self.gate.wait_ended(patience)
+        let ended = self.gate.wait_ended(patience);
+        if ended.is_some() {
+            // A vCPU that ended the machine did not kick the others.
+            self.kick();
+        }
+        ended
     }
 
     /// How often they left the guest.
