@@ -9,7 +9,7 @@ use crate::metric::{Metric, Output};
 use crate::samples::Samples;
 use crate::{cleanup, host};
 
-const GIB: u64 = 1 << 30;
+pub(crate) const GIB: u64 = 1 << 30;
 const QUICK_BYTES: u64 = 64 << 20;
 
 /// What the user chose.
@@ -21,6 +21,8 @@ pub(crate) struct Settings {
     pub runs: Option<usize>,
     /// Small and few.
     pub quick: bool,
+    /// Which of a suite's measurements to make; empty for all.
+    pub only: Vec<String>,
 }
 
 /// A run of a suite.
@@ -63,10 +65,26 @@ impl Bench {
         }
     }
 
+    /// Memory of a guest that usually has `usual_bytes`: the last that was asked for.
+    pub(crate) fn memory_size(&self, usual_bytes: u64) -> u64 {
+        let usual = self.sized(usual_bytes, usual_bytes.min(QUICK_BYTES));
+        self.settings.memory_bytes.last().copied().unwrap_or(usual)
+    }
+
+    /// Whether the measurement `name` is to be made.
+    pub(crate) fn wants(&self, name: &str) -> bool {
+        self.settings.only.is_empty() || self.settings.only.iter().any(|only| only == name)
+    }
+
     /// How often to measure something that is usually measured `usual` times.
     pub(crate) fn runs(&self, usual: usize) -> usize {
         let quick = if self.settings.quick { usual.min(3) } else { usual };
         self.settings.runs.unwrap_or(quick)
+    }
+
+    /// As [`Self::runs`], of something that is done `quick` times if the run is to be quick.
+    pub(crate) fn runs_in_full(&self, usual: usize, quick: usize) -> usize {
+        self.settings.runs.unwrap_or(self.sized(usual, quick))
     }
 
     /// `usual`, or `quick` if the run is to be quick.

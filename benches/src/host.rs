@@ -15,6 +15,23 @@ pub(crate) fn check() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Memory that can be had without swapping; None if the host does not say.
+pub(crate) fn available_bytes() -> Option<u64> {
+    kib_of("/proc/meminfo", "MemAvailable:")
+}
+
+/// Memory this process has resident, that of its guests included; None if the host does not say.
+pub(crate) fn resident_bytes() -> Option<u64> {
+    kib_of("/proc/self/status", "VmRSS:")
+}
+
+/// The bytes that line `key` of a file of the kernel's gives in KiB.
+fn kib_of(path: &str, key: &str) -> Option<u64> {
+    let text = std::fs::read_to_string(path).ok()?;
+    let rest = text.lines().find_map(|line| line.strip_prefix(key))?;
+    Some(rest.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? << 10)
+}
+
 /// Name of the file system `path` is on.
 pub(crate) fn file_system(path: &Path) -> anyhow::Result<String> {
     let stat = rustix::fs::statfs(path)

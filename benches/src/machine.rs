@@ -2,17 +2,20 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use frazil_snapstore::{Snapshot, Store, StoreOptions};
 use frazil_vmm::devices::serial::SerialOutput;
-use frazil_vmm::workload::ControlView;
+use frazil_vmm::workload::{ControlView, WorkloadSpec};
 use frazil_vmm::{Guest, HostConfig, Loading, MachineConfig, Vm};
 
 use crate::raw_guest::{data_pages, turns, wait_turns};
 
-/// A VM that runs the built-in guest on one vCPU.
+/// Looks at other vCPUs' progress so often.
+const POLL: Duration = Duration::from_millis(1);
+
+/// A VM that runs the built-in guest.
 #[derive(Debug)]
 pub(crate) struct Machine {
     /// The VM.
@@ -22,22 +25,35 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
-    /// Boots the built-in guest and waits until it has written every page once.
+    /// Boots the built-in guest on one vCPU and waits until it has written every page once.
     pub(crate) fn boot(
         spec: &str,
         ram_bytes: u64,
         store: Option<Arc<Store>>,
     ) -> anyhow::Result<Self> {
-        let config = MachineConfig {
-            name: "bench".into(),
-            ram_bytes,
-            cpus: 1,
-            guest: Guest::Workload(spec.parse()?),
-        };
+        Self::boot_cpus(spec, ram_bytes, 1, store)
+    }
+
+    /// As [`Self::boot`], on `cpus` vCPUs.
+    pub(crate) fn boot_cpus(
+        spec: &str,
+        ram_bytes: u64,
+        cpus: usize,
+        store: Option<Arc<Store>>,
+    ) -> anyhow::Result<Self> {
+        let spec: WorkloadSpec = spec.parse()?;
+        let data_pages = spec.data_pages(data_pages(ram_bytes)).unwrap_or(0);
+        let config =
+            MachineConfig { name: "bench".into(), ram_bytes, cpus, guest: Guest::Workload(spec) };
         let vm = Vm::boot(&config, HostConfig::new(SerialOutput::Null, store))?;
         vm.go()?;
-        let machine = Self { vm, data_pages: data_pages(ram_bytes) };
-        machine.wait_turns(machine.data_pages)?;
+        let machine = Self { vm, data_pages };
+        // Its own share; the other vCPUs may need a little longer for theirs.
+        machine.wait_turns(data_pages / cpus as u64)?;
+        while machine.view()?.vcpus.iter().any(|vcpu| vcpu.control.populated == 0) {
+            ensure!(machine.vm.ended().is_none(), "the guest ended while it populated its memory");
+            std::thread::sleep(POLL);
+        }
         Ok(machine)
     }
 
@@ -49,12 +65,12 @@ impl Machine {
         Ok(Self { vm, data_pages })
     }
 
-    /// Pages the guest has written so far.
+    /// Pages that vCPU 0 of the guest has written so far.
     pub(crate) fn turns(&self) -> anyhow::Result<u64> {
         turns(self.vm.ram())
     }
 
-    /// Waits until the guest has written `target` pages; returns how many it has and when.
+    /// Waits until vCPU 0 has written `target` pages; returns how many it has and when.
     pub(crate) fn wait_turns(&self, target: u64) -> anyhow::Result<(u64, Instant)> {
         wait_turns(self.vm.ram(), target, || self.vm.ended().is_none())
     }

@@ -16,11 +16,13 @@ mod metric;
 mod raw;
 mod raw_guest;
 mod samples;
+mod series;
 mod suites;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use clap::builder::PossibleValuesParser;
 use clap::{Parser, ValueEnum};
 
 use bench::{Bench, Settings};
@@ -34,16 +36,22 @@ struct Cli {
     /// Print one JSON object a metric: suite, metric, value, unit, floor, ratio, n.
     #[arg(long)]
     json: bool,
-    /// Guest memory sizes. Default: 1GiB for floors, 4GiB for store, 1GiB,4GiB for the others.
-    /// Of several, store takes the last, for what it writes and reads in full.
+    /// Guest memory sizes. Default: 1GiB for floors, 4GiB for store, 1GiB,4GiB for checkpoint and
+    /// resume, 64MiB for endurance, and 4GiB or 1GiB for pause, as its figures are called. Of
+    /// several, store takes the last, for what it writes and reads in full; so do pause and
+    /// endurance.
     #[arg(long, value_name = "SIZE,…", value_delimiter = ',', value_parser = size)]
     memory: Vec<u64>,
-    /// Repeat every measurement so often instead of as often as suits it.
+    /// Repeat every measurement so often instead of as often as suits it; endurance takes so many
+    /// checkpoints.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000))]
     runs: Option<u32>,
     /// Small sizes and few runs: shows that everything works, and gives no figures to rely on.
     #[arg(long)]
     quick: bool,
+    /// Of pause, only these measurements.
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',', value_parser = PossibleValuesParser::new(suites::pause::names()))]
+    only: Vec<String>,
     /// Put stores and scratch files below this directory. Default: ./target if there is one, else
     /// the system's temporary directory. Wants a disk, not a tmpfs.
     #[arg(long, value_name = "DIR")]
@@ -60,8 +68,12 @@ struct Cli {
 enum Suite {
     /// The limits themselves: memory, compression, hashing, KVM, userfaultfd, disk.
     Floors,
-    /// Taking checkpoints of a running guest: pause, throughput, bytes.
+    /// Taking checkpoints of a running guest: throughput, bytes.
     Checkpoint,
+    /// What a running guest pays for checkpoints: pauses as host and guest see them, work lost.
+    Pause,
+    /// 36,000 checkpoints back to back, old ones forgotten and pruned: what grows. Ten minutes.
+    Endurance,
     /// Resuming: first progress, sweeping memory that comes lazily, loading it eagerly.
     Resume,
     /// The store by itself, without KVM: throughput, overhead, history, verifying, pruning.
@@ -76,7 +88,7 @@ impl Suite {
     /// Whether it runs guests, and so wants KVM and userfaultfd.
     fn runs_guests(self) -> bool {
         match self {
-            Self::Floors | Self::Checkpoint | Self::Resume => true,
+            Self::Floors | Self::Checkpoint | Self::Pause | Self::Endurance | Self::Resume => true,
             Self::Store | Self::StoreFrames | Self::StoreImages => false,
         }
     }
@@ -101,7 +113,7 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> anyhow::Result<()> {
-    let Cli { suite, json, memory, runs, quick, store_dir, frazil, images } = cli;
+    let Cli { suite, json, memory, runs, quick, only, store_dir, frazil, images } = cli;
     if cfg!(debug_assertions) {
         eprintln!("frazil-bench: warning: built without --release; the figures mean nothing");
     }
@@ -109,11 +121,14 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         host::check()?;
     }
     cleanup::on_signals()?;
-    let settings = Settings { memory_bytes: memory, runs: runs.map(|runs| runs as usize), quick };
+    let runs = runs.map(|runs| runs as usize);
+    let settings = Settings { memory_bytes: memory, runs, quick, only };
     let mut bench = Bench::new(settings, json, store_dir.as_deref())?;
     match suite {
         Suite::Floors => suites::floors::run(&mut bench),
         Suite::Checkpoint => suites::checkpoint::run(&mut bench),
+        Suite::Pause => suites::pause::run(&mut bench),
+        Suite::Endurance => suites::endurance::run(&mut bench),
         Suite::Resume => suites::resume::run(&mut bench, frazil),
         Suite::Store => suites::store::run(&mut bench),
         Suite::StoreFrames => suites::store::run_frames(&mut bench),

@@ -10,18 +10,25 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow, ensure};
 use frazil_snapstore::{PAGE_SIZE, PageSet};
 use frazil_vmm::boot::{self, BootSource, Kernel};
-use frazil_vmm::dirty::TrackerKind;
+use frazil_vmm::dirty::{DirtyRings, DirtyTracker, TrackerKind};
 use frazil_vmm::kvm::{Hypervisor, VmShell};
 use frazil_vmm::memory::GuestRam;
 use frazil_vmm::workload::control::vcpu_control_gpa;
 use frazil_vmm::workload::{GUEST_ELF, WorkloadSpec};
+use kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 /// Looks at the guest's progress so often.
 const POLL: Duration = Duration::from_micros(100);
 /// A guest that gets nowhere for so long is given up.
 pub(crate) const PATIENCE: Duration = Duration::from_mins(5);
+
+/// A kick that came just before the thread entered the guest is lost, and sent again after this.
+const REKICK_AFTER: Duration = Duration::from_millis(50);
+/// Who waits looks again and again for so long, and then only now and then.
+const SPIN: Duration = Duration::from_millis(5);
 
 const LINE_STATUS_PORT: u16 = 0x3fd;
 const TRANSMITTER_EMPTY: u8 = 0x60;
@@ -30,31 +37,41 @@ const TRANSMITTER_EMPTY: u8 = 0x60;
 #[derive(Debug)]
 pub(crate) struct RawGuest {
     shell: VmShell,
-    stop: Arc<AtomicBool>,
+    meeting: Arc<Meeting>,
     vcpu: Option<JoinHandle<anyhow::Result<VcpuFd>>>,
     data_pages: u64,
 }
 
 impl RawGuest {
     /// Boots the built-in guest with `spec` and lets it run; `prepare` may see to its RAM before.
-    ///
-    /// The guest reports every second whatever `spec` says: each report leaves KVM_RUN, which is
-    /// where the thread looks whether to stop. That keeps signal handlers out of here.
     pub(crate) fn start(
         spec: &str,
         ram_bytes: u64,
         prepare: impl FnOnce(&GuestRam) -> anyhow::Result<()>,
     ) -> anyhow::Result<Self> {
+        Self::start_tracked(spec, ram_bytes, Some(TrackerKind::Bitmap), prepare)
+    }
+
+    /// As [`Self::start`]; `kind` keeps track of what the guest writes, or what a `Vm` would have.
+    pub(crate) fn start_tracked(
+        spec: &str,
+        ram_bytes: u64,
+        kind: Option<TrackerKind>,
+        prepare: impl FnOnce(&GuestRam) -> anyhow::Result<()>,
+    ) -> anyhow::Result<Self> {
         let hypervisor = Hypervisor::open()?;
         let ram = Arc::new(GuestRam::new(ram_bytes)?);
         prepare(&ram)?;
-        let shell = VmShell::new(&hypervisor, ram, Some(TrackerKind::Bitmap))?;
+        let shell = VmShell::new(&hypervisor, ram, kind)?;
         let vcpu = shell.fd.create_vcpu(0).context("KVM refused a vCPU")?;
         vcpu.set_cpuid2(&hypervisor.supported_cpuid()?).context("KVM refused CPUID")?;
+        let rings = shell.rings().cloned();
+        if let Some(rings) = &rings {
+            rings.add(&vcpu)?;
+        }
         boot::set_local_apic(&vcpu)?;
         let mut spec: WorkloadSpec = spec.parse()?;
         spec.tsc_khz = vcpu.get_tsc_khz().context("KVM has no TSC frequency")?.into();
-        spec.report_s = 1;
         spec.check_fits(ram_bytes)?;
         let source = BootSource {
             kernel: Kernel::Builtin(GUEST_ELF),
@@ -63,14 +80,15 @@ impl RawGuest {
         };
         let entry = boot::load(&source, &shell.ram)?;
         boot::set_boot_registers(&vcpu, entry)?;
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = Arc::clone(&stop);
+        register_signal_handler(kick_signal(), on_kick).context("cannot handle a signal")?;
+        let meeting = Arc::new(Meeting::default());
+        let met = Arc::clone(&meeting);
         let vcpu = std::thread::Builder::new()
             .name("bench-vcpu".into())
-            .spawn(move || run(vcpu, &stopped))
+            .spawn(move || run(vcpu, &met, rings.as_deref()))
             .context("cannot start a thread")?;
-        let data_pages = data_pages(ram_bytes);
-        Ok(Self { shell, stop, vcpu: Some(vcpu), data_pages })
+        let data_pages = spec.data_pages(data_pages(ram_bytes)).unwrap_or(0);
+        Ok(Self { shell, meeting, vcpu: Some(vcpu), data_pages })
     }
 
     /// Pages the guest works on.
@@ -117,9 +135,45 @@ impl RawGuest {
         Ok((took, dirty.count()))
     }
 
-    /// Stops the guest, which takes up to a second.
+    /// What reports the guest's writes, each to one reader.
+    pub(crate) fn tracker(&self) -> Box<dyn DirtyTracker> {
+        self.shell.tracker()
+    }
+
+    /// An empty set with room for all of its pages.
+    pub(crate) fn no_pages(&self) -> PageSet {
+        PageSet::new(self.shell.ram.end_page())
+    }
+
+    /// Kicks the vCPU out of the guest; it stands still until [`Self::release`].
+    pub(crate) fn hold(&self) -> anyhow::Result<()> {
+        self.meeting.hold.store(true, Ordering::Release);
+        let held = || self.meeting.held.load(Ordering::Acquire);
+        while !held() {
+            self.kick()?;
+            wait_until(REKICK_AFTER, held);
+        }
+        Ok(())
+    }
+
+    /// Lets the vCPU go on; returns when it is about to enter the guest.
+    pub(crate) fn release(&self) {
+        self.meeting.hold.store(false, Ordering::Release);
+        wait_until(PATIENCE, || !self.meeting.held.load(Ordering::Acquire));
+    }
+
+    fn kick(&self) -> anyhow::Result<()> {
+        let vcpu = self.vcpu.as_ref().filter(|vcpu| !vcpu.is_finished());
+        let vcpu = vcpu.context("the guest has ended")?;
+        vcpu.kill(kick_signal()).context("cannot send a signal to a thread")
+    }
+
+    /// Stops the guest for good.
     pub(crate) fn stop(&mut self) -> anyhow::Result<VcpuFd> {
-        self.stop.store(true, Ordering::Relaxed);
+        self.meeting.end.store(true, Ordering::Release);
+        while self.kick().is_ok() {
+            std::thread::sleep(POLL);
+        }
         let vcpu = self.vcpu.take().context("the guest was stopped before")?;
         vcpu.join().map_err(|_panic| anyhow!("the vCPU's thread panicked"))?
     }
@@ -134,14 +188,65 @@ impl Drop for RawGuest {
     }
 }
 
-fn run(mut vcpu: VcpuFd, stop: &AtomicBool) -> anyhow::Result<VcpuFd> {
-    while !stop.load(Ordering::Relaxed) {
-        match vcpu.run().context("KVM_RUN failed")? {
+/// Where the vCPU's thread meets who stops it. Both spin: nobody is quicker.
+#[derive(Debug, Default)]
+struct Meeting {
+    hold: AtomicBool,
+    held: AtomicBool,
+    end: AtomicBool,
+}
+
+impl Meeting {
+    /// Called by the vCPU's thread outside the guest.
+    fn attend(&self) {
+        if self.hold.load(Ordering::Acquire) {
+            self.held.store(true, Ordering::Release);
+            let gone_on = || !self.hold.load(Ordering::Acquire) || self.end.load(Ordering::Acquire);
+            wait_until(Duration::MAX, gone_on);
+            self.held.store(false, Ordering::Release);
+        }
+    }
+}
+
+/// Waits for `reached`, or until `patience` is over.
+fn wait_until(patience: Duration, reached: impl Fn() -> bool) {
+    let started = Instant::now();
+    while !reached() && started.elapsed() < patience {
+        if started.elapsed() < SPIN {
+            std::hint::spin_loop();
+        } else {
+            std::thread::sleep(POLL);
+        }
+    }
+}
+
+/// The signal that kicks the vCPU's thread: another than a `Vm` uses, whose handler does more.
+fn kick_signal() -> libc::c_int {
+    SIGRTMIN() + 2
+}
+
+/// That it interrupts KVM_RUN is all a kick is for.
+extern "C" fn on_kick(
+    _signal: libc::c_int,
+    _info: *mut libc::siginfo_t,
+    _context: *mut libc::c_void,
+) {
+}
+
+fn run(mut vcpu: VcpuFd, meeting: &Meeting, rings: Option<&DirtyRings>) -> anyhow::Result<VcpuFd> {
+    while !meeting.end.load(Ordering::Acquire) {
+        match vcpu.run() {
             // The only device: a serial port that takes everything and has nothing to say.
-            VcpuExit::IoIn(LINE_STATUS_PORT, data) => data.fill(TRANSMITTER_EMPTY),
-            VcpuExit::IoIn(_, data) => data.fill(0xff),
-            VcpuExit::IoOut(..) | VcpuExit::MmioRead(..) | VcpuExit::MmioWrite(..) => {}
-            other => return Err(anyhow!("the guest ended with {other:?}")),
+            Ok(VcpuExit::IoIn(LINE_STATUS_PORT, data)) => data.fill(TRANSMITTER_EMPTY),
+            Ok(VcpuExit::IoIn(_, data)) => data.fill(0xff),
+            Ok(VcpuExit::IoOut(..) | VcpuExit::MmioRead(..) | VcpuExit::MmioWrite(..)) => {}
+            Ok(VcpuExit::Intr) => meeting.attend(),
+            Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => {
+                rings.context("a dirty ring is full, and there is none")?.relieve()?;
+            }
+            Ok(other) => return Err(anyhow!("the guest ended with {other:?}")),
+            Err(error) if error.errno() == libc::EINTR => meeting.attend(),
+            Err(error) => return Err(error).context("KVM_RUN failed"),
         }
     }
     Ok(vcpu)

@@ -1,6 +1,8 @@
 //! The suites, one file or folder each: a list of named measurements.
 
 pub(crate) mod checkpoint;
+pub(crate) mod endurance;
 pub(crate) mod floors;
+pub(crate) mod pause;
 pub(crate) mod resume;
 pub(crate) mod store;

@@ -7,7 +7,7 @@ mod kvm;
 mod uffd;
 
 pub(crate) use disk::sequential_write;
-pub(crate) use kvm::{create_empty_vms, state_times, stop_and_go};
+pub(crate) use kvm::{create_empty_vms, state_times};
 
 use crate::bench::Bench;
 

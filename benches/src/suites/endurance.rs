@@ -1,0 +1,145 @@
+//! `endurance`: tens of thousands of checkpoints back to back, the old ones forgotten and pruned
+//! meanwhile: nothing may grow but what is kept.
+
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, ensure};
+use frazil_snapstore::retention::{Candidate, Policy, decide};
+use frazil_snapstore::{PruneOptions, PruneProgress, SnapshotId, Store};
+use frazil_vmm::verify_snapshot;
+use jiff::tz::TimeZone;
+
+use crate::bench::Bench;
+use crate::machine::{Machine, create_store};
+use crate::metric::Metric;
+use crate::series::{Series, checkpoint};
+use crate::{heap, host};
+
+/// So few pages that it is the checkpoints which take the time.
+const SPEC: &str = "rate=1000,pattern=uniform,content=text,report=0,gap_us=50";
+const RAM_BYTES: u64 = 64 << 20;
+const CHECKPOINTS: usize = 36_000;
+const QUICK_CHECKPOINTS: usize = 300;
+/// How often a run applies the policy and prunes.
+const TURNS: usize = 60;
+const POLICY: Policy = Policy {
+    last: Some(100),
+    minutely: Some(60),
+    hourly: Some(24),
+    daily: Some(7),
+    weekly: None,
+    monthly: None,
+    yearly: None,
+    within: None,
+};
+const MIB: f64 = (1 << 20) as f64;
+
+/// What there was at some moment, in MiB.
+struct Held {
+    resident: f64,
+    heap: f64,
+    store: f64,
+}
+
+pub(crate) fn run(bench: &mut Bench) -> anyhow::Result<()> {
+    let folder = bench.scratch()?;
+    let path = folder.path().join("store");
+    let store = create_store(&path)?;
+    let machine = Machine::boot(SPEC, bench.memory_size(RAM_BYTES), Some(Arc::clone(&store)))?;
+    checkpoint(&machine.vm)?;
+    let count = bench.runs_in_full(CHECKPOINTS, QUICK_CHECKPOINTS);
+    let start = Held::now(&path)?;
+    let (mut series, mut held) = (Series::new(), Vec::new());
+    let started = Instant::now();
+    for taken in 1..=count {
+        series.take(&machine)?;
+        if taken.is_multiple_of((count / TURNS).max(1)) {
+            keep(&store)?;
+        }
+        for (label, at) in [("10pct", count / 10), ("50pct", count / 2), ("100pct", count)] {
+            if taken == at {
+                bench.say(&format!("{taken} of {count} checkpoints"));
+                held.push((label, Held::now(&path)?));
+            }
+        }
+    }
+    let per_s = count as f64 / started.elapsed().as_secs_f64();
+    bench.emit(Metric::new("pause.endurance_checkpoints", count as f64, "checkpoints", 1))?;
+    bench.emit(Metric::new("pause.endurance_per_s", per_s, "checkpoints/s", series.pause.n()))?;
+    emit_held(bench, &start, &held)?;
+    series.emit_pauses(bench, "pause.endurance", None)?;
+    verify_last(bench, &machine, &store)
+}
+
+impl Held {
+    fn now(store: &Path) -> anyhow::Result<Self> {
+        Ok(Self {
+            resident: host::resident_bytes().unwrap_or(0) as f64 / MIB,
+            heap: heap::live() as f64 / MIB,
+            store: bytes_below(store)? as f64 / MIB,
+        })
+    }
+}
+
+/// Prints what there was on the way, against what there was at the start; of the store, which the
+/// policy lets grow until it keeps all it may, against the first tenth.
+fn emit_held(bench: &mut Bench, start: &Held, held: &[(&str, Held)]) -> anyhow::Result<()> {
+    let tenth_store = held.first().map_or(0.0, |(_, held)| held.store);
+    for (label, held) in held {
+        for (what, value, floor) in [
+            ("rss", held.resident, start.resident),
+            ("heap", held.heap, start.heap),
+            ("store", held.store, tenth_store),
+        ] {
+            let name = format!("pause.endurance_{what}_{label}_mib");
+            bench.emit(Metric::new(name, value, "MiB", 1).against(floor))?;
+        }
+    }
+    Ok(())
+}
+
+/// Forgets what the policy does not keep, and gives its space back.
+fn keep(store: &Arc<Store>) -> anyhow::Result<()> {
+    let tags = store.tags();
+    let candidates: Vec<Candidate> = store
+        .snapshots()
+        .iter()
+        .map(|info| Candidate {
+            id: info.id,
+            time_unix_ms: info.time_unix_ms,
+            group: String::new(),
+            tagged: tags.values().any(|id| *id == info.id),
+        })
+        .collect();
+    let verdicts = decide(&POLICY, &candidates, &TimeZone::UTC);
+    let unwanted: Vec<SnapshotId> =
+        verdicts.iter().filter(|verdict| !verdict.keep).map(|verdict| verdict.id).collect();
+    store.forget_untagged(&unwanted)?;
+    store.prune(&PruneOptions::default(), &PruneProgress::default())?;
+    Ok(())
+}
+
+fn verify_last(bench: &mut Bench, machine: &Machine, store: &Arc<Store>) -> anyhow::Result<()> {
+    let head = machine.vm.head().context("no checkpoint was taken")?;
+    let checked = verify_snapshot(&store.snapshot(head)?)?;
+    ensure!(checked.is_some(), "the last snapshot is of another guest");
+    let snapshots = store.snapshots().len();
+    bench.emit(Metric::new("pause.endurance_kept", snapshots as f64, "snapshots", 1))
+}
+
+fn bytes_below(folder: &Path) -> anyhow::Result<u64> {
+    let at = || format!("cannot read {}", folder.display());
+    let mut bytes = 0;
+    for entry in fs::read_dir(folder).with_context(at)? {
+        let path = entry.with_context(at)?.path();
+        if path.is_dir() {
+            bytes += bytes_below(&path)?;
+        } else {
+            bytes += fs::metadata(&path).with_context(at)?.len();
+        }
+    }
+    Ok(bytes)
+}

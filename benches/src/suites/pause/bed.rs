@@ -1,0 +1,53 @@
+//! A guest with a store, warm.
+
+use frazil_snapstore::PAGE_SIZE;
+use tempfile::TempDir;
+
+use crate::bench::{Bench, size_label};
+use crate::machine::{Machine, create_store};
+use crate::series::checkpoint;
+use crate::suites::checkpoint::TENTH_WRITES;
+
+/// Random text pages: 10,000 a second, which makes 1,000 in 100 ms.
+pub(super) const RANDOM_SPEC: &str = "rate=10000,pattern=uniform,content=text,report=0,gap_us=50";
+/// The same, page after page.
+pub(super) const SEQ_SPEC: &str = "rate=10000,pattern=seq,content=text,report=0,gap_us=50";
+
+/// A guest that is checkpointed. The fields go in this order: the VM before the folder of its store.
+pub(super) struct Bed {
+    pub machine: Machine,
+    pub label: String,
+    _folder: TempDir,
+}
+
+impl Bed {
+    /// Boots a guest with `spec`, lets it write all its memory, and takes two checkpoints: a full
+    /// one, and one that catches up with what was written meanwhile.
+    pub(super) fn boot(
+        bench: &Bench,
+        spec: &str,
+        ram_bytes: u64,
+        cpus: usize,
+    ) -> anyhow::Result<Self> {
+        let folder = bench.scratch()?;
+        let store = create_store(&folder.path().join("store"))?;
+        let machine = Machine::boot_cpus(spec, ram_bytes, cpus, Some(store))?;
+        checkpoint(&machine.vm)?;
+        checkpoint(&machine.vm)?;
+        Ok(Self { machine, label: size_label(ram_bytes), _folder: folder })
+    }
+
+    /// Waits until the guest has changed a tenth of its pages: `random` ones, some of them twice,
+    /// or one after the other.
+    pub(super) fn wait_tenth(&self, random: bool) -> anyhow::Result<()> {
+        let pages = self.machine.data_pages;
+        let writes = if random { (pages as f64 * TENTH_WRITES) as u64 } else { pages / 10 };
+        self.machine.wait_turns(self.machine.turns()? + writes)?;
+        Ok(())
+    }
+
+    /// Bytes of the pages the guest works on.
+    pub(super) fn data_bytes(&self) -> u64 {
+        self.machine.data_pages * PAGE_SIZE as u64
+    }
+}

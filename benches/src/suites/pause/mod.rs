@@ -1,0 +1,104 @@
+//! `pause`: what a running guest pays for checkpoints, and how near that is to what it must.
+//!
+//! Pauses are told twice: as the host sees them, from the first kick until every vCPU is on its way
+//! again, and as `gap`, the longest time the guest could not look at its own clock meanwhile. That
+//! one includes whatever else kept the vCPU from its core.
+//!
+//! Every guest has written all its memory and was checkpointed twice before anything is timed, so
+//! that memory, page tables and the store's buffers are warm.
+
+mod bed;
+mod cpus;
+mod floor;
+mod scale;
+mod storm;
+mod tenth;
+mod thousand;
+mod throughput;
+mod work;
+
+use crate::bench::{Bench, GIB};
+use crate::host;
+
+/// What the host must have free beside the memory of guests.
+const SPARE_BYTES: u64 = GIB / 2;
+
+struct Measurement {
+    name: &'static str,
+    what: &'static str,
+    /// Memory its guests touch.
+    touched_bytes: fn(&Bench) -> u64,
+    measure: fn(&mut Bench) -> anyhow::Result<()>,
+}
+
+const MEASUREMENTS: [Measurement; 7] = [
+    Measurement {
+        name: "p1000",
+        what: "1,000 pages a checkpoint, ten a second",
+        touched_bytes: |bench| bench.memory_size(4 * GIB),
+        measure: thousand::measure,
+    },
+    Measurement {
+        name: "dirty10",
+        what: "a tenth of memory a checkpoint",
+        touched_bytes: |bench| bench.memory_size(4 * GIB),
+        measure: tenth::measure,
+    },
+    Measurement {
+        name: "storm",
+        what: "a guest that writes as fast as it can",
+        touched_bytes: |bench| 2 * bench.memory_size(GIB),
+        measure: storm::measure,
+    },
+    Measurement {
+        name: "scale",
+        what: "the same changes in a large and in a small guest",
+        touched_bytes: |bench| 2 * scale::touch_bytes(bench),
+        measure: scale::measure,
+    },
+    Measurement {
+        name: "guest_work",
+        what: "the guest's work under checkpoints",
+        touched_bytes: |_bench| 2 * work::RAM_BYTES,
+        measure: work::measure,
+    },
+    Measurement {
+        name: "cpus4",
+        what: "four vCPUs",
+        touched_bytes: |bench| bench.memory_size(GIB),
+        measure: cpus::measure,
+    },
+    Measurement {
+        name: "incr_vs_store",
+        what: "writing a tenth of memory while the guest runs",
+        touched_bytes: |bench| bench.memory_size(GIB),
+        measure: throughput::measure,
+    },
+];
+
+/// Names for `--only`.
+pub(crate) fn names() -> impl Iterator<Item = &'static str> {
+    MEASUREMENTS.iter().map(|measurement| measurement.name)
+}
+
+pub(crate) fn run(bench: &mut Bench) -> anyhow::Result<()> {
+    for Measurement { name, what, touched_bytes, measure } in &MEASUREMENTS {
+        if !bench.wants(name) {
+            continue;
+        }
+        let wanted = touched_bytes(bench) + SPARE_BYTES;
+        // A host that does not say may have enough.
+        let available = host::available_bytes().unwrap_or(wanted);
+        if available < wanted {
+            bench.say(&format!(
+                "{name}: left out: it wants {} MiB of memory, and {} MiB are free",
+                wanted >> 20,
+                available >> 20
+            ));
+            continue;
+        }
+        bench.say(&format!("{name}: {what}"));
+        measure(bench)?;
+    }
+    Ok(())
+}

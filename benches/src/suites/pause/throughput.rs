@@ -1,0 +1,50 @@
+//! Whether saving what changed is slower while the guest runs than while it stands still.
+//!
+//! A checkpoint of a guest that stands still is the store writing the same kind of pages, and
+//! nothing else. It has all cores, though, and a guest that runs takes one of them: so it is
+//! measured a second time while another guest spins on a core, which is what a host with a core to
+//! spare would find.
+
+use super::bed::{Bed, RANDOM_SPEC};
+use crate::bench::{Bench, GIB};
+use crate::machine::Machine;
+use crate::metric::{MIB_S, Metric};
+use crate::series::{Series, checkpoint};
+
+/// A guest that does little but look at its clock.
+const IDLE_SPEC: &str = "rate=1,content=zero,report=0";
+const MIB: f64 = (1 << 20) as f64;
+
+pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
+    let bed = Bed::boot(bench, RANDOM_SPEC, bench.memory_size(GIB), 1)?;
+    let other = Machine::boot(IDLE_SPEC, 64 << 20, None)?;
+    other.vm.pause()?;
+    let (mut running, mut alone, mut beside) = (Series::new(), Series::new(), Series::new());
+    for _ in 0..bench.runs(10) {
+        bed.wait_tenth(true)?;
+        running.take(&bed.machine)?;
+        bed.wait_tenth(true)?;
+        standing(&bed, &mut alone)?;
+        bed.wait_tenth(true)?;
+        // The core that the guest gives up.
+        bed.machine.vm.pause()?;
+        other.vm.go()?;
+        standing(&bed, &mut beside)?;
+        other.vm.pause()?;
+    }
+    bench.say(&format!("incr_vs_store: a tenth of {} MiB", bed.data_bytes() >> 20));
+    let (value, n) = (running.changed_bytes_per_s() / MIB, running.duration.n());
+    for (name, floor) in [("incr_vs_store", &alone), ("incr_vs_store_beside_guest", &beside)] {
+        let metric = Metric::new(format!("pause.{name}"), value, MIB_S, n);
+        bench.emit(metric.against(floor.changed_bytes_per_s() / MIB))?;
+    }
+    Ok(())
+}
+
+/// A checkpoint of the guest while it stands still.
+fn standing(bed: &Bed, series: &mut Series) -> anyhow::Result<()> {
+    bed.machine.vm.pause()?;
+    series.add(&checkpoint(&bed.machine.vm)?);
+    bed.machine.vm.go()?;
+    Ok(())
+}
