@@ -11,6 +11,7 @@
 mod catalog;
 mod changes;
 mod codec;
+pub mod cow;
 mod create;
 mod delta;
 mod diff;

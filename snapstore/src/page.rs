@@ -33,6 +33,12 @@ impl PageSource for [Page] {
     }
 }
 
+impl PageSource for Vec<Page> {
+    fn read_page(&self, page: u64, buf: &mut Page) -> io::Result<()> {
+        self[..].read_page(page, buf)
+    }
+}
+
 /// True if every byte is zero.
 #[must_use]
 pub fn is_zero(page: &[u8]) -> bool {

@@ -22,8 +22,14 @@ impl Progress {
         self.cancelled.store(true, Ordering::Relaxed);
     }
 
+    /// True once it was cancelled.
+    #[must_use]
+    pub fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Relaxed)
+    }
+
     pub(crate) fn check(&self) -> Result<()> {
-        if self.cancelled.load(Ordering::Relaxed) {
+        if self.is_cancelled() {
             return Err(StoreError::Cancelled(
                 "the checkpoint was cancelled; nothing was published".into(),
             ));

@@ -60,8 +60,14 @@ impl PruneProgress {
         self.cancelled.store(true, Ordering::Relaxed);
     }
 
+    /// True once it was cancelled.
+    #[must_use]
+    pub fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Relaxed)
+    }
+
     pub(crate) fn check(&self) -> Result<()> {
-        if self.cancelled.load(Ordering::Relaxed) {
+        if self.is_cancelled() {
             return Err(StoreError::Cancelled("pruning stopped; nothing is lost".into()));
         }
         Ok(())

@@ -9,7 +9,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::str::FromStr;
 use std::time::Duration;
 
-use jiff::tz::TimeZone;
+/// Where days begin, for [`decide`].
+pub use jiff::tz::TimeZone;
 use jiff::{SignedDuration, Span, SpanRelativeTo, Timestamp};
 
 use crate::id::SnapshotId;

@@ -3,7 +3,8 @@
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
 use frazil_snapstore::{
     DirStorage, LockError, Pin, SEGMENT_FOLDER, Storage, StoreFile, WriterLock,
@@ -13,6 +14,9 @@ use frazil_snapstore::{
 pub const EIO: i32 = 5;
 /// "No space left on device".
 pub const ENOSPC: i32 = 28;
+
+/// How long a medium that hangs does so at the most: a test that forgot it must not hang for ever.
+const HANG_MAX: Duration = Duration::from_mins(1);
 
 /// What goes wrong with a [`FaultyStorage`]. Only what changes the medium fails.
 #[derive(Debug)]
@@ -24,6 +28,8 @@ pub struct Faults {
     lasting: AtomicI32,
     capacity_bytes: AtomicU64,
     injected: AtomicU64,
+    hangs: Mutex<bool>,
+    released: Condvar,
     usage: OnceLock<Usage>,
 }
 
@@ -48,6 +54,24 @@ impl Faults {
     /// The medium is full at `bytes`.
     pub fn limit(&self, bytes: u64) {
         self.capacity_bytes.store(bytes, Ordering::SeqCst);
+    }
+
+    /// From here on, writing to files and syncing them waits for [`Self::release`].
+    pub fn hang(&self) {
+        *self.hangs.lock().unwrap_or_else(PoisonError::into_inner) = true;
+    }
+
+    /// The medium answers again.
+    pub fn release(&self) {
+        *self.hangs.lock().unwrap_or_else(PoisonError::into_inner) = false;
+        self.released.notify_all();
+    }
+
+    fn wait_while_it_hangs(&self) {
+        let hangs = self.hangs.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self.released.wait_timeout_while(hangs, HANG_MAX, |hangs| *hangs);
+        let (mut hangs, result) = waited.unwrap_or_else(PoisonError::into_inner);
+        *hangs &= !result.timed_out();
     }
 
     /// The medium is good and large again.
@@ -107,6 +131,8 @@ impl FaultyStorage {
             lasting: AtomicI32::new(0),
             capacity_bytes: AtomicU64::new(u64::MAX),
             injected: AtomicU64::new(0),
+            hangs: Mutex::new(false),
+            released: Condvar::new(),
             usage: OnceLock::new(),
         });
         let path = root.to_path_buf();
@@ -187,6 +213,7 @@ impl StoreFile for FaultyFile {
     }
 
     fn write_all_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.faults.wait_while_it_hangs();
         let grows = (offset + buf.len() as u64).saturating_sub(self.inner.len_bytes()?);
         if let Err(error) = self.faults.check().and_then(|()| self.faults.check_room(grows)) {
             // As a real disk does: part of it is there, and the caller cannot tell which.
@@ -206,6 +233,7 @@ impl StoreFile for FaultyFile {
     }
 
     fn sync(&self) -> io::Result<()> {
+        self.faults.wait_while_it_hangs();
         self.faults.check()?;
         self.inner.sync()
     }

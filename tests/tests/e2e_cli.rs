@@ -16,7 +16,10 @@ fn check_report(report: &Value, vm: &str, parent: Option<&str>) -> String {
     let field = |name| number(report, name);
     assert!(field("dirty_pages") > 0 && field("pause_us") > 0 && field("time_unix_ms") > 0);
     assert_eq!(field("stored_bytes"), field("frame_bytes") + field("meta_bytes"), "{report}");
-    assert!(field("precopied_pages") + field("cut_pages") >= field("dirty_pages"), "{report}");
+    let written = field("precopied_pages") + field("commit_pages");
+    assert!(written >= field("dirty_pages"), "{report}");
+    let kept = field("staged_pages") + field("cut_pages") + field("protected_pages");
+    assert!(kept >= field("commit_pages"), "{report}");
     assert!(field("duration_us") >= field("pause_us") && field("commit_us") >= field("sync_us"));
     let rounds = report["rounds"].as_array().expect("rounds");
     let precopied: u64 = rounds.iter().map(|round| number(round, "pages")).sum();

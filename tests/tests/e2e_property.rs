@@ -15,6 +15,7 @@ use frazil_tests::memory_copy::MemoryCopy;
 use frazil_tests::rng::Rng;
 use frazil_tests::vm_harness::{expect_sound, kvm_or_skip};
 use frazil_vmm::devices::serial::SerialOutput;
+use frazil_vmm::dirty::TrackerKind;
 use frazil_vmm::{CheckpointRequest, Guest, HostConfig, Loading, MachineConfig, Vm};
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress};
@@ -24,6 +25,9 @@ const PAGES: u64 = RAM_BYTES / PAGE_SIZE as u64;
 /// Pages the guest never touches: some below the first MiB, and all behind its data.
 const LOW_PAGES: std::ops::Range<u64> = 0x40..0x90;
 const HIGH_PAGES: std::ops::Range<u64> = (20 << 8)..PAGES;
+
+const TRACKERS: [TrackerKind; 3] =
+    [TrackerKind::Ring, TrackerKind::ManualBitmap, TrackerKind::Bitmap];
 
 fn spec(seed: u64) -> String {
     let content = ["text", "random", "edit"][seed as usize % 3];
@@ -38,6 +42,9 @@ struct World {
     faults: Arc<Faults>,
     rng: Rng,
     name: String,
+    /// How writes are tracked, and how much may be copied aside: next to nothing, some, all.
+    tracker: TrackerKind,
+    staging_bytes: u64,
     /// What each published snapshot holds; none if it was taken while the guest ran.
     published: HashMap<SnapshotId, Option<MemoryCopy>>,
     /// What the VMM wrote where the guest does not, per snapshot and now.
@@ -75,6 +82,8 @@ impl World {
             faults,
             rng: Rng::new(seed),
             name,
+            tracker: TRACKERS[seed as usize / 2 % 3],
+            staging_bytes: [1 << 14, 1 << 20, 1 << 26][seed as usize / 6 % 3],
             published: HashMap::new(),
             vmm_pages: HashMap::new(),
             vmm_pages_of: HashMap::new(),
@@ -88,6 +97,7 @@ impl World {
             ram_bytes: RAM_BYTES,
             cpus: 1 + seed as usize % 2,
             guest: Guest::Workload(spec(seed).parse().expect("a workload")),
+            disks: Vec::new(),
         };
         let vm = Vm::boot(&config, world.host()).expect("it boots");
         vm.go().expect("it runs");
@@ -97,7 +107,11 @@ impl World {
     }
 
     fn host(&self) -> HostConfig {
-        HostConfig::new(SerialOutput::Null, Some(Arc::clone(&self.store)))
+        HostConfig {
+            tracker: Some(self.tracker),
+            staging_bytes: self.staging_bytes,
+            ..HostConfig::new(SerialOutput::Null, Some(Arc::clone(&self.store)))
+        }
     }
 
     fn vm(&self) -> &Vm {

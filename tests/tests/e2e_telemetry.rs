@@ -204,7 +204,12 @@ fn metrics_are_what_prometheus_reads_and_what_the_vm_says_elsewhere() {
     }
     assert_eq!(seen.count("frazil_checkpoint_dirty_pages_sum", &[]), sum("dirty_pages"));
     let written = |phase| seen.count("frazil_checkpoint_pages_total", &[("phase", phase)]);
-    assert_eq!(written("precopy") + written("cut"), sum("precopied_pages") + sum("cut_pages"));
+    assert_eq!(written("precopy"), sum("precopied_pages"));
+    assert_eq!(written("commit"), sum("commit_pages"));
+    let kept = |how| seen.count("frazil_checkpoint_kept_pages_total", &[("how", how)]);
+    for (how, field) in [("staged", "staged_pages"), ("cut", "cut_pages"), ("cow", "cow_pages")] {
+        assert_eq!(kept(how), sum(field), "{how}");
+    }
     let stored = |kind| seen.count("frazil_checkpoint_stored_bytes_total", &[("kind", kind)]);
     assert_eq!(stored("frames") + stored("meta"), sum("stored_bytes"));
     let pause = "frazil_checkpoint_pause_seconds";

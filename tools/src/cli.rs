@@ -8,6 +8,9 @@ use clap::error::ErrorKind;
 use clap::{ArgGroup, Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use frazil_snapstore::Elide;
 use frazil_snapstore::retention::{Policy, parse_within};
+use frazil_vmm::dirty::TrackerKind;
+use frazil_vmm::disk::DiskConfig;
+use frazil_vmm::scheduler::Every;
 use frazil_vmm::workload::WorkloadSpec;
 
 /// Freezes running virtual machines: a checkpoint is taken while the guest goes on and costs what
@@ -99,6 +102,27 @@ fn size(text: &str) -> Result<u64, String> {
         .map_err(|error| format!("expected a size such as 512MiB or 4GiB ({error})"))
 }
 
+/// The file of a disk, and `,ro` if it is only read.
+fn disk(text: &str) -> Result<DiskConfig, String> {
+    let (file, read_only) = match text.strip_suffix(",ro") {
+        Some(file) => (file, true),
+        None => (text, false),
+    };
+    if file.is_empty() {
+        return Err("expected a file, or FILE,ro".into());
+    }
+    Ok(DiskConfig { file: file.into(), read_only, serial: None })
+}
+
+fn tracker(text: &str) -> Result<TrackerKind, String> {
+    match text {
+        "ring" => Ok(TrackerKind::Ring),
+        "manual-bitmap" => Ok(TrackerKind::ManualBitmap),
+        "bitmap" => Ok(TrackerKind::Bitmap),
+        _ => Err("expected `ring`, `manual-bitmap` or `bitmap`".into()),
+    }
+}
+
 fn workload(text: &str) -> Result<WorkloadSpec, String> {
     text.parse::<WorkloadSpec>().map_err(|error| error.to_string())
 }
@@ -110,6 +134,15 @@ fn interval(text: &str) -> Result<Duration, String> {
         return Err("expected more than no time at all".into());
     }
     Ok(interval)
+}
+
+fn every(text: &str) -> Result<Every, String> {
+    match text {
+        "continuous" => Ok(Every::Continuous),
+        _ => {
+            interval(text).map(Every::Interval).map_err(|wrong| format!("{wrong}, or `continuous`"))
+        }
+    }
 }
 
 fn within(text: &str) -> Result<Duration, String> {
@@ -198,6 +231,11 @@ pub(crate) struct RunArgs {
     /// Number of vCPUs.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub cpus: usize,
+    /// A disk with the contents of FILE, which stays as it is: what the guest writes is kept beside
+    /// it (see --overlay) and becomes part of every snapshot. `,ro` makes it read-only. May be
+    /// repeated. There is no device yet through which a guest could see it.
+    #[arg(long = "disk", value_name = "FILE[,ro]", value_parser = disk)]
+    pub disks: Vec<DiskConfig>,
     #[command(flatten)]
     pub host: HostArgs,
 }
@@ -211,9 +249,26 @@ pub(crate) struct HostArgs {
     /// $FRAZIL_STORE, else ./frazil-store.
     #[arg(long, value_name = "DIR")]
     pub store: Option<PathBuf>,
-    /// Take a checkpoint this often.
-    #[arg(long, value_name = "TIME", value_parser = interval)]
-    pub checkpoint_every: Option<Duration>,
+    /// Keep what the guest writes to its disks in a file without a name in this folder, instead of
+    /// in memory.
+    #[arg(long, value_name = "DIR")]
+    pub overlay: Option<PathBuf>,
+    /// What keeps track of the pages the guest writes. Default: what suits the machine and this KVM.
+    #[arg(long, value_name = "HOW", value_parser = tracker)]
+    pub dirty_tracking: Option<TrackerKind>,
+    /// Memory that a checkpoint may take to copy pages aside while the guest runs. What is more
+    /// stays in place, write-protected until it is written: the guest waits a little before it can
+    /// change such a page.
+    #[arg(long, value_name = "SIZE", default_value = "64MiB", value_parser = size)]
+    pub staging: u64,
+    /// Take a checkpoint this often, or the next as soon as the one before is published. What is
+    /// due while one is being taken is left out.
+    #[arg(long, value_name = "TIME|continuous", value_parser = every)]
+    pub checkpoint_every: Option<Every>,
+    /// Let a checkpoint that is due wait up to so long for a moment in which the guest writes
+    /// little, so that it stands still for less.
+    #[arg(long, value_name = "TIME", value_parser = interval, requires = "checkpoint_every")]
+    pub checkpoint_quiet: Option<Duration>,
     /// zstd level for checkpoints: 1 to 22, or -1 to -100 for the fast ones.
     #[arg(long, value_name = "LEVEL", default_value_t = 1, allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(-100..=22))]
     pub compression: i32,
@@ -229,6 +284,9 @@ pub(crate) struct HostArgs {
     /// standard error.
     #[arg(long, value_name = "WHERE", default_value = "stdio", value_parser = serial)]
     pub serial: SerialArg,
+    /// Applied to the snapshots with this VM's name, while it runs.
+    #[command(flatten)]
+    pub keep: KeepArgs,
 }
 
 #[derive(Debug, Args)]
@@ -262,6 +320,10 @@ pub(crate) struct CheckpointArgs {
     /// End the VM once it is published (suspend).
     #[arg(long)]
     pub exit: bool,
+    /// Give up the checkpoint that is being taken instead, whoever asked for it. The guest goes
+    /// on, and its pages are part of the next one.
+    #[arg(long, conflicts_with_all = ["message", "tag", "exit"])]
+    pub cancel: bool,
 }
 
 #[derive(Debug, Args)]
@@ -332,9 +394,10 @@ pub(crate) struct DiffArgs {
     pub ranges: usize,
 }
 
-/// Which snapshots stay, as `restic forget` has it: one stays if any rule wants it.
+/// Which snapshots stay, as `restic forget` has it: one stays if any rule wants it. Tagged ones
+/// always do.
 #[derive(Clone, Copy, Debug, Args)]
-#[command(next_help_heading = "Rules: of each VM, keep")]
+#[command(next_help_heading = "Rules: of a VM's snapshots, keep")]
 pub(crate) struct KeepArgs {
     /// The newest N.
     #[arg(long = "keep-last", value_name = "N", value_parser = a_few())]

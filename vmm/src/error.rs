@@ -75,6 +75,12 @@ pub enum VmmError {
 }
 
 impl VmmError {
+    /// True if nothing failed: somebody wanted it to end.
+    #[must_use]
+    pub fn is_cancelled(&self) -> bool {
+        matches!(self, Self::Store(StoreError::Cancelled(_)))
+    }
+
     pub(crate) fn host(op: impl Into<String>) -> impl FnOnce(std::io::Error) -> Self {
         let op = op.into();
         move |source| Self::Host { op, source }

@@ -12,12 +12,17 @@ pub mod control;
 mod cpuid;
 pub mod devices;
 pub mod dirty;
+pub mod disk;
 mod error;
+pub mod keeper;
 pub mod kvm;
+mod line;
+mod machine;
 pub mod memory;
 pub mod scheduler;
 pub mod state;
 pub mod telemetry;
+mod turns;
 pub mod vcpu;
 mod vm;
 pub mod workload;
@@ -27,6 +32,9 @@ pub use checkpoint::{
     CheckpointReport, CheckpointRequest, CheckpointStats, CheckpointTotals, ProgressReport, Round,
 };
 pub use error::{Result, VmmError};
+pub use machine::{
+    Guest, HostConfig, Loading, MachineConfig, STAGING_BYTES, SavedGuest, SavedMachine,
+};
 pub use vcpu::Ended;
-pub use vm::{Guest, HostConfig, Loading, MachineConfig, SavedGuest, SavedMachine, Vm};
+pub use vm::Vm;
 pub use workload_memory::{saved_machine, verify_snapshot};

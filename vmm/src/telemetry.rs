@@ -81,10 +81,18 @@ pub struct Distribution {
 pub struct CheckpointSums {
     /// Distinct pages that changed from one to the next.
     pub dirty_pages: u64,
-    /// Pages written while the guest ran, some of them more than once.
+    /// Pages written before the cut, some of them more than once.
     pub precopied_pages: u64,
-    /// Pages that waited for the cut.
+    /// Pages copied aside before the cut, some of them more than once.
+    pub staged_pages: u64,
+    /// Pages copied in the pause.
     pub cut_pages: u64,
+    /// Pages left in place, copy-on-write, until they were written.
+    pub protected_pages: u64,
+    /// Of these, pages copied because the guest was about to change them.
+    pub cow_pages: u64,
+    /// Pages written after the cut.
+    pub commit_pages: u64,
     /// Pages that were all zero.
     pub zero_pages: u64,
     /// Pages that were what they had been before.
@@ -245,7 +253,11 @@ impl Recorded {
         let sums = &mut self.sums;
         sums.dirty_pages += stats.dirty_pages;
         sums.precopied_pages += stats.precopied_pages;
+        sums.staged_pages += stats.staged_pages;
         sums.cut_pages += stats.cut_pages;
+        sums.protected_pages += stats.protected_pages;
+        sums.cow_pages += stats.cow_pages;
+        sums.commit_pages += stats.commit_pages;
         sums.zero_pages += stats.zero_pages;
         sums.equal_pages += stats.equal_pages;
         sums.dedup_pages += stats.dedup_pages;
@@ -280,7 +292,7 @@ mod tests {
         serde_json::from_value(json!({
             "vm": "v", "id": "00".repeat(32), "parent": null, "time_unix_ms": 1,
             "ram_bytes": 1 << 20, "dirty_pages": dirty_pages, "zero_pages": 1,
-            "precopied_pages": 2, "cut_pages": 3, "frame_bytes": 400, "rounds": [],
+            "precopied_pages": 2, "cut_pages": 3, "commit_pages": 5, "frame_bytes": 400, "rounds": [],
             "pause_us": pause_us, "quiesce_us": 7, "cut_us": 8, "go_on_us": 9, "precopy_us": 10,
             "meta_bytes": 50, "stored_bytes": 450, "commit_us": 0, "sync_us": 0,
             "duration_us": 5_000,

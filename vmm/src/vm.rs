@@ -1,160 +1,41 @@
 //! A virtual machine: booted or resumed, run, paused, ended.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use frazil_snapstore::pager::{Pager, PagerOptions, PagerStats};
-use frazil_snapstore::{PageSet, Pin, Snapshot, SnapshotId, Store};
-use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use frazil_snapstore::pager::{Pager, PagerStats};
+use frazil_snapstore::{PAGE_SIZE, Snapshot, SnapshotId, Store};
 
 use crate::boot::{self, BootSource, Kernel};
-use crate::checkpoint::{CheckpointProgress, CheckpointTotals, StagedPages};
+use crate::checkpoint::{CheckpointProgress, CheckpointTotals};
 use crate::cpuid;
-use crate::devices::serial::{SerialOutput, SerialPort};
+use crate::devices::serial::SerialPort;
 use crate::devices::{Bus, platform, serial};
-use crate::dirty::{AllWrites, DirtyTracker, TrackerKind};
+use crate::dirty::TrackerKind;
+use crate::disk::{Disk, OverlayOptions, disk_name};
 use crate::error::{Result, VmmError};
+use crate::keeper::Keeping;
 use crate::kvm::{Hypervisor, VmShell};
+use crate::line::Line;
+use crate::machine::{
+    Guest, HostConfig, Loading, MACHINE_CHUNK, MAX_CPUS, MachineConfig, SavedGuest, SavedMachine,
+};
 use crate::memory::{GuestRam, RAM_REGION};
-use crate::state::{ChunkSet, Saved};
+use crate::state::ChunkSet;
 use crate::telemetry::Telemetry;
+use crate::turns::Turns;
 use crate::vcpu::saved::SavedVcpu;
 use crate::vcpu::{Ended, Vcpu, VcpuSet};
 use crate::workload::{ControlView, GUEST_ELF, VerifyReport, WorkloadSpec};
 
-/// The chunk that lists the machine.
-pub(crate) const MACHINE_CHUNK: &str = "machine";
-
-/// The most vCPUs: APIC ids are eight bits without x2APIC.
-const MAX_CPUS: usize = 254;
-
-/// A machine to boot.
-#[derive(Clone, Debug)]
-pub struct MachineConfig {
-    /// Its name.
-    pub name: String,
-    /// Bytes of RAM.
-    pub ram_bytes: u64,
-    /// Number of vCPUs.
-    pub cpus: usize,
-    /// What it runs.
-    pub guest: Guest,
-}
-
-/// What a machine runs.
-#[derive(Clone, Debug)]
-pub enum Guest {
-    /// The built-in workload.
-    Workload(WorkloadSpec),
-    /// A kernel of the user's.
-    Kernel(BootSource),
-}
-
-/// How a VM meets its host; not part of the machine, and free to differ on each resume.
-#[derive(Clone, Debug)]
-pub struct HostConfig {
-    /// Where the serial port's output goes.
-    pub serial: SerialOutput,
-    /// Where its checkpoints go, if anywhere.
-    pub store: Option<Arc<Store>>,
-    /// What keeps track of the pages the guest writes; None is what suits the machine.
-    pub tracker: Option<TrackerKind>,
-}
-
-impl HostConfig {
-    /// Output to `serial`, checkpoints to `store`, the rest as suits the machine.
-    #[must_use]
-    pub fn new(serial: SerialOutput, store: Option<Arc<Store>>) -> Self {
-        Self { serial, store, tracker: None }
-    }
-}
-
-/// How memory comes back on resume.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Loading {
-    /// As it is touched.
-    Lazy(PagerOptions),
-    /// All of it before the guest runs.
-    Eager,
-}
-
-/// The machine, as its snapshots list it: with this and the other chunks it is built again.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct SavedMachine {
-    /// Bytes of RAM.
-    pub ram_bytes: u64,
-    /// Number of vCPUs.
-    pub cpus: usize,
-    /// What was booted.
-    pub guest: SavedGuest,
-}
-
-/// What was booted.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
-pub enum SavedGuest {
-    /// The built-in workload.
-    Workload {
-        /// Its specification, with the machine's CPUs and TSC frequency.
-        spec: String,
-    },
-    /// A kernel of the user's.
-    Kernel {
-        /// The file it was loaded from.
-        kernel: String,
-        /// The initial RAM disk's file.
-        initrd: Option<String>,
-        /// Its command line.
-        cmdline: String,
-    },
-}
-
-impl Saved for SavedMachine {
-    const KIND: &'static str = "frazil.machine";
-    const VERSION: u32 = 1;
-
-    fn upgrade(version: u32, _body: Value) -> Result<Value, String> {
-        Err(format!("version {version} was never written"))
-    }
-}
-
-impl SavedMachine {
-    /// The built-in workload's specification, if the machine runs it.
-    #[must_use]
-    pub fn workload(&self) -> Option<WorkloadSpec> {
-        match &self.guest {
-            SavedGuest::Workload { spec } => spec.parse().ok(),
-            SavedGuest::Kernel { .. } => None,
-        }
-    }
-}
-
-/// Where the VM stands in its line of snapshots. Locked for the length of a checkpoint.
-#[derive(Debug)]
-pub(crate) struct Line {
-    /// The snapshot that the next one changes.
-    pub head: Option<SnapshotId>,
-    /// Keeps the head in the store, forgotten or not, for the next one shares with it.
-    pub head_pin: Option<Arc<dyn Pin>>,
-    /// Pages written since `head`, as far as they were harvested. They leave the set only when a
-    /// snapshot that holds them is published, so a failed checkpoint loses none.
-    pub since_head: PageSet,
-    pub tracker: Box<dyn DirtyTracker>,
-    /// Room for the pages that are copied in the pause.
-    pub staged: StagedPages,
-}
-
-impl Line {
-    /// Adds the pages written since the last harvest to `pages`, and to those the head lacks.
-    pub(crate) fn harvest(&mut self, pages: &mut PageSet) -> Result<()> {
-        let harvested = self.tracker.harvest(pages);
-        // Also after an error: what was read is cleared in KVM.
-        self.since_head.union(pages);
-        harvested
-    }
+/// What a machine is put together from.
+struct Parts {
+    shell: VmShell,
+    bus: Arc<Bus>,
+    vcpus: Arc<VcpuSet>,
+    pager: Option<Pager>,
+    disks: Vec<Arc<Disk>>,
 }
 
 /// A running virtual machine.
@@ -171,14 +52,20 @@ pub struct Vm {
     pub(crate) vcpus: Arc<VcpuSet>,
     pub(crate) bus: Arc<Bus>,
     pub(crate) shell: VmShell,
+    disks: Vec<Arc<Disk>>,
     pub(crate) line: Mutex<Line>,
     /// True while the user wants the guest to stand still. Locked while vCPUs stop and go.
     pub(crate) paused: Mutex<bool>,
     /// The same, for those who only ask.
     paused_now: AtomicBool,
+    /// How often the user had the guest stand still so far.
+    pub(crate) pauses: AtomicU64,
     pub(crate) progress: CheckpointProgress,
     pub(crate) totals: Mutex<CheckpointTotals>,
     pub(crate) telemetry: Telemetry,
+    /// Who may write to the store.
+    pub(crate) turns: Turns,
+    pub(crate) keeping: Keeping,
 }
 
 impl Vm {
@@ -202,10 +89,22 @@ impl Vm {
         let (source, guest) = boot_source(config, tsc_khz)?;
         let entry = boot::load(&source, &shell.ram)?;
         boot::set_boot_registers(vcpus[0].fd(), entry)?;
-        let machine = SavedMachine { ram_bytes: config.ram_bytes, cpus: config.cpus, guest };
+        let disks = config
+            .disks
+            .iter()
+            .enumerate()
+            .map(|(index, disk)| Ok(Arc::new(Disk::open(index, disk, &host.overlay)?)));
+        let disks = disks.collect::<Result<Vec<_>>>()?;
+        let machine = SavedMachine {
+            ram_bytes: config.ram_bytes,
+            cpus: config.cpus,
+            guest,
+            disks: disks.len(),
+        };
         let bus = Arc::new(Bus::new(SerialPort::new(&shell.fd, &host.serial)?));
         let vcpus = Arc::new(VcpuSet::start(vcpus, &bus)?);
-        Ok(Self::assemble(config.name.clone(), machine, host, shell, bus, vcpus, None))
+        let parts = Parts { shell, bus, vcpus, pager: None, disks };
+        Ok(Self::assemble(config.name.clone(), machine, host, parts))
     }
 
     /// Builds the machine that `snapshot` holds. It stands still until [`Self::go`].
@@ -230,6 +129,7 @@ impl Vm {
         let vcpus = restore_vcpus(&hypervisor, &shell, &machine, &mut chunks)?;
         platform::restore(&shell.fd, &mut chunks)?;
         let serial = SerialPort::restore(&shell.fd, &host.serial, chunks.take(serial::CHUNK)?)?;
+        let disks = resume_disks(&machine, snapshot, &mut chunks, &host.overlay)?;
         chunks.finish()?;
         let bus = Arc::new(Bus::new(serial));
         let vcpus = Arc::new(VcpuSet::start(vcpus, &bus)?);
@@ -238,7 +138,8 @@ impl Vm {
         if let Some(failure) = pager.as_ref().and_then(Pager::failure) {
             return Err(VmmError::NotNow(failure.to_string()));
         }
-        let mut vm = Self::assemble(name, machine, host, shell, bus, vcpus, pager);
+        let parts = Parts { shell, bus, vcpus, pager, disks };
+        let mut vm = Self::assemble(name, machine, host, parts);
         vm.resumed_from = Some(snapshot.id());
         // What was never touched since is shared with the snapshot, resident or not.
         let line = vm.line.get_mut().unwrap_or_else(PoisonError::into_inner);
@@ -246,23 +147,9 @@ impl Vm {
         Ok(vm)
     }
 
-    fn assemble(
-        name: String,
-        machine: SavedMachine,
-        host: HostConfig,
-        shell: VmShell,
-        bus: Arc<Bus>,
-        vcpus: Arc<VcpuSet>,
-        pager: Option<Pager>,
-    ) -> Self {
-        let tracker = AllWrites::new(shell.tracker(), Arc::clone(&shell.ram));
-        let line = Line {
-            head: None,
-            head_pin: None,
-            since_head: PageSet::new(shell.ram.end_page()),
-            tracker: Box::new(tracker),
-            staged: StagedPages::default(),
-        };
+    fn assemble(name: String, machine: SavedMachine, host: HostConfig, parts: Parts) -> Self {
+        let Parts { shell, bus, vcpus, pager, disks } = parts;
+        let line = Line::new(&shell, &disks);
         Self {
             name,
             machine,
@@ -273,12 +160,16 @@ impl Vm {
             vcpus,
             bus,
             shell,
+            disks,
             line: Mutex::new(line),
             paused: Mutex::new(true),
             paused_now: AtomicBool::new(true),
+            pauses: AtomicU64::new(0),
             progress: CheckpointProgress::default(),
             totals: Mutex::default(),
             telemetry: Telemetry::default(),
+            turns: Turns::default(),
+            keeping: Keeping::default(),
         }
     }
 
@@ -328,12 +219,13 @@ impl Vm {
 
     /// Stops the vCPUs, or none of them.
     fn stop_vcpus(&self) -> Result<()> {
-        self.vcpus.pause(false).inspect_err(|_| self.vcpus.resume())
+        self.vcpus.pause().inspect_err(|_| self.vcpus.resume())
     }
 
     pub(crate) fn set_paused(&self, paused: &mut bool, value: bool) {
         *paused = value;
-        self.paused_now.store(value, Ordering::Relaxed);
+        self.pauses.fetch_add(u64::from(value), Ordering::Release);
+        self.paused_now.store(value, Ordering::Release);
     }
 
     /// Ends the VM. A checkpoint that is being written is given up.
@@ -394,13 +286,24 @@ impl Vm {
     #[must_use]
     pub fn is_paused(&self) -> bool {
         // Not the lock: it is held for as long as somebody looks at a guest that stands still.
-        self.paused_now.load(Ordering::Relaxed)
+        self.paused_now.load(Ordering::Acquire)
     }
 
     /// What the pager did, if memory comes lazily.
     #[must_use]
     pub fn pager_stats(&self) -> Option<PagerStats> {
         self.pager.as_ref().map(Pager::stats)
+    }
+
+    /// Its disks, for their devices.
+    #[must_use]
+    pub fn disks(&self) -> &[Arc<Disk>] {
+        &self.disks
+    }
+
+    /// Pages that a checkpoint may copy aside.
+    pub(crate) fn staging_pages(&self) -> u64 {
+        self.host.staging_bytes / PAGE_SIZE as u64
     }
 
     /// The guest's RAM.
@@ -512,6 +415,21 @@ fn build_shell(
         });
     }
     VmShell::new(hypervisor, ram, tracker)
+}
+
+fn resume_disks(
+    machine: &SavedMachine,
+    snapshot: &Snapshot,
+    chunks: &mut ChunkSet,
+    overlay: &OverlayOptions,
+) -> Result<Vec<Arc<Disk>>> {
+    (0..machine.disks)
+        .map(|index| {
+            let name = disk_name(index);
+            let disk = Disk::resume(chunks.take(&name)?, snapshot.region(&name)?, overlay)?;
+            Ok(Arc::new(disk))
+        })
+        .collect()
 }
 
 /// Name of a vCPU's chunk.

@@ -5,9 +5,9 @@ use std::io;
 use frazil_snapstore::{PageSource, RegionReader, Snapshot};
 
 use crate::error::{Result, VmmError};
+use crate::machine::{MACHINE_CHUNK, SavedMachine};
 use crate::memory::{GuestRam, RAM_REGION};
 use crate::state::ChunkSet;
-use crate::vm::{MACHINE_CHUNK, SavedMachine};
 use crate::workload::{PageRead, PageReadShared, VerifyReport, verify_parallel};
 
 /// A guest's RAM; pages that have not come in yet come as they are read.

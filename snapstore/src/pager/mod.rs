@@ -90,7 +90,7 @@ pub struct Mapping {
 }
 
 impl Mapping {
-    fn pages(&self) -> u64 {
+    pub(crate) fn pages(&self) -> u64 {
         (self.len_bytes / PAGE_SIZE) as u64
     }
 
@@ -211,7 +211,7 @@ fn open_uffd() -> Result<Uffd, PagerError> {
 }
 
 /// The crate's errors print without their cause.
-fn describe(error: &userfaultfd::Error) -> String {
+pub(crate) fn describe(error: &userfaultfd::Error) -> String {
     match error {
         userfaultfd::Error::SystemError(errno) => errno.to_string(),
         other => other.to_string(),
@@ -448,6 +448,10 @@ pub fn load(region: &RegionReader, memory: &File, mappings: &[Mapping]) -> Resul
     Ok(())
 }
 
-fn uffd_error(op: &'static str, address: usize, error: &userfaultfd::Error) -> PagerError {
+pub(crate) fn uffd_error(
+    op: &'static str,
+    address: usize,
+    error: &userfaultfd::Error,
+) -> PagerError {
     PagerError::Uffd { op, address, reason: describe(error) }
 }

@@ -3,7 +3,7 @@
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use frazil_vmm::control::api::{Done, RunState, VmStatus};
+use frazil_vmm::control::api::{CancelReport, Done, RunState, VmStatus};
 use frazil_vmm::control::{Client, find, list};
 use frazil_vmm::{CheckpointReport, CheckpointRequest, ProgressReport};
 use serde_json::json;
@@ -22,7 +22,10 @@ fn client(vm: &str) -> anyhow::Result<Client> {
 }
 
 pub(crate) fn checkpoint(args: CheckpointArgs, json: bool) -> anyhow::Result<()> {
-    let CheckpointArgs { vm, message, tag, exit } = args;
+    let CheckpointArgs { vm, message, tag, exit, cancel } = args;
+    if cancel {
+        return cancel_checkpoint(&vm, json);
+    }
     let record = find(&vm)?;
     let watcher = Client::new(record.clone(), Some(PATIENCE));
     let patient = Client::new(record, None);
@@ -68,6 +71,23 @@ pub(crate) fn checkpoint(args: CheckpointArgs, json: bool) -> anyhow::Result<()>
         output::micros(stats.pause_us),
         output::micros(report.duration_us),
         if exit { "; the VM has ended" } else { "" },
+    );
+    Ok(())
+}
+
+fn cancel_checkpoint(vm: &str, json: bool) -> anyhow::Result<()> {
+    // It answers once the checkpoint is over, which may have to wait for the medium.
+    let CancelReport { cancelled } = Client::new(find(vm)?, None).put("/checkpoints/cancel")?;
+    if json {
+        return print_json(&json!({"vm": vm, "cancelled": cancelled}));
+    }
+    outln!(
+        "{vm}: {}",
+        if cancelled {
+            "the checkpoint is cancelled, the guest goes on; its pages are part of the next one"
+        } else {
+            "there was no checkpoint to cancel"
+        }
     );
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! `frazil run` and `frazil resume`: a VM in this process, until it ends.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
@@ -11,7 +12,9 @@ use frazil_snapstore::{Store, StoreOptions};
 use frazil_vmm::boot::{BootSource, Kernel};
 use frazil_vmm::control::{Registration, Server};
 use frazil_vmm::devices::serial::SerialOutput;
-use frazil_vmm::scheduler::Scheduler;
+use frazil_vmm::disk::OverlayOptions;
+use frazil_vmm::keeper::{Keeper, Kept};
+use frazil_vmm::scheduler::{Schedule, ScheduleEvent, Scheduler};
 use frazil_vmm::{CheckpointReport, Ended, Guest, HostConfig, Loading, MachineConfig, Vm};
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -31,7 +34,7 @@ const FIRST_READ_PATIENCE: Duration = Duration::from_secs(5);
 const FIRST_PROGRESS_PATIENCE: Duration = Duration::from_mins(1);
 
 pub(crate) fn run(args: RunArgs, json: bool) -> anyhow::Result<ExitCode> {
-    let RunArgs { kernel, initrd, cmdline, workload, memory, cpus, host } = args;
+    let RunArgs { kernel, initrd, cmdline, workload, memory, cpus, disks, host } = args;
     let guest = match (kernel, workload) {
         (_, Some(spec)) => Guest::Workload(spec),
         (Some(kernel), None) => {
@@ -41,6 +44,7 @@ pub(crate) fn run(args: RunArgs, json: bool) -> anyhow::Result<ExitCode> {
     };
     let wants_store = host.store.is_some()
         || host.checkpoint_every.is_some()
+        || !host.keep.policy().is_empty()
         || std::env::var_os("FRAZIL_STORE").is_some();
     let store_path = host.store.clone().unwrap_or_else(default_store);
     let store = if wants_store || store_path.exists() {
@@ -49,8 +53,8 @@ pub(crate) fn run(args: RunArgs, json: bool) -> anyhow::Result<ExitCode> {
         None
     };
     let registration = Registration::enter(&vm_name(&host), host.api_socket.clone())?;
-    let config =
-        MachineConfig { name: registration.record().name.clone(), ram_bytes: memory, cpus, guest };
+    let name = registration.record().name.clone();
+    let config = MachineConfig { name, ram_bytes: memory, cpus, guest, disks };
     let vm = Vm::boot(&config, host_config(&host, store, json))?;
     serve(Session {
         vm: Arc::new(vm),
@@ -123,10 +127,8 @@ fn serve(session: Session) -> anyhow::Result<ExitCode> {
     {
         return Err(error.into());
     }
-    let scheduler = host
-        .checkpoint_every
-        .map(|interval| Scheduler::start(Arc::clone(&vm), interval, Box::new(printer)))
-        .transpose()?;
+    let scheduler = start_scheduler(&vm, &host, json)?;
+    let keeper = start_keeper(&vm, &host, json)?;
     let ended = loop {
         if let Some(ended) = vm.wait_ended(Duration::from_hours(1)) {
             break ended;
@@ -136,14 +138,17 @@ fn serve(session: Session) -> anyhow::Result<ExitCode> {
     // Answers that are on their way, such as to the request that ended the VM, get a moment; a
     // suspending checkpoint's line comes before the end's.
     drop(server);
+    // No checkpoint comes any more: what it does last is final.
+    drop(keeper);
     vm.finish_output();
     let totals = vm.checkpoint_totals();
     let code = say_ended(&vm, &ended, json)?;
     if !json && totals.taken + totals.failed > 0 {
         eprintln!(
-            "frazil: {} checkpoints ({} failed, {} skipped), {} pages, {} stored, longest pause {}",
+            "frazil: {} checkpoints ({} failed, {} cancelled, {} skipped), {} pages, {} stored, longest pause {}",
             totals.taken,
             totals.failed,
+            totals.cancelled,
             totals.skipped,
             output::count(totals.pages),
             output::bytes(totals.stored_bytes),
@@ -152,6 +157,46 @@ fn serve(session: Session) -> anyhow::Result<ExitCode> {
     }
     drop(registration);
     Ok(code)
+}
+
+fn start_scheduler(vm: &Arc<Vm>, host: &HostArgs, json: bool) -> anyhow::Result<Option<Scheduler>> {
+    let Some(every) = host.checkpoint_every else { return Ok(None) };
+    let schedule = Schedule { every, quiet: host.checkpoint_quiet };
+    let tell = move |event: &ScheduleEvent<'_>| match event {
+        ScheduleEvent::Checkpoint(taken) => print_checkpoint(taken, json),
+        ScheduleEvent::Skipped(count) if json => {
+            outln!("{}", json!({"event": "checkpoints_skipped", "count": count}));
+        }
+        ScheduleEvent::Skipped(count) => eprintln!(
+            "frazil: {} checkpoints left out because the one before was not done: the store is \
+             slower than --checkpoint-every asks for",
+            output::count(*count)
+        ),
+    };
+    Ok(Some(Scheduler::start(Arc::clone(vm), schedule, Box::new(tell))?))
+}
+
+fn start_keeper(vm: &Arc<Vm>, host: &HostArgs, json: bool) -> anyhow::Result<Option<Keeper>> {
+    let policy = host.keep.policy();
+    if policy.is_empty() {
+        return Ok(None);
+    }
+    let tell = move |kept: &frazil_vmm::Result<Kept>| print_kept(kept, json);
+    Ok(Some(Keeper::start(Arc::clone(vm), policy, Box::new(tell))?))
+}
+
+fn print_kept(kept: &frazil_vmm::Result<Kept>, json: bool) {
+    match kept {
+        Ok(Kept { forgotten, left, pruned }) if json => outln!(
+            "{}",
+            json!({"event": "kept", "forgotten": forgotten, "left": left, "prune": pruned})
+        ),
+        Ok(_) => {}
+        Err(error) if json => {
+            outln!("{}", json!({"event": "keep_failed", "error": error.to_string()}));
+        }
+        Err(error) => complain("snapshots cannot be kept to the rules", &error.to_string()),
+    }
 }
 
 fn vm_name(host: &HostArgs) -> String {
@@ -173,7 +218,12 @@ fn host_config(host: &HostArgs, store: Option<Arc<Store>>, json: bool) -> HostCo
         SerialArg::Null => SerialOutput::Null,
         SerialArg::File(path) => SerialOutput::File(path.clone()),
     };
-    HostConfig::new(serial, store)
+    HostConfig {
+        tracker: host.dirty_tracking,
+        staging_bytes: host.staging,
+        overlay: OverlayOptions { folder: host.overlay.clone(), ..OverlayOptions::default() },
+        ..HostConfig::new(serial, store)
+    }
 }
 
 /// Ctrl-C and `kill` end the VM as `frazil stop` does; a second one ends the process at once.
@@ -229,25 +279,27 @@ fn print_checkpoint(taken: &frazil_vmm::Result<CheckpointReport>, json: bool) {
                 value["event"] = Value::from("checkpoint");
                 value
             }),
+            Err(error) if error.is_cancelled() => Ok(json!({"event": "checkpoint_cancelled"})),
             Err(error) => Ok(json!({"event": "checkpoint_failed", "error": error.to_string()})),
         };
         if let Ok(event) = event {
             outln!("{event}");
         }
     } else if let Err(error) = taken {
-        complain(&error.to_string());
+        let what = if error.is_cancelled() { "checkpoint given up" } else { "checkpoint failed" };
+        complain(what, &error.to_string());
     }
 }
 
-/// Says that a checkpoint failed; the same failure again and again only every so often.
-fn complain(error: &str) {
-    static LAST: Mutex<Option<(String, Instant)>> = Mutex::new(None);
+/// Says that something failed; the same failure again and again only every so often.
+fn complain(what: &'static str, error: &str) {
+    static LAST: Mutex<BTreeMap<&str, (String, Instant)>> = Mutex::new(BTreeMap::new());
     let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
     let repeated =
-        last.as_ref().is_some_and(|(said, when)| said == error && when.elapsed() < REPEAT_AFTER);
+        last.get(what).is_some_and(|(said, when)| said == error && when.elapsed() < REPEAT_AFTER);
     if !repeated {
-        *last = Some((error.to_owned(), Instant::now()));
-        eprintln!("frazil: checkpoint failed, the guest goes on: {error}");
+        last.insert(what, (error.to_owned(), Instant::now()));
+        eprintln!("frazil: {what}, the guest goes on: {error}");
     }
 }
 

@@ -6,8 +6,10 @@ use frazil_snapstore::SnapshotId;
 use frazil_snapstore::pager::PagerStats;
 
 use crate::checkpoint::{CheckpointTotals, ProgressReport};
+use crate::keeper::KeepTotals;
+use crate::machine::SavedMachine;
 use crate::vcpu::Ended;
-use crate::vm::{SavedMachine, Vm};
+use crate::vm::Vm;
 use crate::workload::VerifyReport;
 
 /// Whether the guest runs.
@@ -48,6 +50,8 @@ pub struct VmStatus {
     pub checkpoints: CheckpointTotals,
     /// The checkpoint being taken.
     pub checkpoint_in_progress: Option<ProgressReport>,
+    /// What keeping its snapshots to a policy came to, if there is one.
+    pub keep: Option<KeepTotals>,
     /// What the pager did, if memory comes lazily.
     pub pager: Option<PagerStats>,
     /// Serial output dropped because nobody read it in time, in bytes.
@@ -76,6 +80,7 @@ impl VmStatus {
             uptime_ms: u64::try_from(vm.uptime().as_millis()).unwrap_or(u64::MAX),
             checkpoints: vm.checkpoint_totals(),
             checkpoint_in_progress: vm.checkpoint_progress(),
+            keep: vm.keep_totals(),
             pager: vm.pager_stats(),
             serial_dropped_bytes: vm.bus.serial().dropped_bytes(),
         }
@@ -164,6 +169,14 @@ impl From<Result<VerifyReport, String>> for WorkloadVerified {
             Err(damage) => Self { ok: false, pages_checked: 0, writes: 0, damage: Some(damage) },
         }
     }
+}
+
+/// `PUT /checkpoints/cancel`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CancelReport {
+    /// True if a checkpoint was being taken and was given up: it will not be published. False if
+    /// there was none, or it was published before it could be stopped.
+    pub cancelled: bool,
 }
 
 /// The answer to a request that failed.

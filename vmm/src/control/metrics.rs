@@ -6,9 +6,10 @@
 use std::fmt::{Display, Write};
 
 use super::api::{RunState, VmStatus};
-use crate::telemetry::{CheckpointStatistics, Distribution};
+use crate::machine::SavedGuest;
+use crate::telemetry::{CheckpointStatistics, CheckpointSums, Distribution};
 use crate::vcpu::ExitCounts;
-use crate::vm::{SavedGuest, Vm};
+use crate::vm::Vm;
 
 /// The format's media type.
 pub(super) const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -23,6 +24,7 @@ pub(super) fn of(vm: &Vm) -> String {
     machine(&mut page, &status, vm.ram().allocated_bytes());
     exits(&mut page, vm.vcpus.exits());
     checkpoints(&mut page, &vm.checkpoint_statistics());
+    keep(&mut page, &status);
     pager(&mut page, &status);
     page.text
 }
@@ -79,14 +81,43 @@ fn exits(page: &mut Page, exits: ExitCounts) {
     );
 }
 
+/// Which way pages went.
+fn pages(page: &mut Page, sums: &CheckpointSums) {
+    page.labelled(
+        "frazil_checkpoint_pages_total",
+        "counter",
+        "Pages written by checkpoints: before the cut, or after it.",
+        "phase",
+        &[("precopy", sums.precopied_pages), ("commit", sums.commit_pages)],
+    );
+    page.labelled(
+        "frazil_checkpoint_kept_pages_total",
+        "counter",
+        "Pages kept as they were at the cut: copied before it, copied in the pause, or left in \
+         place; and of the last, those copied because the guest was about to change them.",
+        "how",
+        &[
+            ("staged", sums.staged_pages),
+            ("cut", sums.cut_pages),
+            ("protected", sums.protected_pages),
+            ("cow", sums.cow_pages),
+        ],
+    );
+}
+
 fn checkpoints(page: &mut Page, found: &CheckpointStatistics) {
     let (totals, sums) = (&found.totals, &found.sums);
     page.labelled(
         "frazil_checkpoints_total",
         "counter",
-        "Checkpoints: published, failed, or left out because one was being taken.",
+        "Checkpoints: published, failed, cancelled, or left out because one was being taken.",
         "result",
-        &[("taken", totals.taken), ("failed", totals.failed), ("skipped", totals.skipped)],
+        &[
+            ("taken", totals.taken),
+            ("failed", totals.failed),
+            ("cancelled", totals.cancelled),
+            ("skipped", totals.skipped),
+        ],
     );
     for (name, help, values) in [
         ("pause", "How long the guest stood still.", &found.pause_us),
@@ -102,13 +133,7 @@ fn checkpoints(page: &mut Page, found: &CheckpointStatistics) {
         &found.dirty_pages,
         1.0,
     );
-    page.labelled(
-        "frazil_checkpoint_pages_total",
-        "counter",
-        "Pages looked at by checkpoints: while the guest ran, or left to the cut.",
-        "phase",
-        &[("precopy", sums.precopied_pages), ("cut", sums.cut_pages)],
-    );
+    pages(page, sums);
     page.labelled(
         "frazil_checkpoint_elided_pages_total",
         "counter",
@@ -129,6 +154,10 @@ fn checkpoints(page: &mut Page, found: &CheckpointStatistics) {
         "kind",
         &[("frames", sums.frame_bytes), ("meta", sums.meta_bytes)],
     );
+    last_checkpoint(page, found);
+}
+
+fn last_checkpoint(page: &mut Page, found: &CheckpointStatistics) {
     if let Some(rate) = found.dirty_pages_per_s {
         page.gauge(
             "frazil_dirty_pages_per_second",
@@ -143,6 +172,32 @@ fn checkpoints(page: &mut Page, found: &CheckpointStatistics) {
             last.time_unix_ms as f64 / 1e3,
         );
     }
+}
+
+fn keep(page: &mut Page, status: &VmStatus) {
+    let Some(keep) = &status.keep else { return };
+    page.counter(
+        "frazil_keep_forgotten_snapshots_total",
+        "Snapshots forgotten because no rule of the policy keeps them.",
+        keep.forgotten,
+    );
+    page.labelled(
+        "frazil_keep_prunes_total",
+        "counter",
+        "Prunes in the background: finished, or interrupted by a checkpoint.",
+        "result",
+        &[("finished", keep.prunes), ("interrupted", keep.interrupted)],
+    );
+    page.counter(
+        "frazil_keep_pruned_bytes_total",
+        "Bytes of the store that pruning in the background gave back.",
+        keep.pruned_bytes,
+    );
+    page.counter(
+        "frazil_keep_failures_total",
+        "Times that forgetting or pruning in the background failed.",
+        keep.failed,
+    );
 }
 
 fn pager(page: &mut Page, status: &VmStatus) {

@@ -17,7 +17,9 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use serde::Serialize;
 use serde_json::Value;
 
-use super::api::{ApiError, Done, RunState, VmStatus, WorkloadStatus, WorkloadVerified};
+use super::api::{
+    ApiError, CancelReport, Done, RunState, VmStatus, WorkloadStatus, WorkloadVerified,
+};
 use super::http::{self, NoRequest, Request};
 use super::metrics;
 use super::register::make_private_socket;
@@ -256,12 +258,13 @@ enum Body {
 type Answer<T = Body> = std::result::Result<T, (u16, String)>;
 
 /// Every route, as method and path. `openapi.json` has the same ones.
-pub(super) const ROUTES: [(&str, &str); 11] = [
+pub(super) const ROUTES: [(&str, &str); 12] = [
     ("GET", "/vm"),
     ("PUT", "/vm/pause"),
     ("PUT", "/vm/continue"),
     ("PUT", "/vm/stop"),
     ("POST", "/checkpoints"),
+    ("PUT", "/checkpoints/cancel"),
     ("GET", "/checkpoints/progress"),
     ("GET", "/checkpoints/statistics"),
     ("GET", "/workload"),
@@ -285,6 +288,9 @@ fn route(request: &Request, vm: &Vm, on_checkpoint: &OnEvent) -> Answer {
             to_json(&Done { state: RunState::Ended })
         }
         ("POST", "/checkpoints") => checkpoint(&request.body, vm, on_checkpoint),
+        ("PUT", "/checkpoints/cancel") => {
+            to_json(&CancelReport { cancelled: vm.cancel_checkpoint() })
+        }
         ("GET", "/checkpoints/progress") => to_json(&vm.checkpoint_progress()),
         ("GET", "/checkpoints/statistics") => to_json(&vm.checkpoint_statistics()),
         ("GET", "/workload") => {
@@ -319,7 +325,9 @@ fn checkpoint(body: &[u8], vm: &Vm, on_checkpoint: &OnEvent) -> Answer {
 
 fn conflict<T>(result: Result<T>) -> Answer<T> {
     result.map_err(|error| match error {
-        VmmError::NotNow(_) | VmmError::Config(_) => (409, error.to_string()),
+        VmmError::NotNow(_) | VmmError::Config(_) | VmmError::Store(StoreError::Cancelled(_)) => {
+            (409, error.to_string())
+        }
         VmmError::Store(StoreError::Invalid(_)) => (400, error.to_string()),
         other => (500, other.to_string()),
     })

@@ -1,7 +1,6 @@
 //! As much of the keyboard controller as a guest needs to reset its machine.
 
 use super::{Device, SnapshotSupport};
-use crate::error::Result;
 use crate::vcpu::Ended;
 
 const DATA: u16 = 0x60;
@@ -34,7 +33,7 @@ impl I8042 {
 }
 
 impl Device for I8042 {
-    fn snapshot(&self) -> Result<SnapshotSupport> {
-        Ok(SnapshotSupport::Stateless)
+    fn capture(&self) -> SnapshotSupport {
+        SnapshotSupport::Stateless
     }
 }

@@ -16,19 +16,43 @@ use serial::SerialPort;
 /// What a device says about saving itself. There is no default: each device decides.
 #[derive(Debug)]
 pub enum SnapshotSupport {
-    /// It has state, which is this chunk.
-    State(StateChunk),
+    /// It has state, which was copied.
+    State(Box<dyn Captured>),
     /// It has none: a new one is as good as the old.
     Stateless,
 }
 
-/// A device, as checkpoints see it. Restoring is each type's own constructor.
-pub trait Device {
-    /// Its state at this moment. The vCPUs are stopped.
+/// A device's state, copied while the guest stood still, to be encoded once it runs again.
+pub trait Captured: Send + std::fmt::Debug {
+    /// Its chunk.
     ///
     /// # Errors
-    /// If the state cannot be had.
-    fn snapshot(&self) -> Result<SnapshotSupport>;
+    /// If it cannot be encoded.
+    fn save(&self) -> Result<StateChunk>;
+}
+
+/// A device, as checkpoints see it. Restoring is each type's own constructor.
+pub trait Device {
+    /// Its state at this moment. The vCPUs are stopped, and wait: nothing is encoded here.
+    fn capture(&self) -> SnapshotSupport;
+}
+
+/// The state of every device on a bus that has any.
+#[derive(Debug)]
+pub struct CapturedDevices([SnapshotSupport; 2]);
+
+impl CapturedDevices {
+    /// Their chunks.
+    ///
+    /// # Errors
+    /// The first device's that cannot be encoded.
+    pub fn save(&self) -> Result<Vec<StateChunk>> {
+        let states = self.0.iter().filter_map(|device| match device {
+            SnapshotSupport::State(state) => Some(state.save()),
+            SnapshotSupport::Stateless => None,
+        });
+        states.collect()
+    }
 }
 
 /// The port I/O bus of a machine. All ports no device has read as ones.
@@ -80,19 +104,8 @@ impl Bus {
     }
 
     /// The state of every device on the bus.
-    ///
-    /// # Errors
-    /// The first device's that cannot be saved.
-    pub fn snapshot(&self) -> Result<Vec<StateChunk>> {
-        let mut chunks = Vec::new();
-        let serial = self.serial();
-        let devices: [&dyn Device; 2] = [&*serial, &self.keyboard];
-        for device in devices {
-            match device.snapshot()? {
-                SnapshotSupport::State(chunk) => chunks.push(chunk),
-                SnapshotSupport::Stateless => {}
-            }
-        }
-        Ok(chunks)
+    #[must_use]
+    pub fn capture(&self) -> CapturedDevices {
+        CapturedDevices([self.serial().capture(), self.keyboard.capture()])
     }
 }

@@ -13,9 +13,10 @@ use vm_superio::serial::{NoEvents, SerialState};
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{Device, SnapshotSupport};
+use super::{Captured, Device, SnapshotSupport};
 use crate::error::{Result, VmmError};
 use crate::state::{Saved, chunk, saved_twin};
+use frazil_snapstore::StateChunk;
 
 const BASE: u16 = 0x3f8;
 const IRQ: u32 = 4;
@@ -185,8 +186,14 @@ fn irq(vm: &VmFd) -> Result<Irq> {
 }
 
 impl Device for SerialPort {
-    fn snapshot(&self) -> Result<SnapshotSupport> {
-        Ok(SnapshotSupport::State(chunk(CHUNK, &SavedSerial::from(self.serial.state()))?))
+    fn capture(&self) -> SnapshotSupport {
+        SnapshotSupport::State(Box::new(SavedSerial::from(self.serial.state())))
+    }
+}
+
+impl Captured for SavedSerial {
+    fn save(&self) -> Result<StateChunk> {
+        chunk(CHUNK, self)
     }
 }
 

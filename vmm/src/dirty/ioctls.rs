@@ -3,6 +3,8 @@
 //! `unsafe` is allowed here because they hand KVM buffers to fill.
 #![allow(unsafe_code)]
 
+use std::mem::MaybeUninit;
+
 use kvm_bindings::{
     kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_dirty_log,
     kvm_dirty_log__bindgen_ty_1,
@@ -61,11 +63,42 @@ pub(super) fn clear_dirty_log(
     done(ret, "clear the dirty log")
 }
 
-/// Has KVM watch the pages anew whose ring entries were taken.
-pub(super) fn reset_dirty_rings(vm: &VmFd) -> Result<()> {
+/// Has KVM watch the pages anew whose ring entries were taken; returns of how many it did.
+///
+/// With signals held back: KVM (Linux 6.16 and later) leaves this half done when one is pending,
+/// says nothing, and forgets to watch some of the pages whose entries it has let go of.
+pub(super) fn reset_dirty_rings(vm: &VmFd) -> Result<u64> {
+    let _signals = SignalsHeld::new();
     // SAFETY: this ioctl has no argument, and touches nothing but KVM's own state and the rings.
     let ret = unsafe { ioctl_with_val(vm, nr::KVM_RESET_DIRTY_RINGS(), 0) };
-    done(ret, "reset the dirty rings")
+    done(ret, "reset the dirty rings")?;
+    Ok(ret as u64)
+}
+
+/// Holds back all signals to this thread that can be; they come when it is dropped.
+struct SignalsHeld(libc::sigset_t);
+
+impl SignalsHeld {
+    fn new() -> Self {
+        let mut all = MaybeUninit::uninit();
+        let mut before = MaybeUninit::uninit();
+        // SAFETY: both sets are filled in before they are read, by calls that cannot fail with
+        // valid pointers and a valid `how`.
+        unsafe {
+            libc::sigfillset(all.as_mut_ptr());
+            libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr());
+            Self(before.assume_init())
+        }
+    }
+}
+
+impl Drop for SignalsHeld {
+    fn drop(&mut self) {
+        // SAFETY: the set is what this thread's mask was.
+        unsafe {
+            libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.0, std::ptr::null_mut())
+        };
+    }
 }
 
 fn done(ret: i32, op: &'static str) -> Result<()> {

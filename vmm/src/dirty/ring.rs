@@ -80,6 +80,12 @@ struct Inner {
     rings: Vec<Ring>,
     /// Pages taken from rings that were full, until the next harvest.
     spilled: PageSet,
+    /// Pages whose entries were taken just now.
+    taken: PageSet,
+    /// Entries taken that KVM has not been told of with success.
+    owed: u64,
+    /// Pages that KVM may have failed to watch again: every harvest reports them.
+    unwatched: PageSet,
 }
 
 /// The rings of all vCPUs of a machine.
@@ -102,7 +108,9 @@ impl DirtyRings {
             first_page: range.gpa / PAGE_SIZE as u64,
             pages: range.len_bytes / PAGE_SIZE as u64,
         });
-        let inner = Inner { rings: Vec::new(), spilled: PageSet::new(ram.end_page()) };
+        let none = || PageSet::new(ram.end_page());
+        let inner =
+            Inner { rings: Vec::new(), spilled: none(), taken: none(), owed: 0, unwatched: none() };
         Self { slots: slots.collect(), vm, entries, inner: Mutex::new(inner) }
     }
 
@@ -121,24 +129,36 @@ impl DirtyRings {
     /// # Errors
     /// [`VmmError::Kvm`] if KVM cannot reset them. No page is lost.
     pub fn relieve(&self) -> Result<()> {
-        let Inner { rings, spilled } = &mut *self.lock();
-        self.take(rings, spilled)
+        let inner = &mut *self.lock();
+        let taken = self.take(inner);
+        inner.spilled.union(&inner.taken);
+        taken
     }
 
-    fn take(&self, rings: &mut [Ring], pages: &mut PageSet) -> Result<()> {
-        let mut taken = 0;
-        for ring in rings {
-            taken += ring.take(|slot, offset| {
+    /// Takes all entries, leaving their pages in `taken`, and has KVM watch those again.
+    fn take(&self, inner: &mut Inner) -> Result<()> {
+        inner.taken.clear();
+        for ring in &mut inner.rings {
+            inner.owed += u64::from(ring.take(|slot, offset| {
                 // KVM names only slots and pages that exist.
                 if let Some(slot) = self.slots.get(slot as usize)
                     && offset < slot.pages
                 {
-                    pages.insert(slot.first_page + offset);
+                    inner.taken.insert(slot.first_page + offset);
                 }
-            });
+            }));
+        }
+        if inner.owed == 0 {
+            return Ok(());
         }
         // Before anybody reads those pages: a write that comes later must be seen.
-        if taken > 0 { reset_dirty_rings(&self.vm) } else { Ok(()) }
+        let reset = reset_dirty_rings(&self.vm);
+        inner.owed -= reset.as_ref().map_or(0, |reset| *reset.min(&inner.owed));
+        if inner.owed > 0 {
+            // Which of them is not known, and KVM will not do again what it did by half.
+            inner.unwatched.union(&inner.taken);
+        }
+        reset.map(drop)
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -148,10 +168,13 @@ impl DirtyRings {
 
 impl DirtyTracker for Arc<DirtyRings> {
     fn harvest(&mut self, dirty: &mut PageSet) -> Result<()> {
-        let Inner { rings, spilled } = &mut *self.lock();
-        dirty.union(spilled);
-        spilled.clear();
-        self.take(rings, dirty)
+        let inner = &mut *self.lock();
+        let taken = self.take(inner);
+        for pages in [&inner.spilled, &inner.taken, &inner.unwatched] {
+            dirty.union(pages);
+        }
+        inner.spilled.clear();
+        taken
     }
 
     fn kind(&self) -> TrackerKind {

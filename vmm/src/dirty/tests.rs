@@ -29,6 +29,7 @@ fn boot(kind: TrackerKind, ram_bytes: u64, cpus: usize, spec: &str) -> Vm {
         ram_bytes,
         cpus,
         guest: Guest::Workload(spec.parse().unwrap()),
+        disks: Vec::new(),
     };
     let host = HostConfig { tracker: Some(kind), ..HostConfig::new(SerialOutput::Null, None) };
     Vm::boot(&config, host).unwrap()
@@ -145,6 +146,27 @@ fn no_page_is_reported_for_nothing() {
         oracle.harvest();
         assert!(oracle.reported.is_empty(), "{kind}: reported for ever");
     }
+}
+
+/// Kicks that come while a full ring is being relieved: KVM leaves that half done when a signal is
+/// pending.
+#[test]
+fn kicks_at_any_moment_lose_no_page() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let vm = boot(TrackerKind::Ring, 96 << 20, 1, "rate=0,pattern=seq,content=edit,report=0");
+    let mut oracle = Oracle::new(&vm);
+    for round in 0..40 {
+        for _ in 0..25 {
+            vm.go().unwrap();
+            std::thread::sleep(Duration::from_micros(500 * (round % 7)));
+            vm.pause().unwrap();
+        }
+        oracle.harvest_at_cut();
+        oracle.check();
+    }
+    assert!(vm.vcpus.exits().ring_full > 10, "{:?}", vm.vcpus.exits());
 }
 
 #[test]

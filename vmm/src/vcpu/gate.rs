@@ -1,5 +1,6 @@
 //! Where vCPU threads and those who stop them meet.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -38,19 +39,43 @@ pub(super) enum Goal {
     Exit,
 }
 
+/// How long to look out for somebody before going to sleep: longer than everything in a checkpoint's
+/// pause that is waited for, of which being woken up would be the largest part.
+const SPIN_AT_MOST: Duration = Duration::from_micros(400);
+
 #[derive(Debug)]
 struct Inner {
     goal: Goal,
     /// Counts goals, so that a thread parks once for each.
     epoch: u64,
-    /// Threads parked for this goal: one that is still asleep from the goal before is not.
-    parked: usize,
-    /// Threads whose vCPU has stopped for this goal.
-    stopped: usize,
-    /// Threads asleep in the gate, whichever goal brought them there.
-    asleep: usize,
-    alive: usize,
+    progress: Progress,
     ended: Option<Ended>,
+}
+
+/// How far threads have come with the goal.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Progress {
+    /// Threads parked for this goal: one that is still asleep from the goal before is not.
+    parked: u16,
+    /// Threads whose vCPU has stopped for this goal.
+    stopped: u16,
+    /// Threads that wait in the gate, whichever goal brought them there.
+    waiting: u16,
+    /// Threads that have not left for good.
+    alive: u16,
+}
+
+impl Progress {
+    fn to_bits(self) -> u64 {
+        [self.parked, self.stopped, self.waiting, self.alive]
+            .iter()
+            .fold(0, |bits, part| bits << 16 | u64::from(*part))
+    }
+
+    fn from_bits(bits: u64) -> Self {
+        let part = |index: u32| (bits >> (48 - 16 * index)) as u16;
+        Self { parked: part(0), stopped: part(1), waiting: part(2), alive: part(3) }
+    }
 }
 
 impl Inner {
@@ -58,42 +83,60 @@ impl Inner {
         if self.goal != Goal::Exit {
             self.goal = goal;
             self.epoch += 1;
-            self.parked = 0;
-            self.stopped = 0;
+            self.progress.parked = 0;
+            self.progress.stopped = 0;
         }
     }
 }
 
 /// See the module's text.
+///
+/// Everything is settled under the lock. `epoch` and `progress` follow what is behind it, for those
+/// who look out for a change: they lock, and look again, when they have seen one.
 #[derive(Debug)]
 pub(super) struct Gate {
     inner: Mutex<Inner>,
-    /// Threads wait here for another goal.
+    /// Threads wait here for another goal, or for each other.
     goal_changed: Condvar,
     /// Those who stop them wait here for threads to arrive or leave.
     moved: Condvar,
+    epoch: AtomicU64,
+    progress: AtomicU64,
+    /// Looking out is for hosts with a core for every thread; elsewhere it keeps those from running
+    /// who are waited for.
+    spins: bool,
 }
 
 impl Gate {
     /// A gate for `threads` vCPU threads, which start parked.
     pub(super) fn new(threads: usize) -> Self {
+        let alive = u16::try_from(threads).expect("a machine has at most 254 vCPUs");
+        let progress = Progress { alive, ..Progress::default() };
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Self {
             inner: Mutex::new(Inner {
                 goal: Goal::Park { capture: false },
                 epoch: 0,
-                parked: 0,
-                stopped: 0,
-                asleep: 0,
-                alive: threads,
+                progress,
                 ended: None,
             }),
             goal_changed: Condvar::new(),
             moved: Condvar::new(),
+            epoch: AtomicU64::new(0),
+            progress: AtomicU64::new(progress.to_bits()),
+            spins: threads < cores,
         }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets go of the lock, having told those who look out.
+    fn unlock(&self, inner: MutexGuard<'_, Inner>) {
+        self.epoch.store(inner.epoch, Ordering::Release);
+        self.progress.store(inner.progress.to_bits(), Ordering::Release);
+        drop(inner);
     }
 
     pub(super) fn goal(&self) -> (Goal, u64) {
@@ -103,7 +146,9 @@ impl Gate {
 
     /// Sets the goal. Exit is final.
     pub(super) fn set_goal(&self, goal: Goal) {
-        self.lock().change(goal);
+        let mut inner = self.lock();
+        inner.change(goal);
+        self.unlock(inner);
         self.goal_changed.notify_all();
     }
 
@@ -113,10 +158,17 @@ impl Gate {
     pub(super) fn wait_all_stopped(&self, epoch: u64) -> bool {
         let mut inner = self.lock();
         if inner.epoch == epoch {
-            inner.stopped += 1;
-            self.goal_changed.notify_all();
+            inner.progress.stopped += 1;
         }
-        while inner.epoch == epoch && inner.stopped < inner.alive {
+        self.unlock(inner);
+        self.goal_changed.notify_all();
+        self.moved.notify_all();
+        self.spin_until(|| {
+            let Progress { stopped, alive, .. } = self.seen();
+            stopped >= alive || self.epoch.load(Ordering::Acquire) != epoch
+        });
+        let mut inner = self.lock();
+        while inner.epoch == epoch && inner.progress.stopped < inner.progress.alive {
             inner = self.goal_changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
         }
         inner.epoch == epoch
@@ -128,42 +180,73 @@ impl Gate {
         if inner.epoch != epoch {
             return;
         }
-        inner.parked += 1;
-        inner.asleep += 1;
+        inner.progress.parked += 1;
+        inner.progress.waiting += 1;
+        self.unlock(inner);
         self.moved.notify_all();
+        self.spin_until(|| self.epoch.load(Ordering::Acquire) != epoch);
+        let mut inner = self.lock();
         while inner.epoch == epoch {
             inner = self.goal_changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
         }
-        inner.asleep -= 1;
-        drop(inner);
+        inner.progress.waiting -= 1;
+        self.unlock(inner);
         self.moved.notify_all();
     }
 
     /// Called by a vCPU thread as its last act.
     pub(super) fn leave(&self) {
-        self.lock().alive -= 1;
+        let mut inner = self.lock();
+        inner.progress.alive -= 1;
+        self.unlock(inner);
         self.moved.notify_all();
         self.goal_changed.notify_all();
     }
 
+    /// Waits until the vCPUs of all threads have stopped; false if that took longer than
+    /// `patience`. Their threads may be reading them still.
+    pub(super) fn wait_stopped(&self, patience: Duration) -> bool {
+        self.wait(patience, |progress| progress.stopped == progress.alive)
+    }
+
     /// Waits until all threads are parked; false if that took longer than `patience`.
     pub(super) fn wait_parked(&self, patience: Duration) -> bool {
-        self.wait(patience, |inner| inner.parked == inner.alive)
+        self.wait(patience, |progress| progress.parked == progress.alive)
     }
 
-    /// Waits until all threads have left the gate; false if that took longer than `patience`.
+    /// Waits until all threads have left the gate, or somebody sets another goal; false if that
+    /// took longer than `patience`.
     pub(super) fn wait_unparked(&self, patience: Duration) -> bool {
-        self.wait(patience, |inner| inner.asleep == 0 || inner.goal != Goal::Run)
+        let epoch = self.epoch.load(Ordering::Acquire);
+        self.wait(patience, |progress| {
+            progress.waiting == 0 || self.epoch.load(Ordering::Acquire) != epoch
+        })
     }
 
-    fn wait(&self, patience: Duration, reached: impl Fn(&Inner) -> bool) -> bool {
+    fn wait(&self, patience: Duration, reached: impl Fn(Progress) -> bool) -> bool {
+        self.spin_until(|| reached(self.seen()));
         let until = Instant::now() + patience;
         let mut inner = self.lock();
-        while !reached(&inner) {
+        while !reached(inner.progress) {
             let Some(left) = until.checked_duration_since(Instant::now()) else { return false };
             inner = self.moved.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0;
         }
         true
+    }
+
+    fn seen(&self) -> Progress {
+        Progress::from_bits(self.progress.load(Ordering::Acquire))
+    }
+
+    /// Looks out for `reached`, for a while and if there is a core for it.
+    fn spin_until(&self, reached: impl Fn() -> bool) {
+        if !self.spins {
+            return;
+        }
+        let started = Instant::now();
+        while !reached() && started.elapsed() < SPIN_AT_MOST {
+            std::hint::spin_loop();
+        }
     }
 
     /// Ends the machine, for the first reason given.
@@ -171,7 +254,7 @@ impl Gate {
         let mut inner = self.lock();
         inner.ended.get_or_insert(reason);
         inner.change(Goal::Exit);
-        drop(inner);
+        self.unlock(inner);
         self.goal_changed.notify_all();
         self.moved.notify_all();
     }
@@ -182,8 +265,13 @@ impl Gate {
 
     /// Waits for the machine's end; None if it goes on after `patience`.
     pub(super) fn wait_ended(&self, patience: Duration) -> Option<Ended> {
-        self.wait(patience, |inner| inner.ended.is_some());
-        self.ended()
+        let until = Instant::now() + patience;
+        let mut inner = self.lock();
+        while inner.ended.is_none() {
+            let left = until.checked_duration_since(Instant::now())?;
+            inner = self.moved.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        inner.ended.clone()
     }
 }
 

@@ -164,6 +164,7 @@ impl VcpuSet {
                 bus: Arc::clone(bus),
                 exits: Arc::clone(&exits),
                 captured: Arc::clone(&captured),
+                settled: false,
             };
             let join = std::thread::Builder::new()
                 .name(format!("frazil-vcpu{}", vcpu.index))
@@ -174,17 +175,30 @@ impl VcpuSet {
         Ok(Self { gate, exits, threads })
     }
 
-    /// Stops every vCPU at an instruction boundary, with half-done exits finished. With `capture`
-    /// each thread reads its own vCPU's state on the way.
+    /// Stops every vCPU at an instruction boundary, with half-done exits finished.
     ///
     /// # Errors
     /// [`VmmError::NotNow`] if the machine ended, or a vCPU could not be stopped in a minute.
-    pub fn pause(&self, capture: bool) -> Result<()> {
-        self.gate.set_goal(Goal::Park { capture });
+    pub fn pause(&self) -> Result<()> {
+        self.gate.set_goal(Goal::Park { capture: false });
+        self.kick_until(|patience| self.gate.wait_parked(patience))
+    }
+
+    /// As [`Self::pause`], and each thread goes on to read its own vCPU's state:
+    /// [`Self::take_captured`] waits for that.
+    ///
+    /// # Errors
+    /// As [`Self::pause`].
+    pub fn pause_and_capture(&self) -> Result<()> {
+        self.gate.set_goal(Goal::Park { capture: true });
+        self.kick_until(|patience| self.gate.wait_stopped(patience))
+    }
+
+    fn kick_until(&self, reached: impl Fn(Duration) -> bool) -> Result<()> {
         let started = Instant::now();
         loop {
             self.kick();
-            if self.gate.wait_parked(REKICK_AFTER) {
+            if reached(REKICK_AFTER) {
                 break;
             }
             if started.elapsed() > STOP_PATIENCE {
@@ -203,11 +217,12 @@ impl VcpuSet {
         self.gate.wait_unparked(STOP_PATIENCE);
     }
 
-    /// Takes the states that [`Self::pause`] captured.
+    /// Takes the states that follow [`Self::pause_and_capture`], when all are there.
     ///
     /// # Errors
     /// What a vCPU's thread met while reading it.
     pub fn take_captured(&self) -> Result<Vec<CapturedVcpu>> {
+        self.gate.wait_parked(STOP_PATIENCE);
         let nothing = || VmmError::NotNow("a vCPU's state was not captured".into());
         self.threads
             .iter()
@@ -283,6 +298,8 @@ struct RunningVcpu {
     bus: Arc<Bus>,
     exits: Arc<ExitCounters>,
     captured: Arc<CaptureSlot>,
+    /// Nothing is pending: it was interrupted, or has not run yet.
+    settled: bool,
 }
 
 /// What one entry into the guest came to.
@@ -334,34 +351,43 @@ impl RunningVcpu {
     }
 
     fn park(&mut self, capture: bool, epoch: u64) {
-        match self.finish_exit() {
-            Some(reason) => self.gate.end(reason),
-            None if capture && self.gate.wait_all_stopped(epoch) => {
-                let captured = self
-                    .reader
-                    .read(&self.fd)
-                    .map(|raw| CapturedVcpu { raw, reader: Arc::clone(&self.reader) });
-                *self.captured.lock().unwrap_or_else(PoisonError::into_inner) = Some(captured);
-            }
-            None => {}
+        if let Some(reason) = self.finish_exit() {
+            self.gate.end(reason);
+        } else if capture && self.gate.wait_all_stopped(epoch) {
+            let captured = self.capture();
+            *self.captured.lock().unwrap_or_else(PoisonError::into_inner) = Some(captured);
         }
         self.gate.park(epoch);
     }
 
+    fn capture(&mut self) -> Result<CapturedVcpu> {
+        let mp_state = StateReader::read_mp_state(&self.fd)?;
+        self.reader.want_sync(&mut self.fd, true);
+        self.settled = false;
+        let ended = self.finish_exit();
+        self.reader.want_sync(&mut self.fd, false);
+        if let Some(reason) = ended {
+            self.gate.end(reason.clone());
+            return Err(VmmError::NotNow(format!("the VM has ended: {reason:?}")));
+        }
+        let raw = self.reader.read(&self.fd, mp_state)?;
+        Ok(CapturedVcpu { raw, reader: Arc::clone(&self.reader) })
+    }
+
     /// A vCPU that left KVM_RUN for an I/O has half an instruction pending. Entering again with
-    /// `immediate_exit` finishes it without running another.
+    /// `immediate_exit` finishes it without running another. One that was interrupted has none.
     fn finish_exit(&mut self) -> Option<Ended> {
-        self.fd.set_kvm_immediate_exit(1);
-        loop {
-            match self.enter() {
-                Turn::Again => self.fd.set_kvm_immediate_exit(1),
-                Turn::Kicked => return None,
-                Turn::End(reason) => return Some(reason),
+        while !self.settled {
+            self.fd.set_kvm_immediate_exit(1);
+            if let Turn::End(reason) = self.enter() {
+                return Some(reason);
             }
         }
+        None
     }
 
     fn enter(&mut self) -> Turn {
+        self.settled = false;
         let exit = self.fd.run();
         self.exits.count(&exit);
         match exit {
@@ -409,6 +435,8 @@ impl RunningVcpu {
     fn kicked(&mut self) -> Turn {
         // Before the gate is looked at: a kick that comes after it sets the flag again.
         self.fd.set_kvm_immediate_exit(0);
+        // KVM finishes what is pending before it looks for an interruption.
+        self.settled = true;
         Turn::Kicked
     }
 

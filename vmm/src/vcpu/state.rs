@@ -3,11 +3,14 @@
 //! `unsafe` is allowed here for the XSAVE calls, whose buffer must be as long as KVM writes.
 #![allow(unsafe_code)]
 
+use std::sync::OnceLock;
+
 use kvm_bindings::{
-    CpuId, Msrs, Xsave, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
-    kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+    CpuId, KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, Msrs, Xsave, kvm_debugregs,
+    kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_sync_regs,
+    kvm_vcpu_events, kvm_xcrs,
 };
-use kvm_ioctls::{Cap, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, SyncReg, VcpuFd, VmFd};
 
 use super::saved::{SavedCpuid, SavedMsr, SavedVcpu, SavedXcr, mp_state};
 use crate::error::{Result, VmmError};
@@ -38,7 +41,13 @@ pub(super) struct StateReader {
     msrs: Msrs,
     xsave_extra_words: usize,
     cpuid: Vec<SavedCpuid>,
+    /// Whether KVM_RUN can leave registers in `kvm_run`.
+    can_sync: bool,
+    tsc_khz: OnceLock<u32>,
 }
+
+/// What `kvm_run` can have of a vCPU's state: `KVM_SYNC_X86_REGS`, `_SREGS` and `_EVENTS`.
+const SYNC_ALL: u32 = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS;
 
 impl StateReader {
     /// Finds out which of `msr_indices` this vCPU has. KVM lists some that a guest lacks.
@@ -64,18 +73,32 @@ impl StateReader {
             msrs,
             xsave_extra_words: (xsave_len - XSAVE_LEN).div_ceil(4),
             cpuid: cpuid.as_slice().iter().map(SavedCpuid::from).collect(),
+            can_sync: vm.check_extension_int(Cap::SyncRegs) as u32 & SYNC_ALL == SYNC_ALL,
+            tsc_khz: OnceLock::new(),
         })
     }
 
-    /// Reads the state. Where the order matters:
-    /// - the MP state first, since reading it makes KVM apply events that wait for the vCPU and
-    ///   may change everything else;
-    /// - the MSRs after the LAPIC, since the TSC deadline timer belongs to both;
-    /// - the events last, since all calls before may queue one.
-    pub(super) fn read(&self, vcpu: &VcpuFd) -> Result<RawVcpu> {
-        let mp_state = vcpu.get_mp_state().map_err(VmmError::kvm("read the MP state"))?;
-        let regs = vcpu.get_regs().map_err(VmmError::kvm("read registers"))?;
-        let sregs = vcpu.get_sregs().map_err(VmmError::kvm("read segment registers"))?;
+    /// Has the next KVM_RUN that is left leave registers and events in `kvm_run`, if this KVM can:
+    /// each call that asks a vCPU for something costs as much as loading it does.
+    pub(super) fn want_sync(&self, vcpu: &mut VcpuFd, wanted: bool) {
+        if self.can_sync {
+            for reg in [SyncReg::Register, SyncReg::SystemRegister, SyncReg::VcpuEvents] {
+                if wanted { vcpu.set_sync_valid_reg(reg) } else { vcpu.clear_sync_valid_reg(reg) }
+            }
+        }
+    }
+
+    /// The MP state, which comes first of all: reading it makes KVM apply events that wait for the
+    /// vCPU and may change everything else.
+    pub(super) fn read_mp_state(vcpu: &VcpuFd) -> Result<kvm_mp_state> {
+        vcpu.get_mp_state().map_err(VmmError::kvm("read the MP state"))
+    }
+
+    /// Reads the state of a vCPU that has left KVM_RUN after [`Self::read_mp_state`] and
+    /// [`Self::want_sync`], and has done nothing since. The MSRs come after the LAPIC, since the
+    /// TSC deadline timer belongs to both.
+    pub(super) fn read(&self, vcpu: &VcpuFd, mp_state: kvm_mp_state) -> Result<RawVcpu> {
+        let (regs, sregs, events) = self.read_synced(vcpu)?;
         let xsave = self.read_xsave(vcpu)?;
         let xcrs = vcpu.get_xcrs().map_err(VmmError::kvm("read extended control registers"))?;
         let debug_regs = vcpu.get_debug_regs().map_err(VmmError::kvm("read debug registers"))?;
@@ -91,9 +114,20 @@ impl StateReader {
                 found: "KVM refuses to read it".into(),
             });
         }
-        let events = vcpu.get_vcpu_events().map_err(VmmError::kvm("read pending events"))?;
-        let tsc_khz = vcpu.get_tsc_khz().unwrap_or(0);
+        // Nobody but us changes it, and not after the start.
+        let tsc_khz = *self.tsc_khz.get_or_init(|| vcpu.get_tsc_khz().unwrap_or(0));
         Ok(RawVcpu { mp_state, regs, sregs, debug_regs, xcrs, xsave, lapic, msrs, events, tsc_khz })
+    }
+
+    fn read_synced(&self, vcpu: &VcpuFd) -> Result<(kvm_regs, kvm_sregs, kvm_vcpu_events)> {
+        if self.can_sync {
+            let kvm_sync_regs { regs, sregs, events } = vcpu.sync_regs();
+            return Ok((regs, sregs, events));
+        }
+        let regs = vcpu.get_regs().map_err(VmmError::kvm("read registers"))?;
+        let sregs = vcpu.get_sregs().map_err(VmmError::kvm("read segment registers"))?;
+        let events = vcpu.get_vcpu_events().map_err(VmmError::kvm("read pending events"))?;
+        Ok((regs, sregs, events))
     }
 
     fn read_xsave(&self, vcpu: &VcpuFd) -> Result<Xsave> {

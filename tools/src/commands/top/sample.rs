@@ -162,7 +162,7 @@ pub(super) mod tests {
         });
         let status = json!({
             "name": "vm1", "pid": 1, "state": "running",
-            "machine": {"ram_bytes": 64 << 20, "cpus": 2,
+            "machine": {"ram_bytes": 64 << 20, "cpus": 2, "disks": 0,
                 "guest": {"kind": "workload", "spec": ""}},
             "store": "store st", "resumed_from": null, "head": null, "uptime_ms": 1_000 * n,
             "checkpoints": totals, "checkpoint_in_progress": null, "pager": pager,
@@ -176,7 +176,9 @@ pub(super) mod tests {
             "stored_bytes": 1_000, "commit_us": 2_000, "sync_us": 1_000, "duration_us": 3_000,
         });
         let sums = json!({
-            "dirty_pages": taken * 80, "precopied_pages": 0, "cut_pages": taken * 100,
+            "dirty_pages": taken * 80, "precopied_pages": 0, "staged_pages": taken * 90,
+            "cut_pages": taken * 10, "protected_pages": 0, "cow_pages": 0,
+            "commit_pages": taken * 100,
             "zero_pages": 0, "equal_pages": 0, "dedup_pages": 0, "delta_pages": 0,
             "frame_bytes": taken * 900, "meta_bytes": taken * 100,
         });

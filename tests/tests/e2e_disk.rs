@@ -1,0 +1,177 @@
+//! Disks of a running machine: at every cut, memory and disk are of the same moment.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use frazil_snapstore::pager::PagerOptions;
+use frazil_snapstore::{PAGE_SIZE, Snapshot, SnapshotId, Store, StoreOptions};
+use frazil_tests::vm_harness::kvm_or_skip;
+use frazil_vmm::devices::serial::SerialOutput;
+use frazil_vmm::disk::{DiskConfig, disk_name};
+use frazil_vmm::memory::RAM_REGION;
+use frazil_vmm::{
+    CheckpointRequest, Guest, HostConfig, Loading, MachineConfig, Vm, verify_snapshot,
+};
+use vm_memory::{Bytes, GuestAddress};
+
+/// Guest memory that the built-in guest leaves alone: a page for each queue's answers.
+const ANSWERS_GPA: u64 = 0x5_0000;
+const QUEUES: u64 = 3;
+const DISK_BYTES: u64 = 5 << 20;
+
+/// What a queue of a device does: request by request it writes to the disk, then its answer to
+/// guest memory. Both are the number of the request.
+fn queue(vm: &Vm, number: u64, stop: &AtomicBool) {
+    let disk = &vm.disks()[0];
+    while !stop.load(Ordering::Relaxed) {
+        let request = disk.begin();
+        let answer = GuestAddress(ANSWERS_GPA + number * PAGE_SIZE as u64);
+        let turn: u64 = vm.ram().memory().read_obj::<u64>(answer).expect("RAM") + 1;
+        // Here and there, by turns, and always to the queue's first page too.
+        let page = number + QUEUES * (turn % 100);
+        let mut sector = [0; 512];
+        sector[..8].copy_from_slice(&turn.to_le_bytes());
+        for page in [number, page] {
+            request.write_at(page * PAGE_SIZE as u64, &sector).expect("it is written");
+        }
+        vm.ram().memory().write_obj(turn, answer).expect("RAM");
+        drop(request);
+        if turn.is_multiple_of(64) {
+            std::thread::yield_now();
+        }
+    }
+}
+
+fn word(snapshot: &Snapshot, region: &str, page: u64) -> u64 {
+    let mut contents = [0; PAGE_SIZE];
+    let region = snapshot.region(region).expect("the region");
+    region.read_page(page, &mut contents).expect("a page");
+    u64::from_le_bytes(contents[..8].try_into().expect("eight bytes"))
+}
+
+/// In `id` the disk has what memory says it has. Returns the requests done by then.
+fn check(store: &Arc<Store>, id: SnapshotId) -> u64 {
+    let snapshot = store.snapshot(id).expect("the snapshot");
+    let mut done = 0;
+    for number in 0..QUEUES {
+        let answered = word(&snapshot, RAM_REGION, ANSWERS_GPA / PAGE_SIZE as u64 + number);
+        done += answered;
+        if answered == 0 {
+            continue;
+        }
+        let newest = number + QUEUES * (answered % 100);
+        assert_eq!(word(&snapshot, &disk_name(0), number), answered, "queue {number}: its page");
+        assert_eq!(
+            word(&snapshot, &disk_name(0), newest),
+            answered,
+            "queue {number}: page {newest}"
+        );
+    }
+    verify_snapshot(&snapshot).expect("the guest's memory is right");
+    done
+}
+
+/// Ends the queues, whatever happens.
+struct Stopping<'a>(&'a AtomicBool);
+
+impl Drop for Stopping<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Takes checkpoints while queues are at work; each is checked.
+fn checkpoints(vm: &Vm, store: &Arc<Store>, count: usize) -> SnapshotId {
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let _stopping = Stopping(&stop);
+        for number in 0..QUEUES {
+            let stop = &stop;
+            scope.spawn(move || queue(vm, number, stop));
+        }
+        let (mut before, mut last) = (0, None);
+        for _ in 0..count {
+            let report = vm.checkpoint(&CheckpointRequest::default()).expect("a checkpoint");
+            assert!(report.stats.disk_pages > 0, "{report:?}");
+            let done = check(store, report.id);
+            assert!(done >= before, "time goes on");
+            (before, last) = (done, Some(report.id));
+        }
+        last.expect("at least one")
+    })
+}
+
+fn host(store: &Arc<Store>) -> HostConfig {
+    HostConfig::new(SerialOutput::Null, Some(Arc::clone(store)))
+}
+
+#[test]
+fn memory_and_disk_agree_at_every_cut() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("disk.img");
+    let base: Vec<u8> = (0..DISK_BYTES).map(|index| (index / 512) as u8).collect();
+    std::fs::write(&file, &base).expect("a disk");
+    let store = Store::open_or_create(&folder.path().join("store"), StoreOptions::default())
+        .expect("a store");
+    let config = MachineConfig {
+        name: "disks".into(),
+        ram_bytes: 48 << 20,
+        cpus: 1,
+        guest: Guest::Workload("touch=8MiB,rate=4000,report=0".parse().expect("a workload")),
+        disks: vec![DiskConfig { file: file.clone(), read_only: false, serial: None }],
+    };
+    let vm = Vm::boot(&config, host(&store)).expect("it boots");
+    vm.go().expect("it runs");
+    let first = checkpoints(&vm, &store, 12);
+    vm.stop();
+    drop(vm);
+    assert!(std::fs::read(&file).expect("the disk") == base, "the file stays as it is");
+    // Not needed any more: the snapshot has it all.
+    std::fs::remove_file(&file).expect("it was there");
+
+    for branch in 0..2 {
+        let vm = resume(&store, first, branch == 0);
+        let mut sector = [0; 512];
+        let request = vm.disks()[0].begin();
+        request.read_at(DISK_BYTES - 512, &mut sector).expect("it is read");
+        drop(request);
+        assert_eq!(sector[..], base[base.len() - 512..], "what nobody wrote to");
+        vm.go().expect("it runs");
+        let last = checkpoints(&vm, &store, 6);
+        assert_eq!(store.snapshot(last).expect("it").region("disk0").expect("it").pages(), 1280);
+    }
+}
+
+fn resume(store: &Arc<Store>, id: SnapshotId, lazy: bool) -> Vm {
+    let snapshot = store.pin(id).expect("the snapshot");
+    let loading = if lazy { Loading::Lazy(PagerOptions::default()) } else { Loading::Eager };
+    Vm::resume(&snapshot, "again".into(), host(store), loading).expect("it resumes")
+}
+
+/// Through the command: the region is listed, and a resumed VM needs no file.
+#[test]
+fn the_command_takes_disks_and_says_what_is_wrong_with_them() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let host = frazil_tests::vm_harness::Host::new();
+    let workload = ["--workload", "touch=4MiB,rate=100,report=0", "--memory", "32MiB"];
+    let run = |disk: &str| {
+        let mut args = vec!["run", "--name", "odd", "--disk", disk];
+        args.extend(workload);
+        host.frazil(&args)
+    };
+    let odd = host.path("odd.img");
+    std::fs::write(&odd, [1; 700]).expect("a file");
+    run(path(&odd)).expect_code(1).expect_says(&["disk", "odd.img", "512"]);
+    run(path(&host.path("nowhere.img"))).expect_code(1).expect_says(&["nowhere.img"]);
+    run(",ro").expect_code(2).expect_says(&["FILE,ro"]);
+}
+
+fn path(path: &Path) -> &str {
+    path.to_str().expect("a readable name")
+}

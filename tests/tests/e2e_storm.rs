@@ -1,0 +1,83 @@
+//! Guests that write faster than anything can be saved: pages are left in place, copy-on-write, and
+//! every snapshot is memory as it was at its cut.
+
+use std::sync::Arc;
+
+use frazil_snapstore::{Store, StoreOptions};
+use frazil_tests::vm_harness::{kvm_or_skip, wait_for};
+use frazil_vmm::devices::serial::SerialOutput;
+use frazil_vmm::dirty::TrackerKind;
+use frazil_vmm::{
+    CheckpointRequest, CheckpointStats, Guest, HostConfig, MachineConfig, Vm, verify_snapshot,
+};
+
+/// Takes checkpoints of a guest on two vCPUs that writes as fast as it can to 64 MiB; proves each.
+fn storm(pattern: &str, tracker: TrackerKind, staging_bytes: u64) -> Vec<CheckpointStats> {
+    let folder = tempfile::tempdir().expect("a folder");
+    let store = Store::open_or_create(&folder.path().join("store"), StoreOptions::default())
+        .expect("a store");
+    let spec = format!("touch=64MiB,rate=max,pattern={pattern},content=text,report=0");
+    let config = MachineConfig {
+        name: "storm".into(),
+        ram_bytes: 96 << 20,
+        cpus: 2,
+        guest: Guest::Workload(spec.parse().expect("a workload")),
+        disks: Vec::new(),
+    };
+    let host = HostConfig {
+        tracker: Some(tracker),
+        staging_bytes,
+        ..HostConfig::new(SerialOutput::Null, Some(Arc::clone(&store)))
+    };
+    let vm = Vm::boot(&config, host).expect("it boots");
+    vm.go().expect("it runs");
+    wait_for("every page written", || {
+        let view = vm.workload().ok()?;
+        view.vcpus.iter().all(|cpu| cpu.control.populated != 0).then_some(())
+    });
+    let mut all = Vec::new();
+    for round in 0..6 {
+        let report = vm.checkpoint(&CheckpointRequest::default()).expect("a checkpoint");
+        let snapshot = store.snapshot(report.id).expect("the snapshot");
+        if let Err(error) = verify_snapshot(&snapshot) {
+            panic!("{pattern}, {tracker}, round {round}: {error}: {:?}", report.stats);
+        }
+        all.push(report.stats);
+    }
+    vm.verify_workload().expect("it is asked").expect("the guest's own memory is right");
+    all
+}
+
+fn sum(all: &[CheckpointStats], of: impl Fn(&CheckpointStats) -> u64) -> u64 {
+    all.iter().map(of).sum()
+}
+
+#[test]
+fn what_is_too_much_to_copy_is_left_in_place() {
+    if !kvm_or_skip() {
+        return;
+    }
+    for (pattern, tracker) in [
+        ("uniform", TrackerKind::Ring),
+        ("seq", TrackerKind::ManualBitmap),
+        ("hot", TrackerKind::Bitmap),
+    ] {
+        let all = storm(pattern, tracker, 1 << 20);
+        let protected = sum(&all, |stats| stats.protected_pages);
+        assert!(protected > 5_000, "{pattern}: {protected} pages were left in place");
+        let copied = sum(&all, |stats| stats.cow_pages);
+        assert!(copied > 100, "{pattern}: {copied} pages were copied for the guest");
+    }
+}
+
+/// With room for everything, what was copied is overtaken by later copies, or by protection if the
+/// guest writes as fast as pages are copied.
+#[test]
+fn what_can_be_copied_is_copied() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let all = storm("uniform", TrackerKind::Ring, 256 << 20);
+    let staged = sum(&all, |stats| stats.staged_pages);
+    assert!(staged > 16_000, "{staged} pages were copied aside");
+}

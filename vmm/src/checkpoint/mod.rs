@@ -1,0 +1,482 @@
+//! Taking a checkpoint of a running guest.
+//!
+//! [`Vm::checkpoint`] is the list of phases; each is a function below.
+
+mod progress;
+mod report;
+mod staging;
+
+use std::sync::{Arc, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use frazil_snapstore::cow::{CopyOnWrite, Protected};
+use frazil_snapstore::{
+    Description, PageSet, RegionHandle, SnapshotId, StateChunk, Store, StoreError, Transaction,
+    unix_ms,
+};
+
+use crate::devices::CapturedDevices;
+use crate::devices::platform::{self, CapturedPlatform};
+use crate::disk::{DiskLine, FrozenDisk};
+use crate::error::{Result, VmmError};
+use crate::line::Line;
+use crate::machine::MACHINE_CHUNK;
+use crate::memory::RAM_REGION;
+use crate::state::chunk;
+use crate::turns::Turn;
+use crate::vcpu::{CapturedVcpu, Ended};
+use crate::vm::{Vm, vcpu_chunk};
+
+pub use progress::{CheckpointProgress, ProgressReport};
+pub use report::{CheckpointReport, CheckpointRequest, CheckpointStats, CheckpointTotals, Round};
+pub(crate) use staging::Staging;
+
+/// So few pages are copied in the pause without another thought: in about the time it takes to find
+/// out whether there are fewer.
+const FEW_PAGES: u64 = 32;
+/// More than so many are not copied in the pause, which they would make a millisecond longer.
+const CUT_PAGES_MAX: u64 = 2048;
+/// Room for pages that are found only in the pause.
+const CUT_ROOM_PAGES: usize = 1024;
+/// A guest that writes faster than rounds catch up is cut after so many.
+const MAX_ROUNDS: usize = 6;
+/// How long requests to disks may take to be done in the pause.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(5);
+/// What a VM keeps between checkpoints of the room for copied pages at the most: 64 MiB.
+const STAGING_PAGES_KEPT_MAX: usize = 16_384;
+
+/// What stood still at the cut: all that the commit needs, so that the guest can go on.
+struct Cut {
+    vcpus: Vec<CapturedVcpu>,
+    platform: CapturedPlatform,
+    devices: CapturedDevices,
+    disks: Vec<FrozenDisk>,
+    time_unix_ms: u64,
+}
+
+/// A checkpoint being taken.
+struct Checkpoint<'a> {
+    vm: &'a Vm,
+    request: &'a CheckpointRequest,
+    line: MutexGuard<'a, Line>,
+    transaction: Transaction,
+    region: RegionHandle,
+    disk_regions: Vec<RegionHandle>,
+    /// Pages harvested and neither written, copied nor protected yet.
+    waiting: PageSet,
+    /// Pages left in place until they are written.
+    protected: Option<Protected>,
+    /// The guest stands still for `--exit`: it must go on if the commit fails.
+    resume_after_failure: bool,
+    started: Instant,
+    stats: CheckpointStats,
+}
+
+impl Vm {
+    /// Takes a checkpoint; the guest goes on while it is written, and afterwards.
+    ///
+    /// # Errors
+    /// Nothing is published then, the guest goes on, and the pages that would have been saved are
+    /// part of the next checkpoint.
+    pub fn checkpoint(&self, request: &CheckpointRequest) -> Result<CheckpointReport> {
+        self.checkpoint_in(&self.turns.checkpoint(), request)
+    }
+
+    fn checkpoint_in(
+        &self,
+        turn: &Turn<'_>,
+        request: &CheckpointRequest,
+    ) -> Result<CheckpointReport> {
+        let taken = Checkpoint::begin(self, request, turn.since).and_then(|mut checkpoint| {
+            checkpoint.precopy()?;
+            checkpoint.stage()?;
+            let cut = checkpoint.quiesce_cut_and_go_on()?;
+            checkpoint.commit(cut)
+        });
+        self.progress.set(None);
+        let mut totals = self.totals.lock().unwrap_or_else(PoisonError::into_inner);
+        match &taken {
+            Ok(report) => {
+                totals.taken += 1;
+                totals.pages += report.stats.precopied_pages + report.stats.commit_pages;
+                totals.stored_bytes += report.stored_bytes;
+                totals.pause_us_max = totals.pause_us_max.max(report.stats.pause_us);
+                self.telemetry.record(report);
+                turn.published();
+                self.keeping.published();
+            }
+            Err(error) if error.is_cancelled() => totals.cancelled += 1,
+            Err(_) => totals.failed += 1,
+        }
+        taken
+    }
+
+    /// As [`Self::checkpoint`], or None, counted as skipped, if one is being taken already.
+    pub fn checkpoint_if_idle(
+        &self,
+        request: &CheckpointRequest,
+    ) -> Option<Result<CheckpointReport>> {
+        let turn = self.turns.checkpoint_if_none();
+        if turn.is_none() {
+            self.count_skipped(1);
+        }
+        turn.map(|turn| self.checkpoint_in(&turn, request))
+    }
+
+    /// Has the checkpoint that is being taken given up, and waits until it is: the guest goes on,
+    /// and the pages are part of the next one. False if there is none, or it was published before
+    /// it could be stopped.
+    #[must_use]
+    pub fn cancel_checkpoint(&self) -> bool {
+        self.turns.cancel_checkpoint(|| self.progress.cancel())
+    }
+
+    /// How far the checkpoint being taken has come, if one is.
+    #[must_use]
+    pub fn checkpoint_progress(&self) -> Option<ProgressReport> {
+        self.progress.report()
+    }
+
+    /// What its checkpoints came to so far.
+    #[must_use]
+    pub fn checkpoint_totals(&self) -> CheckpointTotals {
+        *self.totals.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn count_skipped(&self, count: u64) {
+        self.totals.lock().unwrap_or_else(PoisonError::into_inner).skipped += count;
+    }
+
+    /// The snapshot that the next checkpoint changes; None while one is being taken.
+    #[must_use]
+    pub fn head(&self) -> Option<SnapshotId> {
+        self.line.try_lock().ok().and_then(|line| line.head)
+    }
+}
+
+impl<'a> Checkpoint<'a> {
+    fn begin(vm: &'a Vm, request: &'a CheckpointRequest, started: Instant) -> Result<Self> {
+        vm.check_alive()?;
+        let store = vm.store().ok_or_else(|| {
+            VmmError::NotNow(format!("VM `{}` has no store: run it with --store DIR", vm.name()))
+        })?;
+        if let Some(tag) = &request.tag {
+            frazil_snapstore::reference::check_tag(tag)?;
+        }
+        let line = vm.line.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut transaction = begin_transaction(store, line.head)?;
+        let region = transaction.region(RAM_REGION, vm.ram().end_page())?;
+        let disk_regions = line
+            .disks
+            .iter()
+            .map(|disk| disk.region(&mut transaction))
+            .collect::<Result<Vec<_>>>()?;
+        vm.progress.set(Some(transaction.progress()));
+        if vm.turns.is_cancelled() {
+            vm.progress.cancel();
+        }
+        let stats = CheckpointStats { ram_bytes: vm.ram().len_bytes(), ..CheckpointStats::new() };
+        let waiting = PageSet::new(line.since_head.capacity());
+        let resume_after_failure = false;
+        Ok(Self {
+            vm,
+            request,
+            line,
+            transaction,
+            region,
+            disk_regions,
+            waiting,
+            protected: None,
+            resume_after_failure,
+            started,
+            stats,
+        })
+    }
+
+    /// Phase 1, the guest runs: writes what is dirty, as long as there is more than can be copied
+    /// aside and each round leaves less.
+    fn precopy(&mut self) -> Result<()> {
+        let started = Instant::now();
+        self.line.harvest(&mut self.waiting)?;
+        // All that the parent lacks, also what an earlier checkpoint harvested and failed to
+        // publish.
+        self.waiting.union(&self.line.since_head);
+        for _ in 0..MAX_ROUNDS {
+            let pages = self.waiting.count();
+            if pages <= self.vm.staging_pages() {
+                break;
+            }
+            let round_started = Instant::now();
+            let ram = self.vm.ram().as_ref();
+            let written = self.transaction.write_pages(self.region, &self.waiting, ram)?;
+            self.stats.precopied(written, round_started.elapsed());
+            self.waiting.clear();
+            self.line.harvest(&mut self.waiting)?;
+            if self.waiting.count() > pages / 2 {
+                // Another one would leave as much again.
+                break;
+            }
+        }
+        self.stats.precopy_us = us(started.elapsed());
+        Ok(())
+    }
+
+    /// Phase 2, the guest runs: copies what is left, which takes so little time that next to
+    /// nothing is written meanwhile; protects it if it is too much for that.
+    fn stage(&mut self) -> Result<()> {
+        let started = Instant::now();
+        self.line.disks.iter_mut().for_each(DiskLine::prepare);
+        let pages = self.waiting.count();
+        self.line.staging.begin(CUT_ROOM_PAGES);
+        if pages <= self.vm.staging_pages() || !self.protect()? {
+            self.line.staging.reserve(pages as usize + CUT_ROOM_PAGES);
+            self.copy_aside()?;
+            if self.waiting.count() > CUT_PAGES_MAX {
+                // It writes as fast as we copy. If there is no protection, so be it.
+                self.protect()?;
+            }
+        }
+        self.stats.stage_us = us(started.elapsed());
+        Ok(())
+    }
+
+    /// Copies what waits, then what was written meanwhile, as long as that gets less.
+    fn copy_aside(&mut self) -> Result<()> {
+        loop {
+            let pages = self.waiting.count();
+            self.copy_waiting()?;
+            self.stats.staged_pages += pages;
+            self.line.harvest(&mut self.waiting)?;
+            let found = self.waiting.count();
+            if found <= FEW_PAGES || found > pages / 2 {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Copies what waits, so that nothing does.
+    fn copy_waiting(&mut self) -> Result<()> {
+        self.line
+            .staging
+            .copy(&self.waiting, self.vm.ram())
+            .map_err(VmmError::host("copy guest pages"))?;
+        self.waiting.clear();
+        Ok(())
+    }
+
+    /// Protects what waits, and what was written meanwhile as long as that gets less. False if
+    /// this host cannot.
+    fn protect(&mut self) -> Result<bool> {
+        let Some(cow) = self.vm.copy_on_write(&mut self.line.cow) else { return Ok(false) };
+        let mut protected = cow.begin();
+        let mut handed = PageSet::new(self.waiting.capacity());
+        loop {
+            let pages = self.waiting.count();
+            handed.union(&self.waiting);
+            if let Err(error) = protected.protect(&self.waiting) {
+                // What is protected by now goes free again, and waits.
+                tracing::warn!(%error, "cannot leave pages in place");
+                self.line.cow = CowState::Unavailable;
+                self.waiting = handed;
+                return Ok(false);
+            }
+            self.waiting.clear();
+            self.line.harvest(&mut self.waiting)?;
+            let found = self.waiting.count();
+            if found <= FEW_PAGES || found > pages / 2 {
+                break;
+            }
+        }
+        self.protected = Some(protected);
+        Ok(true)
+    }
+
+    /// Phases 3 to 5. Whatever happens, a guest that ran goes on running, unless it is to exit
+    /// and the cut succeeded.
+    fn quiesce_cut_and_go_on(&mut self) -> Result<Cut> {
+        let mut paused = self.vm.paused();
+        let pause_started = Instant::now();
+        let quiesced = self.vm.vcpus.pause_and_capture();
+        self.stats.quiesce_us = us(pause_started.elapsed());
+        let cut_started = Instant::now();
+        let cut = quiesced.and_then(|()| self.cut());
+        self.stats.cut_us = us(cut_started.elapsed());
+        self.resume_after_failure = self.request.exit && cut.is_ok() && !*paused;
+        if self.resume_after_failure {
+            // For everybody else it stands still by the user's wish from here on.
+            self.vm.set_paused(&mut paused, true);
+        } else if !*paused {
+            let go_on_started = Instant::now();
+            self.vm.vcpus.resume();
+            self.stats.go_on_us = us(go_on_started.elapsed());
+        }
+        self.stats.pause_us = us(pause_started.elapsed());
+        cut
+    }
+
+    /// Phase 4, the guest stands still.
+    fn cut(&mut self) -> Result<Cut> {
+        // No request is in flight from here on, so memory and disks agree.
+        let drained = self
+            .line
+            .disks
+            .iter()
+            .map(|disk| disk.disk().drain(DRAIN_PATIENCE))
+            .collect::<Result<Vec<_>>>()?;
+        // Into the set that is there, copied to memory that is there: nothing is allocated.
+        self.line.harvest_at_cut(&mut self.waiting)?;
+        if let Some(protected) = &mut self.protected {
+            protected.cut(&mut self.waiting);
+            self.stats.protected_pages = protected.pages().count();
+        }
+        self.stats.cut_pages = self.waiting.count();
+        self.copy_waiting()?;
+        let disks =
+            self.line.disks.iter_mut().zip(&drained).map(|(disk, drained)| disk.cut(drained));
+        let disks = disks.collect::<Result<Vec<_>>>()?;
+        // Meanwhile each vCPU's thread reads its own state.
+        Ok(Cut {
+            platform: platform::capture(&self.vm.shell.fd)?,
+            devices: self.vm.bus.capture(),
+            disks,
+            vcpus: self.vm.vcpus.take_captured()?,
+            time_unix_ms: unix_ms(),
+        })
+    }
+
+    /// Phase 6, the guest runs.
+    fn commit(self, cut: Cut) -> Result<CheckpointReport> {
+        let (vm, request, resume) = (self.vm, self.request, self.resume_after_failure);
+        let taken = self.publish(cut);
+        match &taken {
+            Ok(_) if request.exit => vm.vcpus.end(Ended::Suspended),
+            Err(_) if resume => vm.go()?,
+            _ => {}
+        }
+        taken
+    }
+
+    /// Writes what was left in place, first since the guest may be waiting to change it, and what
+    /// was copied.
+    fn write_rest(&mut self, cut: &Cut) -> Result<()> {
+        let (staged, mut set) = self.line.staging.finish(self.vm.ram().end_page());
+        if let Some(mut protected) = self.protected.take() {
+            // One that was copied and then changed was left in place afterwards: the copy is old.
+            set.subtract(protected.pages());
+            let written = protected.write(&mut self.transaction, self.region)?;
+            self.stats.committed(&written);
+            self.stats.cow_pages = protected.copied();
+        }
+        let written = self.transaction.write_pages(self.region, &set, &staged)?;
+        self.stats.committed(&written);
+        for (disk, region) in cut.disks.iter().zip(&self.disk_regions) {
+            let written = disk.write_to(&mut self.transaction, *region)?;
+            self.stats.disk_pages += written.pages;
+            self.stats.count(&written);
+        }
+        Ok(())
+    }
+
+    fn publish(mut self, cut: Cut) -> Result<CheckpointReport> {
+        let commit_started = Instant::now();
+        self.write_rest(&cut)?;
+        self.stats.dirty_pages = self.line.since_head.count();
+        let description = Description {
+            name: self.vm.name().to_owned(),
+            message: self.request.message.clone(),
+            tag: self.request.tag.clone(),
+            time_unix_ms: cut.time_unix_ms,
+            state: encode_state(self.vm, &cut)?,
+            stats: serde_json::to_value(&self.stats)
+                .map_err(|error| VmmError::Config(format!("cannot encode statistics: {error}")))?,
+            pin: true,
+        };
+        let committed = self.transaction.commit(description)?;
+        let parent = self.line.head.replace(committed.id);
+        self.line.head_pin = committed.pin;
+        // Only now: the snapshot that holds them is published. Whatever the guest wrote since the
+        // cut is still in KVM's log, and what the VMM wrote in its own.
+        self.line.since_head.clear();
+        for (disk, frozen) in self.line.disks.iter_mut().zip(&cut.disks) {
+            disk.published(frozen);
+        }
+        self.line.staging.trim(STAGING_PAGES_KEPT_MAX);
+        Ok(CheckpointReport {
+            vm: self.vm.name().to_owned(),
+            id: committed.id,
+            parent,
+            time_unix_ms: cut.time_unix_ms,
+            meta_bytes: committed.meta_bytes,
+            stored_bytes: committed.frame_bytes + committed.meta_bytes,
+            commit_us: us(commit_started.elapsed()),
+            sync_us: committed.sync_us,
+            tag_failure: committed.tag_failure,
+            duration_us: us(self.started.elapsed()),
+            stats: self.stats,
+        })
+    }
+}
+
+/// What a VM has to leave pages in place with.
+#[derive(Debug, Default)]
+pub(crate) enum CowState {
+    /// Nobody asked yet.
+    #[default]
+    Unknown,
+    Ready(CopyOnWrite),
+    /// This host has none, or it failed.
+    Unavailable,
+}
+
+impl Vm {
+    /// What protects pages of RAM, made when it is first wanted; None where userfaultfd cannot, or
+    /// while a pager watches the same memory.
+    fn copy_on_write<'a>(&self, state: &'a mut CowState) -> Option<&'a CopyOnWrite> {
+        if self.pager_stats().is_some_and(|pager| !pager.complete) {
+            return None;
+        }
+        if matches!(state, CowState::Unknown) {
+            let memory = Arc::clone(self.ram());
+            *state = match CopyOnWrite::new(memory, &self.ram().mappings()) {
+                Ok(cow) => CowState::Ready(cow),
+                Err(error) => {
+                    tracing::warn!(%error, "many pages are copied aside instead of left in place");
+                    CowState::Unavailable
+                }
+            };
+        }
+        match state {
+            CowState::Ready(cow) => Some(cow),
+            CowState::Unknown | CowState::Unavailable => None,
+        }
+    }
+}
+
+/// Starts a transaction; after an I/O error in an earlier one, on a store looked at afresh.
+fn begin_transaction(store: &Arc<Store>, parent: Option<SnapshotId>) -> Result<Transaction> {
+    match store.begin(parent) {
+        Err(error @ StoreError::Latched { .. }) => {
+            tracing::warn!(%error, "reopening the store");
+            store.reopen()?;
+            Ok(store.begin(parent)?)
+        }
+        other => Ok(other?),
+    }
+}
+
+fn encode_state(vm: &Vm, cut: &Cut) -> Result<Vec<StateChunk>> {
+    let mut chunks = vec![chunk(MACHINE_CHUNK, vm.machine())?];
+    for (index, vcpu) in cut.vcpus.iter().enumerate() {
+        chunks.push(chunk(&vcpu_chunk(index), &vcpu.save())?);
+    }
+    chunks.extend(cut.platform.save()?);
+    chunks.extend(cut.devices.save()?);
+    for disk in vm.disks() {
+        chunks.push(chunk(disk.name(), disk.saved())?);
+    }
+    Ok(chunks)
+}
+
+fn us(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,180 @@
+//! Contents as they were at a cut, while requests go on.
+//!
+//! Freezing copies nothing: it says which pages a checkpoint still has to read. Whoever is about to
+//! change one of them keeps what it holds first, under the lock of its chunk, so that at any time
+//! it is either unchanged or kept.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use frazil_snapstore::{Page, PageSet, PageSource, RegionHandle, Transaction, WriteStats};
+
+use super::Disk;
+use crate::error::{Result, VmmError};
+
+/// What a page held at the cut; it holds something else by now.
+#[derive(Debug)]
+pub(super) enum Kept {
+    /// What lies below the overlay, which never changes: nothing had to be copied.
+    Below,
+    /// Zeros.
+    Zero,
+    InMemory(Box<Page>),
+    /// In a slot of the overlay's file.
+    InSlot(u64),
+}
+
+/// The kept pages of one stripe of chunks, by number.
+pub(super) type KeptPages = HashMap<u64, Kept>;
+
+/// Which pages have to be kept before they change.
+#[derive(Debug, Default)]
+pub(super) struct Freeze {
+    /// From the cut until the last kept page is forgotten.
+    busy: bool,
+    /// None while nothing has to be kept.
+    pages: Option<Arc<PageSet>>,
+    /// Of these, those that the checkpoint is done with.
+    released: Option<PageSet>,
+}
+
+impl Freeze {
+    pub(super) fn is_off(&self) -> bool {
+        self.pages.is_none()
+    }
+
+    pub(super) fn holds(&self, page: u64) -> bool {
+        self.pages.as_ref().is_some_and(|pages| pages.contains(page))
+            && !self.released.as_ref().is_some_and(|released| released.contains(page))
+    }
+
+    /// False if it is in use.
+    fn start(&mut self, pages: &Arc<PageSet>) -> bool {
+        if self.busy {
+            return false;
+        }
+        *self = Self { busy: true, pages: Some(Arc::clone(pages)), released: None };
+        true
+    }
+}
+
+/// How many kept pages are in memory, and may be.
+#[derive(Debug)]
+pub(super) struct KeptRoom {
+    used: AtomicU64,
+    max: u64,
+}
+
+impl KeptRoom {
+    pub(super) fn new(max: u64) -> Self {
+        Self { used: AtomicU64::new(0), max }
+    }
+
+    /// Takes room for one page, if there is any.
+    pub(super) fn take(&self) -> bool {
+        let one_more = |used: u64| (used < self.max).then_some(used + 1);
+        self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more).is_ok()
+    }
+
+    pub(super) fn give_back(&self, kept: &Kept) {
+        if matches!(kept, Kept::InMemory(_)) {
+            self.used.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// The contents of some pages of a disk at the cut of a checkpoint, as a source for the store. The
+/// disk is in use meanwhile; dropping this lets go of what had to be kept.
+#[derive(Debug)]
+pub struct FrozenDisk {
+    disk: Arc<Disk>,
+    pages: Arc<PageSet>,
+}
+
+impl FrozenDisk {
+    /// The disk stands still.
+    pub(super) fn new(disk: &Arc<Disk>, pages: PageSet) -> Result<Self> {
+        let pages = Arc::new(pages);
+        if !disk.contents.freeze_mut().start(&pages) {
+            return Err(VmmError::NotNow(format!(
+                "{}: a checkpoint before this one is not done with its pages",
+                disk.name()
+            )));
+        }
+        Ok(Self { disk: Arc::clone(disk), pages })
+    }
+
+    /// The pages that were frozen.
+    #[must_use]
+    pub fn pages(&self) -> &PageSet {
+        &self.pages
+    }
+
+    /// The disk they are of.
+    #[must_use]
+    pub fn disk(&self) -> &Arc<Disk> {
+        &self.disk
+    }
+
+    /// Lets go of some pages before the others: the store has them, they can no longer be read here.
+    pub fn release(&self, pages: &PageSet) {
+        let contents = &self.disk.contents;
+        contents
+            .freeze_mut()
+            .released
+            .get_or_insert_with(|| PageSet::new(self.pages.capacity()))
+            .union(pages);
+        contents.forget_kept(|page| pages.contains(page));
+    }
+
+    /// Writes them to `region` of a transaction, and lets go of them.
+    ///
+    /// # Errors
+    /// The store's, or those of reading the disk; the pages stay frozen then.
+    pub fn write_to(
+        &self,
+        transaction: &mut Transaction,
+        region: RegionHandle,
+    ) -> Result<WriteStats> {
+        let written = transaction.write_pages(region, &self.pages, self)?;
+        // Before the commit, which does not read them again.
+        self.thaw();
+        Ok(written)
+    }
+
+    /// Lets go of all pages: nothing is kept any more, and what was is forgotten.
+    pub fn thaw(&self) {
+        let contents = &self.disk.contents;
+        {
+            let mut freeze = contents.freeze_mut();
+            (freeze.pages, freeze.released) = (None, None);
+        }
+        contents.forget_kept(|_| true);
+        contents.drop_slots();
+    }
+
+    /// Pages that were kept since they changed after the cut, of those not released yet.
+    #[must_use]
+    pub fn kept_pages(&self) -> u64 {
+        self.disk.contents.kept_count()
+    }
+}
+
+impl PageSource for FrozenDisk {
+    fn read_page(&self, page: u64, buf: &mut Page) -> io::Result<()> {
+        let read = self.disk.contents.read_frozen(page, buf);
+        read.map_err(|error| {
+            io::Error::new(error.kind(), format!("page {page} of {}: {error}", self.disk.name()))
+        })
+    }
+}
+
+impl Drop for FrozenDisk {
+    fn drop(&mut self) {
+        self.thaw();
+        // Only now may another checkpoint begin, which must not find what this one kept.
+        self.disk.contents.freeze_mut().busy = false;
+    }
+}

@@ -1,0 +1,60 @@
+//! Where a machine stands in its line of snapshots, and what the last of them lacks.
+
+use std::sync::Arc;
+
+use frazil_snapstore::{PageSet, Pin, SnapshotId};
+
+use crate::checkpoint::{CowState, Staging};
+use crate::dirty::{AllWrites, DirtyTracker};
+use crate::disk::{Disk, DiskLine};
+use crate::error::Result;
+use crate::kvm::VmShell;
+
+/// Where the VM stands in its line of snapshots. Locked for the length of a checkpoint.
+#[derive(Debug)]
+pub(crate) struct Line {
+    /// The snapshot that the next one changes.
+    pub head: Option<SnapshotId>,
+    /// Keeps the head in the store, forgotten or not, for the next one shares with it.
+    pub head_pin: Option<Arc<dyn Pin>>,
+    /// Pages written since `head`, as far as they were harvested. They leave the set only when a
+    /// snapshot that holds them is published, so a failed checkpoint loses none.
+    pub since_head: PageSet,
+    /// The same for each disk.
+    pub disks: Vec<DiskLine>,
+    pub tracker: AllWrites,
+    /// Room for pages that are copied aside.
+    pub staging: Staging,
+    /// For pages that are too many for that.
+    pub cow: CowState,
+}
+
+impl Line {
+    /// The line of a machine that no snapshot holds yet: all it has ever written counts.
+    pub(crate) fn new(shell: &VmShell, disks: &[Arc<Disk>]) -> Self {
+        Self {
+            head: None,
+            head_pin: None,
+            since_head: PageSet::new(shell.ram.end_page()),
+            disks: disks.iter().map(|disk| DiskLine::new(Arc::clone(disk))).collect(),
+            tracker: AllWrites::new(shell.tracker(), Arc::clone(&shell.ram)),
+            staging: Staging::default(),
+            cow: CowState::default(),
+        }
+    }
+
+    /// Adds the pages written since the last harvest to `pages`, and to those the head lacks.
+    pub(crate) fn harvest(&mut self, pages: &mut PageSet) -> Result<()> {
+        let harvested = self.tracker.harvest(pages);
+        // Also after an error: what was read is cleared in KVM.
+        self.since_head.union(pages);
+        harvested
+    }
+
+    /// The same at the cut, while no vCPU runs.
+    pub(crate) fn harvest_at_cut(&mut self, pages: &mut PageSet) -> Result<()> {
+        let harvested = self.tracker.harvest_at_cut(pages);
+        self.since_head.union(pages);
+        harvested
+    }
+}

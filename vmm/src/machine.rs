@@ -1,0 +1,148 @@
+//! What a machine is: as it is asked for, as its snapshots list it, and how it meets its host.
+
+use std::sync::Arc;
+
+use frazil_snapstore::Store;
+use frazil_snapstore::pager::PagerOptions;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::boot::BootSource;
+use crate::devices::serial::SerialOutput;
+use crate::dirty::TrackerKind;
+use crate::disk::{DiskConfig, OverlayOptions};
+use crate::state::Saved;
+use crate::workload::WorkloadSpec;
+
+/// The chunk that lists the machine.
+pub(crate) const MACHINE_CHUNK: &str = "machine";
+
+/// The most vCPUs: APIC ids are eight bits without x2APIC.
+pub(crate) const MAX_CPUS: usize = 254;
+
+/// A machine to boot.
+#[derive(Clone, Debug)]
+pub struct MachineConfig {
+    /// Its name.
+    pub name: String,
+    /// Bytes of RAM.
+    pub ram_bytes: u64,
+    /// Number of vCPUs.
+    pub cpus: usize,
+    /// What it runs.
+    pub guest: Guest,
+    /// Its disks.
+    pub disks: Vec<DiskConfig>,
+}
+
+/// What a machine runs.
+#[derive(Clone, Debug)]
+pub enum Guest {
+    /// The built-in workload.
+    Workload(WorkloadSpec),
+    /// A kernel of the user's.
+    Kernel(BootSource),
+}
+
+/// How a VM meets its host; not part of the machine, and free to differ on each resume.
+#[derive(Clone, Debug)]
+pub struct HostConfig {
+    /// Where the serial port's output goes.
+    pub serial: SerialOutput,
+    /// Where its checkpoints go, if anywhere.
+    pub store: Option<Arc<Store>>,
+    /// What keeps track of the pages the guest writes; None is what suits the machine.
+    pub tracker: Option<TrackerKind>,
+    /// Memory that a checkpoint may take to copy pages aside; what is more is left in place and
+    /// protected, where the host can do that.
+    pub staging_bytes: u64,
+    /// Where what the guest writes to its disks is kept until it is in a snapshot, and beyond.
+    pub overlay: OverlayOptions,
+}
+
+/// What checkpoints copy aside by default.
+pub const STAGING_BYTES: u64 = 64 << 20;
+
+impl HostConfig {
+    /// Output to `serial`, checkpoints to `store`, the rest as suits the machine.
+    #[must_use]
+    pub fn new(serial: SerialOutput, store: Option<Arc<Store>>) -> Self {
+        Self {
+            serial,
+            store,
+            tracker: None,
+            staging_bytes: STAGING_BYTES,
+            overlay: OverlayOptions::default(),
+        }
+    }
+}
+
+/// How memory comes back on resume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Loading {
+    /// As it is touched.
+    Lazy(PagerOptions),
+    /// All of it before the guest runs.
+    Eager,
+}
+
+/// The machine, as its snapshots list it: with this and the other chunks it is built again.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedMachine {
+    /// Bytes of RAM.
+    pub ram_bytes: u64,
+    /// Number of vCPUs.
+    pub cpus: usize,
+    /// What was booted.
+    pub guest: SavedGuest,
+    /// Number of disks; each has a chunk and a region of its own, `disk0` and so on.
+    pub disks: usize,
+}
+
+/// What was booted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum SavedGuest {
+    /// The built-in workload.
+    Workload {
+        /// Its specification, with the machine's CPUs and TSC frequency.
+        spec: String,
+    },
+    /// A kernel of the user's.
+    Kernel {
+        /// The file it was loaded from.
+        kernel: String,
+        /// The initial RAM disk's file.
+        initrd: Option<String>,
+        /// Its command line.
+        cmdline: String,
+    },
+}
+
+impl Saved for SavedMachine {
+    const KIND: &'static str = "frazil.machine";
+    const VERSION: u32 = 2;
+
+    fn upgrade(version: u32, mut body: Value) -> Result<Value, String> {
+        match version {
+            // There were no disks.
+            1 => {
+                body["disks"] = Value::from(0);
+                Ok(body)
+            }
+            _ => Err(format!("version {version} was never written")),
+        }
+    }
+}
+
+impl SavedMachine {
+    /// The built-in workload's specification, if the machine runs it.
+    #[must_use]
+    pub fn workload(&self) -> Option<WorkloadSpec> {
+        match &self.guest {
+            SavedGuest::Workload { spec } => spec.parse().ok(),
+            SavedGuest::Kernel { .. } => None,
+        }
+    }
+}

@@ -1,0 +1,199 @@
+//! Checkpoints that nobody has to ask for: every so often, or one after the other, and if wanted at
+//! moments in which the guest writes little.
+//!
+//! What to do when is decided in `plan` and `quiet`, which know no clock; the thread below has
+//! one, and does it.
+
+mod plan;
+mod quiet;
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use frazil_snapstore::PageSet;
+
+use crate::checkpoint::{CheckpointReport, CheckpointRequest};
+use crate::error::{Result, VmmError};
+use crate::vm::Vm;
+
+use plan::{Outcome, Plan, Skips};
+use quiet::{LOOK_EVERY, Quiet};
+
+/// How often to take a checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Every {
+    /// So often, on the clock: one that takes longer costs those that were due meanwhile.
+    Interval(Duration),
+    /// The next as soon as the one before is published.
+    Continuous,
+}
+
+/// When to take checkpoints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Schedule {
+    /// How often.
+    pub every: Every,
+    /// How long one that is due may wait for a moment in which the guest writes little; it is
+    /// taken then, such a moment or not.
+    pub quiet: Option<Duration>,
+}
+
+/// What the scheduler has to tell.
+#[derive(Debug)]
+pub enum ScheduleEvent<'a> {
+    /// One was taken, or failed.
+    Checkpoint(&'a Result<CheckpointReport>),
+    /// So many were left out since this was last told, because the one before was not done. Told
+    /// at once, and then only every so often.
+    Skipped(u64),
+}
+
+/// Called from the scheduler's thread.
+pub type OnEvent = Box<dyn Fn(&ScheduleEvent<'_>) + Send>;
+
+/// Takes checkpoints by a [`Schedule`] until dropped: never two at once, and none that would have
+/// to wait for the one before. What is left out is counted among the VM's totals, and not made up
+/// for.
+#[derive(Debug)]
+pub struct Scheduler {
+    stop: Option<Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Scheduler {
+    /// Starts taking checkpoints of `vm` by `schedule`.
+    ///
+    /// # Errors
+    /// [`VmmError::Host`] if its thread cannot be started.
+    pub fn start(vm: Arc<Vm>, schedule: Schedule, on_event: OnEvent) -> Result<Self> {
+        let (stop, stopped) = crossbeam_channel::bounded::<()>(0);
+        let work = Work {
+            plan: Plan::new(schedule.every, Instant::now()),
+            vm,
+            schedule,
+            on_event,
+            skips: Skips::default(),
+            quiet: Quiet::default(),
+            saved_at_rest: None,
+        };
+        let thread = std::thread::Builder::new()
+            .name("frazil-schedule".into())
+            .spawn(move || work.run(&stopped))
+            .map_err(VmmError::host("start the scheduler's thread"))?;
+        Ok(Self { stop: Some(stop), thread: Some(thread) })
+    }
+}
+
+impl Drop for Scheduler {
+    fn drop(&mut self) {
+        self.stop = None;
+        if let Some(thread) = self.thread.take() {
+            // A panic was reported by the panic hook.
+            let _joined = thread.join();
+        }
+    }
+}
+
+/// Waits until `until`; false if the scheduler is to stop.
+fn wait(stopped: &Receiver<()>, until: Instant) -> bool {
+    let left = until.saturating_duration_since(Instant::now());
+    stopped.recv_timeout(left) == Err(RecvTimeoutError::Timeout)
+}
+
+impl Vm {
+    /// While the user wants the guest to stand still, a number that another such time will not
+    /// have.
+    fn rest(&self) -> Option<u64> {
+        // First: a number that is too old is of no time that comes.
+        let pauses = self.pauses.load(Ordering::Acquire);
+        self.is_paused().then_some(pauses)
+    }
+}
+
+/// The scheduler's thread.
+struct Work {
+    vm: Arc<Vm>,
+    schedule: Schedule,
+    on_event: OnEvent,
+    plan: Plan,
+    skips: Skips,
+    quiet: Quiet,
+    /// The last time that the guest stood still by the user's wish and was saved since it did.
+    saved_at_rest: Option<u64>,
+}
+
+impl Work {
+    fn run(mut self, stopped: &Receiver<()>) {
+        while wait(stopped, self.plan.due()) && self.vm.ended().is_none() {
+            let at_rest = self.vm.rest();
+            if at_rest.is_some() && at_rest == self.saved_at_rest {
+                // A snapshot of nothing new takes room as well.
+                let _at_rest = self.plan.over(Outcome::Resting, Instant::now());
+                continue;
+            }
+            if !self.wait_for_quiet(stopped) {
+                return;
+            }
+            let request = CheckpointRequest::default();
+            let taken = match self.schedule.every {
+                Every::Interval(_) => self.vm.checkpoint_if_idle(&request),
+                // One that was asked for is waited for: there is no moment to miss.
+                Every::Continuous => Some(self.vm.checkpoint(&request)),
+            };
+            if matches!(&taken, Some(Err(_)) if self.vm.ended().is_some()) {
+                // Ended meanwhile: nothing failed.
+                return;
+            }
+            self.saved_at_rest = at_rest.filter(|_| matches!(&taken, Some(Ok(_))));
+            self.tell(taken.as_ref());
+        }
+    }
+
+    /// Counts and says what became of the one that was due.
+    fn tell(&mut self, taken: Option<&Result<CheckpointReport>>) {
+        let now = Instant::now();
+        taken.iter().for_each(|taken| (self.on_event)(&ScheduleEvent::Checkpoint(taken)));
+        let outcome = match taken {
+            Some(Ok(_)) => Outcome::Taken,
+            Some(Err(_)) => Outcome::Failed,
+            None => Outcome::LeftOut,
+        };
+        let late = self.plan.over(outcome, now);
+        self.vm.count_skipped(late);
+        // The one that was left out has been counted already.
+        let skipped = late + u64::from(outcome == Outcome::LeftOut);
+        if let Some(count) = self.skips.add(skipped, now) {
+            tracing::warn!(count, "checkpoints were left out: the one before was not done");
+            (self.on_event)(&ScheduleEvent::Skipped(count));
+        }
+    }
+
+    /// Waits until the guest writes little, or has been waited for long enough; false if the
+    /// scheduler is to stop.
+    fn wait_for_quiet(&mut self, stopped: &Receiver<()>) -> bool {
+        let Some(patience) = self.schedule.quiet else { return true };
+        let until = Instant::now() + patience;
+        let mut seen = PageSet::new(self.vm.ram().end_page());
+        // What was written before this moment is no news.
+        let mut look = || self.vm.look(&mut seen);
+        if look().is_none() {
+            return true;
+        }
+        loop {
+            let next = Instant::now() + LOOK_EVERY;
+            if next > until {
+                return true;
+            }
+            if !wait(stopped, next) {
+                return false;
+            }
+            match look() {
+                Some(pages) if !self.quiet.is_now(pages) => {}
+                _ => return true,
+            }
+        }
+    }
+}

@@ -1,0 +1,192 @@
+//! When the next checkpoint is due, and what is left out. Decides, and knows no clock.
+
+use std::time::{Duration, Instant};
+
+use super::Every;
+
+/// How long continuous checkpoints pause after one that failed; twice as long after the next.
+const PAUSE_MIN: Duration = Duration::from_millis(100);
+/// What that comes to at the most.
+const PAUSE_MAX: Duration = Duration::from_secs(10);
+/// How often continuous checkpoints look whether a guest at rest goes on.
+const LOOK_AT_REST_EVERY: Duration = Duration::from_millis(10);
+/// What is left out is told at once, and then only this often.
+const TELL_EVERY: Duration = Duration::from_secs(10);
+
+/// What became of a checkpoint that was due.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// Published.
+    Taken,
+    /// Failed, or cancelled.
+    Failed,
+    /// Not begun, because another one was being taken.
+    LeftOut,
+    /// Not needed: the guest stands still, and is saved.
+    Resting,
+}
+
+/// When checkpoints are due.
+#[derive(Debug)]
+pub(super) struct Plan {
+    every: Every,
+    due: Instant,
+    failed_in_a_row: u32,
+}
+
+impl Plan {
+    pub fn new(every: Every, now: Instant) -> Self {
+        let due = match every {
+            Every::Interval(interval) => now + interval,
+            Every::Continuous => now,
+        };
+        Self { every, due, failed_in_a_row: 0 }
+    }
+
+    /// When the next one is due; that may have been a while ago.
+    pub fn due(&self) -> Instant {
+        self.due
+    }
+
+    /// Plans the next one, now that it is known what became of the last. Returns how many were due
+    /// in between: those are left out, not made up for.
+    pub fn over(&mut self, outcome: Outcome, now: Instant) -> u64 {
+        self.failed_in_a_row = match outcome {
+            Outcome::Failed => self.failed_in_a_row.saturating_add(1),
+            _ => 0,
+        };
+        match self.every {
+            Every::Interval(interval) => {
+                self.due += interval;
+                if self.due > now {
+                    return 0;
+                }
+                let late = now.saturating_duration_since(self.due).as_nanos();
+                let beat = interval.as_nanos().max(1);
+                // On the beat as before, whatever was missed.
+                self.due =
+                    now + interval.saturating_sub(Duration::from_nanos((late % beat) as u64));
+                if outcome == Outcome::Resting { 0 } else { (late / beat + 1) as u64 }
+            }
+            Every::Continuous => {
+                self.due = match (outcome, self.failed_in_a_row) {
+                    (Outcome::Resting, _) => now + LOOK_AT_REST_EVERY,
+                    (_, 0) => now,
+                    // The store is full, say: asking it all the time helps nobody.
+                    (_, n) => now + (PAUSE_MIN * 2_u32.pow((n - 1).min(16))).min(PAUSE_MAX),
+                };
+                0
+            }
+        }
+    }
+}
+
+/// Gathers what was left out until it is told.
+#[derive(Debug, Default)]
+pub(super) struct Skips {
+    untold: u64,
+    told: Option<Instant>,
+}
+
+impl Skips {
+    /// Adds `count`; returns how many there are to be told now, if any.
+    pub fn add(&mut self, count: u64, now: Instant) -> Option<u64> {
+        self.untold += count;
+        let often = self.told.is_some_and(|told| now.saturating_duration_since(told) < TELL_EVERY);
+        if self.untold == 0 || often {
+            return None;
+        }
+        self.told = Some(now);
+        Some(std::mem::take(&mut self.untold))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn intervals_keep_the_beat_and_leave_out_what_was_missed() {
+        let start = Instant::now();
+        let mut plan = Plan::new(Every::Interval(100 * MS), start);
+        assert_eq!(plan.due(), start + 100 * MS, "not at once");
+        assert_eq!(plan.over(Outcome::Taken, start + 130 * MS), 0);
+        assert_eq!(plan.due(), start + 200 * MS, "on the beat, however long it took");
+        // Those of 300, 400 and 500 are gone.
+        assert_eq!(plan.over(Outcome::Taken, start + 510 * MS), 3);
+        assert_eq!(plan.due(), start + 600 * MS);
+        // One that is done when the next is due has just missed it.
+        assert_eq!(plan.over(Outcome::Taken, start + 700 * MS), 1);
+        assert_eq!(plan.due(), start + 800 * MS);
+        assert_eq!(plan.over(Outcome::LeftOut, start + 800 * MS), 0);
+        assert_eq!(plan.over(Outcome::Failed, start + 901 * MS), 0, "the beat goes on");
+        assert_eq!(plan.due(), start + 1000 * MS);
+    }
+
+    #[test]
+    fn however_short_the_interval_and_long_the_wait_counting_takes_no_time() {
+        let start = Instant::now();
+        let mut plan = Plan::new(Every::Interval(Duration::from_nanos(1)), start);
+        let late = start + Duration::from_hours(24 * 365);
+        assert_eq!(plan.over(Outcome::Taken, late), (late - start).as_nanos() as u64 - 1);
+        assert_eq!(plan.due(), late + Duration::from_nanos(1));
+        let mut plan = Plan::new(Every::Interval(Duration::from_hours(1)), start);
+        assert_eq!(plan.over(Outcome::Taken, late), 24 * 365 - 1);
+    }
+
+    #[test]
+    fn continuous_ones_follow_at_once_and_miss_nothing() {
+        let start = Instant::now();
+        let mut plan = Plan::new(Every::Continuous, start);
+        assert_eq!(plan.due(), start);
+        for took in [1, 5_000] {
+            assert_eq!(plan.over(Outcome::Taken, start + took * MS), 0);
+            assert_eq!(plan.due(), start + took * MS);
+        }
+    }
+
+    #[test]
+    fn continuous_ones_that_fail_come_less_and_less_often() {
+        let mut now = Instant::now();
+        let mut plan = Plan::new(Every::Continuous, now);
+        let mut pauses = Vec::new();
+        for _ in 0..60 {
+            assert_eq!(plan.over(Outcome::Failed, now), 0);
+            pauses.push(plan.due() - now);
+            now = plan.due();
+        }
+        assert_eq!(pauses[..3], [100 * MS, 200 * MS, 400 * MS]);
+        assert_eq!(pauses[59], PAUSE_MAX);
+        let _none = plan.over(Outcome::Taken, now);
+        assert_eq!(plan.due(), now, "forgiven");
+        let _none = plan.over(Outcome::Failed, now);
+        assert_eq!(plan.due() - now, 100 * MS);
+    }
+
+    #[test]
+    fn a_guest_at_rest_costs_no_checkpoints_and_no_skips() {
+        let start = Instant::now();
+        let mut plan = Plan::new(Every::Continuous, start);
+        assert_eq!(plan.over(Outcome::Resting, start), 0);
+        assert_eq!(plan.due(), start + LOOK_AT_REST_EVERY);
+        let mut plan = Plan::new(Every::Interval(MS), start);
+        assert_eq!(plan.over(Outcome::Resting, start + 50 * MS), 0);
+        assert_eq!(plan.due(), start + 51 * MS);
+    }
+
+    #[test]
+    fn what_is_left_out_is_told_at_once_and_then_seldom_and_in_full() {
+        let start = Instant::now();
+        let mut skips = Skips::default();
+        assert_eq!(skips.add(0, start), None);
+        assert_eq!(skips.add(2, start), Some(2));
+        let mut told = 0;
+        for n in 1..=1000 {
+            told += skips.add(3, start + n * 10 * MS).unwrap_or(0);
+        }
+        assert_eq!(told, 3000, "those of the last ten seconds together");
+        assert_eq!(skips.add(0, start + 60_000 * MS), None, "nothing new");
+    }
+}
