@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 
-.PHONY: all setup build demo test lint bench images fuzz clean
+.PHONY: all setup build demo test lint bench endurance images fuzz clean
 
 all: build
 
@@ -27,9 +27,14 @@ test: lint
 bench: build
 	target/release/frazil-bench floors
 	target/release/frazil-bench checkpoint
+	target/release/frazil-bench pause
 	target/release/frazil-bench resume
 	target/release/frazil-bench store
 	target/release/frazil-bench store-frames
+
+# Ten minutes of nothing but checkpoints: what grows.
+endurance: build
+	target/release/frazil-bench endurance
 
 # The store on the memory of a stock Debian kernel under QEMU: dumps of 6 GiB, then the figures.
 images: build

@@ -53,17 +53,18 @@ pub(crate) fn run(bench: &mut Bench) -> anyhow::Result<()> {
     let count = bench.runs_in_full(CHECKPOINTS, QUICK_CHECKPOINTS);
     let start = Held::now(&path)?;
     let (mut series, mut held) = (Series::new(), Vec::new());
+    let marks = [("10pct", count / 10), ("50pct", count / 2), ("100pct", count)];
     let started = Instant::now();
     for taken in 1..=count {
         series.take(&machine)?;
-        if taken.is_multiple_of((count / TURNS).max(1)) {
+        let mark = marks.iter().find(|(_, at)| *at == taken);
+        // Before each look, or it would tell how long ago the last time was.
+        if mark.is_some() || taken.is_multiple_of((count / TURNS).max(1)) {
             keep(&store)?;
         }
-        for (label, at) in [("10pct", count / 10), ("50pct", count / 2), ("100pct", count)] {
-            if taken == at {
-                bench.say(&format!("{taken} of {count} checkpoints"));
-                held.push((label, Held::now(&path)?));
-            }
+        if let Some((label, _)) = mark {
+            bench.say(&format!("{taken} of {count} checkpoints"));
+            held.push((*label, Held::now(&path)?));
         }
     }
     let per_s = count as f64 / started.elapsed().as_secs_f64();

@@ -1,6 +1,5 @@
 //! A guest with a store, warm.
 
-use frazil_snapstore::PAGE_SIZE;
 use tempfile::TempDir;
 
 use crate::bench::{Bench, size_label};
@@ -44,10 +43,5 @@ impl Bed {
         let writes = if random { (pages as f64 * TENTH_WRITES) as u64 } else { pages / 10 };
         self.machine.wait_turns(self.machine.turns()? + writes)?;
         Ok(())
-    }
-
-    /// Bytes of the pages the guest works on.
-    pub(super) fn data_bytes(&self) -> u64 {
-        self.machine.data_pages * PAGE_SIZE as u64
     }
 }

@@ -32,7 +32,6 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
         standing(&bed, &mut beside)?;
         other.vm.pause()?;
     }
-    bench.say(&format!("incr_vs_store: a tenth of {} MiB", bed.data_bytes() >> 20));
     let (value, n) = (running.changed_bytes_per_s() / MIB, running.duration.n());
     for (name, floor) in [("incr_vs_store", &alone), ("incr_vs_store_beside_guest", &beside)] {
         let metric = Metric::new(format!("pause.{name}"), value, MIB_S, n);
