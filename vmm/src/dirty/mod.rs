@@ -14,6 +14,7 @@ mod ring;
 #[cfg(test)]
 mod tests;
 mod vmm_writes;
+mod written;
 
 use std::sync::Arc;
 
@@ -26,6 +27,7 @@ use crate::memory::GuestRam;
 pub use kvm_bitmap::KvmBitmap;
 pub use ring::DirtyRings;
 pub use vmm_writes::VmmWrites;
+pub(crate) use written::{WrittenPages, bits};
 
 /// RAM up to which a bitmap is read in less time than rings are read and reset: a guest of this
 /// size has 4 KiB of bits for each 128 MiB, and one memory slot.

@@ -14,7 +14,8 @@ use super::PAGE_BYTES;
 use super::base::Base;
 use super::freeze::{Freeze, Kept, KeptPages, KeptRoom};
 use super::overlay::Overlay;
-use super::pages::{CHUNK_PAGES, DirtyPages, bits, mask};
+use super::pages::{CHUNK_PAGES, mask};
+use crate::dirty::{WrittenPages, bits};
 
 const STRIPES: u64 = 64;
 const CHUNK_BYTES: u64 = CHUNK_PAGES * PAGE_BYTES;
@@ -24,7 +25,7 @@ pub(super) struct Contents {
     pub(super) len_bytes: u64,
     base: Base,
     overlay: Overlay,
-    pub(super) dirty: DirtyPages,
+    pub(super) dirty: WrittenPages,
     stripes: Vec<RwLock<KeptPages>>,
     room: KeptRoom,
     /// Locked after a stripe, never before one.
@@ -69,7 +70,7 @@ impl Contents {
             len_bytes,
             base,
             overlay,
-            dirty: DirtyPages::new(chunks),
+            dirty: WrittenPages::new(chunks),
             stripes: std::iter::repeat_with(RwLock::default).take(STRIPES as usize).collect(),
             room: KeptRoom::new(kept_pages_max),
             freeze: RwLock::default(),

@@ -164,6 +164,6 @@ impl Disk {
     /// Moves the pages written since the last call into `dirty`, whose owner keeps them until a
     /// snapshot that holds them is published.
     pub fn harvest(&self, dirty: &mut PageSet) {
-        self.contents.dirty.take(|chunk, word| dirty.insert_words(chunk * CHUNK_PAGES, &[word]));
+        self.contents.dirty.harvest(0, dirty);
     }
 }
