@@ -43,13 +43,7 @@ impl Machine {
     ) -> anyhow::Result<Self> {
         let spec: WorkloadSpec = spec.parse()?;
         let data_pages = spec.data_pages(data_pages(ram_bytes)).unwrap_or(0);
-        let config = MachineConfig {
-            name: "bench".into(),
-            ram_bytes,
-            cpus,
-            guest: Guest::Workload(spec),
-            disks: Vec::new(),
-        };
+        let config = MachineConfig::new("bench", ram_bytes, cpus, Guest::Workload(spec));
         let vm = Vm::boot(&config, HostConfig::new(SerialOutput::Null, store))?;
         vm.go()?;
         let machine = Self { vm, data_pages };

@@ -14,6 +14,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use frazil_snapstore::{Store, StoreOptions, VerifyProgress};
+use frazil_vmm::Vm;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -28,6 +29,21 @@ pub fn kvm_or_skip() -> bool {
         return true;
     }
     eprintln!("SKIPPED: there is no /dev/kvm on this machine, and this test runs guests");
+    false
+}
+
+/// True if userfaultfd can be had, says why not otherwise; where it must be there, its absence is a
+/// failure.
+///
+/// # Panics
+/// If it is refused to root, or though there is a /dev/userfaultfd.
+#[must_use]
+pub fn uffd_or_skip() -> bool {
+    let Err(error) = frazil_snapstore::pager::probe() else { return true };
+    let device = Path::new("/dev/userfaultfd").exists();
+    let root = rustix::process::geteuid().is_root();
+    assert!(!device && !root, "{error}");
+    eprintln!("SKIPPED: neither root nor /dev/userfaultfd: {error}");
     false
 }
 
@@ -275,6 +291,16 @@ pub fn wait_for<T>(what: &str, mut reached: impl FnMut() -> Option<T>) -> T {
         assert!(Instant::now() < until, "{what}: not within {PATIENCE:?}");
         std::thread::sleep(Duration::from_millis(5));
     }
+}
+
+/// Waits until every vCPU of the built-in workload of a VM in this process has written each of its
+/// pages.
+#[track_caller]
+pub fn wait_populated(vm: &Vm) {
+    wait_for("populated", || {
+        let view = vm.workload().ok()?;
+        view.vcpus.iter().all(|cpu| cpu.control.populated != 0).then_some(())
+    });
 }
 
 /// A `frazil run` or `frazil resume` in another process; killed when dropped.

@@ -7,6 +7,7 @@ use std::time::Duration;
 use frazil_snapstore::cow::CopyOnWrite;
 use frazil_snapstore::{Description, PAGE_SIZE, Page, PageSet, PageSource, Store, StoreOptions};
 use frazil_tests::rng::Rng;
+use frazil_tests::vm_harness::uffd_or_skip;
 use frazil_vmm::memory::{GuestRam, RAM_REGION};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -36,6 +37,14 @@ fn write(ram: &GuestRam, cut: &Cut, stop: &AtomicBool, writes: &AtomicU64, seed:
     }
 }
 
+/// RAM, and what protects pages of it.
+fn watched() -> (Arc<GuestRam>, CopyOnWrite) {
+    let ram = Arc::new(GuestRam::new(RAM_BYTES).expect("RAM"));
+    let memory = Arc::clone(&ram);
+    let cow = CopyOnWrite::new(memory, &ram.mappings()).expect("userfaultfd protects memory");
+    (ram, cow)
+}
+
 fn all_of(ram: &GuestRam) -> Vec<Page> {
     let mut copy = vec![[0; PAGE_SIZE]; PAGES as usize];
     for (page, out) in copy.iter_mut().enumerate() {
@@ -48,17 +57,13 @@ fn all_of(ram: &GuestRam) -> Vec<Page> {
 /// the store gets while they run again is memory as it was at the cut, to the byte.
 #[test]
 fn the_store_gets_memory_as_it_was_at_the_cut() {
-    let ram = Arc::new(GuestRam::new(RAM_BYTES).expect("RAM"));
-    let source = Arc::clone(&ram);
-    let cow = match CopyOnWrite::new(source, &ram.mappings()) {
-        Ok(cow) => cow,
-        Err(error) => return eprintln!("skipped: {error}"),
-    };
+    if !uffd_or_skip() {
+        return;
+    }
+    let (ram, cow) = watched();
     let folder = tempfile::tempdir().expect("a folder");
-    let store = Arc::new(
-        Store::open_or_create(&folder.path().join("store"), StoreOptions::default())
-            .expect("a store"),
-    );
+    let store = Store::open_or_create(&folder.path().join("store"), StoreOptions::default())
+        .expect("a store");
     let (cut, stop, writes) = (Cut::default(), AtomicBool::new(false), AtomicU64::new(0));
     std::thread::scope(|scope| {
         let (ram, cut, stop, writes) = (&*ram, &cut, &stop, &writes);
@@ -120,12 +125,10 @@ fn the_store_gets_memory_as_it_was_at_the_cut() {
 /// A checkpoint that is given up lets everybody go, and the next one is right.
 #[test]
 fn giving_up_takes_the_protection_away() {
-    let ram = Arc::new(GuestRam::new(RAM_BYTES).expect("RAM"));
-    let source = Arc::clone(&ram);
-    let cow = match CopyOnWrite::new(source, &ram.mappings()) {
-        Ok(cow) => cow,
-        Err(error) => return eprintln!("skipped: {error}"),
-    };
+    if !uffd_or_skip() {
+        return;
+    }
+    let (ram, cow) = watched();
     let mut all = PageSet::new(PAGES);
     all.insert_range(0, PAGES);
     for after_cut in [false, true] {

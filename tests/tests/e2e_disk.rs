@@ -118,11 +118,13 @@ fn memory_and_disk_agree_at_every_cut() {
     let store = Store::open_or_create(&folder.path().join("store"), StoreOptions::default())
         .expect("a store");
     let config = MachineConfig {
-        name: "disks".into(),
-        ram_bytes: 48 << 20,
-        cpus: 1,
-        guest: Guest::Workload("touch=8MiB,rate=4000,report=0".parse().expect("a workload")),
         disks: vec![DiskConfig { file: file.clone(), read_only: false, serial: None }],
+        ..MachineConfig::new(
+            "disks",
+            48 << 20,
+            1,
+            Guest::Workload("touch=8MiB,rate=4000,report=0".parse().expect("a workload")),
+        )
     };
     let vm = Vm::boot(&config, host(&store)).expect("it boots");
     vm.go().expect("it runs");

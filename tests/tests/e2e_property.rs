@@ -92,13 +92,12 @@ impl World {
             _folder: folder,
             path,
         };
-        let config = MachineConfig {
-            name: world.name.clone(),
-            ram_bytes: RAM_BYTES,
-            cpus: 1 + seed as usize % 2,
-            guest: Guest::Workload(spec(seed).parse().expect("a workload")),
-            disks: Vec::new(),
-        };
+        let config = MachineConfig::new(
+            &world.name,
+            RAM_BYTES,
+            1 + seed as usize % 2,
+            Guest::Workload(spec(seed).parse().expect("a workload")),
+        );
         let vm = Vm::boot(&config, world.host()).expect("it boots");
         vm.go().expect("it runs");
         world.vm = Some(vm);

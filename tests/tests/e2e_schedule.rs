@@ -12,7 +12,7 @@ use frazil_snapstore::{
 };
 use frazil_tests::faulty_storage::{Faults, FaultyStorage};
 use frazil_tests::vm_harness::{
-    Host, RunningVm, expect_sound, flip_byte, kvm_or_skip, number, text, wait_for,
+    Host, RunningVm, expect_sound, flip_byte, kvm_or_skip, number, text, wait_for, wait_populated,
 };
 use frazil_vmm::devices::serial::SerialOutput;
 use frazil_vmm::keeper::{Keeper, Kept};
@@ -210,20 +210,16 @@ impl World {
 
 /// Runs the workload until it has written each of its pages.
 fn boot(name: &str, store: &Arc<Store>) -> Arc<Vm> {
-    let config = MachineConfig {
-        name: name.to_owned(),
-        ram_bytes: 48 << 20,
-        cpus: 1,
-        guest: Guest::Workload(WORKLOAD.parse().expect("a workload")),
-        disks: Vec::new(),
-    };
+    let config = MachineConfig::new(
+        name,
+        48 << 20,
+        1,
+        Guest::Workload(WORKLOAD.parse().expect("a workload")),
+    );
     let host = HostConfig::new(SerialOutput::Null, Some(Arc::clone(store)));
     let vm = Vm::boot(&config, host).expect("it boots");
     vm.go().expect("it runs");
-    wait_for("populated", || {
-        let view = vm.workload().ok()?;
-        view.vcpus.iter().all(|cpu| cpu.control.populated != 0).then_some(())
-    });
+    wait_populated(&vm);
     Arc::new(vm)
 }
 

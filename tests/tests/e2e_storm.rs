@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use frazil_snapstore::{Store, StoreOptions};
-use frazil_tests::vm_harness::{kvm_or_skip, wait_for};
+use frazil_tests::vm_harness::{kvm_or_skip, uffd_or_skip, wait_populated};
 use frazil_vmm::devices::serial::SerialOutput;
 use frazil_vmm::dirty::TrackerKind;
 use frazil_vmm::{
@@ -17,13 +17,12 @@ fn storm(pattern: &str, tracker: TrackerKind, staging_bytes: u64) -> Vec<Checkpo
     let store = Store::open_or_create(&folder.path().join("store"), StoreOptions::default())
         .expect("a store");
     let spec = format!("touch=64MiB,rate=max,pattern={pattern},content=text,report=0");
-    let config = MachineConfig {
-        name: "storm".into(),
-        ram_bytes: 96 << 20,
-        cpus: 2,
-        guest: Guest::Workload(spec.parse().expect("a workload")),
-        disks: Vec::new(),
-    };
+    let config = MachineConfig::new(
+        "storm",
+        96 << 20,
+        2,
+        Guest::Workload(spec.parse().expect("a workload")),
+    );
     let host = HostConfig {
         tracker: Some(tracker),
         staging_bytes,
@@ -31,10 +30,7 @@ fn storm(pattern: &str, tracker: TrackerKind, staging_bytes: u64) -> Vec<Checkpo
     };
     let vm = Vm::boot(&config, host).expect("it boots");
     vm.go().expect("it runs");
-    wait_for("every page written", || {
-        let view = vm.workload().ok()?;
-        view.vcpus.iter().all(|cpu| cpu.control.populated != 0).then_some(())
-    });
+    wait_populated(&vm);
     let mut all = Vec::new();
     for round in 0..4 {
         let report = vm.checkpoint(&CheckpointRequest::default()).expect("a checkpoint");
@@ -54,7 +50,7 @@ fn sum(all: &[CheckpointStats], of: impl Fn(&CheckpointStats) -> u64) -> u64 {
 
 #[test]
 fn what_is_too_much_to_copy_is_left_in_place() {
-    if !kvm_or_skip() {
+    if !kvm_or_skip() || !uffd_or_skip() {
         return;
     }
     for (pattern, tracker) in [

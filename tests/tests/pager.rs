@@ -13,6 +13,7 @@ use frazil_snapstore::{PAGE_SIZE, RegionReader, Store, StoreOptions, segment_nam
 use frazil_tests::oracle::{CONTENTS, Edit, Model, content, take};
 use frazil_tests::rng::Rng;
 use frazil_tests::storage_sim::SimStorage;
+use frazil_tests::vm_harness::uffd_or_skip;
 
 use memory::Memory;
 
@@ -117,20 +118,6 @@ fn within(seconds: u64, run: impl FnOnce() + Send + 'static) {
     }
 }
 
-/// True if userfaultfd can be had; where it must be there, its absence is a failure.
-fn available() -> bool {
-    match pager::probe() {
-        Ok(()) => true,
-        Err(error) => {
-            let device = std::path::Path::new("/dev/userfaultfd").exists();
-            let root = rustix::process::geteuid().is_root();
-            assert!(!device && !root, "{error}");
-            println!("skipped: neither root nor /dev/userfaultfd: {error}");
-            false
-        }
-    }
-}
-
 struct Fixture {
     storage: SimStorage,
     region: RegionReader,
@@ -231,7 +218,7 @@ fn run_threads(memory: &Memory, contents: &[u8], seed: u64) {
 
 #[test]
 fn many_threads_see_the_snapshot_and_keep_what_they_write() {
-    if !available() {
+    if !uffd_or_skip() {
         return;
     }
     within(120, || {
@@ -259,7 +246,7 @@ fn many_threads_see_the_snapshot_and_keep_what_they_write() {
 /// A fault on a zero page can be in flight when the background fill lets go of userfaultfd.
 #[test]
 fn completing_while_zero_pages_are_touched_is_no_failure() {
-    if !available() {
+    if !uffd_or_skip() {
         return;
     }
     within(120, || {
@@ -303,7 +290,7 @@ fn completing_while_zero_pages_are_touched_is_no_failure() {
 
 #[test]
 fn sparse_regions_stay_sparse() {
-    if !available() {
+    if !uffd_or_skip() {
         return;
     }
     let mut contents = vec![0; 40 * CHUNK_PAGES as usize];
@@ -342,7 +329,7 @@ fn sparse_regions_stay_sparse() {
 /// The kernel may drop the page-table entry of a page that was served: reclaim, migration.
 #[test]
 fn a_page_that_lost_its_page_table_entry_is_mapped_again() {
-    if !available() {
+    if !uffd_or_skip() {
         return;
     }
     within(20, || {
@@ -363,7 +350,7 @@ fn a_page_that_lost_its_page_table_entry_is_mapped_again() {
 
 #[test]
 fn a_damaged_frame_is_reported_and_nobody_hangs() {
-    if !available() {
+    if !uffd_or_skip() {
         return;
     }
     within(30, || {
@@ -405,7 +392,7 @@ fn a_damaged_frame_is_reported_and_nobody_hangs() {
 
 #[test]
 fn memory_that_cannot_be_served_is_refused_at_once() {
-    if !available() {
+    if !uffd_or_skip() {
         return;
     }
     let Fixture { region, .. } = fixture(mixed(4, 1));

@@ -35,6 +35,14 @@ pub struct MachineConfig {
     pub disks: Vec<DiskConfig>,
 }
 
+impl MachineConfig {
+    /// A machine without disks.
+    #[must_use]
+    pub fn new(name: impl Into<String>, ram_bytes: u64, cpus: usize, guest: Guest) -> Self {
+        Self { name: name.into(), ram_bytes, cpus, guest, disks: Vec::new() }
+    }
+}
+
 /// What a machine runs.
 #[derive(Clone, Debug)]
 pub enum Guest {

@@ -183,7 +183,8 @@ impl<'a> Checkpoint<'a> {
         if vm.turns.is_cancelled() {
             vm.progress.cancel();
         }
-        let stats = CheckpointStats { ram_bytes: vm.ram().len_bytes(), ..CheckpointStats::new() };
+        let stats =
+            CheckpointStats { ram_bytes: vm.ram().len_bytes(), ..CheckpointStats::default() };
         let waiting = PageSet::new(line.since_head.capacity());
         let resume_after_failure = false;
         Ok(Self {

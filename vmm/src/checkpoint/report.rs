@@ -31,7 +31,7 @@ pub struct Round {
 }
 
 /// What a checkpoint came to. Kept in the snapshot's manifest, up to the commit's own figures.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CheckpointStats {
     /// Bytes of RAM.
     pub ram_bytes: u64,
@@ -137,32 +137,6 @@ pub struct CheckpointTotals {
 }
 
 impl CheckpointStats {
-    pub(super) fn new() -> Self {
-        Self {
-            ram_bytes: 0,
-            dirty_pages: 0,
-            zero_pages: 0,
-            equal_pages: 0,
-            dedup_pages: 0,
-            delta_pages: 0,
-            precopied_pages: 0,
-            staged_pages: 0,
-            cut_pages: 0,
-            protected_pages: 0,
-            cow_pages: 0,
-            commit_pages: 0,
-            disk_pages: 0,
-            frame_bytes: 0,
-            rounds: Vec::new(),
-            pause_us: 0,
-            quiesce_us: 0,
-            cut_us: 0,
-            go_on_us: 0,
-            precopy_us: 0,
-            stage_us: 0,
-        }
-    }
-
     pub(super) fn precopied(&mut self, written: WriteStats, took: Duration) {
         self.rounds.push(Round {
             pages: written.pages,

@@ -205,13 +205,10 @@ fn spawn_connection(stream: UnixStream, shared: &Arc<Shared>) {
 }
 
 fn serve_connection(stream: &Arc<UnixStream>, shared: &Arc<Shared>) {
-    // Accepted sockets do not inherit it on Linux; on a system where they do, reads would spin.
-    let blocking = stream.set_nonblocking(false);
-    let received = blocking
-        .and_then(|()| stream.set_write_timeout(Some(ANSWER_PATIENCE)))
-        .map_or(Err(NoRequest::Gone), |()| {
-            http::receive(stream, Instant::now() + REQUEST_PATIENCE)
-        });
+    let received = stream
+        .set_write_timeout(Some(ANSWER_PATIENCE))
+        .map_err(|_| NoRequest::Gone)
+        .and_then(|()| http::receive(stream, Instant::now() + REQUEST_PATIENCE));
     match (received, Serving::enter(&shared.active, MAX_REQUESTS)) {
         (Ok(request), Some(_serving)) => {
             // From here on it is among the requests, and nobody closes it.

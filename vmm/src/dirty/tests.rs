@@ -12,25 +12,18 @@ use crate::{Guest, HostConfig, MachineConfig, Vm};
 
 const KINDS: [TrackerKind; 3] = [TrackerKind::Ring, TrackerKind::ManualBitmap, TrackerKind::Bitmap];
 
-/// False, having said so, where there is no KVM.
+/// True if guests can run here; says why not otherwise. Where it is true nothing is skipped.
 fn kvm_or_skip() -> bool {
-    match crate::kvm::Hypervisor::open() {
-        Ok(_) => true,
-        Err(error) => {
-            eprintln!("skipped: {error}");
-            false
-        }
+    let there = std::path::Path::new("/dev/kvm").exists();
+    if !there {
+        eprintln!("SKIPPED: there is no /dev/kvm on this machine, and this test runs guests");
     }
+    there
 }
 
 fn boot(kind: TrackerKind, ram_bytes: u64, cpus: usize, spec: &str) -> Vm {
-    let config = MachineConfig {
-        name: "tracked".into(),
-        ram_bytes,
-        cpus,
-        guest: Guest::Workload(spec.parse().unwrap()),
-        disks: Vec::new(),
-    };
+    let config =
+        MachineConfig::new("tracked", ram_bytes, cpus, Guest::Workload(spec.parse().unwrap()));
     let host = HostConfig { tracker: Some(kind), ..HostConfig::new(SerialOutput::Null, None) };
     Vm::boot(&config, host).unwrap()
 }
