@@ -29,8 +29,9 @@ pub use ring::DirtyRings;
 pub use vmm_writes::VmmWrites;
 pub(crate) use written::{WrittenPages, bits};
 
-/// RAM up to which a bitmap is read in less time than rings are read and reset: a guest of this
-/// size has 4 KiB of bits for each 128 MiB, and one memory slot.
+/// RAM up to which bitmaps are used. Reading one costs a bit for each page, 4 KiB of them for 128
+/// MiB, and a ring what was written; what a pause is left with is so little that neither shows up to
+/// 4 GiB here (see DESIGN.md). Below this a ring's memory, 64 KiB a vCPU at least, buys nothing.
 pub const SMALL_RAM_BYTES: u64 = 512 << 20;
 
 /// A source of dirty pages. Reading it clears it: the caller keeps what it got until a snapshot
