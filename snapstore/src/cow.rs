@@ -12,20 +12,19 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
-use userfaultfd::{Event, FeatureFlags, RegisterMode, Uffd, UffdBuilder};
+use userfaultfd::{FeatureFlags, RegisterMode};
 
 use crate::error::Result;
 use crate::page::{PAGE_SIZE, Page, PageSource};
 use crate::page_set::PageSet;
-use crate::pager::{Mapping, PagerError, describe, uffd_error};
+use crate::pager::{Mapping, PagerError};
 use crate::progress::WriteStats;
 use crate::transaction::{RegionHandle, Transaction};
+use crate::uffd::{Watch, uffd_error};
 
 /// `UFFD_FEATURE_WP_HUGETLBFS_SHMEM` of include/uapi/linux/userfaultfd.h, Linux 5.19.
 const FEATURE_WP_SHMEM: u64 = 1 << 12;
@@ -70,15 +69,12 @@ struct State {
 }
 
 struct Shared {
-    uffd: Uffd,
+    watch: Watch,
     memory: Memory,
-    mappings: Vec<Mapping>,
     /// A bit for each page that is protected. Changed under the lock of `state` only, together with
     /// the protection itself; read without it.
     protected: Vec<AtomicU64>,
     state: Mutex<State>,
-    stop: AtomicBool,
-    stop_event: OwnedFd,
     /// Protection is gone and nobody answers faults any more.
     broken: AtomicBool,
 }
@@ -102,31 +98,14 @@ impl CopyOnWrite {
     /// # Errors
     /// [`PagerError::Unavailable`] if there is no userfaultfd that can; others name what failed.
     pub fn new(memory: Memory, mappings: &[Mapping]) -> Result<Self, PagerError> {
-        let uffd = UffdBuilder::new()
-            .close_on_exec(true)
-            .non_blocking(true)
-            // Users may fault inside the kernel.
-            .user_mode_only(false)
-            .require_features(
-                FeatureFlags::PAGEFAULT_FLAG_WP | FeatureFlags::from_bits_retain(FEATURE_WP_SHMEM),
-            )
-            .create()
-            .map_err(|error| PagerError::Unavailable { reason: describe(&error) })?;
-        for mapping in mappings {
-            let address = mapping.address as *mut _;
-            uffd.register_with_mode(address, mapping.len_bytes, RegisterMode::WRITE_PROTECT)
-                .map_err(|error| uffd_error("register memory", mapping.address, &error))?;
-        }
-        let stop_event =
-            eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|error| {
-                PagerError::Memory { op: "create an eventfd", source: error.into() }
-            })?;
+        let features =
+            FeatureFlags::PAGEFAULT_FLAG_WP | FeatureFlags::from_bits_retain(FEATURE_WP_SHMEM);
+        let watch = Watch::new(features, RegisterMode::WRITE_PROTECT, mappings)?;
         let end = mappings.iter().map(|mapping| mapping.first_page + mapping.pages()).max();
         let words = end.unwrap_or(0).div_ceil(64) as usize;
         let shared = Arc::new(Shared {
-            uffd,
+            watch,
             memory,
-            mappings: mappings.to_vec(),
             protected: std::iter::repeat_with(AtomicU64::default).take(words).collect(),
             state: Mutex::new(State {
                 phase: Phase::Idle,
@@ -137,8 +116,6 @@ impl CopyOnWrite {
                 after_last: 0,
                 cluster: 1,
             }),
-            stop: AtomicBool::new(false),
-            stop_event,
             broken: AtomicBool::new(false),
         });
         let serving = Arc::clone(&shared);
@@ -165,8 +142,7 @@ impl CopyOnWrite {
 
 impl Drop for CopyOnWrite {
     fn drop(&mut self) {
-        self.shared.stop.store(true, Ordering::Release);
-        let _full = rustix::io::write(&self.shared.stop_event, &1_u64.to_ne_bytes());
+        self.shared.watch.stop();
         if let Some(thread) = self.thread.take() {
             // A panic was reported by the panic hook.
             let _joined = thread.join();
@@ -366,7 +342,7 @@ impl Shared {
 
     /// The parts of mappings that pages `first .. first + count` are at: address and length.
     fn places(&self, first: u64, count: u64) -> impl Iterator<Item = (usize, usize)> + '_ {
-        self.mappings.iter().filter_map(move |mapping| {
+        self.watch.mappings.iter().filter_map(move |mapping| {
             let start = first.max(mapping.first_page);
             let end = (first + count).min(mapping.first_page + mapping.pages());
             let pages = end.checked_sub(start).filter(|pages| *pages > 0)?;
@@ -377,7 +353,8 @@ impl Shared {
 
     fn protect(&self, first: u64, count: u64) -> Result<(), PagerError> {
         for (address, len) in self.places(first, count) {
-            self.uffd
+            self.watch
+                .uffd
                 .write_protect(address as *mut _, len)
                 .map_err(|error| uffd_error("write-protect memory", address, &error))?;
         }
@@ -387,7 +364,9 @@ impl Shared {
     /// Takes protection away, and wakes those who wait for that.
     fn unprotect(&self, first: u64, count: u64) {
         for (address, len) in self.places(first, count) {
-            if let Err(error) = self.uffd.remove_write_protection(address as *mut _, len, true) {
+            if let Err(error) =
+                self.watch.uffd.remove_write_protection(address as *mut _, len, true)
+            {
                 let error = uffd_error("unprotect memory", address, &error);
                 self.give_up(&error.to_string());
             }
@@ -401,43 +380,27 @@ impl Shared {
             return;
         }
         tracing::error!(why, "copy-on-write ends");
-        for mapping in &self.mappings {
-            let address = mapping.address as *mut _;
-            let _gone = self.uffd.unregister(address, mapping.len_bytes);
-            let _gone = self.uffd.wake(address, mapping.len_bytes);
+        if let Err(error) = self.watch.let_go() {
+            tracing::error!(%error, "those who wait to write may hang");
         }
     }
 
     fn serve(&self) {
         let _ending = Ending(self);
-        while !self.stop.load(Ordering::Acquire) {
-            let mut fds = [
-                PollFd::new(&self.uffd, PollFlags::IN),
-                PollFd::new(&self.stop_event, PollFlags::IN),
-            ];
-            match poll(&mut fds, None) {
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return tracing::error!(%error, "cannot wait for faults"),
-            }
-            loop {
-                match self.uffd.read_event() {
-                    Ok(Some(Event::Pagefault { addr, .. })) => self.fault(addr as usize),
-                    Ok(None) => break,
-                    Ok(Some(other)) => tracing::warn!(?other, "unexpected userfaultfd event"),
-                    Err(error) => return tracing::error!(%error, "cannot read faults"),
-                }
-            }
+        let served = self.watch.answer_faults(|address| {
+            self.fault(address);
+            Ok(())
+        });
+        if let Err(error) = served {
+            tracing::error!(%error, "faults cannot be answered");
         }
     }
 
     /// Somebody wants to write to the page at `address`.
     fn fault(&self, address: usize) {
-        let Some(mapping) = self.mappings.iter().find(|mapping| {
-            (mapping.address..mapping.address + mapping.len_bytes).contains(&address)
-        }) else {
+        let Ok((_, page)) = self.watch.place(address) else {
             return tracing::warn!(address, "a fault outside of registered memory");
         };
-        let page = mapping.first_page + ((address - mapping.address) / PAGE_SIZE) as u64;
         let mut state = self.lock();
         if !self.bit(page) {
             // Written by the store meanwhile, or copied at the cut.
@@ -485,7 +448,7 @@ struct Ending<'a>(&'a Shared);
 
 impl Drop for Ending<'_> {
     fn drop(&mut self) {
-        if !self.0.stop.load(Ordering::Acquire) {
+        if !self.0.watch.stopped() {
             self.0.give_up("the thread that answers faults has ended");
         }
     }

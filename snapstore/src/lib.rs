@@ -46,6 +46,7 @@ mod storage;
 mod store;
 mod transaction;
 mod tree;
+mod uffd;
 mod verify;
 mod writeback;
 mod writer;

@@ -8,11 +8,12 @@ use rayon::prelude::*;
 use rustix::fs::{FallocateFlags, fallocate};
 
 use super::alias::Alias;
-use super::{CHUNK_PAGES, Mapping, PagerError, Shared, uffd_error};
+use super::{CHUNK_PAGES, Mapping, PagerError, Shared};
 use crate::error::StoreError;
 use crate::node::{Location, Run};
 use crate::page::PAGE_SIZE;
 use crate::snapshot::RegionReader;
+use crate::uffd::uffd_error;
 
 /// One bit a page: mapped for the user, by us, with its contents.
 type ChunkBits = u64;
@@ -251,7 +252,7 @@ fn map(shared: &Shared, mapping: &Mapping, first: u64, count: u64) -> Result<(),
     while page < end {
         let address = address_of(mapping, page);
         let len = (end - page) as usize * PAGE_SIZE;
-        match shared.uffd.r#continue(address as *mut _, len, true) {
+        match shared.watch.uffd.r#continue(address as *mut _, len, true) {
             Ok(mapped) => page += mapped / PAGE_SIZE as u64,
             Err(userfaultfd::Error::SystemError(errno)) => match errno as i32 {
                 // Mapped already, by a fault that raced with us: success, but nobody was woken.
@@ -284,6 +285,7 @@ const ENOENT: i32 = rustix::io::Errno::NOENT.raw_os_error();
 fn wake(shared: &Shared, mapping: &Mapping, first: u64, count: u64) -> Result<(), PagerError> {
     let address = address_of(mapping, first);
     shared
+        .watch
         .uffd
         .wake(address as *mut _, count as usize * PAGE_SIZE)
         .map_err(|error| uffd_error("wake", address, &error))

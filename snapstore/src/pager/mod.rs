@@ -10,18 +10,17 @@ mod alias;
 mod fill;
 
 use std::fs::File;
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
-use userfaultfd::{Event, FeatureFlags, RegisterMode, Uffd, UffdBuilder};
+use userfaultfd::{FeatureFlags, RegisterMode};
 
 use crate::error::StoreError;
 use crate::page::PAGE_SIZE;
 use crate::snapshot::RegionReader;
+use crate::uffd::{self, Watch};
 use fill::Filler;
 
 /// Pages that are filled under one lock: 256 KiB.
@@ -151,11 +150,8 @@ impl PagerStats {
 pub type OnFailure = Box<dyn Fn(&PagerError) + Send + Sync>;
 
 pub(crate) struct Shared {
-    uffd: Uffd,
+    watch: Watch,
     filler: Filler,
-    mappings: Vec<Mapping>,
-    stop: AtomicBool,
-    stop_event: OwnedFd,
     failure: OnceLock<Arc<PagerError>>,
     on_failure: OnFailure,
     counters: Counters,
@@ -194,28 +190,11 @@ impl std::fmt::Debug for Pager {
 /// # Errors
 /// [`PagerError::Unavailable`].
 pub fn probe() -> Result<(), PagerError> {
-    open_uffd().map(drop)
+    uffd::open(features()).map(drop)
 }
 
-fn open_uffd() -> Result<Uffd, PagerError> {
-    UffdBuilder::new()
-        .close_on_exec(true)
-        .non_blocking(true)
-        // vCPUs fault inside the kernel.
-        .user_mode_only(false)
-        .require_features(
-            FeatureFlags::MISSING_SHMEM | FeatureFlags::from_bits_retain(FEATURE_MINOR_SHMEM),
-        )
-        .create()
-        .map_err(|error| PagerError::Unavailable { reason: describe(&error) })
-}
-
-/// The crate's errors print without their cause.
-pub(crate) fn describe(error: &userfaultfd::Error) -> String {
-    match error {
-        userfaultfd::Error::SystemError(errno) => errno.to_string(),
-        other => other.to_string(),
-    }
+fn features() -> FeatureFlags {
+    FeatureFlags::MISSING_SHMEM | FeatureFlags::from_bits_retain(FEATURE_MINOR_SHMEM)
 }
 
 impl Pager {
@@ -230,25 +209,11 @@ impl Pager {
         options: PagerOptions,
         on_failure: OnFailure,
     ) -> Result<Self, PagerError> {
-        let uffd = open_uffd()?;
-        for mapping in mappings {
-            uffd.register_with_mode(
-                mapping.address as *mut _,
-                mapping.len_bytes,
-                RegisterMode::MISSING | RegisterMode::MINOR,
-            )
-            .map_err(|error| uffd_error("register memory", mapping.address, &error))?;
-        }
-        let stop_event =
-            eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|error| {
-                PagerError::Memory { op: "create an eventfd", source: error.into() }
-            })?;
+        let mode = RegisterMode::MISSING | RegisterMode::MINOR;
+        let watch = Watch::new(features(), mode, mappings)?;
         let shared = Arc::new(Shared {
-            uffd,
+            watch,
             filler: Filler::new(region, memory, mappings)?,
-            mappings: mappings.to_vec(),
-            stop: AtomicBool::new(false),
-            stop_event,
             failure: OnceLock::new(),
             on_failure,
             counters: Counters::default(),
@@ -300,7 +265,7 @@ impl Pager {
 
 impl Drop for Pager {
     fn drop(&mut self) {
-        self.shared.stop();
+        self.shared.watch.stop();
         let threads =
             std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
         for thread in threads {
@@ -311,16 +276,6 @@ impl Drop for Pager {
 }
 
 impl Shared {
-    fn stop(&self) {
-        self.stop.store(true, Ordering::Release);
-        // Wakes every thread that polls; the counter only grows, so it stays readable.
-        let _full = rustix::io::write(&self.stop_event, &1_u64.to_ne_bytes());
-    }
-
-    fn stopped(&self) -> bool {
-        self.stop.load(Ordering::Acquire)
-    }
-
     fn fail(&self, error: PagerError) {
         let error = Arc::new(error);
         if self.failure.set(Arc::clone(&error)).is_ok() {
@@ -332,53 +287,24 @@ impl Shared {
                 tracing::error!(%error, "those who wait for a page may hang");
             }
         }
-        self.stop();
+        self.watch.stop();
     }
 
     /// Gives the memory back to the kernel: pages that are missing read as zero from here on.
     fn let_go(&self) -> Result<(), PagerError> {
         self.letting_go.store(true, Ordering::Release);
-        for mapping in &self.mappings {
-            let address = mapping.address as *mut _;
-            self.uffd
-                .unregister(address, mapping.len_bytes)
-                .map_err(|error| uffd_error("unregister memory", mapping.address, &error))?;
-            // The kernel wakes those who wait before it lets go: one that faults again in between
-            // would wait for a pager that is gone.
-            self.uffd
-                .wake(address, mapping.len_bytes)
-                .map_err(|error| uffd_error("wake", mapping.address, &error))?;
-        }
-        Ok(())
+        self.watch.let_go()
     }
 
     fn serve_faults(&self) {
-        while !self.stopped() {
-            let mut fds = [
-                PollFd::new(&self.uffd, PollFlags::IN),
-                PollFd::new(&self.stop_event, PollFlags::IN),
-            ];
-            match poll(&mut fds, None) {
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(error) => {
-                    return self.fail(PagerError::Memory { op: "poll", source: error.into() });
-                }
-            }
-            while !self.stopped() {
-                match self.uffd.read_event() {
-                    Ok(Some(Event::Pagefault { addr, .. })) => {
-                        let started = Instant::now();
-                        if let Err(error) = self.serve(addr as usize) {
-                            return self.fail(error);
-                        }
-                        self.count_fault(started);
-                    }
-                    // Another thread took it.
-                    Ok(None) => break,
-                    Ok(Some(other)) => tracing::warn!(?other, "unexpected userfaultfd event"),
-                    Err(error) => return self.fail(uffd_error("read events", 0, &error)),
-                }
-            }
+        let served = self.watch.answer_faults(|address| {
+            let started = Instant::now();
+            self.serve(address)?;
+            self.count_fault(started);
+            Ok(())
+        });
+        if let Err(error) = served {
+            self.fail(error);
         }
     }
 
@@ -391,28 +317,17 @@ impl Shared {
 
     /// Makes the page at `address` resident, its frame first, then the rest of its chunk.
     fn serve(&self, address: usize) -> Result<(), PagerError> {
-        let mapping = self
-            .mappings
-            .iter()
-            .find(|mapping| {
-                (mapping.address..mapping.address + mapping.len_bytes).contains(&address)
-            })
-            .ok_or_else(|| PagerError::Uffd {
-                op: "serve a fault",
-                address,
-                reason: "the address is in no registered mapping".into(),
-            })?;
-        let page = mapping.first_page + ((address - mapping.address) / PAGE_SIZE) as u64;
+        let (mapping, page) = self.watch.place(address)?;
         self.filler.serve(mapping, page, self)
     }
 
     /// Fills every page with contents, then lets go of userfaultfd.
     fn fill_all(&self) {
         let mut total_pages = 0;
-        for mapping in &self.mappings {
+        for mapping in &self.watch.mappings {
             let chunks = mapping.pages() / CHUNK_PAGES;
             for chunk in 0..chunks {
-                if self.stopped() {
+                if self.watch.stopped() {
                     return;
                 }
                 match self.filler.fill_chunk(
@@ -431,7 +346,7 @@ impl Shared {
             return self.fail(error);
         }
         self.complete.store(true, Ordering::Release);
-        self.stop();
+        self.watch.stop();
     }
 }
 
@@ -446,12 +361,4 @@ pub fn load(region: &RegionReader, memory: &File, mappings: &[Mapping]) -> Resul
         filler.load(mapping)?;
     }
     Ok(())
-}
-
-pub(crate) fn uffd_error(
-    op: &'static str,
-    address: usize,
-    error: &userfaultfd::Error,
-) -> PagerError {
-    PagerError::Uffd { op, address, reason: describe(error) }
 }

@@ -1,0 +1,143 @@
+//! A userfaultfd over some mappings, and threads that answer its faults until told to stop.
+
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use userfaultfd::{Event, FeatureFlags, RegisterMode, Uffd, UffdBuilder};
+
+use crate::page::PAGE_SIZE;
+use crate::pager::{Mapping, PagerError};
+
+/// Opens a userfaultfd that has `features`.
+pub(crate) fn open(features: FeatureFlags) -> Result<Uffd, PagerError> {
+    UffdBuilder::new()
+        .close_on_exec(true)
+        .non_blocking(true)
+        // vCPUs fault inside the kernel.
+        .user_mode_only(false)
+        .require_features(features)
+        .create()
+        .map_err(|error| PagerError::Unavailable { reason: describe(&error) })
+}
+
+/// The crate's errors print without their cause.
+fn describe(error: &userfaultfd::Error) -> String {
+    match error {
+        userfaultfd::Error::SystemError(errno) => errno.to_string(),
+        other => other.to_string(),
+    }
+}
+
+pub(crate) fn uffd_error(
+    op: &'static str,
+    address: usize,
+    error: &userfaultfd::Error,
+) -> PagerError {
+    PagerError::Uffd { op, address, reason: describe(error) }
+}
+
+/// A userfaultfd, the mappings it watches, and what tells its threads to stop.
+pub(crate) struct Watch {
+    pub uffd: Uffd,
+    pub mappings: Vec<Mapping>,
+    stop: AtomicBool,
+    stop_event: OwnedFd,
+}
+
+impl Watch {
+    /// Watches `mappings` for faults of `mode`.
+    pub fn new(
+        features: FeatureFlags,
+        mode: RegisterMode,
+        mappings: &[Mapping],
+    ) -> Result<Self, PagerError> {
+        let uffd = open(features)?;
+        for mapping in mappings {
+            uffd.register_with_mode(mapping.address as *mut _, mapping.len_bytes, mode)
+                .map_err(|error| uffd_error("register memory", mapping.address, &error))?;
+        }
+        let stop_event =
+            eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|error| {
+                PagerError::Memory { op: "create an eventfd", source: error.into() }
+            })?;
+        Ok(Self { uffd, mappings: mappings.to_vec(), stop: AtomicBool::new(false), stop_event })
+    }
+
+    /// Has every thread that answers faults come to its end.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::Release);
+        // Wakes every thread that polls; the counter only grows, so it stays readable.
+        let _full = rustix::io::write(&self.stop_event, &1_u64.to_ne_bytes());
+    }
+
+    pub fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Acquire)
+    }
+
+    /// The mapping that `address` is in, and the page there.
+    pub fn place(&self, address: usize) -> Result<(&Mapping, u64), PagerError> {
+        self.mappings
+            .iter()
+            .find(|mapping| {
+                (mapping.address..mapping.address + mapping.len_bytes).contains(&address)
+            })
+            .map(|mapping| {
+                (mapping, mapping.first_page + ((address - mapping.address) / PAGE_SIZE) as u64)
+            })
+            .ok_or_else(|| PagerError::Uffd {
+                op: "serve a fault",
+                address,
+                reason: "the address is in no registered mapping".into(),
+            })
+    }
+
+    /// Gives all memory back to the kernel, and wakes whoever waits; returns the first failure.
+    pub fn let_go(&self) -> Result<(), PagerError> {
+        let mut done = Ok(());
+        for mapping in &self.mappings {
+            let address = mapping.address as *mut _;
+            let unregistered = self
+                .uffd
+                .unregister(address, mapping.len_bytes)
+                .map_err(|error| uffd_error("unregister memory", mapping.address, &error));
+            // The kernel wakes those who wait before it lets go: one that faults again in between
+            // would wait for somebody who is gone.
+            let woken = self
+                .uffd
+                .wake(address, mapping.len_bytes)
+                .map_err(|error| uffd_error("wake", mapping.address, &error));
+            done = done.and(unregistered).and(woken);
+        }
+        done
+    }
+
+    /// Hands the address of each fault to `answer`, until told to stop or something fails.
+    pub fn answer_faults(
+        &self,
+        mut answer: impl FnMut(usize) -> Result<(), PagerError>,
+    ) -> Result<(), PagerError> {
+        while !self.stopped() {
+            let mut fds = [
+                PollFd::new(&self.uffd, PollFlags::IN),
+                PollFd::new(&self.stop_event, PollFlags::IN),
+            ];
+            match poll(&mut fds, None) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => {
+                    return Err(PagerError::Memory { op: "poll", source: error.into() });
+                }
+            }
+            while !self.stopped() {
+                match self.uffd.read_event() {
+                    Ok(Some(Event::Pagefault { addr, .. })) => answer(addr as usize)?,
+                    // Another thread took it.
+                    Ok(None) => break,
+                    Ok(Some(other)) => tracing::warn!(?other, "unexpected userfaultfd event"),
+                    Err(error) => return Err(uffd_error("read events", 0, &error)),
+                }
+            }
+        }
+        Ok(())
+    }
+}
