@@ -1,6 +1,6 @@
 //! What need not be written: pages that are in the store already, and pages that are nearly.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{OnceLock, PoisonError, RwLock};
 
 use xxhash_rust::xxh3::xxh3_64_with_seed;
@@ -202,53 +202,114 @@ pub(crate) fn decode_fingerprints(bytes: &[u8]) -> Decoded<Vec<FrameFingerprints
     Ok(frames)
 }
 
-/// Decides whether to look at the parent's pages at all: reading one back costs more than
-/// compressing a new one, and with most workloads nothing comes of it.
-#[derive(Debug, Default)]
+/// Decides which of the parent's pages to look at: reading one back costs more than compressing a
+/// new one, and with most workloads nothing comes of it.
+///
+/// Pages with small edits stand together, so each area of memory is judged by itself, by what came
+/// of looking there. Areas about which nothing is known yet share one judgement.
+#[derive(Debug)]
 pub(crate) struct Gate {
-    /// Pages looked at in the high half, useful ones in the low; starts over with each window.
+    areas: Box<[AtomicU8]>,
+    /// First pages of areas in the high half, useful ones of them in the low; starts over with each
+    /// window.
     score: AtomicU64,
+    /// Areas not known are not looked at.
     shut: AtomicBool,
     batches: AtomicU64,
 }
 
-/// While the gate is shut, one batch of so many is tried.
+/// Pages of an area.
+const AREA_PAGES: u64 = 64;
+/// Areas with a judgement of their own; further ones share: 16 GiB of 64 pages each.
+const AREAS: usize = 1 << 16;
+/// Of an area: nothing known, not worth it, or more: how many useless looks it may still have.
+const UNKNOWN: u8 = 0;
+const SHUT: u8 = 1;
+/// What an area begins with when the first look at it was useless.
+const FIRST_CREDIT: u8 = SHUT + 3;
+/// So long is usefulness remembered.
+const MOST_CREDIT: u8 = SHUT + 24;
+
+/// Where looking does not pay, one batch of so many is tried.
 const PROBE_EVERY: u64 = 32;
 /// Pages of such a batch that are looked at.
 const PROBE_PAGES: usize = 2;
-/// Pages after which the score is looked at.
-const WINDOW: u64 = 64;
+/// Areas after whose first page the score is looked at.
+const WINDOW: u64 = 32;
 /// It pays if one page in so many is useful: then it saves about what the others cost.
-const USEFUL_SHARE: u64 = 6;
+const USEFUL_SHARE: u8 = 6;
+
+impl Default for Gate {
+    fn default() -> Self {
+        Self {
+            areas: std::iter::repeat_with(|| AtomicU8::new(UNKNOWN)).take(AREAS).collect(),
+            score: AtomicU64::new(0),
+            shut: AtomicBool::new(false),
+            batches: AtomicU64::new(0),
+        }
+    }
+}
 
 impl Gate {
-    /// How many pages of the next batch to look at.
-    pub fn pages_to_try(&self) -> usize {
-        if !self.shut.load(Ordering::Relaxed) {
-            return usize::MAX;
-        }
+    /// How many pages of the next batch to look at where it does not seem to pay.
+    pub fn probes(&self) -> usize {
         let batch = self.batches.fetch_add(1, Ordering::Relaxed);
         if batch.is_multiple_of(PROBE_EVERY) { PROBE_PAGES } else { 0 }
     }
 
-    /// Says what came of it.
-    pub fn tried(&self, pages: usize, useful: usize) {
-        if pages == 0 {
-            return;
+    /// True if the parent's page `number` should be looked at; may use up one of `probes`.
+    pub fn lets_in(&self, number: u64, probes: &mut usize) -> bool {
+        let pays = match self.area(number).load(Ordering::Relaxed) {
+            UNKNOWN => !self.shut.load(Ordering::Relaxed),
+            credit => credit > SHUT,
+        };
+        let probe = !pays && *probes > 0;
+        *probes -= usize::from(probe);
+        pays || probe
+    }
+
+    /// Says what came of looking at page `number`.
+    pub fn tried(&self, number: u64, useful: bool) {
+        let area = self.area(number);
+        let before = area.load(Ordering::Relaxed);
+        let shut = self.shut.load(Ordering::Relaxed);
+        if before == UNKNOWN {
+            self.judge_unknown(shut, useful);
         }
-        if self.shut.load(Ordering::Relaxed) {
-            if useful > 0 {
+        // Threads may overwrite each other's credit: it is a guess either way.
+        let credit = match (before, useful) {
+            (_, true) => (before.max(SHUT) + USEFUL_SHARE - 1).min(MOST_CREDIT),
+            // A probe that hits nothing says little about the rest of its area.
+            (UNKNOWN, false) => {
+                if shut {
+                    UNKNOWN
+                } else {
+                    FIRST_CREDIT
+                }
+            }
+            (_, false) => (before - 1).max(SHUT),
+        };
+        area.store(credit, Ordering::Relaxed);
+    }
+
+    fn judge_unknown(&self, shut: bool, useful: bool) {
+        if shut {
+            if useful {
                 self.score.store(0, Ordering::Relaxed);
                 self.shut.store(false, Ordering::Relaxed);
             }
             return;
         }
-        let score = self.score.fetch_add((pages as u64) << 32 | useful as u64, Ordering::Relaxed);
-        let (tried, found) = ((score >> 32) + pages as u64, (score & 0xffff_ffff) + useful as u64);
+        let score = self.score.fetch_add(1 << 32 | u64::from(useful), Ordering::Relaxed);
+        let (tried, found) = ((score >> 32) + 1, (score & 0xffff_ffff) + u64::from(useful));
         if tried >= WINDOW {
-            self.shut.store(found * USEFUL_SHARE < tried, Ordering::Relaxed);
+            self.shut.store(found * u64::from(USEFUL_SHARE) < tried, Ordering::Relaxed);
             self.score.store(0, Ordering::Relaxed);
         }
+    }
+
+    fn area(&self, number: u64) -> &AtomicU8 {
+        &self.areas[(number / AREA_PAGES) as usize % AREAS]
     }
 }
 
@@ -300,17 +361,56 @@ mod tests {
         assert_eq!(index.frames.read().unwrap().frames.len(), 1);
     }
 
+    /// Looks at `pages` as a write does; how many were looked at, and how many of those were useful.
+    fn look(
+        gate: &Gate,
+        pages: impl Iterator<Item = u64>,
+        useful: impl Fn(u64) -> bool,
+    ) -> (u64, u64) {
+        let (mut tried, mut found) = (0, 0);
+        for batch in pages.collect::<Vec<_>>().chunks(16) {
+            let mut probes = gate.probes();
+            for page in batch {
+                if gate.lets_in(*page, &mut probes) {
+                    gate.tried(*page, useful(*page));
+                    tried += 1;
+                    found += u64::from(useful(*page));
+                }
+            }
+        }
+        (tried, found)
+    }
+
     #[test]
-    fn a_gate_shuts_when_nothing_comes_of_it_and_opens_when_something_does() {
+    fn where_nothing_comes_of_it_only_probes_are_looked_at() {
         let gate = Gate::default();
-        gate.tried(WINDOW as usize, 0);
-        let tries: Vec<usize> = (0..PROBE_EVERY * 2).map(|_| gate.pages_to_try()).collect();
-        assert_eq!(tries.iter().filter(|pages| **pages > 0).count(), 2);
-        gate.tried(2, 0);
-        assert!(gate.pages_to_try() < usize::MAX);
-        gate.tried(2, 1);
-        assert_eq!(gate.pages_to_try(), usize::MAX);
-        gate.tried(WINDOW as usize, WINDOW as usize / 2);
-        assert_eq!(gate.pages_to_try(), usize::MAX, "it pays");
+        let (tried, _) = look(&gate, 0..1 << 16, |_| false);
+        let probes = (1 << 16) / 16 / PROBE_EVERY * PROBE_PAGES as u64;
+        assert!(
+            (probes..=WINDOW * u64::from(FIRST_CREDIT) + probes).contains(&tried),
+            "{tried}, {probes} of them probes"
+        );
+    }
+
+    #[test]
+    fn where_everything_comes_of_it_all_is_looked_at() {
+        assert_eq!(look(&Gate::default(), 0..5000, |_| true), (5000, 5000));
+    }
+
+    #[test]
+    fn areas_are_judged_by_themselves() {
+        let gate = Gate::default();
+        // One area in eight is worth it: one page in eight is below the share that pays.
+        let useful = |page: u64| (page / AREA_PAGES).is_multiple_of(8);
+        let pages = AREA_PAGES * 64;
+        for _ in 0..60 {
+            look(&gate, 0..pages, useful);
+        }
+        let (tried, found) = look(&gate, 0..pages, useful);
+        assert_eq!(found, pages / 8, "every page that is worth it");
+        assert!(tried < pages / 4, "{tried} of {pages} looked at");
+        // And when it is worth it no more, it stops.
+        look(&gate, 0..pages, |_| false);
+        assert!(look(&gate, 0..pages, |_| false).0 < pages / 100 + WINDOW);
     }
 }

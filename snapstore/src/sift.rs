@@ -41,10 +41,10 @@ pub(crate) struct Sifter<'a> {
     store: &'a Store,
     parent: Tree,
     elide: Elide,
-    /// Pages of this batch that may still be compared with the parent's.
-    tries_left: usize,
-    tried: usize,
-    useful: usize,
+    /// The parent's pages may help at all.
+    compares: bool,
+    /// Pages of this batch that may be compared with the parent's where that does not seem to pay.
+    probes: usize,
     /// Of this batch: which pages are zero, if that matters; fingerprints of the pages that have
     /// any; and what is known of them.
     zero: Vec<bool>,
@@ -55,23 +55,20 @@ pub(crate) struct Sifter<'a> {
 impl<'a> Sifter<'a> {
     pub fn new(store: &'a Store, parent: Tree) -> Self {
         let elide = store.options.elide;
-        let (tries_left, tried, useful) = Default::default();
+        let compares = parent.root.is_some() && (elide.equal || elide.delta);
         let (zero, fingerprints, known) = Default::default();
-        Self { store, parent, elide, tries_left, tried, useful, zero, fingerprints, known }
+        Self { store, parent, elide, compares, probes: 0, zero, fingerprints, known }
     }
 
     /// Judges the pages `numbers`, whose contents are `raw`, one after the other in `verdicts`.
     pub fn judge(&mut self, numbers: &[u64], raw: &[u8], verdicts: &mut Vec<Verdict>) {
-        let compares = self.parent.root.is_some() && (self.elide.equal || self.elide.delta);
-        self.tries_left = if compares { self.store.delta_gate.pages_to_try() } else { 0 };
-        (self.tried, self.useful) = (0, 0);
+        self.probes = self.store.delta_gate.probes();
         let (pages, _) = raw.as_chunks::<PAGE_SIZE>();
         self.look_up(pages);
         verdicts.clear();
         for (index, (number, page)) in numbers.iter().zip(pages).enumerate() {
             verdicts.push(self.judge_page(index, *number, page));
         }
-        self.store.delta_gate.tried(self.tried, self.useful);
     }
 
     /// Looks all pages up at once: each is a miss in every cache, and they overlap.
@@ -99,12 +96,12 @@ impl<'a> Sifter<'a> {
             let same = self.elide.equal && self.parent_location(number) == Some(location);
             return if same { Verdict::Equal(location) } else { Verdict::Known(location) };
         }
-        if self.tries_left > 0 {
-            self.tries_left -= 1;
-            self.tried += 1;
+        let gate = &self.store.delta_gate;
+        if self.compares && gate.lets_in(number, &mut self.probes) {
             // A parent that cannot be read is no reason to lose the page: it is written whole.
-            if let Ok(Some(verdict)) = self.compare(number, page) {
-                self.useful += 1;
+            let verdict = self.compare(number, page).unwrap_or_default();
+            gate.tried(number, verdict.is_some());
+            if let Some(verdict) = verdict {
                 return verdict;
             }
         }
