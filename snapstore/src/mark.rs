@@ -62,12 +62,15 @@ pub(crate) struct Marker<'a> {
     seen_chunks: HashSet<BlockRef>,
     /// Entries of `marked.frames` up to which they are sorted and each is there once.
     settled: usize,
+    is_cancelled: &'a dyn Fn() -> bool,
 }
 
 impl<'a> Marker<'a> {
-    pub fn new(store: &'a Arc<Store>) -> Self {
+    /// Once `is_cancelled`, it looks at nothing more, and what it has is worth nothing.
+    pub fn new(store: &'a Arc<Store>, is_cancelled: &'a dyn Fn() -> bool) -> Self {
         Self {
             store,
+            is_cancelled,
             marked: Marked::default(),
             visited: HashMap::new(),
             seen_chunks: HashSet::new(),
@@ -106,7 +109,7 @@ impl<'a> Marker<'a> {
         let known = self.visited.get(block);
         let first_visit = known.is_none();
         let fresh = known.map_or_else(|| visible.to_vec(), |known| subtract(visible, known));
-        if fresh.is_empty() && !first_visit {
+        if fresh.is_empty() && !first_visit || (self.is_cancelled)() {
             return;
         }
         let all = known.map_or_else(|| fresh.clone(), |known| union(known, &fresh));
@@ -171,6 +174,9 @@ impl<'a> Marker<'a> {
         let deltas: Vec<FrameUse> =
             self.marked.frames.iter().filter(|usage| usage.delta).copied().collect();
         for usage in deltas {
+            if (self.is_cancelled)() {
+                break;
+            }
             match self.store.frame(&usage.frame, true) {
                 Ok(view) => {
                     for slot in slots_of(usage.slots) {

@@ -215,7 +215,8 @@ impl Store {
         report.snapshots = (published.len() + pinned.len()) as u64;
         report.pinned = pinned.len() as u64;
         progress.snapshots_total.store(report.snapshots, Ordering::Relaxed);
-        let mut marker = Marker::new(self);
+        let is_cancelled = || progress.is_cancelled();
+        let mut marker = Marker::new(self, &is_cancelled);
         // The newest first: see there.
         for info in published.iter().rev().chain(pinned) {
             progress.check()?;
@@ -223,6 +224,7 @@ impl Store {
             progress.snapshots_done.fetch_add(1, Ordering::Relaxed);
         }
         let mut marked = marker.finish();
+        progress.check()?;
         match marked.obstacles.pop() {
             Some(obstacle) => Err(obstacle.error),
             None => Ok(marked),

@@ -91,7 +91,7 @@ fn verify_once(
     store.nodes.clear();
     store.frames.clear();
     store.segments.close();
-    let mut marker = Marker::new(store);
+    let mut marker = Marker::new(store, &|| false);
     // The newest first: see there.
     for id in snapshots.iter().rev() {
         match store.published(*id) {
