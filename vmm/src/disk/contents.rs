@@ -266,16 +266,10 @@ impl Contents {
         self.freeze.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Forgets what was kept of the pages that `gone` names: they are not frozen any more.
-    pub(super) fn forget_kept(&self, gone: impl Fn(u64) -> bool) {
+    /// Forgets the pages that were kept: none is frozen any more.
+    pub(super) fn forget_kept(&self) {
         for stripe in 0..STRIPES {
-            self.write_stripe(stripe).retain(|page, kept| {
-                let stays = !gone(*page);
-                if !stays {
-                    self.room.give_back(kept);
-                }
-                stays
-            });
+            self.write_stripe(stripe).drain().for_each(|(_, kept)| self.room.give_back(&kept));
         }
     }
 

@@ -36,8 +36,6 @@ pub(super) struct Freeze {
     busy: bool,
     /// None while nothing has to be kept.
     pages: Option<Arc<PageSet>>,
-    /// Of these, those that the checkpoint is done with.
-    released: Option<PageSet>,
 }
 
 impl Freeze {
@@ -47,7 +45,6 @@ impl Freeze {
 
     pub(super) fn holds(&self, page: u64) -> bool {
         self.pages.as_ref().is_some_and(|pages| pages.contains(page))
-            && !self.released.as_ref().is_some_and(|released| released.contains(page))
     }
 
     /// False if it is in use.
@@ -55,7 +52,7 @@ impl Freeze {
         if self.busy {
             return false;
         }
-        *self = Self { busy: true, pages: Some(Arc::clone(pages)), released: None };
+        *self = Self { busy: true, pages: Some(Arc::clone(pages)) };
         true
     }
 }
@@ -118,17 +115,6 @@ impl FrozenDisk {
         &self.disk
     }
 
-    /// Lets go of some pages before the others: the store has them, they can no longer be read here.
-    pub fn release(&self, pages: &PageSet) {
-        let contents = &self.disk.contents;
-        contents
-            .freeze_mut()
-            .released
-            .get_or_insert_with(|| PageSet::new(self.pages.capacity()))
-            .union(pages);
-        contents.forget_kept(|page| pages.contains(page));
-    }
-
     /// Writes them to `region` of a transaction, and lets go of them.
     ///
     /// # Errors
@@ -147,15 +133,12 @@ impl FrozenDisk {
     /// Lets go of all pages: nothing is kept any more, and what was is forgotten.
     pub fn thaw(&self) {
         let contents = &self.disk.contents;
-        {
-            let mut freeze = contents.freeze_mut();
-            (freeze.pages, freeze.released) = (None, None);
-        }
-        contents.forget_kept(|_| true);
+        contents.freeze_mut().pages = None;
+        contents.forget_kept();
         contents.drop_slots();
     }
 
-    /// Pages that were kept since they changed after the cut, of those not released yet.
+    /// Pages that were kept since they changed after the cut.
     #[must_use]
     pub fn kept_pages(&self) -> u64 {
         self.disk.contents.kept_count()
