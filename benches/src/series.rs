@@ -15,6 +15,8 @@ use crate::samples::Samples;
 
 /// Gaps up to this are not recorded by a guest whose `gap_us` is this; so it stands for them.
 const GAP_FLOOR_US: u64 = 50;
+/// So long a vCPU may be without a core.
+const RUNS_AGAIN_TIMEOUT: Duration = Duration::from_secs(20);
 /// What is said of a pause, host-side and guest-felt.
 const QUANTILES: [(&str, f64); 4] = [("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("max", 1.0)];
 
@@ -84,9 +86,9 @@ impl Series {
     pub(crate) fn take(&mut self, machine: &Machine) -> anyhow::Result<CheckpointReport> {
         let before = machine.view()?;
         let report = checkpoint(&machine.vm)?;
-        let after = machine.view()?;
+        let after = view_once_running(machine, &before)?;
         self.add(&report);
-        self.gap.add_time(Duration::from_micros(largest_gap_us(&before, &after)?));
+        self.gap.add_time(Duration::from_micros(largest_gap_us(&before, &after)));
         let overrun = |(before, after): (&VcpuView, &VcpuView)| {
             after.control.gap_count - before.control.gap_count > GAP_RING_ENTRIES
         };
@@ -175,13 +177,33 @@ impl Series {
     }
 }
 
+/// Looks at the guest when every vCPU has been running since `before`: on a busy host one may have had
+/// no core during a whole checkpoint, and then the gap it feels is not over yet.
+fn view_once_running(machine: &Machine, before: &ControlView) -> anyhow::Result<ControlView> {
+    let deadline = Instant::now() + RUNS_AGAIN_TIMEOUT;
+    loop {
+        let after = machine.view()?;
+        let runs = |(before, after): (&VcpuView, &VcpuView)| {
+            after.control.last_tsc > before.control.last_tsc
+        };
+        if before.vcpus.iter().zip(&after.vcpus).all(runs) {
+            return Ok(after);
+        }
+        ensure!(
+            Instant::now() < deadline,
+            "the guest's clock stands still, {} s after a checkpoint",
+            RUNS_AGAIN_TIMEOUT.as_secs()
+        );
+        std::thread::sleep(Duration::from_micros(100));
+    }
+}
+
 /// The longest time a vCPU could not look at its clock between two looks at it from outside. All
 /// on the guest's own clock, so that its offset from the host's does not matter.
-fn largest_gap_us(before: &ControlView, after: &ControlView) -> anyhow::Result<u64> {
+fn largest_gap_us(before: &ControlView, after: &ControlView) -> u64 {
     let mut largest = GAP_FLOOR_US;
     for (before, vcpu) in before.vcpus.iter().zip(&after.vcpus) {
         let before = &before.control;
-        ensure!(vcpu.control.last_tsc > before.last_tsc, "the guest's clock stands still");
         // A new longest gap is known even if the ring has forgotten it since.
         let record = vcpu.control.gap_max_tsc;
         let record = (record > before.gap_max_tsc).then_some(record);
@@ -189,5 +211,5 @@ fn largest_gap_us(before: &ControlView, after: &ControlView) -> anyhow::Result<u
         let longest = kept.chain(record).max().map_or(0, |tsc| after.tsc_to_us(tsc));
         largest = largest.max(longest);
     }
-    Ok(largest)
+    largest
 }

@@ -33,24 +33,32 @@ const MIB: f64 = (1 << 20) as f64;
 
 /// Measures on stores of its own.
 type Measure = fn(&mut Bench, &Pool) -> anyhow::Result<()>;
+/// By name.
+const MEASUREMENTS: [(&str, &str, Measure); 6] = [
+    ("write", "a store written in full, read, verified, then changed", measure_one_store),
+    ("scale", "commits and diffs of a large region", scale::measure),
+    ("depth", "deep histories", depth::measure),
+    ("elide", "what is not stored twice", elide::measure),
+    ("prune", "pruning", prune::measure),
+    ("heap", "memory for a large region", |bench, _pool| heap::measure(bench)),
+];
 /// Measures a store that is there; beside it, what zstd makes of the same contents.
 type MeasureBed = fn(&mut Bench, &mut Bed, &[Vec<u8>]) -> anyhow::Result<()>;
 
 pub(crate) fn run(bench: &mut Bench) -> anyhow::Result<()> {
     let pool = Pool::text();
-    measure_one_store(bench, &pool)?;
-    let measurements: [(&str, Measure); 5] = [
-        ("commits and diffs of a large region", scale::measure),
-        ("deep histories", depth::measure),
-        ("what is not stored twice", elide::measure),
-        ("pruning", prune::measure),
-        ("memory for a large region", |bench, _pool| heap::measure(bench)),
-    ];
-    for (name, measure) in measurements {
-        bench.say(name);
-        measure(bench, &pool)?;
+    for (name, what, measure) in MEASUREMENTS {
+        if bench.wants(name) {
+            bench.say(&format!("{name}: {what}"));
+            measure(bench, &pool)?;
+        }
     }
     Ok(())
+}
+
+/// Names for `--only`.
+pub(crate) fn names() -> impl Iterator<Item = &'static str> {
+    MEASUREMENTS.iter().map(|(name, ..)| *name)
 }
 
 /// What is measured on one and the same store: written in full, read, verified, then changed.
