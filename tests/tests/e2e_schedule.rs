@@ -18,8 +18,8 @@ use frazil_vmm::devices::serial::SerialOutput;
 use frazil_vmm::keeper::{Keeper, Kept};
 use frazil_vmm::scheduler::{Every, Schedule, ScheduleEvent, Scheduler};
 use frazil_vmm::{
-    CheckpointReport, CheckpointRequest, Guest, HostConfig, MachineConfig, ProgressReport, Vm,
-    verify_snapshot,
+    CheckpointReport, CheckpointRequest, Ended, Guest, HostConfig, MachineConfig, ProgressReport,
+    Vm, verify_snapshot,
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -308,6 +308,53 @@ fn a_cancelled_checkpoint_loses_nothing() {
             assert!(report.stats.dirty_pages >= DATA_PAGES, "{report:?}");
         }
         world.expect_good(report.id);
+    }
+}
+
+#[test]
+fn a_vm_being_suspended_neither_stops_nor_goes_on_but_can_change_its_mind() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let world = World::new("leaving");
+    let head = world.take().id;
+    let suspend = || {
+        let request = CheckpointRequest { exit: true, ..CheckpointRequest::default() };
+        world.vm.checkpoint(&request)
+    };
+    for gives_up in [true, false] {
+        world.faults.hang();
+        std::thread::scope(|scope| {
+            let suspended = scope.spawn(suspend);
+            // It goes on, so this does nothing until it may not.
+            let refused = wait_for("the cut", || world.vm.go().err());
+            for refused in [refused, world.vm.pause().expect_err("it stands still already")] {
+                assert!(refused.to_string().contains("is being suspended: wait"), "{refused}");
+            }
+            assert_eq!(world.vm.head(), Some(head), "until the next is published");
+            let cancelled = gives_up.then(|| scope.spawn(|| world.vm.cancel_checkpoint()));
+            if gives_up {
+                wait_for("the cancel", || {
+                    let noticed = |progress: ProgressReport| progress.cancelled;
+                    world.vm.checkpoint_progress().is_none_or(noticed).then_some(())
+                });
+            }
+            world.faults.release();
+            let suspended = suspended.join().expect("no panic");
+            if let Some(cancelled) = cancelled {
+                assert!(cancelled.join().expect("an answer"));
+                assert!(suspended.expect_err("given up").is_cancelled());
+                assert!(!world.vm.is_paused() && world.vm.ended().is_none(), "it goes on");
+            } else {
+                let report = suspended.expect("published");
+                assert_eq!((report.parent, world.vm.head()), (Some(head), Some(report.id)));
+                let ended = world.vm.wait_ended(Duration::from_secs(10));
+                assert_eq!(ended, Some(Ended::Suspended));
+                let saved = verify_snapshot(&world.store.snapshot(report.id).expect("published"));
+                assert!(saved.expect("saved memory is right").is_some());
+                expect_sound(&world.store);
+            }
+        });
     }
 }
 

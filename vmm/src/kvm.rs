@@ -177,6 +177,16 @@ impl VmShell {
         }
     }
 
+    /// Which tracker it has.
+    #[must_use]
+    pub fn tracker_kind(&self) -> TrackerKind {
+        match &self.tracking {
+            Tracking::Rings(_) => TrackerKind::Ring,
+            Tracking::Bitmap { manual: true } => TrackerKind::ManualBitmap,
+            Tracking::Bitmap { manual: false } => TrackerKind::Bitmap,
+        }
+    }
+
     /// What reports the guest's writes. For one reader: each write is reported once.
     #[must_use]
     pub fn tracker(&self) -> Box<dyn DirtyTracker> {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use frazil_snapstore::{PageSet, Pin, SnapshotId};
+use frazil_snapstore::{PageSet, Pin};
 
 use crate::checkpoint::{CowState, Staging};
 use crate::dirty::{AllWrites, DirtyTracker};
@@ -13,11 +13,10 @@ use crate::kvm::VmShell;
 /// Where the VM stands in its line of snapshots. Locked for the length of a checkpoint.
 #[derive(Debug)]
 pub(crate) struct Line {
-    /// The snapshot that the next one changes.
-    pub head: Option<SnapshotId>,
-    /// Keeps the head in the store, forgotten or not, for the next one shares with it.
+    /// Keeps the snapshot that the next one changes in the store, forgotten or not: they share. None if
+    /// that could not be had yet.
     pub head_pin: Option<Arc<dyn Pin>>,
-    /// Pages written since `head`, as far as they were harvested. They leave the set only when a
+    /// Pages written since the VM's head, as far as they were harvested. They leave the set only when a
     /// snapshot that holds them is published, so a failed checkpoint loses none.
     pub since_head: PageSet,
     /// The same for each disk.
@@ -33,7 +32,6 @@ impl Line {
     /// The line of a machine that no snapshot holds yet: all it has ever written counts.
     pub(crate) fn new(shell: &VmShell, disks: &[Arc<Disk>]) -> Self {
         Self {
-            head: None,
             head_pin: None,
             since_head: PageSet::new(shell.ram.end_page()),
             disks: disks.iter().map(|disk| DiskLine::new(Arc::clone(disk))).collect(),

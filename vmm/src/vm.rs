@@ -53,6 +53,8 @@ pub struct Vm {
     pub(crate) bus: Arc<Bus>,
     pub(crate) shell: VmShell,
     disks: Vec<Arc<Disk>>,
+    /// The snapshot that the next one changes. Set by whoever has `line`.
+    head: Mutex<Option<SnapshotId>>,
     pub(crate) line: Mutex<Line>,
     /// True while the user wants the guest to stand still. Locked while vCPUs stop and go.
     pub(crate) paused: Mutex<bool>,
@@ -144,8 +146,8 @@ impl Vm {
         let mut vm = Self::assemble(name, machine, host, parts);
         vm.resumed_from = Some(snapshot.id());
         // What was never touched since is shared with the snapshot, resident or not.
-        let line = vm.line.get_mut().unwrap_or_else(PoisonError::into_inner);
-        (line.head, line.head_pin) = (Some(snapshot.id()), snapshot.pin());
+        vm.set_head(snapshot.id());
+        vm.line.get_mut().unwrap_or_else(PoisonError::into_inner).head_pin = snapshot.pin();
         Ok(vm)
     }
 
@@ -163,6 +165,7 @@ impl Vm {
             bus,
             shell,
             disks,
+            head: Mutex::new(None),
             line: Mutex::new(line),
             paused: Mutex::new(true),
             paused_now: AtomicBool::new(true),
@@ -289,6 +292,23 @@ impl Vm {
     #[must_use]
     pub fn resumed_from(&self) -> Option<SnapshotId> {
         self.resumed_from
+    }
+
+    /// The snapshot that the next checkpoint changes; None before the first.
+    #[must_use]
+    pub fn head(&self) -> Option<SnapshotId> {
+        *self.head.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes `id` the head, and returns the one before.
+    pub(crate) fn set_head(&self, id: SnapshotId) -> Option<SnapshotId> {
+        self.head.lock().unwrap_or_else(PoisonError::into_inner).replace(id)
+    }
+
+    /// What keeps track of the pages the guest writes.
+    #[must_use]
+    pub fn dirty_tracking(&self) -> TrackerKind {
+        self.shell.tracker_kind()
     }
 
     /// Time since it was built.

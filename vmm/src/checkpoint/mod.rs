@@ -154,12 +154,6 @@ impl Vm {
     pub(crate) fn count_skipped(&self, count: u64) {
         self.totals.lock().unwrap_or_else(PoisonError::into_inner).skipped += count;
     }
-
-    /// The snapshot that the next checkpoint changes; None while one is being taken.
-    #[must_use]
-    pub fn head(&self) -> Option<SnapshotId> {
-        self.line.try_lock().ok().and_then(|line| line.head)
-    }
 }
 
 impl<'a> Checkpoint<'a> {
@@ -171,8 +165,13 @@ impl<'a> Checkpoint<'a> {
         if let Some(tag) = &request.tag {
             frazil_snapstore::reference::check_tag(tag)?;
         }
-        let line = vm.line.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut transaction = begin_transaction(store, line.head)?;
+        let mut line = vm.line.lock().unwrap_or_else(PoisonError::into_inner);
+        let head = vm.head();
+        if let (Some(id), None) = (head, &line.head_pin) {
+            // The last one published could not be pinned then; without, a prune may take it away.
+            line.head_pin = store.pin(id)?.pin();
+        }
+        let mut transaction = begin_transaction(store, head)?;
         let region = transaction.region(RAM_REGION, vm.ram().end_page())?;
         let disk_regions = line
             .disks
@@ -420,7 +419,7 @@ impl<'a> Checkpoint<'a> {
             pin: true,
         };
         let committed = self.transaction.commit(description)?;
-        let parent = self.line.head.replace(committed.id);
+        let parent = self.vm.set_head(committed.id);
         self.line.head_pin = committed.pin;
         // Only now: the snapshot that holds them is published. Whatever the guest wrote since the
         // cut is still in KVM's log, and what the VMM wrote in its own.

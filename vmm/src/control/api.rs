@@ -6,6 +6,7 @@ use frazil_snapstore::SnapshotId;
 use frazil_snapstore::pager::PagerStats;
 
 use crate::checkpoint::{CheckpointTotals, ProgressReport};
+use crate::dirty::TrackerKind;
 use crate::keeper::KeepTotals;
 use crate::machine::SavedMachine;
 use crate::vcpu::Ended;
@@ -42,8 +43,10 @@ pub struct VmStatus {
     pub store: Option<String>,
     /// The snapshot it was resumed from.
     pub resumed_from: Option<SnapshotId>,
-    /// The snapshot that the next checkpoint changes; none before the first, or while one is taken.
+    /// The snapshot that the next checkpoint changes; none before the first.
     pub head: Option<SnapshotId>,
+    /// What keeps track of the pages that the guest writes.
+    pub dirty_tracking: TrackerKind,
     /// Time since it was booted or resumed, in milliseconds.
     pub uptime_ms: u64,
     /// Its checkpoints so far.
@@ -77,6 +80,7 @@ impl VmStatus {
             store: vm.store().map(|store| store.describe()),
             resumed_from: vm.resumed_from(),
             head: vm.head(),
+            dirty_tracking: vm.dirty_tracking(),
             uptime_ms: u64::try_from(vm.uptime().as_millis()).unwrap_or(u64::MAX),
             checkpoints: vm.checkpoint_totals(),
             checkpoint_in_progress: vm.checkpoint_progress(),

@@ -36,7 +36,9 @@ fn machine(page: &mut Page, status: &VmStatus, allocated_bytes: Option<u64>) {
     };
     page.family("frazil_vm_info", "gauge", "The VM, as labels; always 1.");
     let version = env!("CARGO_PKG_VERSION");
-    page.sample("", &[("name", &status.name), ("guest", guest), ("version", version)], 1);
+    let tracker = status.dirty_tracking.to_string();
+    let labels = [("name", status.name.as_str()), ("guest", guest), ("version", version)];
+    page.sample("", &[&labels[..], &[("dirty_tracking", tracker.as_str())]].concat(), 1);
     page.family("frazil_vm_state", "gauge", "1 for the state that the VM is in, else 0.");
     for (name, state) in
         [("running", RunState::Running), ("paused", RunState::Paused), ("ended", RunState::Ended)]
