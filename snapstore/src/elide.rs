@@ -1,6 +1,6 @@
 //! What need not be written: pages that are in the store already, and pages that are nearly.
 
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU64, Ordering};
 use std::sync::{OnceLock, PoisonError, RwLock};
 
 use xxhash_rust::xxh3::xxh3_64_with_seed;
@@ -206,10 +206,13 @@ pub(crate) fn decode_fingerprints(bytes: &[u8]) -> Decoded<Vec<FrameFingerprints
 /// new one, and with most workloads nothing comes of it.
 ///
 /// Pages with small edits stand together, so each area of memory is judged by itself, by what came
-/// of looking there. Areas about which nothing is known yet share one judgement.
+/// of looking there. Areas about which nothing is known yet share one judgement. When something comes
+/// of looking where it never did, what is known of such areas is old.
 #[derive(Debug)]
 pub(crate) struct Gate {
-    areas: Box<[AtomicU8]>,
+    /// What is known of each, and in the high half the age in which it was found not worth it.
+    areas: Box<[AtomicU16]>,
+    age: AtomicU8,
     /// First pages of areas in the high half, useful ones of them in the low; starts over with each
     /// window.
     score: AtomicU64,
@@ -242,7 +245,8 @@ const USEFUL_SHARE: u8 = 6;
 impl Default for Gate {
     fn default() -> Self {
         Self {
-            areas: std::iter::repeat_with(|| AtomicU8::new(UNKNOWN)).take(AREAS).collect(),
+            areas: std::iter::repeat_with(AtomicU16::default).take(AREAS).collect(),
+            age: AtomicU8::new(0),
             score: AtomicU64::new(0),
             shut: AtomicBool::new(false),
             batches: AtomicU64::new(0),
@@ -259,7 +263,7 @@ impl Gate {
 
     /// True if the parent's page `number` should be looked at; may use up one of `probes`.
     pub fn lets_in(&self, number: u64, probes: &mut usize) -> bool {
-        let pays = match self.area(number).load(Ordering::Relaxed) {
+        let pays = match self.known(number) {
             UNKNOWN => !self.shut.load(Ordering::Relaxed),
             credit => credit > SHUT,
         };
@@ -270,11 +274,13 @@ impl Gate {
 
     /// Says what came of looking at page `number`.
     pub fn tried(&self, number: u64, useful: bool) {
-        let area = self.area(number);
-        let before = area.load(Ordering::Relaxed);
+        let before = self.known(number);
         let shut = self.shut.load(Ordering::Relaxed);
         if before == UNKNOWN {
             self.judge_unknown(shut, useful);
+        } else if before == SHUT && useful {
+            self.age.fetch_add(1, Ordering::Relaxed);
+            self.open();
         }
         // Threads may overwrite each other's credit: it is a guess either way.
         let credit = match (before, useful) {
@@ -289,14 +295,25 @@ impl Gate {
             }
             (_, false) => (before - 1).max(SHUT),
         };
-        area.store(credit, Ordering::Relaxed);
+        let age = self.age.load(Ordering::Relaxed);
+        self.area(number).store(u16::from_be_bytes([age, credit]), Ordering::Relaxed);
+    }
+
+    fn known(&self, number: u64) -> u8 {
+        let [age, credit] = self.area(number).load(Ordering::Relaxed).to_be_bytes();
+        let old = credit == SHUT && age != self.age.load(Ordering::Relaxed);
+        if old { UNKNOWN } else { credit }
+    }
+
+    fn open(&self) {
+        self.score.store(0, Ordering::Relaxed);
+        self.shut.store(false, Ordering::Relaxed);
     }
 
     fn judge_unknown(&self, shut: bool, useful: bool) {
         if shut {
             if useful {
-                self.score.store(0, Ordering::Relaxed);
-                self.shut.store(false, Ordering::Relaxed);
+                self.open();
             }
             return;
         }
@@ -308,7 +325,7 @@ impl Gate {
         }
     }
 
-    fn area(&self, number: u64) -> &AtomicU8 {
+    fn area(&self, number: u64) -> &AtomicU16 {
         &self.areas[(number / AREA_PAGES) as usize % AREAS]
     }
 }
