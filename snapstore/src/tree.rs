@@ -39,12 +39,12 @@ pub(crate) struct FlushPolicy {
 }
 
 impl FlushPolicy {
-    /// For nodes right above the leaves that keep about `pending_runs` runs: half their weight is
-    /// for the frames they are in.
+    /// For nodes that keep about `pending_runs` scattered runs: the rest of their weight is for the
+    /// frames they are in.
     pub fn of(pending_runs: usize) -> Self {
         let pending_runs = pending_runs.max(2);
-        let above_leaves = pending_runs * 2;
-        Self { above_leaves, further_up: above_leaves * 2, least_group: 8.min(pending_runs / 2) }
+        let (above_leaves, further_up) = (pending_runs * 4, pending_runs * 4);
+        Self { above_leaves, further_up, least_group: 8.min(pending_runs / 2) }
     }
 
     fn most(self, level: u8) -> usize {
