@@ -101,7 +101,7 @@ impl CopyOnWrite {
         let features =
             FeatureFlags::PAGEFAULT_FLAG_WP | FeatureFlags::from_bits_retain(FEATURE_WP_SHMEM);
         let watch = Watch::new(features, RegisterMode::WRITE_PROTECT, mappings)?;
-        let end = mappings.iter().map(|mapping| mapping.first_page + mapping.pages()).max();
+        let end = mappings.iter().map(|mapping| mapping.end_page()).max();
         let words = end.unwrap_or(0).div_ceil(64) as usize;
         let shared = Arc::new(Shared {
             watch,
@@ -344,7 +344,7 @@ impl Shared {
     fn places(&self, first: u64, count: u64) -> impl Iterator<Item = (usize, usize)> + '_ {
         self.watch.mappings.iter().filter_map(move |mapping| {
             let start = first.max(mapping.first_page);
-            let end = (first + count).min(mapping.first_page + mapping.pages());
+            let end = (first + count).min(mapping.end_page());
             let pages = end.checked_sub(start).filter(|pages| *pages > 0)?;
             let offset = (start - mapping.first_page) as usize * PAGE_SIZE;
             Some((mapping.address + offset, pages as usize * PAGE_SIZE))

@@ -48,6 +48,7 @@ mod transaction;
 mod tree;
 mod uffd;
 mod verify;
+mod working_set;
 mod writeback;
 mod writer;
 
@@ -70,3 +71,4 @@ pub use storage::{DirStorage, LockError, Pin, Storage, StoreFile, WriterLock};
 pub use store::{Elide, Store, StoreOptions, unix_ms};
 pub use transaction::{Committed, Description, RegionHandle, Transaction};
 pub use verify::{Damage, VerifyProgress, VerifyReport, verify};
+pub use working_set::WorkingSet;

@@ -185,6 +185,9 @@ impl Store {
             return Ok(report);
         }
         let tidied = if doubtful.is_some() { Ok(()) } else { self.remove_orphans() };
+        let in_use: BTreeSet<String> =
+            self.snapshots().iter().chain(&pinned).map(|info| info.id.to_string()).collect();
+        self.remove_working_sets(|id| in_use.contains(id));
         let pruned = tidied
             .and_then(|()| self.remove_dead(&dead))
             .and_then(|()| self.rewrite(chosen, progress, &mut report))

@@ -85,6 +85,7 @@ impl Snapshot {
         })?;
         Ok(RegionReader {
             store: Arc::clone(&self.store),
+            snapshot: self.id,
             name: region.name.clone(),
             tree: Tree { root: region.root, pages: region.pages },
             _pin: self.pin.clone(),
@@ -136,6 +137,7 @@ fn parse_manifest(json: &[u8]) -> Decoded<Manifest> {
 #[derive(Clone, Debug)]
 pub struct RegionReader {
     store: Arc<Store>,
+    snapshot: SnapshotId,
     name: String,
     tree: Tree,
     _pin: Option<Arc<dyn Pin>>,
@@ -146,6 +148,18 @@ impl RegionReader {
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// The snapshot whose region it is.
+    #[must_use]
+    pub fn snapshot(&self) -> SnapshotId {
+        self.snapshot
+    }
+
+    /// The store it is in.
+    #[must_use]
+    pub fn store(&self) -> &Arc<Store> {
+        &self.store
     }
 
     /// Number of pages the region ranges over.

@@ -119,6 +119,12 @@ pub trait Storage: Send + Sync + Debug {
 
     /// The store's place, for messages.
     fn describe(&self) -> String;
+
+    /// The folder of a local file system that the store is, if it is one: where another process finds
+    /// it.
+    fn folder(&self) -> Option<PathBuf> {
+        None
+    }
 }
 
 /// Keeps a snapshot that is being read from being pruned away.
@@ -227,6 +233,10 @@ impl Storage for DirStorage {
 
     fn describe(&self) -> String {
         format!("store {}", self.root.display())
+    }
+
+    fn folder(&self) -> Option<PathBuf> {
+        std::path::absolute(&self.root).ok()
     }
 }
 

@@ -248,6 +248,12 @@ impl Store {
         self.storage.describe()
     }
 
+    /// The folder it is in, if it is in one of a local file system.
+    #[must_use]
+    pub fn folder(&self) -> Option<std::path::PathBuf> {
+        self.storage.folder()
+    }
+
     /// Reads what other processes published, forgot or pruned since the store was opened or last
     /// refreshed.
     ///

@@ -1,7 +1,13 @@
 //! A userfaultfd over some mappings, and threads that answer its faults until told to stop.
+//!
+//! `unsafe` is allowed here for two things: to take a file descriptor that another process sent for the
+//! userfaultfd that it is said to be, and to have the kernel copy a page.
+#![allow(unsafe_code)]
 
-use std::os::fd::OwnedFd;
+use std::io;
+use std::os::fd::{AsFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use userfaultfd::{Event, FeatureFlags, RegisterMode, Uffd, UffdBuilder};
@@ -38,6 +44,7 @@ pub(crate) fn uffd_error(
 }
 
 /// A userfaultfd, the mappings it watches, and what tells its threads to stop.
+#[derive(Debug)]
 pub(crate) struct Watch {
     pub uffd: Uffd,
     pub mappings: Vec<Mapping>,
@@ -57,6 +64,18 @@ impl Watch {
             uffd.register_with_mode(mapping.address as *mut _, mapping.len_bytes, mode)
                 .map_err(|error| uffd_error("register memory", mapping.address, &error))?;
         }
+        Self::assemble(uffd, mappings)
+    }
+
+    /// Watches `mappings` of the process that registered them with `fd`, a userfaultfd.
+    pub fn of(fd: OwnedFd, mappings: &[Mapping]) -> Result<Self, PagerError> {
+        // SAFETY: the descriptor is owned, and given to nobody else. One that is no userfaultfd fails
+        // at the first operation, as any would whose other end is gone.
+        let uffd = unsafe { Uffd::from_raw_fd(fd.into_raw_fd()) };
+        Self::assemble(uffd, mappings)
+    }
+
+    fn assemble(uffd: Uffd, mappings: &[Mapping]) -> Result<Self, PagerError> {
         let stop_event =
             eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|error| {
                 PagerError::Memory { op: "create an eventfd", source: error.into() }
@@ -64,11 +83,67 @@ impl Watch {
         Ok(Self { uffd, mappings: mappings.to_vec(), stop: AtomicBool::new(false), stop_event })
     }
 
+    /// The userfaultfd once more.
+    pub fn try_clone_fd(&self) -> io::Result<OwnedFd> {
+        self.uffd.as_fd().try_clone_to_owned()
+    }
+
+    /// Puts a copy of `contents`, a page, at `address`, and wakes whoever waits for it.
+    ///
+    /// # Errors
+    /// The system's error number: `EEXIST` if there is a page.
+    pub fn copy(&self, address: usize, contents: &[u8]) -> Result<(), i32> {
+        assert_eq!(contents.len(), PAGE_SIZE, "a page at a time");
+        // SAFETY: the source is a slice of as many bytes; the destination is memory that userfaultfd
+        // watches, in whatever process: the kernel checks that, and touches nothing else.
+        let copied =
+            unsafe { self.uffd.copy(contents.as_ptr().cast(), address as *mut _, PAGE_SIZE, true) };
+        match copied {
+            Ok(_) => Ok(()),
+            Err(userfaultfd::Error::CopyFailed(errno) | userfaultfd::Error::SystemError(errno)) => {
+                Err(errno as i32)
+            }
+            Err(userfaultfd::Error::PartiallyCopied(_)) => {
+                Err(rustix::io::Errno::AGAIN.raw_os_error())
+            }
+            Err(_) => Err(rustix::io::Errno::INVAL.raw_os_error()),
+        }
+    }
+
+    /// Has everyone who waits look again: their faults are reported once more.
+    pub fn wake_all(&self) -> Result<(), PagerError> {
+        self.mappings.iter().try_for_each(|mapping| {
+            self.uffd
+                .wake(mapping.address as *mut _, mapping.len_bytes)
+                .map_err(|error| uffd_error("wake", mapping.address, &error))
+        })
+    }
+
+    /// Whether somebody waits for an answer.
+    pub fn is_due(&self) -> bool {
+        let mut fds = [PollFd::new(&self.uffd, PollFlags::IN)];
+        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        matches!(poll(&mut fds, Some(&now)), Ok(1..))
+    }
+
     /// Has every thread that answers faults come to its end.
     pub fn stop(&self) {
         self.stop.store(true, Ordering::Release);
         // Wakes every thread that polls; the counter only grows, so it stays readable.
         let _full = rustix::io::write(&self.stop_event, &1_u64.to_ne_bytes());
+    }
+
+    /// Waits until it is told to stop, `patience` at the most.
+    pub fn wait_stopped(&self, patience: Duration) {
+        let until = Instant::now() + patience;
+        while !self.stopped() {
+            let left = until.saturating_duration_since(Instant::now());
+            let mut fds = [PollFd::new(&self.stop_event, PollFlags::IN)];
+            let Ok(left) = left.try_into() else { return };
+            if matches!(poll(&mut fds, Some(&left)), Ok(0)) {
+                return;
+            }
+        }
     }
 
     pub fn stopped(&self) -> bool {

@@ -1,296 +1,200 @@
-//! Filling chunks: which pages came from the store already, and bringing in the others.
+//! Bringing in what nobody has asked for yet, beside those who use the memory.
 
-use std::fs::File;
-use std::sync::atomic::Ordering;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
-use rayon::prelude::*;
-use rustix::fs::{FallocateFlags, fallocate};
-
-use super::alias::Alias;
-use super::{CHUNK_PAGES, Mapping, PagerError, Shared};
-use crate::error::StoreError;
-use crate::node::{Location, Run};
+use super::image::{Count, Image};
+use super::{CHUNK_PAGES, PagerError, User};
 use crate::page::PAGE_SIZE;
-use crate::snapshot::RegionReader;
-use crate::uffd::uffd_error;
 
-/// One bit a page: mapped for the user, by us, with its contents.
-type ChunkBits = u64;
-
-const _: () = assert!(CHUNK_PAGES == ChunkBits::BITS as u64);
-
-pub(super) struct Filler {
-    region: RegionReader,
-    memory: File,
-    alias: Alias,
-    /// Per mapping, its first chunk's index in `chunks`.
-    bases: Vec<(u64, usize)>,
-    /// What was filled; the lock is held while a chunk is being filled.
-    chunks: Vec<Mutex<ChunkBits>>,
+/// Where the threads that fill an image stand.
+#[derive(Debug, Default)]
+pub(super) struct FillState {
+    users: Mutex<Vec<Weak<User>>>,
+    cursor: Mutex<Cursor>,
+    /// 1 + the chunk, counted through all extents, where somebody was last seen; 0 is nowhere new.
+    seen: AtomicU64,
+    /// Threads that fill.
+    running: AtomicUsize,
+    /// Bytes a second that all threads together bring in; 0 is as many as they can.
+    bytes_per_s: AtomicU64,
 }
 
-impl Filler {
-    pub(super) fn new(
-        region: RegionReader,
-        memory: &File,
-        mappings: &[Mapping],
-    ) -> Result<Self, PagerError> {
-        let memory_error = |op| move |source| PagerError::Memory { op, source };
-        let memory_len = memory.metadata().map_err(memory_error("look at the memory file"))?.len();
-        let mut bases = Vec::with_capacity(mappings.len());
-        let mut chunks = 0;
-        let mut file_len = 0;
-        for (index, mapping) in mappings.iter().enumerate() {
-            let chunk_bytes = CHUNK_PAGES as usize * PAGE_SIZE;
-            let whole = mapping.len_bytes.is_multiple_of(chunk_bytes)
-                && mapping.first_page.is_multiple_of(CHUNK_PAGES)
-                && mapping.first_page + mapping.pages() <= region.pages()
-                // A page beyond the file's end would kill the process, not fail.
-                && mapping.file_offset + mapping.len_bytes as u64 <= memory_len
-                && !mappings[..index].iter().any(|other| other.overlaps(mapping));
-            if !whole {
-                return Err(PagerError::Store {
-                    region: region.name().to_owned(),
-                    page: mapping.first_page,
-                    source: StoreError::Invalid(format!(
-                        "a mapping must be whole chunks of {chunk_bytes} bytes inside the region's \
-                         {} pages and the memory file's {memory_len} bytes, and overlap no other, \
-                         found {mapping:?}",
-                        region.pages()
-                    )),
-                });
-            }
-            bases.push((mapping.first_page, chunks));
-            chunks += mapping.len_bytes / chunk_bytes;
-            file_len = file_len.max(mapping.file_offset as usize + mapping.len_bytes);
-        }
-        Ok(Self {
-            region,
-            memory: memory.try_clone().map_err(memory_error("duplicate the memory file"))?,
-            alias: Alias::new(memory, file_len).map_err(memory_error("map the memory file"))?,
-            bases,
-            chunks: std::iter::repeat_with(Mutex::default).take(chunks).collect(),
-        })
+#[derive(Debug, Default)]
+struct Cursor {
+    /// The chunk to look at next.
+    next: u64,
+    /// Chunks looked at since the last one that was not there yet.
+    idle: u64,
+    /// When the next chunk is due, if there is a rate.
+    due: Option<Instant>,
+}
+
+impl FillState {
+    fn users(&self) -> MutexGuard<'_, Vec<Weak<User>>> {
+        self.users.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes `page` resident first, then everything with contents in its chunk.
-    pub(super) fn serve(
-        &self,
-        mapping: &Mapping,
-        page: u64,
-        shared: &Shared,
-    ) -> Result<(), PagerError> {
-        let mut chunk = self.chunk(mapping, page);
-        if chunk.has(page) {
-            // Served meanwhile, or the kernel has dropped the page-table entry since (reclaim,
-            // migration, a hole punched): waking alone would have it fault for ever.
-            self.allocate(&chunk, page, 1)?;
-            return map(shared, mapping, page, 1);
+    /// True while threads fill: they follow those who use the memory.
+    pub fn is_running(&self) -> bool {
+        self.running.load(Ordering::Relaxed) > 0
+    }
+}
+
+impl Image {
+    /// Everyone who uses the image hears when it is complete.
+    pub(super) fn enter(&self, user: &Arc<User>) {
+        self.fill.users().push(Arc::downgrade(user));
+    }
+
+    /// After this, no thread that fills the image touches `user`'s memory.
+    pub(super) fn leave(&self, user: &Arc<User>) {
+        self.fill.users().retain(|other| !std::ptr::eq(other.as_ptr(), Arc::as_ptr(user)));
+    }
+
+    fn each_user(&self, with: impl Fn(&User)) {
+        // Held throughout: see `leave`.
+        for user in self.fill.users().iter().filter_map(Weak::upgrade) {
+            with(&user);
         }
-        let runs = self
-            .region
-            .runs(chunk.first, CHUNK_PAGES)
-            .map_err(|source| self.store_error(page, source))?;
-        match runs.iter().find(|run| (run.first..run.end()).contains(&page)) {
-            Some(run) => {
-                self.fill_run(&mut chunk, run, shared)?;
+    }
+
+    fn chunks(&self) -> u64 {
+        self.extents().iter().map(|extent| extent.pages / CHUNK_PAGES).sum()
+    }
+
+    /// The first page of chunk `index`, counted through all extents.
+    fn chunk_start(&self, mut index: u64) -> u64 {
+        for extent in self.extents() {
+            let chunks = extent.pages / CHUNK_PAGES;
+            if index < chunks {
+                return extent.first_page + index * CHUNK_PAGES;
             }
-            None => self.map_zero(&mut chunk, page, &runs, shared)?,
+            index -= chunks;
         }
-        for run in &runs {
-            self.fill_run(&mut chunk, run, shared)?;
+        unreachable!("the cursor stays below the number of chunks")
+    }
+
+    /// Somebody wanted `page`: what comes next is likely to be wanted next.
+    pub(super) fn follow(&self, page: u64) {
+        let mut before = 0;
+        for extent in self.extents() {
+            if extent.contains(page) {
+                let chunk = before + (page - extent.first_page) / CHUNK_PAGES;
+                self.fill.seen.store(chunk + 2, Ordering::Relaxed);
+                return;
+            }
+            before += extent.pages / CHUNK_PAGES;
+        }
+    }
+
+    /// Starts filling in the background, with `threads` threads, unless that goes on already. It
+    /// ends when all is there, or nobody uses the image any more.
+    ///
+    /// # Errors
+    /// [`PagerError::Memory`] if no thread can be had.
+    pub fn fill_in_background(
+        self: &Arc<Self>,
+        threads: usize,
+        bytes_per_s: Option<u64>,
+    ) -> Result<(), PagerError> {
+        self.fill.bytes_per_s.store(bytes_per_s.unwrap_or(0), Ordering::Relaxed);
+        if self.is_complete() || self.fill.is_running() {
+            return Ok(());
+        }
+        for index in 0..threads.max(1) {
+            self.fill.running.fetch_add(1, Ordering::Relaxed);
+            let image = Arc::clone(self);
+            let spawned = std::thread::Builder::new()
+                .name(format!("frazil-fill{index}"))
+                .spawn(move || image.fill_all());
+            if let Err(source) = spawned {
+                self.fill.running.fetch_sub(1, Ordering::Relaxed);
+                if index == 0 {
+                    return Err(PagerError::Memory { op: "start a thread", source });
+                }
+                break;
+            }
         }
         Ok(())
     }
 
-    /// Brings in everything with contents in the chunk that starts at `first`; returns how many
-    /// pages that is.
-    pub(super) fn fill_chunk(
-        &self,
-        mapping: &Mapping,
-        first: u64,
-        shared: &Shared,
-    ) -> Result<u64, PagerError> {
+    fn fill_all(&self) {
+        while let Some(first) = self.next_chunk() {
+            if let Err(error) = self.fill_chunk(first) {
+                let error = Arc::new(error);
+                self.each_user(|user| user.fail(&error));
+                break;
+            }
+        }
+        self.fill.running.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// The chunk to fill next; none if there is nothing to do any more. Whoever finds that all is
+    /// there says so.
+    fn next_chunk(&self) -> Option<u64> {
+        let chunks = self.chunks();
+        let mut cursor = self.fill.cursor.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            if self.fill.users().iter().all(|user| user.strong_count() == 0) || self.is_complete() {
+                return None;
+            }
+            match self.fill.seen.swap(0, Ordering::Relaxed) {
+                0 => {}
+                next => cursor.next = (next - 1) % chunks,
+            }
+            let first = self.chunk_start(cursor.next);
+            cursor.next = (cursor.next + 1) % chunks;
+            if self.is_whole(first) {
+                cursor.idle += 1;
+                if cursor.idle > chunks {
+                    drop(cursor);
+                    self.finish();
+                    return None;
+                }
+                continue;
+            }
+            cursor.idle = 0;
+            self.wait_until_due(&mut cursor);
+            return Some(first);
+        }
+    }
+
+    /// Keeps to the rate.
+    fn wait_until_due(&self, cursor: &mut Cursor) {
+        let rate = self.fill.bytes_per_s.load(Ordering::Relaxed);
+        if rate == 0 {
+            return;
+        }
+        let now = Instant::now();
+        let due = cursor.due.unwrap_or(now);
+        // Under the lock: the others have to wait as well. Not longer than somebody may have to wait
+        // who wants all threads to end.
+        std::thread::sleep(due.saturating_duration_since(now).min(Duration::from_millis(100)));
+        let chunk_bytes = CHUNK_PAGES as f64 * PAGE_SIZE as f64;
+        cursor.due = Some(due.max(now) + Duration::from_secs_f64(chunk_bytes / rate as f64));
+    }
+
+    /// Brings in what is missing of the chunk that starts at `first`, and maps it for those who want
+    /// that.
+    fn fill_chunk(&self, first: u64) -> Result<(), PagerError> {
         let runs = self.runs_of(first)?;
-        let mut chunk = self.chunk(mapping, first);
+        let mut chunk = self.chunk(first);
         for run in &runs {
-            self.fill_run(&mut chunk, run, shared)?;
+            self.fill(&mut chunk, run)?;
+            // At once: somebody may be waiting for the first of them.
+            self.each_user(|user| user.map_ahead(run));
         }
-        Ok(runs.iter().map(|run| run.count).sum())
-    }
-
-    /// Decodes everything with contents in `mapping`, on all cores, and maps nothing.
-    pub(super) fn load(&self, mapping: &Mapping) -> Result<(), PagerError> {
-        (0..mapping.pages() / CHUNK_PAGES).into_par_iter().try_for_each(|index| {
-            let first = mapping.first_page + index * CHUNK_PAGES;
-            let runs = self.runs_of(first)?;
-            let mut chunk = self.chunk(mapping, first);
-            for run in &runs {
-                self.decode(&chunk, run).map_err(|source| self.store_error(run.first, source))?;
-                chunk.mark(run);
-            }
-            Ok(())
-        })
-    }
-
-    fn chunk<'a>(&'a self, mapping: &'a Mapping, page: u64) -> Chunk<'a> {
-        let first = page - page % CHUNK_PAGES;
-        let base = self.bases.iter().find(|(first, _)| *first == mapping.first_page);
-        let base = base.expect("mappings are those the filler was made with").1;
-        let index = base + ((first - mapping.first_page) / CHUNK_PAGES) as usize;
-        let bits = self.chunks[index].lock().unwrap_or_else(PoisonError::into_inner);
-        Chunk { mapping, first, bits }
-    }
-
-    /// The runs with contents in the chunk that starts at `first`.
-    fn runs_of(&self, first: u64) -> Result<Vec<Run>, PagerError> {
-        self.region.runs(first, CHUNK_PAGES).map_err(|source| self.store_error(first, source))
-    }
-
-    fn store_error(&self, page: u64, source: StoreError) -> PagerError {
-        PagerError::Store { region: self.region.name().to_owned(), page, source }
-    }
-
-    /// Fills and maps what is not resident yet of `run`, which lies in the chunk.
-    fn fill_run(
-        &self,
-        chunk: &mut Chunk<'_>,
-        run: &Run,
-        shared: &Shared,
-    ) -> Result<(), PagerError> {
-        // A chunk is filled frame by frame, so usually all of a run or nothing is missing.
-        for missing in chunk.missing(run) {
-            self.decode(chunk, &missing)
-                .map_err(|source| self.store_error(missing.first, source))?;
-            chunk.mark(&missing);
-            map(shared, chunk.mapping, missing.first, missing.count)?;
-            shared.counters.filled_pages.fetch_add(missing.count, Ordering::Relaxed);
-        }
+        self.set_whole(&chunk);
         Ok(())
     }
 
-    /// Puts the contents of `run` into the memory file.
-    fn decode(&self, chunk: &Chunk<'_>, run: &Run) -> Result<(), StoreError> {
-        let offset = chunk.file_offset(run.first);
-        let len = run.count as usize * PAGE_SIZE;
-        self.alias.fill(offset, len, |bytes| self.region.read_run(run, bytes))
+    /// All is there: userfaultfd has no more to do.
+    fn finish(&self) {
+        let filled = self.count(Count::Filled).load(Ordering::Relaxed);
+        self.count(Count::Total).store(filled, Ordering::Relaxed);
+        self.set_complete();
+        self.each_user(User::let_go_complete);
     }
-
-    /// Maps zero pages around `page`, up to the next page with contents or the chunk's end.
-    fn map_zero(
-        &self,
-        chunk: &mut Chunk<'_>,
-        page: u64,
-        runs: &[Run],
-        shared: &Shared,
-    ) -> Result<(), PagerError> {
-        let start =
-            runs.iter().map(Run::end).filter(|end| *end <= page).max().unwrap_or(chunk.first);
-        let end = runs
-            .iter()
-            .map(|run| run.first)
-            .find(|first| *first > page)
-            .unwrap_or(chunk.first + CHUNK_PAGES);
-        let gap = Run { first: start, count: end - start, location: Location::Zero };
-        for missing in chunk.missing(&gap) {
-            self.allocate(chunk, missing.first, missing.count)?;
-            chunk.mark(&missing);
-            map(shared, chunk.mapping, missing.first, missing.count)?;
-            shared.counters.zero_pages.fetch_add(missing.count, Ordering::Relaxed);
-        }
-        Ok(())
-    }
-
-    /// Has the memory file hold these pages: those that nobody wrote are zero then.
-    fn allocate(&self, chunk: &Chunk<'_>, first: u64, count: u64) -> Result<(), PagerError> {
-        let (offset, len) = (chunk.file_offset(first) as u64, count * PAGE_SIZE as u64);
-        fallocate(&self.memory, FallocateFlags::empty(), offset, len).map_err(|error| {
-            PagerError::Memory { op: "allocate guest memory", source: error.into() }
-        })
-    }
-}
-
-/// A chunk whose lock is held.
-struct Chunk<'a> {
-    mapping: &'a Mapping,
-    first: u64,
-    bits: MutexGuard<'a, ChunkBits>,
-}
-
-impl Chunk<'_> {
-    fn has(&self, page: u64) -> bool {
-        *self.bits >> (page - self.first) & 1 == 1
-    }
-
-    fn mark(&mut self, run: &Run) {
-        for page in run.first..run.end() {
-            *self.bits |= 1 << (page - self.first);
-        }
-    }
-
-    /// The parts of `run` that are not filled yet.
-    fn missing(&self, run: &Run) -> Vec<Run> {
-        let mut parts = Vec::new();
-        for page in (run.first..run.end()).filter(|page| !self.has(*page)) {
-            if let Some(part) = run.clip(page, page + 1) {
-                crate::node::push_run(&mut parts, part);
-            }
-        }
-        parts
-    }
-
-    fn file_offset(&self, page: u64) -> usize {
-        self.mapping.file_offset as usize + (page - self.mapping.first_page) as usize * PAGE_SIZE
-    }
-}
-
-/// Maps `count` filled pages for the user, and wakes whoever waits for one of them.
-fn map(shared: &Shared, mapping: &Mapping, first: u64, count: u64) -> Result<(), PagerError> {
-    let mut page = first;
-    let end = first + count;
-    while page < end {
-        let address = address_of(mapping, page);
-        let len = (end - page) as usize * PAGE_SIZE;
-        match shared.watch.uffd.r#continue(address as *mut _, len, true) {
-            Ok(mapped) => page += mapped / PAGE_SIZE as u64,
-            Err(userfaultfd::Error::SystemError(errno)) => match errno as i32 {
-                // Mapped already, by a fault that raced with us: success, but nobody was woken.
-                EEXIST => {
-                    wake(shared, mapping, page, 1)?;
-                    page += 1;
-                }
-                // The address space is being changed: again.
-                EAGAIN => std::thread::yield_now(),
-                // The background fill is done and has let go of the mapping, which woke all.
-                ENOENT if shared.letting_go.load(Ordering::Acquire) => return Ok(()),
-                _ => {
-                    return Err(uffd_error(
-                        "map pages",
-                        address,
-                        &userfaultfd::Error::SystemError(errno),
-                    ));
-                }
-            },
-            Err(error) => return Err(uffd_error("map pages", address, &error)),
-        }
-    }
-    Ok(())
-}
-
-const EEXIST: i32 = rustix::io::Errno::EXIST.raw_os_error();
-const EAGAIN: i32 = rustix::io::Errno::AGAIN.raw_os_error();
-const ENOENT: i32 = rustix::io::Errno::NOENT.raw_os_error();
-
-fn wake(shared: &Shared, mapping: &Mapping, first: u64, count: u64) -> Result<(), PagerError> {
-    let address = address_of(mapping, first);
-    shared
-        .watch
-        .uffd
-        .wake(address as *mut _, count as usize * PAGE_SIZE)
-        .map_err(|error| uffd_error("wake", address, &error))
-}
-
-fn address_of(mapping: &Mapping, page: u64) -> usize {
-    mapping.address + (page - mapping.first_page) as usize * PAGE_SIZE
 }

@@ -1,27 +1,41 @@
 //! Serving a region's pages to a mapping, as they are touched, through userfaultfd.
 //!
-//! The memory is a memfd. Its user's mapping is registered with userfaultfd; the pager decodes
-//! frames straight into a mapping of its own of the same memfd, and maps what it filled with
+//! The memory is a memfd, an [`Image`]. Its user's mapping is registered with userfaultfd; the pager
+//! writes decoded frames to the memfd, past the mapping, and maps what it filled with
 //! `UFFDIO_CONTINUE`. A page is filled at most once, so nothing its user wrote is ever undone.
+//!
+//! Several users can share an image, each with a pager: what one of them waits for is there for all.
+//! Those map it `MAP_PRIVATE`, so that what one writes is its own.
 //!
 //! See `Documentation/admin-guide/mm/userfaultfd.rst` in the Linux sources.
 
-mod alias;
+mod channel;
 mod fill;
+mod image;
+mod remote;
+mod shared;
+mod stats;
+mod user;
 
 use std::fs::File;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::Duration;
 
-use userfaultfd::{FeatureFlags, RegisterMode};
+use serde::{Deserialize, Serialize};
+use userfaultfd::FeatureFlags;
 
 use crate::error::StoreError;
 use crate::page::PAGE_SIZE;
 use crate::snapshot::RegionReader;
-use crate::uffd::{self, Watch};
-use fill::Filler;
+use crate::uffd;
+
+pub use channel::{accept, connect, listen};
+pub use image::Image;
+pub use remote::{ImageServer, Offer, RemotePager, StartPager, serve_one};
+pub use stats::PagerStats;
+pub(crate) use user::User;
+pub use user::{OnFailure, Seat};
 
 /// Pages that are filled under one lock: 256 KiB.
 pub const CHUNK_PAGES: u64 = 64;
@@ -62,6 +76,12 @@ pub enum PagerError {
         #[source]
         source: std::io::Error,
     },
+    /// A pager in another process failed.
+    #[error("{error}")]
+    Remote {
+        /// What it said.
+        error: String,
+    },
     /// The snapshot could not be read.
     #[error("cannot page in page {page} of region `{region}`: {source}")]
     Store {
@@ -75,8 +95,33 @@ pub enum PagerError {
     },
 }
 
+/// A part of a region, and where in the memory file it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Extent {
+    /// Its first page, a multiple of [`CHUNK_PAGES`].
+    pub first_page: u64,
+    /// How many pages, whole chunks of [`CHUNK_PAGES`].
+    pub pages: u64,
+    /// Where the first is in the memory file, in bytes; whole chunks again.
+    pub file_offset: u64,
+}
+
+impl Extent {
+    pub(crate) fn contains(&self, page: u64) -> bool {
+        (self.first_page..self.first_page + self.pages).contains(&page)
+    }
+
+    /// True if a page of the region, or of the memory file, is in both: each page has one place.
+    fn overlaps(&self, other: &Self) -> bool {
+        let cross = |a: u64, a_len: u64, b: u64, b_len: u64| a < b + b_len && b < a + a_len;
+        let (len, other_len) = (self.pages * PAGE_SIZE as u64, other.pages * PAGE_SIZE as u64);
+        cross(self.first_page, self.pages, other.first_page, other.pages)
+            || cross(self.file_offset, len, other.file_offset, other_len)
+    }
+}
+
 /// A range of addresses whose memory is pages of the region.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mapping {
     /// Where the user mapped it (host virtual address).
     pub address: usize,
@@ -89,93 +134,82 @@ pub struct Mapping {
 }
 
 impl Mapping {
-    pub(crate) fn pages(&self) -> u64 {
-        (self.len_bytes / PAGE_SIZE) as u64
+    /// What is mapped there.
+    #[must_use]
+    pub fn extent(&self) -> Extent {
+        Extent {
+            first_page: self.first_page,
+            pages: (self.len_bytes / PAGE_SIZE) as u64,
+            file_offset: self.file_offset,
+        }
     }
 
-    /// True if a page of the region, or of the memory file, is in both: each page has one place.
-    fn overlaps(&self, other: &Self) -> bool {
-        let cross = |a: u64, a_len: u64, b: u64, b_len: u64| a < b + b_len && b < a + a_len;
-        let (len, other_len) = (self.len_bytes as u64, other.len_bytes as u64);
-        cross(self.first_page, self.pages(), other.first_page, other.pages())
-            || cross(self.file_offset, len, other.file_offset, other_len)
+    /// The page after its last.
+    pub(crate) fn end_page(&self) -> u64 {
+        self.first_page + (self.len_bytes / PAGE_SIZE) as u64
+    }
+
+    fn address_of(&self, page: u64) -> usize {
+        self.address + (page - self.first_page) as usize * PAGE_SIZE
     }
 }
 
+/// When the pages that were wanted first the last time are brought in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Replay {
+    /// When they are touched, as all others.
+    Off,
+    /// While the user runs already.
+    #[default]
+    Beside,
+    /// Before anything else: the pager starts when they are there.
+    Before,
+}
+
 /// How a region is served.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PagerOptions {
     /// Threads that serve faults.
     pub fault_threads: usize,
     /// Fill what nobody asked for in the background, and let go of userfaultfd when all is there.
     pub background_fill: bool,
+    /// Threads that do so.
+    pub fill_threads: usize,
+    /// Bytes a second that they bring in; None is as many as they can.
+    pub fill_bytes_per_s: Option<u64>,
+    /// Bring in the working set that the snapshot has, if it has one.
+    pub replay: Replay,
+    /// If it has none: take note for so long of what is asked for, keep that as the working set, and
+    /// only then fill in the background, which would hide it.
+    pub record: Option<Duration>,
+    /// Map what is filled in the background for the user, who then finds it without a fault of any
+    /// kind. Costs page tables for all of it, so not for many who share an image.
+    pub maps_ahead: bool,
 }
 
 impl Default for PagerOptions {
     fn default() -> Self {
-        Self { fault_threads: 2, background_fill: true }
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Self {
+            fault_threads: 2,
+            background_fill: true,
+            // The others are the guest's.
+            fill_threads: (cores / 2).clamp(1, 4),
+            fill_bytes_per_s: None,
+            replay: Replay::Beside,
+            record: None,
+            maps_ahead: true,
+        }
     }
 }
 
-/// What the pager did so far.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct PagerStats {
-    /// Faults answered.
-    pub faults: u64,
-    /// Time spent answering them, in microseconds.
-    pub fault_us_total: u64,
-    /// The slowest, in microseconds.
-    pub fault_us_max: u64,
-    /// Pages whose contents came from the store.
-    pub filled_pages: u64,
-    /// Pages mapped as zero because somebody touched them.
-    pub zero_pages: u64,
-    /// Pages with contents in the store, when all are filled; 0 until that is known.
-    pub total_pages: u64,
-    /// True once everything is resident and userfaultfd was let go.
-    pub complete: bool,
-}
-
-impl PagerStats {
-    /// Pages that need no fault any more. Until all is there, zero pages that nobody touched are
-    /// not among them.
-    #[must_use]
-    pub fn resident_pages(&self) -> u64 {
-        self.filled_pages + self.zero_pages
-    }
-}
-
-/// Called once, from a pager thread, when a page cannot be served. The callee has to stop the users
-/// of the memory: once it returns, those who wait for a page are let go and find zeros.
-pub type OnFailure = Box<dyn Fn(&PagerError) + Send + Sync>;
-
-pub(crate) struct Shared {
-    watch: Watch,
-    filler: Filler,
-    failure: OnceLock<Arc<PagerError>>,
-    on_failure: OnFailure,
-    counters: Counters,
-    /// Set before userfaultfd is let go of: faults in flight need no answer from then on.
-    letting_go: AtomicBool,
-    complete: AtomicBool,
-}
-
-#[derive(Debug, Default)]
-struct Counters {
-    faults: AtomicU64,
-    fault_us_total: AtomicU64,
-    fault_us_max: AtomicU64,
-    filled_pages: AtomicU64,
-    zero_pages: AtomicU64,
-    total_pages: AtomicU64,
-}
-
-/// Serves one region to the mappings of one memory file, until dropped or complete.
+/// Serves an image to one user's mappings, until dropped or complete.
 ///
 /// Dropping it lets go of the memory: pages not filled by then read as zero. So its user must be
 /// stopped first, unless [`PagerStats::complete`].
 pub struct Pager {
-    shared: Arc<Shared>,
+    user: Arc<User>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -193,6 +227,7 @@ pub fn probe() -> Result<(), PagerError> {
     uffd::open(features()).map(drop)
 }
 
+/// `MAP_PRIVATE` and `MAP_SHARED` mappings of shared memory are both served by these.
 fn features() -> FeatureFlags {
     FeatureFlags::MISSING_SHMEM | FeatureFlags::from_bits_retain(FEATURE_MINOR_SHMEM)
 }
@@ -209,63 +244,93 @@ impl Pager {
         options: PagerOptions,
         on_failure: OnFailure,
     ) -> Result<Self, PagerError> {
-        let mode = RegisterMode::MISSING | RegisterMode::MINOR;
-        let watch = Watch::new(features(), mode, mappings)?;
-        let shared = Arc::new(Shared {
-            watch,
-            filler: Filler::new(region, memory, mappings)?,
-            failure: OnceLock::new(),
-            on_failure,
-            counters: Counters::default(),
-            letting_go: AtomicBool::new(false),
-            complete: AtomicBool::new(false),
-        });
-        let pager = Self { shared, threads: Mutex::default() };
+        let extents: Vec<Extent> = mappings.iter().map(Mapping::extent).collect();
+        let image = Arc::new(Image::new(region, memory, &extents)?);
+        Self::serve(image, Seat::take(mappings)?, options, on_failure)
+    }
+
+    /// Starts serving `image` to the user in `seat`.
+    ///
+    /// # Errors
+    /// [`PagerError::Store`] if what is mapped there is not in the image; others name what failed.
+    pub fn serve(
+        image: Arc<Image>,
+        seat: Seat,
+        options: PagerOptions,
+        on_failure: OnFailure,
+    ) -> Result<Self, PagerError> {
+        let user = Arc::new(User::new(image, seat, options, on_failure)?);
+        let pager = Self { user, threads: Mutex::default() };
+        pager.user.image.enter(&pager.user);
+        if pager.user.image.is_complete() {
+            // Nobody would tell it.
+            pager.user.let_go_complete();
+            return Ok(pager);
+        }
         for index in 0..options.fault_threads.max(1) {
-            pager.spawn(&format!("frazil-fault{index}"), Shared::serve_faults)?;
+            pager.spawn(&format!("frazil-fault{index}"), User::serve_faults)?;
         }
-        if options.background_fill {
-            pager.spawn("frazil-fill", Shared::fill_all)?;
-        }
+        pager.begin(options)?;
         Ok(pager)
     }
 
-    fn spawn(&self, name: &str, run: fn(&Shared)) -> Result<(), PagerError> {
-        let shared = Arc::clone(&self.shared);
+    /// What is brought in without being asked for.
+    fn begin(&self, options: PagerOptions) -> Result<(), PagerError> {
+        let region = self.user.image.region();
+        let set = match options.replay {
+            Replay::Off => None,
+            Replay::Beside | Replay::Before => {
+                region.store().working_set(region.snapshot(), region.name())
+            }
+        };
+        match set {
+            Some(set) if options.replay == Replay::Before => {
+                self.user.replay(&set)?;
+                self.user.begin_to_fill()
+            }
+            Some(set) => self.spawn("frazil-replay", move |user| user.replay_beside(&set)),
+            None if options.record.is_some() => self.spawn("frazil-record", User::record),
+            None => self.user.begin_to_fill(),
+        }
+    }
+
+    fn spawn(
+        &self,
+        name: &str,
+        run: impl FnOnce(&User) + Send + 'static,
+    ) -> Result<(), PagerError> {
+        let user = Arc::clone(&self.user);
         let thread = std::thread::Builder::new()
             .name(name.to_owned())
-            .spawn(move || run(&shared))
+            .spawn(move || run(&user))
             .map_err(|source| PagerError::Memory { op: "start a thread", source })?;
         self.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
         Ok(())
     }
 
+    /// The image it serves.
+    #[must_use]
+    pub fn image(&self) -> &Arc<Image> {
+        &self.user.image
+    }
+
     /// What the pager did so far.
     #[must_use]
     pub fn stats(&self) -> PagerStats {
-        let counters = &self.shared.counters;
-        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        PagerStats {
-            faults: get(&counters.faults),
-            fault_us_total: get(&counters.fault_us_total),
-            fault_us_max: get(&counters.fault_us_max),
-            filled_pages: get(&counters.filled_pages),
-            zero_pages: get(&counters.zero_pages),
-            total_pages: get(&counters.total_pages),
-            complete: self.shared.complete.load(Ordering::Acquire),
-        }
+        self.user.stats()
     }
 
     /// Why the pager stopped serving, if it did.
     #[must_use]
     pub fn failure(&self) -> Option<Arc<PagerError>> {
-        self.shared.failure.get().cloned()
+        self.user.failure()
     }
 }
 
 impl Drop for Pager {
     fn drop(&mut self) {
-        self.shared.watch.stop();
+        self.user.stop();
+        self.user.image.leave(&self.user);
         let threads =
             std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
         for thread in threads {
@@ -275,90 +340,12 @@ impl Drop for Pager {
     }
 }
 
-impl Shared {
-    fn fail(&self, error: PagerError) {
-        let error = Arc::new(error);
-        if self.failure.set(Arc::clone(&error)).is_ok() {
-            tracing::error!(%error, "the pager stops");
-            (self.on_failure)(&error);
-            // Whoever waits for a page would wait for ever. The user was told, so nothing that
-            // comes of the zero pages they find now will be kept.
-            if let Err(error) = self.let_go() {
-                tracing::error!(%error, "those who wait for a page may hang");
-            }
-        }
-        self.watch.stop();
-    }
-
-    /// Gives the memory back to the kernel: pages that are missing read as zero from here on.
-    fn let_go(&self) -> Result<(), PagerError> {
-        self.letting_go.store(true, Ordering::Release);
-        self.watch.let_go()
-    }
-
-    fn serve_faults(&self) {
-        let served = self.watch.answer_faults(|address| {
-            let started = Instant::now();
-            self.serve(address)?;
-            self.count_fault(started);
-            Ok(())
-        });
-        if let Err(error) = served {
-            self.fail(error);
-        }
-    }
-
-    fn count_fault(&self, started: Instant) {
-        let us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
-        self.counters.faults.fetch_add(1, Ordering::Relaxed);
-        self.counters.fault_us_total.fetch_add(us, Ordering::Relaxed);
-        self.counters.fault_us_max.fetch_max(us, Ordering::Relaxed);
-    }
-
-    /// Makes the page at `address` resident, its frame first, then the rest of its chunk.
-    fn serve(&self, address: usize) -> Result<(), PagerError> {
-        let (mapping, page) = self.watch.place(address)?;
-        self.filler.serve(mapping, page, self)
-    }
-
-    /// Fills every page with contents, then lets go of userfaultfd.
-    fn fill_all(&self) {
-        let mut total_pages = 0;
-        for mapping in &self.watch.mappings {
-            let chunks = mapping.pages() / CHUNK_PAGES;
-            for chunk in 0..chunks {
-                if self.watch.stopped() {
-                    return;
-                }
-                match self.filler.fill_chunk(
-                    mapping,
-                    mapping.first_page + chunk * CHUNK_PAGES,
-                    self,
-                ) {
-                    Ok(pages) => total_pages += pages,
-                    Err(error) => return self.fail(error),
-                }
-            }
-        }
-        self.counters.total_pages.store(total_pages, Ordering::Relaxed);
-        // Pages that are still missing are zero in the snapshot, and so they are without us.
-        if let Err(error) = self.let_go() {
-            return self.fail(error);
-        }
-        self.complete.store(true, Ordering::Release);
-        self.watch.stop();
-    }
-}
-
 /// Brings in all of `region` at once, into memory that nobody uses yet. Needs no userfaultfd.
 ///
 /// # Errors
 /// [`PagerError::Store`] if a page cannot be read; [`PagerError::Memory`] if the memory cannot
 /// be mapped.
 pub fn load(region: &RegionReader, memory: &File, mappings: &[Mapping]) -> Result<(), PagerError> {
-    let filler = Filler::new(region.clone(), memory, mappings)?;
-    for mapping in mappings {
-        filler.load(mapping)?;
-    }
-    Ok(())
+    let extents: Vec<Extent> = mappings.iter().map(Mapping::extent).collect();
+    Image::new(region.clone(), memory, &extents)?.load()
 }

@@ -1,0 +1,500 @@
+//! A memory file that comes to hold a region's pages, one after the other, for all its users.
+//!
+//! A page is filled at most once, under the lock of its chunk, and only then said to be filled, and
+//! only then mapped for anybody. So nothing that a user wrote is ever undone, and whoever takes over
+//! from a pager that died knows which pages can be trusted.
+
+use std::cell::RefCell;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+
+use rayon::prelude::*;
+use rustix::fs::{FallocateFlags, fallocate};
+
+use super::fill::FillState;
+use super::shared::SharedWords;
+use super::{CHUNK_PAGES, Extent, PagerError};
+use crate::error::StoreError;
+use crate::node::{Location, Run};
+use crate::page::PAGE_SIZE;
+use crate::snapshot::RegionReader;
+
+/// Bytes of a chunk.
+pub(super) const CHUNK_BYTES: u64 = CHUNK_PAGES * PAGE_SIZE as u64;
+/// Chunks share locks: so many are far more than threads that fill at a time.
+const LOCKS: usize = 1024;
+
+const _: () = assert!(CHUNK_PAGES == u64::BITS as u64);
+
+thread_local! {
+    /// What was decoded last. To decode into a mapping of the memory file looks cheaper by a copy, and
+    /// is not: see `DESIGN.md`.
+    static DECODED: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// The contents of a region in a memory file, as far as they were wanted by now. Shared by everyone
+/// who uses that memory; see [`super::Pager`].
+#[derive(Debug)]
+pub struct Image {
+    region: RegionReader,
+    memory: File,
+    extents: Vec<Extent>,
+    /// A word a chunk of the memory file, a bit a page: its contents are there.
+    filled: SharedWords,
+    locks: Box<[Mutex<()>]>,
+    /// False if another process fills it, or did until it died.
+    writable: bool,
+    /// Chunks in which nothing with contents is missing: a hint for how far to read ahead.
+    whole: Box<[AtomicBool]>,
+    pub(super) fill: FillState,
+}
+
+/// What is counted behind the words of the chunks.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Count {
+    /// Pages whose contents came from the store.
+    Filled,
+    /// Zero pages that somebody touched.
+    Zero,
+    /// Pages with contents, once that is known.
+    Total,
+    /// 1 once all contents are there.
+    Complete,
+}
+
+const COUNTS: usize = 4;
+
+impl Image {
+    /// An image of `region` in `memory`, where nothing is yet.
+    ///
+    /// # Errors
+    /// [`PagerError::Store`] if `extents` are not whole chunks of both, each once;
+    /// [`PagerError::Memory`] if the memory cannot be mapped.
+    pub fn new(
+        region: RegionReader,
+        memory: &File,
+        extents: &[Extent],
+    ) -> Result<Self, PagerError> {
+        let chunks = check_extents(&region, memory, extents)?;
+        let filled = SharedWords::new("frazil-filled", chunks + COUNTS)
+            .map_err(|source| PagerError::Memory { op: "make shared memory", source })?;
+        Self::assemble(region, memory, extents, filled, true)
+    }
+
+    /// The image that another pager began: `filled` is its [`Self::filled_file`].
+    ///
+    /// # Errors
+    /// As [`Self::new`]; [`PagerError::Memory`] if `filled` does not fit.
+    pub fn take_over(
+        region: RegionReader,
+        memory: &File,
+        extents: &[Extent],
+        filled: File,
+    ) -> Result<Self, PagerError> {
+        let chunks = check_extents(&region, memory, extents)?;
+        let filled = SharedWords::of(filled, chunks + COUNTS)
+            .map_err(|source| PagerError::Memory { op: "use the memory it shares", source })?;
+        Self::assemble(region, memory, extents, filled, true)
+    }
+
+    /// The image that another process fills: to be read only. Pages that are not there are copied to
+    /// whoever wants them.
+    ///
+    /// # Errors
+    /// As [`Self::take_over`].
+    pub(super) fn join(
+        region: RegionReader,
+        memory: &File,
+        extents: &[Extent],
+        filled: File,
+    ) -> Result<Self, PagerError> {
+        let chunks = check_extents(&region, memory, extents)?;
+        let filled = SharedWords::of_read_only(filled, chunks + COUNTS)
+            .map_err(|source| PagerError::Memory { op: "use the memory it shares", source })?;
+        Self::assemble(region, memory, extents, filled, false)
+    }
+
+    fn assemble(
+        region: RegionReader,
+        memory: &File,
+        extents: &[Extent],
+        filled: SharedWords,
+        writable: bool,
+    ) -> Result<Self, PagerError> {
+        let memory_error = |op| move |source| PagerError::Memory { op, source };
+        let memory_len = memory.metadata().map_err(memory_error("look at the memory file"))?.len();
+        let chunks = (memory_len / CHUNK_BYTES) as usize;
+        Ok(Self {
+            memory: memory.try_clone().map_err(memory_error("duplicate the memory file"))?,
+            region,
+            extents: extents.to_vec(),
+            filled,
+            writable,
+            locks: std::iter::repeat_with(Mutex::default).take(LOCKS.min(chunks.max(1))).collect(),
+            whole: std::iter::repeat_with(AtomicBool::default).take(chunks).collect(),
+            fill: FillState::default(),
+        })
+    }
+
+    /// The region whose contents these are.
+    #[must_use]
+    pub fn region(&self) -> &RegionReader {
+        &self.region
+    }
+
+    /// The memory file.
+    #[must_use]
+    pub fn memory(&self) -> &File {
+        &self.memory
+    }
+
+    /// Which part of the region is where in the memory file.
+    #[must_use]
+    pub fn extents(&self) -> &[Extent] {
+        &self.extents
+    }
+
+    /// What says which pages are filled, for who takes over.
+    #[must_use]
+    pub fn filled_file(&self) -> &File {
+        self.filled.file()
+    }
+
+    /// True once all contents are there.
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        self.count(Count::Complete).load(Ordering::Acquire) != 0
+    }
+
+    pub(super) fn set_complete(&self) {
+        self.count(Count::Complete).store(1, Ordering::Release);
+    }
+
+    pub(super) fn count(&self, count: Count) -> &AtomicU64 {
+        self.filled.word(self.whole.len() + count as usize)
+    }
+
+    fn add(&self, count: Count, pages: u64) {
+        if pages > 0 {
+            self.count(count).fetch_add(pages, Ordering::Relaxed);
+        }
+    }
+
+    pub(super) fn is_writable(&self) -> bool {
+        self.writable
+    }
+
+    /// Hands the contents of `run`, or zeros, to `with`.
+    pub(super) fn decoded<T>(
+        &self,
+        run: &Run,
+        with: impl FnOnce(&[u8]) -> Result<T, PagerError>,
+    ) -> Result<T, PagerError> {
+        DECODED.with_borrow_mut(|decoded| {
+            decoded.resize(run.count as usize * PAGE_SIZE, 0);
+            match run.location {
+                Location::Zero => decoded.fill(0),
+                _ => self
+                    .region
+                    .read_run(run, decoded)
+                    .map_err(|source| self.store_error(run.first, source))?,
+            }
+            with(decoded)
+        })
+    }
+
+    /// Brings in everything at once, on all cores.
+    ///
+    /// # Errors
+    /// [`PagerError::Store`] if a page cannot be read.
+    pub fn load(&self) -> Result<(), PagerError> {
+        for extent in &self.extents {
+            (0..extent.pages / CHUNK_PAGES).into_par_iter().try_for_each(|index| {
+                let first = extent.first_page + index * CHUNK_PAGES;
+                let runs = self.runs_of(first)?;
+                let mut chunk = self.chunk(first);
+                runs.iter().try_for_each(|run| self.fill(&mut chunk, run))
+            })?;
+        }
+        self.set_complete();
+        Ok(())
+    }
+
+    /// The runs with contents in the chunk that starts at `first`.
+    pub(super) fn runs_of(&self, first: u64) -> Result<Vec<Run>, PagerError> {
+        debug_assert!(first.is_multiple_of(CHUNK_PAGES));
+        self.region.runs(first, CHUNK_PAGES).map_err(|source| self.store_error(first, source))
+    }
+
+    /// The chunk that `page` is in, locked.
+    ///
+    /// # Panics
+    /// If `page` is in no extent.
+    pub(super) fn chunk(&self, page: u64) -> Chunk<'_> {
+        let place = self.chunk_place(page);
+        let lock = self.lock_of(&place).lock().unwrap_or_else(PoisonError::into_inner);
+        self.locked(place, lock)
+    }
+
+    /// The same, or none if somebody has it locked.
+    pub(super) fn try_chunk(&self, page: u64) -> Option<Chunk<'_>> {
+        let place = self.chunk_place(page);
+        let lock = match self.lock_of(&place).try_lock() {
+            Ok(lock) => lock,
+            Err(TryLockError::Poisoned(lock)) => lock.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
+        };
+        Some(self.locked(place, lock))
+    }
+
+    fn chunk_place(&self, page: u64) -> ChunkPlace {
+        let first = page - page % CHUNK_PAGES;
+        let offset = self.place(first).expect("users have pages of extents only");
+        ChunkPlace { first, offset, index: (offset / CHUNK_BYTES) as usize }
+    }
+
+    fn lock_of(&self, place: &ChunkPlace) -> &Mutex<()> {
+        &self.locks[place.index % self.locks.len()]
+    }
+
+    fn locked<'a>(&'a self, place: ChunkPlace, lock: MutexGuard<'a, ()>) -> Chunk<'a> {
+        let bits = self.filled.word(place.index).load(Ordering::Acquire);
+        let ChunkPlace { first, offset, index } = place;
+        Chunk { image: self, first, index, offset, bits, _lock: lock }
+    }
+
+    /// Whether nothing with contents is missing in the chunk that `page` is in, as far as is known.
+    /// False for pages in no extent.
+    pub(super) fn is_whole(&self, page: u64) -> bool {
+        self.place(page).is_some_and(|offset| {
+            self.whole[(offset / CHUNK_BYTES) as usize].load(Ordering::Relaxed)
+        })
+    }
+
+    /// Takes note that the chunk lacks nothing.
+    pub(super) fn set_whole(&self, chunk: &Chunk<'_>) {
+        self.whole[chunk.index].store(true, Ordering::Relaxed);
+    }
+
+    /// Whether all of `part` is in the image, at the same place of the memory file.
+    pub(super) fn holds(&self, part: &Extent) -> bool {
+        let inside = |extent: &Extent| {
+            part.first_page >= extent.first_page
+                && part.first_page + part.pages <= extent.first_page + extent.pages
+        };
+        part.first_page.is_multiple_of(CHUNK_PAGES)
+            && part.pages.is_multiple_of(CHUNK_PAGES)
+            && self.extents.iter().any(inside)
+            && self.place(part.first_page) == Some(part.file_offset)
+    }
+
+    /// Where `page` is in the memory file, if it is in an extent.
+    fn place(&self, page: u64) -> Option<u64> {
+        let extent = self.extents.iter().find(|extent| extent.contains(page))?;
+        Some(extent.file_offset + (page - extent.first_page) * PAGE_SIZE as u64)
+    }
+
+    fn store_error(&self, page: u64, source: StoreError) -> PagerError {
+        PagerError::Store { region: self.region.name().to_owned(), page, source }
+    }
+
+    /// Fills what is missing of `run`, which lies in the chunk.
+    pub(super) fn fill(&self, chunk: &mut Chunk<'_>, run: &Run) -> Result<(), PagerError> {
+        // A chunk is filled frame by frame, so usually all of a run or nothing is missing.
+        for missing in chunk.missing(run) {
+            self.write(chunk.offset_of(missing.first), &missing)?;
+            chunk.mark(&missing);
+            self.add(Count::Filled, missing.count);
+        }
+        Ok(())
+    }
+
+    /// Writes the contents of `run` to the memory file.
+    fn write(&self, offset: u64, run: &Run) -> Result<(), PagerError> {
+        self.decoded(run, |contents| {
+            self.memory
+                .write_all_at(contents, offset)
+                .map_err(|source| PagerError::Memory { op: "fill guest memory", source })
+        })
+    }
+
+    /// Has the memory file hold zero pages around `page`, which is in no run of `runs`: up to the
+    /// next page with contents or the chunk's end. Returns them.
+    pub(super) fn fill_zero(
+        &self,
+        chunk: &mut Chunk<'_>,
+        page: u64,
+        runs: &[Run],
+    ) -> Result<Run, PagerError> {
+        let gap = gap_around(page, runs);
+        self.fill_gap(chunk, gap.first, gap.end())?;
+        Ok(gap)
+    }
+
+    /// Brings in the pages `first .. end` of one chunk, zero pages too.
+    pub(super) fn fill_part(&self, first: u64, end: u64) -> Result<(), PagerError> {
+        let runs = self.runs_of(first - first % CHUNK_PAGES)?;
+        let mut chunk = self.chunk(first);
+        let mut at = first;
+        for run in crate::node::clip_runs(&runs, first, end) {
+            self.fill_gap(&mut chunk, at, run.first)?;
+            self.fill(&mut chunk, &run)?;
+            at = run.end();
+        }
+        self.fill_gap(&mut chunk, at, end)
+    }
+
+    fn fill_gap(&self, chunk: &mut Chunk<'_>, first: u64, end: u64) -> Result<(), PagerError> {
+        if first == end {
+            return Ok(());
+        }
+        let gap = Run { first, count: end - first, location: Location::Zero };
+        for missing in chunk.missing(&gap) {
+            self.allocate(chunk, missing.first, missing.count)?;
+            chunk.mark(&missing);
+            self.add(Count::Zero, missing.count);
+        }
+        Ok(())
+    }
+
+    /// Has the memory file hold these pages: those that nobody wrote are zero then.
+    pub(super) fn allocate(
+        &self,
+        chunk: &Chunk<'_>,
+        first: u64,
+        count: u64,
+    ) -> Result<(), PagerError> {
+        let (offset, len) = (chunk.offset_of(first), count * PAGE_SIZE as u64);
+        fallocate(&self.memory, FallocateFlags::empty(), offset, len).map_err(|error| {
+            PagerError::Memory { op: "allocate guest memory", source: error.into() }
+        })
+    }
+}
+
+/// Where a chunk is.
+struct ChunkPlace {
+    /// Its first page.
+    first: u64,
+    /// Where that is in the memory file, in bytes.
+    offset: u64,
+    /// Counted through the memory file.
+    index: usize,
+}
+
+/// A chunk whose lock is held.
+pub(super) struct Chunk<'a> {
+    image: &'a Image,
+    pub first: u64,
+    index: usize,
+    offset: u64,
+    bits: u64,
+    _lock: MutexGuard<'a, ()>,
+}
+
+impl Chunk<'_> {
+    pub fn has(&self, page: u64) -> bool {
+        self.bits >> (page - self.first) & 1 == 1
+    }
+
+    fn mark(&mut self, run: &Run) {
+        self.bits |= mask(run.first - self.first, run.count);
+        // Behind the contents, for who reads it without the lock.
+        self.image.filled.word(self.index).store(self.bits, Ordering::Release);
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.bits == 0
+    }
+
+    /// The pages around `page` that are filled, itself among them.
+    pub fn filled_around(&self, page: u64) -> Run {
+        let at = page - self.first;
+        let below = (self.bits << (63 - at)).leading_ones();
+        let above = (self.bits >> at).trailing_ones();
+        let first = page + 1 - u64::from(below.max(1));
+        let count = page + u64::from(above.max(1)) - first;
+        Run { first, count, location: Location::Zero }
+    }
+
+    /// The parts of `run` that are not filled yet.
+    fn missing(&self, run: &Run) -> Vec<Run> {
+        let mut parts = Vec::new();
+        if self.bits & mask(run.first - self.first, run.count) == 0 {
+            parts.push(*run);
+            return parts;
+        }
+        for page in (run.first..run.end()).filter(|page| !self.has(*page)) {
+            if let Some(part) = run.clip(page, page + 1) {
+                crate::node::push_run(&mut parts, part);
+            }
+        }
+        parts
+    }
+
+    fn offset_of(&self, page: u64) -> u64 {
+        self.offset + (page - self.first) * PAGE_SIZE as u64
+    }
+}
+
+/// The zero pages around `page` of its chunk, up to the next of `runs` on either side.
+pub(super) fn gap_around(page: u64, runs: &[Run]) -> Run {
+    let chunk = page - page % CHUNK_PAGES;
+    let first = runs.iter().map(Run::end).filter(|end| *end <= page).max().unwrap_or(chunk);
+    let end = runs.iter().map(|run| run.first).find(|first| *first > page);
+    let count = end.unwrap_or(chunk + CHUNK_PAGES) - first;
+    Run { first, count, location: Location::Zero }
+}
+
+/// `count` bits from bit `first` on.
+fn mask(first: u64, count: u64) -> u64 {
+    u64::MAX.checked_shr(64 - count as u32).unwrap_or(0) << first
+}
+
+/// Checks that `extents` can be served; returns how many chunks the memory file has.
+fn check_extents(
+    region: &RegionReader,
+    memory: &File,
+    extents: &[Extent],
+) -> Result<usize, PagerError> {
+    let memory_error = |op| move |source| PagerError::Memory { op, source };
+    let memory_len = memory.metadata().map_err(memory_error("look at the memory file"))?.len();
+    for (index, extent) in extents.iter().enumerate() {
+        let whole = extent.pages.is_multiple_of(CHUNK_PAGES)
+            && extent.first_page.is_multiple_of(CHUNK_PAGES)
+            && extent.file_offset.is_multiple_of(CHUNK_BYTES)
+            && extent.first_page + extent.pages <= region.pages()
+            // A page beyond the file's end would kill the process, not fail.
+            && extent.file_offset + extent.pages * PAGE_SIZE as u64 <= memory_len
+            && !extents[..index].iter().any(|other| other.overlaps(extent));
+        if !whole {
+            return Err(PagerError::Store {
+                region: region.name().to_owned(),
+                page: extent.first_page,
+                source: StoreError::Invalid(format!(
+                    "a mapping must be whole chunks of {CHUNK_BYTES} bytes inside the region's {} \
+                     pages and the memory file's {memory_len} bytes, and overlap no other, found \
+                     {extent:?}",
+                    region.pages()
+                )),
+            });
+        }
+    }
+    Ok((memory_len / CHUNK_BYTES) as usize)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn masks_are_bits_in_a_row() {
+        for first in 0..64 {
+            for count in 0..=64 - first {
+                let naive = (first..first + count).fold(0, |bits, bit| bits | 1_u64 << bit);
+                assert_eq!(mask(first, count), naive, "{count} from {first} on");
+            }
+        }
+    }
+}

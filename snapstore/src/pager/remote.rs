@@ -1,0 +1,503 @@
+//! Pagers in processes of their own.
+//!
+//! A user's seat (its userfaultfd, its counters), the memory and what says which pages are filled are
+//! all file descriptors, so another process can serve it. The user's process keeps them too. Should
+//! the pager die, another one goes on where it stopped: what was filled is known, and those who wait
+//! are woken to fault again. Nobody notices but by the time it takes.
+//!
+//! There are two kinds. [`serve_one`] is for one user, that starts it and starts another when it dies.
+//! [`ImageServer`] has the memory that many users share; they can read it and no more, so if it dies
+//! each of them serves itself, from the store, with copies of its own of what was not there yet.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use super::channel::{Channel, Message, VERSION};
+use super::{Extent, Image, OnFailure, Pager, PagerError, PagerOptions, PagerStats, Replay, Seat};
+use crate::snapshot::RegionReader;
+use crate::store::{Store, StoreOptions};
+
+/// How long a pager may take until it serves.
+const READY_PATIENCE: Duration = Duration::from_secs(20);
+/// How often a pager looks whether it is done.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// Pagers that die before they serve, one after the other, until none is started any more.
+const FAILED_STARTS_MAX: u32 = 3;
+
+fn remote_error(source: io::Error) -> PagerError {
+    PagerError::Memory { op: "talk to another process", source }
+}
+
+fn invalid(what: &str) -> PagerError {
+    remote_error(io::Error::new(io::ErrorKind::InvalidData, what.to_owned()))
+}
+
+/// Serves the user at the other end of `socket` until it is gone or all its memory is there: what the
+/// process of an external pager does.
+///
+/// # Errors
+/// What failed; the other end was told.
+pub fn serve_one(socket: OwnedFd) -> Result<(), PagerError> {
+    let channel = Channel::new(socket);
+    let Some((message, fds)) = channel.receive().map_err(remote_error)? else { return Ok(()) };
+    let told = Arc::new(channel.try_clone().map_err(remote_error)?);
+    let started = start_for(message, fds, on_failure(&told));
+    let pager = started.inspect_err(|error| tell_failure(&channel, error))?;
+    channel.send(&Message::Ready, &[]).map_err(remote_error)?;
+    serve_until_complete(&channel, &pager).map(drop)
+}
+
+fn on_failure(channel: &Arc<Channel>) -> OnFailure {
+    let channel = Arc::clone(channel);
+    Box::new(move |error| tell_failure(&channel, error))
+}
+
+/// Tells the other end that a page cannot be served, and waits until it has stopped its guest: only
+/// then may those who wait for the page be let go.
+fn tell_failure(channel: &Channel, error: &PagerError) {
+    // If it is gone there is nobody to tell.
+    let _gone = channel.send(&Message::Failed { error: error.to_string() }, &[]);
+    let _stopped = channel.wait(READY_PATIENCE);
+}
+
+fn start_for(
+    message: Message,
+    fds: Vec<OwnedFd>,
+    on_failure: OnFailure,
+) -> Result<Pager, PagerError> {
+    let Message::Serve { version, store, snapshot, region, extents, mappings, options } = message
+    else {
+        return Err(invalid("expected something to serve"));
+    };
+    let ([memory, filled, uffd, counters], VERSION) =
+        (<[OwnedFd; 4]>::try_from(fds).map_err(|_| invalid("expected four files"))?, version)
+    else {
+        return Err(invalid("expected a message of this version of frazil"));
+    };
+    let of = |source| PagerError::Store { region: region.clone(), page: 0, source };
+    let store = Store::open(&store, StoreOptions::default()).map_err(of)?;
+    let reader = store.pin(snapshot).and_then(|snapshot| snapshot.region(&region)).map_err(of)?;
+    let image = Image::take_over(reader, &File::from(memory), &extents, File::from(filled))?;
+    let seat = Seat::of(uffd, &mappings, File::from(counters))?;
+    Pager::serve(Arc::new(image), seat, options, on_failure)
+}
+
+/// False if the user went first.
+fn serve_until_complete(channel: &Channel, pager: &Pager) -> Result<bool, PagerError> {
+    while !pager.stats().complete {
+        // Nothing more is ever said to a pager: its user is gone, or does not need it.
+        if channel.wait(LOOK_EVERY).map_err(remote_error)? {
+            return Ok(false);
+        }
+    }
+    let _gone = channel.send(&Message::Complete, &[]);
+    Ok(true)
+}
+
+/// Serves one image to the users that connect, each until it is gone.
+#[derive(Debug)]
+pub struct ImageServer {
+    image: Arc<Image>,
+    /// The memory and what says which pages are filled, for reading only.
+    offered: [File; 2],
+    options: PagerOptions,
+    users: AtomicU64,
+}
+
+impl ImageServer {
+    /// A server of `image`. Its memory can be written by this process alone from here on, as far as
+    /// file permissions go.
+    ///
+    /// # Errors
+    /// [`PagerError::Memory`] if the memory cannot be had for reading only.
+    pub fn new(image: Arc<Image>, options: PagerOptions) -> Result<Self, PagerError> {
+        let offer = |file: &File| read_only(file).map_err(remote_error);
+        let offered = [offer(image.memory())?, offer(image.filled_file())?];
+        // Page tables for all of it, in all of them, would be most of what clones take.
+        let options = PagerOptions { maps_ahead: false, ..options };
+        Ok(Self { image, offered, options, users: AtomicU64::new(0) })
+    }
+
+    /// Users being served.
+    #[must_use]
+    pub fn users(&self) -> u64 {
+        self.users.load(Ordering::Acquire)
+    }
+
+    /// Serves the user at the other end of `socket` until it is gone. A user that talks nonsense is
+    /// not served, and hurts nobody else.
+    ///
+    /// # Errors
+    /// What failed; the user was told.
+    pub fn serve(&self, socket: OwnedFd) -> Result<(), PagerError> {
+        let _counted = Counted::new(&self.users);
+        let channel = Channel::new(socket);
+        let region = self.image.region();
+        let offer = Message::Offer {
+            version: VERSION,
+            snapshot: region.snapshot(),
+            region: region.name().to_owned(),
+            extents: self.image.extents().to_vec(),
+        };
+        let [memory, filled] = &self.offered;
+        channel.send(&offer, &[memory.as_fd(), filled.as_fd()]).map_err(remote_error)?;
+        if !channel.wait(READY_PATIENCE).map_err(remote_error)? {
+            return Err(invalid("a user does not sit down"));
+        }
+        let Some((message, fds)) = channel.receive().map_err(remote_error)? else { return Ok(()) };
+        let told = Arc::new(channel.try_clone().map_err(remote_error)?);
+        let seated = self.seat(message, fds, on_failure(&told));
+        let pager = seated.inspect_err(|error| tell_failure(&channel, error))?;
+        channel.send(&Message::Ready, &[]).map_err(remote_error)?;
+        if serve_until_complete(&channel, &pager)? {
+            drop(pager);
+            // As long as it is there, others can share what it has.
+            while !channel.wait(Duration::from_secs(3600)).map_err(remote_error)? {}
+        }
+        Ok(())
+    }
+
+    fn seat(
+        &self,
+        message: Message,
+        fds: Vec<OwnedFd>,
+        on_failure: OnFailure,
+    ) -> Result<Pager, PagerError> {
+        let Message::Sit { mappings } = message else {
+            return Err(invalid("expected a seat"));
+        };
+        let [uffd, counters] =
+            <[OwnedFd; 2]>::try_from(fds).map_err(|_| invalid("expected two files"))?;
+        let seat = Seat::of(uffd, &mappings, File::from(counters))?;
+        Pager::serve(Arc::clone(&self.image), seat, self.options, on_failure)
+    }
+}
+
+/// Counts a user as long as it is there.
+struct Counted<'a>(&'a AtomicU64);
+
+impl<'a> Counted<'a> {
+    fn new(count: &'a AtomicU64) -> Self {
+        count.fetch_add(1, Ordering::AcqRel);
+        Self(count)
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// `file` once more, for reading only, and so for everyone from here on.
+fn read_only(file: &File) -> io::Result<File> {
+    use std::os::fd::AsRawFd;
+
+    rustix::fs::fchmod(file, rustix::fs::Mode::RUSR)?;
+    File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
+}
+
+/// What an [`ImageServer`] offers, as its user finds it.
+#[derive(Debug)]
+pub struct Offer {
+    channel: Channel,
+    memory: File,
+    filled: File,
+    extents: Vec<Extent>,
+}
+
+impl Offer {
+    /// Hears what the server at the other end of `socket` has, which must be `region`.
+    ///
+    /// # Errors
+    /// [`PagerError::Memory`] if it is something else, or the server does not answer.
+    pub fn receive(socket: OwnedFd, region: &RegionReader) -> Result<Self, PagerError> {
+        let channel = Channel::new(socket);
+        if !channel.wait(READY_PATIENCE).map_err(remote_error)? {
+            return Err(invalid("the server of shared memory does not answer"));
+        }
+        let received = channel.receive().map_err(remote_error)?;
+        let Some((Message::Offer { version: VERSION, snapshot, region: name, extents }, fds)) =
+            received
+        else {
+            return Err(invalid("the server of shared memory is of another version of frazil"));
+        };
+        if (snapshot, name.as_str()) != (region.snapshot(), region.name()) {
+            return Err(invalid("the server of shared memory has another snapshot"));
+        }
+        let [memory, filled] =
+            <[OwnedFd; 2]>::try_from(fds).map_err(|_| invalid("expected two files"))?;
+        let (memory, filled) = (File::from(memory), File::from(filled));
+        Ok(Self { channel, memory, filled, extents })
+    }
+
+    /// The memory, to be mapped `MAP_PRIVATE`.
+    #[must_use]
+    pub fn memory(&self) -> &File {
+        &self.memory
+    }
+
+    /// Sits down in `seat`, whose mappings are of [`Self::memory`]: the server serves it.
+    ///
+    /// # Errors
+    /// What the server or this process met.
+    pub fn accept(
+        self,
+        region: RegionReader,
+        seat: Seat,
+        on_failure: OnFailure,
+    ) -> Result<RemotePager, PagerError> {
+        let image = Image::join(region, &self.memory, &self.extents, self.filled)?;
+        let [uffd, counters] = seat.descriptors()?;
+        let sit = Message::Sit { mappings: seat.mappings().to_vec() };
+        self.channel.send(&sit, &[uffd.as_fd(), counters.as_fd()]).map_err(remote_error)?;
+        self.channel.wait_ready(READY_PATIENCE).map_err(remote_error)?;
+        let options = PagerOptions {
+            background_fill: false,
+            replay: Replay::Off,
+            record: None,
+            maps_ahead: false,
+            ..PagerOptions::default()
+        };
+        let remote = Remote::new(Arc::new(image), seat, options, on_failure, None);
+        RemotePager::watch(remote, self.channel)
+    }
+}
+
+/// Starts the process of a pager, which gets the socket and calls [`serve_one`]; returns its id.
+pub type StartPager = Box<dyn Fn(OwnedFd) -> io::Result<u32> + Send + Sync>;
+
+/// A pager in another process, as its user sees it: watched, and replaced when it dies.
+#[derive(Debug)]
+pub struct RemotePager {
+    remote: Arc<Remote>,
+    watcher: Option<JoinHandle<()>>,
+}
+
+struct Remote {
+    image: Arc<Image>,
+    seat: Seat,
+    options: PagerOptions,
+    on_failure: Arc<OnFailure>,
+    failure: OnceLock<Arc<PagerError>>,
+    /// None if there is nobody else: then this process takes over.
+    start: Option<(StartPager, std::path::PathBuf)>,
+    stopping: AtomicBool,
+    /// To have the pager end.
+    channel: Mutex<Option<Channel>>,
+    /// This process's own pager, once it had to take over.
+    own: Mutex<Option<Pager>>,
+    deaths: AtomicU64,
+    /// The id of the pager's process; 0 if that is not known, or is this one.
+    process: AtomicU32,
+}
+
+impl std::fmt::Debug for Remote {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Remote").field("seat", &self.seat).finish_non_exhaustive()
+    }
+}
+
+impl RemotePager {
+    /// Has a process that `start` starts serve `image`, of the store in folder `store`, to the user in
+    /// `seat`.
+    ///
+    /// # Errors
+    /// What that process, or starting it, met.
+    pub fn start(
+        image: Image,
+        store: &Path,
+        seat: Seat,
+        options: PagerOptions,
+        start: StartPager,
+        on_failure: OnFailure,
+    ) -> Result<Self, PagerError> {
+        let start = Some((start, store.to_owned()));
+        let remote = Remote::new(Arc::new(image), seat, options, on_failure, start);
+        let channel = remote.hand_over()?;
+        Self::watch(remote, channel)
+    }
+
+    fn watch(remote: Remote, channel: Channel) -> Result<Self, PagerError> {
+        *remote.lock_channel() = Some(channel.try_clone().map_err(remote_error)?);
+        let remote = Arc::new(remote);
+        let watched = Arc::clone(&remote);
+        let watcher = std::thread::Builder::new()
+            .name("frazil-pager".into())
+            .spawn(move || watched.watch(channel))
+            .map_err(|source| PagerError::Memory { op: "start a thread", source })?;
+        Ok(Self { remote, watcher: Some(watcher) })
+    }
+
+    /// What the pagers did so far, all together.
+    #[must_use]
+    pub fn stats(&self) -> PagerStats {
+        self.remote.seat.stats(&self.remote.image)
+    }
+
+    /// Pagers that died so far and were replaced.
+    #[must_use]
+    pub fn deaths(&self) -> u64 {
+        self.remote.deaths.load(Ordering::Relaxed)
+    }
+
+    /// The id of the pager's process, if this process started it.
+    #[must_use]
+    pub fn process(&self) -> Option<u32> {
+        Some(self.remote.process.load(Ordering::Relaxed)).filter(|id| *id != 0)
+    }
+
+    /// Why memory is not served any more, if so.
+    #[must_use]
+    pub fn failure(&self) -> Option<Arc<PagerError>> {
+        self.remote.failure.get().cloned()
+    }
+}
+
+impl Drop for RemotePager {
+    fn drop(&mut self) {
+        self.remote.stopping.store(true, Ordering::Release);
+        self.remote.lock_channel().iter().for_each(Channel::close);
+        if let Some(watcher) = self.watcher.take() {
+            // A panic was reported by the panic hook.
+            let _joined = watcher.join();
+        }
+        *self.remote.own.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        // Others may have the userfaultfd for a moment yet: those who wait must not.
+        let _unregistered = self.remote.seat.let_go();
+    }
+}
+
+impl Remote {
+    fn new(
+        image: Arc<Image>,
+        seat: Seat,
+        options: PagerOptions,
+        on_failure: OnFailure,
+        start: Option<(StartPager, std::path::PathBuf)>,
+    ) -> Self {
+        let (failure, stopping, channel, own) = Default::default();
+        let (deaths, process) = Default::default();
+        Self {
+            image,
+            seat,
+            options,
+            on_failure: Arc::new(on_failure),
+            failure,
+            start,
+            stopping,
+            channel,
+            own,
+            deaths,
+            process,
+        }
+    }
+
+    fn lock_channel(&self) -> MutexGuard<'_, Option<Channel>> {
+        self.channel.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Starts a process and gives it everything.
+    fn hand_over(&self) -> Result<Channel, PagerError> {
+        let Some((start, store)) = &self.start else {
+            return Err(invalid("there is no other pager"));
+        };
+        let (channel, theirs) = Channel::pair().map_err(remote_error)?;
+        self.process.store(start(theirs).map_err(remote_error)?, Ordering::Relaxed);
+        let region = self.image.region();
+        let serve = Message::Serve {
+            version: VERSION,
+            store: store.clone(),
+            snapshot: region.snapshot(),
+            region: region.name().to_owned(),
+            extents: self.image.extents().to_vec(),
+            mappings: self.seat.mappings().to_vec(),
+            options: self.options,
+        };
+        let [uffd, counters] = self.seat.descriptors()?;
+        let (memory, filled) = (self.image.memory().as_fd(), self.image.filled_file().as_fd());
+        let sent = channel.send(&serve, &[memory, filled, uffd.as_fd(), counters.as_fd()]);
+        sent.and_then(|()| channel.wait_ready(READY_PATIENCE)).map_err(remote_error)?;
+        Ok(channel)
+    }
+
+    /// Waits for the pager's end, and sees to it that there is another.
+    fn watch(&self, mut channel: Channel) {
+        loop {
+            match channel.receive() {
+                Ok(Some((Message::Complete, _))) => return,
+                Ok(Some((Message::Failed { error }, _))) => {
+                    self.fail(PagerError::Remote { error });
+                    // It waits for this before it lets go of the memory.
+                    channel.close();
+                    return;
+                }
+                Ok(Some(_)) => continue,
+                Ok(None) | Err(_) => {}
+            }
+            if self.stopping.load(Ordering::Acquire) || self.seat.stats(&self.image).complete {
+                return;
+            }
+            self.deaths.fetch_add(1, Ordering::Relaxed);
+            tracing::warn!("the pager has died; another one takes over");
+            match self.replace() {
+                Some(other) => channel = other,
+                None => return self.serve_here(),
+            }
+        }
+    }
+
+    fn replace(&self) -> Option<Channel> {
+        for _ in 0..FAILED_STARTS_MAX {
+            if self.start.is_none() || self.stopping.load(Ordering::Acquire) {
+                break;
+            }
+            match self.hand_over().and_then(|channel| {
+                *self.lock_channel() = Some(channel.try_clone().map_err(remote_error)?);
+                Ok(channel)
+            }) {
+                Ok(channel) => {
+                    if self.stopping.load(Ordering::Acquire) {
+                        channel.close();
+                    }
+                    return Some(channel);
+                }
+                Err(error) => tracing::warn!(%error, "cannot start another pager"),
+            }
+        }
+        None
+    }
+
+    /// There is nobody else: this process serves itself from here on.
+    fn serve_here(&self) {
+        self.process.store(0, Ordering::Relaxed);
+        if self.stopping.load(Ordering::Acquire) {
+            return;
+        }
+        let told = Arc::clone(&self.on_failure);
+        let served = self.seat.try_clone().and_then(|seat| {
+            let on_failure: OnFailure = Box::new(move |error| told(error));
+            Pager::serve(Arc::clone(&self.image), seat, self.options, on_failure)
+        });
+        match served {
+            Ok(pager) => *self.own.lock().unwrap_or_else(PoisonError::into_inner) = Some(pager),
+            Err(error) => self.fail(error),
+        }
+    }
+
+    fn fail(&self, error: PagerError) {
+        tracing::error!(%error, "the pager stops");
+        let error = Arc::new(error);
+        let _first = self.failure.set(Arc::clone(&error));
+        (self.on_failure)(&error);
+        if let Err(error) = self.seat.let_go() {
+            tracing::error!(%error, "those who wait for a page may hang");
+        }
+    }
+}

@@ -1,0 +1,476 @@
+//! One user of an image: whose memory faults, and how those faults are answered.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Instant;
+
+use rayon::prelude::*;
+use userfaultfd::RegisterMode;
+
+use super::image::{Image, gap_around};
+use super::shared::SharedWords;
+use super::stats::{COUNTER_WORDS, Counters};
+use super::{CHUNK_PAGES, Mapping, PagerError, PagerOptions, PagerStats, features};
+use crate::error::StoreError;
+use crate::node::Run;
+use crate::page::PAGE_SIZE;
+use crate::uffd::{Watch, uffd_error};
+use crate::working_set::WorkingSet;
+
+/// Called once, from a pager thread, when a page cannot be served. The callee has to stop the users
+/// of the memory: once it returns, those who wait for a page are let go and find zeros.
+pub type OnFailure = Box<dyn Fn(&PagerError) + Send + Sync>;
+
+/// Chunks that are read ahead of somebody who goes from one to the next, at the most: 2 MiB.
+const AHEAD_CHUNKS_MAX: u64 = 8;
+
+/// Where a user of an image sits: its mappings, registered with a userfaultfd, and its counters.
+/// Whoever has it, in whatever process, can serve that user.
+#[derive(Debug)]
+pub struct Seat {
+    watch: Watch,
+    counters: Counters,
+}
+
+impl Seat {
+    /// Registers `mappings` of this process: from here on, whoever touches them waits for a pager.
+    ///
+    /// # Errors
+    /// [`PagerError::Unavailable`] if userfaultfd cannot be had; others name what failed.
+    pub fn take(mappings: &[Mapping]) -> Result<Self, PagerError> {
+        let mode = RegisterMode::MISSING | RegisterMode::MINOR;
+        let watch = Watch::new(features(), mode, mappings)?;
+        let words = SharedWords::new("frazil-counters", COUNTER_WORDS)
+            .map_err(|source| PagerError::Memory { op: "make shared memory", source })?;
+        Ok(Self { watch, counters: Counters(words) })
+    }
+
+    /// The seat of a user in another process: its userfaultfd, its mappings there, its counters.
+    ///
+    /// # Errors
+    /// [`PagerError::Memory`] if the counters are none.
+    pub fn of(uffd: OwnedFd, mappings: &[Mapping], counters: File) -> Result<Self, PagerError> {
+        let words = SharedWords::of(counters, COUNTER_WORDS)
+            .map_err(|source| PagerError::Memory { op: "use the memory it shares", source })?;
+        Ok(Self { watch: Watch::of(uffd, mappings)?, counters: Counters(words) })
+    }
+
+    /// The same seat once more: for who takes over should the one who has this one die.
+    ///
+    /// # Errors
+    /// [`PagerError::Memory`] if there are no file descriptors left.
+    pub fn try_clone(&self) -> Result<Self, PagerError> {
+        let duplicate = |source| PagerError::Memory { op: "duplicate a file descriptor", source };
+        let uffd = self.watch.try_clone_fd().map_err(duplicate)?;
+        let counters = self.counters.0.file().try_clone().map_err(duplicate)?;
+        Self::of(uffd, &self.watch.mappings, counters)
+    }
+
+    /// Its mappings.
+    #[must_use]
+    pub fn mappings(&self) -> &[Mapping] {
+        &self.watch.mappings
+    }
+
+    /// Its userfaultfd and its counters, to be sent to another process.
+    ///
+    /// # Errors
+    /// [`PagerError::Memory`] if there are no file descriptors left.
+    pub fn descriptors(&self) -> Result<[OwnedFd; 2], PagerError> {
+        let duplicate = |source| PagerError::Memory { op: "duplicate a file descriptor", source };
+        let counters = self.counters.0.file().try_clone().map_err(duplicate)?;
+        Ok([self.watch.try_clone_fd().map_err(duplicate)?, counters.into()])
+    }
+
+    /// What was counted here, and in `image`.
+    #[must_use]
+    pub fn stats(&self, image: &Image) -> PagerStats {
+        self.counters.stats(image)
+    }
+
+    /// Gives the memory back to the kernel: pages that are missing read as zero from here on.
+    ///
+    /// # Errors
+    /// [`PagerError::Uffd`]: those who wait for a page may hang.
+    pub fn let_go(&self) -> Result<(), PagerError> {
+        self.watch.let_go()
+    }
+}
+
+/// A user being served.
+pub(crate) struct User {
+    pub image: Arc<Image>,
+    pub options: PagerOptions,
+    seat: Seat,
+    failure: OnceLock<Arc<PagerError>>,
+    on_failure: OnFailure,
+    /// Set before userfaultfd is let go of: faults in flight need no answer from then on.
+    letting_go: AtomicBool,
+    /// What was asked for, while that is noted.
+    recorded: Mutex<Option<WorkingSet>>,
+}
+
+impl std::fmt::Debug for User {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("User").field("seat", &self.seat).finish_non_exhaustive()
+    }
+}
+
+impl User {
+    pub fn new(
+        image: Arc<Image>,
+        seat: Seat,
+        options: PagerOptions,
+        on_failure: OnFailure,
+    ) -> Result<Self, PagerError> {
+        let inside = |mapping: &Mapping| image.holds(&mapping.extent());
+        if let Some(mapping) = seat.mappings().iter().find(|mapping| !inside(mapping)) {
+            return Err(PagerError::Store {
+                region: image.region().name().to_owned(),
+                page: mapping.first_page,
+                source: StoreError::Invalid(format!(
+                    "a mapping must be part of the image, found {mapping:?}"
+                )),
+            });
+        }
+        // Somebody may have waited for a pager that is no more, with an answer on its way.
+        seat.watch.wake_all()?;
+        let (failure, letting_go, recorded) = Default::default();
+        Ok(Self { image, options, seat, failure, on_failure, letting_go, recorded })
+    }
+
+    pub fn stats(&self) -> PagerStats {
+        self.seat.stats(&self.image)
+    }
+
+    pub fn failure(&self) -> Option<Arc<PagerError>> {
+        self.failure.get().cloned()
+    }
+
+    /// Has the threads that answer its faults come to their end.
+    pub fn stop(&self) {
+        self.seat.watch.stop();
+    }
+
+    pub fn fail(&self, error: &Arc<PagerError>) {
+        if self.failure.set(Arc::clone(error)).is_ok() {
+            tracing::error!(%error, "the pager stops");
+            (self.on_failure)(error);
+            // Whoever waits for a page would wait for ever. The user was told, so nothing that
+            // comes of the zero pages they find now will be kept.
+            if let Err(error) = self.let_go() {
+                tracing::error!(%error, "those who wait for a page may hang");
+            }
+        }
+        self.stop();
+    }
+
+    fn let_go(&self) -> Result<(), PagerError> {
+        self.letting_go.store(true, Ordering::Release);
+        self.seat.let_go()
+    }
+
+    /// All contents are there. Pages that are still missing are zero in the snapshot, and so they
+    /// are without us.
+    pub fn let_go_complete(&self) {
+        match self.let_go() {
+            Ok(()) => {
+                self.seat.counters.set_let_go();
+                self.stop();
+            }
+            Err(error) => self.fail(&Arc::new(error)),
+        }
+    }
+
+    /// Starts filling in the background, if that is wanted.
+    pub fn begin_to_fill(&self) -> Result<(), PagerError> {
+        let PagerOptions { background_fill, fill_threads, fill_bytes_per_s, .. } = self.options;
+        if background_fill {
+            self.image.fill_in_background(fill_threads, fill_bytes_per_s)?;
+        }
+        Ok(())
+    }
+
+    /// Brings in a working set on all cores, and maps it.
+    pub fn replay(&self, set: &WorkingSet) -> Result<(), PagerError> {
+        set.ranges.par_iter().try_for_each(|(first, count)| self.bring(*first, *count))
+    }
+
+    /// The same, on a thread of its own; then goes on with the rest.
+    pub fn replay_beside(&self, set: &WorkingSet) {
+        if let Err(error) = self.replay(set).and_then(|()| self.begin_to_fill()) {
+            self.fail(&Arc::new(error));
+        }
+    }
+
+    /// Takes note of what is asked for, for as long as the options say, and keeps it with the snapshot;
+    /// then goes on with the rest.
+    pub fn record(&self) {
+        *self.lock_recorded() = Some(WorkingSet::default());
+        self.seat.watch.wait_stopped(self.options.record.unwrap_or_default());
+        let set = self.lock_recorded().take().unwrap_or_default();
+        let region = self.image.region();
+        if set.pages() > 0
+            && let Err(error) =
+                region.store().save_working_set(region.snapshot(), region.name(), &set)
+        {
+            // The next resume records again.
+            tracing::info!(%error, "the working set is not kept");
+        }
+        if !self.seat.watch.stopped()
+            && let Err(error) = self.begin_to_fill()
+        {
+            self.fail(&Arc::new(error));
+        }
+    }
+
+    fn lock_recorded(&self) -> MutexGuard<'_, Option<WorkingSet>> {
+        self.recorded.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn note(&self, first: u64, count: u64) {
+        if self.options.record.is_some()
+            && let Some(set) = self.lock_recorded().as_mut()
+        {
+            set.push(first, count);
+        }
+    }
+
+    /// Brings in `count` pages from `first` on, zero pages too, as if they had been touched.
+    fn bring(&self, first: u64, count: u64) -> Result<(), PagerError> {
+        for mapping in self.seat.mappings() {
+            let start = first.max(mapping.first_page);
+            let end = first.saturating_add(count).min(mapping.end_page());
+            let mut at = start;
+            while at < end && !self.seat.watch.stopped() {
+                let part_end = end.min(at - at % CHUNK_PAGES + CHUNK_PAGES);
+                self.image.fill_part(at, part_end)?;
+                self.map(mapping, at, part_end - at, Holes::Skipped)?;
+                at = part_end;
+            }
+        }
+        Ok(())
+    }
+
+    pub fn serve_faults(&self) {
+        let served = self.seat.watch.answer_faults(|address| {
+            let started = Instant::now();
+            let (mapping, page) = self.seat.watch.place(address)?;
+            let near = self.serve(mapping, page)?;
+            self.seat.counters.count_fault(started.elapsed());
+            self.image.follow(page);
+            self.read_ahead(mapping, page, near)
+        });
+        if let Err(error) = served {
+            self.fail(&Arc::new(error));
+        }
+    }
+
+    /// Makes `page` resident: its frame, or what is there already around it. Returns whether anything
+    /// in its chunk was.
+    fn serve(&self, mapping: &Mapping, page: u64) -> Result<bool, PagerError> {
+        if !self.image.is_writable() {
+            return self.serve_by_copy(mapping, page).map(|()| true);
+        }
+        let mut chunk = match self.image.try_chunk(page) {
+            Some(chunk) => chunk,
+            None => {
+                self.help(mapping, page)?;
+                self.image.chunk(page)
+            }
+        };
+        if chunk.has(page) {
+            // Filled for another user, or the kernel has dropped the page-table entry since
+            // (reclaim, migration, a hole punched): waking alone would have it fault for ever.
+            self.image.allocate(&chunk, page, 1)?;
+            let around = chunk.filled_around(page);
+            drop(chunk);
+            self.note(page, 1);
+            self.map(mapping, around.first, around.count, Holes::Skipped)?;
+            return Ok(true);
+        }
+        let near = !chunk.is_empty();
+        let runs = self.image.runs_of(chunk.first)?;
+        let run = match runs.iter().find(|run| (run.first..run.end()).contains(&page)) {
+            Some(run) => {
+                self.image.fill(&mut chunk, run)?;
+                *run
+            }
+            None => self.image.fill_zero(&mut chunk, page, &runs)?,
+        };
+        drop(chunk);
+        self.note(run.first, run.count);
+        self.map(mapping, run.first, run.count, Holes::Refused)?;
+        Ok(near)
+    }
+
+    /// Serves `page` of an image that nobody fills any more: what is there is mapped, of the rest the
+    /// user gets copies of its own.
+    fn serve_by_copy(&self, mapping: &Mapping, page: u64) -> Result<(), PagerError> {
+        let chunk = self.image.chunk(page);
+        if chunk.has(page) {
+            let around = chunk.filled_around(page);
+            return self.map(mapping, around.first, around.count, Holes::Skipped);
+        }
+        let runs = self.image.runs_of(chunk.first)?;
+        drop(chunk);
+        let run = runs.iter().find(|run| (run.first..run.end()).contains(&page)).copied();
+        let run = run.unwrap_or_else(|| gap_around(page, &runs));
+        self.image.decoded(&run, |contents| self.copy(mapping, &run, contents))
+    }
+
+    /// Gives the user copies of the pages of `run`, where it has none, and wakes it.
+    fn copy(&self, mapping: &Mapping, run: &Run, contents: &[u8]) -> Result<(), PagerError> {
+        for (page, contents) in (run.first..).zip(contents.chunks_exact(PAGE_SIZE)) {
+            let address = mapping.address_of(page);
+            loop {
+                match self.seat.watch.copy(address, contents) {
+                    Ok(()) => break,
+                    Err(errno) if errno == EEXIST => {
+                        self.wake(mapping, page, 1)?;
+                        break;
+                    }
+                    Err(errno) if errno == EAGAIN => std::thread::yield_now(),
+                    Err(ENOENT | ESRCH) if self.seat.watch.stopped() => return Ok(()),
+                    Err(errno) => {
+                        let reason = io::Error::from_raw_os_error(errno).to_string();
+                        return Err(PagerError::Uffd { op: "copy a page", address, reason });
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Somebody fills the chunk that is wanted, and wakes whoever waits for it: what is next is better
+    /// done than waited for.
+    fn help(&self, mapping: &Mapping, page: u64) -> Result<(), PagerError> {
+        let next = page - page % CHUNK_PAGES + CHUNK_PAGES;
+        if self.options.maps_ahead && self.image.fill.is_running() && next < mapping.end_page() {
+            self.fill_and_map(mapping, next)?;
+        }
+        Ok(())
+    }
+
+    /// Brings in the rest of the chunk, if somebody was `near` before, and then as much ahead as there
+    /// is behind: who goes from page to page soon finds 2 MiB, who jumps pays for one frame.
+    fn read_ahead(&self, mapping: &Mapping, page: u64, near: bool) -> Result<(), PagerError> {
+        if !self.image.is_writable() {
+            return Ok(());
+        }
+        let first = page - page % CHUNK_PAGES;
+        let before = |back: &u64| first.checked_sub(back * CHUNK_PAGES);
+        let is_behind = |back: &u64| before(back).is_some_and(|page| self.image.is_whole(page));
+        let behind = (1..=AHEAD_CHUNKS_MAX).take_while(is_behind).count() as u64;
+        if !near && behind == 0 {
+            return Ok(());
+        }
+        // Those who fill in the background follow, and go further.
+        let chunks = if self.image.fill.is_running() { 1 } else { behind.max(1) };
+        let end = mapping.end_page();
+        for (index, first) in (first..end).step_by(CHUNK_PAGES as usize).enumerate() {
+            let others_wait = index > 0 && self.seat.watch.is_due();
+            if index as u64 == chunks || self.seat.watch.stopped() || others_wait {
+                break;
+            }
+            self.fill_and_map(mapping, first)?;
+        }
+        Ok(())
+    }
+
+    fn fill_and_map(&self, mapping: &Mapping, first: u64) -> Result<(), PagerError> {
+        if self.image.is_whole(first) {
+            return Ok(());
+        }
+        let runs = self.image.runs_of(first)?;
+        for run in &runs {
+            self.note(run.first, run.count);
+            let mut chunk = self.image.chunk(first);
+            self.image.fill(&mut chunk, run)?;
+            drop(chunk);
+            self.map(mapping, run.first, run.count, Holes::Refused)?;
+        }
+        let chunk = self.image.chunk(first);
+        self.image.set_whole(&chunk);
+        Ok(())
+    }
+
+    /// Maps what was filled in the background, if it is to be.
+    pub fn map_ahead(&self, run: &Run) {
+        if !self.options.maps_ahead || self.seat.watch.stopped() {
+            return;
+        }
+        let mapping = self.seat.mappings().iter().find(|map| map.extent().contains(run.first));
+        if let Some(mapping) = mapping
+            && let Err(error) = self.map(mapping, run.first, run.count, Holes::Refused)
+        {
+            self.fail(&Arc::new(error));
+        }
+    }
+
+    /// Maps `count` filled pages for the user, and wakes whoever waits for one of them.
+    fn map(
+        &self,
+        mapping: &Mapping,
+        first: u64,
+        count: u64,
+        holes: Holes,
+    ) -> Result<(), PagerError> {
+        let mut page = first;
+        let end = first + count;
+        while page < end {
+            let address = mapping.address_of(page);
+            let len = (end - page) as usize * PAGE_SIZE;
+            match self.seat.watch.uffd.r#continue(address as *mut _, len, true) {
+                Ok(mapped) => page += mapped / PAGE_SIZE as u64,
+                Err(userfaultfd::Error::SystemError(errno)) => match errno as i32 {
+                    // Mapped already, by a fault that raced with us: success, but nobody was woken.
+                    EEXIST => {
+                        self.wake(mapping, page, 1)?;
+                        page += 1;
+                    }
+                    // Punched since it was filled.
+                    EFAULT if holes == Holes::Skipped => page += 1,
+                    // The address space is being changed: again.
+                    EAGAIN => std::thread::yield_now(),
+                    // Everything is there and userfaultfd was let go of, which woke all; or the user
+                    // is gone.
+                    ENOENT if self.letting_go.load(Ordering::Acquire) => return Ok(()),
+                    ENOENT | ESRCH if self.seat.watch.stopped() => return Ok(()),
+                    _ => {
+                        let error = userfaultfd::Error::SystemError(errno);
+                        return Err(uffd_error("map pages", address, &error));
+                    }
+                },
+                Err(error) => return Err(uffd_error("map pages", address, &error)),
+            }
+        }
+        Ok(())
+    }
+
+    fn wake(&self, mapping: &Mapping, first: u64, count: u64) -> Result<(), PagerError> {
+        let address = mapping.address_of(first);
+        self.seat
+            .watch
+            .uffd
+            .wake(address as *mut _, count as usize * PAGE_SIZE)
+            .map_err(|error| uffd_error("wake", address, &error))
+    }
+}
+
+/// What becomes of pages to be mapped that are not in the memory file, though they were filled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Holes {
+    Refused,
+    /// Whoever wants one will ask for it.
+    Skipped,
+}
+
+const EEXIST: i32 = rustix::io::Errno::EXIST.raw_os_error();
+const EAGAIN: i32 = rustix::io::Errno::AGAIN.raw_os_error();
+const EFAULT: i32 = rustix::io::Errno::FAULT.raw_os_error();
+const ENOENT: i32 = rustix::io::Errno::NOENT.raw_os_error();
+const ESRCH: i32 = rustix::io::Errno::SRCH.raw_os_error();

@@ -1,0 +1,174 @@
+//! Working sets: which pages of a snapshot were wanted first, when it was resumed.
+//!
+//! Kept beside the snapshot in a small file of its own, for it is a hint: one that is lost, damaged or
+//! of another snapshot costs a resume its head start and nothing else. See REAP (Ustiugov et al.,
+//! ASPLOS 2021) for what such a record is worth.
+
+use crate::codec::{Decoded, Decoder, Malformed, put_varint};
+use crate::error::{Result, StoreError};
+use crate::id::{Hash, SnapshotId};
+use crate::store::Store;
+
+const MAGIC: &[u8; 8] = b"FRZLWSET";
+const VERSION: u8 = 1;
+/// More ranges than this are not kept: 16 GiB in frames.
+const RANGES_MAX: usize = 1 << 18;
+const PREFIX: &str = "working-set-";
+
+/// Ranges of pages of a region, in the order in which they were wanted.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct WorkingSet {
+    /// First page and number of pages; some may be there twice.
+    pub ranges: Vec<(u64, u64)>,
+}
+
+impl WorkingSet {
+    /// How many pages that is.
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        self.ranges.iter().map(|(_, count)| count).sum()
+    }
+
+    /// Adds pages that were wanted next.
+    pub fn push(&mut self, first: u64, count: u64) {
+        let full = self.ranges.len() >= RANGES_MAX;
+        match self.ranges.last_mut() {
+            Some((start, len)) if *start + *len == first => *len += count,
+            // What comes so late is wanted little.
+            _ if full => {}
+            _ => self.ranges.push((first, count)),
+        }
+    }
+
+    /// Layout: magic, version (1 byte), the snapshot's id, length (varint) and name of the region,
+    /// number of ranges (varint), per range its first page and its length (varints), and BLAKE3 of
+    /// all that.
+    fn encode(&self, id: SnapshotId, region: &str) -> Vec<u8> {
+        let mut out = head(id, region);
+        put_varint(&mut out, self.ranges.len() as u64);
+        for (first, count) in &self.ranges {
+            put_varint(&mut out, *first);
+            put_varint(&mut out, *count);
+        }
+        let hash = Hash::of(&out);
+        out.extend_from_slice(&hash.0);
+        out
+    }
+
+    fn decode(bytes: &[u8], id: SnapshotId, region: &str) -> Decoded<Self> {
+        let wrong = |what, found: &str| Malformed::new("working set", what, found.to_owned());
+        let (body, hash) = bytes
+            .split_last_chunk::<32>()
+            .ok_or_else(|| wrong("a hash at the end", "a shorter file"))?;
+        if Hash::of(body).0 != *hash {
+            return Err(wrong("what its hash says", "something else"));
+        }
+        let list = body
+            .strip_prefix(&head(id, region)[..])
+            .ok_or_else(|| wrong("version 1, of that snapshot", "another version or snapshot"))?;
+        let mut decoder = Decoder::new(list);
+        let count = decoder.varint("number of ranges")?;
+        if count > (list.len() / 2).min(RANGES_MAX) as u64 {
+            return Err(Malformed::new("number of ranges", "as many as there are", count));
+        }
+        let mut range = || Ok((decoder.varint("first page")?, decoder.varint("pages")?));
+        let ranges = (0..count).map(|_| range()).collect::<Decoded<Vec<_>>>()?;
+        decoder.finish("working set")?;
+        Ok(Self { ranges })
+    }
+}
+
+/// What a file of version 1 begins with.
+fn head(id: SnapshotId, region: &str) -> Vec<u8> {
+    let mut out = [&MAGIC[..], &[VERSION], &id.0].concat();
+    put_varint(&mut out, region.len() as u64);
+    out.extend_from_slice(region.as_bytes());
+    out
+}
+
+fn file_name(id: SnapshotId) -> String {
+    format!("{PREFIX}{id}")
+}
+
+impl Store {
+    /// The working set that was recorded of region `region` of snapshot `id`, if one is there and good.
+    #[must_use]
+    pub fn working_set(&self, id: SnapshotId, region: &str) -> Option<WorkingSet> {
+        let file = self.storage.open(&file_name(id), false).ok()?;
+        let len = usize::try_from(file.len_bytes().ok()?).ok().filter(|len| *len <= 8 << 20)?;
+        let mut bytes = vec![0; len];
+        file.read_exact_at(&mut bytes, 0).ok()?;
+        let decoded = WorkingSet::decode(&bytes, id, region);
+        decoded.inspect_err(|error| tracing::warn!(?error, %id, "a working set is ignored")).ok()
+    }
+
+    /// Keeps `set` as the working set of region `region` of snapshot `id`, in place of the one before: a
+    /// snapshot has one.
+    ///
+    /// # Errors
+    /// The medium's; the one before is still there then.
+    pub fn save_working_set(&self, id: SnapshotId, region: &str, set: &WorkingSet) -> Result<()> {
+        let (name, new) = (file_name(id), format!("{}.{}", file_name(id), std::process::id()));
+        let failed = |op| {
+            let new = new.clone();
+            move |error| StoreError::io(op, new, error)
+        };
+        // One that a crash left.
+        let _none = self.storage.remove(&new);
+        let file = self.storage.create(&new).map_err(failed("create"))?;
+        let written = file
+            .write_all_at(&set.encode(id, region), 0)
+            .and_then(|()| file.sync())
+            .and_then(|()| self.storage.rename(&new, &name));
+        if written.is_err() {
+            let _left_behind = self.storage.remove(&new);
+        }
+        written.map_err(failed("write"))
+    }
+
+    /// Removes the working sets of snapshots that are not `kept`.
+    pub(crate) fn remove_working_sets(&self, kept: impl Fn(&str) -> bool) {
+        for name in self.storage.list("").unwrap_or_default() {
+            if name.strip_prefix(PREFIX).is_some_and(|id| !kept(id)) {
+                // It stays until the next time; it is a hint of nothing.
+                let _stays = self.storage.remove(&name);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn id(byte: u8) -> SnapshotId {
+        Hash([byte; 32])
+    }
+
+    proptest! {
+        #[test]
+        fn working_sets_round_trip(ranges in proptest::collection::vec((any::<u64>(), any::<u64>()), 0..50), at in any::<prop::sample::Index>(), bit in 0..8) {
+            let set = WorkingSet { ranges };
+            let bytes = set.encode(id(1), "ram");
+            prop_assert_eq!(&WorkingSet::decode(&bytes, id(1), "ram").unwrap(), &set);
+            prop_assert!(WorkingSet::decode(&bytes, id(2), "ram").is_err());
+            prop_assert!(WorkingSet::decode(&bytes, id(1), "disk0").is_err());
+            let mut damaged = bytes.clone();
+            damaged[at.index(bytes.len())] ^= 1_u8 << bit;
+            prop_assert!(WorkingSet::decode(&damaged, id(1), "ram").is_err());
+            prop_assert!(WorkingSet::decode(&bytes[..at.index(bytes.len())], id(1), "ram").is_err());
+        }
+    }
+
+    #[test]
+    fn what_follows_is_joined() {
+        let mut set = WorkingSet::default();
+        for (first, count) in [(16, 16), (32, 16), (0, 16), (48, 1)] {
+            set.push(first, count);
+        }
+        assert_eq!(set.ranges, [(16, 32), (0, 16), (48, 1)]);
+        assert_eq!(set.pages(), 49);
+    }
+}
