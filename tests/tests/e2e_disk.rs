@@ -165,7 +165,7 @@ fn memory_and_disk_agree_at_every_cut() {
 
 fn resume(store: &Arc<Store>, id: SnapshotId, lazy: bool) -> Vm {
     let snapshot = store.pin(id).expect("the snapshot");
-    let loading = if lazy { Loading::Lazy(PagerOptions::default()) } else { Loading::Eager };
+    let loading = if lazy { Loading::lazy(PagerOptions::default()) } else { Loading::Eager };
     Vm::resume(&snapshot, "again".into(), host(store), loading).expect("it resumes")
 }
 

@@ -230,7 +230,7 @@ impl World {
         let id = ids[self.rng.below(ids.len() as u64) as usize];
         self.vm = None;
         let lazily = |background_fill| {
-            Loading::Lazy(PagerOptions { background_fill, ..PagerOptions::default() })
+            Loading::lazy(PagerOptions { background_fill, ..PagerOptions::default() })
         };
         let loading = match self.rng.below(4) {
             0 => Loading::Eager,
@@ -238,8 +238,8 @@ impl World {
             _ => lazily(false),
         };
         let snapshot = self.store.snapshot(id).expect("it is published");
-        let vm =
-            Vm::resume(&snapshot, self.name.clone(), self.host(), loading).expect("it resumes");
+        let vm = Vm::resume(&snapshot, self.name.clone(), self.host(), loading.clone())
+            .expect("it resumes");
         self.vmm_pages = self.vmm_pages_of[&id].clone();
         self.owes = false;
         let expected = self.published[&id].clone();

@@ -181,7 +181,7 @@ fn metrics_are_what_prometheus_reads_and_what_the_vm_says_elsewhere() {
     let none = scrape(&vm);
     assert_eq!(none.count("frazil_checkpoint_pause_seconds_count", &[]), 0);
     assert!(!none.0.contains_key("frazil_dirty_pages_per_second"), "nothing is known yet");
-    assert!(!none.0.contains_key("frazil_pager_faults_total"), "it was not resumed");
+    assert!(!none.0.contains_key("frazil_pager_fault_seconds"), "it was not resumed");
     let reports: Vec<Value> = (0..5).map(|_| host.json(&["checkpoint", "meter"])).collect();
     let (status, _) =
         vm.http("POST", "/checkpoints", r#"{"tag": "no tag"}"#).expect("the VM answers");
@@ -268,8 +268,8 @@ fn a_lazily_resumed_vm_tells_what_is_resident() {
     let vm = host.resume("lazy", "latest", &["--no-fill"]);
     vm.wait_beyond(vm.turns() + 50);
     let seen = scrape(&vm);
-    assert!(seen.count("frazil_pager_faults_total", &[]) > 0);
-    assert!(seen.value("frazil_pager_fault_seconds_total", &[]) > 0.0);
+    assert!(seen.count("frazil_pager_fault_seconds_count", &[]) > 0);
+    assert!(seen.value("frazil_pager_fault_seconds_sum", &[]) > 0.0);
     let resident = seen.count("frazil_pager_resident_bytes", &[]);
     assert!(resident > 0 && resident <= 48 << 20, "{resident}");
     assert_eq!(seen.count("frazil_pager_complete", &[]), 0);

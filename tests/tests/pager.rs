@@ -227,7 +227,11 @@ fn many_threads_see_the_snapshot_and_keep_what_they_write() {
             // As memory below and above a hole: two ranges of the region, one file.
             let memory = Memory::new(&[(0, 5), (6 * CHUNK_PAGES, 6)]);
             let background_fill = seed % 3 != 0;
-            let options = PagerOptions { fault_threads: 1 + seed as usize % 3, background_fill };
+            let options = PagerOptions {
+                fault_threads: 1 + seed as usize % 3,
+                background_fill,
+                ..PagerOptions::default()
+            };
             let pager = Pager::start(region, &memory.file, &memory.mappings, options, no_failure())
                 .unwrap();
             run_threads(&memory, &contents, seed);

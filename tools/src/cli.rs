@@ -68,6 +68,9 @@ pub(crate) enum Command {
     /// VM has open stays. VMs go on meanwhile, but cannot write checkpoints. It can be interrupted
     /// at any moment, and run again.
     Prune(PruneArgs),
+    /// Bring in memory for other processes; `resume` starts it.
+    #[command(hide = true)]
+    Pager(PagerArgs),
     /// Tell the whole story on the built-in guest: run, checkpoint, kill, resume, verify.
     Demo(DemoArgs),
 }
@@ -300,11 +303,70 @@ pub(crate) struct ResumeArgs {
     /// Fetch memory only when it is touched; by default the rest follows in the background.
     #[arg(long, conflicts_with = "eager")]
     pub no_fill: bool,
+    /// Run so many VMs from it, called NAME-1, NAME-2 and so on, in processes of their own. They share
+    /// the snapshot's memory, and so do those that are started later in this way: what one of them
+    /// touches is there for all, and what one writes is its own.
+    #[arg(long, value_name = "N", conflicts_with = "eager", value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub clones: Option<u32>,
+    /// Bring memory in from this process, or from one of its own that is replaced if it dies.
+    #[arg(long, value_enum, default_value = "internal", conflicts_with_all = ["eager", "clones"])]
+    pub pager: PagerArg,
+    /// Bring in so many bytes a second in the background, at the most.
+    #[arg(long, value_name = "SIZE", value_parser = size, conflicts_with_all = ["eager", "no_fill"])]
+    pub fill_rate: Option<u64>,
+    /// What was touched first the last time: `auto` brings it in beside the guest, or takes note of
+    /// it for a second if nobody has yet; `before` has it there before the guest runs; `off` does
+    /// neither.
+    #[arg(long, value_enum, default_value = "auto", conflicts_with = "eager")]
+    pub working_set: WorkingSetArg,
+    /// Take note anew of what is touched, for so long, and keep that with the snapshot.
+    #[arg(long, value_name = "TIME", value_parser = interval, conflicts_with_all = ["eager", "working_set"])]
+    pub record_working_set: Option<Duration>,
     /// Leave the guest standing still.
     #[arg(long)]
     pub paused: bool,
+    /// The socket of the process that has the snapshot's memory.
+    #[arg(long, value_name = "PATH", hide = true)]
+    pub memory_from: Option<PathBuf>,
     #[command(flatten)]
     pub host: HostArgs,
+}
+
+/// Where a VM's pager runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PagerArg {
+    /// In the VM's process.
+    Internal,
+    /// In a process of its own.
+    External,
+}
+
+/// What becomes of the pages that were touched first the last time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum WorkingSetArg {
+    Auto,
+    Before,
+    Off,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PagerArgs {
+    /// Serve the memory of this snapshot to the VMs that connect, instead of one VM at standard input.
+    #[arg(requires = "listen")]
+    pub snapshot: Option<String>,
+    /// Where they connect.
+    #[arg(long, value_name = "PATH", requires = "snapshot")]
+    pub listen: Option<PathBuf>,
+    /// Fetch memory only when it is touched.
+    #[arg(long)]
+    pub no_fill: bool,
+    /// Bring in so many bytes a second in the background, at the most.
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub fill_rate: Option<u64>,
+    #[arg(long, value_enum, default_value = "auto")]
+    pub working_set: WorkingSetArg,
+    #[arg(long, value_name = "TIME", value_parser = interval)]
+    pub record_working_set: Option<Duration>,
 }
 
 #[derive(Debug, Args)]

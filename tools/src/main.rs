@@ -52,6 +52,7 @@ fn run(cli: Cli, started: commands::Started) -> anyhow::Result<ExitCode> {
         Command::Verify(args) => commands::verify::verify(&args, json),
         Command::Forget(args) => commands::retention::forget(&args, json).map(done),
         Command::Prune(args) => commands::retention::prune(&args, json).map(done),
+        Command::Pager(args) => commands::pager::pager(&args).map(done),
         Command::Demo(args) => demo::demo(&args, json).map(done),
     }
 }

@@ -1,9 +1,10 @@
 //! What a machine is: as it is asked for, as its snapshots list it, and how it meets its host.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use frazil_snapstore::Store;
-use frazil_snapstore::pager::PagerOptions;
+use frazil_snapstore::pager::{Image, PagerOptions};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -86,12 +87,35 @@ impl HostConfig {
 }
 
 /// How memory comes back on resume.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub enum Loading {
-    /// As it is touched.
-    Lazy(PagerOptions),
+    /// As it is touched, brought in by a pager.
+    Lazy(PagerOptions, PagerPlace),
     /// All of it before the guest runs.
     Eager,
+    /// As it is touched by whichever clone touches it first: all that have the image share it, and
+    /// copy the pages that they write. See [`shared_image`](crate::shared_image).
+    Shared(Arc<Image>, PagerOptions),
+    /// The same, with an image that another process serves at this socket.
+    Joined(PathBuf),
+}
+
+impl Loading {
+    /// As it is touched, brought in by a pager in this process.
+    #[must_use]
+    pub fn lazy(options: PagerOptions) -> Self {
+        Self::Lazy(options, PagerPlace::Here)
+    }
+}
+
+/// Where a machine's pager runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PagerPlace {
+    /// In the machine's process.
+    Here,
+    /// In a process of its own: this program is run with the argument `pager`. Another is started if
+    /// it dies.
+    Process(PathBuf),
 }
 
 /// The machine, as its snapshots list it: with this and the other chunks it is built again.

@@ -1,4 +1,5 @@
-//! Guest RAM: a memfd, mapped once, with the usual hole below 4 GiB.
+//! Guest RAM: a memfd, mapped once, with the usual hole below 4 GiB. A memfd of its own, or one that
+//! clones of a snapshot share and map privately: what one of them writes is its own copy.
 //!
 //! Guest memory is never a `&[u8]`: every access goes through vm-memory, which is volatile and
 //! notes what the VMM writes beside what KVM's dirty log sees of the guest.
@@ -7,7 +8,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 
-use frazil_snapstore::pager::{CHUNK_PAGES, Mapping};
+use frazil_snapstore::pager::{CHUNK_PAGES, Extent, Mapping};
 use frazil_snapstore::{PAGE_SIZE, Page, PageSet, PageSource};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vm_memory::mmap::MmapRegionBuilder;
@@ -64,6 +65,16 @@ pub struct GuestRam {
     memfd: File,
     memory: GuestMemory,
     ranges: Vec<RamRange>,
+    sharing: Sharing,
+}
+
+/// Who else sees what is written to a mapping of memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Sharing {
+    /// Whoever has the memfd: it is this machine's alone.
+    Shared,
+    /// Nobody: a page is copied when it is written.
+    Private,
 }
 
 impl GuestRam {
@@ -73,33 +84,35 @@ impl GuestRam {
     /// [`VmmError::Config`] if it is no multiple of [`RAM_GRANULE_BYTES`]; [`VmmError::Host`] if
     /// the host has no room for it.
     pub fn new(ram_bytes: u64) -> Result<Self> {
-        if ram_bytes == 0
-            || !ram_bytes.is_multiple_of(RAM_GRANULE_BYTES)
-            || ram_bytes > RAM_MAX_BYTES
-        {
+        Self::map(ram_memfd(ram_bytes)?, ram_bytes, Sharing::Shared)
+    }
+
+    /// RAM that is `memfd`'s contents until it is written, and what is written is nobody else's.
+    ///
+    /// # Errors
+    /// As [`Self::new`]; [`VmmError::Config`] if the memfd is not of that size.
+    pub fn private(memfd: File, ram_bytes: u64) -> Result<Self> {
+        check_ram_bytes(ram_bytes)?;
+        let len = memfd.metadata().map_err(VmmError::host("look at guest memory"))?.len();
+        if len != ram_bytes {
             return Err(VmmError::Config(format!(
-                "memory: expected a multiple of {} MiB up to {} TiB, found {ram_bytes} bytes",
-                RAM_GRANULE_BYTES >> 20,
-                RAM_MAX_BYTES >> 40
+                "shared memory: expected {ram_bytes} bytes, found {len}"
             )));
         }
-        let create = |op: &str| format!("{op} {} MiB of guest memory", ram_bytes >> 20);
-        let memfd = memfd_create("frazil-ram", MemfdFlags::CLOEXEC)
-            .map_err(|error| VmmError::Host { op: create("create"), source: error.into() })?;
-        ftruncate(&memfd, ram_bytes)
-            .map_err(|error| VmmError::Host { op: create("reserve"), source: error.into() })?;
-        let memfd = File::from(memfd);
+        Self::map(memfd, ram_bytes, Sharing::Private)
+    }
+
+    fn map(memfd: File, ram_bytes: u64, sharing: Sharing) -> Result<Self> {
+        let failed = || format!("map {} MiB of guest memory", ram_bytes >> 20);
         let ranges = ram_ranges(ram_bytes);
         let regions = ranges
             .iter()
-            .map(|range| map(&memfd, range))
+            .map(|range| map(&memfd, range, sharing))
             .collect::<io::Result<Vec<_>>>()
-            .map_err(VmmError::host(create("map")))?;
-        let memory = GuestMemory::from_regions(regions).map_err(|error| VmmError::Host {
-            op: create("map"),
-            source: io::Error::other(error),
-        })?;
-        Ok(Self { memfd, memory, ranges })
+            .map_err(VmmError::host(failed()))?;
+        let memory = GuestMemory::from_regions(regions)
+            .map_err(|error| VmmError::Host { op: failed(), source: io::Error::other(error) })?;
+        Ok(Self { memfd, memory, ranges, sharing })
     }
 
     /// Volatile access to RAM.
@@ -121,9 +134,12 @@ impl GuestRam {
     }
 
     /// Bytes of RAM that take memory of the host: pages that the guest, or whoever fills it, has
-    /// touched. None if the host does not say.
+    /// touched. None if the host does not say, or the memory is shared with others.
     #[must_use]
     pub fn allocated_bytes(&self) -> Option<u64> {
+        if self.sharing == Sharing::Private {
+            return None;
+        }
         // Blocks are 512 bytes, whatever the file system's own are.
         self.memfd.metadata().ok().map(|found| found.blocks() * 512)
     }
@@ -175,12 +191,54 @@ impl PageSource for GuestRam {
     }
 }
 
-fn map(memfd: &File, range: &RamRange) -> io::Result<GuestRegionMmap<VmmWrites>> {
+fn check_ram_bytes(ram_bytes: u64) -> Result<()> {
+    if ram_bytes == 0 || !ram_bytes.is_multiple_of(RAM_GRANULE_BYTES) || ram_bytes > RAM_MAX_BYTES {
+        return Err(VmmError::Config(format!(
+            "memory: expected a multiple of {} MiB up to {} TiB, found {ram_bytes} bytes",
+            RAM_GRANULE_BYTES >> 20,
+            RAM_MAX_BYTES >> 40
+        )));
+    }
+    Ok(())
+}
+
+/// A memfd of `ram_bytes`, all zero and not yet backed by memory.
+///
+/// # Errors
+/// As [`GuestRam::new`].
+pub fn ram_memfd(ram_bytes: u64) -> Result<File> {
+    check_ram_bytes(ram_bytes)?;
+    let failed = |op: &str| format!("{op} {} MiB of guest memory", ram_bytes >> 20);
+    let memfd = memfd_create("frazil-ram", MemfdFlags::CLOEXEC)
+        .map_err(|error| VmmError::Host { op: failed("create"), source: error.into() })?;
+    ftruncate(&memfd, ram_bytes)
+        .map_err(|error| VmmError::Host { op: failed("reserve"), source: error.into() })?;
+    Ok(File::from(memfd))
+}
+
+/// Where RAM of `ram_bytes` is in its memfd, as the pager wants it.
+#[must_use]
+pub fn ram_extents(ram_bytes: u64) -> Vec<Extent> {
+    ram_ranges(ram_bytes)
+        .into_iter()
+        .map(|range| Extent {
+            first_page: range.gpa / PAGE_SIZE as u64,
+            pages: range.len_bytes / PAGE_SIZE as u64,
+            file_offset: range.file_offset,
+        })
+        .collect()
+}
+
+fn map(memfd: &File, range: &RamRange, sharing: Sharing) -> io::Result<GuestRegionMmap<VmmWrites>> {
     let len = usize::try_from(range.len_bytes).map_err(io::Error::other)?;
+    let sharing = match sharing {
+        Sharing::Shared => libc::MAP_SHARED,
+        Sharing::Private => libc::MAP_PRIVATE,
+    };
     let region = MmapRegionBuilder::new_with_bitmap(len, VmmWrites::new(len))
         .with_file_offset(FileOffset::new(memfd.try_clone()?, range.file_offset))
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-        .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+        .with_mmap_flags(sharing | libc::MAP_NORESERVE)
         .build()
         .map_err(io::Error::other)?;
     GuestRegionMmap::new(region, GuestAddress(range.gpa))

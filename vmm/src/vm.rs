@@ -1,10 +1,10 @@
 //! A virtual machine: booted or resumed, run, paused, ended.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use frazil_snapstore::pager::{Pager, PagerStats};
+use frazil_snapstore::pager::PagerStats;
 use frazil_snapstore::{PAGE_SIZE, Snapshot, SnapshotId, Store};
 
 use crate::boot::{self, BootSource, Kernel};
@@ -21,7 +21,8 @@ use crate::line::Line;
 use crate::machine::{
     Guest, HostConfig, Loading, MACHINE_CHUNK, MAX_CPUS, MachineConfig, SavedGuest, SavedMachine,
 };
-use crate::memory::{GuestRam, RAM_REGION};
+use crate::memory::GuestRam;
+use crate::paging::{Paging, bring_memory, map_ram};
 use crate::state::ChunkSet;
 use crate::telemetry::Telemetry;
 use crate::turns::Turns;
@@ -34,7 +35,7 @@ struct Parts {
     shell: VmShell,
     bus: Arc<Bus>,
     vcpus: Arc<VcpuSet>,
-    pager: Option<Pager>,
+    pager: Option<Paging>,
     disks: Vec<Arc<Disk>>,
 }
 
@@ -48,7 +49,7 @@ pub struct Vm {
     resumed_from: Option<SnapshotId>,
     // From here on in the order in which they must go: the pager lets go of memory, so that
     // vCPUs that wait for a page can end; then the vCPUs; then what they use.
-    pager: Option<Pager>,
+    pager: Option<Paging>,
     pub(crate) vcpus: Arc<VcpuSet>,
     pub(crate) bus: Arc<Bus>,
     pub(crate) shell: VmShell,
@@ -126,10 +127,11 @@ impl Vm {
         let machine: SavedMachine = chunks.take(MACHINE_CHUNK)?;
         let hypervisor = Hypervisor::open()?;
         check_cpus(&hypervisor, machine.cpus)?;
-        let shell = build_shell(&hypervisor, &machine, snapshot, host.tracker)?;
+        let (ram, coming) = map_ram(&machine, snapshot, loading)?;
+        let shell = VmShell::new(&hypervisor, Arc::new(ram), host.tracker)?;
         // Before any state is set: KVM itself touches guest memory then (kvmclock, page tables).
         let late = Arc::new(OnceLock::new());
-        let pager = bring_memory(snapshot, &shell.ram, &late, loading)?;
+        let pager = bring_memory(snapshot, &shell.ram, coming, &late)?;
         let vcpus = restore_vcpus(&hypervisor, &shell, &machine, &mut chunks)?;
         platform::restore(&shell.fd, &mut chunks)?;
         let serial = SerialPort::restore(&shell.fd, &host.serial, chunks.take(serial::CHUNK)?)?;
@@ -139,7 +141,7 @@ impl Vm {
         let vcpus = Arc::new(VcpuSet::start(vcpus, &bus)?);
         late.get_or_init(|| Arc::downgrade(&vcpus));
         // One that failed before there were vCPUs to stop.
-        if let Some(failure) = pager.as_ref().and_then(Pager::failure) {
+        if let Some(failure) = pager.as_ref().and_then(Paging::failure) {
             return Err(VmmError::NotNow(failure.to_string()));
         }
         let parts = Parts { shell, bus, vcpus, pager, disks };
@@ -327,7 +329,13 @@ impl Vm {
     /// What the pager did, if memory comes lazily.
     #[must_use]
     pub fn pager_stats(&self) -> Option<PagerStats> {
-        self.pager.as_ref().map(Pager::stats)
+        self.pager.as_ref().map(Paging::stats)
+    }
+
+    /// The process of its pager if that is another, and how many of them died.
+    #[must_use]
+    pub fn pager_process(&self) -> (Option<u32>, u64) {
+        self.pager.as_ref().map_or((None, 0), Paging::process)
     }
 
     /// Its disks, for their devices.
@@ -439,28 +447,6 @@ fn boot_source(config: &MachineConfig, tsc_khz: u32) -> Result<(BootSource, Save
     }
 }
 
-fn build_shell(
-    hypervisor: &Hypervisor,
-    machine: &SavedMachine,
-    snapshot: &Snapshot,
-    tracker: Option<TrackerKind>,
-) -> Result<VmShell> {
-    let ram = Arc::new(GuestRam::new(machine.ram_bytes)?);
-    let region = snapshot.region(RAM_REGION)?;
-    if region.pages() != ram.end_page() {
-        return Err(VmmError::State {
-            chunk: MACHINE_CHUNK.into(),
-            expected: format!(
-                "a region `{RAM_REGION}` of {} pages for {} bytes of RAM",
-                ram.end_page(),
-                machine.ram_bytes
-            ),
-            found: format!("{} pages", region.pages()),
-        });
-    }
-    VmShell::new(hypervisor, ram, tracker)
-}
-
 fn resume_disks(
     machine: &SavedMachine,
     snapshot: &Snapshot,
@@ -494,31 +480,4 @@ fn restore_vcpus(
             Vcpu::restore(hypervisor, shell, index, &name, &saved)
         })
         .collect()
-}
-
-/// The vCPUs to stop if the pager fails, once they exist.
-type LateVcpus = Arc<OnceLock<Weak<VcpuSet>>>;
-
-fn bring_memory(
-    snapshot: &Snapshot,
-    ram: &GuestRam,
-    vcpus: &LateVcpus,
-    loading: Loading,
-) -> Result<Option<Pager>> {
-    let region = snapshot.region(RAM_REGION)?;
-    match loading {
-        Loading::Eager => {
-            frazil_snapstore::pager::load(&region, ram.memfd(), &ram.mappings())?;
-            Ok(None)
-        }
-        Loading::Lazy(options) => {
-            let vcpus = Arc::clone(vcpus);
-            let on_failure = Box::new(move |error: &frazil_snapstore::pager::PagerError| {
-                if let Some(vcpus) = vcpus.get().and_then(Weak::upgrade) {
-                    vcpus.end(Ended::Failed { detail: error.to_string() });
-                }
-            });
-            Ok(Some(Pager::start(region, ram.memfd(), &ram.mappings(), options, on_failure)?))
-        }
-    }
 }

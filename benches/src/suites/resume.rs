@@ -240,12 +240,12 @@ fn eager(bench: &mut Bench, bed: &Bed) -> anyhow::Result<()> {
 /// The guest writes to every page in order, from the moment it is let go.
 fn sweeps(bench: &mut Bench, bed: &Bed) -> anyhow::Result<()> {
     let lazy = |background_fill| {
-        Loading::Lazy(PagerOptions { background_fill, ..PagerOptions::default() })
+        Loading::lazy(PagerOptions { background_fill, ..PagerOptions::default() })
     };
     let runs = bench.runs(3);
-    let (populated, _) = sweep(bed, Loading::Eager, runs)?;
-    let (filled, _) = sweep(bed, lazy(true), runs)?;
-    let (touched, stats) = sweep(bed, lazy(false), runs)?;
+    let (populated, _) = sweep(bed, &Loading::Eager, runs)?;
+    let (filled, _) = sweep(bed, &lazy(true), runs)?;
+    let (touched, stats) = sweep(bed, &lazy(false), runs)?;
     let label = &bed.label;
     let floor_ms = populated.ms(0.5);
     for (name, times) in [("sweep_seq", &filled), ("sweep_seq_no_fill", &touched)] {
@@ -268,14 +268,14 @@ fn sweeps(bench: &mut Bench, bed: &Bed) -> anyhow::Result<()> {
 /// Times of `runs` sweeps, each of a VM of its own; what the last one's pager did.
 fn sweep(
     bed: &Bed,
-    loading: Loading,
+    loading: &Loading,
     runs: usize,
 ) -> anyhow::Result<(Samples, Option<PagerStats>)> {
     let mut times = Samples::new();
     let mut stats = None;
     for _ in 0..runs {
-        let machine = Machine::resume(&bed.snapshot, loading)?;
-        if loading == Loading::Eager {
+        let machine = Machine::resume(&bed.snapshot, loading.clone())?;
+        if matches!(loading, Loading::Eager) {
             // Loading leaves the host's page tables empty; the reference is memory that is there.
             raw::populate(machine.vm.ram())?;
         }

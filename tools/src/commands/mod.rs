@@ -1,9 +1,11 @@
 //! The commands, and what several of them share.
 
+pub(crate) mod clones;
 pub(crate) mod control;
 pub(crate) mod diff;
 mod graph;
 pub(crate) mod log;
+pub(crate) mod pager;
 pub(crate) mod retention;
 pub(crate) mod run;
 pub(crate) mod show;

@@ -7,21 +7,22 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use frazil_snapstore::pager::PagerOptions;
-use frazil_snapstore::{Store, StoreOptions};
+use frazil_snapstore::{SnapshotId, Store, StoreOptions};
 use frazil_vmm::boot::{BootSource, Kernel};
 use frazil_vmm::control::{Registration, Server};
 use frazil_vmm::devices::serial::SerialOutput;
 use frazil_vmm::disk::OverlayOptions;
 use frazil_vmm::keeper::{Keeper, Kept};
 use frazil_vmm::scheduler::{Schedule, ScheduleEvent, Scheduler};
-use frazil_vmm::{CheckpointReport, Ended, Guest, HostConfig, Loading, MachineConfig, Vm};
+use frazil_vmm::{
+    CheckpointReport, Ended, Guest, HostConfig, Loading, MachineConfig, PagerPlace, Vm,
+};
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use super::{Started, default_store, find_snapshot, monotonic_ns, print_json};
-use crate::cli::{HostArgs, ResumeArgs, RunArgs, SerialArg};
+use super::{Started, clones, default_store, find_snapshot, monotonic_ns, pager, print_json};
+use crate::cli::{HostArgs, PagerArg, ResumeArgs, RunArgs, SerialArg};
 use crate::output;
 
 /// Signals that come so soon after the first are the same one.
@@ -68,10 +69,14 @@ pub(crate) fn run(args: RunArgs, json: bool) -> anyhow::Result<ExitCode> {
 }
 
 pub(crate) fn resume(args: ResumeArgs, json: bool, started: Started) -> anyhow::Result<ExitCode> {
-    let ResumeArgs { snapshot, eager, no_fill, paused, host } = args;
-    let (path, store, id) = find_snapshot(&snapshot, store_options(&host))?;
+    let (path, store, id) = find_snapshot(&args.snapshot, store_options(&args.host))?;
     // It must not be pruned away under the VM, though it may be forgotten.
     let snapshot = store.pin(id)?;
+    if let Some(count) = args.clones.filter(|count| *count > 1) {
+        return clones::run(&args, count, &path, id);
+    }
+    let loading = loading(&args, &path, id)?;
+    let ResumeArgs { paused, host, .. } = args;
     let store_path = match &host.store {
         Some(other) if *other != path => anyhow::bail!(
             "--store {}: a resumed VM's checkpoints go on in the store of its snapshot, {}",
@@ -81,11 +86,6 @@ pub(crate) fn resume(args: ResumeArgs, json: bool, started: Started) -> anyhow::
         _ => path,
     };
     let registration = Registration::enter(&vm_name(&host), host.api_socket.clone())?;
-    let loading = if eager {
-        Loading::Eager
-    } else {
-        Loading::Lazy(PagerOptions { background_fill: !no_fill, ..PagerOptions::default() })
-    };
     let name = registration.record().name.clone();
     let vm = Vm::resume(&snapshot, name, host_config(&host, Some(store), json), loading)
         .with_context(|| format!("cannot resume snapshot {}", snapshot.id().short()))?;
@@ -98,6 +98,28 @@ pub(crate) fn resume(args: ResumeArgs, json: bool, started: Started) -> anyhow::
         paused,
         first_progress: Some(started),
     })
+}
+
+/// How the memory of a resumed VM is to come back.
+fn loading(args: &ResumeArgs, store: &Path, id: SnapshotId) -> anyhow::Result<Loading> {
+    if args.eager {
+        return Ok(Loading::Eager);
+    }
+    if let Some(socket) = &args.memory_from {
+        return Ok(Loading::Joined(socket.clone()));
+    }
+    if args.clones.is_some() {
+        return clones::share_memory(args, store, id).map(Loading::Joined);
+    }
+    let options =
+        pager::options(args.no_fill, args.fill_rate, args.working_set, args.record_working_set);
+    let place = match args.pager {
+        PagerArg::Internal => PagerPlace::Here,
+        PagerArg::External => PagerPlace::Process(
+            std::env::current_exe().context("cannot tell where this program is")?,
+        ),
+    };
+    Ok(Loading::Lazy(options, place))
 }
 
 /// A VM and what surrounds it while this process lives.

@@ -57,6 +57,10 @@ pub struct VmStatus {
     pub keep: Option<KeepTotals>,
     /// What the pager did, if memory comes lazily.
     pub pager: Option<PagerStats>,
+    /// The process of its pager, if that is another than the machine's and the machine started it.
+    pub pager_process: Option<u32>,
+    /// Pagers that died, and whose place another took.
+    pub pager_deaths: u64,
     /// Serial output dropped because nobody read it in time, in bytes.
     pub serial_dropped_bytes: u64,
 }
@@ -71,6 +75,7 @@ impl VmStatus {
             (None, true) => RunState::Paused,
             (None, false) => RunState::Running,
         };
+        let (pager_process, pager_deaths) = vm.pager_process();
         Self {
             name: vm.name().to_owned(),
             pid: std::process::id(),
@@ -86,6 +91,8 @@ impl VmStatus {
             checkpoint_in_progress: vm.checkpoint_progress(),
             keep: vm.keep_totals(),
             pager: vm.pager_stats(),
+            pager_process,
+            pager_deaths,
             serial_dropped_bytes: vm.bus.serial().dropped_bytes(),
         }
     }

@@ -5,9 +5,11 @@
 
 use std::fmt::{Display, Write};
 
+use frazil_snapstore::pager::PagerStats;
+
 use super::api::{RunState, VmStatus};
 use crate::machine::SavedGuest;
-use crate::telemetry::{CheckpointStatistics, CheckpointSums, Distribution};
+use crate::telemetry::{Bucket, CheckpointStatistics, CheckpointSums, Distribution};
 use crate::vcpu::ExitCounts;
 use crate::vm::Vm;
 
@@ -204,11 +206,11 @@ fn keep(page: &mut Page, status: &VmStatus) {
 
 fn pager(page: &mut Page, status: &VmStatus) {
     let Some(pager) = &status.pager else { return };
-    page.counter("frazil_pager_faults_total", "Page faults answered.", pager.faults);
-    page.counter(
-        "frazil_pager_fault_seconds_total",
-        "Time spent answering page faults.",
-        pager.fault_us_total as f64 / MICROSECONDS,
+    page.histogram(
+        "frazil_pager_fault_seconds",
+        "How long page faults took to answer.",
+        &fault_times(pager),
+        MICROSECONDS,
     );
     page.gauge(
         "frazil_pager_fault_max_seconds",
@@ -225,6 +227,28 @@ fn pager(page: &mut Page, status: &VmStatus) {
         "1 once all of the snapshot's memory is resident, else 0.",
         u8::from(pager.complete),
     );
+    page.counter(
+        "frazil_pager_deaths_total",
+        "Pagers in processes of their own that died, and whose place another took.",
+        status.pager_deaths,
+    );
+}
+
+fn fault_times(pager: &PagerStats) -> Distribution {
+    let last = pager.fault_us_log2.len() - 1;
+    let le = |class: usize| (class < last).then(|| (1 << class) - 1);
+    let buckets = pager.fault_us_log2.iter().enumerate();
+    let buckets = buckets.map(|(class, count)| Bucket { le: le(class), count: *count }).collect();
+    Distribution {
+        count: pager.faults,
+        sum: pager.fault_us_total,
+        min: 0,
+        p50: pager.fault_us_within(0.5),
+        p90: pager.fault_us_within(0.9),
+        p99: pager.fault_us_within(0.99),
+        max: pager.fault_us_max,
+        buckets,
+    }
 }
 
 /// A page of metrics being written.
@@ -301,7 +325,6 @@ fn escaped(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::telemetry::Bucket;
 
     #[test]
     fn labels_are_escaped_and_histograms_add_up() {

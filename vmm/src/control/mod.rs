@@ -11,7 +11,7 @@ mod register;
 mod server;
 
 pub use client::Client;
-pub use register::{Registration, VmRecord, find, list, runtime_folder};
+pub use register::{Registration, VmRecord, find, list, memory_socket, runtime_folder};
 pub use server::{OnEvent, Server};
 
 /// The description of the API, as it is served.

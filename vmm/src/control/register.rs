@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use frazil_snapstore::SnapshotId;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Result, VmmError};
@@ -34,6 +35,16 @@ pub fn runtime_folder() -> PathBuf {
         0 => PathBuf::from("/run/frazil"),
         uid => PathBuf::from(format!("/tmp/frazil-{uid}")),
     }
+}
+
+/// Where the process listens that has the memory of snapshot `id` for the VMs that share it.
+///
+/// # Errors
+/// [`VmmError::Host`] if the folder of running VMs cannot be made.
+pub fn memory_socket(id: SnapshotId) -> Result<PathBuf> {
+    let folder = runtime_folder();
+    make_private_folder(&folder)?;
+    Ok(folder.join(format!("memory-{}.socket", id.short())))
 }
 
 /// A running VM's place in the register; dropping it takes the VM out.

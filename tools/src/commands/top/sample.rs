@@ -104,7 +104,8 @@ impl Sample {
         let pager = status.pager.as_ref().map(|pager| {
             json!({
                 "faults": pager.faults, "fault_us_total": pager.fault_us_total,
-                "fault_us_max": pager.fault_us_max, "filled_pages": pager.filled_pages,
+                "fault_us_max": pager.fault_us_max, "fault_us_p50": pager.fault_us_within(0.5),
+                "fault_us_p99": pager.fault_us_within(0.99), "filled_pages": pager.filled_pages,
                 "zero_pages": pager.zero_pages, "complete": pager.complete,
                 "resident_share": self.resident_share(),
                 "faults_per_s": rate(|rates| rates.faults_per_s),
@@ -156,6 +157,8 @@ pub(super) mod tests {
         let pager = lazy.then(|| {
             json!({
                 "faults": 100 * n, "fault_us_total": 5_000 * n, "fault_us_max": 900,
+                "fault_us_log2": [0, 0, 0, 0, 0, 0, 100 * n, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+                    0, 0, 0],
                 "filled_pages": 1_024 * (n + 1), "zero_pages": 0, "total_pages": 0,
                 "complete": false,
             })
@@ -164,7 +167,8 @@ pub(super) mod tests {
             "name": "vm1", "pid": 1, "state": "running",
             "machine": {"ram_bytes": 64 << 20, "cpus": 2, "disks": 0,
                 "guest": {"kind": "workload", "spec": ""}},
-            "store": "store st", "resumed_from": null, "head": null, "uptime_ms": 1_000 * n,
+            "store": "store st", "resumed_from": null, "head": null, "dirty_tracking": "ring",
+            "pager_process": null, "pager_deaths": 0, "uptime_ms": 1_000 * n,
             "checkpoints": totals, "checkpoint_in_progress": null, "pager": pager,
             "serial_dropped_bytes": 0,
         });

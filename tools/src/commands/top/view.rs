@@ -190,10 +190,10 @@ impl View {
             |mean| format!("{} each", micros(mean.round() as u64)),
         );
         let faults = format!(
-            "{} faults/s, {mean}; {} in all, longest {}; filling {}/s",
+            "{} faults/s, {mean}; {} in all, 99 % within {}; filling {}/s",
             count(self.rates.faults_per_s as u64),
             count(pager.faults),
-            micros(pager.fault_us_max),
+            micros(pager.fault_us_within(0.99)),
             bytes(self.rates.filled_bytes_per_s as u64),
         );
         let block = block("resumed lazily");
@@ -334,7 +334,7 @@ mod tests {
             "pages/s (3.12 MiB/s)",
             "p50 600 µs   p90 900 µs   p99 4.0 ms   max 5.0 ms   last 650 µs",
             "12.5 %, 8.00 MiB resident",
-            "faults/s, 50 µs each; 100 in all, longest 900 µs",
+            "faults/s, 50 µs each; 100 in all, 99 % within 64 µs",
             "q quits; every 1s",
         ] {
             assert!(found.contains(part), "expected `{part}` in\n{found}");

@@ -1,0 +1,150 @@
+//! `frazil resume --clones N`: many VMs from one snapshot, which share its memory.
+
+use std::ffi::{OsStr, OsString};
+use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Stdio};
+
+use anyhow::{Context, ensure};
+use frazil_snapstore::SnapshotId;
+use frazil_vmm::control::memory_socket;
+use rustix::process::{Pid, Signal, kill_process};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use crate::cli::{ResumeArgs, WorkingSetArg};
+
+/// Sees to it that a process has the memory of the snapshot, for this VM and others; returns its
+/// socket. It goes when nobody needs it any more.
+pub(crate) fn share_memory(
+    args: &ResumeArgs,
+    store: &Path,
+    id: SnapshotId,
+) -> anyhow::Result<PathBuf> {
+    let socket = memory_socket(id)?;
+    let mut command = Command::new(this_program()?);
+    command.arg("pager").arg("--listen").arg(&socket);
+    if args.no_fill {
+        command.arg("--no-fill");
+    }
+    if let Some(rate) = args.fill_rate {
+        command.arg("--fill-rate").arg(rate.to_string());
+    }
+    match args.working_set {
+        WorkingSetArg::Auto => {}
+        WorkingSetArg::Before => drop(command.args(["--working-set", "before"])),
+        WorkingSetArg::Off => drop(command.args(["--working-set", "off"])),
+    }
+    if let Some(time) = args.record_working_set {
+        command.arg("--record-working-set").arg(humantime::format_duration(time).to_string());
+    }
+    command.arg(reference(store, id));
+    // Ctrl-C is for the VMs.
+    command.process_group(0).stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut server = command.spawn().context("cannot start the process that shares memory")?;
+    let stdout = server.stdout.take().context("it has no standard output")?;
+    let mut line = String::new();
+    BufReader::new(stdout).read_line(&mut line).context("cannot read what it says")?;
+    ensure!(line == "ready\n", "the process that shares the snapshot's memory did not start");
+    // Whoever starts a process has to see it off.
+    std::thread::Builder::new().name("frazil-reaper".into()).spawn(move || {
+        let _status = server.wait();
+    })?;
+    Ok(socket)
+}
+
+/// Runs `count` VMs, each in a process of its own, until all have ended.
+pub(crate) fn run(
+    args: &ResumeArgs,
+    count: u32,
+    store: &Path,
+    id: SnapshotId,
+) -> anyhow::Result<ExitCode> {
+    ensure!(
+        args.host.api_socket.is_none(),
+        "--api-socket: {count} VMs cannot have the same; each has one of its own, see `frazil ps`"
+    );
+    let socket = share_memory(args, store, id)?;
+    let base = args.host.name.clone().unwrap_or_else(|| format!("vm-{}", std::process::id()));
+    let program = this_program()?;
+    let common = common_arguments(args, &reference(store, id));
+    let mut clones = Clones(Vec::new());
+    for index in 1..=count {
+        let mut command = Command::new(&program);
+        command.args(&common).arg("--name").arg(format!("{base}-{index}"));
+        command.arg("--memory-from").arg(&socket).stdin(Stdio::null());
+        clones.0.push(command.spawn().with_context(|| format!("cannot start {base}-{index}"))?);
+    }
+    clones.pass_signals_on()?;
+    let mut failed = 0;
+    for child in &mut clones.0 {
+        failed += u32::from(!child.wait().context("cannot wait for a VM")?.success());
+    }
+    clones.0.clear();
+    if failed > 0 {
+        eprintln!("frazil: {failed} of {count} VMs failed");
+    }
+    Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// The processes of the VMs, which do not outlive this one unless it is killed.
+struct Clones(Vec<Child>);
+
+impl Clones {
+    fn pass_signals_on(&self) -> anyhow::Result<()> {
+        let pids: Vec<Pid> = self.0.iter().map(Pid::from_child).collect();
+        let mut signals =
+            Signals::new([SIGINT, SIGTERM, SIGHUP]).context("cannot handle signals")?;
+        std::thread::Builder::new().name("frazil-signals".into()).spawn(move || {
+            for _ in signals.forever() {
+                for pid in &pids {
+                    // Ended already is as good.
+                    let _gone = kill_process(*pid, Signal::TERM);
+                }
+            }
+        })?;
+        Ok(())
+    }
+}
+
+impl Drop for Clones {
+    fn drop(&mut self) {
+        for child in &mut self.0 {
+            let _gone = child.kill();
+            let _waited = child.wait();
+        }
+    }
+}
+
+fn this_program() -> anyhow::Result<PathBuf> {
+    std::env::current_exe().context("cannot tell where this program is")
+}
+
+fn reference(store: &Path, id: SnapshotId) -> OsString {
+    let mut reference = store.as_os_str().to_owned();
+    reference.push(format!("@{id}"));
+    reference
+}
+
+/// The arguments of this process without what differs from clone to clone.
+fn common_arguments(args: &ResumeArgs, reference: &OsStr) -> Vec<OsString> {
+    let mut common = Vec::new();
+    let mut given = std::env::args_os().skip(1);
+    let mut snapshot_seen = false;
+    while let Some(argument) = given.next() {
+        let text = argument.to_string_lossy();
+        if text == "--clones" || text == "--name" {
+            given.next();
+        } else if text.starts_with("--clones=") || text.starts_with("--name=") {
+            // Theirs is another.
+        } else if !snapshot_seen && text == args.snapshot.as_str() {
+            // `latest` may be another by the time they look.
+            snapshot_seen = true;
+            common.push(reference.to_owned());
+        } else {
+            common.push(argument);
+        }
+    }
+    common
+}

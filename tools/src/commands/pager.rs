@@ -1,0 +1,110 @@
+//! `frazil pager`: brings in memory for VMs in other processes.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use frazil_snapstore::StoreOptions;
+use frazil_snapstore::pager::{self, ImageServer, PagerOptions, Replay};
+
+use super::find_snapshot;
+use crate::cli::{PagerArgs, WorkingSetArg};
+
+/// How long the memory of a snapshot is kept for VMs to come.
+const LINGER: Duration = Duration::from_secs(5);
+/// How long the first may take.
+const FIRST_PATIENCE: Duration = Duration::from_secs(60);
+/// How long a resumed VM is watched for what it touches, if nobody says otherwise.
+const RECORD: Duration = Duration::from_secs(1);
+
+/// What the command line says about how memory is brought in.
+pub(crate) fn options(
+    no_fill: bool,
+    fill_rate: Option<u64>,
+    working_set: WorkingSetArg,
+    record: Option<Duration>,
+) -> PagerOptions {
+    let (replay, first) = match working_set {
+        WorkingSetArg::Auto => (Replay::Beside, Some(RECORD)),
+        WorkingSetArg::Before => (Replay::Before, Some(RECORD)),
+        WorkingSetArg::Off => (Replay::Off, None),
+    };
+    PagerOptions {
+        background_fill: !no_fill,
+        fill_bytes_per_s: fill_rate,
+        replay: if record.is_some() { Replay::Off } else { replay },
+        record: record.or(first),
+        ..PagerOptions::default()
+    }
+}
+
+pub(crate) fn pager(args: &PagerArgs) -> anyhow::Result<()> {
+    match (&args.snapshot, &args.listen) {
+        (Some(snapshot), Some(socket)) => serve_many(args, snapshot, socket),
+        _ => {
+            let socket = std::io::stdin().as_fd().try_clone_to_owned();
+            pager::serve_one(socket.context("standard input is no socket")?)?;
+            Ok(())
+        }
+    }
+}
+
+/// Until nobody has used it for a while.
+fn serve_many(args: &PagerArgs, snapshot: &str, socket: &Path) -> anyhow::Result<()> {
+    let Some(_lock) = lock(socket)? else {
+        // Whoever started this one can go there.
+        return say_ready();
+    };
+    let (_, store, id) = find_snapshot(snapshot, StoreOptions::default())?;
+    let image = frazil_vmm::shared_image(&store.pin(id)?)?;
+    let options = options(args.no_fill, args.fill_rate, args.working_set, args.record_working_set);
+    let server = Arc::new(ImageServer::new(image, options)?);
+    // Of a server that is no more: we have its lock.
+    let _none = std::fs::remove_file(socket);
+    let at = || format!("cannot listen at {}", socket.display());
+    let listener = pager::listen(socket).with_context(at)?;
+    std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600)).with_context(at)?;
+    say_ready()?;
+    let mut idle_until = Instant::now() + FIRST_PATIENCE;
+    while server.users() > 0 || Instant::now() < idle_until {
+        if server.users() > 0 {
+            idle_until = Instant::now() + LINGER;
+        }
+        if let Some(user) = pager::accept(&listener, Duration::from_millis(200)).with_context(at)? {
+            let server = Arc::clone(&server);
+            let serve = move || {
+                if let Err(error) = server.serve(user) {
+                    tracing::warn!(%error, "a VM is not served");
+                }
+            };
+            std::thread::Builder::new().name("frazil-user".into()).spawn(serve)?;
+        }
+    }
+    let _gone = std::fs::remove_file(socket);
+    Ok(())
+}
+
+/// None if another process serves there.
+fn lock(socket: &Path) -> anyhow::Result<Option<File>> {
+    let path = PathBuf::from(format!("{}.lock", socket.display()));
+    let file = OpenOptions::new().write(true).create(true).truncate(false).open(&path);
+    let file = file.with_context(|| format!("cannot create {}", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(Some(file)),
+        Err(TryLockError::WouldBlock) => Ok(None),
+        Err(TryLockError::Error(error)) => {
+            Err(error).with_context(|| format!("cannot lock {}", path.display()))
+        }
+    }
+}
+
+/// Tells whoever started this process that VMs may connect.
+fn say_ready() -> anyhow::Result<()> {
+    let mut stdout = std::io::stdout();
+    stdout.write_all(b"ready\n").and_then(|()| stdout.flush()).context("nobody waits")
+}

@@ -1,0 +1,190 @@
+//! How the memory of a resumed machine comes back: from whom, and into what.
+//!
+//! | [`Loading`] | memory | who brings it in |
+//! |---|---|---|
+//! | `Eager` | a memfd of its own | this process, before the guest runs |
+//! | `Lazy` | a memfd of its own | a pager, in this process or one of its own |
+//! | `Shared` | an image, mapped privately | a pager of its own in this process; whatever it brings in is there for all |
+//! | `Joined` | the same | the process that serves the image to machines in many processes |
+
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::{Arc, OnceLock, Weak};
+
+use frazil_snapstore::Snapshot;
+use frazil_snapstore::pager::{
+    self, Image, Offer, OnFailure, Pager, PagerError, PagerOptions, PagerStats, RemotePager, Seat,
+    StartPager,
+};
+
+use crate::error::{Result, VmmError};
+use crate::machine::{Loading, MACHINE_CHUNK, PagerPlace, SavedMachine};
+use crate::memory::{GuestRam, RAM_REGION, ram_extents, ram_memfd};
+use crate::vcpu::{Ended, VcpuSet};
+use crate::workload_memory::saved_machine;
+
+/// The vCPUs to stop if the pager fails, once they exist.
+pub(crate) type LateVcpus = Arc<OnceLock<Weak<VcpuSet>>>;
+
+/// The memory of `snapshot`, for any number of clones that are resumed with [`Loading::Shared`], or for
+/// a process that serves it to others. Nothing of it is there yet.
+///
+/// # Errors
+/// The store's; what the host refuses.
+pub fn shared_image(snapshot: &Snapshot) -> Result<Arc<Image>> {
+    let machine = saved_machine(snapshot)?;
+    let memory = ram_memfd(machine.ram_bytes)?;
+    let image = Image::new(snapshot.region(RAM_REGION)?, &memory, &ram_extents(machine.ram_bytes))?;
+    Ok(Arc::new(image))
+}
+
+/// Who brings in a running machine's memory.
+#[derive(Debug)]
+pub(crate) enum Paging {
+    Here(Pager),
+    Elsewhere(RemotePager),
+}
+
+impl Paging {
+    pub fn stats(&self) -> PagerStats {
+        match self {
+            Self::Here(pager) => pager.stats(),
+            Self::Elsewhere(pager) => pager.stats(),
+        }
+    }
+
+    pub fn failure(&self) -> Option<Arc<PagerError>> {
+        match self {
+            Self::Here(pager) => pager.failure(),
+            Self::Elsewhere(pager) => pager.failure(),
+        }
+    }
+
+    /// The process it is in if that is another, and how many of them died.
+    pub fn process(&self) -> (Option<u32>, u64) {
+        match self {
+            Self::Here(_) => (None, 0),
+            Self::Elsewhere(pager) => (pager.process(), pager.deaths()),
+        }
+    }
+}
+
+/// Memory that is mapped, and what will bring its contents in.
+pub(crate) enum Coming {
+    Eager,
+    Lazy(PagerOptions, PagerPlace),
+    Shared(Arc<Image>, PagerOptions),
+    Joined(Offer),
+}
+
+/// Maps RAM for the machine in `snapshot`.
+pub(crate) fn map_ram(
+    machine: &SavedMachine,
+    snapshot: &Snapshot,
+    loading: Loading,
+) -> Result<(GuestRam, Coming)> {
+    let region = snapshot.region(RAM_REGION)?;
+    let ram_bytes = machine.ram_bytes;
+    let (ram, coming) = match loading {
+        Loading::Eager => (GuestRam::new(ram_bytes)?, Coming::Eager),
+        Loading::Lazy(options, place) => (GuestRam::new(ram_bytes)?, Coming::Lazy(options, place)),
+        Loading::Shared(image, options) => {
+            let same = image.region().snapshot() == snapshot.id();
+            if !same {
+                return Err(VmmError::Config("the image is of another snapshot".into()));
+            }
+            let memory = image.memory().try_clone();
+            let memory = memory.map_err(VmmError::host("duplicate a file descriptor"))?;
+            (GuestRam::private(memory, ram_bytes)?, Coming::Shared(image, options))
+        }
+        Loading::Joined(socket) => {
+            let connection = pager::connect(&socket)
+                .map_err(VmmError::host(format!("connect to {}", socket.display())))?;
+            let offer = Offer::receive(connection, &region)?;
+            let memory = offer.memory().try_clone();
+            let memory = memory.map_err(VmmError::host("duplicate a file descriptor"))?;
+            (GuestRam::private(memory, ram_bytes)?, Coming::Joined(offer))
+        }
+    };
+    if region.pages() == ram.end_page() {
+        return Ok((ram, coming));
+    }
+    Err(VmmError::State {
+        chunk: MACHINE_CHUNK.into(),
+        expected: format!(
+            "a region `{RAM_REGION}` of {} pages for {ram_bytes} bytes of RAM",
+            ram.end_page()
+        ),
+        found: format!("{} pages", region.pages()),
+    })
+}
+
+/// Starts bringing in the contents; returns who does, unless all are there.
+pub(crate) fn bring_memory(
+    snapshot: &Snapshot,
+    ram: &GuestRam,
+    coming: Coming,
+    vcpus: &LateVcpus,
+) -> Result<Option<Paging>> {
+    let region = snapshot.region(RAM_REGION)?;
+    let on_failure = stop(vcpus);
+    Ok(match coming {
+        Coming::Eager => {
+            pager::load(&region, ram.memfd(), &ram.mappings())?;
+            None
+        }
+        Coming::Lazy(options, PagerPlace::Here) => {
+            let mappings = ram.mappings();
+            let pager = Pager::start(region, ram.memfd(), &mappings, options, on_failure)?;
+            Some(Paging::Here(pager))
+        }
+        Coming::Lazy(options, PagerPlace::Process(program)) => {
+            let folder = snapshot.store().folder().ok_or_else(|| {
+                VmmError::Config("a pager of its own wants a store in a folder".into())
+            })?;
+            let image = Image::new(region, ram.memfd(), &ram_extents(ram.len_bytes()))?;
+            let seat = Seat::take(&ram.mappings())?;
+            let start = start_program(program);
+            let pager = RemotePager::start(image, &folder, seat, options, start, on_failure)?;
+            Some(Paging::Elsewhere(pager))
+        }
+        Coming::Shared(image, options) => {
+            let seat = Seat::take(&ram.mappings())?;
+            let options = PagerOptions { maps_ahead: false, ..options };
+            Some(Paging::Here(Pager::serve(image, seat, options, on_failure)?))
+        }
+        Coming::Joined(offer) => {
+            let seat = Seat::take(&ram.mappings())?;
+            Some(Paging::Elsewhere(offer.accept(region, seat, on_failure)?))
+        }
+    })
+}
+
+fn stop(vcpus: &LateVcpus) -> OnFailure {
+    let vcpus = Arc::clone(vcpus);
+    Box::new(move |error| {
+        if let Some(vcpus) = vcpus.get().and_then(Weak::upgrade) {
+            vcpus.end(Ended::Failed { detail: error.to_string() });
+        }
+    })
+}
+
+/// Runs `program pager` with the socket for standard input.
+fn start_program(program: PathBuf) -> StartPager {
+    Box::new(move |socket| start_pager(&program, socket))
+}
+
+fn start_pager(program: &Path, socket: OwnedFd) -> std::io::Result<u32> {
+    let mut child = Command::new(program)
+        .arg("pager")
+        .stdin(Stdio::from(socket))
+        .stdout(Stdio::null())
+        .spawn()?;
+    let id = child.id();
+    // Whoever starts a process has to see it off.
+    std::thread::Builder::new().name("frazil-reaper".into()).spawn(move || {
+        let _status = child.wait();
+    })?;
+    Ok(id)
+}
