@@ -283,6 +283,9 @@ impl Pager {
                 region.store().working_set(region.snapshot(), region.name())
             }
         };
+        if set.is_some() {
+            self.user.forget_recorded();
+        }
         match set {
             Some(set) if options.replay == Replay::Before => {
                 self.user.replay(&set)?;

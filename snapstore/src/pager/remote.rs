@@ -9,6 +9,7 @@
 //! [`ImageServer`] has the memory that many users share; they can read it and no more, so if it dies
 //! each of them serves itself, from the store, with copies of its own of what was not there yet.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -107,8 +108,11 @@ pub struct ImageServer {
     /// The memory and what says which pages are filled, for reading only.
     offered: [File; 2],
     options: PagerOptions,
-    users: AtomicU64,
+    connections: Mutex<Connections>,
 }
+
+/// How many there were so far, and those that are there.
+type Connections = (u64, BTreeMap<u64, Channel>);
 
 impl ImageServer {
     /// A server of `image`. Its memory can be written by this process alone from here on, as far as
@@ -121,13 +125,22 @@ impl ImageServer {
         let offered = [offer(image.memory())?, offer(image.filled_file())?];
         // Page tables for all of it, in all of them, would be most of what clones take.
         let options = PagerOptions { maps_ahead: false, ..options };
-        Ok(Self { image, offered, options, users: AtomicU64::new(0) })
+        Ok(Self { image, offered, options, connections: Mutex::default() })
+    }
+
+    fn connections(&self) -> MutexGuard<'_, Connections> {
+        self.connections.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends the connections to all users, which go on by themselves.
+    pub fn hang_up(&self) {
+        self.connections().1.values().for_each(Channel::close);
     }
 
     /// Users being served.
     #[must_use]
-    pub fn users(&self) -> u64 {
-        self.users.load(Ordering::Acquire)
+    pub fn users(&self) -> usize {
+        self.connections().1.len()
     }
 
     /// Serves the user at the other end of `socket` until it is gone. A user that talks nonsense is
@@ -136,8 +149,8 @@ impl ImageServer {
     /// # Errors
     /// What failed; the user was told.
     pub fn serve(&self, socket: OwnedFd) -> Result<(), PagerError> {
-        let _counted = Counted::new(&self.users);
         let channel = Channel::new(socket);
+        let _connected = self.connect(&channel)?;
         let region = self.image.region();
         let offer = Message::Offer {
             version: VERSION,
@@ -163,6 +176,15 @@ impl ImageServer {
         Ok(())
     }
 
+    fn connect(&self, channel: &Channel) -> Result<Connected<'_>, PagerError> {
+        let channel = channel.try_clone().map_err(remote_error)?;
+        let mut connections = self.connections();
+        connections.0 += 1;
+        let number = connections.0;
+        connections.1.insert(number, channel);
+        Ok(Connected { server: self, number })
+    }
+
     fn seat(
         &self,
         message: Message,
@@ -179,19 +201,15 @@ impl ImageServer {
     }
 }
 
-/// Counts a user as long as it is there.
-struct Counted<'a>(&'a AtomicU64);
-
-impl<'a> Counted<'a> {
-    fn new(count: &'a AtomicU64) -> Self {
-        count.fetch_add(1, Ordering::AcqRel);
-        Self(count)
-    }
+/// A user, as long as it is there.
+struct Connected<'a> {
+    server: &'a ImageServer,
+    number: u64,
 }
 
-impl Drop for Counted<'_> {
+impl Drop for Connected<'_> {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::AcqRel);
+        self.server.connections().1.remove(&self.number);
     }
 }
 

@@ -138,7 +138,9 @@ impl User {
         }
         // Somebody may have waited for a pager that is no more, with an answer on its way.
         seat.watch.wake_all()?;
-        let (failure, letting_go, recorded) = Default::default();
+        let (failure, letting_go) = Default::default();
+        // From the first fault on, though it may turn out not to be wanted.
+        let recorded = Mutex::new(options.record.map(|_| WorkingSet::default()));
         Ok(Self { image, options, seat, failure, on_failure, letting_go, recorded })
     }
 
@@ -209,7 +211,6 @@ impl User {
     /// Takes note of what is asked for, for as long as the options say, and keeps it with the snapshot;
     /// then goes on with the rest.
     pub fn record(&self) {
-        *self.lock_recorded() = Some(WorkingSet::default());
         self.seat.watch.wait_stopped(self.options.record.unwrap_or_default());
         let set = self.lock_recorded().take().unwrap_or_default();
         let region = self.image.region();
@@ -229,6 +230,11 @@ impl User {
 
     fn lock_recorded(&self) -> MutexGuard<'_, Option<WorkingSet>> {
         self.recorded.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes no more note of what is asked for.
+    pub fn forget_recorded(&self) {
+        *self.lock_recorded() = None;
     }
 
     fn note(&self, first: u64, count: u64) {
