@@ -106,6 +106,9 @@ fn loading(args: &ResumeArgs, store: &Path, id: SnapshotId) -> anyhow::Result<Lo
         return Ok(Loading::Eager);
     }
     if let Some(socket) = &args.memory_from {
+        // One of several clones, which end with the process that started them.
+        rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM))
+            .context("cannot ask to be told of the end of the process that started this one")?;
         return Ok(Loading::Joined(socket.clone()));
     }
     if args.clones.is_some() {

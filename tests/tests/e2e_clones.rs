@@ -1,0 +1,305 @@
+//! Many VMs from one snapshot, pagers in processes of their own, and what becomes of all of them when
+//! one dies.
+
+use std::time::Duration;
+
+use frazil_snapstore::pager::PagerOptions;
+use frazil_tests::rng::Rng;
+use frazil_tests::vm_harness::{
+    Host, RunningVm, expect_sound, number, text, uffd_or_skip, wait_for, wait_populated,
+};
+use frazil_vmm::devices::serial::SerialOutput;
+use frazil_vmm::{
+    CheckpointRequest, Guest, HostConfig, Loading, MachineConfig, Vm, shared_image, verify_snapshot,
+};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+const SMALL: &[&str] = &["--memory", "64MiB"];
+const WORKLOAD: &str = "touch=16MiB,rate=4000,pattern=uniform,content=text,report=0,seed=11";
+const DATA_PAGES: u64 = 4096;
+
+/// A snapshot of a guest that has written all its pages.
+fn snapshot(host: &Host) -> Value {
+    let vm = host.run("origin", WORKLOAD, SMALL);
+    vm.wait_populated();
+    let report = host.json(&["checkpoint", "origin", "--exit"]);
+    vm.expect_ended("suspended");
+    report
+}
+
+fn kill(process: u64) {
+    let pid = i32::try_from(process).ok().and_then(Pid::from_raw).expect("a process id");
+    // Gone already is as good.
+    let _gone = kill_process(pid, Signal::KILL);
+}
+
+/// The VMs that run, by name, with their processes.
+fn running(host: &Host) -> Vec<(String, u64)> {
+    let list = host.ok(&["ps", "--json"]).json_lines();
+    list.iter().map(|vm| (text(vm, "name").to_owned(), number(vm, "pid"))).collect()
+}
+
+fn wait_running(host: &Host, names: &[&str]) {
+    wait_for("the clones", || {
+        let running = running(host);
+        names.iter().all(|name| running.iter().any(|(other, _)| other == name)).then_some(())
+    });
+}
+
+/// Processes that serve shared memory to this host's VMs.
+fn servers(host: &Host) -> Vec<u64> {
+    let folder = host.path("run").display().to_string();
+    let processes = std::fs::read_dir("/proc").expect("/proc").flatten();
+    let pid = |entry: &std::fs::DirEntry| entry.file_name().to_str()?.parse::<u64>().ok();
+    let serves = |pid: &u64| {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let line = String::from_utf8_lossy(&line).into_owned();
+        line.contains("--listen") && line.contains(&folder)
+    };
+    processes.filter_map(|entry| pid(&entry)).filter(serves).collect()
+}
+
+#[test]
+fn clones_share_a_snapshot_and_each_goes_its_own_way() {
+    if !uffd_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    let origin = snapshot(&host);
+    let clones = host.start(&["resume", &host.at("latest"), "--clones", "3", "--name", "c"]);
+    wait_running(&host, &["c-1", "c-2", "c-3"]);
+    assert_eq!(servers(&host).len(), 1, "one process has the memory");
+    let mut ids = Vec::new();
+    for name in ["c-1", "c-2", "c-3"] {
+        let report = host.json(&["checkpoint", name]);
+        assert_eq!(report["parent"], origin["id"], "a branch of its own");
+        assert!(number(&report, "stored_bytes") < number(&origin, "stored_bytes"), "{report}");
+        ids.push(report["id"].clone());
+    }
+    // One that dies hurts nobody.
+    let victim = running(&host).into_iter().find(|(name, _)| name == "c-2").expect("it runs").1;
+    kill(victim);
+    for (name, parent) in [("c-1", &ids[0]), ("c-3", &ids[2])] {
+        assert_eq!(&host.json(&["checkpoint", name])["parent"], parent);
+    }
+    // Who comes later shares as well, and finds the snapshot, whatever the others wrote.
+    let late =
+        host.start(&["resume", &host.at(text(&origin, "id")), "--clones", "1", "--name", "late"]);
+    assert_eq!(servers(&host).len(), 1, "no other");
+    late.wait_beyond(late.turns());
+    late.verify_workload();
+    let report = host.json(&["checkpoint", "late", "--exit"]);
+    assert_eq!(report["parent"], origin["id"]);
+    late.expect_ended("suspended");
+    for name in ["c-1", "c-3"] {
+        let _stopped = host.ok(&["stop", name]);
+    }
+    let finished = clones.wait_end();
+    finished.expect_code(1).expect_says(&["1 of 3 VMs failed"]);
+    assert_eq!(host.verify_all(), 7 * DATA_PAGES);
+    wait_for("the memory's process to go", || servers(&host).is_empty().then_some(()));
+    expect_sound(&host.store());
+}
+
+#[test]
+fn clones_go_on_when_the_process_that_has_their_memory_is_killed() {
+    if !uffd_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    let origin = snapshot(&host);
+    for round in 0..3 {
+        // Nothing comes that is not asked for: most is missing yet.
+        let args = ["resume", &host.at(text(&origin, "id")), "--clones", "1", "--no-fill"];
+        let vms: Vec<RunningVm> = (0..2)
+            .map(|index| {
+                host.start(&[&args[..], &["--name", &format!("k{round}-{index}")]].concat())
+            })
+            .collect();
+        std::thread::sleep(Duration::from_millis(round * 20));
+        servers(&host).into_iter().for_each(kill);
+        for vm in &vms {
+            wait_for("it to be noticed", || {
+                (number(&vm.get("/vm"), "pager_deaths") == 1).then_some(())
+            });
+            vm.wait_beyond(vm.turns() + 500);
+            vm.verify_workload();
+        }
+        for (index, vm) in vms.into_iter().enumerate() {
+            let report = host.json(&["checkpoint", &format!("k{round}-{index}"), "--exit"]);
+            assert_eq!(report["parent"], origin["id"]);
+            vm.expect_ended("suspended");
+        }
+    }
+    assert_eq!(host.verify_all(), 7 * DATA_PAGES);
+}
+
+#[test]
+fn a_pager_that_is_killed_again_and_again_is_replaced() {
+    if !uffd_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    let origin = snapshot(&host);
+    let mut rng = Rng::new(3);
+    for fill in [&["--no-fill"][..], &["--fill-rate", "8MiB"]] {
+        let args = ["--pager", "external", "--working-set", "off"];
+        let vm = host.resume("vm", text(&origin, "id"), &[&args[..], fill].concat());
+        let mut killed = 0;
+        while killed < 12 {
+            std::thread::sleep(Duration::from_millis(rng.below(60)));
+            let status = vm.get("/vm");
+            if status["pager"]["complete"] == true {
+                break;
+            }
+            if let Some(process) = status["pager_process"].as_u64() {
+                kill(process);
+                killed += 1;
+            }
+        }
+        assert!(killed > 3, "it was complete after {killed}");
+        vm.wait_beyond(vm.turns() + 200);
+        vm.verify_workload();
+        assert!(number(&vm.get("/vm"), "pager_deaths") > 0);
+        let report = host.json(&["checkpoint", "vm", "--exit"]);
+        assert_eq!(report["parent"], origin["id"]);
+        vm.expect_ended("suspended");
+    }
+    assert_eq!(host.verify_all(), 3 * DATA_PAGES);
+}
+
+#[test]
+fn wrong_ways_to_clone_are_refused() {
+    if !uffd_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    let _origin = snapshot(&host);
+    let at = host.at("latest");
+    for wrong in [
+        &["--clones", "0"][..],
+        &["--clones", "2", "--eager"],
+        &["--clones", "2", "--pager", "external"],
+        &["--fill-rate", "1MiB", "--no-fill"],
+        &["--pager", "somewhere"],
+    ] {
+        host.frazil(&[&["resume", &at], wrong].concat()).expect_code(2);
+    }
+    let socket = host.path("socket").display().to_string();
+    host.frazil(&["resume", &at, "--clones", "2", "--api-socket", &socket])
+        .expect_code(1)
+        .expect_says(&["--api-socket", "one of its own"]);
+    let nobody = host.path("nobody").display().to_string();
+    host.frazil(&["resume", &at, "--memory-from", &nobody]).expect_code(1).expect_says(&[&nobody]);
+}
+
+fn boot(folder: &std::path::Path, ram_bytes: u64, workload: &str) -> Vm {
+    let store =
+        frazil_snapstore::Store::open_or_create(folder, Default::default()).expect("a store");
+    let guest = Guest::Workload(workload.parse().expect("a workload"));
+    let config = MachineConfig::new("origin", ram_bytes, 1, guest);
+    let vm = Vm::boot(&config, HostConfig::new(SerialOutput::Null, Some(store))).expect("it boots");
+    vm.go().expect("it runs");
+    wait_populated(&vm);
+    vm
+}
+
+fn loops(vm: &Vm) -> u64 {
+    let view = vm.workload().expect("counters");
+    view.vcpus.iter().map(|cpu| cpu.control.loops).sum()
+}
+
+#[test]
+fn clones_in_one_process_share_and_verify() {
+    if !uffd_or_skip() {
+        return;
+    }
+    let scratch = tempfile::tempdir().expect("a scratch folder");
+    let origin = boot(&scratch.path().join("store"), 64 << 20, WORKLOAD);
+    let id = origin.checkpoint(&CheckpointRequest::default()).expect("a checkpoint").id;
+    let store = std::sync::Arc::clone(origin.store().expect("its store"));
+    drop(origin);
+    let snapshot = store.snapshot(id).expect("published");
+    let image = shared_image(&snapshot).expect("an image");
+    let clones: Vec<Vm> = (0..8)
+        .map(|index| {
+            let host = HostConfig::new(SerialOutput::Null, Some(std::sync::Arc::clone(&store)));
+            let loading = Loading::Shared(std::sync::Arc::clone(&image), PagerOptions::default());
+            let vm = Vm::resume(&snapshot, format!("c{index}"), host, loading).expect("a clone");
+            vm.go().expect("it runs");
+            vm
+        })
+        .collect();
+    for vm in &clones {
+        let before = loops(vm);
+        wait_for("a clone to run", || (loops(vm) > before + 1000).then_some(()));
+    }
+    for vm in &clones {
+        vm.verify_workload().expect("it runs").expect("its memory is right");
+        let report = vm.checkpoint(&CheckpointRequest::default()).expect("a checkpoint");
+        assert_eq!(report.parent, Some(id));
+        let saved = verify_snapshot(&store.snapshot(report.id).expect("published"));
+        assert!(saved.expect("saved memory is right").is_some());
+    }
+    drop(clones);
+    expect_sound(&store);
+}
+
+/// Resumed, touched a little, and saved again, a thousand times over: most pages were never there in
+/// any of those machines.
+#[test]
+fn a_long_line_of_half_resumed_machines_verifies() {
+    if !uffd_or_skip() {
+        return;
+    }
+    const DEPTH: usize = 1000;
+    let scratch = tempfile::tempdir().expect("a scratch folder");
+    let workload = "touch=16MiB,rate=200,pattern=uniform,content=text,report=0,seed=4";
+    let origin = boot(&scratch.path().join("store"), 64 << 20, workload);
+    let mut id = origin.checkpoint(&CheckpointRequest::default()).expect("a checkpoint").id;
+    let store = std::sync::Arc::clone(origin.store().expect("its store"));
+    drop(origin);
+    for depth in 1..=DEPTH {
+        let host = HostConfig::new(SerialOutput::Null, Some(std::sync::Arc::clone(&store)));
+        let options = PagerOptions { background_fill: false, ..PagerOptions::default() };
+        let snapshot = store.pin(id).expect("published");
+        let vm = Vm::resume(&snapshot, "line".into(), host, Loading::lazy(options));
+        let vm = vm.expect("it resumes");
+        let before = loops(&vm);
+        vm.go().expect("it runs");
+        wait_for("progress", || (loops(&vm) > before).then_some(()));
+        let report = vm.checkpoint(&CheckpointRequest { exit: true, ..Default::default() });
+        let report = report.expect("a checkpoint");
+        assert_eq!(report.parent, Some(id), "{depth}");
+        id = report.id;
+        let resident = vm.pager_stats().expect("a pager").filled_pages;
+        assert!(resident < DATA_PAGES / 2, "{depth}: {resident} pages were brought in");
+    }
+    let saved = verify_snapshot(&store.snapshot(id).expect("published"));
+    assert_eq!(
+        saved.expect("saved memory is right").expect("a workload").pages_checked,
+        DATA_PAGES
+    );
+    expect_sound(&store);
+}
+
+#[test]
+fn a_large_guest_takes_what_it_touches() {
+    if !uffd_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    let vm = host.run("large", WORKLOAD, &["--memory", "16GiB"]);
+    vm.wait_populated();
+    let _report = host.json(&["checkpoint", "large", "--exit"]);
+    vm.expect_ended("suspended");
+    let vm = host.resume("again", "latest", &[]);
+    wait_for("all to be there", || (vm.get("/vm")["pager"]["complete"] == true).then_some(()));
+    vm.verify_workload();
+    let status = std::fs::read_to_string(format!("/proc/{}/status", vm.started["pid"]));
+    let status = status.expect("it runs");
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("its size");
+    let kib: u64 = line.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).expect("KiB");
+    assert!(kib < 300 << 10, "16 MiB of 16 GiB were touched, and it takes {kib} KiB");
+}
