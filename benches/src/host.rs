@@ -25,6 +25,11 @@ pub(crate) fn resident_bytes() -> Option<u64> {
     kib_of("/proc/self/status", "VmRSS:")
 }
 
+/// Memory of this process that no file is behind; None if the host does not say.
+pub(crate) fn anonymous_bytes() -> Option<u64> {
+    kib_of("/proc/self/smaps_rollup", "Anonymous:")
+}
+
 /// The bytes that line `key` of a file of the kernel's gives in KiB.
 fn kib_of(path: &str, key: &str) -> Option<u64> {
     let text = std::fs::read_to_string(path).ok()?;

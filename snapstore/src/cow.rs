@@ -101,7 +101,7 @@ impl CopyOnWrite {
         let features =
             FeatureFlags::PAGEFAULT_FLAG_WP | FeatureFlags::from_bits_retain(FEATURE_WP_SHMEM);
         let watch = Watch::new(features, RegisterMode::WRITE_PROTECT, mappings)?;
-        let end = mappings.iter().map(|mapping| mapping.end_page()).max();
+        let end = mappings.iter().map(Mapping::end_page).max();
         let words = end.unwrap_or(0).div_ceil(64) as usize;
         let shared = Arc::new(Shared {
             watch,

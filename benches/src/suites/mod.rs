@@ -1,7 +1,9 @@
 //! The suites, one file or folder each: a list of named measurements.
 
 pub(crate) mod checkpoint;
+pub(crate) mod clone;
 pub(crate) mod endurance;
+mod faults;
 pub(crate) mod floors;
 pub(crate) mod pause;
 pub(crate) mod resume;

@@ -15,7 +15,7 @@ use rustix::time::{ClockId, clock_gettime};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::floors;
+use super::{faults, floors};
 use crate::bench::{Bench, size_label};
 use crate::cleanup;
 use crate::codec::{self, Cores};
@@ -42,8 +42,9 @@ struct Bed {
 
 type Measure = fn(&mut Bench, &Bed) -> anyhow::Result<()>;
 
-const MEASUREMENTS: [(&str, Measure); 3] = [
+const MEASUREMENTS: [(&str, Measure); 4] = [
     ("first progress", first_progress),
+    ("single faults", |bench, bed| faults::single(bench, &bed.snapshot)),
     ("eager loading", eager),
     ("sweeps of all memory", sweeps),
 ];
@@ -59,7 +60,8 @@ pub(crate) fn run(bench: &mut Bench, frazil: Option<PathBuf>) -> anyhow::Result<
             measure(bench, &bed)?;
         }
     }
-    Ok(())
+    bench.say("a working set");
+    faults::working_set(bench)
 }
 
 fn find_frazil(given: Option<PathBuf>) -> anyhow::Result<PathBuf> {

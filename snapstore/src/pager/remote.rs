@@ -171,7 +171,7 @@ impl ImageServer {
         if serve_until_complete(&channel, &pager)? {
             drop(pager);
             // As long as it is there, others can share what it has.
-            while !channel.wait(Duration::from_secs(3600)).map_err(remote_error)? {}
+            while !channel.wait(Duration::from_hours(1)).map_err(remote_error)? {}
         }
         Ok(())
     }

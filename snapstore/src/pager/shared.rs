@@ -64,10 +64,13 @@ impl SharedWords {
     /// A word. Of those that are only to be read, whoever writes to it is killed.
     pub fn word(&self, index: usize) -> &AtomicU64 {
         assert!(index < self.count, "word {index} of {}", self.count);
+        // Mappings begin with a page.
+        #[allow(clippy::cast_ptr_alignment)]
+        let words = self.map.as_mut_ptr().cast::<u64>();
         // SAFETY: the index was just checked to be inside the mapping, which lives as long as
         // `self`, is aligned to pages and cannot be cut short (sealed); whoever else has it
         // accesses it through this type too, or is a process whose writes are as good as atomic.
-        unsafe { AtomicU64::from_ptr(self.map.as_mut_ptr().cast::<u64>().add(index)) }
+        unsafe { AtomicU64::from_ptr(words.add(index)) }
     }
 }
 

@@ -281,12 +281,11 @@ impl User {
         if !self.image.is_writable() {
             return self.serve_by_copy(mapping, page).map(|()| true);
         }
-        let mut chunk = match self.image.try_chunk(page) {
-            Some(chunk) => chunk,
-            None => {
-                self.help(mapping, page)?;
-                self.image.chunk(page)
-            }
+        let mut chunk = if let Some(chunk) = self.image.try_chunk(page) {
+            chunk
+        } else {
+            self.help(mapping, page)?;
+            self.image.chunk(page)
         };
         if chunk.has(page) {
             // Filled for another user, or the kernel has dropped the page-table entry since

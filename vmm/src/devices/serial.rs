@@ -73,7 +73,8 @@ struct QueuedOutput {
 
 impl QueuedOutput {
     fn new(mut output: Box<dyn Write + Send>) -> Result<Self> {
-        let (queue, waiting) = crossbeam_channel::bounded::<Vec<u8>>(QUEUE_WRITES);
+        // Not a bounded one, which has room for all from the start: 2 MiB in each of many clones.
+        let (queue, waiting) = crossbeam_channel::unbounded::<Vec<u8>>();
         let (writing, written) = crossbeam_channel::bounded::<()>(0);
         std::thread::Builder::new()
             .name("frazil-serial".into())
@@ -102,7 +103,8 @@ impl QueuedOutput {
 
 impl Write for QueuedOutput {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let sent = self.queue.as_ref().is_some_and(|queue| queue.try_send(bytes.to_vec()).is_ok());
+        let room = self.queue.as_ref().filter(|queue| queue.len() < QUEUE_WRITES);
+        let sent = room.is_some_and(|queue| queue.send(bytes.to_vec()).is_ok());
         if !sent {
             self.dropped.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         }

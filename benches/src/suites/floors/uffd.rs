@@ -1,7 +1,9 @@
 //! userfaultfd without a store behind it: a thread that touches, a thread that maps.
 
+use std::collections::HashMap;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
 use frazil_snapstore::PAGE_SIZE;
@@ -9,7 +11,10 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FallocateFlags, fallocate};
 use userfaultfd::{Event, FeatureFlags, RegisterMode, Uffd, UffdBuilder};
 
+use super::super::faults::{beside, touch_all};
 use crate::bench::Bench;
+use crate::codec::Unpacker;
+use crate::content::FRAME_PAGES;
 use crate::metric::Metric;
 use crate::raw::SharedMemory;
 use crate::samples::Samples;
@@ -81,6 +86,60 @@ fn sweep(answer: Answer, pages: usize) -> anyhow::Result<std::time::Duration> {
         server.join().map_err(|_panic| anyhow!("the fault thread panicked"))??;
         Ok(took)
     })
+}
+
+/// Touches `places` of a memory file, in `order`, while a thread takes each fault, unpacks the frame
+/// that begins there and maps it: the time that each touch took.
+pub(crate) fn uffd_unpack(
+    frames: &[Vec<u8>],
+    places: &[u64],
+    order: impl Fn(usize) -> usize,
+) -> anyhow::Result<Vec<Duration>> {
+    let pages = places.iter().max().map_or(0, |page| *page as usize + FRAME_PAGES);
+    let memory = SharedMemory::new(pages * PAGE_SIZE)?;
+    let uffd = open()?;
+    uffd.register_with_mode(
+        memory.address() as *mut _,
+        memory.len_bytes(),
+        RegisterMode::MISSING | RegisterMode::MINOR,
+    )
+    .context("cannot register memory with userfaultfd")?;
+    let at: HashMap<u64, usize> = places.iter().copied().zip(0..).collect();
+    let serve = |done: &AtomicBool| {
+        let served = serve_unpacking(&uffd, &memory, frames, &at, done);
+        if served.is_err() {
+            // Or the one that touches would wait for ever.
+            let _let_go = uffd.unregister(memory.address() as *mut _, memory.len_bytes());
+        }
+        served
+    };
+    beside(serve, || touch_all(&memory, places.len(), |index| places[order(index)]))
+}
+
+fn serve_unpacking(
+    uffd: &Uffd,
+    memory: &SharedMemory,
+    frames: &[Vec<u8>],
+    at: &HashMap<u64, usize>,
+    done: &AtomicBool,
+) -> anyhow::Result<()> {
+    let mut unpacker = Unpacker::new().context("cannot set zstd up")?;
+    let patience = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
+    while !done.load(Ordering::Relaxed) {
+        poll(&mut [PollFd::new(uffd, PollFlags::IN)], Some(&patience)).context("poll failed")?;
+        while let Some(event) = uffd.read_event().context("cannot read a fault")? {
+            let Event::Pagefault { addr, .. } = event else {
+                return Err(anyhow!("unexpected userfaultfd event {event:?}"));
+            };
+            let page = (addr as usize - memory.address()) / PAGE_SIZE;
+            let frame = at.get(&(page as u64)).context("nobody touches that page")?;
+            let raw = unpacker.unpack(&frames[*frame]).context("cannot unpack a frame")?;
+            memory.file().write_all_at(raw, (page * PAGE_SIZE) as u64).context("cannot write")?;
+            let address = (memory.address() + page * PAGE_SIZE) as *mut _;
+            uffd.r#continue(address, raw.len(), true).context("UFFDIO_CONTINUE failed")?;
+        }
+    }
+    Ok(())
 }
 
 fn allocate(memory: &SharedMemory) -> anyhow::Result<()> {
