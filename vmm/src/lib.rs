@@ -19,6 +19,7 @@ pub mod kvm;
 mod line;
 mod machine;
 pub mod memory;
+mod rewind;
 pub mod scheduler;
 pub mod state;
 pub mod telemetry;
@@ -33,8 +34,10 @@ pub use checkpoint::{
 };
 pub use error::{Result, VmmError};
 pub use machine::{
-    Guest, HostConfig, Loading, MachineConfig, STAGING_BYTES, SavedGuest, SavedMachine,
+    Guest, HostConfig, Loading, MachineConfig, REWIND_CACHE_BYTES, STAGING_BYTES, SavedGuest,
+    SavedMachine,
 };
+pub use rewind::{RewindPoint, RewindReport, RewindRequest, RewindTotals};
 pub use vcpu::Ended;
 pub use vm::Vm;
 pub use workload_memory::{saved_machine, verify_snapshot};
