@@ -37,7 +37,7 @@ struct Cli {
     #[arg(long)]
     json: bool,
     /// Guest memory sizes. Default: 1GiB for floors, 4GiB for store, 1GiB,4GiB for checkpoint and
-    /// resume, 64MiB for endurance, and 4GiB or 1GiB for pause, as its figures are called. Of
+    /// resume, 1GiB for rewind, 64MiB for endurance, and 4GiB or 1GiB for pause, as its figures are called. Of
     /// several, store takes the last, for what it writes and reads in full; so do pause and
     /// endurance.
     #[arg(long, value_name = "SIZE,…", value_delimiter = ',', value_parser = size)]
@@ -76,6 +76,8 @@ enum Suite {
     Endurance,
     /// Resuming: first progress, sweeping memory that comes lazily, loading it eagerly.
     Resume,
+    /// Taking a running guest back to a snapshot, by how much it has changed since.
+    Rewind,
     /// The store by itself, without KVM: throughput, overhead, history, verifying, pruning.
     Store,
     /// Stores with other frame sizes: the measurement behind the default.
@@ -88,7 +90,12 @@ impl Suite {
     /// Whether it runs guests, and so wants KVM and userfaultfd.
     fn runs_guests(self) -> bool {
         match self {
-            Self::Floors | Self::Checkpoint | Self::Pause | Self::Endurance | Self::Resume => true,
+            Self::Floors
+            | Self::Checkpoint
+            | Self::Pause
+            | Self::Endurance
+            | Self::Resume
+            | Self::Rewind => true,
             Self::Store | Self::StoreFrames | Self::StoreImages => false,
         }
     }
@@ -130,6 +137,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Suite::Pause => suites::pause::run(&mut bench),
         Suite::Endurance => suites::endurance::run(&mut bench),
         Suite::Resume => suites::resume::run(&mut bench, frazil),
+        Suite::Rewind => suites::rewind::run(&mut bench),
         Suite::Store => suites::store::run(&mut bench),
         Suite::StoreFrames => suites::store::run_frames(&mut bench),
         Suite::StoreImages => suites::store::run_images(&mut bench, &images),

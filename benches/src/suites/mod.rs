@@ -5,4 +5,5 @@ pub(crate) mod endurance;
 pub(crate) mod floors;
 pub(crate) mod pause;
 pub(crate) mod resume;
+pub(crate) mod rewind;
 pub(crate) mod store;
