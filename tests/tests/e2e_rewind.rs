@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use frazil_snapstore::pager::PagerOptions;
 use frazil_snapstore::{PAGE_SIZE, SnapshotId, Store, StoreOptions};
+use frazil_tests::memory_copy::MemoryCopy;
+use frazil_tests::rng::Rng;
 use frazil_tests::vm_harness::{
     Host, expect_sound, kvm_or_skip, number, text, uffd_or_skip, wait_for, wait_populated,
 };
@@ -16,6 +18,7 @@ use frazil_vmm::{
     CheckpointRequest, Guest, HostConfig, Loading, MachineConfig, RewindPoint, Vm, verify_snapshot,
 };
 use tempfile::TempDir;
+use vm_memory::{Bytes, GuestAddress};
 
 const SPEC: &str = "touch=8MiB,rate=20000,report=0";
 const RAM_BYTES: u64 = 48 << 20;
@@ -261,6 +264,54 @@ fn disks_go_back_with_memory() {
         assert_eq!(page, [value; PAGE_SIZE], "page {number}");
     }
     verify(&vm);
+}
+
+/// Random lives: running, checkpoints, rewinds to anywhere, writes of the VMM's own, while the guest
+/// runs or stands still. `FRAZIL_PROPERTY_SEED` runs one of them.
+#[test]
+fn random_lives() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let given = std::env::var("FRAZIL_PROPERTY_SEED").ok().and_then(|seed| seed.parse().ok());
+    let seeds = given.map_or(0..3, |seed: u64| seed..seed + 1);
+    for seed in seeds {
+        let trackers = [TrackerKind::Ring, TrackerKind::ManualBitmap, TrackerKind::Bitmap];
+        let bed = Bed::new(1 + seed as usize % 2, Some(trackers[seed as usize % 3]));
+        let mut rng = Rng::new(seed);
+        let mut known = vec![checkpoint(&bed.vm)];
+        for step in 0..60 {
+            let at = format!("seed {seed}, step {step}");
+            match rng.below(6) {
+                0 => std::thread::sleep(Duration::from_millis(rng.below(20))),
+                1 => known.push(checkpoint(&bed.vm)),
+                2 => bed.vm.pause().expect(&at),
+                3 => bed.vm.go().expect(&at),
+                4 => {
+                    // Behind the guest's data.
+                    let page = RAM_BYTES / PAGE_SIZE as u64 - 1 - rng.below(50);
+                    let address = GuestAddress(page * PAGE_SIZE as u64);
+                    bed.vm.ram().memory().write_obj(rng.bits(), address).expect(&at);
+                }
+                _ => {
+                    let id = known[rng.below(known.len() as u64) as usize];
+                    bed.vm.rewind_to(Some(&id.to_string())).expect(&at);
+                    if bed.vm.is_paused() {
+                        let stored = MemoryCopy::of_snapshot(&bed.store.snapshot(id).expect(&at));
+                        let apart = stored.differences(&MemoryCopy::of_ram(bed.vm.ram()));
+                        assert_eq!(apart, [0_usize; 0], "{at}");
+                    }
+                }
+            }
+        }
+        bed.vm.pause().expect("it stops");
+        let last = checkpoint(&bed.vm);
+        let stored = MemoryCopy::of_snapshot(&bed.store.snapshot(last).expect("it"));
+        let apart = stored.differences(&MemoryCopy::of_ram(bed.vm.ram()));
+        assert_eq!(apart, [0_usize; 0], "seed {seed}: the last checkpoint has all of memory");
+        verify(&bed.vm);
+        expect_sound(&bed.store);
+    }
 }
 
 #[test]

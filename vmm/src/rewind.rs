@@ -285,6 +285,13 @@ impl<'a> Rewind<'a> {
         vm.check_alive()?;
         // It may be another VM's.
         check_machine(vm, point.id(), &point.machine)?;
+        if !Arc::ptr_eq(vm.rewind_store()?, point.snapshot.store()) {
+            return Err(VmmError::Config(format!(
+                "snapshot {} is not in the store of VM `{}`",
+                point.id().short(),
+                vm.name()
+            )));
+        }
         let line = vm.line.lock().unwrap_or_else(PoisonError::into_inner);
         let mut apart = PageSet::new(vm.ram().end_page());
         let mut disks_apart: Vec<_> =
@@ -353,7 +360,8 @@ impl<'a> Rewind<'a> {
         self.vm.vcpus.pause()?;
         self.report.quiesce_us = us(pause_started.elapsed());
         let drained = self.last_look()?;
-        // From here on there is no way back.
+        // From here on there is no way back. This goes before `goes_on` does.
+        let torn = EndsTorn(self.vm);
         if let Err(error) = self.change(&drained) {
             let detail = format!(
                 "it was being taken back to snapshot {}, and its memory is neither old nor new: {error}",
@@ -363,6 +371,7 @@ impl<'a> Rewind<'a> {
             return Err(VmmError::NotNow(format!("VM `{}` has ended: {detail}", self.vm.name())));
         }
         drop(drained);
+        drop(torn);
         let go_on_started = Instant::now();
         if let Some(goes_on) = goes_on {
             drop(goes_on);
@@ -437,6 +446,18 @@ impl<'a> Rewind<'a> {
         self.line.head_pin = self.point.snapshot.pin();
         self.line.since_head.clear();
         self.line.disks.iter_mut().for_each(DiskLine::rewound);
+    }
+}
+
+/// Ends a machine whose memory was being changed when this thread panicked.
+struct EndsTorn<'a>(&'a Vm);
+
+impl Drop for EndsTorn<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let detail = "a rewind panicked: memory is neither old nor new".into();
+            self.0.vcpus.end(Ended::Failed { detail });
+        }
     }
 }
 
