@@ -197,13 +197,13 @@ fn half_resident_guests_go_back_too() {
     let first = checkpoint(&bed.vm);
     run_on(&bed.vm, 500);
     let second = checkpoint(&bed.vm);
-    let Bed { vm, store, _folder } = bed;
+    let Bed { vm, store, _folder: folder } = bed;
     drop(vm);
     let lazy = Loading::Lazy(PagerOptions { background_fill: false, ..PagerOptions::default() });
     let snapshot = store.pin(second).expect("it");
     let vm = Vm::resume(&snapshot, "lazy".into(), host(&store), lazy).expect("it resumes");
     vm.go().expect("it runs");
-    let bed = Bed { vm, store, _folder };
+    let bed = Bed { vm, store, _folder: folder };
     for id in [second, first, second] {
         std::thread::sleep(Duration::from_millis(20));
         bed.vm.rewind_to(Some(&id.to_string())).expect("it goes back");
