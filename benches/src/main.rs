@@ -36,8 +36,8 @@ struct Cli {
     /// Print one JSON object a metric: suite, metric, value, unit, floor, ratio, n.
     #[arg(long)]
     json: bool,
-    /// Guest memory sizes. Default: 1GiB for floors and clone, 4GiB for store, 1GiB,4GiB for checkpoint and
-    /// resume, 64MiB for endurance, and 4GiB or 1GiB for pause, as its figures are called. Of
+    /// Guest memory sizes. Default: 1GiB for floors, clone and rewind, 4GiB for store, 1GiB,4GiB for
+    /// checkpoint and resume, 64MiB for endurance, and 4GiB or 1GiB for pause, as its figures are called. Of
     /// several, store takes the last, for what it writes and reads in full; so do pause and
     /// endurance.
     #[arg(long, value_name = "SIZE,…", value_delimiter = ',', value_parser = size)]
@@ -78,6 +78,8 @@ enum Suite {
     Resume,
     /// Many machines from one snapshot: how soon one is ready, what each takes.
     Clone,
+    /// Taking a running guest back to a snapshot, by how much it has changed since.
+    Rewind,
     /// The store by itself, without KVM: throughput, overhead, history, verifying, pruning.
     Store,
     /// Stores with other frame sizes: the measurement behind the default.
@@ -95,7 +97,8 @@ impl Suite {
             | Self::Pause
             | Self::Endurance
             | Self::Resume
-            | Self::Clone => true,
+            | Self::Clone
+            | Self::Rewind => true,
             Self::Store | Self::StoreFrames | Self::StoreImages => false,
         }
     }
@@ -138,6 +141,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Suite::Endurance => suites::endurance::run(&mut bench),
         Suite::Resume => suites::resume::run(&mut bench, frazil),
         Suite::Clone => suites::clone::run(&mut bench),
+        Suite::Rewind => suites::rewind::run(&mut bench),
         Suite::Store => suites::store::run(&mut bench),
         Suite::StoreFrames => suites::store::run_frames(&mut bench),
         Suite::StoreImages => suites::store::run_images(&mut bench, &images),

@@ -126,6 +126,8 @@ pause  the floor is, of p1000: kick + state + the cheapest dirty log; of dirty10
        the same guest; of gap, the guest's view: the pause; of scale: the 1 GiB guest; of guest_work
        (pages/s): the dirty log only read as often; of storm_work: no checkpoint under way; of
        incr_vs_store: the guest stands still; of endurance: after a tenth of it
+rewind the floor is, of latency: the budget, 1 ms and 1 us for each page put back; of its pause:
+       memcpy of as many pages
 store  the floor is, of commit_scale: at 1 GiB; of depth: at depth 1; of delta and elide: switched
        off; of prune: a new store of just that snapshot; of overhead (%): bytes of zstd on the
        same pages; of heap: the budget; of frame_pages: the default size

@@ -1,9 +1,11 @@
 //! Many VMs from one snapshot, pagers in processes of their own, and what becomes of all of them when
 //! one dies.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use frazil_snapstore::pager::PagerOptions;
+use frazil_snapstore::{Store, StoreOptions};
 use frazil_tests::rng::Rng;
 use frazil_tests::vm_harness::{
     Host, RunningVm, expect_sound, number, text, uffd_or_skip, wait_for, wait_populated,
@@ -195,8 +197,7 @@ fn wrong_ways_to_clone_are_refused() {
 }
 
 fn boot(folder: &std::path::Path, ram_bytes: u64, workload: &str) -> Vm {
-    let store =
-        frazil_snapstore::Store::open_or_create(folder, Default::default()).expect("a store");
+    let store = Store::open_or_create(folder, StoreOptions::default()).expect("a store");
     let guest = Guest::Workload(workload.parse().expect("a workload"));
     let config = MachineConfig::new("origin", ram_bytes, 1, guest);
     let vm = Vm::boot(&config, HostConfig::new(SerialOutput::Null, Some(store))).expect("it boots");
@@ -218,14 +219,14 @@ fn clones_in_one_process_share_and_verify() {
     let scratch = tempfile::tempdir().expect("a scratch folder");
     let origin = boot(&scratch.path().join("store"), 64 << 20, WORKLOAD);
     let id = origin.checkpoint(&CheckpointRequest::default()).expect("a checkpoint").id;
-    let store = std::sync::Arc::clone(origin.store().expect("its store"));
+    let store = Arc::clone(origin.store().expect("its store"));
     drop(origin);
     let snapshot = store.snapshot(id).expect("published");
     let image = shared_image(&snapshot).expect("an image");
     let clones: Vec<Vm> = (0..8)
         .map(|index| {
-            let host = HostConfig::new(SerialOutput::Null, Some(std::sync::Arc::clone(&store)));
-            let loading = Loading::Shared(std::sync::Arc::clone(&image), PagerOptions::default());
+            let host = HostConfig::new(SerialOutput::Null, Some(Arc::clone(&store)));
+            let loading = Loading::Shared(Arc::clone(&image), PagerOptions::default());
             let vm = Vm::resume(&snapshot, format!("c{index}"), host, loading).expect("a clone");
             vm.go().expect("it runs");
             vm
@@ -246,6 +247,8 @@ fn clones_in_one_process_share_and_verify() {
     expect_sound(&store);
 }
 
+const DEPTH: usize = 1000;
+
 /// Resumed, touched a little, and saved again, a thousand times over: most pages were never there in
 /// any of those machines.
 #[test]
@@ -253,15 +256,14 @@ fn a_long_line_of_half_resumed_machines_verifies() {
     if !uffd_or_skip() {
         return;
     }
-    const DEPTH: usize = 1000;
     let scratch = tempfile::tempdir().expect("a scratch folder");
     let workload = "touch=16MiB,rate=200,pattern=uniform,content=text,report=0,seed=4";
     let origin = boot(&scratch.path().join("store"), 64 << 20, workload);
     let mut id = origin.checkpoint(&CheckpointRequest::default()).expect("a checkpoint").id;
-    let store = std::sync::Arc::clone(origin.store().expect("its store"));
+    let store = Arc::clone(origin.store().expect("its store"));
     drop(origin);
     for depth in 1..=DEPTH {
-        let host = HostConfig::new(SerialOutput::Null, Some(std::sync::Arc::clone(&store)));
+        let host = HostConfig::new(SerialOutput::Null, Some(Arc::clone(&store)));
         let options = PagerOptions { background_fill: false, ..PagerOptions::default() };
         let snapshot = store.pin(id).expect("published");
         let vm = Vm::resume(&snapshot, "line".into(), host, Loading::lazy(options));

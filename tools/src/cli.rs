@@ -33,6 +33,8 @@ pub(crate) enum Command {
     Checkpoint(CheckpointArgs),
     /// Run a VM from a snapshot, in a new process; its memory arrives as it is touched.
     Resume(ResumeArgs),
+    /// Take a running VM back to a snapshot, in place: it costs what changed since.
+    Rewind(RewindArgs),
     /// List the VMs that run.
     Ps,
     /// Make a guest stand still.
@@ -367,6 +369,16 @@ pub(crate) struct PagerArgs {
     pub working_set: WorkingSetArg,
     #[arg(long, value_name = "TIME", value_parser = interval)]
     pub record_working_set: Option<Duration>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RewindArgs {
+    /// The VM's name, or the path of its control socket.
+    pub vm: String,
+    /// A snapshot of its machine in its store: an id or a unique prefix, a tag, `latest`, each with ~N
+    /// for its N-th ancestor, and STORE@ before it if you like. By default the one it took or came
+    /// from last.
+    pub snapshot: Option<String>,
 }
 
 #[derive(Debug, Args)]

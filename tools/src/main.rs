@@ -41,6 +41,7 @@ fn run(cli: Cli, started: commands::Started) -> anyhow::Result<ExitCode> {
         Command::Run(args) => commands::run::run(args, json),
         Command::Resume(args) => commands::run::resume(args, json, started),
         Command::Checkpoint(args) => commands::control::checkpoint(args, json).map(done),
+        Command::Rewind(args) => commands::control::rewind(&args, json).map(done),
         Command::Ps => commands::control::ps(json).map(done),
         Command::Pause(vm) => commands::control::pause(&vm, json).map(done),
         Command::Continue(vm) => commands::control::go(&vm, json).map(done),

@@ -20,6 +20,7 @@ mod line;
 mod machine;
 pub mod memory;
 mod paging;
+mod rewind;
 pub mod scheduler;
 pub mod state;
 pub mod telemetry;
@@ -34,9 +35,11 @@ pub use checkpoint::{
 };
 pub use error::{Result, VmmError};
 pub use machine::{
-    Guest, HostConfig, Loading, MachineConfig, PagerPlace, STAGING_BYTES, SavedGuest, SavedMachine,
+    Guest, HostConfig, Loading, MachineConfig, PagerPlace, REWIND_CACHE_BYTES, STAGING_BYTES,
+    SavedGuest, SavedMachine,
 };
 pub use paging::shared_image;
+pub use rewind::{RewindPoint, RewindReport, RewindRequest, RewindTotals};
 pub use vcpu::Ended;
 pub use vm::Vm;
 pub use workload_memory::{saved_machine, verify_snapshot};

@@ -65,12 +65,18 @@ pub struct HostConfig {
     /// Memory that a checkpoint may take to copy pages aside; what is more is left in place and
     /// protected, where the host can do that.
     pub staging_bytes: u64,
+    /// Memory in which a point to rewind to keeps pages of RAM, and as much of each disk: those that
+    /// are there when the guest is taken back are not read from the store.
+    pub rewind_cache_bytes: u64,
     /// Where what the guest writes to its disks is kept until it is in a snapshot, and beyond.
     pub overlay: OverlayOptions,
 }
 
 /// What checkpoints copy aside by default.
 pub const STAGING_BYTES: u64 = 64 << 20;
+
+/// What a point to rewind to keeps of each region by default.
+pub const REWIND_CACHE_BYTES: u64 = 64 << 20;
 
 impl HostConfig {
     /// Output to `serial`, checkpoints to `store`, the rest as suits the machine.
@@ -81,6 +87,7 @@ impl HostConfig {
             store,
             tracker: None,
             staging_bytes: STAGING_BYTES,
+            rewind_cache_bytes: REWIND_CACHE_BYTES,
             overlay: OverlayOptions::default(),
         }
     }

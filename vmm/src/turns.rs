@@ -81,6 +81,13 @@ impl Turns {
         Turn { turns: self, since, taking: None }
     }
 
+    /// The turn of a rewind. A prune gives way to it.
+    pub fn rewind(&self) -> Turn<'_> {
+        let since = Instant::now();
+        drop(self.wait_for_turn(self.lock(), true));
+        Turn { turns: self, since, taking: None }
+    }
+
     /// The turn of a prune that can be cancelled by `progress`, which checkpoints do that wait,
     /// but not before it had `patience`. None once there are to be no more.
     pub fn prune(&self, progress: &Arc<PruneProgress>, patience: Duration) -> Option<Turn<'_>> {

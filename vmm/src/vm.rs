@@ -10,8 +10,9 @@ use frazil_snapstore::{PAGE_SIZE, Snapshot, SnapshotId, Store};
 use crate::boot::{self, BootSource, Kernel};
 use crate::checkpoint::{CheckpointProgress, CheckpointTotals};
 use crate::cpuid;
+use crate::devices::platform::{self, SavedPlatform};
 use crate::devices::serial::SerialPort;
-use crate::devices::{Bus, platform, serial};
+use crate::devices::{Bus, serial};
 use crate::dirty::TrackerKind;
 use crate::disk::{Disk, OverlayOptions, disk_name};
 use crate::error::{Result, VmmError};
@@ -23,6 +24,7 @@ use crate::machine::{
 };
 use crate::memory::GuestRam;
 use crate::paging::{Paging, bring_memory, map_ram};
+use crate::rewind::Rewinding;
 use crate::state::ChunkSet;
 use crate::telemetry::Telemetry;
 use crate::turns::Turns;
@@ -71,6 +73,7 @@ pub struct Vm {
     /// Who may write to the store.
     pub(crate) turns: Turns,
     pub(crate) keeping: Keeping,
+    pub(crate) rewinding: Rewinding,
 }
 
 impl Vm {
@@ -133,7 +136,7 @@ impl Vm {
         let late = Arc::new(OnceLock::new());
         let pager = bring_memory(snapshot, &shell.ram, coming, &late)?;
         let vcpus = restore_vcpus(&hypervisor, &shell, &machine, &mut chunks)?;
-        platform::restore(&shell.fd, &mut chunks)?;
+        platform::restore(&shell.fd, SavedPlatform::take(&mut chunks)?)?;
         let serial = SerialPort::restore(&shell.fd, &host.serial, chunks.take(serial::CHUNK)?)?;
         let disks = resume_disks(&machine, snapshot, &mut chunks, &host.overlay)?;
         chunks.finish()?;
@@ -178,6 +181,7 @@ impl Vm {
             telemetry: Telemetry::default(),
             turns: Turns::default(),
             keeping: Keeping::default(),
+            rewinding: Rewinding::default(),
         }
     }
 
@@ -342,6 +346,11 @@ impl Vm {
     #[must_use]
     pub fn disks(&self) -> &[Arc<Disk>] {
         &self.disks
+    }
+
+    /// Memory for a point to rewind to, for each region.
+    pub(crate) fn rewind_cache_pages(&self) -> usize {
+        (self.host.rewind_cache_bytes / PAGE_SIZE as u64) as usize
     }
 
     /// Pages that a checkpoint may copy aside.

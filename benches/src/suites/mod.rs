@@ -7,4 +7,5 @@ mod faults;
 pub(crate) mod floors;
 pub(crate) mod pause;
 pub(crate) mod resume;
+pub(crate) mod rewind;
 pub(crate) mod store;

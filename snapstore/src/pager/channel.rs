@@ -201,7 +201,7 @@ mod tests {
         assert!(matches!(message, Message::Sit { .. }) && fds.len() == 2);
         rustix::net::send(&ours.0, b"{\"message\":\"ready\",\"x\":1", SendFlags::empty()).unwrap();
         assert!(theirs.receive().is_err());
-        rustix::net::send(&ours.0, &[b' '; MESSAGE_MAX + 1], SendFlags::empty()).unwrap();
+        rustix::net::send(&ours.0, &vec![b' '; MESSAGE_MAX + 1], SendFlags::empty()).unwrap();
         assert!(theirs.receive().is_err());
         ours.send(&Message::Failed { error: "why".into() }, &[]).unwrap();
         assert!(theirs.wait_ready(Duration::ZERO).unwrap_err().to_string().contains("why"));

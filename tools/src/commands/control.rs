@@ -1,15 +1,19 @@
-//! Commands that speak to a running VM: checkpoint, ps, pause, continue, stop.
+//! Commands that speak to a running VM: checkpoint, rewind, ps, pause, continue, stop.
 
+use std::path::Path;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use frazil_snapstore::reference;
 use frazil_vmm::control::api::{CancelReport, Done, RunState, VmStatus};
 use frazil_vmm::control::{Client, find, list};
-use frazil_vmm::{CheckpointReport, CheckpointRequest, ProgressReport};
+use frazil_vmm::{
+    CheckpointReport, CheckpointRequest, ProgressReport, RewindReport, RewindRequest,
+};
 use serde_json::json;
 
-use super::print_json;
-use crate::cli::{CheckpointArgs, VmArg};
+use super::{print_json, same_folder};
+use crate::cli::{CheckpointArgs, RewindArgs, VmArg};
 use crate::output;
 
 /// How long a VM may take to answer a short question.
@@ -90,6 +94,47 @@ fn cancel_checkpoint(vm: &str, json: bool) -> anyhow::Result<()> {
         }
     );
     Ok(())
+}
+
+pub(crate) fn rewind(args: &RewindArgs, json: bool) -> anyhow::Result<()> {
+    let record = find(&args.vm)?;
+    let snapshot = match args.snapshot.as_deref().map(reference::split) {
+        Some((Some(store), reference)) => {
+            let status: VmStatus = Client::new(record.clone(), Some(PATIENCE)).get("/vm")?;
+            check_store(&status, store)?;
+            Some(reference.to_owned())
+        }
+        Some((None, reference)) => Some(reference.to_owned()),
+        None => None,
+    };
+    // It waits for a checkpoint that is being taken.
+    let report: RewindReport =
+        Client::new(record, None).post("/rewind", &RewindRequest { snapshot })?;
+    if json {
+        return print_json(&report);
+    }
+    outln!(
+        "{}: back at {}, {} pages put back, pause {}, {} in all",
+        args.vm,
+        report.id.short(),
+        output::count(report.pages + report.disk_pages),
+        output::micros(report.pause_us),
+        output::micros(report.duration_us),
+    );
+    Ok(())
+}
+
+/// A VM only goes back to snapshots of the store that its checkpoints go to.
+fn check_store(status: &VmStatus, store: &str) -> anyhow::Result<()> {
+    let own = status.store.as_deref().map(|own| own.trim_start_matches("store "));
+    if own.is_some_and(|own| same_folder(Path::new(own), Path::new(store))) {
+        return Ok(());
+    }
+    anyhow::bail!(
+        "VM `{}` can go back to snapshots of its own store ({}), expected none of {store}",
+        status.name,
+        own.unwrap_or("it has none")
+    )
 }
 
 pub(crate) fn ps(json: bool) -> anyhow::Result<()> {

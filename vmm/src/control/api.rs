@@ -9,6 +9,7 @@ use crate::checkpoint::{CheckpointTotals, ProgressReport};
 use crate::dirty::TrackerKind;
 use crate::keeper::KeepTotals;
 use crate::machine::SavedMachine;
+use crate::rewind::RewindTotals;
 use crate::vcpu::Ended;
 use crate::vm::Vm;
 use crate::workload::VerifyReport;
@@ -53,6 +54,8 @@ pub struct VmStatus {
     pub checkpoints: CheckpointTotals,
     /// The checkpoint being taken.
     pub checkpoint_in_progress: Option<ProgressReport>,
+    /// Its rewinds so far.
+    pub rewinds: RewindTotals,
     /// What keeping its snapshots to a policy came to, if there is one.
     pub keep: Option<KeepTotals>,
     /// What the pager did, if memory comes lazily.
@@ -89,6 +92,7 @@ impl VmStatus {
             uptime_ms: u64::try_from(vm.uptime().as_millis()).unwrap_or(u64::MAX),
             checkpoints: vm.checkpoint_totals(),
             checkpoint_in_progress: vm.checkpoint_progress(),
+            rewinds: vm.rewind_totals(),
             keep: vm.keep_totals(),
             pager: vm.pager_stats(),
             pager_process,

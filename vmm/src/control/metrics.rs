@@ -26,6 +26,7 @@ pub(super) fn of(vm: &Vm) -> String {
     machine(&mut page, &status, vm.ram().allocated_bytes());
     exits(&mut page, vm.vcpus.exits());
     checkpoints(&mut page, &vm.checkpoint_statistics());
+    rewinds(&mut page, &status);
     keep(&mut page, &status);
     pager(&mut page, &status);
     page.text
@@ -66,6 +67,18 @@ fn machine(page: &mut Page, status: &VmStatus, allocated_bytes: Option<u64>) {
         "Serial output that was dropped because nobody read it in time.",
         status.serial_dropped_bytes,
     );
+}
+
+fn rewinds(page: &mut Page, status: &VmStatus) {
+    let totals = &status.rewinds;
+    page.labelled(
+        "frazil_rewinds_total",
+        "counter",
+        "Times that the guest was to be taken back to a snapshot.",
+        "result",
+        &[("done", totals.done), ("failed", totals.failed)],
+    );
+    page.counter("frazil_rewind_pages_total", "Pages of RAM put back by rewinds.", totals.pages);
 }
 
 fn exits(page: &mut Page, exits: ExitCounts) {

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use frazil_snapstore::StoreError;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::api::{
@@ -25,6 +26,7 @@ use super::metrics;
 use super::register::make_private_socket;
 use crate::checkpoint::{CheckpointReport, CheckpointRequest};
 use crate::error::{Result, VmmError};
+use crate::rewind::RewindRequest;
 use crate::vm::Vm;
 
 /// Connections whose request has not arrived yet; one more, and the oldest of them is closed.
@@ -271,7 +273,7 @@ enum Body {
 type Answer<T = Body> = std::result::Result<T, (u16, String)>;
 
 /// Every route, as method and path. `openapi.json` has the same ones.
-pub(super) const ROUTES: [(&str, &str); 12] = [
+pub(super) const ROUTES: [(&str, &str); 13] = [
     ("GET", "/vm"),
     ("PUT", "/vm/pause"),
     ("PUT", "/vm/continue"),
@@ -280,6 +282,7 @@ pub(super) const ROUTES: [(&str, &str); 12] = [
     ("PUT", "/checkpoints/cancel"),
     ("GET", "/checkpoints/progress"),
     ("GET", "/checkpoints/statistics"),
+    ("POST", "/rewind"),
     ("GET", "/workload"),
     ("POST", "/workload/verify"),
     ("GET", "/metrics"),
@@ -306,6 +309,7 @@ fn route(request: &Request, vm: &Vm, on_checkpoint: &OnEvent) -> Answer {
         }
         ("GET", "/checkpoints/progress") => to_json(&vm.checkpoint_progress()),
         ("GET", "/checkpoints/statistics") => to_json(&vm.checkpoint_statistics()),
+        ("POST", "/rewind") => rewind(&request.body, vm),
         ("GET", "/workload") => {
             conflict(vm.workload()).and_then(|view| to_json(&WorkloadStatus::from(&view)))
         }
@@ -323,14 +327,22 @@ fn route(request: &Request, vm: &Vm, on_checkpoint: &OnEvent) -> Answer {
     }
 }
 
+/// What a body asks for; one that is not there asks for the default.
+fn parse<T: DeserializeOwned + Default>(body: &[u8], what: &str) -> Answer<T> {
+    if body.is_empty() {
+        return Ok(T::default());
+    }
+    serde_json::from_slice(body)
+        .map_err(|error| (400, format!("body: expected a {what} request, found: {error}")))
+}
+
+fn rewind(body: &[u8], vm: &Vm) -> Answer {
+    let RewindRequest { snapshot } = parse(body, "rewind")?;
+    conflict(vm.rewind_to(snapshot.as_deref())).and_then(|report| to_json(&report))
+}
+
 fn checkpoint(body: &[u8], vm: &Vm, on_checkpoint: &OnEvent) -> Answer {
-    let request: CheckpointRequest = if body.is_empty() {
-        CheckpointRequest::default()
-    } else {
-        serde_json::from_slice(body).map_err(|error| {
-            (400, format!("body: expected a checkpoint request, found: {error}"))
-        })?
-    };
+    let request: CheckpointRequest = parse(body, "checkpoint")?;
     let taken = vm.checkpoint(&request);
     on_checkpoint(&taken);
     conflict(taken).and_then(|report| to_json(&report))
@@ -341,7 +353,10 @@ fn conflict<T>(result: Result<T>) -> Answer<T> {
         VmmError::NotNow(_) | VmmError::Config(_) | VmmError::Store(StoreError::Cancelled(_)) => {
             (409, error.to_string())
         }
-        VmmError::Store(StoreError::Invalid(_)) => (400, error.to_string()),
+        VmmError::Store(StoreError::Invalid(_) | StoreError::AmbiguousRef { .. }) => {
+            (400, error.to_string())
+        }
+        VmmError::Store(StoreError::UnknownRef { .. }) => (404, error.to_string()),
         other => (500, other.to_string()),
     })
 }

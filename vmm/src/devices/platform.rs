@@ -76,12 +76,35 @@ impl CapturedPlatform {
     }
 }
 
-/// Puts the saved platform into a new VM.
+/// The platform of a snapshot.
+#[derive(Clone, Debug)]
+pub struct SavedPlatform {
+    irqchip: SavedIrqchip,
+    pit: SavedPit,
+    clock: SavedClock,
+}
+
+impl SavedPlatform {
+    /// Takes its chunks.
+    ///
+    /// # Errors
+    /// [`VmmError::State`].
+    pub fn take(chunks: &mut ChunkSet) -> Result<Self> {
+        Ok(Self {
+            irqchip: chunks.take(IRQCHIP)?,
+            pit: chunks.take(PIT)?,
+            clock: chunks.take(CLOCK)?,
+        })
+    }
+}
+
+/// Puts `saved` into a VM whose vCPUs stand still and have their state already.
 ///
 /// # Errors
-/// [`VmmError::State`] or [`VmmError::Kvm`].
-pub fn restore(vm: &VmFd, chunks: &mut ChunkSet) -> Result<()> {
-    let SavedIrqchip { pics: [master, slave], ioapic } = chunks.take(IRQCHIP)?;
+/// [`VmmError::Kvm`].
+pub fn restore(vm: &VmFd, saved: SavedPlatform) -> Result<()> {
+    let SavedPlatform { irqchip, pit, clock: SavedClock { kvmclock_ns } } = saved;
+    let SavedIrqchip { pics: [master, slave], ioapic } = irqchip;
     let chips = [
         (KVM_IRQCHIP_PIC_MASTER, kvm_bindings::kvm_irqchip__bindgen_ty_1 { pic: master.into() }),
         (KVM_IRQCHIP_PIC_SLAVE, kvm_bindings::kvm_irqchip__bindgen_ty_1 { pic: slave.into() }),
@@ -91,9 +114,7 @@ pub fn restore(vm: &VmFd, chunks: &mut ChunkSet) -> Result<()> {
         vm.set_irqchip(&kvm_irqchip { chip_id, pad: 0, chip })
             .map_err(VmmError::kvm("set the interrupt controllers"))?;
     }
-    let pit: SavedPit = chunks.take(PIT)?;
     vm.set_pit2(&pit.into()).map_err(VmmError::kvm("set the timer"))?;
-    let SavedClock { kvmclock_ns } = chunks.take(CLOCK)?;
     // Flags stay zero: the guest's clock goes on from where it stopped.
     let clock = kvm_clock_data { clock: kvmclock_ns.into(), ..Default::default() };
     vm.set_clock(&clock).map_err(VmmError::kvm("set the clock"))

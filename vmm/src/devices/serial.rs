@@ -62,7 +62,7 @@ impl SerialOutput {
 }
 
 /// Hands output to a thread, so that a slow terminal or a full pipe never stops a vCPU.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct QueuedOutput {
     /// None once finished.
     queue: Option<Sender<Vec<u8>>>,
@@ -148,15 +148,19 @@ impl SerialPort {
     /// As [`Self::new`], and [`VmmError::State`] if the state makes no sense.
     pub fn restore(vm: &VmFd, output: &SerialOutput, saved: SavedSerial) -> Result<Self> {
         let output = QueuedOutput::new(output.open()?)?;
-        let serial =
-            Serial::from_state(&saved.into(), irq(vm)?, NoEvents, output).map_err(|error| {
-                VmmError::State {
-                    chunk: CHUNK.into(),
-                    expected: "the state of a 16550A".into(),
-                    found: format!("{error:?}"),
-                }
-            })?;
-        Ok(Self { serial })
+        Ok(Self { serial: from_state(saved, irq(vm)?, output)? })
+    }
+
+    /// Gives the port the state `saved`. What it has put out stays where it went.
+    ///
+    /// # Errors
+    /// As [`Self::restore`]; the port is as it was then.
+    pub fn rewind(&mut self, saved: SavedSerial) -> Result<()> {
+        let irq = self.serial.interrupt_evt().0.try_clone();
+        let irq = Irq(irq.map_err(VmmError::host("duplicate the serial interrupt"))?);
+        let output = self.serial.writer().clone();
+        self.serial = from_state(saved, irq, output)?;
+        Ok(())
     }
 
     pub(super) fn write(&mut self, register: u8, value: u8) {
@@ -179,6 +183,18 @@ impl SerialPort {
     pub fn dropped_bytes(&self) -> u64 {
         self.serial.writer().dropped.load(Ordering::Relaxed)
     }
+}
+
+fn from_state(
+    saved: SavedSerial,
+    irq: Irq,
+    output: QueuedOutput,
+) -> Result<Serial<Irq, NoEvents, QueuedOutput>> {
+    Serial::from_state(&saved.into(), irq, NoEvents, output).map_err(|error| VmmError::State {
+        chunk: CHUNK.into(),
+        expected: "the state of a 16550A".into(),
+        found: format!("{error:?}"),
+    })
 }
 
 fn irq(vm: &VmFd) -> Result<Irq> {

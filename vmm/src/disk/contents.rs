@@ -262,6 +262,16 @@ impl Contents {
         Ok(())
     }
 
+    /// Makes a page what a snapshot has of it, which does not count as written. The disk stands
+    /// still, and no page is frozen.
+    pub(super) fn put_back(&self, page: u64, contents: &Page) -> io::Result<()> {
+        let _unchanging = self.write_stripe(page / CHUNK_PAGES);
+        if is_zero(contents) {
+            return self.overlay.punch(page, 1);
+        }
+        self.overlay.write(page * PAGE_BYTES, contents)
+    }
+
     pub(super) fn freeze_mut(&self) -> RwLockWriteGuard<'_, Freeze> {
         self.freeze.write().unwrap_or_else(PoisonError::into_inner)
     }

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use frazil_snapstore::{PageSet, RegionHandle, Transaction};
+use frazil_snapstore::{Page, PageSet, RegionHandle, Transaction};
 
 use super::pages::CHUNK_PAGES;
 use super::{Disk, Drained, FrozenDisk};
-use crate::error::Result;
+use crate::error::{Result, VmmError};
 
 /// A disk, and what the snapshot that its machine stands on lacks of it.
 ///
@@ -56,6 +56,26 @@ impl DiskLine {
     pub fn prepare(&mut self) {
         self.disk.harvest(&mut self.since_head);
         self.ready = Some(self.since_head.clone());
+    }
+
+    /// Takes note of what was written by now.
+    pub fn harvest(&mut self) {
+        self.disk.harvest(&mut self.since_head);
+    }
+
+    /// Makes a page what the snapshot has of it that is about to be the head. The disk stands still,
+    /// which `drained` proves, and no checkpoint is being taken.
+    ///
+    /// # Errors
+    /// [`VmmError::Host`] if the overlay cannot be written.
+    pub fn put_back(&self, drained: &Drained, page: u64, contents: &Page) -> Result<()> {
+        let cannot = || VmmError::host(format!("put page {page} of {} back", self.disk.name()));
+        drained.disk().contents.put_back(page, contents).map_err(cannot())
+    }
+
+    /// The disk has become what the head has: it lacks nothing.
+    pub fn rewound(&mut self) {
+        self.since_head.clear();
     }
 
     /// Freezes all that the head lacks. What this takes depends on what was written since

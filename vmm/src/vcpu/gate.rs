@@ -32,11 +32,21 @@ pub enum Ended {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Goal {
     Run,
-    /// Stop at an instruction boundary; with `capture`, read the state too.
+    /// Stop at an instruction boundary, and do something once all have.
     Park {
-        capture: bool,
+        task: Task,
     },
     Exit,
+}
+
+/// What a vCPU's thread does with its vCPU when all have stopped: nobody else may.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Task {
+    Nothing,
+    /// Read its state.
+    Capture,
+    /// Give it another state.
+    Restore,
 }
 
 /// How long to look out for somebody before going to sleep: longer than everything in a checkpoint's
@@ -115,7 +125,7 @@ impl Gate {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Self {
             inner: Mutex::new(Inner {
-                goal: Goal::Park { capture: false },
+                goal: Goal::Park { task: Task::Nothing },
                 epoch: 0,
                 progress,
                 ended: None,
@@ -292,8 +302,8 @@ mod tests {
             loop {
                 match gate.goal() {
                     (Goal::Run, _) => std::thread::yield_now(),
-                    (Goal::Park { capture }, epoch) => {
-                        captures.fetch_add(u64::from(capture), Ordering::SeqCst);
+                    (Goal::Park { task }, epoch) => {
+                        captures.fetch_add(u64::from(task == Task::Capture), Ordering::SeqCst);
                         gate.park(epoch);
                     }
                     (Goal::Exit, _) => return gate.leave(),
@@ -310,7 +320,7 @@ mod tests {
         assert!(gate.wait_parked(PATIENCE));
         for round in 1..=300 {
             // Parked already, as in a VM that the user paused.
-            gate.set_goal(Goal::Park { capture: true });
+            gate.set_goal(Goal::Park { task: Task::Capture });
             assert!(gate.wait_parked(PATIENCE));
             assert_eq!(
                 captures.load(Ordering::SeqCst),
@@ -320,7 +330,7 @@ mod tests {
             if round % 3 == 0 {
                 gate.set_goal(Goal::Run);
                 assert!(gate.wait_unparked(PATIENCE));
-                gate.set_goal(Goal::Park { capture: false });
+                gate.set_goal(Goal::Park { task: Task::Nothing });
                 assert!(gate.wait_parked(PATIENCE));
             }
         }

@@ -25,7 +25,7 @@ use crate::kvm::{Hypervisor, VmShell};
 use exits::ExitCounters;
 pub use exits::ExitCounts;
 pub use gate::Ended;
-use gate::{Gate, Goal};
+use gate::{Gate, Goal, Task};
 use saved::SavedVcpu;
 use state::{RawVcpu, StateReader};
 
@@ -126,10 +126,19 @@ impl CapturedVcpu {
 
 type CaptureSlot = Mutex<Option<Result<CapturedVcpu>>>;
 
+/// A state that a vCPU is to be given, and what came of it.
+#[derive(Debug, Default)]
+struct RestoreSlot {
+    wanted: Option<Arc<SavedVcpu>>,
+    done: Option<Result<()>>,
+}
+
 #[derive(Debug)]
 struct VcpuThread {
     join: JoinHandle<()>,
+    reader: Arc<StateReader>,
     captured: Arc<CaptureSlot>,
+    restoring: Arc<Mutex<RestoreSlot>>,
 }
 
 /// All vCPUs of a machine, and their threads.
@@ -154,9 +163,10 @@ impl VcpuSet {
         let exits = Arc::<ExitCounters>::default();
         let mut threads = Vec::with_capacity(vcpus.len());
         for vcpu in vcpus {
-            let captured = Arc::default();
+            let (captured, restoring) = (Arc::default(), Arc::default());
+            let reader = Arc::new(vcpu.reader);
             let thread = RunningVcpu {
-                reader: Arc::new(vcpu.reader),
+                reader: Arc::clone(&reader),
                 rings: vcpu.rings,
                 fd: vcpu.fd,
                 index: vcpu.index,
@@ -164,13 +174,14 @@ impl VcpuSet {
                 bus: Arc::clone(bus),
                 exits: Arc::clone(&exits),
                 captured: Arc::clone(&captured),
+                restoring: Arc::clone(&restoring),
                 settled: false,
             };
             let join = std::thread::Builder::new()
                 .name(format!("frazil-vcpu{}", vcpu.index))
                 .spawn(move || thread.run())
                 .map_err(VmmError::host("start a vCPU thread"))?;
-            threads.push(VcpuThread { join, captured });
+            threads.push(VcpuThread { join, reader, captured, restoring });
         }
         Ok(Self { gate, exits, threads })
     }
@@ -180,7 +191,7 @@ impl VcpuSet {
     /// # Errors
     /// [`VmmError::NotNow`] if the machine ended, or a vCPU could not be stopped in a minute.
     pub fn pause(&self) -> Result<()> {
-        self.gate.set_goal(Goal::Park { capture: false });
+        self.gate.set_goal(Goal::Park { task: Task::Nothing });
         self.kick_until(|patience| self.gate.wait_parked(patience))
     }
 
@@ -194,7 +205,7 @@ impl VcpuSet {
         for thread in &self.threads {
             *thread.captured.lock().unwrap_or_else(PoisonError::into_inner) = None;
         }
-        self.gate.set_goal(Goal::Park { capture: true });
+        self.gate.set_goal(Goal::Park { task: Task::Capture });
         self.kick_until(|patience| self.gate.wait_stopped(patience))
     }
 
@@ -241,6 +252,42 @@ impl VcpuSet {
                     .ok_or_else(nothing)?
             })
             .collect()
+    }
+
+    /// Checks that each vCPU can be given the state in `states` that has its place: what it was
+    /// told of its processor cannot be changed any more.
+    ///
+    /// # Errors
+    /// [`VmmError::State`] naming the first that cannot.
+    pub fn check_states(&self, states: &[Arc<SavedVcpu>]) -> Result<()> {
+        for (index, (thread, state)) in self.threads.iter().zip(states).enumerate() {
+            thread.reader.check_cpuid(&format!("vcpu{index}"), state)?;
+        }
+        Ok(())
+    }
+
+    /// Gives each vCPU the state in `states` that has its place. They stand still after
+    /// [`Self::pause`], and go on doing so.
+    ///
+    /// # Errors
+    /// What KVM refused: some vCPUs may have the new state by then, and none may run. Also if the
+    /// machine ends meanwhile.
+    pub fn restore(&self, states: &[Arc<SavedVcpu>]) -> Result<()> {
+        for (thread, state) in self.threads.iter().zip(states) {
+            let wanted = Some(Arc::clone(state));
+            *thread.restoring.lock().unwrap_or_else(PoisonError::into_inner) =
+                RestoreSlot { wanted, done: None };
+        }
+        // Nobody is kicked: they wait in the gate, and a signal would only be in KVM's way.
+        self.gate.set_goal(Goal::Park { task: Task::Restore });
+        if !self.gate.wait_parked(STOP_PATIENCE) || self.gate.ended().is_some() {
+            return Err(VmmError::NotNow("the vCPUs ended while they were given a state".into()));
+        }
+        let nothing = || VmmError::NotNow("a vCPU was not given its state".into());
+        self.threads.iter().try_for_each(|thread| {
+            let mut slot = thread.restoring.lock().unwrap_or_else(PoisonError::into_inner);
+            slot.done.take().ok_or_else(nothing)?
+        })
     }
 
     /// Ends the machine.
@@ -309,6 +356,7 @@ struct RunningVcpu {
     bus: Arc<Bus>,
     exits: Arc<ExitCounters>,
     captured: Arc<CaptureSlot>,
+    restoring: Arc<Mutex<RestoreSlot>>,
     /// Nothing is pending: it was interrupted, or has not run yet.
     settled: bool,
 }
@@ -344,7 +392,7 @@ impl RunningVcpu {
                     Turn::Again | Turn::Kicked => {}
                     Turn::End(reason) => self.gate.end(reason),
                 },
-                (Goal::Park { capture }, epoch) => self.park(capture, epoch),
+                (Goal::Park { task }, epoch) => self.park(task, epoch),
                 (Goal::Exit, _) => break,
             }
         }
@@ -361,14 +409,28 @@ impl RunningVcpu {
         }
     }
 
-    fn park(&mut self, capture: bool, epoch: u64) {
+    fn park(&mut self, task: Task, epoch: u64) {
         if let Some(reason) = self.finish_exit() {
             self.gate.end(reason);
-        } else if capture && self.gate.wait_all_stopped(epoch) {
-            let captured = self.capture();
-            *self.captured.lock().unwrap_or_else(PoisonError::into_inner) = Some(captured);
+        } else if task != Task::Nothing && self.gate.wait_all_stopped(epoch) {
+            match task {
+                Task::Nothing => {}
+                Task::Capture => {
+                    let captured = self.capture();
+                    *self.captured.lock().unwrap_or_else(PoisonError::into_inner) = Some(captured);
+                }
+                Task::Restore => self.restore(),
+            }
         }
         self.gate.park(epoch);
+    }
+
+    /// Gives the vCPU the state that waits for it. Nothing is pending: its last exit is finished.
+    fn restore(&mut self) {
+        let mut slot = self.restoring.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(saved) = slot.wanted.take() {
+            slot.done = Some(self.reader.replace(&self.fd, self.index, &saved));
+        }
     }
 
     fn capture(&mut self) -> Result<CapturedVcpu> {

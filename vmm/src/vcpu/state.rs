@@ -19,6 +19,8 @@ use crate::state::HexBytes;
 const MSR_IA32_TSC: u32 = 0x10;
 const MSR_IA32_TSC_DEADLINE: u32 = 0x6e0;
 const XSAVE_LEN: usize = 4096;
+/// The lowest bit of CR3 that is part of the address of a page table.
+const PAGE_TABLE_BIT: u64 = 1 << 12;
 
 /// Everything KVM keeps of one vCPU, in KVM's own form: what is read while the guest is stopped.
 #[derive(Debug)]
@@ -148,6 +150,30 @@ impl StateReader {
     /// Puts `saved` into a new vCPU whose CPUID is set already.
     pub(super) fn restore(&self, vcpu: &VcpuFd, chunk: &str, saved: &SavedVcpu) -> Result<()> {
         restore(vcpu, chunk, saved, self.xsave_extra_words)
+    }
+
+    /// Checks that `saved` is of a processor like this one: CPUID is fixed once a vCPU has run.
+    pub(super) fn check_cpuid(&self, chunk: &str, saved: &SavedVcpu) -> Result<()> {
+        if saved.cpuid == self.cpuid {
+            return Ok(());
+        }
+        Err(VmmError::State {
+            chunk: chunk.to_owned(),
+            expected: "the CPUID that this vCPU runs with, which cannot change any more".into(),
+            found: "another: resume the snapshot instead".into(),
+        })
+    }
+
+    /// Puts `saved` in place of the state of vCPU `index`, which has run and has nothing pending.
+    pub(super) fn replace(&self, vcpu: &VcpuFd, index: usize, saved: &SavedVcpu) -> Result<()> {
+        // Applies the events that wait for it (INIT, SIPI), so that none comes afterwards.
+        Self::read_mp_state(vcpu)?;
+        // Page tables have changed under it without its knowing. Its CR3 may be the same as before,
+        // and only one that changes makes KVM forget what it translated.
+        let mut elsewhere: kvm_sregs = (&saved.sregs).into();
+        elsewhere.cr3 ^= PAGE_TABLE_BIT;
+        vcpu.set_sregs(&elsewhere).map_err(VmmError::kvm("set segment registers"))?;
+        self.restore(vcpu, &format!("vcpu{index}"), saved)
     }
 
     /// The saved form of what was read.

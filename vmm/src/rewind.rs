@@ -1,0 +1,498 @@
+//! Taking a running guest back to a snapshot, in place: it costs what changed since.
+//!
+//! [`Vm::rewind`] is the list of phases; each is a function below.
+
+mod pages;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use frazil_snapstore::{DiffOptions, PageSet, Snapshot, SnapshotId, Store, diff};
+use serde::{Deserialize, Serialize};
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::devices::platform::{self, SavedPlatform};
+use crate::devices::serial::{self, SavedSerial};
+use crate::disk::{DiskLine, Drained, SavedDisk, disk_name};
+use crate::error::{Result, VmmError};
+use crate::line::Line;
+use crate::machine::{MACHINE_CHUNK, SavedMachine};
+use crate::memory::RAM_REGION;
+use crate::state::ChunkSet;
+use crate::vcpu::Ended;
+use crate::vcpu::saved::SavedVcpu;
+use crate::vm::{GoesOn, Vm, vcpu_chunk};
+use pages::CachedRegion;
+
+/// So few pages are read in the pause without another thought.
+const FEW_PAGES: u64 = 32;
+/// Pages are looked for and read so often before the pause, at the most.
+const MAX_ROUNDS: usize = 4;
+/// How long requests to disks may take to be done in the pause, all together.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(1);
+
+/// `POST /rewind`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RewindRequest {
+    /// Where to: a snapshot id or a unique prefix, a tag, `latest`, each with `~N`; none is the head.
+    pub snapshot: Option<String>,
+}
+
+/// What a rewind came to. Times are microseconds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RewindReport {
+    /// The VM's name.
+    pub vm: String,
+    /// The snapshot that the guest is now.
+    pub id: SnapshotId,
+    /// The head it had before.
+    pub from: Option<SnapshotId>,
+    /// Pages of RAM that were put back.
+    pub pages: u64,
+    /// Of them and those of disks, pages that had to be read from the store.
+    pub read_pages: u64,
+    /// Pages of disks that were put back.
+    pub disk_pages: u64,
+    /// Finding out what changed and reading it, while the guest ran.
+    pub prepare_us: u64,
+    /// From the first kick until every vCPU was on its way again, or would be but for the user.
+    pub pause_us: u64,
+    /// Of which: until every vCPU stood still.
+    pub quiesce_us: u64,
+    /// Of which: the last look at what changed, and reading what was not there yet.
+    pub harvest_us: u64,
+    /// Of which: putting pages of RAM back.
+    pub memory_us: u64,
+    /// Of which: vCPUs and devices.
+    pub state_us: u64,
+    /// Of which: putting pages of disks back.
+    pub disks_us: u64,
+    /// Of which: until every vCPU was on its way again; 0 if the guest stands still.
+    pub go_on_us: u64,
+    /// All of it, waiting for a checkpoint included.
+    pub duration_us: u64,
+}
+
+/// What the rewinds of a VM came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RewindTotals {
+    /// Rewinds done.
+    pub done: u64,
+    /// Rewinds that failed.
+    pub failed: u64,
+    /// Pages of RAM put back.
+    pub pages: u64,
+    /// The longest pause, in microseconds.
+    pub pause_us_max: u64,
+}
+
+/// What a VM keeps of its rewinds.
+#[derive(Debug, Default)]
+pub(crate) struct Rewinding {
+    totals: Mutex<RewindTotals>,
+    /// Where [`Vm::rewind_to`] went last.
+    last: Mutex<Option<RewindPoint>>,
+}
+
+/// A snapshot that a VM can be taken back to: its state, decoded, and pages that were needed before.
+/// While it lives the snapshot is not pruned away, forgotten or not.
+#[derive(Debug)]
+pub struct RewindPoint {
+    snapshot: Snapshot,
+    machine: SavedMachine,
+    vcpus: Vec<Arc<SavedVcpu>>,
+    platform: SavedPlatform,
+    serial: SavedSerial,
+    ram: CachedRegion,
+    disks: Vec<CachedRegion>,
+}
+
+impl RewindPoint {
+    /// The snapshot.
+    #[must_use]
+    pub fn id(&self) -> SnapshotId {
+        self.snapshot.id()
+    }
+}
+
+impl Vm {
+    /// Makes ready to take this VM back to `snapshot`, as often as is wanted.
+    ///
+    /// # Errors
+    /// [`VmmError::NotNow`] if the VM has no store; [`VmmError::Config`] if the snapshot is of
+    /// another machine; [`VmmError::State`] if its state does not fit; the store's.
+    pub fn rewind_point(&self, snapshot: &Snapshot) -> Result<RewindPoint> {
+        self.point_at(snapshot.id())
+    }
+
+    fn point_at(&self, id: SnapshotId) -> Result<RewindPoint> {
+        let snapshot = self.rewind_store()?.pin(id)?;
+        let mut chunks = ChunkSet::new(snapshot.states()?)?;
+        let machine: SavedMachine = chunks.take(MACHINE_CHUNK)?;
+        check_machine(self, id, &machine)?;
+        let vcpus = (0..machine.cpus).map(|index| Ok(Arc::new(chunks.take(&vcpu_chunk(index))?)));
+        let vcpus = vcpus.collect::<Result<Vec<_>>>()?;
+        self.vcpus.check_states(&vcpus)?;
+        let (platform, serial) = (SavedPlatform::take(&mut chunks)?, chunks.take(serial::CHUNK)?);
+        let max = self.rewind_cache_pages();
+        let ram = snapshot.region(RAM_REGION)?;
+        if ram.pages() != self.ram().end_page() {
+            return Err(other_machine(
+                self,
+                id,
+                "pages of RAM",
+                self.ram().end_page(),
+                ram.pages(),
+            ));
+        }
+        let mut disks = Vec::with_capacity(machine.disks);
+        for (index, disk) in self.disks().iter().enumerate() {
+            let saved: SavedDisk = chunks.take(&disk_name(index))?;
+            if saved != *disk.saved() {
+                let (ours, theirs) = (format!("{:?}", disk.saved()), format!("{saved:?}"));
+                return Err(other_machine(self, id, disk.name(), ours, theirs));
+            }
+            disks.push(CachedRegion::new(snapshot.region(disk.name())?, max));
+        }
+        chunks.finish()?;
+        let ram = CachedRegion::new(ram, max);
+        Ok(RewindPoint { snapshot, machine, vcpus, platform, serial, ram, disks })
+    }
+
+    fn rewind_store(&self) -> Result<&Arc<Store>> {
+        self.store().ok_or_else(|| {
+            VmmError::NotNow(format!(
+                "VM `{}` has no store to rewind from: run it with --store DIR",
+                self.name()
+            ))
+        })
+    }
+
+    /// Takes the guest back to `point`, from wherever it is. It runs on from there, or stands still if
+    /// it did. The next checkpoint is a change of that snapshot.
+    ///
+    /// # Errors
+    /// The guest goes on as if nothing had been asked for; but if something fails when memory has
+    /// begun to change, the VM ends: [`Vm::ended`] says why then.
+    pub fn rewind(&self, point: &mut RewindPoint) -> Result<RewindReport> {
+        let turn = self.turns.rewind();
+        let done = Rewind::begin(self, point, turn.since).and_then(|mut rewind| {
+            rewind.prepare()?;
+            rewind.pause_and_rewind()
+        });
+        let mut totals = self.rewinding.totals.lock().unwrap_or_else(PoisonError::into_inner);
+        match &done {
+            Ok(report) => {
+                totals.done += 1;
+                totals.pages += report.pages;
+                totals.pause_us_max = totals.pause_us_max.max(report.pause_us);
+            }
+            Err(_) => totals.failed += 1,
+        }
+        done
+    }
+
+    /// Takes the guest back to the snapshot that `reference` names in the VM's store; None is the
+    /// head. What it takes is kept for the next time.
+    ///
+    /// # Errors
+    /// As [`Self::rewind_point`] and [`Self::rewind`]; [`VmmError::NotNow`] if there is no head yet.
+    pub fn rewind_to(&self, reference: Option<&str>) -> Result<RewindReport> {
+        self.check_alive()?;
+        let store = self.rewind_store()?;
+        let id = match reference {
+            Some(reference) => {
+                store.refresh()?;
+                store.resolve(reference)?.id
+            }
+            None => self.head().ok_or_else(|| {
+                VmmError::NotNow(format!(
+                    "VM `{}` has no snapshot to go back to yet: take a checkpoint first",
+                    self.name()
+                ))
+            })?,
+        };
+        let mut last = self.rewinding.last.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.as_ref().is_none_or(|point| point.id() != id) {
+            *last = Some(self.point_at(id)?);
+        }
+        let point = last.as_mut().ok_or_else(|| VmmError::NotNow("no point to go to".into()))?;
+        self.rewind(point)
+    }
+
+    /// What its rewinds came to so far.
+    #[must_use]
+    pub fn rewind_totals(&self) -> RewindTotals {
+        *self.rewinding.totals.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Fails unless `found`, the machine of snapshot `id`, is that of `vm`.
+fn check_machine(vm: &Vm, id: SnapshotId, found: &SavedMachine) -> Result<()> {
+    let ours = vm.machine();
+    let wrong = |what: &str, ours: &dyn std::fmt::Debug, found: &dyn std::fmt::Debug| {
+        Err(other_machine(vm, id, what, format!("{ours:?}"), format!("{found:?}")))
+    };
+    if ours.ram_bytes != found.ram_bytes {
+        return wrong("bytes of RAM", &ours.ram_bytes, &found.ram_bytes);
+    }
+    if ours.cpus != found.cpus {
+        return wrong("vCPUs", &ours.cpus, &found.cpus);
+    }
+    if ours.disks != found.disks {
+        return wrong("disks", &ours.disks, &found.disks);
+    }
+    if ours.guest != found.guest {
+        return wrong("guest", &ours.guest, &found.guest);
+    }
+    Ok(())
+}
+
+fn other_machine(
+    vm: &Vm,
+    id: SnapshotId,
+    what: &str,
+    ours: impl std::fmt::Display,
+    theirs: impl std::fmt::Display,
+) -> VmmError {
+    VmmError::Config(format!(
+        "snapshot {} is of another machine than VM `{}`: {what}: expected {ours}, found {theirs}; \
+         resume it instead",
+        id.short(),
+        vm.name()
+    ))
+}
+
+/// A rewind on its way.
+struct Rewind<'a> {
+    vm: &'a Vm,
+    point: &'a mut RewindPoint,
+    line: MutexGuard<'a, Line>,
+    /// Pages of RAM in which the target differs from the head.
+    apart: PageSet,
+    /// The same of each disk.
+    disks_apart: Vec<PageSet>,
+    /// Pages of RAM to put back, as far as they are known.
+    pages: PageSet,
+    disk_pages: Vec<PageSet>,
+    started: Instant,
+    report: RewindReport,
+}
+
+impl<'a> Rewind<'a> {
+    fn begin(vm: &'a Vm, point: &'a mut RewindPoint, started: Instant) -> Result<Self> {
+        vm.check_alive()?;
+        // It may be another VM's.
+        check_machine(vm, point.id(), &point.machine)?;
+        if !Arc::ptr_eq(vm.rewind_store()?, point.snapshot.store()) {
+            return Err(VmmError::Config(format!(
+                "snapshot {} is not in the store of VM `{}`",
+                point.id().short(),
+                vm.name()
+            )));
+        }
+        let line = vm.line.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut apart = PageSet::new(vm.ram().end_page());
+        let mut disks_apart: Vec<_> =
+            vm.disks().iter().map(|disk| PageSet::new(disk.pages())).collect();
+        let head = vm.head();
+        if head != Some(point.id()) {
+            find_apart(vm, head, point, &mut apart, &mut disks_apart)?;
+        }
+        let report = RewindReport {
+            vm: vm.name().to_owned(),
+            id: point.id(),
+            from: head,
+            pages: 0,
+            read_pages: 0,
+            disk_pages: 0,
+            prepare_us: 0,
+            pause_us: 0,
+            quiesce_us: 0,
+            harvest_us: 0,
+            memory_us: 0,
+            state_us: 0,
+            disks_us: 0,
+            go_on_us: 0,
+            duration_us: 0,
+        };
+        let (pages, disk_pages) = (apart.clone(), disks_apart.clone());
+        Ok(Self { vm, point, line, apart, disks_apart, pages, disk_pages, started, report })
+    }
+
+    /// Phase 1, the guest runs: finds out what changed, and reads what the point does not have, so that
+    /// little is left for the pause.
+    fn prepare(&mut self) -> Result<()> {
+        let started = Instant::now();
+        for _ in 0..MAX_ROUNDS {
+            let mut found = PageSet::new(self.pages.capacity());
+            self.line.harvest(&mut found)?;
+            let read = self.fetch()?;
+            if read <= FEW_PAGES {
+                break;
+            }
+        }
+        self.report.prepare_us = us(started.elapsed());
+        Ok(())
+    }
+
+    /// Reads what was found to have changed and is not in the point, as far as that has room.
+    fn fetch(&mut self) -> Result<u64> {
+        self.pages.union(&self.line.since_head);
+        self.pages.union(&self.apart);
+        let mut read = self.point.ram.fetch(&self.pages)?;
+        for (index, disk) in self.line.disks.iter_mut().enumerate() {
+            disk.harvest();
+            self.disk_pages[index].union(disk.since_head());
+            self.disk_pages[index].union(&self.disks_apart[index]);
+            read += self.point.disks[index].fetch(&self.disk_pages[index])?;
+        }
+        self.report.read_pages += read;
+        Ok(read)
+    }
+
+    /// Phases 2 to 6. A guest that ran goes on, whatever happens, unless its memory is torn.
+    fn pause_and_rewind(mut self) -> Result<RewindReport> {
+        let paused = self.vm.paused();
+        let pause_started = Instant::now();
+        let goes_on = (!*paused).then(|| GoesOn(&self.vm.vcpus));
+        self.vm.vcpus.pause()?;
+        self.report.quiesce_us = us(pause_started.elapsed());
+        let drained = self.last_look()?;
+        // From here on there is no way back. This goes before `goes_on` does.
+        let torn = EndsTorn(self.vm);
+        if let Err(error) = self.change(&drained) {
+            let detail = format!(
+                "it was being taken back to snapshot {}, and its memory is neither old nor new: {error}",
+                self.point.id().short()
+            );
+            self.vm.vcpus.end(Ended::Failed { detail: detail.clone() });
+            return Err(VmmError::NotNow(format!("VM `{}` has ended: {detail}", self.vm.name())));
+        }
+        drop(drained);
+        drop(torn);
+        let go_on_started = Instant::now();
+        if let Some(goes_on) = goes_on {
+            drop(goes_on);
+            self.report.go_on_us = us(go_on_started.elapsed());
+        }
+        self.report.pause_us = us(pause_started.elapsed());
+        self.report.duration_us = us(self.started.elapsed());
+        Ok(self.report)
+    }
+
+    /// Phase 3, the guest stands still: all that changed is known, and as much of it as may be is at
+    /// hand.
+    fn last_look(&mut self) -> Result<Vec<Drained>> {
+        let started = Instant::now();
+        let until = started + DRAIN_PATIENCE;
+        let drained = self
+            .line
+            .disks
+            .iter()
+            .map(|disk| disk.disk().drain(until.saturating_duration_since(Instant::now())))
+            .collect::<Result<Vec<_>>>()?;
+        let mut found = PageSet::new(self.pages.capacity());
+        self.line.harvest_at_cut(&mut found)?;
+        self.fetch()?;
+        self.report.harvest_us = us(started.elapsed());
+        Ok(drained)
+    }
+
+    /// Phases 4 and 5, the guest stands still: everything becomes what the target has.
+    fn change(&mut self, drained: &[Drained]) -> Result<()> {
+        let memory_started = Instant::now();
+        self.put_memory_back()?;
+        self.report.memory_us = us(memory_started.elapsed());
+        let state_started = Instant::now();
+        // As on resume: the interrupt controllers may send to local APICs, which must be there.
+        self.vm.vcpus.restore(&self.point.vcpus)?;
+        platform::restore(&self.vm.shell.fd, self.point.platform.clone())?;
+        self.vm.bus.serial().rewind(self.point.serial.clone())?;
+        self.report.state_us = us(state_started.elapsed());
+        let disks_started = Instant::now();
+        for (index, drained) in drained.iter().enumerate() {
+            let (line, pages) = (&self.line.disks[index], &self.disk_pages[index]);
+            let put = |page, contents: &_| line.put_back(drained, page, contents);
+            self.report.read_pages += self.point.disks[index].each(pages, put)?;
+            self.report.disk_pages += pages.count();
+        }
+        self.report.disks_us = us(disks_started.elapsed());
+        self.become_the_target();
+        Ok(())
+    }
+
+    fn put_memory_back(&mut self) -> Result<()> {
+        let ram = self.vm.ram();
+        self.report.pages = self.pages.count();
+        self.report.read_pages += self.point.ram.each(&self.pages, |page, contents| {
+            let at = GuestAddress(page * frazil_snapstore::PAGE_SIZE as u64);
+            ram.memory().write_slice(contents, at).map_err(|error| VmmError::Host {
+                op: format!("put page {page} of guest memory back"),
+                source: std::io::Error::other(error),
+            })
+        })?;
+        // What was noted since the last look is what we wrote: no device has written, since requests
+        // are drained and no vCPU runs.
+        ram.harvest_vmm_writes(&mut PageSet::new(self.pages.capacity()));
+        Ok(())
+    }
+
+    /// Memory and disks are the target's, so there is nothing it lacks. What KVM wrote while it was
+    /// given the state is in its log, and found by the next harvest.
+    fn become_the_target(&mut self) {
+        self.vm.set_head(self.point.id());
+        self.line.head_pin = self.point.snapshot.pin();
+        self.line.since_head.clear();
+        self.line.disks.iter_mut().for_each(DiskLine::rewound);
+    }
+}
+
+/// Ends a machine whose memory was being changed when this thread panicked.
+struct EndsTorn<'a>(&'a Vm);
+
+impl Drop for EndsTorn<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let detail = "a rewind panicked: memory is neither old nor new".into();
+            self.0.vcpus.end(Ended::Failed { detail });
+        }
+    }
+}
+
+/// Finds the pages in which `point` and `head` differ. Without a head everything is zero but what
+/// was written since.
+fn find_apart(
+    vm: &Vm,
+    head: Option<SnapshotId>,
+    point: &RewindPoint,
+    apart: &mut PageSet,
+    disks_apart: &mut [PageSet],
+) -> Result<()> {
+    let Some(head) = head else {
+        point.ram.add_contents(apart)?;
+        // Of a disk, the file it was opened with counts as written, or is a hole.
+        let disks = point.disks.iter().zip(disks_apart);
+        return disks.into_iter().try_for_each(|(disk, apart)| disk.add_contents(apart));
+    };
+    let head = vm.rewind_store()?.snapshot(head)?;
+    for region in diff(&head, &point.snapshot, DiffOptions::default())?.regions {
+        let set = match region.name.as_str() {
+            RAM_REGION => Some(&mut *apart),
+            name => vm
+                .disks()
+                .iter()
+                .position(|disk| disk.name() == name)
+                .map(|index| &mut disks_apart[index]),
+        };
+        if let Some(set) = set {
+            region.ranges.iter().for_each(|range| set.insert_range(range.first, range.count));
+        }
+    }
+    Ok(())
+}
+
+fn us(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
