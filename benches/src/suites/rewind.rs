@@ -17,6 +17,8 @@ const SPEC: &str = "rate=40000,pattern=uniform,content=text,report=0";
 const BUDGET_US: f64 = 1000.0;
 /// Pages that the guest writes between two rewinds.
 const PAGES: [u64; 3] = [100, 1000, 10_000];
+/// Rewinds before those that are measured.
+const WARM_UP: usize = 5;
 /// Rewinds one after the other, which the guest's memory is checked after.
 const IN_A_ROW: usize = 1000;
 
@@ -58,13 +60,13 @@ fn latency(
 ) -> anyhow::Result<()> {
     let (mut whole, mut pause, mut found) = (Samples::new(), Samples::new(), Samples::new());
     let (mut read, mut put_back) = (0, 0);
-    // The first finds out which pages the guest writes from here, and reads them.
-    for round in 0..=bench.runs(30) {
+    // The first find out which pages the guest writes from here, and read them; meanwhile it writes on.
+    for round in 0..bench.runs(30) + WARM_UP {
         machine.wait_turns(machine.turns()? + pages)?;
         let started = Instant::now();
         let report = machine.vm.rewind(point)?;
         let took = started.elapsed();
-        if round > 0 {
+        if round >= WARM_UP {
             whole.add_time(took);
             pause.add(report.pause_us * 1000);
             found.add(report.pages);
