@@ -18,7 +18,7 @@ use crate::cli::{PagerArgs, WorkingSetArg};
 /// How long the memory of a snapshot is kept for VMs to come.
 const LINGER: Duration = Duration::from_secs(5);
 /// How long the first may take.
-const FIRST_PATIENCE: Duration = Duration::from_secs(60);
+const FIRST_PATIENCE: Duration = Duration::from_mins(1);
 /// How long a resumed VM is watched for what it touches, if nobody says otherwise.
 const RECORD: Duration = Duration::from_secs(1);
 
@@ -44,14 +44,12 @@ pub(crate) fn options(
 }
 
 pub(crate) fn pager(args: &PagerArgs) -> anyhow::Result<()> {
-    match (&args.snapshot, &args.listen) {
-        (Some(snapshot), Some(socket)) => serve_many(args, snapshot, socket),
-        _ => {
-            let socket = std::io::stdin().as_fd().try_clone_to_owned();
-            pager::serve_one(socket.context("standard input is no socket")?)?;
-            Ok(())
-        }
+    if let (Some(snapshot), Some(socket)) = (&args.snapshot, &args.listen) {
+        return serve_many(args, snapshot, socket);
     }
+    let socket = std::io::stdin().as_fd().try_clone_to_owned();
+    pager::serve_one(socket.context("standard input is no socket")?)?;
+    Ok(())
 }
 
 /// Until nobody has used it for a while.
