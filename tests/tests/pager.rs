@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 use frazil_snapstore::pager::{
     self, CHUNK_PAGES, Extent, Image, Mapping, OnFailure, Pager, PagerOptions, Replay, Seat,
 };
-use frazil_snapstore::{PAGE_SIZE, RegionReader, Store, StoreOptions, segment_name};
+use frazil_snapstore::{
+    PAGE_SIZE, PruneOptions, PruneProgress, RegionReader, Store, StoreOptions, segment_name,
+};
 use frazil_tests::oracle::{CONTENTS, Edit, Model, content, take};
 use frazil_tests::rng::Rng;
 use frazil_tests::storage_sim::SimStorage;
@@ -700,7 +702,7 @@ fn a_working_set_is_recorded_once_and_there_before_it_is_wanted() {
         assert_eq!(store.working_set(region.snapshot(), "ram"), None);
         // And goes with its snapshot.
         store.forget(&[region.snapshot()]).unwrap();
-        store.prune(&Default::default(), &Default::default()).unwrap();
+        store.prune(&PruneOptions::default(), &PruneProgress::default()).unwrap();
         assert!(!file.exists());
     });
 }

@@ -76,7 +76,7 @@ pub struct HostConfig {
 pub const STAGING_BYTES: u64 = 64 << 20;
 
 /// What a point to rewind to keeps of each region by default.
-pub const REWIND_CACHE_BYTES: u64 = 64 << 20;
+pub const REWIND_CACHE_BYTES: u64 = 256 << 20;
 
 impl HostConfig {
     /// Output to `serial`, checkpoints to `store`, the rest as suits the machine.

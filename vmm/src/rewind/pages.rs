@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use frazil_snapstore::{PAGE_SIZE, Page, PageSet, RegionReader};
+use rayon::prelude::*;
 
 use crate::error::Result;
 
@@ -15,6 +16,13 @@ pub(super) struct CachedRegion {
     reader: RegionReader,
     pages: HashMap<u64, Box<Page>>,
     max_pages: usize,
+}
+
+fn read_part(reader: &RegionReader, first: u64, count: u64) -> Result<Vec<(u64, Box<Page>)>> {
+    let mut bytes = vec![0; count as usize * PAGE_SIZE];
+    reader.read_pages(first, &mut bytes)?;
+    let (pages, _) = bytes.as_chunks::<PAGE_SIZE>();
+    Ok((first..).zip(pages.iter().map(|page| Box::new(*page))).collect())
 }
 
 impl CachedRegion {
@@ -37,20 +45,21 @@ impl CachedRegion {
             self.pages.retain(|page, _| wanted.contains(*page));
         }
         let mut room = self.max_pages.saturating_sub(self.pages.len()) as u64;
-        let mut buf = vec![0; READ_PAGES as usize * PAGE_SIZE];
-        let mut read = 0;
+        let mut parts = Vec::new();
         for (mut first, mut count) in missing.runs() {
             while count > 0 && room > 0 {
                 let now = count.min(READ_PAGES).min(room);
-                let bytes = &mut buf[..now as usize * PAGE_SIZE];
-                self.reader.read_pages(first, bytes)?;
-                for (page, contents) in (first..).zip(bytes.as_chunks::<PAGE_SIZE>().0) {
-                    self.pages.insert(page, Box::new(*contents));
-                }
-                (first, count, room, read) = (first + now, count - now, room - now, read + now);
+                parts.push((first, now));
+                (first, count, room) = (first + now, count - now, room - now);
             }
         }
-        Ok(read)
+        // Each page may be a frame to unpack, and the guest writes on meanwhile: on all cores.
+        let read = parts.par_iter().map(|(first, count)| read_part(&self.reader, *first, *count));
+        let read: Vec<(u64, Box<Page>)> =
+            read.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect();
+        let count = read.len() as u64;
+        self.pages.extend(read);
+        Ok(count)
     }
 
     /// Hands each of `wanted` to `put`; what is not here is read. Returns how many pages that was.
