@@ -5,6 +5,7 @@ pub mod fixture;
 pub mod format_reader;
 pub mod memory_copy;
 pub mod oracle;
+pub mod pager_bed;
 pub mod rng;
 pub mod storage_sim;
 pub mod vm_harness;

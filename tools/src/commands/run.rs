@@ -344,7 +344,10 @@ fn watch_first_progress(vm: &Arc<Vm>, started: Started, json: bool) {
                 let now = monotonic_ns();
                 let ms = (now - started.monotonic_ns) as f64 / 1e6;
                 if json {
-                    outln!("{}", json!({"event": "first_progress", "ms": ms, "monotonic_ns": now}));
+                    outln!(
+                        "{}",
+                        json!({"event": "first_progress", "vm": vm.name(), "ms": ms, "monotonic_ns": now})
+                    );
                 } else {
                     eprintln!(
                         "frazil: the guest made progress {ms:.1} ms after this process started"

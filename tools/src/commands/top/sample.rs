@@ -169,6 +169,7 @@ pub(super) mod tests {
                 "guest": {"kind": "workload", "spec": ""}},
             "store": "store st", "resumed_from": null, "head": null, "dirty_tracking": "ring",
             "pager_process": null, "pager_deaths": 0, "uptime_ms": 1_000 * n,
+            "rewinds": {"done": 0, "failed": 0, "pages": 0, "pause_us_max": 0},
             "checkpoints": totals, "checkpoint_in_progress": null, "pager": pager,
             "serial_dropped_bytes": 0,
         });

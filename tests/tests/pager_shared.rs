@@ -1,0 +1,287 @@
+//! Images that several users share, pagers that take over from one another, and working sets.
+
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use frazil_snapstore::pager::{
+    self, CHUNK_PAGES, Extent, Image, Pager, PagerOptions, Replay, Seat,
+};
+use frazil_snapstore::{PAGE_SIZE, PruneOptions, PruneProgress, RegionReader, Store, StoreOptions};
+use frazil_tests::oracle::{Edit, Model, content, take};
+use frazil_tests::pager_bed::{
+    Fixture, Memory, check_memory, fixture, mixed, no_failure, run_threads, wait_until_complete,
+    within,
+};
+use frazil_tests::vm_harness::uffd_or_skip;
+
+/// An image of all of `region`, of which nothing is there yet.
+fn image_of(region: &RegionReader) -> Arc<Image> {
+    let pages = region.pages() - region.pages() % CHUNK_PAGES;
+    let memory = Memory::new(&[(0, pages / CHUNK_PAGES)]);
+    let extents = [memory.mappings[0].extent()];
+    Arc::new(Image::new(region.clone(), &memory.file, &extents).unwrap())
+}
+
+fn seat_of(memory: &Memory) -> Seat {
+    Seat::take(&memory.mappings).unwrap()
+}
+
+const SHARED: PagerOptions = PagerOptions {
+    fault_threads: 2,
+    background_fill: false,
+    fill_threads: 1,
+    fill_bytes_per_s: None,
+    replay: Replay::Off,
+    record: None,
+    maps_ahead: false,
+};
+
+#[test]
+fn users_of_one_image_see_the_snapshot_and_only_what_they_wrote_themselves() {
+    if !uffd_or_skip() {
+        return;
+    }
+    within(120, || {
+        for seed in 0..12 {
+            let Fixture { region, contents, .. } = fixture(mixed(12, seed));
+            let image = image_of(&region);
+            let options = PagerOptions { background_fill: seed % 2 == 0, ..SHARED };
+            let users: Vec<(Memory, Pager)> = (0..3)
+                .map(|_| {
+                    let memory = Memory::private(&image);
+                    let seat = seat_of(&memory);
+                    let pager = Pager::serve(Arc::clone(&image), seat, options, no_failure());
+                    (memory, pager.unwrap())
+                })
+                .collect();
+            std::thread::scope(|scope| {
+                for (index, (memory, _)) in users.iter().enumerate() {
+                    let contents = &contents;
+                    scope.spawn(move || run_threads(memory, contents, seed * 3 + index as u64));
+                }
+            });
+            // One that goes hurts nobody.
+            let mut users = users.into_iter();
+            drop(users.next());
+            for (memory, pager) in users {
+                if options.background_fill {
+                    wait_until_complete(&pager);
+                }
+                assert!(pager.failure().is_none());
+                check_memory(&memory, &contents);
+            }
+            // Late, and complete or not, another one finds the snapshot as it was.
+            let memory = Memory::private(&image);
+            let seat = seat_of(&memory);
+            let pager = Pager::serve(Arc::clone(&image), seat, options, no_failure()).unwrap();
+            assert_eq!(pager.stats().complete, options.background_fill);
+            for page in memory.pages() {
+                assert!(&memory.read_page(page) == content(contents[page as usize]), "page {page}");
+            }
+            let filled = contents.iter().filter(|id| **id != 0).count() as u64;
+            assert_eq!(pager.stats().filled_pages, filled, "each page once, for all of them");
+        }
+    });
+}
+
+/// A store in a folder, which another process, or a second handle, can open.
+fn fixture_in(folder: &std::path::Path, contents: &[u8]) -> RegionReader {
+    let store = Store::open_or_create(folder, StoreOptions::default()).unwrap();
+    let mut model = Model { regions: [("ram".to_owned(), vec![0; contents.len()])].into() };
+    let pages = (0..).zip(contents.iter().copied()).filter(|(_, id)| *id != 0).collect();
+    let edit = Edit { rounds: vec![("ram".into(), pages)], step: 1 };
+    let id = take(&store, None, &mut model, &edit).unwrap().id;
+    let store = Store::open(folder, StoreOptions::default()).unwrap();
+    store.snapshot(id).unwrap().region("ram").unwrap()
+}
+
+/// Serves users in threads instead of processes: who is told to die just stops answering.
+#[test]
+fn another_pager_goes_on_where_one_stopped() {
+    if !uffd_or_skip() {
+        return;
+    }
+    within(120, || {
+        let scratch = tempfile::tempdir().unwrap();
+        let contents = mixed(16, 7);
+        let region = fixture_in(&scratch.path().join("store"), &contents);
+        for seed in 0..8 {
+            let memory = Memory::new(&[(0, 16)]);
+            let extents = [memory.mappings[0].extent()];
+            let image = Image::new(region.clone(), &memory.file, &extents).unwrap();
+            let filled = image.filled_file().try_clone().unwrap();
+            let seat = seat_of(&memory);
+            let options = PagerOptions { background_fill: seed % 2 == 0, ..SHARED };
+            let serve = |image: Image| {
+                let seat = seat.try_clone().unwrap();
+                Some(Pager::serve(Arc::new(image), seat, options, no_failure()).unwrap())
+            };
+            let mut pager = serve(image);
+            std::thread::scope(|scope| {
+                let user = scope.spawn(|| run_threads(&memory, &contents, seed));
+                while !user.is_finished() {
+                    std::thread::sleep(Duration::from_micros(300));
+                    // The seat is kept, so nobody finds zeros; they wait.
+                    drop(pager.take());
+                    let image = Image::take_over(
+                        region.clone(),
+                        &memory.file,
+                        &extents,
+                        filled.try_clone().unwrap(),
+                    );
+                    pager = serve(image.unwrap());
+                }
+            });
+            drop((pager, seat));
+            check_memory(&memory, &contents);
+        }
+    });
+}
+
+#[test]
+fn a_server_of_shared_memory_can_die_and_its_users_go_on() {
+    if !uffd_or_skip() {
+        return;
+    }
+    within(60, || {
+        let scratch = tempfile::tempdir().unwrap();
+        let contents = mixed(16, 9);
+        let region = fixture_in(&scratch.path().join("store"), &contents);
+        for seed in 0..6 {
+            let socket = scratch.path().join(format!("socket{seed}"));
+            let listener = pager::listen(&socket).unwrap();
+            let server = pager::ImageServer::new(image_of(&region), SHARED).unwrap();
+            let server = Arc::new(server);
+            let (hang_up, hung_up) = mpsc::channel::<()>();
+            let users: Vec<(Memory, pager::RemotePager)> = std::thread::scope(|scope| {
+                let (server, listener) = (&server, &listener);
+                scope.spawn(move || {
+                    for _ in 0..2 {
+                        let user = pager::accept(listener, Duration::from_secs(10)).unwrap();
+                        let server = Arc::clone(server);
+                        let user = user.expect("a user comes");
+                        // What a process that is killed does to its connections.
+                        std::thread::spawn(move || server.serve(user));
+                    }
+                });
+                (0..2).map(|_| join(&socket, &region)).collect()
+            });
+            std::thread::scope(|scope| {
+                for (index, (memory, _)) in users.iter().enumerate() {
+                    let contents = &contents;
+                    scope.spawn(move || run_threads(memory, contents, seed * 2 + index as u64));
+                }
+                scope.spawn(move || {
+                    let _never = hung_up.recv_timeout(Duration::from_millis(seed));
+                    server.hang_up();
+                });
+            });
+            drop(hang_up);
+            for (memory, pager) in users {
+                assert!(pager.failure().is_none(), "{:?}", pager.failure());
+                check_memory(&memory, &contents);
+            }
+        }
+    });
+}
+
+fn join(socket: &std::path::Path, region: &RegionReader) -> (Memory, pager::RemotePager) {
+    let offer = pager::Offer::receive(pager::connect(socket).unwrap(), region).unwrap();
+    let pages = region.pages();
+    let extent = Extent { first_page: 0, pages, file_offset: 0 };
+    let memory = Memory::private_of(offer.memory().try_clone().unwrap(), &[extent]);
+    // It is for reading.
+    assert!(std::os::unix::fs::FileExt::write_at(&memory.file, &[1], 0).is_err());
+    let pager = offer.accept(region.clone(), seat_of(&memory), no_failure()).unwrap();
+    (memory, pager)
+}
+
+#[test]
+fn a_working_set_is_recorded_once_and_there_before_it_is_wanted() {
+    if !uffd_or_skip() {
+        return;
+    }
+    within(60, || {
+        let scratch = tempfile::tempdir().unwrap();
+        let mut contents: Vec<u8> =
+            (0..32 * CHUNK_PAGES).map(|page| 1 + (page % 20) as u8).collect();
+        // Zero pages that are touched belong to it, too.
+        contents[900..1000].fill(0);
+        let region = fixture_in(&scratch.path().join("store"), &contents);
+        let touched = [5_u64, 70, 333, 950, 951, 1500, 1501, 2000];
+        let record = PagerOptions {
+            record: Some(Duration::from_millis(300)),
+            replay: Replay::Before,
+            ..SHARED
+        };
+        let memory = Memory::new(&[(0, 32)]);
+        let pager =
+            Pager::start(region.clone(), &memory.file, &memory.mappings, record, no_failure())
+                .unwrap();
+        for page in touched {
+            assert!(&memory.read_page(page) == content(contents[page as usize]));
+        }
+        let store = region.store();
+        let started = Instant::now();
+        let set = loop {
+            if let Some(set) = store.working_set(region.snapshot(), "ram") {
+                break set;
+            }
+            assert!(started.elapsed() < Duration::from_secs(20), "it is never kept");
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        let has = |page: &u64| set.ranges.iter().any(|(at, len)| (*at..at + len).contains(page));
+        assert!(touched.iter().all(has), "{set:?}");
+        assert!(set.pages() < contents.len() as u64 / 4, "what was not touched is not: {set:?}");
+        drop((pager, memory));
+
+        let memory = Memory::new(&[(0, 32)]);
+        let pager =
+            Pager::start(region.clone(), &memory.file, &memory.mappings, record, no_failure())
+                .unwrap();
+        for page in touched {
+            assert!(&memory.read_page(page) == content(contents[page as usize]));
+        }
+        assert_eq!(pager.stats().faults, 0, "all that is wanted is there");
+        for page in memory.pages() {
+            assert!(&memory.read_page(page) == content(contents[page as usize]), "page {page}");
+        }
+        drop(pager);
+        // Damaged, it is as if it were not there.
+        let file = scratch.path().join(format!("store/working-set-{}", region.snapshot()));
+        let mut bytes = std::fs::read(&file).unwrap();
+        bytes[60] ^= 4;
+        std::fs::write(&file, bytes).unwrap();
+        assert_eq!(store.working_set(region.snapshot(), "ram"), None);
+        // And goes with its snapshot.
+        store.forget(&[region.snapshot()]).unwrap();
+        store.prune(&PruneOptions::default(), &PruneProgress::default()).unwrap();
+        assert!(!file.exists());
+    });
+}
+
+#[test]
+fn the_background_fill_keeps_to_its_rate() {
+    if !uffd_or_skip() {
+        return;
+    }
+    within(60, || {
+        let Fixture { region, contents, .. } = fixture(vec![3; 8 * CHUNK_PAGES as usize]);
+        let memory = Memory::new(&[(0, 8)]);
+        // A chunk every 20 ms.
+        let rate = CHUNK_PAGES * PAGE_SIZE as u64 * 50;
+        let options = PagerOptions {
+            background_fill: true,
+            fill_bytes_per_s: Some(rate),
+            maps_ahead: true,
+            ..SHARED
+        };
+        let started = Instant::now();
+        let pager =
+            Pager::start(region, &memory.file, &memory.mappings, options, no_failure()).unwrap();
+        wait_until_complete(&pager);
+        // Never faster; how much slower is the host's business.
+        assert!(started.elapsed() >= Duration::from_millis(130), "{:?}", started.elapsed());
+        assert!(&memory.read_page(300) == content(contents[300]));
+    });
+}
