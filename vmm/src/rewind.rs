@@ -106,6 +106,8 @@ pub struct RewindPoint {
     serial: SavedSerial,
     ram: CachedRegion,
     disks: Vec<CachedRegion>,
+    /// The last rewind found all it needed here: the next is likely to, so there is nothing to prepare.
+    is_warm: bool,
 }
 
 impl RewindPoint {
@@ -157,7 +159,7 @@ impl Vm {
         }
         chunks.finish()?;
         let ram = CachedRegion::new(ram, max);
-        Ok(RewindPoint { snapshot, machine, vcpus, platform, serial, ram, disks })
+        Ok(RewindPoint { snapshot, machine, vcpus, platform, serial, ram, disks, is_warm: false })
     }
 
     fn rewind_store(&self) -> Result<&Arc<Store>> {
@@ -324,6 +326,9 @@ impl<'a> Rewind<'a> {
     /// Phase 1, the guest runs: finds out what changed, and reads what the point does not have, so that
     /// little is left for the pause.
     fn prepare(&mut self) -> Result<()> {
+        if self.point.is_warm {
+            return Ok(());
+        }
         let started = Instant::now();
         for _ in 0..MAX_ROUNDS {
             let mut found = PageSet::new(self.pages.capacity());
@@ -377,6 +382,7 @@ impl<'a> Rewind<'a> {
             drop(goes_on);
             self.report.go_on_us = us(go_on_started.elapsed());
         }
+        self.point.is_warm = self.report.read_pages <= FEW_PAGES;
         self.report.pause_us = us(pause_started.elapsed());
         self.report.duration_us = us(self.started.elapsed());
         Ok(self.report)
@@ -394,7 +400,9 @@ impl<'a> Rewind<'a> {
             .map(|disk| disk.disk().drain(until.saturating_duration_since(Instant::now())))
             .collect::<Result<Vec<_>>>()?;
         let mut found = PageSet::new(self.pages.capacity());
-        self.line.harvest_at_cut(&mut found)?;
+        // Not as at a checkpoint's cut, which leaves pages unwatched: they would be put back every time. And
+        // it takes less now than while vCPUs run, which have to be stopped for a moment then.
+        self.line.harvest(&mut found)?;
         self.fetch()?;
         self.report.harvest_us = us(started.elapsed());
         Ok(drained)

@@ -1,6 +1,6 @@
 //! Pages of a snapshot's region that were needed before, kept in memory.
 
-use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use frazil_snapstore::{PAGE_SIZE, Page, PageSet, RegionReader};
 use rayon::prelude::*;
@@ -9,42 +9,56 @@ use crate::error::Result;
 
 /// Pages read from the store at once.
 const READ_PAGES: u64 = 64;
+/// Pages handed out at once.
+const HAND_OUT_PAGES: usize = 128;
+/// Pages that are allocated together: 2 MiB.
+const ARENA_PAGES: usize = 512;
 
 /// A region, and as many of its pages as there is room for.
 #[derive(Debug)]
 pub(super) struct CachedRegion {
     reader: RegionReader,
-    pages: HashMap<u64, Box<Page>>,
+    /// The pages that are here.
+    here: PageSet,
+    /// Of those, by page number, the slot. The rest of it is never touched, so it takes no memory.
+    slots: Vec<u32>,
+    arena: Vec<Vec<Page>>,
+    /// Slots that nobody has.
+    free: Vec<u32>,
     max_pages: usize,
 }
 
-fn read_part(reader: &RegionReader, first: u64, count: u64) -> Result<Vec<(u64, Box<Page>)>> {
+fn read_part(reader: &RegionReader, first: u64, count: u64) -> Result<(u64, Vec<u8>)> {
     let mut bytes = vec![0; count as usize * PAGE_SIZE];
     reader.read_pages(first, &mut bytes)?;
-    let (pages, _) = bytes.as_chunks::<PAGE_SIZE>();
-    Ok((first..).zip(pages.iter().map(|page| Box::new(*page))).collect())
+    Ok((first, bytes))
 }
 
 impl CachedRegion {
     pub(super) fn new(reader: RegionReader, max_pages: usize) -> Self {
-        Self { reader, pages: HashMap::new(), max_pages }
+        let pages = reader.pages();
+        Self {
+            here: PageSet::new(pages),
+            slots: vec![0; pages as usize],
+            arena: Vec::new(),
+            free: Vec::new(),
+            max_pages: max_pages.min(u32::MAX as usize),
+            reader,
+        }
     }
 
     /// Reads those of `wanted` that are not here, as far as there is room; returns how many it read.
     pub(super) fn fetch(&mut self, wanted: &PageSet) -> Result<u64> {
-        let mut missing = PageSet::new(wanted.capacity());
-        let absent = wanted.iter().filter(|page| !self.pages.contains_key(page));
-        absent.for_each(|page| missing.insert(page));
-        let count = missing.count() as usize;
+        let mut missing = wanted.clone();
+        missing.subtract(&self.here);
+        let count = missing.count();
         if count == 0 {
             return Ok(0);
         }
-        if self.pages.len() + count > self.max_pages {
-            // Those that this time does not need make room. The others stay: to go round in a set
-            // that is too large must not cost all of it each time.
-            self.pages.retain(|page, _| wanted.contains(*page));
+        if self.here.count() + count > self.max_pages as u64 {
+            self.make_room(wanted);
         }
-        let mut room = self.max_pages.saturating_sub(self.pages.len()) as u64;
+        let mut room = (self.max_pages as u64).saturating_sub(self.here.count());
         let mut parts = Vec::new();
         for (mut first, mut count) in missing.runs() {
             while count > 0 && room > 0 {
@@ -55,30 +69,74 @@ impl CachedRegion {
         }
         // Each page may be a frame to unpack, and the guest writes on meanwhile: on all cores.
         let read = parts.par_iter().map(|(first, count)| read_part(&self.reader, *first, *count));
-        let read: Vec<(u64, Box<Page>)> =
-            read.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect();
-        let count = read.len() as u64;
-        self.pages.extend(read);
-        Ok(count)
+        let mut pages = 0;
+        for (first, bytes) in read.collect::<Result<Vec<_>>>()? {
+            for (page, contents) in (first..).zip(bytes.as_chunks::<PAGE_SIZE>().0) {
+                self.keep(page, contents);
+                pages += 1;
+            }
+        }
+        Ok(pages)
     }
 
-    /// Hands each of `wanted` to `put`; what is not here is read. Returns how many pages that was.
+    /// Those that this time does not need make room. The others stay: to go round in a set that is too
+    /// large must not cost all of it each time.
+    fn make_room(&mut self, wanted: &PageSet) {
+        let mut gone = self.here.clone();
+        gone.subtract(wanted);
+        self.free.extend(gone.iter().map(|page| self.slots[page as usize]));
+        self.here.subtract(&gone);
+    }
+
+    fn keep(&mut self, page: u64, contents: &Page) {
+        let slot = self.free.pop().unwrap_or_else(|| {
+            let last = self.arena.last().map_or(ARENA_PAGES, Vec::len);
+            if last == ARENA_PAGES {
+                self.arena.push(Vec::with_capacity(ARENA_PAGES));
+            }
+            let arena = self.arena.len() - 1;
+            self.arena[arena].push([0; PAGE_SIZE]);
+            (arena * ARENA_PAGES + self.arena[arena].len() - 1) as u32
+        });
+        self.arena[slot as usize / ARENA_PAGES][slot as usize % ARENA_PAGES] = *contents;
+        self.slots[page as usize] = slot;
+        self.here.insert(page);
+    }
+
+    fn get(&self, page: u64) -> Option<&Page> {
+        let slot = self.here.contains(page).then(|| self.slots[page as usize] as usize)?;
+        Some(&self.arena[slot / ARENA_PAGES][slot % ARENA_PAGES])
+    }
+
+    /// Hands each of `wanted` to `put`, on all cores: there is nobody else who needs them now. What is
+    /// not here is read. Returns how many pages that was.
     pub(super) fn each(
         &self,
         wanted: &PageSet,
-        mut put: impl FnMut(u64, &Page) -> Result<()>,
+        put: impl Fn(u64, &Page) -> Result<()> + Sync,
     ) -> Result<u64> {
-        let (mut read, mut buf) = (0, [0; PAGE_SIZE]);
-        for page in wanted.iter() {
-            if let Some(contents) = self.pages.get(&page) {
-                put(page, contents)?;
-            } else {
-                self.reader.read_page(page, &mut buf)?;
-                put(page, &buf)?;
-                read += 1;
+        let pages: Vec<u64> = wanted.iter().collect();
+        let read = AtomicU64::new(0);
+        let hand_out = |part: &[u64]| -> Result<()> {
+            let mut buf = [0; PAGE_SIZE];
+            for page in part {
+                if let Some(contents) = self.get(*page) {
+                    put(*page, contents)?;
+                } else {
+                    self.reader.read_page(*page, &mut buf)?;
+                    put(*page, &buf)?;
+                    read.fetch_add(1, Ordering::Relaxed);
+                }
             }
+            Ok(())
+        };
+        // For few it takes longer to wake somebody up.
+        if pages.len() <= 2 * HAND_OUT_PAGES {
+            hand_out(&pages)?;
+        } else {
+            pages.par_chunks(HAND_OUT_PAGES).try_for_each(hand_out)?;
         }
-        Ok(read)
+        Ok(read.into_inner())
     }
 
     /// Adds every page that is not zero to `pages`.
