@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use userfaultfd::{Event, FeatureFlags, RegisterMode, Uffd, UffdBuilder};
 
 use crate::page::PAGE_SIZE;
@@ -69,6 +70,12 @@ impl Watch {
 
     /// Watches `mappings` of the process that registered them with `fd`, a userfaultfd.
     pub fn of(fd: OwnedFd, mappings: &[Mapping]) -> Result<Self, PagerError> {
+        // Whatever it is, to read it is not to block.
+        let flags = fcntl_getfl(&fd).map(|flags| flags | OFlags::NONBLOCK);
+        flags.and_then(|flags| fcntl_setfl(&fd, flags)).map_err(|error| PagerError::Memory {
+            op: "use a file descriptor",
+            source: error.into(),
+        })?;
         // SAFETY: the descriptor is owned, and given to nobody else. One that is no userfaultfd fails
         // at the first operation, as any would whose other end is gone.
         let uffd = unsafe { Uffd::from_raw_fd(fd.into_raw_fd()) };
@@ -202,6 +209,10 @@ impl Watch {
                 Err(error) => {
                     return Err(PagerError::Memory { op: "poll", source: error.into() });
                 }
+            }
+            if fds[0].revents().intersects(PollFlags::ERR | PollFlags::NVAL) {
+                let gone = io::Error::from(io::ErrorKind::BrokenPipe);
+                return Err(PagerError::Memory { op: "poll a userfaultfd", source: gone });
             }
             while !self.stopped() {
                 match self.uffd.read_event() {

@@ -4,6 +4,8 @@
 //! of another snapshot costs a resume its head start and nothing else. See REAP (Ustiugov et al.,
 //! ASPLOS 2021) for what such a record is worth.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use crate::codec::{Decoded, Decoder, Malformed, put_varint};
 use crate::error::{Result, StoreError};
 use crate::id::{Hash, SnapshotId};
@@ -108,7 +110,10 @@ impl Store {
     /// # Errors
     /// The medium's; the one before is still there then.
     pub fn save_working_set(&self, id: SnapshotId, region: &str, set: &WorkingSet) -> Result<()> {
-        let (name, new) = (file_name(id), format!("{}.{}", file_name(id), std::process::id()));
+        static SAVED: AtomicU64 = AtomicU64::new(0);
+        let number = SAVED.fetch_add(1, Ordering::Relaxed);
+        let name = file_name(id);
+        let new = format!("{name}.{}-{number}", std::process::id());
         let failed = |op| {
             let new = new.clone();
             move |error| StoreError::io(op, new, error)

@@ -6,8 +6,8 @@ use std::time::Duration;
 use clap::builder::RangedI64ValueParser;
 use clap::error::ErrorKind;
 use clap::{ArgGroup, Args, CommandFactory, Parser, Subcommand, ValueEnum};
-use frazil_snapstore::Elide;
 use frazil_snapstore::retention::{Policy, parse_within};
+use frazil_snapstore::{Elide, SnapshotId};
 use frazil_vmm::dirty::TrackerKind;
 use frazil_vmm::disk::DiskConfig;
 use frazil_vmm::scheduler::Every;
@@ -330,6 +330,9 @@ pub(crate) struct ResumeArgs {
     /// The socket of the process that has the snapshot's memory.
     #[arg(long, value_name = "PATH", hide = true)]
     pub memory_from: Option<PathBuf>,
+    /// The snapshot that is meant, whatever its name means by now.
+    #[arg(long, value_name = "ID", hide = true)]
+    pub exactly: Option<SnapshotId>,
     #[command(flatten)]
     pub host: HostArgs,
 }

@@ -7,8 +7,7 @@
 //! | `Shared` | an image, mapped privately | a pager of its own in this process; whatever it brings in is there for all |
 //! | `Joined` | the same | the process that serves the image to machines in many processes |
 
-use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::{Arc, OnceLock, Weak};
 
@@ -172,19 +171,8 @@ fn stop(vcpus: &LateVcpus) -> OnFailure {
 
 /// Runs `program pager` with the socket for standard input.
 fn start_program(program: PathBuf) -> StartPager {
-    Box::new(move |socket| start_pager(&program, socket))
-}
-
-fn start_pager(program: &Path, socket: OwnedFd) -> std::io::Result<u32> {
-    let mut child = Command::new(program)
-        .arg("pager")
-        .stdin(Stdio::from(socket))
-        .stdout(Stdio::null())
-        .spawn()?;
-    let id = child.id();
-    // Whoever starts a process has to see it off.
-    std::thread::Builder::new().name("frazil-reaper".into()).spawn(move || {
-        let _status = child.wait();
-    })?;
-    Ok(id)
+    Box::new(move |socket| {
+        let mut command = Command::new(&program);
+        command.arg("pager").stdin(Stdio::from(socket)).stdout(Stdio::null()).spawn()
+    })
 }

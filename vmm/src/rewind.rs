@@ -326,7 +326,7 @@ impl<'a> Rewind<'a> {
     /// Phase 1, the guest runs: finds out what changed, and reads what the point does not have, so that
     /// little is left for the pause.
     fn prepare(&mut self) -> Result<()> {
-        if self.point.is_warm {
+        if self.point.is_warm && self.apart.is_empty() {
             return Ok(());
         }
         let started = Instant::now();

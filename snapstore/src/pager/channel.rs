@@ -41,8 +41,11 @@ pub(super) enum Message {
     Offer { version: u32, snapshot: SnapshotId, region: String, extents: Vec<Extent> },
     /// To that one: here I sit. [userfaultfd, counters]
     Sit { mappings: Vec<Mapping> },
-    /// From a pager: faults are answered from here on.
-    Ready,
+    /// From a pager: faults are answered from here on; if `replays`, it brings in a working set that the
+    /// user may want to wait for.
+    Ready { replays: bool },
+    /// From a pager: the working set is there.
+    Replayed,
     /// From a pager: a page cannot be served.
     Failed { error: String },
     /// From a pager: all is there, and memory was let go of.
@@ -121,7 +124,12 @@ impl Channel {
         if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
             return Err(io::Error::other("too many file descriptors for a message"));
         }
-        sendmsg(&self.0, &[IoSlice::new(&bytes)], &mut control, SendFlags::NOSIGNAL)?;
+        sendmsg(
+            &self.0,
+            &[IoSlice::new(&bytes)],
+            &mut control,
+            SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
+        )?;
         Ok(())
     }
 
@@ -168,13 +176,27 @@ impl Channel {
         }
     }
 
-    /// Waits for [`Message::Ready`].
-    pub fn wait_ready(&self, patience: Duration) -> io::Result<()> {
+    /// Waits for [`Message::Ready`]; returns whether [`Message::Replayed`] follows.
+    pub fn wait_ready(&self, patience: Duration) -> io::Result<bool> {
         if !self.wait(patience)? {
             return Err(io::Error::new(io::ErrorKind::TimedOut, "the pager does not answer"));
         }
         match self.receive()? {
-            Some((Message::Ready, _)) => Ok(()),
+            Some((Message::Ready { replays }, _)) => Ok(replays),
+            Some((Message::Failed { error }, _)) => Err(io::Error::other(error)),
+            Some((other, _)) => {
+                Err(io::Error::new(io::ErrorKind::InvalidData, format!("unexpected {other:?}")))
+            }
+            None => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the pager has ended")),
+        }
+    }
+}
+
+impl Channel {
+    /// Waits for [`Message::Replayed`], as long as the pager lives.
+    pub fn wait_replayed(&self) -> io::Result<()> {
+        match self.receive()? {
+            Some((Message::Replayed, _)) => Ok(()),
             Some((Message::Failed { error }, _)) => Err(io::Error::other(error)),
             Some((other, _)) => {
                 Err(io::Error::new(io::ErrorKind::InvalidData, format!("unexpected {other:?}")))
@@ -199,7 +221,8 @@ mod tests {
         assert!(theirs.wait(Duration::ZERO).unwrap());
         let (message, fds) = theirs.receive().unwrap().unwrap();
         assert!(matches!(message, Message::Sit { .. }) && fds.len() == 2);
-        rustix::net::send(&ours.0, b"{\"message\":\"ready\",\"x\":1", SendFlags::empty()).unwrap();
+        rustix::net::send(&ours.0, b"{\"message\":\"replayed\",\"x\":1", SendFlags::empty())
+            .unwrap();
         assert!(theirs.receive().is_err());
         rustix::net::send(&ours.0, &vec![b' '; MESSAGE_MAX + 1], SendFlags::empty()).unwrap();
         assert!(theirs.receive().is_err());

@@ -48,16 +48,14 @@ impl Image {
         self.fill.users().push(Arc::downgrade(user));
     }
 
-    /// After this, no thread that fills the image touches `user`'s memory.
     pub(super) fn leave(&self, user: &Arc<User>) {
         self.fill.users().retain(|other| !std::ptr::eq(other.as_ptr(), Arc::as_ptr(user)));
     }
 
     fn each_user(&self, with: impl Fn(&User)) {
-        // Held throughout: see `leave`.
-        for user in self.fill.users().iter().filter_map(Weak::upgrade) {
-            with(&user);
-        }
+        // Not under the lock: one user's trouble is not to hold up the others.
+        let users: Vec<Arc<User>> = self.fill.users().iter().filter_map(Weak::upgrade).collect();
+        users.iter().for_each(|user| with(user));
     }
 
     fn chunks(&self) -> u64 {
@@ -100,6 +98,8 @@ impl Image {
         bytes_per_s: Option<u64>,
     ) -> Result<(), PagerError> {
         self.fill.bytes_per_s.store(bytes_per_s.unwrap_or(0), Ordering::Relaxed);
+        // Under the lock: see `is_left`.
+        let _users = self.fill.users();
         if self.is_complete() || self.fill.is_running() {
             return Ok(());
         }
@@ -120,8 +120,22 @@ impl Image {
         Ok(())
     }
 
+    /// True if nobody uses the image: then this thread counts as ended, and whoever comes starts another.
+    fn is_left(&self) -> bool {
+        let users = self.fill.users();
+        let left = users.iter().all(|user| user.strong_count() == 0);
+        if left {
+            self.fill.running.fetch_sub(1, Ordering::Relaxed);
+        }
+        left
+    }
+
     fn fill_all(&self) {
-        while let Some(first) = self.next_chunk() {
+        loop {
+            if self.is_left() {
+                return;
+            }
+            let Some(first) = self.next_chunk() else { break };
             if let Err(error) = self.fill_chunk(first) {
                 let error = Arc::new(error);
                 self.each_user(|user| user.fail(&error));
@@ -137,7 +151,7 @@ impl Image {
         let chunks = self.chunks();
         let mut cursor = self.fill.cursor.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
-            if self.fill.users().iter().all(|user| user.strong_count() == 0) || self.is_complete() {
+            if self.is_complete() {
                 return None;
             }
             match self.fill.seen.swap(0, Ordering::Relaxed) {
@@ -195,6 +209,6 @@ impl Image {
         let filled = self.count(Count::Filled).load(Ordering::Relaxed);
         self.count(Count::Total).store(filled, Ordering::Relaxed);
         self.set_complete();
-        self.each_user(User::let_go_complete);
+        self.each_user(User::image_complete);
     }
 }

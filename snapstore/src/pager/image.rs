@@ -399,9 +399,9 @@ impl Chunk<'_> {
     }
 
     fn mark(&mut self, run: &Run) {
-        self.bits |= mask(run.first - self.first, run.count);
-        // Behind the contents, for who reads it without the lock.
-        self.image.filled.word(self.index).store(self.bits, Ordering::Release);
+        let new = mask(run.first - self.first, run.count);
+        // Behind the contents, for who reads it without the lock. Never less than was there.
+        self.bits = new | self.image.filled.word(self.index).fetch_or(new, Ordering::AcqRel);
     }
 
     pub fn is_empty(&self) -> bool {

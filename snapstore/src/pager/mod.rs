@@ -259,6 +259,18 @@ impl Pager {
         options: PagerOptions,
         on_failure: OnFailure,
     ) -> Result<Self, PagerError> {
+        let pager = Self::attend(image, seat, options, on_failure)?;
+        pager.begin()?;
+        Ok(pager)
+    }
+
+    /// Starts answering faults, and nothing else before [`Self::begin`].
+    pub(crate) fn attend(
+        image: Arc<Image>,
+        seat: Seat,
+        options: PagerOptions,
+        on_failure: OnFailure,
+    ) -> Result<Self, PagerError> {
         let user = Arc::new(User::new(image, seat, options, on_failure)?);
         let pager = Self { user, threads: Mutex::default() };
         pager.user.image.enter(&pager.user);
@@ -270,12 +282,15 @@ impl Pager {
         for index in 0..options.fault_threads.max(1) {
             pager.spawn(&format!("frazil-fault{index}"), User::serve_faults)?;
         }
-        pager.begin(options)?;
         Ok(pager)
     }
 
     /// What is brought in without being asked for.
-    fn begin(&self, options: PagerOptions) -> Result<(), PagerError> {
+    pub(crate) fn begin(&self) -> Result<(), PagerError> {
+        if self.user.image.is_complete() {
+            return Ok(());
+        }
+        let options = self.user.options;
         let region = self.user.image.region();
         let set = match options.replay {
             Replay::Off => None,
@@ -311,10 +326,21 @@ impl Pager {
         Ok(())
     }
 
+    pub(crate) fn options(&self) -> PagerOptions {
+        self.user.options
+    }
+
     /// The image it serves.
     #[must_use]
     pub fn image(&self) -> &Arc<Image> {
         &self.user.image
+    }
+
+    /// Lets go of the memory if all of it is there.
+    pub(crate) fn look_complete(&self) {
+        if self.user.image.is_complete() && !self.user.stats().complete {
+            self.user.let_go_complete();
+        }
     }
 
     /// What the pager did so far.
@@ -334,6 +360,7 @@ impl Drop for Pager {
     fn drop(&mut self) {
         self.user.stop();
         self.user.image.leave(&self.user);
+        self.user.wait_alone();
         let threads =
             std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
         for thread in threads {

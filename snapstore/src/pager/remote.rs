@@ -14,7 +14,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::process::Child;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -50,8 +51,19 @@ pub fn serve_one(socket: OwnedFd) -> Result<(), PagerError> {
     let told = Arc::new(channel.try_clone().map_err(remote_error)?);
     let started = start_for(message, fds, on_failure(&told));
     let pager = started.inspect_err(|error| tell_failure(&channel, error))?;
-    channel.send(&Message::Ready, &[]).map_err(remote_error)?;
+    begin(&channel, &pager)?;
     serve_until_complete(&channel, &pager).map(drop)
+}
+
+/// Says that faults are answered, and begins with what is brought in besides.
+fn begin(channel: &Channel, pager: &Pager) -> Result<(), PagerError> {
+    let replays = pager.options().replay == Replay::Before;
+    channel.send(&Message::Ready { replays }, &[]).map_err(remote_error)?;
+    pager.begin().inspect_err(|error| tell_failure(channel, error))?;
+    if replays {
+        channel.send(&Message::Replayed, &[]).map_err(remote_error)?;
+    }
+    Ok(())
 }
 
 fn on_failure(channel: &Arc<Channel>) -> OnFailure {
@@ -59,12 +71,11 @@ fn on_failure(channel: &Arc<Channel>) -> OnFailure {
     Box::new(move |error| tell_failure(&channel, error))
 }
 
-/// Tells the other end that a page cannot be served, and waits until it has stopped its guest: only
-/// then may those who wait for the page be let go.
+/// Tells the other end that a page cannot be served: it stops its guest, and then lets those go who wait
+/// for the page.
 fn tell_failure(channel: &Channel, error: &PagerError) {
     // If it is gone there is nobody to tell.
     let _gone = channel.send(&Message::Failed { error: error.to_string() }, &[]);
-    let _stopped = channel.wait(READY_PATIENCE);
 }
 
 fn start_for(
@@ -86,7 +97,7 @@ fn start_for(
     let reader = store.pin(snapshot).and_then(|snapshot| snapshot.region(&region)).map_err(of)?;
     let image = Image::take_over(reader, &File::from(memory), &extents, File::from(filled))?;
     let seat = Seat::of(uffd, &mappings, File::from(counters))?;
-    Pager::serve(Arc::new(image), seat, options, on_failure)
+    Pager::attend(Arc::new(image), seat, options, on_failure)
 }
 
 /// False if the user went first.
@@ -96,6 +107,7 @@ fn serve_until_complete(channel: &Channel, pager: &Pager) -> Result<bool, PagerE
         if channel.wait(LOOK_EVERY).map_err(remote_error)? {
             return Ok(false);
         }
+        pager.look_complete();
     }
     let _gone = channel.send(&Message::Complete, &[]);
     Ok(true)
@@ -167,7 +179,7 @@ impl ImageServer {
         let told = Arc::new(channel.try_clone().map_err(remote_error)?);
         let seated = self.seat(message, fds, on_failure(&told));
         let pager = seated.inspect_err(|error| tell_failure(&channel, error))?;
-        channel.send(&Message::Ready, &[]).map_err(remote_error)?;
+        begin(&channel, &pager)?;
         if serve_until_complete(&channel, &pager)? {
             drop(pager);
             // As long as it is there, others can share what it has.
@@ -197,7 +209,7 @@ impl ImageServer {
         let [uffd, counters] =
             <[OwnedFd; 2]>::try_from(fds).map_err(|_| invalid("expected two files"))?;
         let seat = Seat::of(uffd, &mappings, File::from(counters))?;
-        Pager::serve(Arc::clone(&self.image), seat, self.options, on_failure)
+        Pager::attend(Arc::clone(&self.image), seat, self.options, on_failure)
     }
 }
 
@@ -275,7 +287,9 @@ impl Offer {
         let [uffd, counters] = seat.descriptors()?;
         let sit = Message::Sit { mappings: seat.mappings().to_vec() };
         self.channel.send(&sit, &[uffd.as_fd(), counters.as_fd()]).map_err(remote_error)?;
-        self.channel.wait_ready(READY_PATIENCE).map_err(remote_error)?;
+        if self.channel.wait_ready(READY_PATIENCE).map_err(remote_error)? {
+            self.channel.wait_replayed().map_err(remote_error)?;
+        }
         let options = PagerOptions {
             background_fill: false,
             replay: Replay::Off,
@@ -288,8 +302,8 @@ impl Offer {
     }
 }
 
-/// Starts the process of a pager, which gets the socket and calls [`serve_one`]; returns its id.
-pub type StartPager = Box<dyn Fn(OwnedFd) -> io::Result<u32> + Send + Sync>;
+/// Starts the process of a pager, which gets the socket and calls [`serve_one`].
+pub type StartPager = Box<dyn Fn(OwnedFd) -> io::Result<Child> + Send + Sync>;
 
 /// A pager in another process, as its user sees it: watched, and replaced when it dies.
 #[derive(Debug)]
@@ -312,8 +326,8 @@ struct Remote {
     /// This process's own pager, once it had to take over.
     own: Mutex<Option<Pager>>,
     deaths: AtomicU64,
-    /// The id of the pager's process; 0 if that is not known, or is this one.
-    process: AtomicU32,
+    /// The pager's process, if this one started it.
+    process: Mutex<Option<Child>>,
 }
 
 impl std::fmt::Debug for Remote {
@@ -338,7 +352,10 @@ impl RemotePager {
     ) -> Result<Self, PagerError> {
         let start = Some((start, store.to_owned()));
         let remote = Remote::new(Arc::new(image), seat, options, on_failure, start);
-        let channel = remote.hand_over()?;
+        let (channel, replays) = remote.hand_over()?;
+        if replays {
+            channel.wait_replayed().map_err(remote_error)?;
+        }
         Self::watch(remote, channel)
     }
 
@@ -368,7 +385,7 @@ impl RemotePager {
     /// The id of the pager's process, if this process started it.
     #[must_use]
     pub fn process(&self) -> Option<u32> {
-        Some(self.remote.process.load(Ordering::Relaxed)).filter(|id| *id != 0)
+        self.remote.lock_process().as_ref().map(Child::id)
     }
 
     /// Why memory is not served any more, if so.
@@ -386,6 +403,7 @@ impl Drop for RemotePager {
             // A panic was reported by the panic hook.
             let _joined = watcher.join();
         }
+        self.remote.end_process();
         *self.remote.own.lock().unwrap_or_else(PoisonError::into_inner) = None;
         // Others may have the userfaultfd for a moment yet: those who wait must not.
         let _unregistered = self.remote.seat.let_go();
@@ -401,7 +419,7 @@ impl Remote {
         start: Option<(StartPager, std::path::PathBuf)>,
     ) -> Self {
         let (failure, stopping, channel, own) = Default::default();
-        let (deaths, process) = Default::default();
+        let (deaths, process) = (AtomicU64::default(), Mutex::default());
         Self {
             image,
             seat,
@@ -421,13 +439,36 @@ impl Remote {
         self.channel.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Starts a process and gives it everything.
-    fn hand_over(&self) -> Result<Channel, PagerError> {
+    fn lock_process(&self) -> MutexGuard<'_, Option<Child>> {
+        self.process.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// After this the pager that this process started is no more: two that fill the same memory would
+    /// undo what the guest writes.
+    fn end_process(&self) {
+        if let Some(mut child) = self.lock_process().take() {
+            // Gone already is as good.
+            let _gone = child.kill();
+            let _waited = child.wait();
+        }
+    }
+
+    /// Starts a process and gives it everything; also returns whether it replays a working set.
+    fn hand_over(&self) -> Result<(Channel, bool), PagerError> {
+        self.end_process();
+        let handed = self.start_and_send();
+        if handed.is_err() {
+            self.end_process();
+        }
+        handed
+    }
+
+    fn start_and_send(&self) -> Result<(Channel, bool), PagerError> {
         let Some((start, store)) = &self.start else {
             return Err(invalid("there is no other pager"));
         };
         let (channel, theirs) = Channel::pair().map_err(remote_error)?;
-        self.process.store(start(theirs).map_err(remote_error)?, Ordering::Relaxed);
+        *self.lock_process() = Some(start(theirs).map_err(remote_error)?);
         let region = self.image.region();
         let serve = Message::Serve {
             version: VERSION,
@@ -441,20 +482,19 @@ impl Remote {
         let [uffd, counters] = self.seat.descriptors()?;
         let (memory, filled) = (self.image.memory().as_fd(), self.image.filled_file().as_fd());
         let sent = channel.send(&serve, &[memory, filled, uffd.as_fd(), counters.as_fd()]);
-        sent.and_then(|()| channel.wait_ready(READY_PATIENCE)).map_err(remote_error)?;
-        Ok(channel)
+        let replays = sent.and_then(|()| channel.wait_ready(READY_PATIENCE));
+        Ok((channel, replays.map_err(remote_error)?))
     }
 
     /// Waits for the pager's end, and sees to it that there is another.
     fn watch(&self, mut channel: Channel) {
         loop {
             match channel.receive() {
-                Ok(Some((Message::Complete, _))) => return,
+                Ok(Some((Message::Complete, _))) => return self.end_process(),
                 Ok(Some((Message::Failed { error }, _))) => {
                     self.fail(PagerError::Remote { error });
-                    // It waits for this before it lets go of the memory.
                     channel.close();
-                    return;
+                    return self.end_process();
                 }
                 Ok(Some(_)) => continue,
                 Ok(None) | Err(_) => {}
@@ -476,7 +516,7 @@ impl Remote {
             if self.start.is_none() || self.stopping.load(Ordering::Acquire) {
                 break;
             }
-            match self.hand_over().and_then(|channel| {
+            match self.hand_over().and_then(|(channel, _replays)| {
                 *self.lock_channel() = Some(channel.try_clone().map_err(remote_error)?);
                 Ok(channel)
             }) {
@@ -494,7 +534,7 @@ impl Remote {
 
     /// There is nobody else: this process serves itself from here on.
     fn serve_here(&self) {
-        self.process.store(0, Ordering::Relaxed);
+        self.end_process();
         if self.stopping.load(Ordering::Acquire) {
             return;
         }

@@ -33,6 +33,8 @@ const AHEAD_CHUNKS_MAX: u64 = 8;
 pub struct Seat {
     watch: Watch,
     counters: Counters,
+    /// Its user is another process.
+    foreign: bool,
 }
 
 impl Seat {
@@ -45,7 +47,7 @@ impl Seat {
         let watch = Watch::new(features(), mode, mappings)?;
         let words = SharedWords::new("frazil-counters", COUNTER_WORDS)
             .map_err(|source| PagerError::Memory { op: "make shared memory", source })?;
-        Ok(Self { watch, counters: Counters(words) })
+        Ok(Self { watch, counters: Counters(words), foreign: false })
     }
 
     /// The seat of a user in another process: its userfaultfd, its mappings there, its counters.
@@ -55,7 +57,8 @@ impl Seat {
     pub fn of(uffd: OwnedFd, mappings: &[Mapping], counters: File) -> Result<Self, PagerError> {
         let words = SharedWords::of(counters, COUNTER_WORDS)
             .map_err(|source| PagerError::Memory { op: "use the memory it shares", source })?;
-        Ok(Self { watch: Watch::of(uffd, mappings)?, counters: Counters(words) })
+        let watch = Watch::of(uffd, mappings)?;
+        Ok(Self { watch, counters: Counters(words), foreign: true })
     }
 
     /// The same seat once more: for who takes over should the one who has this one die.
@@ -66,7 +69,8 @@ impl Seat {
         let duplicate = |source| PagerError::Memory { op: "duplicate a file descriptor", source };
         let uffd = self.watch.try_clone_fd().map_err(duplicate)?;
         let counters = self.counters.0.file().try_clone().map_err(duplicate)?;
-        Self::of(uffd, &self.watch.mappings, counters)
+        let clone = Self::of(uffd, &self.watch.mappings, counters)?;
+        Ok(Self { foreign: self.foreign, ..clone })
     }
 
     /// Its mappings.
@@ -111,6 +115,8 @@ pub(crate) struct User {
     letting_go: AtomicBool,
     /// What was asked for, while that is noted.
     recorded: Mutex<Option<WorkingSet>>,
+    /// Held while somebody else than its own threads maps pages for it.
+    visited: Mutex<()>,
 }
 
 impl std::fmt::Debug for User {
@@ -141,7 +147,8 @@ impl User {
         let (failure, letting_go) = Default::default();
         // From the first fault on, though it may turn out not to be wanted.
         let recorded = Mutex::new(options.record.map(|_| WorkingSet::default()));
-        Ok(Self { image, options, seat, failure, on_failure, letting_go, recorded })
+        let visited = Mutex::default();
+        Ok(Self { image, options, seat, failure, on_failure, letting_go, recorded, visited })
     }
 
     pub fn stats(&self) -> PagerStats {
@@ -157,13 +164,21 @@ impl User {
         self.seat.watch.stop();
     }
 
+    /// After [`Self::stop`], waits until nobody maps pages for it any more.
+    pub fn wait_alone(&self) {
+        drop(self.visited.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
     pub fn fail(&self, error: &Arc<PagerError>) {
         if self.failure.set(Arc::clone(error)).is_ok() {
             tracing::error!(%error, "the pager stops");
             (self.on_failure)(error);
             // Whoever waits for a page would wait for ever. The user was told, so nothing that
-            // comes of the zero pages they find now will be kept.
-            if let Err(error) = self.let_go() {
+            // comes of the zero pages they find now will be kept. In another process it sees to that
+            // itself, when it has stopped whoever waits.
+            if !self.seat.foreign
+                && let Err(error) = self.let_go()
+            {
                 tracing::error!(%error, "those who wait for a page may hang");
             }
         }
@@ -173,6 +188,14 @@ impl User {
     fn let_go(&self) -> Result<(), PagerError> {
         self.letting_go.store(true, Ordering::Release);
         self.seat.let_go()
+    }
+
+    /// All contents are there, says a thread that has others to tell as well.
+    pub fn image_complete(&self) {
+        // Those of other processes are looked after one by one: who knows what they call a userfaultfd.
+        if !self.seat.foreign {
+            self.let_go_complete();
+        }
     }
 
     /// All contents are there. Pages that are still missing are zero in the snapshot, and so they
@@ -405,7 +428,11 @@ impl User {
 
     /// Maps what was filled in the background, if it is to be.
     pub fn map_ahead(&self, run: &Run) {
-        if !self.options.maps_ahead || self.seat.watch.stopped() {
+        if !self.options.maps_ahead {
+            return;
+        }
+        let _visit = self.visited.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.seat.watch.stopped() {
             return;
         }
         let mapping = self.seat.mappings().iter().find(|map| map.extent().contains(run.first));

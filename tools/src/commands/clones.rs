@@ -1,15 +1,16 @@
 //! `frazil resume --clones N`: many VMs from one snapshot, which share its memory.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, ensure};
 use frazil_snapstore::SnapshotId;
 use frazil_vmm::control::memory_socket;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -68,18 +69,24 @@ pub(crate) fn run(
     let socket = share_memory(args, store, id)?;
     let base = args.host.name.clone().unwrap_or_else(|| format!("vm-{}", std::process::id()));
     let program = this_program()?;
-    let common = common_arguments(args, &reference(store, id));
+    let common = common_arguments();
+    let running = Running::default();
+    // Before the first of them: a signal that comes in between is for all.
+    running.pass_signals_on()?;
     let mut clones = Clones(Vec::new());
     for index in 1..=count {
         let mut command = Command::new(&program);
         command.args(&common).arg("--name").arg(format!("{base}-{index}"));
-        command.arg("--memory-from").arg(&socket).stdin(Stdio::null());
-        clones.0.push(command.spawn().with_context(|| format!("cannot start {base}-{index}"))?);
+        command.arg("--memory-from").arg(&socket).arg("--exactly").arg(id.to_string());
+        let child = command.stdin(Stdio::null()).spawn();
+        clones.0.push(child.with_context(|| format!("cannot start {base}-{index}"))?);
+        if !running.add(clones.0.last().map(Pid::from_child)) {
+            break;
+        }
     }
-    clones.pass_signals_on()?;
     let mut failed = 0;
     for child in &mut clones.0 {
-        failed += u32::from(!child.wait().context("cannot wait for a VM")?.success());
+        failed += u32::from(!running.wait(child)?.success());
     }
     clones.0.clear();
     if failed > 0 {
@@ -91,20 +98,52 @@ pub(crate) fn run(
 /// The processes of the VMs, which do not outlive this one unless it is killed.
 struct Clones(Vec<Child>);
 
-impl Clones {
+/// The processes that may be sent signals, and whether one was passed on.
+#[derive(Clone, Default)]
+struct Running(Arc<Mutex<(Vec<Pid>, bool)>>);
+
+impl Running {
+    fn lock(&self) -> MutexGuard<'_, (Vec<Pid>, bool)> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn pass_signals_on(&self) -> anyhow::Result<()> {
-        let pids: Vec<Pid> = self.0.iter().map(Pid::from_child).collect();
         let mut signals =
             Signals::new([SIGINT, SIGTERM, SIGHUP]).context("cannot handle signals")?;
+        let running = self.clone();
         std::thread::Builder::new().name("frazil-signals".into()).spawn(move || {
             for _ in signals.forever() {
-                for pid in &pids {
-                    // Ended already is as good.
+                let mut running = running.lock();
+                running.1 = true;
+                for pid in &running.0 {
                     let _gone = kill_process(*pid, Signal::TERM);
                 }
             }
         })?;
         Ok(())
+    }
+
+    /// False if all are to end already.
+    fn add(&self, pid: Option<Pid>) -> bool {
+        let mut running = self.lock();
+        running.0.extend(pid);
+        if running.1 {
+            for pid in &running.0 {
+                let _gone = kill_process(*pid, Signal::TERM);
+            }
+        }
+        !running.1
+    }
+
+    /// Waits for a process, which from its end on is sent nothing: its number may be another's.
+    fn wait(&self, child: &mut Child) -> anyhow::Result<ExitStatus> {
+        let pid = Pid::from_child(child);
+        let ended = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+        while let Err(error) = waitid(WaitId::Pid(pid), ended) {
+            ensure!(error == rustix::io::Errno::INTR, "cannot wait for a VM: {error}");
+        }
+        self.lock().0.retain(|other| *other != pid);
+        child.wait().context("cannot wait for a VM")
     }
 }
 
@@ -128,21 +167,14 @@ fn reference(store: &Path, id: SnapshotId) -> OsString {
 }
 
 /// The arguments of this process without what differs from clone to clone.
-fn common_arguments(args: &ResumeArgs, reference: &OsStr) -> Vec<OsString> {
+fn common_arguments() -> Vec<OsString> {
     let mut common = Vec::new();
     let mut given = std::env::args_os().skip(1);
-    let mut snapshot_seen = false;
     while let Some(argument) = given.next() {
         let text = argument.to_string_lossy();
         if text == "--clones" || text == "--name" {
             given.next();
-        } else if text.starts_with("--clones=") || text.starts_with("--name=") {
-            // Theirs is another.
-        } else if !snapshot_seen && text == args.snapshot.as_str() {
-            // `latest` may be another by the time they look.
-            snapshot_seen = true;
-            common.push(reference.to_owned());
-        } else {
+        } else if !text.starts_with("--clones=") && !text.starts_with("--name=") {
             common.push(argument);
         }
     }

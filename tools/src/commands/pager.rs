@@ -2,13 +2,13 @@
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::Write;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use frazil_snapstore::StoreOptions;
 use frazil_snapstore::pager::{self, ImageServer, PagerOptions, Replay};
 
@@ -54,10 +54,7 @@ pub(crate) fn pager(args: &PagerArgs) -> anyhow::Result<()> {
 
 /// Until nobody has used it for a while.
 fn serve_many(args: &PagerArgs, snapshot: &str, socket: &Path) -> anyhow::Result<()> {
-    let Some(_lock) = lock(socket)? else {
-        // Whoever started this one can go there.
-        return say_ready();
-    };
+    let Some(_lock) = lock_unless_served(socket)? else { return say_ready() };
     let (_, store, id) = find_snapshot(snapshot, StoreOptions::default())?;
     let image = frazil_vmm::shared_image(&store.pin(id)?)?;
     let options = options(args.no_fill, args.fill_rate, args.working_set, args.record_working_set);
@@ -65,7 +62,11 @@ fn serve_many(args: &PagerArgs, snapshot: &str, socket: &Path) -> anyhow::Result
     // Of a server that is no more: we have its lock.
     let _none = std::fs::remove_file(socket);
     let at = || format!("cannot listen at {}", socket.display());
-    let listener = pager::listen(socket).with_context(at)?;
+    // From the first moment on for nobody else.
+    let before = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o177));
+    let listener = pager::listen(socket).with_context(at);
+    rustix::process::umask(before);
+    let listener = listener?;
     std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600)).with_context(at)?;
     say_ready()?;
     let mut idle_until = Instant::now() + FIRST_PATIENCE;
@@ -74,17 +75,53 @@ fn serve_many(args: &PagerArgs, snapshot: &str, socket: &Path) -> anyhow::Result
             idle_until = Instant::now() + LINGER;
         }
         if let Some(user) = pager::accept(&listener, Duration::from_millis(200)).with_context(at)? {
-            let server = Arc::clone(&server);
-            let serve = move || {
-                if let Err(error) = server.serve(user) {
-                    tracing::warn!(%error, "a VM is not served");
-                }
-            };
-            std::thread::Builder::new().name("frazil-user".into()).spawn(serve)?;
+            // It is not counted before its thread runs.
+            idle_until = Instant::now() + LINGER;
+            serve(&server, user)?;
         }
     }
+    // Nobody finds it any more; who did a moment ago is served.
     let _gone = std::fs::remove_file(socket);
+    while let Some(user) = pager::accept(&listener, Duration::ZERO).with_context(at)? {
+        serve(&server, user)?;
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    while server.users() > 0 {
+        std::thread::sleep(Duration::from_millis(200));
+    }
     Ok(())
+}
+
+fn serve(server: &Arc<ImageServer>, user: OwnedFd) -> anyhow::Result<()> {
+    let server = Arc::clone(server);
+    let serve = move || {
+        if let Err(error) = server.serve(user) {
+            tracing::warn!(%error, "a VM is not served");
+        }
+    };
+    std::thread::Builder::new().name("frazil-user".into()).spawn(serve)?;
+    Ok(())
+}
+
+/// None if another process serves there, and can be reached: whoever started this one can go there.
+fn lock_unless_served(socket: &Path) -> anyhow::Result<Option<File>> {
+    let until = Instant::now() + FIRST_PATIENCE;
+    loop {
+        if let Some(lock) = lock(socket)? {
+            return Ok(Some(lock));
+        }
+        if pager::connect(socket).is_ok() {
+            return Ok(None);
+        }
+        // It is about to begin, or to end.
+        ensure!(
+            Instant::now() < until,
+            "another process holds {}.lock and does not serve at {}",
+            socket.display(),
+            socket.display()
+        );
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 /// None if another process serves there.

@@ -69,7 +69,8 @@ pub(crate) fn run(args: RunArgs, json: bool) -> anyhow::Result<ExitCode> {
 }
 
 pub(crate) fn resume(args: ResumeArgs, json: bool, started: Started) -> anyhow::Result<ExitCode> {
-    let (path, store, id) = find_snapshot(&args.snapshot, store_options(&args.host))?;
+    let (path, store, named) = find_snapshot(&args.snapshot, store_options(&args.host))?;
+    let id = args.exactly.unwrap_or(named);
     // It must not be pruned away under the VM, though it may be forgotten.
     let snapshot = store.pin(id)?;
     if let Some(count) = args.clones.filter(|count| *count > 1) {
