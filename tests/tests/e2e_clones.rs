@@ -105,6 +105,55 @@ fn clones_share_a_snapshot_and_each_goes_its_own_way() {
 }
 
 #[test]
+fn clones_that_start_at_once_share_and_end_with_their_command() {
+    if !uffd_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    let _origin = snapshot(&host);
+    let start = |name: &str| {
+        let at = host.at("latest");
+        let args = ["resume", &at, "--clones", "2", "--name", name, "--json"];
+        RunningVm::spawn(host.command(&args))
+    };
+    let commands = [start("a"), start("b")];
+    wait_running(&host, &["a-1", "a-2", "b-1", "b-2"]);
+    assert_eq!(servers(&host).len(), 1, "whoever came second found the first");
+    for command in commands {
+        command.signal(Signal::TERM);
+        command.wait_end().expect_code(0);
+    }
+    assert_eq!(running(&host), [], "all of them have ended");
+}
+
+#[test]
+fn a_working_set_is_there_before_the_guest_runs_whoever_brings_it_in() {
+    if !uffd_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    let origin = snapshot(&host);
+    let id = text(&origin, "id");
+    let vm = host.resume("first", id, &["--record-working-set", "300ms", "--no-fill"]);
+    let file = host.store_path().join(format!("working-set-{id}"));
+    wait_for("the working set", || file.exists().then_some(()));
+    let _stopped = host.ok(&["stop", "first"]);
+    vm.expect_ended("stopped");
+    for place in ["internal", "external"] {
+        let args = ["--pager", place, "--working-set", "before", "--no-fill", "--paused"];
+        let vm = host.resume(place, id, &args);
+        let pager = &vm.get("/vm")["pager"];
+        // 300 ms of 4,000 pages a second, in frames of up to 16 pages.
+        assert!(number(pager, "filled_pages") > 500, "{pager}");
+        let _goes = host.ok(&["continue", place]);
+        vm.wait_beyond(vm.turns() + 100);
+        vm.verify_workload();
+        let _stopped = host.ok(&["stop", place]);
+        vm.expect_ended("stopped");
+    }
+}
+
+#[test]
 fn clones_go_on_when_the_process_that_has_their_memory_is_killed() {
     if !uffd_or_skip() {
         return;
