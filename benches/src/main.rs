@@ -82,7 +82,7 @@ enum Suite {
     Rewind,
     /// The store by itself, without KVM: throughput, overhead, history, verifying, pruning.
     Store,
-    /// Stores with other frame sizes: the measurement behind the default.
+    /// Stores with other frame and segment sizes: the measurement behind the defaults.
     StoreFrames,
     /// The store on dumps of a real guest's RAM: what each kind of elision saves.
     StoreImages,

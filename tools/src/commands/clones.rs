@@ -170,13 +170,19 @@ fn reference(store: &Path, id: SnapshotId) -> OsString {
 fn common_arguments() -> Vec<OsString> {
     let mut common = Vec::new();
     let mut given = std::env::args_os().skip(1);
+    let mut serial = false;
     while let Some(argument) = given.next() {
         let text = argument.to_string_lossy();
+        serial |= text == "--serial" || text.starts_with("--serial=");
         if text == "--clones" || text == "--name" {
             given.next();
         } else if !text.starts_with("--clones=") && !text.starts_with("--name=") {
             common.push(argument);
         }
+    }
+    if !serial {
+        // On one terminal they would write into each other's lines.
+        common.extend(["--serial", "null"].map(OsString::from));
     }
     common
 }

@@ -18,6 +18,7 @@ mod pages;
 mod prune;
 mod read;
 mod scale;
+mod segments;
 mod verify;
 mod write;
 
@@ -82,7 +83,10 @@ fn measure_one_store(bench: &mut Bench, pool: &Pool) -> anyhow::Result<()> {
 
 pub(crate) fn run_frames(bench: &mut Bench) -> anyhow::Result<()> {
     bench.say(&format!("frames of other sizes than {FRAME_PAGES} pages"));
-    frames::measure(bench, &Pool::text())
+    let pool = Pool::text();
+    frames::measure(bench, &pool)?;
+    bench.say("segments of other sizes");
+    segments::measure(bench, &pool)
 }
 
 /// On dumps of a guest's RAM, in the order in which they were taken.
