@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use frazil_snapstore::{Store, StoreOptions, VerifyProgress};
 use frazil_vmm::Vm;
+use frazil_vmm::workload::VcpuView;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -297,10 +298,29 @@ pub fn wait_for<T>(what: &str, mut reached: impl FnMut() -> Option<T>) -> T {
 /// pages.
 #[track_caller]
 pub fn wait_populated(vm: &Vm) {
-    wait_for("populated", || {
-        let view = vm.workload().ok()?;
-        view.vcpus.iter().all(|cpu| cpu.control.populated != 0).then_some(())
-    });
+    let until = Instant::now() + PATIENCE;
+    loop {
+        let view = vm.workload();
+        let populated = |cpu: &VcpuView| cpu.control.populated != 0;
+        if view.as_ref().is_ok_and(|view| view.vcpus.iter().all(populated)) {
+            return;
+        }
+        if Instant::now() > until {
+            // What there is to know of one that hangs, for it may be long until the next does.
+            let cpus =
+                view.map(|view| view.vcpus.into_iter().map(|cpu| cpu.control).collect::<Vec<_>>());
+            panic!(
+                "populated: not within {PATIENCE:?}: {}, {:?}, {:?}, {:?}; ended: {:?}, paused: {}",
+                vm.dirty_tracking(),
+                cpus,
+                vm.exit_counts(),
+                vm.machine(),
+                vm.ended(),
+                vm.is_paused()
+            );
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 /// A `frazil run` or `frazil resume` in another process; killed when dropped.

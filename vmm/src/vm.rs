@@ -29,7 +29,7 @@ use crate::state::ChunkSet;
 use crate::telemetry::Telemetry;
 use crate::turns::Turns;
 use crate::vcpu::saved::SavedVcpu;
-use crate::vcpu::{Ended, Vcpu, VcpuSet};
+use crate::vcpu::{Ended, ExitCounts, Vcpu, VcpuSet};
 use crate::workload::{ControlView, GUEST_ELF, VerifyReport, WorkloadSpec};
 
 /// What a machine is put together from.
@@ -340,6 +340,12 @@ impl Vm {
     #[must_use]
     pub fn pager_process(&self) -> (Option<u32>, u64) {
         self.pager.as_ref().map_or((None, 0), Paging::process)
+    }
+
+    /// How often its vCPUs left the guest, and why.
+    #[must_use]
+    pub fn exit_counts(&self) -> ExitCounts {
+        self.vcpus.exits()
     }
 
     /// Its disks, for their devices.
