@@ -123,7 +123,7 @@ impl Image {
     /// True if nobody uses the image: then this thread counts as ended, and whoever comes starts another.
     fn is_left(&self) -> bool {
         let users = self.fill.users();
-        let left = users.iter().all(|user| user.strong_count() == 0);
+        let left = nobody_left(&users);
         if left {
             self.fill.running.fetch_sub(1, Ordering::Relaxed);
         }
@@ -181,11 +181,14 @@ impl Image {
         if rate == 0 {
             return;
         }
-        let now = Instant::now();
+        let mut now = Instant::now();
         let due = cursor.due.unwrap_or(now);
-        // Under the lock: the others have to wait as well. Not longer than somebody may have to wait
-        // who wants all threads to end.
-        std::thread::sleep(due.saturating_duration_since(now).min(Duration::from_millis(100)));
+        // Under the lock: the others have to wait as well. A little at a time, for nobody may be left
+        // meanwhile.
+        while now < due && !nobody_left(&self.fill.users()) {
+            std::thread::sleep((due - now).min(Duration::from_millis(100)));
+            now = Instant::now();
+        }
         let chunk_bytes = CHUNK_PAGES as f64 * PAGE_SIZE as f64;
         cursor.due = Some(due.max(now) + Duration::from_secs_f64(chunk_bytes / rate as f64));
     }
@@ -211,4 +214,8 @@ impl Image {
         self.set_complete();
         self.each_user(User::image_complete);
     }
+}
+
+fn nobody_left(users: &[Weak<User>]) -> bool {
+    users.iter().all(|user| user.strong_count() == 0)
 }

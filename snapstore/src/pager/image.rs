@@ -71,7 +71,7 @@ impl Image {
     ///
     /// # Errors
     /// [`PagerError::Store`] if `extents` are not whole chunks of both, each once;
-    /// [`PagerError::Memory`] if the memory cannot be mapped.
+    /// [`PagerError::Memory`] if there are no file descriptors left.
     pub fn new(
         region: RegionReader,
         memory: &File,
