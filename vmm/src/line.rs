@@ -1,14 +1,18 @@
 //! Where a machine stands in its line of snapshots, and what the last of them lacks.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use frazil_snapstore::{PageSet, Pin};
 
 use crate::checkpoint::{CowState, Staging};
 use crate::dirty::{AllWrites, DirtyTracker};
-use crate::disk::{Disk, DiskLine};
+use crate::disk::{Disk, DiskLine, Drained};
 use crate::error::Result;
 use crate::kvm::VmShell;
+
+/// How long requests to disks may take to be done while the guest stands still, all together.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Where the VM stands in its line of snapshots. Locked for the length of a checkpoint.
 #[derive(Debug)]
@@ -54,5 +58,15 @@ impl Line {
         let harvested = self.tracker.harvest_at_cut(pages);
         self.since_head.union(pages);
         harvested
+    }
+
+    /// Has requests to disks done, and no other begin until what this returns is dropped.
+    ///
+    /// # Errors
+    /// As [`Disk::drain`], if they are not done in [`DRAIN_PATIENCE`], all together.
+    pub(crate) fn drain_disks(&self) -> Result<Vec<Drained>> {
+        let until = Instant::now() + DRAIN_PATIENCE;
+        let left = || until.saturating_duration_since(Instant::now());
+        self.disks.iter().map(|disk| disk.disk().drain(left())).collect()
     }
 }

@@ -28,8 +28,6 @@ use pages::CachedRegion;
 const FEW_PAGES: u64 = 32;
 /// Pages are looked for and read so often before the pause, at the most.
 const MAX_ROUNDS: usize = 4;
-/// How long requests to disks may take to be done in the pause, all together.
-const DRAIN_PATIENCE: Duration = Duration::from_secs(1);
 
 /// `POST /rewind`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -392,13 +390,7 @@ impl<'a> Rewind<'a> {
     /// hand.
     fn last_look(&mut self) -> Result<Vec<Drained>> {
         let started = Instant::now();
-        let until = started + DRAIN_PATIENCE;
-        let drained = self
-            .line
-            .disks
-            .iter()
-            .map(|disk| disk.disk().drain(until.saturating_duration_since(Instant::now())))
-            .collect::<Result<Vec<_>>>()?;
+        let drained = self.line.drain_disks()?;
         let mut found = PageSet::new(self.pages.capacity());
         // Not as at a checkpoint's cut, which leaves pages unwatched: they would be put back every time. And
         // it takes less now than while vCPUs run, which have to be stopped for a moment then.

@@ -43,8 +43,6 @@ const CUT_ROOM_PAGES: usize = 1024;
 const COW_SHARE: usize = 4;
 /// A guest that writes faster than rounds catch up is cut after so many.
 const MAX_ROUNDS: usize = 6;
-/// How long requests to disks may take to be done in the pause, all together.
-const DRAIN_PATIENCE: Duration = Duration::from_secs(1);
 /// What a VM keeps between checkpoints of the room for copied pages at the most: 64 MiB.
 const STAGING_PAGES_KEPT_MAX: usize = 16_384;
 
@@ -337,13 +335,7 @@ impl<'a> Checkpoint<'a> {
     /// Phase 4, the guest stands still.
     fn cut(&mut self) -> Result<Cut> {
         // No request is in flight from here on, so memory and disks agree.
-        let until = Instant::now() + DRAIN_PATIENCE;
-        let drained = self
-            .line
-            .disks
-            .iter()
-            .map(|disk| disk.disk().drain(until.saturating_duration_since(Instant::now())))
-            .collect::<Result<Vec<_>>>()?;
+        let drained = self.line.drain_disks()?;
         // Into the set that is there, copied to memory that is there: nothing is allocated.
         self.line.harvest_at_cut(&mut self.waiting)?;
         if let Some(protected) = &mut self.protected {
