@@ -5,12 +5,13 @@
 mod pages;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use frazil_snapstore::{DiffOptions, PageSet, Snapshot, SnapshotId, Store, diff};
 use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::checkpoint::us;
 use crate::devices::platform::{self, SavedPlatform};
 use crate::devices::serial::{self, SavedSerial};
 use crate::disk::{DiskLine, Drained, SavedDisk, disk_name};
@@ -491,8 +492,4 @@ fn find_apart(
         }
     }
     Ok(())
-}
-
-fn us(duration: Duration) -> u64 {
-    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }

@@ -6,6 +6,7 @@
 
 use std::cell::RefCell;
 use std::fs::File;
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
@@ -77,9 +78,7 @@ impl Image {
         memory: &File,
         extents: &[Extent],
     ) -> Result<Self, PagerError> {
-        let chunks = check_extents(&region, memory, extents)?;
-        let filled = SharedWords::new("frazil-filled", chunks + COUNTS)
-            .map_err(|source| PagerError::Memory { op: "make shared memory", source })?;
+        let filled = |words| SharedWords::new("frazil-filled", words);
         Self::assemble(region, memory, extents, filled, true)
     }
 
@@ -93,10 +92,7 @@ impl Image {
         extents: &[Extent],
         filled: File,
     ) -> Result<Self, PagerError> {
-        let chunks = check_extents(&region, memory, extents)?;
-        let filled = SharedWords::of(filled, chunks + COUNTS)
-            .map_err(|source| PagerError::Memory { op: "use the memory it shares", source })?;
-        Self::assemble(region, memory, extents, filled, true)
+        Self::assemble(region, memory, extents, |words| SharedWords::of(filled, words), true)
     }
 
     /// The image that another process fills: to be read only. Pages that are not there are copied to
@@ -110,9 +106,7 @@ impl Image {
         extents: &[Extent],
         filled: File,
     ) -> Result<Self, PagerError> {
-        let chunks = check_extents(&region, memory, extents)?;
-        let filled = SharedWords::of_read_only(filled, chunks + COUNTS)
-            .map_err(|source| PagerError::Memory { op: "use the memory it shares", source })?;
+        let filled = |words| SharedWords::of_read_only(filled, words);
         Self::assemble(region, memory, extents, filled, false)
     }
 
@@ -120,12 +114,12 @@ impl Image {
         region: RegionReader,
         memory: &File,
         extents: &[Extent],
-        filled: SharedWords,
+        filled: impl FnOnce(usize) -> io::Result<SharedWords>,
         writable: bool,
     ) -> Result<Self, PagerError> {
         let memory_error = |op| move |source| PagerError::Memory { op, source };
-        let memory_len = memory.metadata().map_err(memory_error("look at the memory file"))?.len();
-        let chunks = (memory_len / CHUNK_BYTES) as usize;
+        let chunks = check_extents(&region, memory, extents)?;
+        let filled = filled(chunks + COUNTS).map_err(memory_error("share memory"))?;
         Ok(Self {
             memory: memory.try_clone().map_err(memory_error("duplicate the memory file"))?,
             region,

@@ -495,6 +495,6 @@ fn encode_state(vm: &Vm, cut: &Cut) -> Result<Vec<StateChunk>> {
     Ok(chunks)
 }
 
-fn us(duration: Duration) -> u64 {
+pub(crate) fn us(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
