@@ -3,7 +3,7 @@
 //! A guest of 16 GiB may have two million scattered pages to write; as [`Run`]s they would take
 //! more memory than all else together.
 
-use std::collections::HashMap;
+use foldhash::HashMap;
 
 use crate::id::BlockRef;
 use crate::node::{Location, Run, push_run};

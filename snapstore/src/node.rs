@@ -4,7 +4,7 @@
 //! a Bε-tree, *pending* runs that override what the children say: a small commit rewrites the
 //! root only, and changes move down in batches that are worth a child's rewriting.
 
-use std::collections::HashMap;
+use foldhash::HashMap;
 
 use crate::codec::{Decoded, Decoder, Malformed, put_block_ref, put_varint};
 use crate::format::MAX_FRAME_PAGES;
@@ -251,10 +251,8 @@ impl Node {
         self.runs.iter().for_each(|run| put_varint(&mut out, run.count));
         let mut slots = Vec::with_capacity(self.runs.len());
         let mut places = Places::new(table.len());
-        for run in &self.runs {
-            let place = run.location.block().zip(table.index(&run.location));
-            let (frame, slot) =
-                places.encode(place.map(|((_, slot), index)| (index, slot)), run.count);
+        for (run, place) in self.runs.iter().zip(table.places()) {
+            let (frame, slot) = places.encode(place, run.count);
             put_varint(&mut out, frame);
             slots.extend(slot);
         }
@@ -412,21 +410,30 @@ fn unzigzag(number: u64) -> i64 {
 struct FrameTable {
     frames: Vec<BlockRef>,
     deltas: Vec<BlockRef>,
-    known: HashMap<(BlockRef, bool), usize>,
+    /// Of each run: where its frame is in its list, and the slot there.
+    used: Vec<Used>,
+}
+
+#[derive(Clone, Copy)]
+enum Used {
+    None,
+    Frame(usize, u8),
+    Delta(usize, u8),
 }
 
 impl FrameTable {
     fn of(runs: &[Run]) -> Self {
-        let mut table = Self::default();
+        let mut table = Self { used: Vec::with_capacity(runs.len()), ..Self::default() };
+        let (mut frames, mut deltas) = (Known::default(), Known::default());
         for run in runs {
-            let (list, frame, delta) = match run.location {
-                Location::Zero => continue,
-                Location::Frame { frame, .. } => (&mut table.frames, frame, false),
-                Location::Delta { frame, .. } => (&mut table.deltas, frame, true),
-            };
-            table.known.entry((frame, delta)).or_insert_with(|| {
-                list.push(frame);
-                list.len() - 1
+            table.used.push(match run.location {
+                Location::Zero => Used::None,
+                Location::Frame { frame, slot } => {
+                    Used::Frame(frames.index(&mut table.frames, frame), slot)
+                }
+                Location::Delta { frame, slot } => {
+                    Used::Delta(deltas.index(&mut table.deltas, frame), slot)
+                }
             });
         }
         table
@@ -436,13 +443,38 @@ impl FrameTable {
         self.frames.len() + self.deltas.len()
     }
 
-    /// The index of a location's frame; delta frames come behind the others.
-    fn index(&self, location: &Location) -> Option<usize> {
-        match *location {
-            Location::Zero => None,
-            Location::Frame { frame, .. } => Some(self.known[&(frame, false)]),
-            Location::Delta { frame, .. } => Some(self.frames.len() + self.known[&(frame, true)]),
+    /// Of each run, the index of its frame and the slot; delta frames come behind the others.
+    fn places(&self) -> impl Iterator<Item = Option<(usize, u8)>> + '_ {
+        self.used.iter().map(|used| match *used {
+            Used::None => None,
+            Used::Frame(index, slot) => Some((index, slot)),
+            Used::Delta(index, slot) => Some((self.frames.len() + index, slot)),
+        })
+    }
+}
+
+/// Where frames are in a list of them.
+#[derive(Default)]
+struct Known {
+    indexes: HashMap<BlockRef, usize>,
+    newest: Option<(BlockRef, usize)>,
+}
+
+impl Known {
+    /// The index of `frame` in `list`, to which it is added if it is new. Runs of one frame are
+    /// mostly neighbours.
+    fn index(&mut self, list: &mut Vec<BlockRef>, frame: BlockRef) -> usize {
+        if let Some((newest, index)) = self.newest
+            && newest == frame
+        {
+            return index;
         }
+        let index = *self.indexes.entry(frame).or_insert_with(|| {
+            list.push(frame);
+            list.len() - 1
+        });
+        self.newest = Some((frame, index));
+        index
     }
 }
 

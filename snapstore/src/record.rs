@@ -69,8 +69,8 @@ impl RecordEncoder {
 
     /// Encodes a tree node: compressed only if that saves an eighth. References are noise, and what
     /// is decoded for every look-up should be worth it; pending runs shrink to a third.
-    pub fn encode_node(&mut self, raw: &[u8]) -> EncodedRecord {
-        self.encode_if_it_saves(RecordKind::Node, raw, raw.len() / 8).to_record()
+    pub fn encode_node(&mut self, raw: &[u8]) -> RecordView<'_> {
+        self.encode_if_it_saves(RecordKind::Node, raw, raw.len() / 8)
     }
 
     fn encode_if_it_saves(&mut self, kind: RecordKind, raw: &[u8], saved: usize) -> RecordView<'_> {

@@ -1,11 +1,10 @@
 //! Writing a snapshot: pages in rounds, then one commit that publishes all or nothing.
 
 use std::collections::HashSet;
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use rayon::prelude::*;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -22,12 +21,12 @@ use crate::page::PageSource;
 use crate::page_set::PageSet;
 use crate::pipeline::{self, Job, Written};
 use crate::progress::{Progress, WriteStats};
-use crate::record::{EncodedRecord, RecordEncoder};
+use crate::record::RecordEncoder;
 use crate::segment::SegmentWriter;
 use crate::snapshot::Snapshot;
 use crate::storage::{Pin, WriterLock};
 use crate::store::{Store, unix_ms};
-use crate::tree::{MakeLeaf, NodeSink, Tree};
+use crate::tree::{NodeSink, Tree};
 
 /// A region of the snapshot being written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -300,11 +299,19 @@ impl Transaction {
 
     fn write_trees(&mut self) -> Result<Vec<RegionManifest>> {
         let mut regions = Vec::with_capacity(self.regions.len());
-        let store = Arc::clone(&self.store);
+        let store = &*self.store;
+        let sink = NodeAppender {
+            store,
+            segments: Mutex::new(self.segments.as_mut().expect("held until commit")),
+            encoders: Mutex::default(),
+            nodes: AtomicU64::new(0),
+        };
         for draft in std::mem::take(&mut self.regions) {
-            let tree = draft.base.apply(&*store, self, store.flush_policy, &draft.changes)?;
+            let apply = || draft.base.apply(store, &sink, store.flush_policy, &draft.changes);
+            let tree = store.pool.install(apply)?;
             regions.push(RegionManifest { name: draft.name, pages: tree.pages, root: tree.root });
         }
+        self.nodes += sink.nodes.into_inner();
         Ok(regions)
     }
 
@@ -410,43 +417,32 @@ impl Drop for Transaction {
     }
 }
 
-/// Nodes are mostly hashes and small numbers: the fastest level does as well as any.
-fn node_encoder() -> Result<RecordEncoder> {
-    RecordEncoder::new(1)
+/// Encodes nodes on any thread, and appends them.
+struct NodeAppender<'a> {
+    store: &'a Store,
+    segments: Mutex<&'a mut SegmentWriter>,
+    /// Those not in use.
+    encoders: Mutex<Vec<RecordEncoder>>,
+    nodes: AtomicU64,
 }
 
-impl Transaction {
-    fn append_node(&mut self, record: &EncodedRecord, node: Node) -> Result<BlockRef> {
-        let block = self.segments.as_mut().expect("held until commit").append(record.view())?;
+impl NodeSink for NodeAppender<'_> {
+    fn put(&self, node: Node) -> Result<BlockRef> {
+        let spare = lock(&self.encoders).pop();
+        let mut encoder = match spare {
+            Some(encoder) => encoder,
+            // Nodes are mostly hashes and small numbers: the fastest level does as well as any.
+            None => RecordEncoder::new(1)?,
+        };
+        let record = encoder.encode_node(&node.encode());
+        let block = lock(&self.segments).append(record)?;
+        lock(&self.encoders).push(encoder);
         self.store.nodes.insert(block.hash, Arc::new(node));
-        self.nodes += 1;
+        self.nodes.fetch_add(1, Ordering::Relaxed);
         Ok(block)
     }
 }
 
-impl NodeSink for Transaction {
-    fn put(&mut self, node: Node) -> Result<BlockRef> {
-        let record = node_encoder()?.encode_node(&node.encode());
-        self.append_node(&record, node)
-    }
-
-    /// Reads, merges and compresses on all cores: a commit of many scattered pages rewrites every
-    /// leaf there is.
-    fn put_leaves(&mut self, count: usize, make: &MakeLeaf<'_>) -> Result<Vec<Option<BlockRef>>> {
-        let encode = |encoder: &mut Result<RecordEncoder>, at| {
-            let Some(leaf) = make(at)? else { return Ok(None) };
-            let encoder = match encoder {
-                Ok(encoder) => encoder,
-                Err(_) => &mut node_encoder()?,
-            };
-            Ok(Some((encoder.encode_node(&leaf.encode()), leaf)))
-        };
-        let leaves: Vec<Option<(EncodedRecord, Node)>> = self.store.pool.install(|| {
-            (0..count).into_par_iter().map_init(node_encoder, encode).collect::<Result<_>>()
-        })?;
-        let append = |leaf: Option<(EncodedRecord, Node)>| {
-            leaf.map(|(record, leaf)| self.append_node(&record, leaf)).transpose()
-        };
-        leaves.into_iter().map(append).collect()
-    }
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,7 +1,9 @@
 //! Page trees: looking pages up, and writing a changed tree beside the old one.
 
-use std::collections::HashSet;
 use std::sync::Arc;
+
+use foldhash::HashSet;
+use rayon::prelude::*;
 
 use crate::changes::Changes;
 use crate::error::Result;
@@ -15,15 +17,9 @@ pub(crate) trait NodeSource {
     fn node(&self, block: &BlockRef, level: u8, first: u64) -> Result<Arc<Node>>;
 }
 
-/// Makes leaf number n of those to be written; none if nothing is left of it.
-pub(crate) type MakeLeaf<'a> = dyn Fn(usize) -> Result<Option<Node>> + Sync + 'a;
-
-/// Appends nodes.
-pub(crate) trait NodeSink {
-    fn put(&mut self, node: Node) -> Result<BlockRef>;
-
-    /// Makes `count` leaves, perhaps several at a time, and appends them.
-    fn put_leaves(&mut self, count: usize, make: &MakeLeaf<'_>) -> Result<Vec<Option<BlockRef>>>;
+/// Appends nodes, from any thread and in any order: those below a node are there before it.
+pub(crate) trait NodeSink: Sync {
+    fn put(&self, node: Node) -> Result<BlockRef>;
 }
 
 /// When pending runs move down. Chosen so that a child is rewritten for a batch that is worth it;
@@ -101,11 +97,11 @@ impl Tree {
     }
 
     /// A tree with `changes` laid over this one. Only the nodes on the way to what moved are
-    /// written.
+    /// written, on all threads of the pool this is called in.
     pub fn apply(
         &self,
         nodes: &(impl NodeSource + Sync),
-        sink: &mut impl NodeSink,
+        sink: &impl NodeSink,
         policy: FlushPolicy,
         changes: &Changes,
     ) -> Result<Self> {
@@ -149,7 +145,7 @@ const MUCH: usize = 4;
 /// Writes a changed tree.
 struct Writer<'a, N, S> {
     nodes: &'a N,
-    sink: &'a mut S,
+    sink: &'a S,
     policy: FlushPolicy,
     changes: &'a Changes,
 }
@@ -158,7 +154,7 @@ impl<N: NodeSource + Sync, S: NodeSink> Writer<'_, N, S> {
     /// Writes the node at `(level, first)` with `inherited`, what comes down from its parent, and
     /// then the changes laid over it; both may reach beyond the node.
     fn write(
-        &mut self,
+        &self,
         old: Option<BlockRef>,
         level: u8,
         first: u64,
@@ -191,7 +187,7 @@ impl<N: NodeSource + Sync, S: NodeSink> Writer<'_, N, S> {
 
     /// Moves the pending runs of `node`, and `changes`, to its children, leaving small groups
     /// where they are.
-    fn push_down(&mut self, node: &mut Node, changes: &Changes) -> Result<()> {
+    fn push_down(&self, node: &mut Node, changes: &Changes) -> Result<()> {
         let pending = std::mem::take(&mut node.runs);
         let child_span = span_pages(node.level - 1);
         let mut moving: Vec<u8> = Vec::new();
@@ -215,31 +211,15 @@ impl<N: NodeSource + Sync, S: NodeSink> Writer<'_, N, S> {
             // On to the child of the next run, if there is one.
             at = next_page(&pending, changes, end, node.end());
         }
-        let children = self.write_children(node, &moving, &pending, changes)?;
-        moving.iter().zip(children).for_each(|(index, child)| set_child(node, *index, child));
-        Ok(())
-    }
-
-    fn write_children(
-        &mut self,
-        node: &Node,
-        moving: &[u8],
-        pending: &[Run],
-        changes: &Changes,
-    ) -> Result<Vec<Option<BlockRef>>> {
-        let nodes = self.nodes;
-        if node.level == 1 {
-            return self.sink.put_leaves(moving.len(), &|at| {
-                let old = node.child(moving[at]).copied();
-                leaf(nodes, old, node.child_place(moving[at]).0, pending, changes)
-            });
-        }
-        let mut below = Writer { nodes, sink: &mut *self.sink, policy: self.policy, changes };
+        let below = Writer { changes, ..*self };
         let write = |index: &u8| {
             let (first, level) = node.child_place(*index);
-            below.write(node.child(*index).copied(), level, first, pending)
+            below.write(node.child(*index).copied(), level, first, &pending)
         };
-        moving.iter().map(write).collect()
+        // Scattered changes rewrite every leaf there is: all threads read, merge and compress.
+        let children = moving.par_iter().map(write).collect::<Result<Vec<_>>>()?;
+        moving.iter().zip(children).for_each(|(index, child)| set_child(node, *index, child));
+        Ok(())
     }
 }
 
@@ -247,11 +227,15 @@ impl<N: NodeSource + Sync, S: NodeSink> Writer<'_, N, S> {
 /// longer. Dense pages have a frame of their own every few, and belong in leaves; scattered ones
 /// share theirs.
 fn weight(runs: &[Run]) -> usize {
-    let frames: HashSet<(u32, u32)> = runs
-        .iter()
-        .filter_map(|run| run.location.block())
-        .map(|(frame, _)| (frame.segment, frame.offset))
-        .collect();
+    let used = runs.iter().filter_map(|run| run.location.block()).map(|(frame, _)| frame);
+    let mut frames = HashSet::default();
+    let mut newest = None;
+    for frame in used {
+        // Runs of one frame are mostly neighbours.
+        if newest.replace(frame) != Some(frame) {
+            frames.insert(frame);
+        }
+    }
     runs.len() + FRAME_WEIGHT * frames.len()
 }
 
@@ -329,7 +313,7 @@ mod tests {
         }
 
         fn apply(&self, tree: &Tree, policy: FlushPolicy, changes: &Changes) -> Tree {
-            tree.apply(self, &mut Sink(self), policy, changes).unwrap()
+            tree.apply(self, self, policy, changes).unwrap()
         }
     }
 
@@ -341,25 +325,15 @@ mod tests {
         }
     }
 
-    struct Sink<'a>(&'a Memory);
-
-    impl NodeSink for Sink<'_> {
-        fn put(&mut self, node: Node) -> Result<BlockRef> {
+    impl NodeSink for Memory {
+        fn put(&self, node: Node) -> Result<BlockRef> {
             let bytes = node.encode();
             assert_eq!(Node::decode(&bytes, node.level, node.first).unwrap(), node);
-            let mut nodes = self.0.nodes.lock().unwrap();
+            let mut nodes = self.nodes.lock().unwrap();
             let (offset, hash) = (nodes.len() as u32, Hash::of(&bytes));
             let block = BlockRef { segment: 0, offset, len: 0, hash };
             nodes.insert(block, Arc::new(node));
             Ok(block)
-        }
-
-        fn put_leaves(
-            &mut self,
-            count: usize,
-            make: &MakeLeaf<'_>,
-        ) -> Result<Vec<Option<BlockRef>>> {
-            (0..count).map(|at| make(at)?.map(|leaf| self.put(leaf)).transpose()).collect()
         }
     }
 
