@@ -49,8 +49,8 @@ struct Cli {
     /// Small sizes and few runs: shows that everything works, and gives no figures to rely on.
     #[arg(long)]
     quick: bool,
-    /// Of pause or store, only these measurements.
-    #[arg(long, value_name = "NAME,…", value_delimiter = ',', value_parser = PossibleValuesParser::new(suites::pause::names().chain(suites::store::names())))]
+    /// Of pause, resume or store, only these measurements.
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',', value_parser = PossibleValuesParser::new(suites::pause::names().chain(suites::resume::names()).chain(suites::store::names())))]
     only: Vec<String>,
     /// Put stores and scratch files below this directory. Default: ./target if there is one, else
     /// the system's temporary directory. Wants a disk, not a tmpfs.

@@ -126,6 +126,9 @@ pause  the floor is, of p1000: kick + state + the cheapest dirty log; of dirty10
        the same guest; of gap, the guest's view: the pause; of scale: the 1 GiB guest; of guest_work
        (pages/s): the dirty log only read as often; of storm_work: no checkpoint under way; of
        incr_vs_store: the guest stands still; of endurance: after a tenth of it
+resume the floor is, of first_progress: create an empty VM; of fault: raw userfaultfd + unpacking the
+       same frame; of sweep: the same in memory that is there; lazy is ours, map_private and
+       uffd_copy are others' ways: the memory in a raw file, mapped, or copied a page a fault
 rewind the floor is, of latency: the budget, 1 ms and 1 us for each page put back; of its pause:
        memcpy of as many pages
 store  the floor is, of commit_scale: at 1 GiB; of depth: at depth 1; of delta and elide: switched

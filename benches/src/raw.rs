@@ -115,6 +115,24 @@ impl SlotVm {
     }
 }
 
+/// `UFFDIO_COPY` of one page to `address` in a guest's RAM.
+pub(crate) fn uffd_copy_to_guest(
+    ram: &GuestRam,
+    uffd: &Uffd,
+    page: &[u8; PAGE_SIZE],
+    address: usize,
+) -> anyhow::Result<()> {
+    let inside = ram.mapped_ranges().any(|(range, start)| {
+        address >= start && address + PAGE_SIZE <= start + range.len_bytes as usize
+    });
+    assert!(inside && address.is_multiple_of(PAGE_SIZE), "{address:#x} is no page of the guest's");
+    // SAFETY: the target is a page of `ram`'s mapping, by the assertion; nobody holds a reference to
+    // guest memory, and the kernel fills the page only if it is missing.
+    unsafe { uffd.copy(page.as_ptr().cast(), address as *mut _, PAGE_SIZE, true) }
+        .context("UFFDIO_COPY failed")?;
+    Ok(())
+}
+
 /// Allocates all of a guest's RAM and fills in the host's page tables for it.
 pub(crate) fn populate(ram: &GuestRam) -> anyhow::Result<()> {
     for (range, address) in ram.mapped_ranges() {

@@ -226,7 +226,7 @@ pub(crate) struct RunArgs {
     )]
     pub cmdline: String,
     /// Run the built-in guest: key=value,… of touch=SIZE, rate=PAGES_PER_S|max,
-    /// pattern=seq|uniform|hot, hot_share=0.1, hot_writes=0.9, content=zero|text|random|edit,
+    /// pattern=seq|uniform|shuffle|hot, hot_share=0.1, hot_writes=0.9, content=zero|text|random|edit,
     /// seed=N, populate=yes|no, check=SECONDS, report=SECONDS, stop_after=TURNS, gap_us=N.
     #[arg(long, value_name = "SPEC", value_parser = workload, group = "guest")]
     pub workload: Option<WorkloadSpec>,

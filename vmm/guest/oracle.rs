@@ -321,6 +321,8 @@ impl PageOrder {
             turn
         } else if self.pattern == Pattern::Seq {
             (turn - self.populate_turns) % self.own_pages
+        } else if self.pattern == Pattern::Shuffle {
+            self.shuffled(turn - self.populate_turns)
         } else {
             let random = mix(self.key ^ turn.wrapping_mul(SPREAD));
             if self.pattern == Pattern::Hot {
@@ -330,6 +332,25 @@ impl PageOrder {
             }
         };
         self.own_page(own)
+    }
+
+    /// A Feistel cipher on the place within the pass, keyed by the pass, again and again until the
+    /// result is a place: a permutation of the pages without a table of them.
+    fn shuffled(&self, turn: u64) -> u64 {
+        let half_bits = (u64::BITS - (self.own_pages - 1).leading_zeros()).div_ceil(2).max(1);
+        let mask = (1 << half_bits) - 1;
+        let key = mix(self.key ^ (turn / self.own_pages).wrapping_mul(SPREAD));
+        let mut place = turn % self.own_pages;
+        loop {
+            let (mut left, mut right) = (place >> half_bits, place & mask);
+            for round in 0..4 {
+                (left, right) = (right, left ^ (mix(key ^ (right << 2 | round)) & mask));
+            }
+            place = left << half_bits | right;
+            if place < self.own_pages {
+                return place;
+            }
+        }
     }
 
     fn hot_or_cold(&self, random: u64) -> u64 {

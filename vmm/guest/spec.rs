@@ -18,6 +18,8 @@ pub enum Pattern {
     Seq,
     /// Uniformly random, with replacement.
     Uniform,
+    /// All pages in a random order, then all in another: none twice before each was written once.
+    Shuffle,
     /// Random, with most writes going to a scattered set of hot pages.
     Hot,
 }
@@ -184,7 +186,8 @@ impl WorkloadSpec {
                     number(0, 1_000_000_000, "pages per second, up to 1000000000, or max")?;
             }
             "pattern" => {
-                self.pattern = named(value, &PATTERNS).ok_or(bad("seq, uniform or hot"))?;
+                self.pattern =
+                    named(value, &PATTERNS).ok_or(bad("seq, uniform, shuffle or hot"))?;
             }
             "hot_share" => self.hot_share_ppm = ppm()?,
             "hot_writes" => self.hot_writes_ppm = ppm()?,
@@ -220,8 +223,12 @@ pub fn data_bytes_available(memory_bytes: u64) -> u64 {
     memory_bytes.saturating_sub(DATA_GPA_MIN)
 }
 
-const PATTERNS: [(&str, Pattern); 3] =
-    [("seq", Pattern::Seq), ("uniform", Pattern::Uniform), ("hot", Pattern::Hot)];
+const PATTERNS: [(&str, Pattern); 4] = [
+    ("seq", Pattern::Seq),
+    ("uniform", Pattern::Uniform),
+    ("shuffle", Pattern::Shuffle),
+    ("hot", Pattern::Hot),
+];
 const CONTENTS: [(&str, Content); 4] = [
     ("zero", Content::Zero),
     ("text", Content::Text),

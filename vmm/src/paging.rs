@@ -148,6 +148,8 @@ pub(crate) fn bring_memory(
             let pager = RemotePager::start(image, &folder, seat, options, start, on_failure)?;
             Some(Paging::Elsewhere(pager))
         }
+        // All is there already: what is missing is zero, and nobody need be asked.
+        Coming::Shared(image, _) if image.is_complete() => None,
         Coming::Shared(image, options) => {
             let seat = Seat::take(&ram.mappings())?;
             let options = PagerOptions { maps_ahead: false, ..options };

@@ -3,7 +3,6 @@
 pub(crate) mod checkpoint;
 pub(crate) mod clone;
 pub(crate) mod endurance;
-mod faults;
 pub(crate) mod floors;
 pub(crate) mod pause;
 pub(crate) mod resume;

@@ -307,7 +307,7 @@ fn all_words_agree_with_single_words() {
 
 #[test]
 fn populating_writes_each_page_once_and_patterns_keep_to_their_pages() {
-    for pattern in [Pattern::Seq, Pattern::Uniform, Pattern::Hot] {
+    for pattern in [Pattern::Seq, Pattern::Uniform, Pattern::Shuffle, Pattern::Hot] {
         let spec = WorkloadSpec { pattern, ..spec(Content::Text, 3) };
         let mut seen = Vec::new();
         for cpu in 0..3 {
@@ -320,6 +320,31 @@ fn populating_writes_each_page_once_and_patterns_keep_to_their_pages() {
         }
         seen.sort_unstable();
         assert_eq!(seen, (0..1000).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn shuffled_passes_are_permutations_and_differ() {
+    for data_pages in [1, 2, 3, 5, 64, 65, 1000] {
+        let spec =
+            WorkloadSpec { pattern: Pattern::Shuffle, populate: false, ..spec(Content::Text, 1) };
+        let order = PageOrder::new(&spec, 0, data_pages);
+        let pass = |number: u64| {
+            (0..data_pages)
+                .map(|turn| order.page_at(number * data_pages + turn))
+                .collect::<Vec<_>>()
+        };
+        let (first, second) = (pass(0), pass(1));
+        for pass in [&first, &second] {
+            let mut sorted = pass.clone();
+            sorted.sort_unstable();
+            assert_eq!(sorted, (0..data_pages).collect::<Vec<_>>());
+        }
+        if data_pages >= 64 {
+            assert_ne!(first, second);
+            let steps = first.windows(2).filter(|pair| pair[0] + 1 == pair[1]).count() as u64;
+            assert!(steps < data_pages / 8, "{steps} of {data_pages} follow each other");
+        }
     }
 }
 
@@ -351,7 +376,7 @@ fn specifications_are_parsed_strictly() {
         ("hot_share=1.1", "`hot_share` expected a share"),
         ("hot_share=.5", "`hot_share` expected a share"),
         ("hot_writes=0.1234567", "`hot_writes` expected a share"),
-        ("pattern=random", "`pattern` expected seq, uniform or hot, found `random`"),
+        ("pattern=random", "`pattern` expected seq, uniform, shuffle or hot, found `random`"),
         ("populate=true", "yes or no"),
         ("cpus=65", "from 1 to 64"),
         ("rate=1,", "unknown key ``"),
@@ -391,7 +416,7 @@ fn the_guest_is_an_executable_without_traces_of_where_it_was_built() {
 prop_compose! {
     fn any_spec()(
         content in prop_oneof![Just(Content::Text), Just(Content::Random), Just(Content::Edit), Just(Content::Zero)],
-        pattern in prop_oneof![Just(Pattern::Seq), Just(Pattern::Uniform), Just(Pattern::Hot)],
+        pattern in prop_oneof![Just(Pattern::Seq), Just(Pattern::Uniform), Just(Pattern::Shuffle), Just(Pattern::Hot)],
         (hot_share_ppm, hot_writes_ppm) in (0..=1_000_000u64, 0..=1_000_000u64),
         (seed, populate, cpus, rate_pages_per_s) in (any::<u64>(), any::<bool>(), 1..=4u64, 0..=1_000_000u64),
         (touch, stop_after_turns) in (proptest::option::of(64..1_000_000u64), proptest::option::of(any::<u64>())),

@@ -11,7 +11,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FallocateFlags, fallocate};
 use userfaultfd::{Event, FeatureFlags, RegisterMode, Uffd, UffdBuilder};
 
-use super::super::faults::{beside, touch_all};
+use super::super::resume::{beside, touch_all};
 use crate::bench::Bench;
 use crate::codec::Unpacker;
 use crate::content::FRAME_PAGES;
@@ -147,7 +147,8 @@ fn allocate(memory: &SharedMemory) -> anyhow::Result<()> {
         .context("cannot allocate memory")
 }
 
-fn open() -> anyhow::Result<Uffd> {
+/// A userfaultfd that sees the faults of a kernel that runs a guest, too.
+pub(crate) fn open() -> anyhow::Result<Uffd> {
     UffdBuilder::new()
         .close_on_exec(true)
         .non_blocking(true)

@@ -10,7 +10,6 @@ use frazil_snapstore::{PAGE_SIZE, Snapshot};
 use frazil_vmm::memory::RAM_REGION;
 use frazil_vmm::{CheckpointRequest, Loading};
 
-use super::floors;
 use crate::bench::Bench;
 use crate::codec;
 use crate::content::FRAME_PAGES;
@@ -18,6 +17,7 @@ use crate::machine::{Machine, create_store};
 use crate::metric::Metric;
 use crate::raw::{self, SharedMemory};
 use crate::samples::Samples;
+use crate::suites::floors;
 
 /// Pages apart from each other that are touched: never two of one chunk.
 const STRIDE_PAGES: u64 = 128;
@@ -71,7 +71,7 @@ pub(super) fn single(bench: &mut Bench, snapshot: &Snapshot) -> anyhow::Result<(
 }
 
 /// Touches `count` pages, `page` says which; the time that each took.
-pub(super) fn touch_all(
+pub(crate) fn touch_all(
     memory: &SharedMemory,
     count: usize,
     page: impl Fn(usize) -> u64,
@@ -153,7 +153,7 @@ fn wait_recorded(
 }
 
 /// Has a thread run `serve` until `done`, while `with` runs.
-pub(super) fn beside<T>(
+pub(crate) fn beside<T>(
     serve: impl FnOnce(&AtomicBool) -> anyhow::Result<()> + Send,
     with: impl FnOnce() -> T,
 ) -> anyhow::Result<T> {

@@ -1,0 +1,216 @@
+//! `resume`: how soon a guest runs again, and what it pays while its memory arrives.
+
+mod faults;
+mod others;
+mod progress;
+mod sweeps;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, ensure};
+use frazil_snapstore::{Snapshot, Store, StoreOptions};
+use frazil_vmm::{CheckpointRequest, Loading};
+use tempfile::TempDir;
+
+pub(crate) use faults::{beside, touch_all};
+
+use crate::bench::{Bench, GIB, size_label};
+use crate::codec::{self, Cores};
+use crate::content;
+use crate::machine::{Machine, create_store};
+use crate::metric::{MIB_S, Metric};
+use crate::samples::Samples;
+
+/// Text pages; once they are all written, two words a page, page after page, without a pause.
+const SEQ: &str = "rate=max,pattern=seq,content=edit,report=0";
+/// The same, each page once and in random order.
+const SHUFFLE: &str = "rate=max,pattern=shuffle,content=edit,report=0";
+/// Ten pages between two checkpoints.
+const EDITS: &str = "rate=1000,pattern=uniform,content=edit,report=0";
+/// As many checkpoints are a deep history.
+const DEPTH: usize = 1000;
+const MIB: f64 = (1 << 20) as f64;
+
+/// A snapshot to resume.
+struct Bed {
+    frazil: PathBuf,
+    folder: TempDir,
+    snapshot: Snapshot,
+    label: String,
+    ram_bytes: u64,
+}
+
+type Measure = fn(&mut Bench, &Bed) -> anyhow::Result<()>;
+
+/// What can be measured alone.
+const NAMES: [&str; 8] =
+    ["progress", "faults", "eager", "sweep", "others", "working_set", "deep", "large"];
+
+/// The names of the measurements.
+pub(crate) fn names() -> impl Iterator<Item = &'static str> {
+    NAMES.into_iter()
+}
+
+pub(crate) fn run(bench: &mut Bench, frazil: Option<PathBuf>) -> anyhow::Result<()> {
+    let frazil = find_frazil(frazil)?;
+    let sizes = bench.memory_sizes(2);
+    for ram_bytes in &sizes {
+        measure_size(bench, &frazil, *ram_bytes)?;
+    }
+    if bench.wants("working_set") {
+        bench.say("a working set");
+        faults::working_set(bench)?;
+    }
+    let smallest = sizes.iter().copied().min().unwrap_or(GIB);
+    if bench.wants("deep") {
+        bench.say(&format!("a history of {} checkpoints", bench.sized(DEPTH, 20)));
+        let depth = bench.sized(DEPTH, 20);
+        let bed = Bed::at_depth(bench, frazil.clone(), smallest, depth)?;
+        progress::first_progress(bench, &bed)?;
+    }
+    if bench.wants("large") {
+        let ram_bytes = bench.sized(16 * GIB, smallest);
+        let label = size_label(ram_bytes);
+        bench.say(&format!("{label}: taking the snapshot"));
+        let bed = Bed::new(bench, frazil, SEQ, ram_bytes, label)?;
+        progress::first_progress(bench, &bed)?;
+    }
+    Ok(())
+}
+
+fn measure_size(bench: &mut Bench, frazil: &Path, ram_bytes: u64) -> anyhow::Result<()> {
+    let label = size_label(ram_bytes);
+    let bed = |bench: &mut Bench, spec, what: &str| {
+        bench.say(&format!("{label}: taking a snapshot of a guest that writes {what}"));
+        Bed::new(bench, frazil.to_owned(), spec, ram_bytes, label.clone())
+    };
+    let seq = bed(bench, SEQ, "page after page")?;
+    let steps: [(&str, Measure); 4] = [
+        ("progress", progress::first_progress),
+        ("faults", |bench, bed| faults::single(bench, &bed.snapshot)),
+        ("eager", eager),
+        ("sweep", |bench, bed| sweeps::measure(bench, bed, "seq")),
+    ];
+    for (name, measure) in steps {
+        if !bench.wants(name) {
+            continue;
+        }
+        bench.say(&format!("{label}: {name}"));
+        measure(bench, &seq)?;
+    }
+    if !(bench.wants("sweep") || bench.wants("others")) {
+        return Ok(());
+    }
+    let shuffle = bed(bench, SHUFFLE, "in random order")?;
+    if bench.wants("sweep") {
+        sweeps::measure(bench, &shuffle, "random")?;
+    }
+    // A fault a page takes half a minute for 1 GiB.
+    if bench.wants("others") && ram_bytes <= GIB {
+        bench.say(&format!("{label}: as others resume"));
+        others::measure(bench, &seq, &shuffle)?;
+    }
+    Ok(())
+}
+
+fn find_frazil(given: Option<PathBuf>) -> anyhow::Result<PathBuf> {
+    let path = match given {
+        Some(path) => path,
+        None => std::env::current_exe()
+            .context("cannot tell where this program is")?
+            .with_file_name("frazil"),
+    };
+    ensure!(
+        path.is_file(),
+        "no `frazil` at {}: build it (cargo build --release --bin frazil) or give --frazil PATH",
+        path.display()
+    );
+    Ok(path)
+}
+
+impl Bed {
+    /// A snapshot of a guest that does as `spec` says, once it has written all its memory.
+    fn new(
+        bench: &Bench,
+        frazil: PathBuf,
+        spec: &str,
+        ram_bytes: u64,
+        label: String,
+    ) -> anyhow::Result<Self> {
+        Self::after(bench, frazil, spec, ram_bytes, label, |machine| {
+            machine.vm.pause()?;
+            machine
+                .vm
+                .checkpoint(&CheckpointRequest::default())
+                .context("the checkpoint failed")?;
+            Ok(())
+        })
+    }
+
+    /// The last of `depth` snapshots of a guest that works.
+    fn at_depth(
+        bench: &Bench,
+        frazil: PathBuf,
+        ram_bytes: u64,
+        depth: usize,
+    ) -> anyhow::Result<Self> {
+        Self::after(bench, frazil, EDITS, ram_bytes, "deep".to_owned(), |machine| {
+            for _ in 0..depth {
+                machine.vm.checkpoint(&CheckpointRequest::default())?;
+            }
+            Ok(())
+        })
+    }
+
+    fn after(
+        bench: &Bench,
+        frazil: PathBuf,
+        spec: &str,
+        ram_bytes: u64,
+        label: String,
+        checkpoint: impl FnOnce(&Machine) -> anyhow::Result<()>,
+    ) -> anyhow::Result<Self> {
+        let folder = bench.scratch()?;
+        let path = folder.path().join("store");
+        let machine = Machine::boot(spec, ram_bytes, Some(create_store(&path)?))?;
+        checkpoint(&machine)?;
+        drop(machine);
+        let store: Arc<Store> = Store::open(&path, StoreOptions::default())?;
+        let latest = store.latest().context("the store has no snapshot")?;
+        let snapshot = store.snapshot(latest.id)?;
+        Ok(Self { frazil, folder, snapshot, label, ram_bytes })
+    }
+
+    /// The name of a metric: those of the usual size go without it.
+    fn metric(&self, what: &str) -> String {
+        match self.label.as_str() {
+            "1g" => format!("resume.{what}"),
+            label => format!("resume.{what}_{label}"),
+        }
+    }
+}
+
+/// All memory before the guest runs, against decompression of it on all cores.
+fn eager(bench: &mut Bench, bed: &Bed) -> anyhow::Result<()> {
+    let mut times = Samples::new();
+    let mut raw = Vec::new();
+    for run in 0..=bench.runs(3) {
+        let started = Instant::now();
+        let machine = Machine::resume(&bed.snapshot, Loading::Eager)?;
+        let took = started.elapsed();
+        if run == 0 {
+            // Warms the memory, which the next one gets from this one.
+            raw = content::sample(machine.vm.ram(), bench.sized(128 << 20, 8 << 20))?;
+        } else {
+            times.add_time(took);
+        }
+    }
+    let unzstd = codec::decompress_times(&codec::compress(&raw)?, Cores::All, bench.runs(5))?;
+    let floor = unzstd.per_second(raw.len() as f64 / MIB);
+    let mib_s = times.per_second(bed.ram_bytes as f64 / MIB);
+    let name = format!("resume.eager_{}", bed.label);
+    bench.emit(Metric::new(format!("{name}_ms"), times.ms(0.5), "ms", times.n()))?;
+    bench.emit(Metric::new(format!("{name}_mib_s"), mib_s, MIB_S, times.n()).against(floor))
+}

@@ -1,0 +1,163 @@
+//! The same guest resumed as others do it, with the same memory lying ready and uncompressed in a file:
+//! by mapping that file privately, and by a userfaultfd whose handler copies one page a fault.
+//!
+//! Each begins where `Vm::resume` does, in this process: what a command would add is the same for all.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow};
+use frazil_snapstore::PAGE_SIZE;
+use frazil_snapstore::pager::{Image, PagerOptions};
+use frazil_vmm::memory::{RAM_REGION, ram_extents};
+use frazil_vmm::{Loading, shared_image};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{FallocateFlags, fallocate};
+use userfaultfd::{Event, RegisterMode, Uffd};
+
+use super::{Bed, beside, sweeps};
+use crate::bench::Bench;
+use crate::machine::Machine;
+use crate::metric::Metric;
+use crate::raw;
+use crate::samples::Samples;
+use crate::suites::floors;
+
+/// How a guest is resumed.
+#[derive(Clone, Copy, Debug)]
+enum How {
+    Ours,
+    MapPrivate,
+    UffdCopy,
+}
+
+const HOWS: [(&str, How, usize); 3] =
+    [("lazy", How::Ours, 3), ("map_private", How::MapPrivate, 3), ("uffd_copy", How::UffdCopy, 1)];
+
+pub(super) fn measure(bench: &mut Bench, seq: &Bed, shuffle: &Bed) -> anyhow::Result<()> {
+    for (order, bed) in [("seq", seq), ("random", shuffle)] {
+        let raw = RawMemory::of(bed)?;
+        let floor_ms = sweeps::populated(bed, bench.runs(3))?.ms(0.5);
+        for (name, how, usual) in HOWS {
+            let (mut ready, mut swept) = (Samples::new(), Samples::new());
+            for _ in 0..bench.runs(usual) {
+                let (first, all) = raw.resume(bed, how)?;
+                ready.add_time(first);
+                swept.add_time(all);
+            }
+            let n = ready.n();
+            let metric = |what: &str| bed.metric(&format!("{name}_{what}"));
+            if order == "seq" {
+                bench.emit(Metric::new(metric("ready"), ready.ms(0.5), "ms", n))?;
+            }
+            let sweep = Metric::new(metric(&format!("sweep_{order}")), swept.ms(0.5), "ms", n);
+            bench.emit(sweep.against(floor_ms))?;
+        }
+    }
+    Ok(())
+}
+
+/// A snapshot's memory in a file, and nowhere.
+struct RawMemory {
+    /// Mapped privately, it is the guest's memory.
+    full: Arc<Image>,
+    file: File,
+    /// Said to be complete, and without a page: all is missing.
+    hollow: Arc<Image>,
+}
+
+impl RawMemory {
+    fn of(bed: &Bed) -> anyhow::Result<Self> {
+        let path = bed.folder.path().join("memory");
+        let file = File::options().read(true).write(true).create_new(true).open(&path);
+        let file = file.with_context(|| format!("cannot create {}", path.display()))?;
+        file.set_len(bed.ram_bytes).context("cannot grow the memory file")?;
+        let region = bed.snapshot.region(RAM_REGION)?;
+        let full = Image::new(region, &file, &ram_extents(bed.ram_bytes))?;
+        full.load().context("cannot load the snapshot")?;
+        file.sync_all().context("cannot write the memory file")?;
+        let hollow = shared_image(&bed.snapshot)?;
+        hollow.load().context("cannot load the snapshot")?;
+        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        fallocate(hollow.memory(), punch, 0, bed.ram_bytes).context("cannot empty a memfd")?;
+        Ok(Self { full: Arc::new(full), file, hollow })
+    }
+
+    /// Until the guest has done something, and until it has written every page.
+    fn resume(&self, bed: &Bed, how: How) -> anyhow::Result<(Duration, Duration)> {
+        let complete = |image| Loading::Shared(Arc::clone(image), PagerOptions::default());
+        let loading = match how {
+            How::Ours => Loading::lazy(PagerOptions::default()),
+            How::MapPrivate => complete(&self.full),
+            How::UffdCopy => complete(&self.hollow),
+        };
+        let started = Instant::now();
+        let machine = Machine::resume(&bed.snapshot, loading)?;
+        if !matches!(how, How::UffdCopy) {
+            return run(&machine, started);
+        }
+        let uffd = floors::open_uffd()?;
+        for mapping in machine.vm.ram().mappings() {
+            uffd.register_with_mode(
+                mapping.address as *mut _,
+                mapping.len_bytes,
+                RegisterMode::MISSING,
+            )
+            .context("cannot register guest memory with userfaultfd")?;
+        }
+        let serve = |done: &AtomicBool| {
+            let served = self.serve_copying(&uffd, &machine, done);
+            if served.is_err() {
+                // Or the guest would wait for ever.
+                machine.vm.stop();
+            }
+            served
+        };
+        beside(serve, || run(&machine, started))?
+    }
+
+    fn serve_copying(
+        &self,
+        uffd: &Uffd,
+        machine: &Machine,
+        done: &AtomicBool,
+    ) -> anyhow::Result<()> {
+        let mappings = machine.vm.ram().mappings();
+        let mut page = [0; PAGE_SIZE];
+        let patience = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
+        while !done.load(Ordering::Relaxed) {
+            poll(&mut [PollFd::new(uffd, PollFlags::IN)], Some(&patience))
+                .context("poll failed")?;
+            while let Some(event) = uffd.read_event().context("cannot read a fault")? {
+                let Event::Pagefault { addr, .. } = event else {
+                    return Err(anyhow!("unexpected userfaultfd event {event:?}"));
+                };
+                let address = addr as usize & !(PAGE_SIZE - 1);
+                let offset = mappings
+                    .iter()
+                    .find_map(|mapping| {
+                        let inside = address.checked_sub(mapping.address)?;
+                        (inside < mapping.len_bytes).then(|| mapping.file_offset + inside as u64)
+                    })
+                    .context("a fault outside guest memory")?;
+                self.file.read_exact_at(&mut page, offset).context("cannot read memory")?;
+                raw::uffd_copy_to_guest(machine.vm.ram(), uffd, &page, address)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Lets the guest go: until its first turn, and until it has written every page.
+fn run(machine: &Machine, started: Instant) -> anyhow::Result<(Duration, Duration)> {
+    let from = machine.turns()?;
+    let going = Instant::now();
+    machine.vm.go()?;
+    let (_, first) = machine.wait_turns(from + 1)?;
+    let (to, ended) = machine.wait_turns(from + machine.data_pages)?;
+    let swept = (ended - going).mul_f64(machine.data_pages as f64 / (to - from) as f64);
+    Ok((first - started, swept))
+}
