@@ -19,7 +19,13 @@ impl PageSet {
     #[must_use]
     pub fn new(pages: u64) -> Self {
         let len = usize::try_from(pages).expect("a region fits the address space");
-        Self { bits: BitVec::repeat(false, len), occupied: BitVec::repeat(false, len.div_ceil(64)) }
+        // Zeroed by the system, and no memory until it is used: a machine has a dozen of these.
+        let zeros = |len: usize| {
+            let mut bits = BitVec::from_vec(vec![0; len.div_ceil(64)]);
+            bits.truncate(len);
+            bits
+        };
+        Self { bits: zeros(len), occupied: zeros(len.div_ceil(64)) }
     }
 
     /// Number of pages the set ranges over (not the number in it).

@@ -361,6 +361,30 @@ impl Store {
         Snapshot::load(Arc::clone(self), &self.published(id)?, pin)
     }
 
+    /// As [`Self::pin`]; or a snapshot that was forgotten while somebody, such as the running
+    /// machine that goes on from it, holds a pin on it, and does until this returns.
+    ///
+    /// # Errors
+    /// As [`Self::snapshot`].
+    pub fn pin_held(self: &Arc<Self>, id: SnapshotId) -> Result<Snapshot> {
+        self.refresh()?;
+        if self.find(id).is_some() {
+            return self.pin(id);
+        }
+        // Before there is a pin of our own, which would be no sign that the data is still there.
+        let info = self.published_or_held(id)?;
+        Snapshot::load(Arc::clone(self), &info, self.pin_name(id))
+    }
+
+    /// A snapshot that is published, or was forgotten while somebody holds a pin on it.
+    pub(crate) fn published_or_held(&self, id: SnapshotId) -> Result<SnapshotInfo> {
+        let forgotten = self.catalog().find_forgotten(id);
+        match forgotten {
+            Some(info) if self.pinned()?.contains(&id) => Ok(info),
+            _ => self.published(id),
+        }
+    }
+
     pub(crate) fn pin_name(&self, id: SnapshotId) -> Option<Arc<dyn Pin>> {
         match self.storage.pin(&id.to_string()) {
             Ok(pin) => Some(Arc::from(pin)),

@@ -107,7 +107,8 @@ impl Store {
     /// parent.
     pub fn begin(self: &Arc<Self>, parent: Option<SnapshotId>) -> Result<Transaction> {
         let lock = self.start_writing()?;
-        let parent = parent.map(|id| self.parent(id)).transpose()?;
+        let open = |id| Snapshot::load(Arc::clone(self), &self.published_or_held(id)?, None);
+        let parent = parent.map(open).transpose()?;
         if self.options.elide.dedup && parent.is_none() {
             // A new line may have much in common with the others; one that goes on is best known
             // by what this handle writes.

@@ -15,7 +15,6 @@ use crate::id::{BlockRef, SnapshotId};
 use crate::journal::{Entry, MAX_LISTED};
 use crate::layout::Relayout;
 use crate::segment::SegmentWriter;
-use crate::snapshot::Snapshot;
 use crate::storage::{StoreFile, WriterLock};
 use crate::store::{Store, lock};
 
@@ -106,18 +105,6 @@ impl Store {
         let lock = lock(self.storage.as_ref())?;
         self.refresh()?;
         Ok(lock)
-    }
-
-    /// The snapshot that a transaction changes: one that is published, or one that was forgotten
-    /// while somebody, such as the running machine that goes on from it, holds a pin on it.
-    pub(crate) fn parent(self: &Arc<Self>, id: SnapshotId) -> Result<Snapshot> {
-        let forgotten = self.catalog().find_forgotten(id);
-        match forgotten {
-            Some(info) if self.pinned()?.contains(&id) => {
-                Snapshot::load(Arc::clone(self), &info, None)
-            }
-            _ => self.snapshot(id),
-        }
     }
 
     /// The snapshots that some process has pinned.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use frazil_snapstore::pager::PagerOptions;
-use frazil_snapstore::{PAGE_SIZE, SnapshotId, Store, StoreOptions};
+use frazil_snapstore::{PAGE_SIZE, PruneOptions, PruneProgress, SnapshotId, Store, StoreOptions};
 use frazil_tests::memory_copy::MemoryCopy;
 use frazil_tests::rng::Rng;
 use frazil_tests::vm_harness::{
@@ -264,6 +264,35 @@ fn disks_go_back_with_memory() {
         assert_eq!(page, [value; PAGE_SIZE], "page {number}");
     }
     verify(&vm);
+}
+
+/// A policy may forget the head under a machine that runs: it is held, and so a place to go back to, and
+/// to go from.
+#[test]
+fn a_head_that_was_forgotten_is_a_place_still() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let bed = Bed::new(1, None);
+    let first = checkpoint(&bed.vm);
+    run_on(&bed.vm, 200);
+    let head = checkpoint(&bed.vm);
+    bed.store.forget(&[head]).expect("it is forgotten");
+    bed.store.prune(&PruneOptions::default(), &PruneProgress::default()).expect("it is pruned");
+    run_on(&bed.vm, 200);
+    bed.vm.pause().expect("it stops");
+    let before = turns(&bed.vm);
+    assert_eq!(bed.vm.rewind_to(None).expect("it goes back").id, head);
+    assert!(turns(&bed.vm) < before, "it went back");
+    verify(&bed.vm);
+    assert_eq!(bed.vm.rewind_to(Some(&first.to_string())).expect("it goes back").id, first);
+    expect_is(&bed.vm, &bed.store, first);
+    // Nobody holds it any more.
+    assert!(bed.vm.rewind_to(Some(&head.to_string())).is_err());
+    bed.vm.go().expect("it goes on");
+    run_on(&bed.vm, 200);
+    expect_incremental(&bed, first);
+    verify(&bed.vm);
 }
 
 /// Random lives: running, checkpoints, rewinds to anywhere, writes of the VMM's own, while the guest

@@ -1,6 +1,7 @@
 //! Forgetting and pruning: the space comes back, what is live is never touched, readers go on.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use frazil_snapstore::{
     DiffOptions, PageRange, PruneOptions, PruneProgress, SnapshotId, Store, StoreError,
@@ -135,6 +136,48 @@ fn readers_go_on_while_everything_moves_under_them() {
     assert!(matches!(error, StoreError::UnknownRef { .. }), "{error}");
     drop(pinned);
     assert_eq!(line.prune(&ALL).pinned, 0);
+}
+
+/// Threads with handles of their own read what is pinned, over and over, while another line of
+/// snapshots is written, forgotten and pruned.
+#[test]
+fn readers_read_while_another_writes_forgets_and_prunes() {
+    let mut line = Line::new(StoreOptions { segment_max_bytes: 1 << 15, ..small_options() });
+    (0..6).for_each(|_| line.step(60));
+    let uncached = || StoreOptions { frame_cache_bytes: 0, node_cache_bytes: 0, ..small_options() };
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let readers: Vec<_> = [1, 3, 5]
+            .map(|index| {
+                let (id, model) = line.published[index].clone();
+                let storage = Arc::new(line.storage.clone());
+                let reader = Store::open_storage(storage, uncached()).unwrap();
+                let pinned = reader.pin(id).unwrap();
+                let done = &done;
+                scope.spawn(move || {
+                    let mut times = 0;
+                    // Bounded, in case the writer fails.
+                    while times < 3 || !done.load(Ordering::Relaxed) && times < 5000 {
+                        compare_snapshot(&pinned, &model).unwrap();
+                        times += 1;
+                    }
+                    times
+                })
+            })
+            .into();
+        let mut moved = 0;
+        for _ in 0..30 {
+            (0..4).for_each(|_| line.step(40));
+            let newest = line.published.len() - 1;
+            line.thin(|index| index == newest);
+            let report = line.prune(&ALL);
+            moved += report.segments_rewritten;
+        }
+        done.store(true, Ordering::Relaxed);
+        let read: Vec<u64> = readers.into_iter().map(|reader| reader.join().unwrap()).collect();
+        println!("{moved} segments were rewritten while snapshots were read {read:?} times");
+        assert!(moved > 0);
+    });
 }
 
 #[test]

@@ -128,7 +128,7 @@ impl Vm {
     }
 
     fn point_at(&self, id: SnapshotId) -> Result<RewindPoint> {
-        let snapshot = self.rewind_store()?.pin(id)?;
+        let snapshot = self.rewind_store()?.pin_held(id)?;
         let mut chunks = ChunkSet::new(snapshot.states()?)?;
         let machine: SavedMachine = chunks.take(MACHINE_CHUNK)?;
         check_machine(self, id, &machine)?;
@@ -477,7 +477,7 @@ fn find_apart(
         let disks = point.disks.iter().zip(disks_apart);
         return disks.into_iter().try_for_each(|(disk, apart)| disk.add_contents(apart));
     };
-    let head = vm.rewind_store()?.snapshot(head)?;
+    let head = vm.rewind_store()?.pin_held(head)?;
     for region in diff(&head, &point.snapshot, DiffOptions::default())?.regions {
         let set = match region.name.as_str() {
             RAM_REGION => Some(&mut *apart),
