@@ -2,6 +2,7 @@
 
 pub mod i8042;
 pub mod platform;
+pub mod power;
 pub mod serial;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -11,6 +12,7 @@ use frazil_snapstore::StateChunk;
 use crate::error::Result;
 use crate::vcpu::Ended;
 use i8042::I8042;
+use power::Power;
 use serial::SerialPort;
 
 /// What a device says about saving itself. There is no default: each device decides.
@@ -39,7 +41,7 @@ pub trait Device {
 
 /// The state of every device on a bus that has any.
 #[derive(Debug)]
-pub struct CapturedDevices([SnapshotSupport; 2]);
+pub struct CapturedDevices([SnapshotSupport; 3]);
 
 impl CapturedDevices {
     /// Their chunks.
@@ -60,13 +62,14 @@ impl CapturedDevices {
 pub struct Bus {
     serial: Mutex<SerialPort>,
     keyboard: I8042,
+    power: Power,
 }
 
 impl Bus {
-    /// A bus with COM1 and the keyboard controller.
+    /// A bus with COM1, the keyboard controller and the sleep registers.
     #[must_use]
     pub fn new(serial: SerialPort) -> Self {
-        Self { serial: Mutex::new(serial), keyboard: I8042 }
+        Self { serial: Mutex::new(serial), keyboard: I8042, power: Power }
     }
 
     /// The serial port.
@@ -84,6 +87,8 @@ impl Bus {
                 self.serial().write(register, *value);
             } else if i8042::owns(port) {
                 ended = ended.or(self.keyboard.write(port, *value));
+            } else if power::owns(port) {
+                ended = ended.or(self.power.write(port, *value));
             }
         }
         ended
@@ -97,6 +102,8 @@ impl Bus {
                 self.serial().read(register)
             } else if i8042::owns(port) {
                 self.keyboard.read(port)
+            } else if power::owns(port) {
+                self.power.read(port)
             } else {
                 0xff
             };
@@ -106,6 +113,6 @@ impl Bus {
     /// The state of every device on the bus.
     #[must_use]
     pub fn capture(&self) -> CapturedDevices {
-        CapturedDevices([self.serial().capture(), self.keyboard.capture()])
+        CapturedDevices([self.serial().capture(), self.keyboard.capture(), self.power.capture()])
     }
 }
