@@ -95,7 +95,7 @@ impl Vm {
         }
         let tsc_khz = vcpus[0].fd().get_tsc_khz().unwrap_or(0);
         let (source, guest) = boot_source(config, tsc_khz)?;
-        let entry = boot::load(&source, &shell.ram)?;
+        let entry = boot::load(&source, &shell.ram, config.cpus, &[])?;
         boot::set_boot_registers(vcpus[0].fd(), entry)?;
         let disks = config
             .disks

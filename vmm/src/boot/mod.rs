@@ -1,6 +1,7 @@
 //! Loading a kernel and entering it by the 64-bit Linux boot protocol
 //! (`Documentation/arch/x86/boot.rst` in the Linux sources): long mode, the zero page in RSI.
 
+mod acpi;
 mod bzimage;
 mod elf;
 mod registers;
@@ -17,6 +18,7 @@ use vm_memory::{Bytes, GuestAddress, ReadVolatile};
 
 use crate::error::{Result, VmmError};
 use crate::memory::{GuestMemory, GuestRam, HOLE_START};
+pub use acpi::MmioSlot;
 pub use registers::{set_boot_registers, set_local_apic};
 use zero_page::Told;
 
@@ -71,11 +73,12 @@ struct Loaded {
     initrd_end_max: u64,
 }
 
-/// Loads `source` into RAM; returns the address to enter at.
+/// Loads `source` into RAM, and tables that tell of `cpus` processors and the virtio devices `slots`;
+/// returns the address to enter at.
 ///
 /// # Errors
 /// [`VmmError::Boot`] saying what cannot be booted and why.
-pub fn load(source: &BootSource, ram: &GuestRam) -> Result<u64> {
+pub fn load(source: &BootSource, ram: &GuestRam, cpus: usize, slots: &[MmioSlot]) -> Result<u64> {
     let memory = ram.memory();
     let kernel = match &source.kernel {
         Kernel::Builtin(image) => load_kernel("the built-in guest", &mut Cursor::new(image), ram)?,
@@ -85,6 +88,7 @@ pub fn load(source: &BootSource, ram: &GuestRam) -> Result<u64> {
     let cmdline_len_max = kernel.header.map(|header| header.cmdline_size);
     let cmdline = load_command_line(&source.cmdline, cmdline_len_max, memory)?;
     zero_page::write(ram, &Told { header: kernel.header, cmdline, initrd })?;
+    acpi::write(memory, cpus, slots)?;
     registers::write_tables(memory)?;
     Ok(kernel.entry)
 }

@@ -5,11 +5,14 @@ use linux_loader::configurator::{BootConfigurator, BootParams};
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use vm_memory::GuestAddress;
 
-use super::{EBDA, HIGH_RAM, ZERO_PAGE, boot_error};
+use super::{BIOS_AREA, EBDA, HIGH_RAM, ZERO_PAGE, acpi, boot_error};
 use crate::error::Result;
 use crate::memory::{GuestRam, HOLE_END, HOLE_START};
 
 const E820_RAM: u32 = 1;
+const E820_RESERVED: u32 = 2;
+/// Where the memory of a PC's graphics card would be.
+const EBDA_END: u64 = 0xa_0000;
 /// A loader without a number of its own.
 const LOADER_UNDEFINED: u8 = 0xff;
 
@@ -29,9 +32,14 @@ pub(super) struct Told {
 /// # Errors
 /// [`VmmError::Boot`](crate::VmmError::Boot) if RAM has no room for it.
 pub(super) fn write(ram: &GuestRam, told: &Told) -> Result<()> {
-    let mut params = boot_params { hdr: header(told), ..Default::default() };
-    for (entry, (start, end)) in params.e820_table.iter_mut().zip(e820(ram.len_bytes())) {
-        *entry = boot_e820_entry { addr: start, size: end - start, r#type: E820_RAM };
+    let mut params =
+        boot_params { hdr: header(told), acpi_rsdp_addr: acpi::RSDP, ..Default::default() };
+    let ram_ranges = e820(ram.len_bytes()).into_iter().map(|(start, end)| (start, end, E820_RAM));
+    let reserved = [(EBDA, EBDA_END), (BIOS_AREA.start, BIOS_AREA.end)];
+    let reserved = reserved.into_iter().map(|(start, end)| (start, end, E820_RESERVED));
+    for (entry, (start, end, kind)) in params.e820_table.iter_mut().zip(ram_ranges.chain(reserved))
+    {
+        *entry = boot_e820_entry { addr: start, size: end - start, r#type: kind };
         params.e820_entries += 1;
     }
     LinuxBootConfigurator::write_bootparams(
@@ -96,6 +104,6 @@ mod tests {
         assert_eq!(({ found.version }, { found.init_size }), (0x20f, 0x1234));
         assert_eq!(({ found.cmd_line_ptr }, found.type_of_loader), (0x2_0000, 0xff));
         assert_eq!(({ found.ramdisk_image }, { found.setup_data }), (0, 0));
-        assert_eq!(params.e820_entries, 2);
+        assert_eq!((params.e820_entries, { params.acpi_rsdp_addr }), (4, acpi::RSDP));
     }
 }
