@@ -1,6 +1,7 @@
-//! Devices, and the bus that leads to them.
+//! Devices, and the buses that lead to them.
 
 pub mod i8042;
+pub mod mmio;
 pub mod platform;
 pub mod power;
 pub mod serial;
@@ -12,6 +13,7 @@ use frazil_snapstore::StateChunk;
 use crate::error::Result;
 use crate::vcpu::Ended;
 use i8042::I8042;
+use mmio::MmioBus;
 use power::Power;
 use serial::SerialPort;
 
@@ -57,24 +59,31 @@ impl CapturedDevices {
     }
 }
 
-/// The port I/O bus of a machine. All ports no device has read as ones.
+/// The buses of a machine: port I/O, on which all ports that no device has read as ones, and MMIO.
 #[derive(Debug)]
 pub struct Bus {
     serial: Mutex<SerialPort>,
     keyboard: I8042,
     power: Power,
+    mmio: MmioBus,
 }
 
 impl Bus {
-    /// A bus with COM1, the keyboard controller and the sleep registers.
+    /// COM1, the keyboard controller and the sleep registers by port I/O, and what is on `mmio`.
     #[must_use]
-    pub fn new(serial: SerialPort) -> Self {
-        Self { serial: Mutex::new(serial), keyboard: I8042, power: Power }
+    pub fn new(serial: SerialPort, mmio: MmioBus) -> Self {
+        Self { serial: Mutex::new(serial), keyboard: I8042, power: Power, mmio }
     }
 
     /// The serial port.
     pub fn serial(&self) -> MutexGuard<'_, SerialPort> {
         self.serial.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The MMIO bus.
+    #[must_use]
+    pub fn mmio(&self) -> &MmioBus {
+        &self.mmio
     }
 
     /// Handles a write to a port. Devices on the bus are eight bits wide: wider accesses touch
@@ -110,7 +119,7 @@ impl Bus {
         }
     }
 
-    /// The state of every device on the bus.
+    /// The state of every device with ports.
     #[must_use]
     pub fn capture(&self) -> CapturedDevices {
         CapturedDevices([self.serial().capture(), self.keyboard.capture(), self.power.capture()])
