@@ -78,7 +78,7 @@ impl RawGuest {
             initrd: None,
             cmdline: spec.to_cmdline(),
         };
-        let entry = boot::load(&source, &shell.ram)?;
+        let entry = boot::load(&source, &shell.ram, 1, &[])?;
         boot::set_boot_registers(&vcpu, entry)?;
         register_signal_handler(kick_signal(), on_kick).context("cannot handle a signal")?;
         let meeting = Arc::new(Meeting::default());

@@ -199,7 +199,7 @@ fn kernels_that_are_none() {
         &["expected an ELF64 executable for x86-64", "something else"],
     );
     run(&file("empty", b""), &["expected an ELF64 executable"]);
-    run(&file("bzImage", &bzimage), &["a Linux bzImage", "extract-vmlinux"]);
+    run(&file("bzImage", &bzimage), &["a Linux bzImage for x86-64", "boot protocol 0.0"]);
     run(&file("arm", &foreign), &["an ELF file for another machine"]);
     run(&file("hollow", &empty_elf), &["expected"]);
     // A good kernel, and nothing good beside it.

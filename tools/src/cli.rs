@@ -210,8 +210,8 @@ pub(crate) fn usage_error(command: &str, message: &str) -> clap::Error {
 #[derive(Debug, Args)]
 #[command(group = ArgGroup::new("guest").required(true))]
 pub(crate) struct RunArgs {
-    /// Boot this ELF64 kernel (a Linux vmlinux, or a bare-metal program) by the Linux 64-bit boot
-    /// protocol, with its console on COM1.
+    /// Boot this kernel by the Linux 64-bit boot protocol, with its console on COM1: a Linux bzImage
+    /// (the vmlinuz of a distribution), or an ELF64 file (its vmlinux, or a bare-metal program).
     #[arg(long, value_name = "FILE", group = "guest")]
     pub kernel: Option<PathBuf>,
     /// Initial RAM disk for --kernel.

@@ -10,6 +10,7 @@ use frazil_snapstore::{PAGE_SIZE, Snapshot, SnapshotId, Store};
 use crate::boot::{self, BootSource, Kernel};
 use crate::checkpoint::{CheckpointProgress, CheckpointTotals};
 use crate::cpuid;
+use crate::devices::mmio::MmioBus;
 use crate::devices::platform::{self, SavedPlatform};
 use crate::devices::serial::SerialPort;
 use crate::devices::{Bus, serial};
@@ -95,7 +96,7 @@ impl Vm {
         }
         let tsc_khz = vcpus[0].fd().get_tsc_khz().unwrap_or(0);
         let (source, guest) = boot_source(config, tsc_khz)?;
-        let entry = boot::load(&source, &shell.ram)?;
+        let entry = boot::load(&source, &shell.ram, config.cpus, &[])?;
         boot::set_boot_registers(vcpus[0].fd(), entry)?;
         let disks = config
             .disks
@@ -109,7 +110,7 @@ impl Vm {
             guest,
             disks: disks.len(),
         };
-        let bus = Arc::new(Bus::new(SerialPort::new(&shell.fd, &host.serial)?));
+        let bus = Arc::new(Bus::new(SerialPort::new(&shell.fd, &host.serial)?, MmioBus::default()));
         let vcpus = Arc::new(VcpuSet::start(vcpus, &bus)?);
         let parts = Parts { shell, bus, vcpus, pager: None, disks };
         Ok(Self::assemble(config.name.clone(), machine, host, parts))
@@ -140,7 +141,7 @@ impl Vm {
         let serial = SerialPort::restore(&shell.fd, &host.serial, chunks.take(serial::CHUNK)?)?;
         let disks = resume_disks(&machine, snapshot, &mut chunks, &host.overlay)?;
         chunks.finish()?;
-        let bus = Arc::new(Bus::new(serial));
+        let bus = Arc::new(Bus::new(serial, MmioBus::default()));
         let vcpus = Arc::new(VcpuSet::start(vcpus, &bus)?);
         late.get_or_init(|| Arc::downgrade(&vcpus));
         // One that failed before there were vCPUs to stop.

@@ -4,9 +4,10 @@ use super::{Device, SnapshotSupport};
 use crate::vcpu::Ended;
 
 const DATA: u16 = 0x60;
-const COMMAND: u16 = 0x64;
+/// The command register.
+pub const COMMAND: u16 = 0x64;
 /// "Pulse output line 0", which is wired to the processor's reset.
-const COMMAND_RESET: u8 = 0xfe;
+pub const COMMAND_RESET: u8 = 0xfe;
 
 /// The controller. No keyboard, no mouse: its buffers are always empty.
 #[derive(Clone, Copy, Debug)]

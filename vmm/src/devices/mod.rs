@@ -1,7 +1,9 @@
-//! Devices, and the bus that leads to them.
+//! Devices, and the buses that lead to them.
 
 pub mod i8042;
+pub mod mmio;
 pub mod platform;
+pub mod power;
 pub mod serial;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -11,6 +13,8 @@ use frazil_snapstore::StateChunk;
 use crate::error::Result;
 use crate::vcpu::Ended;
 use i8042::I8042;
+use mmio::MmioBus;
+use power::Power;
 use serial::SerialPort;
 
 /// What a device says about saving itself. There is no default: each device decides.
@@ -39,7 +43,7 @@ pub trait Device {
 
 /// The state of every device on a bus that has any.
 #[derive(Debug)]
-pub struct CapturedDevices([SnapshotSupport; 2]);
+pub struct CapturedDevices([SnapshotSupport; 3]);
 
 impl CapturedDevices {
     /// Their chunks.
@@ -55,23 +59,31 @@ impl CapturedDevices {
     }
 }
 
-/// The port I/O bus of a machine. All ports no device has read as ones.
+/// The buses of a machine: port I/O, on which all ports that no device has read as ones, and MMIO.
 #[derive(Debug)]
 pub struct Bus {
     serial: Mutex<SerialPort>,
     keyboard: I8042,
+    power: Power,
+    mmio: MmioBus,
 }
 
 impl Bus {
-    /// A bus with COM1 and the keyboard controller.
+    /// COM1, the keyboard controller and the sleep registers by port I/O, and what is on `mmio`.
     #[must_use]
-    pub fn new(serial: SerialPort) -> Self {
-        Self { serial: Mutex::new(serial), keyboard: I8042 }
+    pub fn new(serial: SerialPort, mmio: MmioBus) -> Self {
+        Self { serial: Mutex::new(serial), keyboard: I8042, power: Power, mmio }
     }
 
     /// The serial port.
     pub fn serial(&self) -> MutexGuard<'_, SerialPort> {
         self.serial.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The MMIO bus.
+    #[must_use]
+    pub fn mmio(&self) -> &MmioBus {
+        &self.mmio
     }
 
     /// Handles a write to a port. Devices on the bus are eight bits wide: wider accesses touch
@@ -84,6 +96,8 @@ impl Bus {
                 self.serial().write(register, *value);
             } else if i8042::owns(port) {
                 ended = ended.or(self.keyboard.write(port, *value));
+            } else if power::owns(port) {
+                ended = ended.or(self.power.write(port, *value));
             }
         }
         ended
@@ -97,15 +111,17 @@ impl Bus {
                 self.serial().read(register)
             } else if i8042::owns(port) {
                 self.keyboard.read(port)
+            } else if power::owns(port) {
+                self.power.read(port)
             } else {
                 0xff
             };
         }
     }
 
-    /// The state of every device on the bus.
+    /// The state of every device with ports.
     #[must_use]
     pub fn capture(&self) -> CapturedDevices {
-        CapturedDevices([self.serial().capture(), self.keyboard.capture()])
+        CapturedDevices([self.serial().capture(), self.keyboard.capture(), self.power.capture()])
     }
 }

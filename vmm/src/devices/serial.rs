@@ -1,6 +1,7 @@
 //! COM1: a 16550A at 0x3f8 with IRQ 4.
 
 use std::io::{self, Write};
+use std::ops::RangeInclusive;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,8 +19,10 @@ use crate::error::{Result, VmmError};
 use crate::state::{Saved, chunk, saved_twin};
 use frazil_snapstore::StateChunk;
 
-const BASE: u16 = 0x3f8;
-const IRQ: u32 = 4;
+/// COM1's ports.
+pub const PORTS: RangeInclusive<u16> = 0x3f8..=0x3ff;
+/// Its interrupt: the input of the IOAPIC, and of the 8259A.
+pub const GSI: u32 = 4;
 /// The name of its chunk.
 pub const CHUNK: &str = "serial0";
 /// Writes that wait for a slow reader before they are dropped.
@@ -31,7 +34,7 @@ const LAST_OUTPUT_PATIENCE: Duration = Duration::from_secs(1);
 /// The register behind `port`, if it is one of the serial port's.
 #[must_use]
 pub fn register(port: u16) -> Option<u8> {
-    port.checked_sub(BASE).filter(|offset| *offset < 8).map(|offset| offset as u8)
+    PORTS.contains(&port).then(|| (port - PORTS.start()) as u8)
 }
 
 /// Where the guest's serial output goes.
@@ -199,7 +202,7 @@ fn from_state(
 
 fn irq(vm: &VmFd) -> Result<Irq> {
     let event = EventFd::new(EFD_NONBLOCK).map_err(VmmError::host("create an eventfd"))?;
-    vm.register_irqfd(&event, IRQ).map_err(VmmError::kvm("wire the serial interrupt"))?;
+    vm.register_irqfd(&event, GSI).map_err(VmmError::kvm("wire the serial interrupt"))?;
     Ok(Irq(event))
 }
 

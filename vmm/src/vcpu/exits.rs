@@ -20,7 +20,7 @@ pub(super) struct ExitCounters {
 pub struct ExitCounts {
     /// For an access to an I/O port.
     pub port_io: u64,
-    /// For an access to memory that is not there.
+    /// For an access to where there is no RAM: a device on the MMIO bus, or nothing.
     pub mmio: u64,
     /// Because somebody wanted the vCPU to stop, or a signal came.
     pub kicked: u64,

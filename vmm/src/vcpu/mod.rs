@@ -471,12 +471,15 @@ impl RunningVcpu {
                 self.bus.pio_read(port, data);
                 Turn::Again
             }
-            // No device there: reads float high, writes go nowhere.
-            Ok(VcpuExit::MmioRead(_, data)) => {
-                data.fill(0xff);
+            Ok(VcpuExit::MmioRead(address, data)) => {
+                self.bus.mmio().read(address, data);
                 Turn::Again
             }
-            Ok(VcpuExit::MmioWrite(..) | VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => Turn::Again,
+            Ok(VcpuExit::MmioWrite(address, data)) => {
+                self.bus.mmio().write(address, data);
+                Turn::Again
+            }
+            Ok(VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => Turn::Again,
             Ok(VcpuExit::Intr) => self.kicked(),
             Ok(VcpuExit::Shutdown) => Turn::End(self.crashed("triple fault")),
             Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_CRASH, _)) => {

@@ -1,0 +1,62 @@
+//! The sleep registers of hardware-reduced ACPI, by which a guest powers its machine off (ACPI
+//! Specification 6.5, 4.8.3.7).
+
+use super::{Device, SnapshotSupport};
+use crate::vcpu::Ended;
+
+/// The sleep control register, one byte wide; a free port, as on most machines of this kind.
+pub const CONTROL: u16 = 0x600;
+/// The sleep status register, one byte wide.
+pub const STATUS: u16 = 0x601;
+/// What the guest writes for "powered off" (S5), as its tables tell it.
+pub const SLEEP_TYPE_OFF: u8 = 5;
+
+const SLEEP_ENABLE: u8 = 1 << 5;
+const SLEEP_TYPE: u8 = 7 << 2;
+
+/// Both registers. There is no sleep but S5, so nothing to wake up from, and nothing to remember.
+#[derive(Clone, Copy, Debug)]
+pub struct Power;
+
+/// True if `port` is one of its two.
+#[must_use]
+pub fn owns(port: u16) -> bool {
+    matches!(port, CONTROL | STATUS)
+}
+
+impl Power {
+    /// Handles a write; powering off ends the machine.
+    #[must_use]
+    pub fn write(self, port: u16, value: u8) -> Option<Ended> {
+        let off = SLEEP_ENABLE | SLEEP_TYPE_OFF << 2;
+        (port == CONTROL && value & (SLEEP_ENABLE | SLEEP_TYPE) == off).then_some(Ended::GuestReset)
+    }
+
+    /// Both read as zero: it has not been woken up.
+    #[must_use]
+    pub fn read(self, _port: u16) -> u8 {
+        0
+    }
+}
+
+impl Device for Power {
+    fn capture(&self) -> SnapshotSupport {
+        SnapshotSupport::Stateless
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_s5_ends_the_machine() {
+        assert_eq!(Power.write(CONTROL, 0x34), Some(Ended::GuestReset));
+        assert_eq!(Power.write(CONTROL, 0xf7), Some(Ended::GuestReset), "other bits mean nothing");
+        for value in [0, 0x14, 0x20, 0x2c, 0x3c] {
+            assert_eq!(Power.write(CONTROL, value), None, "{value:#x}");
+        }
+        assert_eq!(Power.write(STATUS, 0x34), None);
+        assert_eq!((Power.read(CONTROL), Power.read(STATUS)), (0, 0));
+    }
+}
