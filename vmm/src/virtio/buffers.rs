@@ -37,6 +37,18 @@ impl Buffers {
         self.len
     }
 
+    /// Takes the last byte off the end.
+    pub(super) fn split_last_byte(&mut self) -> Option<GuestAddress> {
+        let (address, len) = self.parts.back_mut()?;
+        *len -= 1;
+        let last = address.unchecked_add(u64::from(*len));
+        if *len == 0 {
+            self.parts.pop_back();
+        }
+        self.len -= 1;
+        Some(last)
+    }
+
     /// Fills `out`.
     ///
     /// # Errors

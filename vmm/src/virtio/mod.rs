@@ -1,14 +1,16 @@
 //! Virtio devices (virtio 1.2) behind the MMIO transport, modern interface only.
 //!
 //! [`VirtioMmio`] is the transport: a window of registers that the guest reads and writes, and what a
-//! checkpoint captures. Behind it is a [`VirtioDevice`]: [`rng`].
+//! checkpoint captures. Behind it is a [`VirtioDevice`]: [`block`] or [`rng`].
 //! Both meet in the [`Link`]. How the window gets into the guest's address space is not in here.
 //!
 //! All of a guest's memory is reached through vm-memory, which refuses what lies outside and notes
 //! what is written, so that the next checkpoint has it. A driver that breaks the specification's rules
 //! gets DEVICE_NEEDS_RESET, and nothing happens until it resets the device.
 
+pub mod block;
 mod buffers;
+pub mod fuzzing;
 mod link;
 mod mmio;
 mod queue;
@@ -16,6 +18,7 @@ pub mod rng;
 mod saved;
 #[cfg(test)]
 mod tests;
+mod worker;
 
 use std::any::Any;
 use std::fmt;

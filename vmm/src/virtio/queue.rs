@@ -257,4 +257,14 @@ impl VirtQueue {
         ring.add_used(memory, head, written)?;
         Ok(ring.needs_notification(memory)?)
     }
+
+    /// Asks the driver not to say that it added a chain. Only advice.
+    pub(super) fn mute(&mut self, memory: &GuestMemory) -> Result<(), Nonsense> {
+        Ok(self.ring()?.disable_notification(memory)?)
+    }
+
+    /// Asks it to say so again. True if it added one since the last look, of which it may not say so.
+    pub(super) fn unmute(&mut self, memory: &GuestMemory) -> Result<bool, Nonsense> {
+        Ok(self.ring()?.enable_notification(memory)?)
+    }
 }

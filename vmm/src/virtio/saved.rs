@@ -69,6 +69,11 @@ pub struct SavedQueue {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum SavedDevice {
+    /// Nothing: its disk has a chunk of its own.
+    Block {
+        /// The disk's name.
+        disk: String,
+    },
     /// Nothing.
     Rng {},
 }

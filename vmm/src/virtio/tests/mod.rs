@@ -1,16 +1,25 @@
 //! Devices and their transport, driven as a guest's driver does, or should not.
 
+mod block;
 mod devices;
+mod hostile;
+mod kvm;
 mod transport;
 
+use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 
+use tempfile::NamedTempFile;
 use vm_memory::{Bytes, GuestAddress};
 
+use super::block::Block;
 use super::{Interrupt, VirtioDevice, VirtioMmio};
+use crate::disk::{Disk, DiskConfig, OverlayOptions};
 use crate::memory::GuestRam;
 
+const PATIENCE: Duration = Duration::from_secs(20);
 const RAM_BYTES: u64 = 4 << 20;
 /// Entries of each queue here.
 const ENTRIES: u16 = 16;
@@ -18,6 +27,7 @@ const ENTRIES: u16 = 16;
 const DATA: u64 = 1 << 20;
 
 const VERSION_1: u64 = 1 << 32;
+const EVENT_IDX: u64 = 1 << 29;
 const INDIRECT: u64 = 1 << 28;
 
 const NEXT: u16 = 1;
@@ -185,4 +195,34 @@ impl Ring {
         let word = |at| u32::from_le_bytes(bed.read(at, 4).try_into().unwrap());
         Some((word(at), word(at + 4)))
     }
+
+    /// The same, of a device with a thread.
+    fn wait_used(&mut self, bed: &Bed) -> (u32, u32) {
+        let until = Instant::now() + PATIENCE;
+        loop {
+            if let Some(used) = self.used(bed) {
+                return used;
+            }
+            assert!(Instant::now() < until, "nothing comes back; status {}", bed.status());
+            std::thread::sleep(Duration::from_micros(200));
+        }
+    }
+}
+
+fn noise(len: usize, seed: u64) -> Vec<u8> {
+    (0..len as u64)
+        .map(|at| ((at / 8 + seed * 77_777).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as u8 | 1)
+        .collect()
+}
+
+fn disk_of(contents: &[u8], read_only: bool) -> (Arc<Disk>, NamedTempFile) {
+    let mut file = NamedTempFile::new().unwrap();
+    file.write_all(contents).unwrap();
+    let config = DiskConfig { file: file.path().to_owned(), read_only, serial: Some("s-1".into()) };
+    (Arc::new(Disk::open(0, &config, &OverlayOptions::default()).unwrap()), file)
+}
+
+fn block_on(contents: &[u8], read_only: bool) -> (Bed, NamedTempFile) {
+    let (disk, file) = disk_of(contents, read_only);
+    (Bed::new(Arc::new(Block::in_place(disk).unwrap())), file)
 }

@@ -3,8 +3,8 @@
 use super::*;
 use crate::devices::{Device, SnapshotSupport};
 use crate::state::ChunkSet;
-use crate::virtio::SavedVirtio;
 use crate::virtio::rng::Rng;
+use crate::virtio::{SavedDevice, SavedVirtio};
 
 fn rng() -> Bed {
     Bed::new(Arc::new(Rng))
@@ -61,6 +61,23 @@ fn registers_are_32_bits_wide_and_nothing_else() {
         bed.set(offset, 1);
     }
     assert_eq!(bed.status(), 0);
+}
+
+#[test]
+fn the_configuration_space_is_read_in_any_width() {
+    let (bed, _file) = block_on(&[1; 8192], false);
+    let mut all = [0; 60];
+    bed.mmio.read(0x100, &mut all);
+    assert_eq!(all[..8], 16_u64.to_le_bytes());
+    for at in 0..70 {
+        for len in 0..9 {
+            let mut found = vec![0xaa; len];
+            bed.mmio.read(0x100 + at as u64, &mut found);
+            let expected: Vec<u8> =
+                (at..at + len).map(|at| all.get(at).copied().unwrap_or(0)).collect();
+            assert_eq!(found, expected, "{len} bytes at {at}");
+        }
+    }
 }
 
 #[test]
@@ -198,4 +215,5 @@ fn the_state_of_another_device_is_refused() {
     change(&|other| other.queues[0].size = 5);
     change(&|other| other.queues[0].device = crate::vcpu::saved::Reg(RAM_BYTES));
     change(&|other| other.driver_features = crate::vcpu::saved::Reg(VERSION_1 | 1 << 50));
+    change(&|other| other.device = SavedDevice::Block { disk: "disk0".into() });
 }
