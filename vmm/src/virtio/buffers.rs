@@ -37,6 +37,11 @@ impl Buffers {
         self.len
     }
 
+    /// The parts that are left.
+    pub(super) fn parts(&self) -> impl Iterator<Item = (GuestAddress, u32)> + '_ {
+        self.parts.iter().copied()
+    }
+
     /// Takes the last byte off the end.
     pub(super) fn split_last_byte(&mut self) -> Option<GuestAddress> {
         let (address, len) = self.parts.back_mut()?;

@@ -10,7 +10,9 @@ use frazil_snapstore::PAGE_SIZE;
 use rustix::fs::{MemfdFlags, memfd_create};
 use vm_memory::{Bytes, GuestAddress};
 
+use super::balloon::Balloon;
 use super::block::Block;
+use super::free_pages::FreePages;
 use super::rng::Rng;
 use super::{Interrupt, VirtioDevice, VirtioMmio};
 use crate::disk::{Disk, DiskConfig, OverlayOptions};
@@ -35,9 +37,10 @@ const ENTRIES: u16 = 8;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// Every target.
-pub const TARGETS: [Target; 2] = [
+pub const TARGETS: [Target; 3] = [
     ("virtio_block", |bytes| drive(block(), bytes)),
     ("virtio_rng", |bytes| drive(Arc::new(Rng), bytes)),
+    ("virtio_balloon", |bytes| drive(balloon(), bytes)),
 ];
 
 /// Goes nowhere.
@@ -46,6 +49,23 @@ struct Unwired;
 
 impl Interrupt for Unwired {
     fn raise(&self) {}
+}
+
+/// Looks at what it is given, and leaves it.
+#[derive(Debug)]
+struct Inspector;
+
+impl FreePages for Inspector {
+    fn free(&self, address: GuestAddress, len_bytes: u64) -> std::io::Result<()> {
+        let page = PAGE_SIZE as u64;
+        assert!(address.0.is_multiple_of(page) && len_bytes.is_multiple_of(page), "whole pages");
+        assert!(len_bytes > 0 && address.0 + len_bytes <= RAM_BYTES, "inside RAM");
+        Ok(())
+    }
+}
+
+fn balloon() -> Arc<dyn VirtioDevice> {
+    Arc::new(Balloon::in_place(Arc::new(Inspector)).expect("an eventfd"))
 }
 
 fn block() -> Arc<dyn VirtioDevice> {

@@ -118,6 +118,14 @@ impl Link {
         Ok(())
     }
 
+    /// What the configuration space reads as has changed.
+    pub(super) fn config_changed(&self) {
+        self.config_generation.fetch_add(1, Ordering::AcqRel);
+        if self.is_live() {
+            self.interrupt(CONFIG_CHANGE);
+        }
+    }
+
     fn interrupt(&self, reason: u8) {
         // The reason first: the driver looks for it as soon as it is interrupted.
         self.interrupt_status.fetch_or(reason, Ordering::AcqRel);

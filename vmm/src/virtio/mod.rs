@@ -1,16 +1,19 @@
 //! Virtio devices (virtio 1.2) behind the MMIO transport, modern interface only.
 //!
 //! [`VirtioMmio`] is the transport: a window of registers that the guest reads and writes, and what a
-//! checkpoint captures. Behind it is a [`VirtioDevice`]: [`block`] or [`rng`].
+//! checkpoint captures. Behind it is a [`VirtioDevice`]: [`block`], [`rng`] or [`balloon`].
 //! Both meet in the [`Link`]. How the window gets into the guest's address space is not in here.
 //!
 //! All of a guest's memory is reached through vm-memory, which refuses what lies outside and notes
 //! what is written, so that the next checkpoint has it. A driver that breaks the specification's rules
 //! gets DEVICE_NEEDS_RESET, and nothing happens until it resets the device.
 
+pub mod balloon;
 pub mod block;
 mod buffers;
+pub mod free_pages;
 pub mod fuzzing;
+mod gate;
 mod link;
 mod mmio;
 mod queue;
@@ -29,6 +32,7 @@ use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::error::{Result, VmmError};
+pub use free_pages::{FreePages, ZeroedPages};
 pub use link::Link;
 pub use mmio::{VirtioMmio, WINDOW_BYTES};
 pub use queue::Nonsense;

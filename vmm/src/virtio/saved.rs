@@ -76,6 +76,13 @@ pub enum SavedDevice {
     },
     /// Nothing.
     Rng {},
+    /// A memory balloon.
+    Balloon {
+        /// Pages of 4 KiB that the host asks for.
+        target_pages: u32,
+        /// Pages that the guest says it gave.
+        actual_pages: u32,
+    },
 }
 
 /// A device's state with the name of its chunk, copied while the guest stood still.

@@ -215,5 +215,5 @@ fn the_state_of_another_device_is_refused() {
     change(&|other| other.queues[0].size = 5);
     change(&|other| other.queues[0].device = crate::vcpu::saved::Reg(RAM_BYTES));
     change(&|other| other.driver_features = crate::vcpu::saved::Reg(VERSION_1 | 1 << 50));
-    change(&|other| other.device = SavedDevice::Block { disk: "disk0".into() });
+    change(&|other| other.device = SavedDevice::Balloon { target_pages: 0, actual_pages: 0 });
 }
