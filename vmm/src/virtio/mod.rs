@@ -1,7 +1,7 @@
 //! Virtio devices (virtio 1.2) behind the MMIO transport, modern interface only.
 //!
 //! [`VirtioMmio`] is the transport: a window of registers that the guest reads and writes, and what a
-//! checkpoint captures. Behind it is a [`VirtioDevice`]: [`block`], [`rng`] or [`balloon`].
+//! checkpoint captures. Behind it is a [`VirtioDevice`]: [`block`], [`rng`], [`net`] or [`balloon`].
 //! Both meet in the [`Link`]. How the window gets into the guest's address space is not in here.
 //!
 //! All of a guest's memory is reached through vm-memory, which refuses what lies outside and notes
@@ -16,6 +16,7 @@ pub mod fuzzing;
 mod gate;
 mod link;
 mod mmio;
+pub mod net;
 mod queue;
 pub mod rng;
 mod saved;

@@ -245,6 +245,13 @@ impl VirtQueue {
         Ok(Some(Chain { head, readable, writable }))
     }
 
+    /// Puts the chain that was taken last back, untouched.
+    pub(super) fn put_back(&mut self) {
+        if let Some(ring) = &mut self.ring {
+            ring.go_to_previous_position();
+        }
+    }
+
     /// Gives a chain back with `written` bytes in its writable part. True if the driver wants an
     /// interrupt for it.
     pub(super) fn give_back(

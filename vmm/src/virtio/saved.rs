@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::net::MacAddress;
 use crate::devices::Captured;
 use crate::error::Result;
 use crate::state::{Saved, chunk};
@@ -76,6 +77,11 @@ pub enum SavedDevice {
     },
     /// Nothing.
     Rng {},
+    /// A network card. Its tap is the host's.
+    Net {
+        /// Its address.
+        mac: MacAddress,
+    },
     /// A memory balloon.
     Balloon {
         /// Pages of 4 KiB that the host asks for.

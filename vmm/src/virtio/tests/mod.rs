@@ -4,6 +4,7 @@ mod block;
 mod devices;
 mod hostile;
 mod kvm;
+mod net;
 mod transport;
 
 use std::io::Write;
