@@ -1,5 +1,6 @@
-//! Every parser of the store over its corpus and mutations of it: what a fuzzer does, a little of
-//! it, on every run. `cargo fuzz run TARGET` in `snapstore` does it at length.
+//! Every parser of the store over its corpus and mutations of it, and virtio devices under drivers
+//! that do anything: what a fuzzer does, a little of it, on every run. For parsers `cargo fuzz run
+//! TARGET` in `snapstore` does it at length.
 //!
 //! `cargo test -p frazil-tests --test fuzz_smoke -- --ignored` makes the corpus anew, from a store
 //! that has everything.
@@ -14,6 +15,7 @@ use frazil_tests::format_reader::{BLOCK_HEADER_LEN, FILE_HEADER_LEN, payload_of,
 use frazil_tests::rng::Rng;
 
 const MUTATIONS: u64 = 3000;
+const DRIVERS: u64 = 500;
 
 fn corpus(target: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../snapstore/fuzz/corpus").join(target)
@@ -58,6 +60,19 @@ fn parsers_refuse_or_understand_whatever_they_are_given() {
             let pick = |rng: &mut Rng| &seeds[rng.below(seeds.len() as u64) as usize];
             let (mut bytes, other) = (pick(&mut rng).clone(), pick(&mut rng));
             mutate(&mut rng, &mut bytes, other);
+            target(&bytes);
+        }
+    }
+}
+
+/// Their drivers have no corpus: what they do next follows from any bytes.
+#[test]
+fn devices_withstand_whatever_their_drivers_do() {
+    for (_, target) in frazil_vmm::virtio::fuzzing::TARGETS {
+        let mut rng = Rng::new(2);
+        for _ in 0..DRIVERS {
+            let len = rng.below(1200);
+            let bytes: Vec<u8> = (0..len).map(|_| rng.bits() as u8).collect();
             target(&bytes);
         }
     }

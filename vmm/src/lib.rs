@@ -26,6 +26,7 @@ pub mod state;
 pub mod telemetry;
 mod turns;
 pub mod vcpu;
+pub mod virtio;
 mod vm;
 pub mod workload;
 mod workload_memory;

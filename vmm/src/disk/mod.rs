@@ -29,7 +29,7 @@ pub use line::DiskLine;
 use overlay::Overlay;
 pub use overlay::OverlayOptions;
 use pages::CHUNK_PAGES;
-use requests::RequestGate;
+pub(crate) use requests::RequestGate;
 pub use requests::{Drained, Request};
 pub use state::{SERIAL_LEN_MAX, SavedDisk};
 

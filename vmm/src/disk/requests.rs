@@ -17,9 +17,10 @@ struct Counts {
     drains: u64,
 }
 
-/// Counts requests, and holds new ones back while somebody looks at a disk that stands still.
+/// Counts requests, and holds new ones back while somebody looks at a disk, or another device, that
+/// stands still.
 #[derive(Debug, Default)]
-pub(super) struct RequestGate {
+pub(crate) struct RequestGate {
     counts: Mutex<Counts>,
     changed: Condvar,
 }
@@ -29,7 +30,8 @@ impl RequestGate {
         self.counts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn enter(&self) {
+    /// Begins a request; waits while nothing may begin.
+    pub(crate) fn enter(&self) {
         let mut counts = self.lock();
         while counts.drains > 0 {
             counts = self.changed.wait(counts).unwrap_or_else(PoisonError::into_inner);
@@ -37,7 +39,8 @@ impl RequestGate {
         counts.in_flight += 1;
     }
 
-    fn leave(&self) {
+    /// Ends one.
+    pub(crate) fn leave(&self) {
         let mut counts = self.lock();
         counts.in_flight -= 1;
         if counts.in_flight == 0 && counts.drains > 0 {
@@ -48,7 +51,7 @@ impl RequestGate {
 
     /// Returns how many requests were still in flight after `patience`; 0 is success, and only then
     /// are new ones held back until [`Self::reopen`].
-    fn drain(&self, patience: Duration) -> u64 {
+    pub(crate) fn drain(&self, patience: Duration) -> u64 {
         let until = Instant::now() + patience;
         let mut counts = self.lock();
         counts.drains += 1;
@@ -65,7 +68,12 @@ impl RequestGate {
         0
     }
 
-    fn reopen(&self) {
+    /// True while somebody waits for requests to be done, or looks.
+    pub(crate) fn is_wanted(&self) -> bool {
+        self.lock().drains > 0
+    }
+
+    pub(crate) fn reopen(&self) {
         self.lock().drains -= 1;
         self.changed.notify_all();
     }

@@ -1,0 +1,180 @@
+//! The block device (virtio 1.2, 5.2), over a [`Disk`].
+//!
+//! A thread of its own does the requests, one after the other. It begins a disk request before it takes
+//! the guest's off the queue and ends it when the answer is in guest memory: so whoever has drained the
+//! disk finds queue, memory and disk of one mind.
+
+mod request;
+
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use virtio_bindings::virtio_blk as blk;
+use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::link::Link;
+use super::queue::{EVENT_IDX, bit};
+use super::saved::SavedDevice;
+use super::worker::{Worker, doorbell, ring, serve_when_rung};
+use super::{Misfit, Still, VirtioDevice};
+use crate::disk::{Disk, SECTOR_BYTES};
+use crate::error::Result;
+use request::Scratch;
+
+/// Entries of its queue.
+const QUEUE_SIZE: u16 = 256;
+/// Buffers of data in a request: with header and status it fits the queue.
+const SEGMENTS_MAX: u32 = 126;
+/// Bytes in one of them. A request is thus 8 MiB at the most, and done soon when a checkpoint waits.
+const SEGMENT_BYTES_MAX: u32 = 64 << 10;
+/// Ranges that one request may discard or fill with zeros.
+const RANGES_MAX: u32 = 8;
+/// Sectors in each of them: 256 MiB, of which each 256 KiB is looked at.
+const RANGE_SECTORS_MAX: u32 = (256 << 20) / SECTOR_BYTES as u32;
+/// Physical blocks are pages of 8 sectors, 2 to the power of this: a write of less reads first.
+const PHYSICAL_BLOCK_EXP: u8 = 3;
+
+/// A block device.
+#[derive(Debug)]
+pub struct Block {
+    disk: Arc<Disk>,
+    doorbell: Arc<EventFd>,
+    /// Requests are done where they are notified, for tests that want one thing after the other.
+    in_place: bool,
+    worker: OnceLock<Worker>,
+}
+
+impl Block {
+    /// The device of `disk`.
+    ///
+    /// # Errors
+    /// [`VmmError::Host`](crate::VmmError::Host) if there is no eventfd to be had.
+    pub fn new(disk: Arc<Disk>) -> Result<Self> {
+        Ok(Self { disk, doorbell: doorbell(0)?, in_place: false, worker: OnceLock::new() })
+    }
+
+    /// One without a thread: requests are done before a notification returns.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub(super) fn in_place(disk: Arc<Disk>) -> Result<Self> {
+        Ok(Self { in_place: true, ..Self::new(disk)? })
+    }
+
+    /// Its disk.
+    #[must_use]
+    pub fn disk(&self) -> &Arc<Disk> {
+        &self.disk
+    }
+}
+
+/// Does what waits. Each request is one of the disk, so that a checkpoint comes in between.
+fn serve(link: &Link, disk: &Disk, scratch: &mut Scratch, is_over: impl Fn() -> bool) {
+    let mut goes_on = true;
+    while goes_on && !is_over() {
+        let request = disk.begin();
+        let more = link.with_queue(0, |queue, memory| {
+            queue.mute(memory)?;
+            let Some(chain) = queue.pop(memory)? else { return queue.unmute(memory) };
+            let head = chain.head;
+            let written = request::answer(disk, &request, memory, chain, scratch)?;
+            link.give_back(queue, head, written)?;
+            Ok(true)
+        });
+        drop(request);
+        goes_on = more.unwrap_or(false);
+    }
+}
+
+impl VirtioDevice for Block {
+    fn device_id(&self) -> u32 {
+        VIRTIO_ID_BLOCK
+    }
+
+    fn features(&self) -> u64 {
+        let all = bit(blk::VIRTIO_BLK_F_SIZE_MAX)
+            | bit(blk::VIRTIO_BLK_F_SEG_MAX)
+            | bit(blk::VIRTIO_BLK_F_BLK_SIZE)
+            | bit(blk::VIRTIO_BLK_F_TOPOLOGY)
+            | bit(blk::VIRTIO_BLK_F_FLUSH)
+            | EVENT_IDX;
+        let own = if self.disk.is_read_only() {
+            bit(blk::VIRTIO_BLK_F_RO)
+        } else {
+            bit(blk::VIRTIO_BLK_F_DISCARD) | bit(blk::VIRTIO_BLK_F_WRITE_ZEROES)
+        };
+        all | own
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE]
+    }
+
+    /// `struct virtio_blk_config` (5.2.4).
+    fn config(&self) -> Vec<u8> {
+        let sectors = self.disk.len_bytes() / SECTOR_BYTES;
+        let mut config = Vec::with_capacity(60);
+        config.extend(sectors.to_le_bytes());
+        config.extend(SEGMENT_BYTES_MAX.to_le_bytes());
+        config.extend(SEGMENTS_MAX.to_le_bytes());
+        // No geometry.
+        config.extend([0; 4]);
+        config.extend((SECTOR_BYTES as u32).to_le_bytes());
+        config.extend([PHYSICAL_BLOCK_EXP, 0]);
+        config.extend((1_u16 << PHYSICAL_BLOCK_EXP).to_le_bytes());
+        // No optimal length, no cache to switch, one queue that is not told of.
+        config.extend([0; 8]);
+        config.extend(RANGE_SECTORS_MAX.to_le_bytes());
+        config.extend(RANGES_MAX.to_le_bytes());
+        config.extend((1_u32 << PHYSICAL_BLOCK_EXP).to_le_bytes());
+        config.extend(RANGE_SECTORS_MAX.to_le_bytes());
+        config.extend(RANGES_MAX.to_le_bytes());
+        // Zeros may be holes, and are.
+        config.extend([1, 0, 0, 0]);
+        config
+    }
+
+    fn start(&self, link: &Arc<Link>) -> Result<()> {
+        if self.in_place {
+            return Ok(());
+        }
+        let (link, disk) = (Arc::clone(link), Arc::clone(&self.disk));
+        let worker = Worker::start(self.disk.name(), &self.doorbell, move |doorbell, ending| {
+            let mut scratch = Scratch::default();
+            serve_when_rung(doorbell, ending, || {
+                serve(&link, &disk, &mut scratch, || ending.is_wanted());
+            });
+        })?;
+        // One that is started twice has its second thread ended at once.
+        let _first = self.worker.set(worker);
+        Ok(())
+    }
+
+    fn notify(&self, link: &Link, _queue: u16) {
+        if self.in_place {
+            serve(link, &self.disk, &mut Scratch::default(), || false);
+        } else {
+            ring(&self.doorbell);
+        }
+    }
+
+    fn doorbell(&self, _queue: u16) -> Option<&EventFd> {
+        Some(&self.doorbell)
+    }
+
+    fn drain(&self, patience: Duration) -> Result<Still> {
+        Ok(Still::held_by(self.disk.drain(patience)?))
+    }
+
+    fn save(&self) -> SavedDevice {
+        SavedDevice::Block { disk: self.disk.name().to_owned() }
+    }
+
+    fn put_back(&self, saved: &SavedDevice) -> Result<(), Misfit> {
+        if *saved == self.save() {
+            return Ok(());
+        }
+        Err(Misfit::new(self.save(), saved))
+    }
+}

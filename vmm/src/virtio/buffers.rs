@@ -1,0 +1,105 @@
+//! The buffers of a descriptor chain, read or written from their start.
+
+use std::collections::VecDeque;
+
+use vm_memory::{Address, Bytes, GuestAddress};
+
+use super::queue::Nonsense;
+use crate::memory::GuestMemory;
+
+/// Buffers in guest memory that were found to lie in RAM, and are used up in order.
+#[derive(Debug, Default)]
+pub(super) struct Buffers {
+    parts: VecDeque<(GuestAddress, u32)>,
+    /// Bytes that are left.
+    len: u64,
+    /// True once there was one, if only of no bytes.
+    any: bool,
+}
+
+impl Buffers {
+    /// Adds one at the end.
+    pub(super) fn push(&mut self, address: GuestAddress, len: u32) {
+        self.any = true;
+        if len > 0 {
+            self.parts.push_back((address, len));
+            self.len += u64::from(len);
+        }
+    }
+
+    /// True if there never was one.
+    pub(super) fn is_untouched(&self) -> bool {
+        !self.any
+    }
+
+    /// Bytes that are left.
+    pub(super) fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// The parts that are left.
+    pub(super) fn parts(&self) -> impl Iterator<Item = (GuestAddress, u32)> + '_ {
+        self.parts.iter().copied()
+    }
+
+    /// Takes the last byte off the end.
+    pub(super) fn split_last_byte(&mut self) -> Option<GuestAddress> {
+        let (address, len) = self.parts.back_mut()?;
+        *len -= 1;
+        let last = address.unchecked_add(u64::from(*len));
+        if *len == 0 {
+            self.parts.pop_back();
+        }
+        self.len -= 1;
+        Some(last)
+    }
+
+    /// Fills `out`.
+    ///
+    /// # Errors
+    /// If there is less left.
+    pub(super) fn read(&mut self, memory: &GuestMemory, out: &mut [u8]) -> Result<(), Nonsense> {
+        self.each(out.len(), |address, range| {
+            memory.read_slice(&mut out[range], address).map_err(not_in_ram)
+        })
+    }
+
+    /// Writes `bytes`, which are then known to be written to whoever tracks that.
+    ///
+    /// # Errors
+    /// If there is less room left.
+    pub(super) fn write(&mut self, memory: &GuestMemory, bytes: &[u8]) -> Result<(), Nonsense> {
+        self.each(bytes.len(), |address, range| {
+            memory.write_slice(&bytes[range], address).map_err(not_in_ram)
+        })
+    }
+
+    /// Uses up `len` bytes, handing on where each part of them is.
+    fn each(
+        &mut self,
+        len: usize,
+        mut part: impl FnMut(GuestAddress, std::ops::Range<usize>) -> Result<(), Nonsense>,
+    ) -> Result<(), Nonsense> {
+        if self.len < len as u64 {
+            return Err(Nonsense::new("buffers that are too short"));
+        }
+        let mut at = 0;
+        while at < len {
+            let Some((address, left)) = self.parts.front_mut() else { break };
+            let count = (*left as usize).min(len - at);
+            part(*address, at..at + count)?;
+            *address = address.unchecked_add(count as u64);
+            *left -= count as u32;
+            if *left == 0 {
+                self.parts.pop_front();
+            }
+            at += count;
+        }
+        self.len -= len as u64;
+        Ok(())
+    }
+}
+
+fn not_in_ram(error: vm_memory::GuestMemoryError) -> Nonsense {
+    Nonsense::new(format!("a buffer that is not in RAM: {error}"))
+}

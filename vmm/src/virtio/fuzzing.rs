@@ -1,0 +1,322 @@
+//! A hostile driver, for fuzzers: whatever it does to registers and rings, no device may panic, go on
+//! for ever, or write anything but what it was given to write.
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use frazil_snapstore::PAGE_SIZE;
+use rustix::fs::{MemfdFlags, memfd_create};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::balloon::Balloon;
+use super::block::Block;
+use super::free_pages::FreePages;
+use super::rng::Rng;
+use super::{Interrupt, VirtioDevice, VirtioMmio};
+use crate::disk::{Disk, DiskConfig, OverlayOptions};
+use crate::memory::GuestRam;
+
+/// Bytes of RAM: the least there is.
+const RAM_BYTES: u64 = 2 << 20;
+/// Where the driver's things are, a page each, of which data has the rest.
+const ARENA: u64 = 0x1_0000;
+const TABLE: u64 = ARENA;
+const INDIRECT: u64 = ARENA + 0x1000;
+const AVAIL: u64 = ARENA + 0x2000;
+const USED: u64 = ARENA + 0x3000;
+const DATA: u64 = ARENA + 0x4000;
+const ARENA_LEN: usize = 16 * PAGE_SIZE;
+/// Addresses that are no good: not aligned, at the end of RAM, in the hole, past everything.
+const BAD: [u64; 4] = [TABLE + 1, RAM_BYTES - 8, 3 << 30, u64::MAX - 7];
+/// Entries of the queue: few, so that all of them meet.
+const ENTRIES: u16 = 8;
+
+/// Something that is fuzzed, under its name.
+pub type Target = (&'static str, fn(&[u8]));
+
+/// Every target.
+pub const TARGETS: [Target; 3] = [
+    ("virtio_block", |bytes| drive(block(), bytes)),
+    ("virtio_rng", |bytes| drive(Arc::new(Rng), bytes)),
+    ("virtio_balloon", |bytes| drive(balloon(), bytes)),
+];
+
+/// Goes nowhere.
+#[derive(Debug)]
+struct Unwired;
+
+impl Interrupt for Unwired {
+    fn raise(&self) {}
+}
+
+/// Looks at what it is given, and leaves it.
+#[derive(Debug)]
+struct Inspector;
+
+impl FreePages for Inspector {
+    fn free(&self, address: GuestAddress, len_bytes: u64) -> std::io::Result<()> {
+        let page = PAGE_SIZE as u64;
+        assert!(address.0.is_multiple_of(page) && len_bytes.is_multiple_of(page), "whole pages");
+        assert!(len_bytes > 0 && address.0 + len_bytes <= RAM_BYTES, "inside RAM");
+        Ok(())
+    }
+}
+
+fn balloon() -> Arc<dyn VirtioDevice> {
+    Arc::new(Balloon::in_place(Arc::new(Inspector)).expect("an eventfd"))
+}
+
+fn block() -> Arc<dyn VirtioDevice> {
+    let memfd = memfd_create("fuzz-disk", MemfdFlags::CLOEXEC).expect("a memfd");
+    let file = File::from(memfd);
+    file.write_all_at(&vec![0xee; 64 << 10], 0).expect("room");
+    let config = DiskConfig {
+        file: format!("/proc/self/fd/{}", file.as_raw_fd()).into(),
+        read_only: false,
+        serial: None,
+    };
+    let disk = Disk::open(0, &config, &OverlayOptions::default()).expect("a disk");
+    Arc::new(Block::in_place(Arc::new(disk)).expect("an eventfd"))
+}
+
+/// What the driver does next is read from these; zeros when there are no more.
+struct Bytestream<'a>(&'a [u8]);
+
+impl Bytestream<'_> {
+    fn byte(&mut self) -> u8 {
+        let Some((first, rest)) = self.0.split_first() else { return 0 };
+        self.0 = rest;
+        *first
+    }
+
+    fn word(&mut self) -> u32 {
+        u32::from_le_bytes(std::array::from_fn(|_| self.byte()))
+    }
+
+    /// A number below `limit`.
+    fn below(&mut self, limit: u32) -> u32 {
+        u32::from(u16::from_le_bytes([self.byte(), self.byte()])) % limit
+    }
+}
+
+struct Driver<'a> {
+    bytes: Bytestream<'a>,
+    ram: Arc<GuestRam>,
+    mmio: VirtioMmio,
+    /// What the arena holds if nobody but the driver writes to it.
+    shadow: Vec<u8>,
+    /// Which of it devices may write.
+    given: Vec<bool>,
+    next_avail: u16,
+}
+
+/// Lets `bytes` drive a device.
+///
+/// # Panics
+/// If it does what no device may.
+fn drive(device: Arc<dyn VirtioDevice>, bytes: &[u8]) {
+    let ram = Arc::new(GuestRam::new(RAM_BYTES).expect("memory"));
+    let mmio = VirtioMmio::new("fuzz", device, Arc::clone(&ram), Arc::new(Unwired));
+    let mut driver = Driver {
+        bytes: Bytestream(bytes),
+        ram,
+        mmio: mmio.expect("a device"),
+        shadow: vec![0; ARENA_LEN],
+        given: vec![false; ARENA_LEN],
+        next_avail: 0,
+    };
+    // Rings are the device's to write, wherever they are put.
+    driver.give(USED, PAGE_SIZE as u32);
+    driver.set_up();
+    while !driver.bytes.0.is_empty() {
+        driver.step();
+    }
+    driver.check();
+}
+
+impl Driver<'_> {
+    fn register(&self, offset: u64, value: u32) {
+        self.mmio.write(offset, &value.to_le_bytes());
+    }
+
+    /// As a driver should.
+    fn set_up(&mut self) {
+        self.register(0x70, 0);
+        self.register(0x70, 1);
+        self.register(0x70, 3);
+        for half in [0, 1] {
+            self.register(0x14, half);
+            let mut offered = [0; 4];
+            self.mmio.read(0x10, &mut offered);
+            self.register(0x24, half);
+            self.register(0x20, u32::from_le_bytes(offered));
+        }
+        self.register(0x70, 11);
+        // All queues in one place: only one of them is told of at a time.
+        for queue in 0..3 {
+            self.register(0x30, queue);
+            self.register(0x38, u32::from(ENTRIES));
+            for (offset, address) in [(0x80, TABLE), (0x90, AVAIL), (0xa0, USED)] {
+                self.register(offset, address as u32);
+                self.register(offset + 4, (address >> 32) as u32);
+            }
+            self.register(0x44, 1);
+        }
+        self.register(0x70, 15);
+        self.write(AVAIL, &[0; 4]);
+        self.next_avail = 0;
+    }
+
+    fn step(&mut self) {
+        match self.bytes.byte() % 12 {
+            0 => self.set_up(),
+            1 => self.write_register(),
+            2 => {
+                let (offset, width) = (self.bytes.below(0x200), self.bytes.below(9));
+                self.mmio.read(u64::from(offset), &mut vec![0; width as usize]);
+            }
+            3 => {
+                let (offset, width) = (self.bytes.below(0x200), self.bytes.below(9));
+                let data: Vec<u8> = (0..width).map(|_| self.bytes.byte()).collect();
+                // Addresses come from where they are known to the check.
+                if !(0x80..0xa8).contains(&offset) {
+                    self.mmio.write(u64::from(offset), &data);
+                }
+            }
+            4 | 5 => self.put_descriptor(),
+            6 => self.make_available(),
+            7 => {
+                let (at, len) = (self.bytes.below(11 * 4096), self.bytes.below(24));
+                let data: Vec<u8> = (0..len).map(|_| self.bytes.byte()).collect();
+                self.write(DATA + u64::from(at), &data);
+            }
+            8..=10 => self.put_request(),
+            _ => {
+                let saved = self.mmio.save();
+                self.mmio.put_back(&saved).expect("its own state");
+                assert_eq!(self.mmio.save(), saved);
+                self.mmio.go_on();
+            }
+        }
+    }
+
+    fn write_register(&mut self) {
+        let offsets = [0x30, 0x38, 0x44, 0x50, 0x64, 0x70, 0x80, 0x90, 0xa0, 0x20, 0x104];
+        let offset = offsets[self.bytes.below(offsets.len() as u32) as usize];
+        let good = match offset {
+            0x80 => TABLE,
+            0x90 => AVAIL,
+            0xa0 => USED,
+            0x104 => u64::from(self.bytes.word()),
+            _ => u64::from(self.bytes.byte()),
+        };
+        let pick = self.bytes.below(8) as usize;
+        let value = BAD.get(pick).copied().filter(|_| offset != 0x50).unwrap_or(good);
+        self.register(offset, value as u32);
+        if (0x80..0x100).contains(&offset) {
+            self.register(offset + 4, (value >> 32) as u32);
+        }
+    }
+
+    /// A descriptor in one of the two tables: of data, of a table, of nothing that is there.
+    fn put_descriptor(&mut self) {
+        let table = if self.bytes.byte().is_multiple_of(3) { INDIRECT } else { TABLE };
+        let index = self.bytes.below(u32::from(ENTRIES));
+        let flags = (self.bytes.byte() % 8) as u16;
+        let next = self.bytes.below(u32::from(ENTRIES) + 1) as u16;
+        let (mut address, mut len) = match self.bytes.byte() % 8 {
+            0 => (BAD[self.bytes.below(4) as usize], self.bytes.word()),
+            pick => (
+                DATA + u64::from(self.bytes.below(11 * 4096)),
+                [0, 1, 16, 512, 1024, 20, 4096][usize::from(pick) - 1],
+            ),
+        };
+        if flags & 4 != 0 {
+            (address, len) = (INDIRECT, [0, 16, 32, 128, 129][self.bytes.below(5) as usize]);
+        } else if flags & 2 != 0 {
+            self.give(address, len);
+        }
+        self.descriptor(table, index, address, len, [flags, next]);
+    }
+
+    fn descriptor(&mut self, table: u64, index: u32, address: u64, len: u32, rest: [u16; 2]) {
+        let mut bytes = address.to_le_bytes().to_vec();
+        bytes.extend(len.to_le_bytes());
+        bytes.extend(rest.into_iter().flat_map(u16::to_le_bytes));
+        self.write(table + u64::from(index) * 16, &bytes);
+    }
+
+    /// A chain that is one for a block device, or nearly, and buffers to fill or forget for others.
+    fn put_request(&mut self) {
+        let kind = [0, 1, 4, 8, 11, 13, 3, 14][self.bytes.below(8) as usize];
+        let sector = self.bytes.below(150);
+        let at = DATA + u64::from(self.bytes.below(8 * 4096));
+        let len = [0, 512, 1024, 4096, 16, 20, 32, 511][self.bytes.below(8) as usize];
+        let writes = matches!(kind, 0 | 8) != (self.bytes.byte() % 16 == 15);
+        let header: Vec<u8> = [kind, 0, sector, 0].into_iter().flat_map(u32::to_le_bytes).collect();
+        self.write(DATA, &header);
+        let status = DATA + 0xa000;
+        self.descriptor(TABLE, 0, DATA, 16, [1, 1]);
+        if writes {
+            self.give(at, len);
+        }
+        self.descriptor(TABLE, 1, at, len, [if writes { 3 } else { 1 }, 2]);
+        self.give(status, 1);
+        self.descriptor(TABLE, 2, status, 1, [2, 0]);
+        self.offer(0, 1);
+        let queue = u32::from(self.bytes.byte() % 3);
+        self.register(0x50, queue);
+    }
+
+    /// Makes some chain available, and often says so.
+    fn make_available(&mut self) {
+        let head = self.bytes.below(u32::from(ENTRIES) + 1) as u16;
+        // Now and then more than there is.
+        let count = [1, 1, 1, 2, 77][self.bytes.below(5) as usize];
+        self.offer(head, count);
+        let queue = u32::from(self.bytes.byte() % 4);
+        if queue < 3 {
+            self.register(0x50, queue);
+        }
+    }
+
+    /// Makes `head` available, and what is in the entries after it.
+    fn offer(&mut self, head: u16, count: u16) {
+        let slot = u64::from(self.next_avail % ENTRIES);
+        self.write(AVAIL + 4 + slot * 2, &head.to_le_bytes());
+        self.next_avail = self.next_avail.wrapping_add(count);
+        let index = self.next_avail.to_le_bytes();
+        self.write(AVAIL + 2, &index);
+    }
+
+    fn write(&mut self, address: u64, bytes: &[u8]) {
+        self.ram.memory().write_slice(bytes, GuestAddress(address)).expect("in RAM");
+        self.shadow[(address - ARENA) as usize..][..bytes.len()].copy_from_slice(bytes);
+    }
+
+    /// A device may write here.
+    fn give(&mut self, address: u64, len: u32) {
+        let start = address.checked_sub(ARENA).and_then(|start| usize::try_from(start).ok());
+        let end = start.and_then(|start| start.checked_add(len as usize));
+        // What does not lie in RAM is not written at all.
+        if let (Some(start), Some(end)) = (start, end)
+            && let Some(given) = self.given.get_mut(start..end)
+        {
+            given.fill(true);
+        }
+    }
+
+    fn check(&self) {
+        let mut found = vec![0; RAM_BYTES as usize];
+        self.ram.memory().read_slice(&mut found, GuestAddress(0)).expect("in RAM");
+        let (before, rest) = found.split_at(ARENA as usize);
+        let (arena, after) = rest.split_at(ARENA_LEN);
+        assert!(before.iter().chain(after).all(|byte| *byte == 0), "written outside the arena");
+        for (at, found) in arena.iter().enumerate() {
+            let untouched = self.given[at] || *found == self.shadow[at];
+            assert!(untouched, "written at {at:#x} of the arena, which was not given");
+        }
+    }
+}

@@ -1,0 +1,56 @@
+//! Lets a device's thread work a piece at a time, and keeps it out while the device must be still.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::Still;
+use crate::disk::RequestGate;
+use crate::error::{Result, VmmError};
+
+/// The gate of a device. A disk has one of its own, which its block device goes through.
+#[derive(Clone, Debug, Default)]
+pub(super) struct WorkGate(Arc<RequestGate>);
+
+/// A piece of work under way. A thread has one at a time.
+#[derive(Debug)]
+pub(super) struct Work<'a>(&'a RequestGate);
+
+impl Drop for Work<'_> {
+    fn drop(&mut self) {
+        self.0.leave();
+    }
+}
+
+impl WorkGate {
+    /// Begins a piece of work; waits while the device must be still.
+    pub(super) fn begin(&self) -> Work<'_> {
+        self.0.enter();
+        Work(&self.0)
+    }
+
+    /// True while somebody wants the device to be still.
+    pub(super) fn is_wanted(&self) -> bool {
+        self.0.is_wanted()
+    }
+
+    /// Waits until no work is under way, and has none begin until the answer is dropped.
+    ///
+    /// # Errors
+    /// [`VmmError::NotNow`] if that takes longer than `patience`.
+    pub(super) fn shut(&self, device: &str, patience: Duration) -> Result<Still> {
+        match self.0.drain(patience) {
+            0 => Ok(Still::held_by(Shut(Arc::clone(&self.0)))),
+            _ => Err(VmmError::NotNow(format!("{device} is still busy after {patience:?}"))),
+        }
+    }
+}
+
+/// Keeps the gate shut.
+#[derive(Debug)]
+struct Shut(Arc<RequestGate>);
+
+impl Drop for Shut {
+    fn drop(&mut self) {
+        self.0.reopen();
+    }
+}

@@ -1,0 +1,142 @@
+//! What the transport and a device have in common: status, interrupt, queues.
+
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use virtio_bindings::virtio_config::{
+    VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_NEEDS_RESET,
+};
+use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
+
+use super::Interrupt;
+use super::queue::{Nonsense, VirtQueue};
+use crate::memory::{GuestMemory, GuestRam};
+
+pub(super) const DRIVER_OK: u8 = VIRTIO_CONFIG_S_DRIVER_OK as u8;
+pub(super) const NEEDS_RESET: u8 = VIRTIO_CONFIG_S_NEEDS_RESET as u8;
+pub(super) const FAILED: u8 = VIRTIO_CONFIG_S_FAILED as u8;
+
+const USED_BUFFER: u8 = VIRTIO_MMIO_INT_VRING as u8;
+const CONFIG_CHANGE: u8 = VIRTIO_MMIO_INT_CONFIG as u8;
+
+/// The part of a device that the transport and the device's own threads share.
+///
+/// Whoever works on a queue has its lock, and a device gives chains back, or gives up, only under one:
+/// so once a reset has had each lock, nothing of the time before it is left.
+#[derive(Debug)]
+pub struct Link {
+    name: String,
+    ram: Arc<GuestRam>,
+    interrupt: Arc<dyn Interrupt>,
+    pub(super) status: AtomicU8,
+    pub(super) interrupt_status: AtomicU8,
+    pub(super) config_generation: AtomicU32,
+    /// What the driver accepted, as far as it has said.
+    pub(super) driver_features: AtomicU64,
+    pub(super) queues: Vec<Mutex<VirtQueue>>,
+    /// A guest that breaks the rules is told of once, or it could fill the host's log.
+    told: AtomicBool,
+}
+
+impl Link {
+    pub(super) fn new(
+        name: String,
+        queue_sizes: &[u16],
+        ram: Arc<GuestRam>,
+        interrupt: Arc<dyn Interrupt>,
+    ) -> Self {
+        Self {
+            name,
+            ram,
+            interrupt,
+            status: AtomicU8::new(0),
+            interrupt_status: AtomicU8::new(0),
+            config_generation: AtomicU32::new(0),
+            driver_features: AtomicU64::new(0),
+            queues: queue_sizes.iter().map(|size| Mutex::new(VirtQueue::new(*size))).collect(),
+            told: AtomicBool::new(false),
+        }
+    }
+
+    /// The device's name, which is that of its chunk.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(super) fn memory(&self) -> &GuestMemory {
+        self.ram.memory()
+    }
+
+    /// True from DRIVER_OK until a reset, unless one side has given up.
+    #[must_use]
+    pub fn is_live(&self) -> bool {
+        let status = self.status.load(Ordering::Acquire);
+        status & (DRIVER_OK | NEEDS_RESET | FAILED) == DRIVER_OK
+    }
+
+    pub(super) fn lock(&self, index: usize) -> Option<MutexGuard<'_, VirtQueue>> {
+        self.queues.get(index).map(|queue| queue.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Works on a queue, if the device is live and the queue ready; nobody else does meanwhile. What
+    /// makes no sense to `work` ends the device's life until the driver resets it. None for both.
+    pub(super) fn with_queue<T>(
+        &self,
+        index: u16,
+        work: impl FnOnce(&mut VirtQueue, &GuestMemory) -> Result<T, Nonsense>,
+    ) -> Option<T> {
+        let mut queue = self.lock(usize::from(index))?;
+        if !self.is_live() || !queue.is_ready() {
+            return None;
+        }
+        work(&mut queue, self.memory()).map_err(|nonsense| self.give_up(&nonsense)).ok()
+    }
+
+    /// The driver broke a rule: the device needs a reset (2.1.2). Under a queue's lock, or that which
+    /// orders writes to registers.
+    pub(super) fn give_up(&self, nonsense: &Nonsense) {
+        let before = self.status.fetch_or(NEEDS_RESET, Ordering::AcqRel);
+        if !self.told.swap(true, Ordering::Relaxed) {
+            tracing::warn!(device = self.name, %nonsense, "a virtio device stops until it is reset");
+        }
+        if before & DRIVER_OK != 0 {
+            self.interrupt(CONFIG_CHANGE);
+        }
+    }
+
+    /// Gives a chain back to the driver, with an interrupt if it wants one.
+    pub(super) fn give_back(
+        &self,
+        queue: &mut VirtQueue,
+        head: u16,
+        written: u32,
+    ) -> Result<(), Nonsense> {
+        if queue.give_back(self.memory(), head, written)? {
+            self.interrupt(USED_BUFFER);
+        }
+        Ok(())
+    }
+
+    /// What the configuration space reads as has changed.
+    pub(super) fn config_changed(&self) {
+        self.config_generation.fetch_add(1, Ordering::AcqRel);
+        if self.is_live() {
+            self.interrupt(CONFIG_CHANGE);
+        }
+    }
+
+    fn interrupt(&self, reason: u8) {
+        // The reason first: the driver looks for it as soon as it is interrupted.
+        self.interrupt_status.fetch_or(reason, Ordering::AcqRel);
+        self.interrupt.raise();
+    }
+
+    /// Interrupts once more for what the driver has not acknowledged yet: the interrupt itself may
+    /// have been on its way when the state was saved.
+    pub(super) fn interrupt_again(&self) {
+        if self.interrupt_status.load(Ordering::Acquire) != 0 {
+            self.interrupt.raise();
+        }
+    }
+}

@@ -1,0 +1,282 @@
+//! The network card (virtio 1.2, 5.1): one pair of queues, frames to and from a tap.
+//!
+//! No offloads: every frame is whole, with its checksum, and fits one buffer of the driver's. Frames
+//! that the driver has no room for wait in the tap, where the host drops what is too much.
+//!
+//! A thread moves frames. Each is moved through a gate that a checkpoint shuts: a frame is then in
+//! guest memory and given back, or has not been looked at. What was sent has been sent, also after a
+//! rewind; a clone has the address of the machine it was cloned from.
+
+mod tap;
+
+use std::io;
+use std::os::fd::AsRawFd as _;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
+use virtio_bindings::virtio_net::VIRTIO_NET_F_MAC;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::gate::WorkGate;
+use super::link::Link;
+use super::queue::{Chain, EVENT_IDX, Nonsense, bit};
+use super::saved::SavedDevice;
+use super::worker::{Ending, Worker, doorbell, ring};
+use super::{Misfit, Still, VirtioDevice};
+use crate::error::Result;
+pub use tap::Tap;
+
+const QUEUE_SIZE: u16 = 256;
+const RECEIVE: u16 = 0;
+const TRANSMIT: u16 = 1;
+
+/// `struct virtio_net_hdr` (5.1.6): no flags, no segmentation, one buffer.
+const HEADER: [u8; 12] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0];
+/// The longest frame: 64 KiB and an Ethernet header with a VLAN tag.
+const FRAME_BYTES_MAX: usize = (64 << 10) + 18;
+
+/// The address of a network card.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct MacAddress(pub [u8; 6]);
+
+/// What a network card did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NetStats {
+    /// Frames that the guest got.
+    pub received: u64,
+    /// Frames that the tap took.
+    pub sent: u64,
+    /// Frames that were too long for the driver's buffer, or that the tap did not take.
+    pub dropped: u64,
+}
+
+/// A network card.
+#[derive(Debug)]
+pub struct Net {
+    card: Arc<Card>,
+    mac: MacAddress,
+    doorbell: Arc<EventFd>,
+    worker: OnceLock<Worker>,
+}
+
+/// What the thread works with.
+#[derive(Debug)]
+struct Card {
+    tap: Tap,
+    gate: WorkGate,
+    received: AtomicU64,
+    sent: AtomicU64,
+    dropped: AtomicU64,
+}
+
+/// What became of an attempt to move a frame.
+enum Moved {
+    One,
+    /// There is no frame to move.
+    NoFrame,
+    /// There is no chain to put it in, or the device is not live.
+    NoChain,
+}
+
+impl Net {
+    /// A card with the address `mac` on `tap`.
+    ///
+    /// # Errors
+    /// [`VmmError::Host`](crate::VmmError::Host) if there is no eventfd to be had.
+    pub fn new(mac: MacAddress, tap: Tap) -> Result<Self> {
+        let card = Card {
+            tap,
+            gate: WorkGate::default(),
+            received: AtomicU64::new(0),
+            sent: AtomicU64::new(0),
+            dropped: AtomicU64::new(0),
+        };
+        let (card, doorbell) = (Arc::new(card), doorbell(EFD_NONBLOCK)?);
+        Ok(Self { card, mac, doorbell, worker: OnceLock::new() })
+    }
+
+    /// What it did since it was made.
+    #[must_use]
+    pub fn stats(&self) -> NetStats {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let Card { received, sent, dropped, .. } = &*self.card;
+        NetStats { received: get(received), sent: get(sent), dropped: get(dropped) }
+    }
+}
+
+impl Card {
+    /// The thread: waits for the doorbell and, while the driver has room, for frames.
+    fn run(&self, link: &Link, doorbell: &EventFd, ending: &Ending) {
+        if let Err(error) = self.move_frames(link, doorbell, ending) {
+            tracing::error!(device = link.name(), %error, "a network card stands still");
+        }
+    }
+
+    fn move_frames(&self, link: &Link, doorbell: &EventFd, ending: &Ending) -> io::Result<()> {
+        let epoll = Epoll::new()?;
+        let event = |fd, set| (fd, EpollEvent::new(set, fd as u64));
+        let (bell, bell_event) = event(doorbell.as_raw_fd(), EventSet::IN);
+        epoll.ctl(ControlOperation::Add, bell, bell_event)?;
+        let mut frame = vec![0; HEADER.len() + FRAME_BYTES_MAX];
+        let mut events = [EpollEvent::default(); 2];
+        // Whether the tap is among what is waited for: only while there is room for its frames.
+        let (mut is_waited_for, mut is_gone) = (false, false);
+        let (tap, tap_event) = event(self.tap.as_raw_fd(), EventSet::IN);
+        while !ending.is_wanted() {
+            let count = match epoll.wait(-1, &mut events) {
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error),
+            };
+            let gone = EventSet::ERROR | EventSet::HANG_UP;
+            let lost = |event: &EpollEvent| event.fd() == tap && event.event_set().intersects(gone);
+            if events[..count].iter().any(lost) && !is_gone {
+                tracing::error!(device = link.name(), "the tap is gone: no more frames arrive");
+                is_gone = true;
+            }
+            // Where nobody rang there is nothing to read.
+            let _rings = doorbell.read();
+            while !ending.is_wanted() && self.send_next(link, &mut frame) {}
+            let wants = !is_gone && self.receive_all(link, &mut frame, ending);
+            if wants != is_waited_for {
+                let change = if wants { ControlOperation::Add } else { ControlOperation::Delete };
+                epoll.ctl(change, tap, tap_event)?;
+                is_waited_for = wants;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes frames in until there are none, or no room. True if there is room.
+    fn receive_all(&self, link: &Link, frame: &mut [u8], ending: &Ending) -> bool {
+        while !ending.is_wanted() {
+            match self.receive_next(link, frame) {
+                Moved::One => {}
+                Moved::NoFrame => return true,
+                Moved::NoChain => return false,
+            }
+            // Whoever only receives would never be let send.
+            self.send_next(link, frame);
+        }
+        false
+    }
+
+    fn receive_next(&self, link: &Link, frame: &mut [u8]) -> Moved {
+        let _work = self.gate.begin();
+        let moved = link.with_queue(RECEIVE, |queue, memory| {
+            queue.mute(memory)?;
+            let Some(Chain { head, readable: _, mut writable }) = queue.pop(memory)? else {
+                // One that came meanwhile is found by trying again.
+                return Ok(if queue.unmute(memory)? { Moved::One } else { Moved::NoChain });
+            };
+            let len = match self.tap.read(&mut frame[HEADER.len()..]) {
+                Ok(len) if len > 0 => HEADER.len() + len,
+                Ok(_) => {
+                    queue.put_back();
+                    return Ok(Moved::NoFrame);
+                }
+                Err(error) => {
+                    queue.put_back();
+                    if error.kind() != io::ErrorKind::WouldBlock {
+                        tracing::debug!(%error, "the tap gives no frame");
+                    }
+                    return Ok(Moved::NoFrame);
+                }
+            };
+            if writable.len() < len as u64 {
+                queue.put_back();
+                self.dropped.fetch_add(1, Ordering::Relaxed);
+                return Ok(Moved::One);
+            }
+            frame[..HEADER.len()].copy_from_slice(&HEADER);
+            writable.write(memory, &frame[..len])?;
+            self.received.fetch_add(1, Ordering::Relaxed);
+            link.give_back(queue, head, len as u32)?;
+            Ok(Moved::One)
+        });
+        moved.unwrap_or(Moved::NoChain)
+    }
+
+    /// Sends the next frame. False if there is none.
+    fn send_next(&self, link: &Link, frame: &mut [u8]) -> bool {
+        let _work = self.gate.begin();
+        let sent = link.with_queue(TRANSMIT, |queue, memory| {
+            queue.mute(memory)?;
+            let Some(Chain { head, mut readable, writable: _ }) = queue.pop(memory)? else {
+                return queue.unmute(memory);
+            };
+            let len = readable.len();
+            if len < HEADER.len() as u64 {
+                return Err(Nonsense::new("a frame without its header"));
+            }
+            let whole = frame.get_mut(..usize::try_from(len).unwrap_or(usize::MAX));
+            let taken = match whole {
+                Some(whole) if whole.len() > HEADER.len() => {
+                    readable.read(memory, whole)?;
+                    self.tap.write(&whole[HEADER.len()..]).is_ok()
+                }
+                _ => false,
+            };
+            let counter = if taken { &self.sent } else { &self.dropped };
+            counter.fetch_add(1, Ordering::Relaxed);
+            link.give_back(queue, head, 0)?;
+            Ok(true)
+        });
+        sent.unwrap_or(false)
+    }
+}
+
+impl VirtioDevice for Net {
+    fn device_id(&self) -> u32 {
+        VIRTIO_ID_NET
+    }
+
+    fn features(&self) -> u64 {
+        bit(VIRTIO_NET_F_MAC) | EVENT_IDX
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE, QUEUE_SIZE]
+    }
+
+    /// `struct virtio_net_config` (5.1.4), as far as its features go.
+    fn config(&self) -> Vec<u8> {
+        self.mac.0.to_vec()
+    }
+
+    fn start(&self, link: &Arc<Link>) -> Result<()> {
+        let (card, link) = (Arc::clone(&self.card), Arc::clone(link));
+        let name = link.name().to_owned();
+        let worker = Worker::start(&name, &self.doorbell, move |doorbell, ending| {
+            card.run(&link, doorbell, ending);
+        })?;
+        // One that is started twice has its second thread ended at once.
+        let _first = self.worker.set(worker);
+        Ok(())
+    }
+
+    fn notify(&self, _link: &Link, _queue: u16) {
+        ring(&self.doorbell);
+    }
+
+    fn doorbell(&self, _queue: u16) -> Option<&EventFd> {
+        Some(&self.doorbell)
+    }
+
+    fn drain(&self, patience: Duration) -> Result<Still> {
+        self.card.gate.shut("a network card", patience)
+    }
+
+    fn save(&self) -> SavedDevice {
+        SavedDevice::Net { mac: self.mac }
+    }
+
+    fn put_back(&self, saved: &SavedDevice) -> Result<(), Misfit> {
+        if *saved == self.save() { Ok(()) } else { Err(Misfit::new(self.save(), saved)) }
+    }
+}

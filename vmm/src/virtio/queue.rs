@@ -1,0 +1,277 @@
+//! A virtqueue as its device sees it (virtio 1.2, 2.7): registers until the driver says it is ready,
+//! rings in guest memory from then on.
+//!
+//! A chain is walked once, and every buffer of it checked to lie in RAM, before anything is done with
+//! it: what the guest changes afterwards changes what is in its buffers, not where they are.
+
+use std::sync::atomic::Ordering;
+
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
+use vm_memory::{GuestMemory as _, Permissions};
+
+use super::buffers::Buffers;
+use super::saved::SavedQueue;
+use crate::memory::GuestMemory;
+use crate::vcpu::saved::Reg;
+
+/// The bit of a feature number.
+pub(super) const fn bit(feature: u32) -> u64 {
+    1 << feature
+}
+
+/// What every device here offers: the modern interface and indirect descriptors.
+pub(super) const COMMON_FEATURES: u64 = bit(VIRTIO_F_VERSION_1) | bit(VIRTIO_RING_F_INDIRECT_DESC);
+
+/// Notifications and interrupts that say from which entry on they are wanted (2.7.7.2, 2.7.10).
+pub(super) const EVENT_IDX: u64 = bit(VIRTIO_RING_F_EVENT_IDX);
+
+/// What a guest did that the specification does not allow, and that its device cannot go on after.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Nonsense(pub(super) String);
+
+impl Nonsense {
+    pub(super) fn new(what: impl Into<String>) -> Self {
+        Self(what.into())
+    }
+}
+
+impl std::fmt::Display for Nonsense {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl From<virtio_queue::Error> for Nonsense {
+    fn from(error: virtio_queue::Error) -> Self {
+        Self(error.to_string())
+    }
+}
+
+/// What the registers of a queue hold. Checked when the queue becomes ready, not before: addresses
+/// arrive in halves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct QueueRegisters {
+    /// Entries; 0 for a number that cannot be one.
+    pub size: u16,
+    /// Guest physical addresses of the three parts.
+    pub descriptors: u64,
+    pub driver: u64,
+    pub device: u64,
+}
+
+/// A descriptor chain that was taken off a queue.
+#[derive(Debug)]
+pub(super) struct Chain {
+    /// Its first descriptor, by which it is given back.
+    pub head: u16,
+    /// What the device may read.
+    pub readable: Buffers,
+    /// What the device may write, which comes after that.
+    pub writable: Buffers,
+}
+
+/// A queue. See the module's text.
+#[derive(Debug)]
+pub struct VirtQueue {
+    max_size: u16,
+    pub(super) registers: QueueRegisters,
+    /// Some while it is ready.
+    ring: Option<Queue>,
+}
+
+impl VirtQueue {
+    /// A queue of at most `max_size` entries, a power of two up to 32,768.
+    pub(super) fn new(max_size: u16) -> Self {
+        let registers = QueueRegisters { size: max_size, descriptors: 0, driver: 0, device: 0 };
+        Self { max_size, registers, ring: None }
+    }
+
+    pub(super) fn max_size(&self) -> u16 {
+        self.max_size
+    }
+
+    pub(super) fn is_ready(&self) -> bool {
+        self.ring.is_some()
+    }
+
+    /// As after power-on.
+    pub(super) fn reset(&mut self) {
+        *self = Self::new(self.max_size);
+    }
+
+    /// The driver uses it no more.
+    pub(super) fn retire(&mut self) {
+        self.ring = None;
+    }
+
+    /// The registers hold all the device needs to know.
+    pub(super) fn make_ready(
+        &mut self,
+        features: u64,
+        memory: &GuestMemory,
+    ) -> Result<(), Nonsense> {
+        self.ring = Some(self.ring_at(features, 0, 0, memory)?);
+        Ok(())
+    }
+
+    /// The queue with the registers' contents that has come as far as these two counters say.
+    fn ring_at(
+        &self,
+        features: u64,
+        next_avail: u16,
+        next_used: u16,
+        memory: &GuestMemory,
+    ) -> Result<Queue, Nonsense> {
+        let QueueRegisters { size, descriptors, driver, device } = self.registers;
+        let ring = Queue::try_from(QueueState {
+            max_size: self.max_size,
+            next_avail,
+            next_used,
+            event_idx_enabled: features & EVENT_IDX != 0,
+            size,
+            ready: true,
+            desc_table: descriptors,
+            avail_ring: driver,
+            used_ring: device,
+        })?;
+        // virtio-queue takes a driver area at 0 for one that was not set.
+        if driver == 0 || !ring.is_valid(memory) {
+            return Err(Nonsense::new("a virtqueue that is not in RAM"));
+        }
+        Ok(ring)
+    }
+
+    pub(super) fn save(&self) -> SavedQueue {
+        let QueueRegisters { size, descriptors, driver, device } = self.registers;
+        let (next_avail, next_used) = match self.ring.as_ref().map(Queue::state) {
+            // What is left out is in the registers and the features.
+            Some(QueueState {
+                next_avail,
+                next_used,
+                max_size: _,
+                event_idx_enabled: _,
+                size: _,
+                ready: _,
+                desc_table: _,
+                avail_ring: _,
+                used_ring: _,
+            }) => (next_avail, next_used),
+            None => (0, 0),
+        };
+        SavedQueue {
+            max_size: self.max_size,
+            size,
+            ready: self.is_ready(),
+            descriptors: Reg(descriptors),
+            driver: Reg(driver),
+            device: Reg(device),
+            next_avail,
+            next_used,
+        }
+    }
+
+    /// The queue that `saved` is the state of.
+    pub(super) fn restore(
+        saved: &SavedQueue,
+        features: u64,
+        memory: &GuestMemory,
+    ) -> Result<Self, Nonsense> {
+        let SavedQueue {
+            max_size,
+            size,
+            ready,
+            descriptors: Reg(descriptors),
+            driver: Reg(driver),
+            device: Reg(device),
+            next_avail,
+            next_used,
+        } = *saved;
+        let mut queue = Self::new(max_size);
+        queue.registers = QueueRegisters { size, descriptors, driver, device };
+        if ready {
+            queue.ring = Some(queue.ring_at(features, next_avail, next_used, memory)?);
+        }
+        Ok(queue)
+    }
+
+    fn ring(&mut self) -> Result<&mut Queue, Nonsense> {
+        self.ring.as_mut().ok_or_else(|| Nonsense::new("a virtqueue that is not ready"))
+    }
+
+    /// How many chains wait.
+    pub(super) fn waiting(&mut self, memory: &GuestMemory) -> Result<u16, Nonsense> {
+        let ring = self.ring()?;
+        let end = ring.avail_idx(memory, Ordering::Acquire)?;
+        let waiting = end.0.wrapping_sub(ring.next_avail());
+        if waiting > ring.size() {
+            return Err(Nonsense::new("more chains than the virtqueue has room for"));
+        }
+        Ok(waiting)
+    }
+
+    /// Takes the next chain off the queue.
+    pub(super) fn pop(&mut self, memory: &GuestMemory) -> Result<Option<Chain>, Nonsense> {
+        let ring = self.ring()?;
+        let size = ring.size();
+        let Some(descriptors) = ring.iter(memory)?.next() else { return Ok(None) };
+        let head = descriptors.head_index();
+        let (mut readable, mut writable) = (Buffers::default(), Buffers::default());
+        let (mut count, mut ended) = (0, false);
+        for descriptor in descriptors {
+            count += 1;
+            if count > size {
+                return Err(Nonsense::new("a chain longer than its virtqueue"));
+            }
+            ended = !descriptor.has_next();
+            let (side, access) = if descriptor.is_write_only() {
+                (&mut writable, Permissions::Write)
+            } else if writable.is_untouched() {
+                (&mut readable, Permissions::Read)
+            } else {
+                return Err(Nonsense::new("a buffer to read after one to write"));
+            };
+            let (address, len) = (descriptor.addr(), descriptor.len());
+            if len > 0 && !memory.check_range(address, len as usize, access) {
+                return Err(Nonsense::new("a buffer that is not in RAM"));
+            }
+            side.push(address, len);
+        }
+        // The walk also ends where it would leave the table, and when it went round in circles.
+        if !ended {
+            return Err(Nonsense::new("a chain that leads nowhere"));
+        }
+        Ok(Some(Chain { head, readable, writable }))
+    }
+
+    /// Puts the chain that was taken last back, untouched.
+    pub(super) fn put_back(&mut self) {
+        if let Some(ring) = &mut self.ring {
+            ring.go_to_previous_position();
+        }
+    }
+
+    /// Gives a chain back with `written` bytes in its writable part. True if the driver wants an
+    /// interrupt for it.
+    pub(super) fn give_back(
+        &mut self,
+        memory: &GuestMemory,
+        head: u16,
+        written: u32,
+    ) -> Result<bool, Nonsense> {
+        let ring = self.ring()?;
+        ring.add_used(memory, head, written)?;
+        Ok(ring.needs_notification(memory)?)
+    }
+
+    /// Asks the driver not to say that it added a chain. Only advice.
+    pub(super) fn mute(&mut self, memory: &GuestMemory) -> Result<(), Nonsense> {
+        Ok(self.ring()?.disable_notification(memory)?)
+    }
+
+    /// Asks it to say so again. True if it added one since the last look, of which it may not say so.
+    pub(super) fn unmute(&mut self, memory: &GuestMemory) -> Result<bool, Nonsense> {
+        Ok(self.ring()?.enable_notification(memory)?)
+    }
+}

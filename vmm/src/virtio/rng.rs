@@ -1,0 +1,77 @@
+//! The entropy device (virtio 1.2, 5.4): random bytes of the host's kernel.
+//!
+//! It works in the thread of the vCPU that notifies it, so it stands still when the vCPUs do. It has
+//! nothing to save. Clones of a snapshot get different bytes from it, which is what it is for; a guest
+//! that was rewound gets others than before.
+
+use std::time::Duration;
+
+use rustix::rand::{GetRandomFlags, getrandom};
+use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
+
+use super::link::Link;
+use super::queue::{Chain, Nonsense, VirtQueue};
+use super::saved::SavedDevice;
+use super::{Misfit, Still, VirtioDevice};
+use crate::error::Result;
+use crate::memory::GuestMemory;
+
+/// Entries of its queue.
+const QUEUE_SIZE: u16 = 64;
+/// Bytes it gives at once. A driver that wants more asks again, and its vCPU has gone on meanwhile.
+const BYTES_MAX: usize = 4096;
+
+/// The entropy device.
+#[derive(Debug, Default)]
+pub struct Rng;
+
+impl VirtioDevice for Rng {
+    fn device_id(&self) -> u32 {
+        VIRTIO_ID_RNG
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE]
+    }
+
+    fn config(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    fn notify(&self, link: &Link, queue: u16) {
+        link.with_queue(queue, |queue, memory| {
+            // No more than waits now: of what comes meanwhile there are other notifications, which are
+            // never muted here.
+            for _ in 0..queue.waiting(memory)? {
+                fill_next(link, queue, memory)?;
+            }
+            Ok(())
+        });
+    }
+
+    fn drain(&self, _patience: Duration) -> Result<Still> {
+        Ok(Still::with_the_vcpus())
+    }
+
+    fn save(&self) -> SavedDevice {
+        SavedDevice::Rng {}
+    }
+
+    fn put_back(&self, saved: &SavedDevice) -> Result<(), Misfit> {
+        if *saved == self.save() { Ok(()) } else { Err(Misfit::new(self.save(), saved)) }
+    }
+}
+
+fn fill_next(link: &Link, queue: &mut VirtQueue, memory: &GuestMemory) -> Result<(), Nonsense> {
+    let Some(Chain { head, readable: _, mut writable }) = queue.pop(memory)? else { return Ok(()) };
+    let mut bytes = [0; BYTES_MAX];
+    let wanted = writable.len().min(BYTES_MAX as u64) as usize;
+    // It may give less than was asked for. Once the host has booted it gives something.
+    let given = getrandom(&mut bytes[..wanted], GetRandomFlags::empty()).unwrap_or(0);
+    writable.write(memory, &bytes[..given])?;
+    link.give_back(queue, head, given as u32)
+}

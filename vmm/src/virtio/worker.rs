@@ -1,0 +1,91 @@
+//! A device's own thread, which works when its doorbell rings.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::error::{Result, VmmError};
+
+/// A thread that ends when this is dropped.
+#[derive(Debug)]
+pub(super) struct Worker {
+    doorbell: Arc<EventFd>,
+    ending: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Tells a worker's thread that it is to end.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Ending(Arc<AtomicBool>);
+
+impl Ending {
+    pub(super) fn is_wanted(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+}
+
+impl Worker {
+    /// Starts a thread that does `work` until that returns or its `Ending` is wanted, of which
+    /// `doorbell` tells it.
+    ///
+    /// # Errors
+    /// [`VmmError::Host`] if there is no thread to be had.
+    pub(super) fn start(
+        name: &str,
+        doorbell: &Arc<EventFd>,
+        work: impl FnOnce(&EventFd, &Ending) + Send + 'static,
+    ) -> Result<Self> {
+        let ending = Arc::new(AtomicBool::new(false));
+        let (own_doorbell, own_ending) = (Arc::clone(doorbell), Ending(Arc::clone(&ending)));
+        let thread = std::thread::Builder::new()
+            // Linux shows 15 bytes of it.
+            .name(format!("fz-{name}"))
+            .spawn(move || work(&own_doorbell, &own_ending))
+            .map_err(VmmError::host(format!("start the thread of {name}")))?;
+        Ok(Self { doorbell: Arc::clone(doorbell), ending, thread: Some(thread) })
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.ending.store(true, Ordering::Release);
+        ring(&self.doorbell);
+        if let Some(thread) = self.thread.take() {
+            // It says itself why it panicked.
+            let _ended = thread.join();
+        }
+    }
+}
+
+/// Rings a doorbell. That fails only when it has been rung very often and not been heard.
+pub(super) fn ring(doorbell: &EventFd) {
+    let _rung = doorbell.write(1);
+}
+
+/// A doorbell that whoever hears it waits for, or, with `EFD_NONBLOCK`, polls.
+///
+/// # Errors
+/// [`VmmError::Host`].
+pub(super) fn doorbell(flags: i32) -> Result<Arc<EventFd>> {
+    Ok(Arc::new(EventFd::new(flags).map_err(VmmError::host("create an eventfd"))?))
+}
+
+/// Waits for the doorbell again and again, and serves what there is then.
+pub(super) fn serve_when_rung(doorbell: &EventFd, ending: &Ending, mut serve: impl FnMut()) {
+    loop {
+        match doorbell.read() {
+            Ok(_rings) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+            Err(error) => {
+                tracing::error!(%error, "a virtio device does not hear its doorbell");
+                return;
+            }
+        }
+        if ending.is_wanted() {
+            return;
+        }
+        serve();
+    }
+}
