@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use serde::Serialize;
@@ -19,7 +19,7 @@ use crate::manifest::{Manifest, RegionManifest, StateChunk, StateRef};
 use crate::node::{MAX_REGION_PAGES, Node};
 use crate::page::PageSource;
 use crate::page_set::PageSet;
-use crate::pipeline::{self, Job, Written};
+use crate::pipeline::{self, Job, Written, lock};
 use crate::progress::{Progress, WriteStats};
 use crate::record::RecordEncoder;
 use crate::segment::SegmentWriter;
@@ -442,8 +442,4 @@ impl NodeSink for NodeAppender<'_> {
         self.nodes.fetch_add(1, Ordering::Relaxed);
         Ok(block)
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
