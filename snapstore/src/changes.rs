@@ -3,10 +3,9 @@
 //! A guest of 16 GiB may have two million scattered pages to write; as [`Run`]s they would take
 //! more memory than all else together.
 
-use foldhash::HashMap;
-
 use crate::id::BlockRef;
 use crate::node::{Location, Run, push_run};
+use crate::numbered::Numbered;
 
 /// A frame or, with `true`, a delta frame.
 type Frame = (BlockRef, bool);
@@ -159,44 +158,28 @@ impl Changes {
 /// Collects runs in any order; pages must not repeat.
 #[derive(Debug, Default)]
 pub(crate) struct ChangesBuilder {
-    changes: Changes,
-    known: HashMap<Frame, u32>,
-    newest: Option<Frame>,
+    frames: Numbered<Frame>,
+    runs: Vec<Packed>,
 }
 
 impl ChangesBuilder {
     pub fn push(&mut self, run: &Run) {
         let (frame, slot) = match run.location {
             Location::Zero => (ZERO, 0),
-            Location::Frame { frame, slot } => (self.index((frame, false)), slot),
-            Location::Delta { frame, slot } => (self.index((frame, true)), slot),
+            Location::Frame { frame, slot } => (self.frames.number((frame, false)), slot),
+            Location::Delta { frame, slot } => (self.frames.number((frame, true)), slot),
         };
         let mut first = run.first;
         while first < run.end() {
             let count = (run.end() - first).min(COUNT_MAX);
             let slot = slot.wrapping_add((first - run.first) as u8);
-            push(&mut self.changes.runs, Packed { first, frame, count: count as u16, slot });
+            push(&mut self.runs, Packed { first, frame, count: count as u16, slot });
             first += count;
         }
     }
 
-    /// Frames just written come one after the other, and once; pages found in older frames name
-    /// them in any order.
-    fn index(&mut self, frame: Frame) -> u32 {
-        if self.newest == Some(frame) {
-            return self.changes.frames.len() as u32 - 1;
-        }
-        let next = self.changes.frames.len() as u32;
-        let index = *self.known.entry(frame).or_insert(next);
-        if index == next {
-            self.changes.frames.push(frame);
-            self.newest = Some(frame);
-        }
-        index
-    }
-
     pub fn finish(self) -> Changes {
-        let Changes { frames, mut runs } = self.changes;
+        let Self { frames, mut runs } = self;
         runs.sort_unstable_by_key(|run| run.first);
         // In place: the joined runs are never ahead of the reader.
         let mut kept: usize = 0;
@@ -211,7 +194,7 @@ impl ChangesBuilder {
             }
         }
         runs.truncate(kept);
-        Changes { frames, runs }
+        Changes { frames: frames.into_items(), runs }
     }
 }
 

@@ -27,6 +27,7 @@ mod layout;
 mod manifest;
 mod mark;
 mod node;
+mod numbered;
 mod pack;
 mod page;
 mod page_set;

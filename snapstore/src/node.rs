@@ -4,11 +4,10 @@
 //! a Bε-tree, *pending* runs that override what the children say: a small commit rewrites the
 //! root only, and changes move down in batches that are worth a child's rewriting.
 
-use foldhash::HashMap;
-
 use crate::codec::{Decoded, Decoder, Malformed, put_block_ref, put_varint};
 use crate::format::MAX_FRAME_PAGES;
 use crate::id::BlockRef;
+use crate::numbered::Numbered;
 
 /// Pages under one leaf: 2 MiB of memory.
 pub(crate) const LEAF_PAGES: u64 = 512;
@@ -239,10 +238,11 @@ impl Node {
         );
         out.push(self.level);
         put_varint(&mut out, self.first);
-        put_varint(&mut out, table.frames.len() as u64);
-        put_varint(&mut out, table.deltas.len() as u64);
+        let (frames, deltas) = (table.frames.items(), table.deltas.items());
+        put_varint(&mut out, frames.len() as u64);
+        put_varint(&mut out, deltas.len() as u64);
         put_varint(&mut out, self.runs.len() as u64);
-        table.frames.iter().chain(&table.deltas).for_each(|frame| put_block_ref(&mut out, frame));
+        frames.iter().chain(deltas).for_each(|frame| put_block_ref(&mut out, frame));
         let mut end = self.first;
         for run in &self.runs {
             put_varint(&mut out, run.first - end);
@@ -408,8 +408,8 @@ fn unzigzag(number: u64) -> i64 {
 /// The distinct frames and delta frames of runs, in order of first use.
 #[derive(Default)]
 struct FrameTable {
-    frames: Vec<BlockRef>,
-    deltas: Vec<BlockRef>,
+    frames: Numbered<BlockRef>,
+    deltas: Numbered<BlockRef>,
     /// Of each run: where its frame is in its list, and the slot there.
     used: Vec<Used>,
 }
@@ -424,15 +424,14 @@ enum Used {
 impl FrameTable {
     fn of(runs: &[Run]) -> Self {
         let mut table = Self { used: Vec::with_capacity(runs.len()), ..Self::default() };
-        let (mut frames, mut deltas) = (Known::default(), Known::default());
         for run in runs {
             table.used.push(match run.location {
                 Location::Zero => Used::None,
                 Location::Frame { frame, slot } => {
-                    Used::Frame(frames.index(&mut table.frames, frame), slot)
+                    Used::Frame(table.frames.number(frame) as usize, slot)
                 }
                 Location::Delta { frame, slot } => {
-                    Used::Delta(deltas.index(&mut table.deltas, frame), slot)
+                    Used::Delta(table.deltas.number(frame) as usize, slot)
                 }
             });
         }
@@ -440,7 +439,7 @@ impl FrameTable {
     }
 
     fn len(&self) -> usize {
-        self.frames.len() + self.deltas.len()
+        self.frames.items().len() + self.deltas.items().len()
     }
 
     /// Of each run, the index of its frame and the slot; delta frames come behind the others.
@@ -448,33 +447,8 @@ impl FrameTable {
         self.used.iter().map(|used| match *used {
             Used::None => None,
             Used::Frame(index, slot) => Some((index, slot)),
-            Used::Delta(index, slot) => Some((self.frames.len() + index, slot)),
+            Used::Delta(index, slot) => Some((self.frames.items().len() + index, slot)),
         })
-    }
-}
-
-/// Where frames are in a list of them.
-#[derive(Default)]
-struct Known {
-    indexes: HashMap<BlockRef, usize>,
-    newest: Option<(BlockRef, usize)>,
-}
-
-impl Known {
-    /// The index of `frame` in `list`, to which it is added if it is new. Runs of one frame are
-    /// mostly neighbours.
-    fn index(&mut self, list: &mut Vec<BlockRef>, frame: BlockRef) -> usize {
-        if let Some((newest, index)) = self.newest
-            && newest == frame
-        {
-            return index;
-        }
-        let index = *self.indexes.entry(frame).or_insert_with(|| {
-            list.push(frame);
-            list.len() - 1
-        });
-        self.newest = Some((frame, index));
-        index
     }
 }
 

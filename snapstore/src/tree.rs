@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use foldhash::HashSet;
 use rayon::prelude::*;
 
 use crate::changes::Changes;
@@ -11,6 +10,7 @@ use crate::id::BlockRef;
 use crate::node::{
     Location, Node, Run, clip_runs, find_page, overlay, push_run, root_level, span_pages,
 };
+use crate::numbered::Numbered;
 
 /// Reads nodes, verified.
 pub(crate) trait NodeSource {
@@ -227,16 +227,11 @@ impl<N: NodeSource + Sync, S: NodeSink> Writer<'_, N, S> {
 /// longer. Dense pages have a frame of their own every few, and belong in leaves; scattered ones
 /// share theirs.
 fn weight(runs: &[Run]) -> usize {
-    let used = runs.iter().filter_map(|run| run.location.block()).map(|(frame, _)| frame);
-    let mut frames = HashSet::default();
-    let mut newest = None;
-    for frame in used {
-        // Runs of one frame are mostly neighbours.
-        if newest.replace(frame) != Some(frame) {
-            frames.insert(frame);
-        }
+    let mut frames = Numbered::default();
+    for (frame, _) in runs.iter().filter_map(|run| run.location.block()) {
+        frames.number(frame);
     }
-    runs.len() + FRAME_WEIGHT * frames.len()
+    runs.len() + FRAME_WEIGHT * frames.items().len()
 }
 
 /// 44 bytes of noise for a reference, about 3 for a run.
