@@ -172,9 +172,6 @@ impl VirtioDevice for Block {
     }
 
     fn put_back(&self, saved: &SavedDevice) -> Result<(), Misfit> {
-        if *saved == self.save() {
-            return Ok(());
-        }
-        Err(Misfit::new(self.save(), saved))
+        saved.check_same(&self.save())
     }
 }

@@ -277,6 +277,6 @@ impl VirtioDevice for Net {
     }
 
     fn put_back(&self, saved: &SavedDevice) -> Result<(), Misfit> {
-        if *saved == self.save() { Ok(()) } else { Err(Misfit::new(self.save(), saved)) }
+        saved.check_same(&self.save())
     }
 }

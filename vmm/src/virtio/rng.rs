@@ -62,7 +62,7 @@ impl VirtioDevice for Rng {
     }
 
     fn put_back(&self, saved: &SavedDevice) -> Result<(), Misfit> {
-        if *saved == self.save() { Ok(()) } else { Err(Misfit::new(self.save(), saved)) }
+        saved.check_same(&self.save())
     }
 }
 

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::Misfit;
 use super::net::MacAddress;
 use crate::devices::Captured;
 use crate::error::Result;
@@ -89,6 +90,13 @@ pub enum SavedDevice {
         /// Pages that the guest says it gave.
         actual_pages: u32,
     },
+}
+
+impl SavedDevice {
+    /// Of a device that has nothing that changes: fails unless this is the state of one like `ours`.
+    pub(super) fn check_same(&self, ours: &Self) -> Result<(), Misfit> {
+        if self == ours { Ok(()) } else { Err(Misfit::new(ours, self)) }
+    }
 }
 
 /// A device's state with the name of its chunk, copied while the guest stood still.
