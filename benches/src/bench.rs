@@ -11,6 +11,8 @@ use crate::{cleanup, host};
 
 pub(crate) const GIB: u64 = 1 << 30;
 const QUICK_BYTES: u64 = 64 << 20;
+/// What the host must have free beside the memory of guests.
+const SPARE_BYTES: u64 = GIB / 2;
 
 /// What the user chose.
 #[derive(Clone, Debug)]
@@ -90,6 +92,22 @@ impl Bench {
     /// `usual`, or `quick` if the run is to be quick.
     pub(crate) fn sized<T>(&self, usual: T, quick: T) -> T {
         if self.settings.quick { quick } else { usual }
+    }
+
+    /// Whether the host has memory for guests of `guest_bytes`; says so if `name` is left out for the
+    /// want of it.
+    pub(crate) fn has_room(&self, name: &str, guest_bytes: u64) -> bool {
+        let wanted = guest_bytes + SPARE_BYTES;
+        // A host that does not say may have enough.
+        let available = host::available_bytes().unwrap_or(wanted);
+        if available < wanted {
+            self.say(&format!(
+                "{name}: left out: it wants {} MiB of memory, and {} MiB are free",
+                wanted >> 20,
+                available >> 20
+            ));
+        }
+        available >= wanted
     }
 
     /// A new directory, to go with the run at the latest.

@@ -74,6 +74,17 @@ impl Machine {
         wait_turns(self.vm.ram(), target, || self.vm.ended().is_none())
     }
 
+    /// Lets the guest go: when it has done something, and how long `turns` turns take it.
+    pub(crate) fn go_for(&self, turns: u64) -> anyhow::Result<(Instant, Duration)> {
+        let from = self.turns()?;
+        let started = Instant::now();
+        self.vm.go()?;
+        let (_, first) = self.wait_turns(from + 1)?;
+        let (to, ended) = self.wait_turns(from + turns)?;
+        // Seen late, by when the guest is a little further on.
+        Ok((first, (ended - started).mul_f64(turns as f64 / (to - from) as f64)))
+    }
+
     /// What the guest says of itself.
     pub(crate) fn view(&self) -> anyhow::Result<ControlView> {
         Ok(self.vm.workload()?)

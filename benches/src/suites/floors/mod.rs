@@ -8,7 +8,7 @@ mod uffd;
 
 pub(crate) use disk::sequential_write;
 pub(crate) use kvm::{create_empty_vms, state_times};
-pub(crate) use uffd::{open as open_uffd, uffd_unpack};
+pub(crate) use uffd::{answer_faults, open as open_uffd, uffd_unpack};
 
 use crate::bench::Bench;
 

@@ -57,35 +57,22 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
 }
 
 /// Touches `pages` pages one after the other while another thread answers the faults.
-fn sweep(answer: Answer, pages: usize) -> anyhow::Result<std::time::Duration> {
+fn sweep(answer: Answer, pages: usize) -> anyhow::Result<Duration> {
     let memory = SharedMemory::new(pages * PAGE_SIZE)?;
     if matches!(answer, Answer::Continue { .. }) {
         allocate(&memory)?;
     }
-    let uffd = open()?;
-    uffd.register_with_mode(
-        memory.address() as *mut _,
-        memory.len_bytes(),
-        RegisterMode::MISSING | RegisterMode::MINOR,
+    let uffd = watch(&memory)?;
+    answering(
+        &uffd,
+        &memory,
+        |page| answer.give(&uffd, &memory, page),
+        || {
+            let started = Instant::now();
+            (0..pages).for_each(|page| memory.touch(page));
+            started.elapsed()
+        },
     )
-    .context("cannot register memory with userfaultfd")?;
-    let done = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        let server = scope.spawn(|| {
-            let served = serve(&uffd, &memory, answer, &done);
-            if served.is_err() {
-                // Or the one that touches would wait for ever.
-                let _let_go = uffd.unregister(memory.address() as *mut _, memory.len_bytes());
-            }
-            served
-        });
-        let started = Instant::now();
-        (0..pages).for_each(|page| memory.touch(page));
-        let took = started.elapsed();
-        done.store(true, Ordering::Relaxed);
-        server.join().map_err(|_panic| anyhow!("the fault thread panicked"))??;
-        Ok(took)
-    })
 }
 
 /// Touches `places` of a memory file, in `order`, while a thread takes each fault, unpacks the frame
@@ -97,6 +84,38 @@ pub(crate) fn uffd_unpack(
 ) -> anyhow::Result<Vec<Duration>> {
     let pages = places.iter().max().map_or(0, |page| *page as usize + FRAME_PAGES);
     let memory = SharedMemory::new(pages * PAGE_SIZE)?;
+    let uffd = watch(&memory)?;
+    let at: HashMap<u64, usize> = places.iter().copied().zip(0..).collect();
+    let mut unpacker = Unpacker::new().context("cannot set zstd up")?;
+    let unpack = |page: usize| {
+        let frame = at.get(&(page as u64)).context("nobody touches that page")?;
+        let raw = unpacker.unpack(&frames[*frame]).context("cannot unpack a frame")?;
+        memory.file().write_all_at(raw, (page * PAGE_SIZE) as u64).context("cannot write")?;
+        map(&uffd, &memory, page, raw.len())
+    };
+    answering(&uffd, &memory, unpack, || {
+        touch_all(&memory, places.len(), |index| places[order(index)])
+    })
+}
+
+impl Answer {
+    fn give(self, uffd: &Uffd, memory: &SharedMemory, page: usize) -> anyhow::Result<()> {
+        match self {
+            Self::Copy => memory.uffd_copy(uffd, &[1; PAGE_SIZE], page),
+            Self::Continue { pages } => map(uffd, memory, page - page % pages, pages * PAGE_SIZE),
+        }
+    }
+}
+
+/// Maps what is in the memory file at page `first` by `UFFDIO_CONTINUE`.
+fn map(uffd: &Uffd, memory: &SharedMemory, first: usize, len_bytes: usize) -> anyhow::Result<()> {
+    let address = (memory.address() + first * PAGE_SIZE) as *mut _;
+    uffd.r#continue(address, len_bytes, true).context("UFFDIO_CONTINUE failed")?;
+    Ok(())
+}
+
+/// A userfaultfd that is told of every page of `memory` that is missing or not mapped.
+fn watch(memory: &SharedMemory) -> anyhow::Result<Uffd> {
     let uffd = open()?;
     uffd.register_with_mode(
         memory.address() as *mut _,
@@ -104,26 +123,34 @@ pub(crate) fn uffd_unpack(
         RegisterMode::MISSING | RegisterMode::MINOR,
     )
     .context("cannot register memory with userfaultfd")?;
-    let at: HashMap<u64, usize> = places.iter().copied().zip(0..).collect();
+    Ok(uffd)
+}
+
+/// Has a thread answer faults of `memory` by page number, while `with` runs.
+fn answering<T>(
+    uffd: &Uffd,
+    memory: &SharedMemory,
+    mut answer: impl FnMut(usize) -> anyhow::Result<()> + Send,
+    with: impl FnOnce() -> T,
+) -> anyhow::Result<T> {
     let serve = |done: &AtomicBool| {
-        let served = serve_unpacking(&uffd, &memory, frames, &at, done);
+        let served =
+            answer_faults(uffd, done, |address| answer((address - memory.address()) / PAGE_SIZE));
         if served.is_err() {
             // Or the one that touches would wait for ever.
             let _let_go = uffd.unregister(memory.address() as *mut _, memory.len_bytes());
         }
         served
     };
-    beside(serve, || touch_all(&memory, places.len(), |index| places[order(index)]))
+    beside(serve, with)
 }
 
-fn serve_unpacking(
+/// Takes faults until `done`, handing `answer` the address of each one's page.
+pub(crate) fn answer_faults(
     uffd: &Uffd,
-    memory: &SharedMemory,
-    frames: &[Vec<u8>],
-    at: &HashMap<u64, usize>,
     done: &AtomicBool,
+    mut answer: impl FnMut(usize) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
-    let mut unpacker = Unpacker::new().context("cannot set zstd up")?;
     let patience = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
     while !done.load(Ordering::Relaxed) {
         poll(&mut [PollFd::new(uffd, PollFlags::IN)], Some(&patience)).context("poll failed")?;
@@ -131,12 +158,7 @@ fn serve_unpacking(
             let Event::Pagefault { addr, .. } = event else {
                 return Err(anyhow!("unexpected userfaultfd event {event:?}"));
             };
-            let page = (addr as usize - memory.address()) / PAGE_SIZE;
-            let frame = at.get(&(page as u64)).context("nobody touches that page")?;
-            let raw = unpacker.unpack(&frames[*frame]).context("cannot unpack a frame")?;
-            memory.file().write_all_at(raw, (page * PAGE_SIZE) as u64).context("cannot write")?;
-            let address = (memory.address() + page * PAGE_SIZE) as *mut _;
-            uffd.r#continue(address, raw.len(), true).context("UFFDIO_CONTINUE failed")?;
+            answer(addr as usize & !(PAGE_SIZE - 1))?;
         }
     }
     Ok(())
@@ -158,36 +180,4 @@ pub(crate) fn open() -> anyhow::Result<Uffd> {
         )
         .create()
         .context("userfaultfd is not available")
-}
-
-fn serve(
-    uffd: &Uffd,
-    memory: &SharedMemory,
-    answer: Answer,
-    done: &AtomicBool,
-) -> anyhow::Result<()> {
-    let page = [1; PAGE_SIZE];
-    let patience = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
-    while !done.load(Ordering::Relaxed) {
-        poll(&mut [PollFd::new(uffd, PollFlags::IN)], Some(&patience)).context("poll failed")?;
-        while let Some(event) = uffd.read_event().context("cannot read a fault")? {
-            let Event::Pagefault { addr, .. } = event else {
-                return Err(anyhow!("unexpected userfaultfd event {event:?}"));
-            };
-            let index = (addr as usize - memory.address()) / PAGE_SIZE;
-            match answer {
-                Answer::Copy => memory.uffd_copy(uffd, &page, index)?,
-                Answer::Continue { pages } => {
-                    let first = index - index % pages;
-                    uffd.r#continue(
-                        (memory.address() + first * PAGE_SIZE) as *mut _,
-                        pages * PAGE_SIZE,
-                        true,
-                    )
-                    .context("UFFDIO_CONTINUE failed")?;
-                }
-            }
-        }
-    }
-    Ok(())
 }

@@ -18,10 +18,6 @@ mod throughput;
 mod work;
 
 use crate::bench::{Bench, GIB};
-use crate::host;
-
-/// What the host must have free beside the memory of guests.
-const SPARE_BYTES: u64 = GIB / 2;
 
 struct Measurement {
     name: &'static str,
@@ -86,15 +82,7 @@ pub(crate) fn run(bench: &mut Bench) -> anyhow::Result<()> {
         if !bench.wants(name) {
             continue;
         }
-        let wanted = touched_bytes(bench) + SPARE_BYTES;
-        // A host that does not say may have enough.
-        let available = host::available_bytes().unwrap_or(wanted);
-        if available < wanted {
-            bench.say(&format!(
-                "{name}: left out: it wants {} MiB of memory, and {} MiB are free",
-                wanted >> 20,
-                available >> 20
-            ));
+        if !bench.has_room(name, touched_bytes(bench)) {
             continue;
         }
         bench.say(&format!("{name}: {what}"));

@@ -105,7 +105,7 @@ pub(super) fn working_set(bench: &mut Bench) -> anyhow::Result<()> {
     };
     let turns = bench.sized(60_000, 2000);
     let recorded = Machine::resume(&snapshot, options(Replay::Off, Some(RECORD)))?;
-    work(&recorded, turns)?;
+    recorded.go_for(turns)?;
     std::thread::sleep(RECORD);
     let set = wait_recorded(&store, id)?;
     drop(recorded);
@@ -113,13 +113,13 @@ pub(super) fn working_set(bench: &mut Bench) -> anyhow::Result<()> {
     for _ in 0..bench.runs(5) {
         let eager = Machine::resume(&snapshot, Loading::Eager)?;
         raw::populate(eager.vm.ram())?;
-        resident.add_time(work(&eager, turns)?);
+        resident.add_time(eager.go_for(turns)?.1);
         drop(eager);
         let machine = Machine::resume(&snapshot, options(Replay::Before, None))?;
-        replayed.add_time(work(&machine, turns)?);
+        replayed.add_time(machine.go_for(turns)?.1);
         drop(machine);
         let machine = Machine::resume(&snapshot, options(Replay::Off, None))?;
-        lazy.add_time(work(&machine, turns)?);
+        lazy.add_time(machine.go_for(turns)?.1);
     }
     let floor = resident.ms(0.5);
     for (name, times) in [("working_set", &replayed), ("working_set_none", &lazy)] {
@@ -128,15 +128,6 @@ pub(super) fn working_set(bench: &mut Bench) -> anyhow::Result<()> {
     }
     let mib = set as f64 * PAGE_SIZE as f64 / (1 << 20) as f64;
     bench.emit(Metric::new("resume.working_set_mib", mib, "MiB", 1))
-}
-
-fn work(machine: &Machine, turns: u64) -> anyhow::Result<Duration> {
-    let from = machine.turns()?;
-    let started = Instant::now();
-    machine.vm.go()?;
-    let (to, ended) = machine.wait_turns(from + turns)?;
-    // Seen late, by when the guest is a little further on.
-    Ok((ended - started).mul_f64(turns as f64 / (to - from) as f64))
 }
 
 fn wait_recorded(

@@ -65,13 +65,13 @@ pub(crate) fn run(bench: &mut Bench, frazil: Option<PathBuf>) -> anyhow::Result<
     }
     let smallest = sizes.iter().copied().min().unwrap_or(GIB);
     if bench.wants("deep") {
-        bench.say(&format!("a history of {} checkpoints", bench.sized(DEPTH, 20)));
         let depth = bench.sized(DEPTH, 20);
+        bench.say(&format!("a history of {depth} checkpoints"));
         let bed = Bed::at_depth(bench, frazil.clone(), smallest, depth)?;
         progress::first_progress(bench, &bed)?;
     }
-    if bench.wants("large") {
-        let ram_bytes = bench.sized(16 * GIB, smallest);
+    let ram_bytes = bench.sized(16 * GIB, smallest);
+    if bench.wants("large") && bench.has_room("large", ram_bytes) {
         let label = size_label(ram_bytes);
         bench.say(&format!("{label}: taking the snapshot"));
         let bed = Bed::new(bench, frazil, SEQ, ram_bytes, label)?;

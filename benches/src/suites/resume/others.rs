@@ -6,17 +6,16 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, anyhow};
+use anyhow::Context;
 use frazil_snapstore::PAGE_SIZE;
-use frazil_snapstore::pager::{Image, PagerOptions};
+use frazil_snapstore::pager::{Image, Mapping, PagerOptions};
 use frazil_vmm::memory::{RAM_REGION, ram_extents};
 use frazil_vmm::{Loading, shared_image};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FallocateFlags, fallocate};
-use userfaultfd::{Event, RegisterMode, Uffd};
+use userfaultfd::{RegisterMode, Uffd};
 
 use super::{Bed, beside, sweeps};
 use crate::bench::Bench;
@@ -96,8 +95,12 @@ impl RawMemory {
         };
         let started = Instant::now();
         let machine = Machine::resume(&bed.snapshot, loading)?;
+        let run = || {
+            let (first, swept) = machine.go_for(machine.data_pages)?;
+            Ok((first - started, swept))
+        };
         if !matches!(how, How::UffdCopy) {
-            return run(&machine, started);
+            return run();
         }
         let uffd = floors::open_uffd()?;
         for mapping in machine.vm.ram().mappings() {
@@ -109,55 +112,27 @@ impl RawMemory {
             .context("cannot register guest memory with userfaultfd")?;
         }
         let serve = |done: &AtomicBool| {
-            let served = self.serve_copying(&uffd, &machine, done);
+            let served = floors::answer_faults(&uffd, done, |at| self.copy_in(&uffd, &machine, at));
             if served.is_err() {
                 // Or the guest would wait for ever.
                 machine.vm.stop();
             }
             served
         };
-        beside(serve, || run(&machine, started))?
+        beside(serve, run)?
     }
 
-    fn serve_copying(
-        &self,
-        uffd: &Uffd,
-        machine: &Machine,
-        done: &AtomicBool,
-    ) -> anyhow::Result<()> {
-        let mappings = machine.vm.ram().mappings();
+    /// Copies the page at `address`, where a fault was, from the file to the guest.
+    fn copy_in(&self, uffd: &Uffd, machine: &Machine, address: usize) -> anyhow::Result<()> {
+        let inside = |mapping: Mapping| {
+            let offset = address.checked_sub(mapping.address)?;
+            (offset < mapping.len_bytes).then(|| mapping.file_offset + offset as u64)
+        };
+        let offset = machine.vm.ram().mappings().into_iter().find_map(inside);
         let mut page = [0; PAGE_SIZE];
-        let patience = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
-        while !done.load(Ordering::Relaxed) {
-            poll(&mut [PollFd::new(uffd, PollFlags::IN)], Some(&patience))
-                .context("poll failed")?;
-            while let Some(event) = uffd.read_event().context("cannot read a fault")? {
-                let Event::Pagefault { addr, .. } = event else {
-                    return Err(anyhow!("unexpected userfaultfd event {event:?}"));
-                };
-                let address = addr as usize & !(PAGE_SIZE - 1);
-                let offset = mappings
-                    .iter()
-                    .find_map(|mapping| {
-                        let inside = address.checked_sub(mapping.address)?;
-                        (inside < mapping.len_bytes).then(|| mapping.file_offset + inside as u64)
-                    })
-                    .context("a fault outside guest memory")?;
-                self.file.read_exact_at(&mut page, offset).context("cannot read memory")?;
-                raw::uffd_copy_to_guest(machine.vm.ram(), uffd, &page, address)?;
-            }
-        }
-        Ok(())
+        self.file
+            .read_exact_at(&mut page, offset.context("a fault outside guest memory")?)
+            .context("cannot read memory")?;
+        raw::uffd_copy_to_guest(machine.vm.ram(), uffd, &page, address)
     }
-}
-
-/// Lets the guest go: until its first turn, and until it has written every page.
-fn run(machine: &Machine, started: Instant) -> anyhow::Result<(Duration, Duration)> {
-    let from = machine.turns()?;
-    let going = Instant::now();
-    machine.vm.go()?;
-    let (_, first) = machine.wait_turns(from + 1)?;
-    let (to, ended) = machine.wait_turns(from + machine.data_pages)?;
-    let swept = (ended - going).mul_f64(machine.data_pages as f64 / (to - from) as f64);
-    Ok((first - started, swept))
 }

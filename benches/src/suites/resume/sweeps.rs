@@ -1,7 +1,5 @@
 //! A guest writes to every page, from the moment it is let go.
 
-use std::time::Instant;
-
 use anyhow::Context;
 use frazil_snapstore::pager::{PagerOptions, PagerStats};
 use frazil_vmm::Loading;
@@ -48,7 +46,7 @@ pub(super) fn populated(bed: &Bed, runs: usize) -> anyhow::Result<Samples> {
         let machine = Machine::resume(&bed.snapshot, Loading::Eager)?;
         // Loading leaves the host's page tables empty.
         raw::populate(machine.vm.ram())?;
-        times.add_time(pass(&machine)?);
+        times.add_time(machine.go_for(machine.data_pages)?.1);
     }
     Ok(times)
 }
@@ -63,18 +61,8 @@ fn sweep(
     let mut stats = None;
     for _ in 0..runs {
         let machine = Machine::resume(&bed.snapshot, loading.clone())?;
-        times.add_time(pass(&machine)?);
+        times.add_time(machine.go_for(machine.data_pages)?.1);
         stats = machine.vm.pager_stats();
     }
     Ok((times, stats))
-}
-
-/// How long the guest takes to write every page once.
-pub(super) fn pass(machine: &Machine) -> anyhow::Result<std::time::Duration> {
-    let from = machine.turns()?;
-    let started = Instant::now();
-    machine.vm.go()?;
-    let (to, ended) = machine.wait_turns(from + machine.data_pages)?;
-    // Seen late, by when the guest is a little further on.
-    Ok((ended - started).mul_f64(machine.data_pages as f64 / (to - from) as f64))
 }
