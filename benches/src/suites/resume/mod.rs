@@ -44,20 +44,23 @@ struct Bed {
 
 type Measure = fn(&mut Bench, &Bed) -> anyhow::Result<()>;
 
-/// What can be measured alone.
-const NAMES: [&str; 8] =
-    ["progress", "faults", "eager", "sweep", "others", "working_set", "deep", "large"];
+/// What is measured at each size of memory.
+const OF_SIZES: [&str; 5] = ["progress", "faults", "eager", "sweep", "others"];
+/// And once.
+const ONCE: [&str; 3] = ["working_set", "deep", "large"];
 
 /// The names of the measurements.
 pub(crate) fn names() -> impl Iterator<Item = &'static str> {
-    NAMES.into_iter()
+    OF_SIZES.into_iter().chain(ONCE)
 }
 
 pub(crate) fn run(bench: &mut Bench, frazil: Option<PathBuf>) -> anyhow::Result<()> {
     let frazil = find_frazil(frazil)?;
     let sizes = bench.memory_sizes(2);
-    for ram_bytes in &sizes {
-        measure_size(bench, &frazil, *ram_bytes)?;
+    if OF_SIZES.into_iter().any(|name| bench.wants(name)) {
+        for ram_bytes in &sizes {
+            measure_size(bench, &frazil, *ram_bytes)?;
+        }
     }
     if bench.wants("working_set") {
         bench.say("a working set");
