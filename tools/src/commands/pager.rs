@@ -68,6 +68,7 @@ fn serve_many(args: &PagerArgs, snapshot: &str, socket: &Path) -> anyhow::Result
     rustix::process::umask(before);
     let listener = listener?;
     std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600)).with_context(at)?;
+    let log = log_beside(socket)?;
     say_ready()?;
     let mut idle_until = Instant::now() + FIRST_PATIENCE;
     while server.users() > 0 || Instant::now() < idle_until {
@@ -89,7 +90,19 @@ fn serve_many(args: &PagerArgs, snapshot: &str, socket: &Path) -> anyhow::Result
     while server.users() > 0 {
         std::thread::sleep(Duration::from_millis(200));
     }
+    // Whatever went wrong with a VM, that VM has told; nobody else needs it now.
+    let _gone = std::fs::remove_file(log);
     Ok(())
+}
+
+/// Has standard error go to a file beside the socket. This process is everybody's who shares the memory,
+/// and may outlive the command that started it: whoever waits for the end of what that command prints
+/// must not wait for us.
+fn log_beside(socket: &Path) -> anyhow::Result<PathBuf> {
+    let path = PathBuf::from(format!("{}.log", socket.display()));
+    let file = File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
+    rustix::stdio::dup2_stderr(&file).context("cannot redirect standard error")?;
+    Ok(path)
 }
 
 fn serve(server: &Arc<ImageServer>, user: OwnedFd) -> anyhow::Result<()> {
