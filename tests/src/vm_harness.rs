@@ -470,7 +470,9 @@ impl RunningVm {
     #[track_caller]
     pub fn wait_populated(&self) {
         wait_for("populated", || {
-            let (status, workload) = self.http("GET", "/workload", "").ok()?;
+            let (status, workload) = self
+                .http("GET", "/workload", "")
+                .unwrap_or_else(|error| panic!("{error}; it said: {}", self.stderr()));
             // 409: the guest has not come so far yet.
             let vcpus = workload["vcpus"].as_array().filter(|_| status == 200)?;
             vcpus.iter().all(|cpu| cpu["populated"] == true).then_some(())

@@ -56,7 +56,6 @@ enter_long_mode:
     mov %eax, %ds
     mov %eax, %es
     mov %eax, %ss
-    push %rax
     lidt idt_pointer(%rip)
     mov $LAPIC + 0x20, %eax              # local APIC id = index of this CPU
     mov (%rax), %edi
@@ -74,9 +73,12 @@ enter_long_mode:
     add $FIRST_TSS, %eax
     ltr %ax
 
-    lea 1(%rdi), %eax
+    # From here each CPU pushes on a stack of its own: they come by at the same time, and the one that they
+    # arrive with is everybody's.
+    mov %edi, %eax
     imul $STACK_BYTES, %eax, %eax
-    add $STACKS - 8, %eax                # as after a call: 8 below 16-byte alignment
+    lea STACKS + FAULT_STACK_BYTES(%rax), %esp
+    add $STACKS + STACK_BYTES - 8, %eax  # as after a call: 8 below 16-byte alignment
     mov $USER_DATA, %edx
     mov %edx, %ds
     mov %edx, %es
