@@ -8,6 +8,7 @@ use clap::error::ErrorKind;
 use clap::{ArgGroup, Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use frazil_snapstore::retention::{Policy, parse_within};
 use frazil_snapstore::{Elide, SnapshotId};
+use frazil_vmm::NetConfig;
 use frazil_vmm::dirty::TrackerKind;
 use frazil_vmm::disk::DiskConfig;
 use frazil_vmm::scheduler::Every;
@@ -117,6 +118,20 @@ fn disk(text: &str) -> Result<DiskConfig, String> {
         return Err("expected a file, or FILE,ro".into());
     }
     Ok(DiskConfig { file: file.into(), read_only, serial: None })
+}
+
+/// What a network card is on, and its address.
+fn net(text: &str) -> Result<NetConfig, String> {
+    let (on, mac) = match text.split_once(",mac=") {
+        Some((on, mac)) => (on, Some(mac.parse()?)),
+        None => (text, None),
+    };
+    let tap = match on.strip_prefix("tap=") {
+        Some(name) if !name.is_empty() => Some(name.to_owned()),
+        None if on == "none" => None,
+        _ => return Err("expected tap=NAME, tap=NAME,mac=ADDRESS or `none`".into()),
+    };
+    Ok(NetConfig { tap, mac })
 }
 
 fn tracker(text: &str) -> Result<TrackerKind, String> {
@@ -237,10 +252,14 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub cpus: usize,
     /// A disk with the contents of FILE, which stays as it is: what the guest writes is kept beside
-    /// it (see --overlay) and becomes part of every snapshot. `,ro` makes it read-only. May be
-    /// repeated. There is no device yet through which a guest could see it.
+    /// it (see --overlay) and becomes part of every snapshot: resuming needs no file. The guest sees
+    /// it as a virtio block device, /dev/vda to Linux. `,ro` makes it read-only. May be repeated.
     #[arg(long = "disk", value_name = "FILE[,ro]", value_parser = disk)]
     pub disks: Vec<DiskConfig>,
+    /// Leave out the memory balloon, through which Linux says which memory it does not use, so that
+    /// snapshots need not hold it. With --workload there is none.
+    #[arg(long)]
+    pub no_balloon: bool,
     #[command(flatten)]
     pub host: HostArgs,
 }
@@ -258,6 +277,11 @@ pub(crate) struct HostArgs {
     /// in memory.
     #[arg(long, value_name = "DIR")]
     pub overlay: Option<PathBuf>,
+    /// A network card on the host's tap interface NAME, or `none` for one without a cable. May be
+    /// repeated. A resumed machine has the cards it had: this says what they are on now, in their
+    /// order; without it, on what they were. `{n}` in NAME is the number of the VM with --clones.
+    #[arg(long = "net", value_name = "tap=NAME[,mac=ADDRESS]|none", value_parser = net)]
+    pub nets: Vec<NetConfig>,
     /// What keeps track of the pages the guest writes. Default: what suits the machine and this KVM.
     #[arg(long, value_name = "HOW", value_parser = tracker)]
     pub dirty_tracking: Option<TrackerKind>,

@@ -36,8 +36,8 @@ pub use checkpoint::{
 };
 pub use error::{Result, VmmError};
 pub use machine::{
-    Guest, HostConfig, Loading, MachineConfig, PagerPlace, REWIND_CACHE_BYTES, STAGING_BYTES,
-    SavedGuest, SavedMachine,
+    Guest, HostConfig, Loading, MachineConfig, NetConfig, PagerPlace, REWIND_CACHE_BYTES,
+    STAGING_BYTES, SavedGuest, SavedMachine,
 };
 pub use paging::shared_image;
 pub use rewind::{RewindPoint, RewindReport, RewindRequest, RewindTotals};

@@ -6,13 +6,24 @@ use std::time::{Duration, Instant};
 use frazil_snapstore::{PageSet, Pin};
 
 use crate::checkpoint::{CowState, Staging};
+use crate::devices::Bus;
 use crate::dirty::{AllWrites, DirtyTracker};
 use crate::disk::{Disk, DiskLine, Drained};
 use crate::error::Result;
 use crate::kvm::VmShell;
+use crate::virtio::Still;
 
-/// How long requests to disks may take to be done while the guest stands still, all together.
+/// How long what devices and disks are doing may take to be done while the guest stands still, all
+/// together.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(1);
+
+/// Keeps devices and disks from doing anything.
+#[derive(Debug)]
+pub(crate) struct AtRest {
+    /// The disks, in the order of the machine.
+    pub disks: Vec<Drained>,
+    _devices: Vec<Still>,
+}
 
 /// Where the VM stands in its line of snapshots. Locked for the length of a checkpoint.
 #[derive(Debug)]
@@ -60,13 +71,18 @@ impl Line {
         harvested
     }
 
-    /// Has requests to disks done, and no other begin until what this returns is dropped.
+    /// Has what devices and disks are doing done, and nothing else begin until what this returns is
+    /// dropped.
     ///
     /// # Errors
-    /// As [`Disk::drain`], if they are not done in [`DRAIN_PATIENCE`], all together.
-    pub(crate) fn drain_disks(&self) -> Result<Vec<Drained>> {
+    /// [`VmmError::NotNow`](crate::VmmError::NotNow) if that is not so in [`DRAIN_PATIENCE`], all
+    /// together; they go on then.
+    pub(crate) fn drain(&self, bus: &Bus) -> Result<AtRest> {
         let until = Instant::now() + DRAIN_PATIENCE;
         let left = || until.saturating_duration_since(Instant::now());
-        self.disks.iter().map(|disk| disk.disk().drain(left())).collect()
+        let devices = bus.virtio().drain(left())?;
+        let disks =
+            self.disks.iter().map(|disk| disk.disk().drain(left())).collect::<Result<_>>()?;
+        Ok(AtRest { disks, _devices: devices })
     }
 }

@@ -12,7 +12,11 @@ use crate::boot::BootSource;
 use crate::devices::serial::SerialOutput;
 use crate::dirty::TrackerKind;
 use crate::disk::{DiskConfig, OverlayOptions};
+use crate::error::{Result, VmmError};
 use crate::state::Saved;
+use crate::virtio::bus::lay_out;
+use crate::virtio::net::MacAddress;
+use crate::virtio::{SavedSlot, SlotDevice};
 use crate::workload::WorkloadSpec;
 
 /// The chunk that lists the machine.
@@ -32,15 +36,64 @@ pub struct MachineConfig {
     pub cpus: usize,
     /// What it runs.
     pub guest: Guest,
-    /// Its disks.
+    /// Its disks; each has a block device.
     pub disks: Vec<DiskConfig>,
+    /// Its network cards.
+    pub nets: Vec<NetConfig>,
+    /// Give it an entropy device.
+    pub rng: bool,
+    /// Give it a memory balloon, through which it says which memory it does not need.
+    pub balloon: bool,
+}
+
+/// A network card to run a machine with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetConfig {
+    /// The host's tap interface that it is on; none is a card without a cable.
+    pub tap: Option<String>,
+    /// Its address; a random one if there is none here.
+    pub mac: Option<MacAddress>,
 }
 
 impl MachineConfig {
-    /// A machine without disks.
+    /// A machine without disks and other devices that are not on every machine.
     #[must_use]
     pub fn new(name: impl Into<String>, ram_bytes: u64, cpus: usize, guest: Guest) -> Self {
-        Self { name: name.into(), ram_bytes, cpus, guest, disks: Vec::new() }
+        Self {
+            name: name.into(),
+            ram_bytes,
+            cpus,
+            guest,
+            disks: Vec::new(),
+            nets: Vec::new(),
+            rng: false,
+            balloon: false,
+        }
+    }
+
+    /// Its virtio devices, as its snapshots will list them.
+    ///
+    /// # Errors
+    /// [`VmmError::Config`](crate::VmmError::Config) if there are too many.
+    pub(crate) fn devices(&self) -> Result<Vec<SavedSlot>> {
+        let mut devices = Vec::new();
+        for disk in 0..self.disks.len() {
+            devices.push((format!("block{disk}"), SlotDevice::Block { disk }));
+        }
+        for (index, NetConfig { tap, mac }) in self.nets.iter().enumerate() {
+            let mac = mac.map_or_else(MacAddress::random, Ok)?;
+            devices.push((format!("net{index}"), SlotDevice::Net { tap: tap.clone(), mac }));
+        }
+        let others = [
+            (self.rng, "rng", SlotDevice::Rng {}),
+            (self.balloon, "balloon", SlotDevice::Balloon {}),
+        ];
+        for (wanted, name, device) in others {
+            if wanted {
+                devices.push((name.to_owned(), device));
+            }
+        }
+        lay_out(devices)
     }
 }
 
@@ -70,6 +123,9 @@ pub struct HostConfig {
     pub rewind_cache_bytes: u64,
     /// Where what the guest writes to its disks is kept until it is in a snapshot, and beyond.
     pub overlay: OverlayOptions,
+    /// For a machine that is resumed: what its network cards are on, in their order, and their
+    /// addresses where they are to be others. Those that are not listed are as the snapshot has them.
+    pub nets: Vec<NetConfig>,
 }
 
 /// What checkpoints copy aside by default.
@@ -89,6 +145,7 @@ impl HostConfig {
             staging_bytes: STAGING_BYTES,
             rewind_cache_bytes: REWIND_CACHE_BYTES,
             overlay: OverlayOptions::default(),
+            nets: Vec::new(),
         }
     }
 }
@@ -137,6 +194,8 @@ pub struct SavedMachine {
     pub guest: SavedGuest,
     /// Number of disks; each has a chunk and a region of its own, `disk0` and so on.
     pub disks: usize,
+    /// Its virtio devices; each has a chunk of its own.
+    pub devices: Vec<SavedSlot>,
 }
 
 /// What was booted.
@@ -161,13 +220,18 @@ pub enum SavedGuest {
 
 impl Saved for SavedMachine {
     const KIND: &'static str = "frazil.machine";
-    const VERSION: u32 = 2;
+    const VERSION: u32 = 3;
 
-    fn upgrade(version: u32, mut body: Value) -> Result<Value, String> {
+    fn upgrade(version: u32, mut body: Value) -> std::result::Result<Value, String> {
         match version {
             // There were no disks.
             1 => {
                 body["disks"] = Value::from(0);
+                Ok(body)
+            }
+            // There were disks, and no devices that a guest could have seen them through.
+            2 => {
+                body["devices"] = Value::Array(Vec::new());
                 Ok(body)
             }
             _ => Err(format!("version {version} was never written")),
@@ -176,6 +240,32 @@ impl Saved for SavedMachine {
 }
 
 impl SavedMachine {
+    /// Puts network cards on what `nets` says, in their order.
+    ///
+    /// # Errors
+    /// [`VmmError::Config`] if there are fewer cards.
+    pub(crate) fn plug(&mut self, nets: &[NetConfig]) -> Result<()> {
+        let cards = self.devices.iter_mut().filter_map(|slot| match &mut slot.device {
+            SlotDevice::Net { tap, mac } => Some((tap, mac)),
+            _ => None,
+        });
+        let mut cards = cards.collect::<Vec<_>>();
+        if nets.len() > cards.len() {
+            return Err(VmmError::Config(format!(
+                "network cards: expected at most the machine's {}, found {}",
+                cards.len(),
+                nets.len()
+            )));
+        }
+        for ((tap, mac), net) in cards.iter_mut().zip(nets) {
+            tap.clone_from(&net.tap);
+            if let Some(other) = net.mac {
+                **mac = other;
+            }
+        }
+        Ok(())
+    }
+
     /// The built-in workload's specification, if the machine runs it.
     #[must_use]
     pub fn workload(&self) -> Option<WorkloadSpec> {

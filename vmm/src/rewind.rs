@@ -14,14 +14,15 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::checkpoint::us;
 use crate::devices::platform::{self, SavedPlatform};
 use crate::devices::serial::{self, SavedSerial};
-use crate::disk::{DiskLine, Drained, SavedDisk, disk_name};
+use crate::disk::{DiskLine, SavedDisk, disk_name};
 use crate::error::{Result, VmmError};
-use crate::line::Line;
+use crate::line::{AtRest, Line};
 use crate::machine::{MACHINE_CHUNK, SavedMachine};
 use crate::memory::RAM_REGION;
 use crate::state::ChunkSet;
 use crate::vcpu::Ended;
 use crate::vcpu::saved::SavedVcpu;
+use crate::virtio::{SavedSlot, SavedVirtio};
 use crate::vm::{GoesOn, Vm, vcpu_chunk};
 use pages::CachedRegion;
 
@@ -103,6 +104,7 @@ pub struct RewindPoint {
     vcpus: Vec<Arc<SavedVcpu>>,
     platform: SavedPlatform,
     serial: SavedSerial,
+    virtio: Vec<SavedVirtio>,
     ram: CachedRegion,
     disks: Vec<CachedRegion>,
     /// The last rewind found all it needed here: the next is likely to, so there is nothing to prepare.
@@ -156,9 +158,20 @@ impl Vm {
             }
             disks.push(CachedRegion::new(snapshot.region(disk.name())?, max));
         }
+        let virtio = self.bus.virtio().take_saved(&mut chunks)?;
         chunks.finish()?;
         let ram = CachedRegion::new(ram, max);
-        Ok(RewindPoint { snapshot, machine, vcpus, platform, serial, ram, disks, is_warm: false })
+        Ok(RewindPoint {
+            snapshot,
+            machine,
+            vcpus,
+            platform,
+            serial,
+            virtio,
+            ram,
+            disks,
+            is_warm: false,
+        })
     }
 
     fn rewind_store(&self) -> Result<&Arc<Store>> {
@@ -243,6 +256,12 @@ fn check_machine(vm: &Vm, id: SnapshotId, found: &SavedMachine) -> Result<()> {
     }
     if ours.disks != found.disks {
         return wrong("disks", &ours.disks, &found.disks);
+    }
+    let alike = |(ours, found): (&SavedSlot, &SavedSlot)| ours.is_like(found);
+    if ours.devices.len() != found.devices.len()
+        || !ours.devices.iter().zip(&found.devices).all(alike)
+    {
+        return wrong("devices", &ours.devices, &found.devices);
     }
     if ours.guest != found.guest {
         return wrong("guest", &ours.guest, &found.guest);
@@ -363,10 +382,10 @@ impl<'a> Rewind<'a> {
         let goes_on = (!*paused).then(|| GoesOn(&self.vm.vcpus));
         self.vm.vcpus.pause()?;
         self.report.quiesce_us = us(pause_started.elapsed());
-        let drained = self.last_look()?;
+        let at_rest = self.last_look()?;
         // From here on there is no way back. This goes before `goes_on` does.
         let torn = EndsTorn(self.vm);
-        if let Err(error) = self.change(&drained) {
+        if let Err(error) = self.change(&at_rest) {
             let detail = format!(
                 "it was being taken back to snapshot {}, and its memory is neither old nor new: {error}",
                 self.point.id().short()
@@ -374,8 +393,9 @@ impl<'a> Rewind<'a> {
             self.vm.vcpus.end(Ended::Failed { detail: detail.clone() });
             return Err(VmmError::NotNow(format!("VM `{}` has ended: {detail}", self.vm.name())));
         }
-        drop(drained);
+        drop(at_rest);
         drop(torn);
+        self.vm.bus.virtio().go_on();
         let go_on_started = Instant::now();
         if let Some(goes_on) = goes_on {
             drop(goes_on);
@@ -389,20 +409,20 @@ impl<'a> Rewind<'a> {
 
     /// Phase 3, the guest stands still: all that changed is known, and as much of it as may be is at
     /// hand.
-    fn last_look(&mut self) -> Result<Vec<Drained>> {
+    fn last_look(&mut self) -> Result<AtRest> {
         let started = Instant::now();
-        let drained = self.line.drain_disks()?;
+        let at_rest = self.line.drain(&self.vm.bus)?;
         let mut found = PageSet::new(self.pages.capacity());
         // Not as at a checkpoint's cut, which leaves pages unwatched: they would be put back every time. And
         // it takes less now than while vCPUs run, which have to be stopped for a moment then.
         self.line.harvest(&mut found)?;
         self.fetch()?;
         self.report.harvest_us = us(started.elapsed());
-        Ok(drained)
+        Ok(at_rest)
     }
 
     /// Phases 4 and 5, the guest stands still: everything becomes what the target has.
-    fn change(&mut self, drained: &[Drained]) -> Result<()> {
+    fn change(&mut self, at_rest: &AtRest) -> Result<()> {
         let memory_started = Instant::now();
         self.put_memory_back()?;
         self.report.memory_us = us(memory_started.elapsed());
@@ -411,9 +431,10 @@ impl<'a> Rewind<'a> {
         self.vm.vcpus.restore(&self.point.vcpus)?;
         platform::restore(&self.vm.shell.fd, self.point.platform.clone())?;
         self.vm.bus.serial().rewind(self.point.serial.clone())?;
+        self.vm.bus.virtio().put_back(&self.point.virtio)?;
         self.report.state_us = us(state_started.elapsed());
         let disks_started = Instant::now();
-        for (index, drained) in drained.iter().enumerate() {
+        for (index, drained) in at_rest.disks.iter().enumerate() {
             let (line, pages) = (&self.line.disks[index], &self.disk_pages[index]);
             let put = |page, contents: &_| line.put_back(drained, page, contents);
             self.report.read_pages += self.point.disks[index].each(pages, put)?;

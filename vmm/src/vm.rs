@@ -10,7 +10,6 @@ use frazil_snapstore::{PAGE_SIZE, Snapshot, SnapshotId, Store};
 use crate::boot::{self, BootSource, Kernel};
 use crate::checkpoint::{CheckpointProgress, CheckpointTotals};
 use crate::cpuid;
-use crate::devices::mmio::MmioBus;
 use crate::devices::platform::{self, SavedPlatform};
 use crate::devices::serial::SerialPort;
 use crate::devices::{Bus, serial};
@@ -31,6 +30,8 @@ use crate::telemetry::Telemetry;
 use crate::turns::Turns;
 use crate::vcpu::saved::SavedVcpu;
 use crate::vcpu::{Ended, ExitCounts, Vcpu, VcpuSet};
+use crate::virtio::VirtioBus;
+use crate::virtio::bus::{Surroundings, mmio_slots};
 use crate::workload::{ControlView, GUEST_ELF, VerifyReport, WorkloadSpec};
 
 /// What a machine is put together from.
@@ -96,7 +97,8 @@ impl Vm {
         }
         let tsc_khz = vcpus[0].fd().get_tsc_khz().unwrap_or(0);
         let (source, guest) = boot_source(config, tsc_khz)?;
-        let entry = boot::load(&source, &shell.ram, config.cpus, &[])?;
+        let devices = config.devices()?;
+        let entry = boot::load(&source, &shell.ram, config.cpus, &mmio_slots(&devices))?;
         boot::set_boot_registers(vcpus[0].fd(), entry)?;
         let disks = config
             .disks
@@ -104,13 +106,16 @@ impl Vm {
             .enumerate()
             .map(|(index, disk)| Ok(Arc::new(Disk::open(index, disk, &host.overlay)?)));
         let disks = disks.collect::<Result<Vec<_>>>()?;
+        let around = Surroundings { shell: &shell, disks: &disks, punch: true };
+        let virtio = VirtioBus::boot(&devices, &around)?;
         let machine = SavedMachine {
             ram_bytes: config.ram_bytes,
             cpus: config.cpus,
             guest,
             disks: disks.len(),
+            devices,
         };
-        let bus = Arc::new(Bus::new(SerialPort::new(&shell.fd, &host.serial)?, MmioBus::default()));
+        let bus = Arc::new(Bus::new(SerialPort::new(&shell.fd, &host.serial)?, virtio));
         let vcpus = Arc::new(VcpuSet::start(vcpus, &bus)?);
         let parts = Parts { shell, bus, vcpus, pager: None, disks };
         Ok(Self::assemble(config.name.clone(), machine, host, parts))
@@ -128,9 +133,12 @@ impl Vm {
         loading: Loading,
     ) -> Result<Self> {
         let mut chunks = ChunkSet::new(snapshot.states()?)?;
-        let machine: SavedMachine = chunks.take(MACHINE_CHUNK)?;
+        let mut machine: SavedMachine = chunks.take(MACHINE_CHUNK)?;
+        machine.plug(&host.nets)?;
         let hypervisor = Hypervisor::open()?;
         check_cpus(&hypervisor, machine.cpus)?;
+        // Memory that others have too, or that somebody else fills, is not ours to give away.
+        let punch = matches!(loading, Loading::Eager);
         let (ram, coming) = map_ram(&machine, snapshot, loading)?;
         let shell = VmShell::new(&hypervisor, Arc::new(ram), host.tracker)?;
         // Before any state is set: KVM itself touches guest memory then (kvmclock, page tables).
@@ -140,8 +148,10 @@ impl Vm {
         platform::restore(&shell.fd, SavedPlatform::take(&mut chunks)?)?;
         let serial = SerialPort::restore(&shell.fd, &host.serial, chunks.take(serial::CHUNK)?)?;
         let disks = resume_disks(&machine, snapshot, &mut chunks, &host.overlay)?;
+        let around = Surroundings { shell: &shell, disks: &disks, punch };
+        let virtio = VirtioBus::resume(&machine.devices, &around, &mut chunks)?;
         chunks.finish()?;
-        let bus = Arc::new(Bus::new(serial, MmioBus::default()));
+        let bus = Arc::new(Bus::new(serial, virtio));
         let vcpus = Arc::new(VcpuSet::start(vcpus, &bus)?);
         late.get_or_init(|| Arc::downgrade(&vcpus));
         // One that failed before there were vCPUs to stop.
@@ -196,6 +206,8 @@ impl Vm {
         self.check_not_suspending()?;
         if *paused {
             self.set_paused(&mut paused, false);
+            // Those of a machine that was resumed wait for this.
+            self.bus.virtio().go_on();
             self.vcpus.resume();
         }
         Ok(())

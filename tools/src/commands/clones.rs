@@ -1,6 +1,6 @@
 //! `frazil resume --clones N`: many VMs from one snapshot, which share its memory.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -76,7 +76,10 @@ pub(crate) fn run(
     let mut clones = Clones(Vec::new());
     for index in 1..=count {
         let mut command = Command::new(&program);
-        command.args(&common).arg("--name").arg(format!("{base}-{index}"));
+        command
+            .args(common.iter().map(|argument| numbered(argument, index)))
+            .arg("--name")
+            .arg(format!("{base}-{index}"));
         command.arg("--memory-from").arg(&socket).arg("--exactly").arg(id.to_string());
         let child = command.stdin(Stdio::null()).spawn();
         clones.0.push(child.with_context(|| format!("cannot start {base}-{index}"))?);
@@ -164,6 +167,14 @@ fn reference(store: &Path, id: SnapshotId) -> OsString {
     let mut reference = store.as_os_str().to_owned();
     reference.push(format!("@{id}"));
     reference
+}
+
+/// An argument of the clone `index`: in the name of a tap, `{n}` is its number.
+fn numbered(argument: &OsStr, index: u32) -> OsString {
+    match argument.to_str() {
+        Some(text) if text.contains("tap=") => text.replace("{n}", &index.to_string()).into(),
+        _ => argument.to_owned(),
+    }
 }
 
 /// The arguments of this process without what differs from clone to clone.

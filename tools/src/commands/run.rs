@@ -35,7 +35,8 @@ const FIRST_READ_PATIENCE: Duration = Duration::from_secs(5);
 const FIRST_PROGRESS_PATIENCE: Duration = Duration::from_mins(1);
 
 pub(crate) fn run(args: RunArgs, json: bool) -> anyhow::Result<ExitCode> {
-    let RunArgs { kernel, initrd, cmdline, workload, memory, cpus, disks, host } = args;
+    let RunArgs { kernel, initrd, cmdline, workload, memory, cpus, disks, no_balloon, host } = args;
+    let is_kernel = kernel.is_some();
     let guest = match (kernel, workload) {
         (_, Some(spec)) => Guest::Workload(spec),
         (Some(kernel), None) => {
@@ -55,7 +56,14 @@ pub(crate) fn run(args: RunArgs, json: bool) -> anyhow::Result<ExitCode> {
     };
     let registration = Registration::enter(&vm_name(&host), host.api_socket.clone())?;
     let name = registration.record().name.clone();
-    let config = MachineConfig { name, ram_bytes: memory, cpus, guest, disks };
+    let config = MachineConfig {
+        disks,
+        nets: host.nets.clone(),
+        // The built-in guest has no drivers.
+        rng: is_kernel,
+        balloon: is_kernel && !no_balloon,
+        ..MachineConfig::new(name, memory, cpus, guest)
+    };
     let vm = Vm::boot(&config, host_config(&host, store, json))?;
     serve(Session {
         vm: Arc::new(vm),
@@ -248,6 +256,7 @@ fn host_config(host: &HostArgs, store: Option<Arc<Store>>, json: bool) -> HostCo
         tracker: host.dirty_tracking,
         staging_bytes: host.staging,
         overlay: OverlayOptions { folder: host.overlay.clone(), ..OverlayOptions::default() },
+        nets: host.nets.clone(),
         ..HostConfig::new(serial, store)
     }
 }
@@ -383,10 +392,12 @@ fn say_ended(vm: &Vm, ended: &Ended, json: bool) -> anyhow::Result<ExitCode> {
             ExitCode::SUCCESS,
             format!("VM `{name}` is suspended; `frazil resume` goes on with it"),
         ),
-        Ended::GuestReset => (
-            ExitCode::SUCCESS,
-            format!("the guest of VM `{name}` reset or powered off its machine"),
-        ),
+        Ended::GuestReset => {
+            (ExitCode::SUCCESS, format!("the guest of VM `{name}` reset its machine"))
+        }
+        Ended::PoweredOff => {
+            (ExitCode::SUCCESS, format!("the guest of VM `{name}` powered its machine off"))
+        }
         Ended::GuestCrashed { detail } => {
             (ExitCode::FAILURE, format!("the guest of VM `{name}` crashed: {detail}"))
         }

@@ -20,7 +20,7 @@ use crate::devices::CapturedDevices;
 use crate::devices::platform::{self, CapturedPlatform};
 use crate::disk::{DiskLine, FrozenDisk};
 use crate::error::{Result, VmmError};
-use crate::line::Line;
+use crate::line::{AtRest, Line};
 use crate::machine::MACHINE_CHUNK;
 use crate::memory::RAM_REGION;
 use crate::state::chunk;
@@ -52,6 +52,9 @@ struct Cut {
     platform: CapturedPlatform,
     devices: CapturedDevices,
     disks: Vec<FrozenDisk>,
+    /// Of a machine that is about to end: what its devices did from here on would be lost, or be done
+    /// again by the one that is resumed.
+    _at_rest: Option<AtRest>,
     time_unix_ms: u64,
 }
 
@@ -334,8 +337,8 @@ impl<'a> Checkpoint<'a> {
 
     /// Phase 4, the guest stands still.
     fn cut(&mut self) -> Result<Cut> {
-        // No request is in flight from here on, so memory and disks agree.
-        let drained = self.line.drain_disks()?;
+        // No request is in flight from here on, so memory, devices and disks agree.
+        let at_rest = self.line.drain(&self.vm.bus)?;
         // Into the set that is there, copied to memory that is there: nothing is allocated.
         self.line.harvest_at_cut(&mut self.waiting)?;
         if let Some(protected) = &mut self.protected {
@@ -344,13 +347,14 @@ impl<'a> Checkpoint<'a> {
         self.stats.cut_pages = self.waiting.count();
         self.copy_waiting()?;
         let disks =
-            self.line.disks.iter_mut().zip(&drained).map(|(disk, drained)| disk.cut(drained));
+            self.line.disks.iter_mut().zip(&at_rest.disks).map(|(disk, drained)| disk.cut(drained));
         let disks = disks.collect::<Result<Vec<_>>>()?;
         // Meanwhile each vCPU's thread reads its own state.
         Ok(Cut {
             platform: platform::capture(&self.vm.shell.fd)?,
             devices: self.vm.bus.capture(),
             disks,
+            _at_rest: self.request.exit.then_some(at_rest),
             vcpus: self.vm.vcpus.take_captured()?,
             time_unix_ms: unix_ms(),
         })

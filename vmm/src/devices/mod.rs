@@ -12,8 +12,8 @@ use frazil_snapstore::StateChunk;
 
 use crate::error::Result;
 use crate::vcpu::Ended;
+use crate::virtio::VirtioBus;
 use i8042::I8042;
-use mmio::MmioBus;
 use power::Power;
 use serial::SerialPort;
 
@@ -43,7 +43,7 @@ pub trait Device {
 
 /// The state of every device on a bus that has any.
 #[derive(Debug)]
-pub struct CapturedDevices([SnapshotSupport; 3]);
+pub struct CapturedDevices(Vec<SnapshotSupport>);
 
 impl CapturedDevices {
     /// Their chunks.
@@ -59,20 +59,21 @@ impl CapturedDevices {
     }
 }
 
-/// The buses of a machine: port I/O, on which all ports that no device has read as ones, and MMIO.
+/// The buses of a machine: port I/O, on which all ports that no device has read as ones, and MMIO, on
+/// which the virtio devices are.
 #[derive(Debug)]
 pub struct Bus {
     serial: Mutex<SerialPort>,
     keyboard: I8042,
     power: Power,
-    mmio: MmioBus,
+    virtio: VirtioBus,
 }
 
 impl Bus {
-    /// COM1, the keyboard controller and the sleep registers by port I/O, and what is on `mmio`.
+    /// COM1, the keyboard controller and the sleep registers by port I/O, and `virtio`.
     #[must_use]
-    pub fn new(serial: SerialPort, mmio: MmioBus) -> Self {
-        Self { serial: Mutex::new(serial), keyboard: I8042, power: Power, mmio }
+    pub fn new(serial: SerialPort, virtio: VirtioBus) -> Self {
+        Self { serial: Mutex::new(serial), keyboard: I8042, power: Power, virtio }
     }
 
     /// The serial port.
@@ -80,10 +81,10 @@ impl Bus {
         self.serial.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The MMIO bus.
+    /// The virtio devices.
     #[must_use]
-    pub fn mmio(&self) -> &MmioBus {
-        &self.mmio
+    pub fn virtio(&self) -> &VirtioBus {
+        &self.virtio
     }
 
     /// Handles a write to a port. Devices on the bus are eight bits wide: wider accesses touch
@@ -119,9 +120,10 @@ impl Bus {
         }
     }
 
-    /// The state of every device with ports.
+    /// The state of every device. The vCPUs have stopped and the virtio devices are still.
     #[must_use]
     pub fn capture(&self) -> CapturedDevices {
-        CapturedDevices([self.serial().capture(), self.keyboard.capture(), self.power.capture()])
+        let with_ports = [self.serial().capture(), self.keyboard.capture(), self.power.capture()];
+        CapturedDevices(with_ports.into_iter().chain(self.virtio.capture()).collect())
     }
 }

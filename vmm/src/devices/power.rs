@@ -29,7 +29,7 @@ impl Power {
     #[must_use]
     pub fn write(self, port: u16, value: u8) -> Option<Ended> {
         let off = SLEEP_ENABLE | SLEEP_TYPE_OFF << 2;
-        (port == CONTROL && value & (SLEEP_ENABLE | SLEEP_TYPE) == off).then_some(Ended::GuestReset)
+        (port == CONTROL && value & (SLEEP_ENABLE | SLEEP_TYPE) == off).then_some(Ended::PoweredOff)
     }
 
     /// Both read as zero: it has not been woken up.
@@ -51,8 +51,8 @@ mod tests {
 
     #[test]
     fn only_s5_ends_the_machine() {
-        assert_eq!(Power.write(CONTROL, 0x34), Some(Ended::GuestReset));
-        assert_eq!(Power.write(CONTROL, 0xf7), Some(Ended::GuestReset), "other bits mean nothing");
+        assert_eq!(Power.write(CONTROL, 0x34), Some(Ended::PoweredOff));
+        assert_eq!(Power.write(CONTROL, 0xf7), Some(Ended::PoweredOff), "other bits mean nothing");
         for value in [0, 0x14, 0x20, 0x2c, 0x3c] {
             assert_eq!(Power.write(CONTROL, value), None, "{value:#x}");
         }

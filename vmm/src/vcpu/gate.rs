@@ -14,8 +14,10 @@ pub enum Ended {
     Stopped,
     /// Suspended to a snapshot with `checkpoint --exit`.
     Suspended,
-    /// The guest reset or powered off its machine.
+    /// The guest reset its machine.
     GuestReset,
+    /// The guest powered off its machine.
+    PoweredOff,
     /// The guest crashed: a triple fault.
     GuestCrashed {
         /// Where, as far as is known.

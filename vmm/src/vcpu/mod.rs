@@ -14,7 +14,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use kvm_bindings::{CpuId, KVM_EXIT_DIRTY_RING_FULL, KVM_SYSTEM_EVENT_CRASH};
+use kvm_bindings::{
+    CpuId, KVM_EXIT_DIRTY_RING_FULL, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_SHUTDOWN,
+};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{Killable, register_signal_handler};
 
@@ -472,11 +474,11 @@ impl RunningVcpu {
                 Turn::Again
             }
             Ok(VcpuExit::MmioRead(address, data)) => {
-                self.bus.mmio().read(address, data);
+                self.bus.virtio().mmio().read(address, data);
                 Turn::Again
             }
             Ok(VcpuExit::MmioWrite(address, data)) => {
-                self.bus.mmio().write(address, data);
+                self.bus.virtio().mmio().write(address, data);
                 Turn::Again
             }
             Ok(VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => Turn::Again,
@@ -485,6 +487,7 @@ impl RunningVcpu {
             Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_CRASH, _)) => {
                 Turn::End(self.crashed("the guest reported a crash"))
             }
+            Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => Turn::End(Ended::PoweredOff),
             Ok(VcpuExit::SystemEvent(..)) => Turn::End(Ended::GuestReset),
             Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => self.relieve_rings(),
             Ok(other) => {

@@ -19,6 +19,7 @@ use super::link::{DRIVER_OK, FAILED, Link, NEEDS_RESET};
 use super::queue::{COMMON_FEATURES, Nonsense, VirtQueue, bit};
 use super::saved::{CapturedVirtio, SavedVirtio};
 use super::{Interrupt, Misfit, Still, VirtioDevice};
+use crate::devices::mmio::MmioDevice;
 use crate::devices::{Device, SnapshotSupport};
 use crate::error::{Result, VmmError};
 use crate::memory::GuestRam;
@@ -355,7 +356,7 @@ impl VirtioMmio {
     /// # Errors
     /// [`VmmError::State`] if that is another device's or makes no sense; the device is as it was.
     pub fn put_back(&self, saved: &SavedVirtio) -> Result<()> {
-        let queues = self.check(saved).map_err(|misfit| self.refuse(misfit))?;
+        let queues = self.queues_of(saved).map_err(|misfit| self.refuse(misfit))?;
         self.device.put_back(&saved.device).map_err(|misfit| self.refuse(misfit))?;
         let mut selectors = self.selectors();
         *selectors = Selectors {
@@ -375,12 +376,20 @@ impl VirtioMmio {
         Ok(())
     }
 
+    /// Fails if `saved` cannot be [put back](Self::put_back), as far as can be told without doing it.
+    ///
+    /// # Errors
+    /// [`VmmError::State`].
+    pub fn check(&self, saved: &SavedVirtio) -> Result<()> {
+        self.queues_of(saved).map(|_queues| ()).map_err(|misfit| self.refuse(misfit))
+    }
+
     fn refuse(&self, Misfit { expected, found }: Misfit) -> VmmError {
         VmmError::State { chunk: self.name().to_owned(), expected, found }
     }
 
     /// The queues that `saved` has, if all of it fits this device.
-    fn check(&self, saved: &SavedVirtio) -> Result<Vec<VirtQueue>, Misfit> {
+    fn queues_of(&self, saved: &SavedVirtio) -> Result<Vec<VirtQueue>, Misfit> {
         let sizes: Vec<u16> = saved.queues.iter().map(|queue| queue.max_size).collect();
         if sizes != self.device.queue_sizes() {
             return Err(Misfit::new(self.device.queue_sizes(), sizes));
@@ -393,6 +402,16 @@ impl VirtioMmio {
         let restore = |queue| VirtQueue::restore(queue, features, self.link.memory());
         let nonsense = |Nonsense(found)| Misfit { expected: "virtqueues in RAM".into(), found };
         saved.queues.iter().map(restore).collect::<Result<_, _>>().map_err(nonsense)
+    }
+}
+
+impl MmioDevice for VirtioMmio {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        Self::read(self, offset, data);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        Self::write(self, offset, data);
     }
 }
 

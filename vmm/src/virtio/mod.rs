@@ -2,7 +2,7 @@
 //!
 //! [`VirtioMmio`] is the transport: a window of registers that the guest reads and writes, and what a
 //! checkpoint captures. Behind it is a [`VirtioDevice`]: [`block`], [`rng`], [`net`] or [`balloon`].
-//! Both meet in the [`Link`]. How the window gets into the guest's address space is not in here.
+//! Both meet in the [`Link`]. The [`bus`] is where a machine has its devices.
 //!
 //! All of a guest's memory is reached through vm-memory, which refuses what lies outside and notes
 //! what is written, so that the next checkpoint has it. A driver that breaks the specification's rules
@@ -11,6 +11,7 @@
 pub mod balloon;
 pub mod block;
 mod buffers;
+pub mod bus;
 pub mod free_pages;
 pub mod fuzzing;
 mod gate;
@@ -33,6 +34,7 @@ use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::error::{Result, VmmError};
+pub use bus::{SavedSlot, SlotDevice, VirtioBus};
 pub use free_pages::{FreePages, ZeroedPages};
 pub use link::Link;
 pub use mmio::{VirtioMmio, WINDOW_BYTES};

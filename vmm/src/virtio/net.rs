@@ -9,12 +9,15 @@
 
 mod tap;
 
+use std::fmt;
 use std::io;
 use std::os::fd::AsRawFd as _;
+use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use rustix::rand::{GetRandomFlags, getrandom};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MAC;
@@ -27,7 +30,7 @@ use super::queue::{Chain, EVENT_IDX, Nonsense, bit};
 use super::saved::SavedDevice;
 use super::worker::{Ending, Worker, doorbell, ring};
 use super::{Misfit, Still, VirtioDevice};
-use crate::error::Result;
+use crate::error::{Result, VmmError};
 pub use tap::Tap;
 
 const QUEUE_SIZE: u16 = 256;
@@ -41,8 +44,64 @@ const FRAME_BYTES_MAX: usize = (64 << 10) + 18;
 
 /// The address of a network card.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(transparent)]
+#[serde(try_from = "String", into = "String")]
 pub struct MacAddress(pub [u8; 6]);
+
+impl MacAddress {
+    /// One of those that nobody is given for good (IEEE 802, 8.4), by chance.
+    ///
+    /// # Errors
+    /// [`VmmError::Host`] if there is no chance to be had.
+    pub fn random() -> Result<Self> {
+        const LOCAL: u8 = 2;
+        const GROUP: u8 = 1;
+        let mut bytes = [0; 6];
+        getrandom(&mut bytes, GetRandomFlags::empty())
+            .map_err(|error| VmmError::host("get random bytes")(error.into()))?;
+        bytes[0] = bytes[0] & !GROUP | LOCAL;
+        Ok(Self(bytes))
+    }
+}
+
+impl fmt::Display for MacAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+impl From<MacAddress> for String {
+    fn from(address: MacAddress) -> Self {
+        address.to_string()
+    }
+}
+
+impl TryFrom<String> for MacAddress {
+    type Error = String;
+
+    fn try_from(text: String) -> std::result::Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl FromStr for MacAddress {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let wrong = || format!("expected an address such as 02:00:00:00:00:01, found `{text}`");
+        let mut bytes = [0; 6];
+        let mut parts = text.split(':');
+        for byte in &mut bytes {
+            let part = parts.next().filter(|part| part.len() == 2).ok_or_else(wrong)?;
+            *byte = u8::from_str_radix(part, 16).map_err(|_| wrong())?;
+        }
+        // Groups are sent to, and are nobody.
+        if parts.next().is_some() || bytes[0] & 1 != 0 {
+            return Err(wrong());
+        }
+        Ok(Self(bytes))
+    }
+}
 
 /// What a network card did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -277,6 +336,10 @@ impl VirtioDevice for Net {
     }
 
     fn put_back(&self, saved: &SavedDevice) -> Result<(), Misfit> {
-        saved.check_same(&self.save())
+        // Its address is this host's choice, as the tap is.
+        match saved {
+            SavedDevice::Net { .. } => Ok(()),
+            other => Err(Misfit::new(self.save(), other)),
+        }
     }
 }

@@ -40,8 +40,8 @@ impl Worker {
         let ending = Arc::new(AtomicBool::new(false));
         let (own_doorbell, own_ending) = (Arc::clone(doorbell), Ending(Arc::clone(&ending)));
         let thread = std::thread::Builder::new()
-            // Linux shows 15 bytes of it.
-            .name(format!("fz-{name}"))
+            // Linux shows 15 bytes of it. A disk's is what a snapshot says, and a thread's has no zeros.
+            .name(format!("fz-{name}").replace('\0', ""))
             .spawn(move || work(&own_doorbell, &own_ending))
             .map_err(VmmError::host(format!("start the thread of {name}")))?;
         Ok(Self { doorbell: Arc::clone(doorbell), ending, thread: Some(thread) })

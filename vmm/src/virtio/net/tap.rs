@@ -15,7 +15,11 @@ const DEVICE: &str = "/dev/net/tun";
 
 /// Something that frames are read from and written to, one at a time, without waiting.
 #[derive(Debug)]
-pub struct Tap(File);
+pub struct Tap {
+    file: File,
+    /// What a tap that is none writes to.
+    _other_end: Option<OwnedFd>,
+}
 
 impl Tap {
     /// The tap interface `name`, which is made if it is not there and this process may do that.
@@ -36,10 +40,12 @@ impl Tap {
         // SAFETY: the descriptor is open, and the request an `ifreq` with a terminated name that lives
         // as long as the call, which is all that TUNSETIFF reads and writes.
         if unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF as _, &raw mut request) } < 0 {
-            let refused = VmmError::host(format!("use the tap interface `{name}`"));
+            let refused = VmmError::host(format!(
+                "use the tap interface `{name}` (--net puts the card on another, or on none)"
+            ));
             return Err(refused(io::Error::last_os_error()));
         }
-        Ok(Self(file))
+        Ok(Self { file, _other_end: None })
     }
 
     /// What somebody else opened: a tap without packet information and headers, or anything that keeps
@@ -50,19 +56,33 @@ impl Tap {
     pub fn from_fd(fd: OwnedFd) -> Result<Self> {
         rustix::io::ioctl_fionbio(&fd, true)
             .map_err(|error| VmmError::host("set up a tap")(error.into()))?;
-        Ok(Self(File::from(fd)))
+        Ok(Self { file: File::from(fd), _other_end: None })
+    }
+
+    /// No interface at all: nothing arrives, and what is sent goes nowhere.
+    ///
+    /// # Errors
+    /// [`VmmError::Host`] if there are no sockets to be had.
+    pub fn unplugged() -> Result<Self> {
+        let kind = rustix::net::SocketType::DGRAM;
+        let flags = rustix::net::SocketFlags::CLOEXEC;
+        let (ours, theirs) =
+            rustix::net::socketpair(rustix::net::AddressFamily::UNIX, kind, flags, None)
+                .map_err(|error| VmmError::host("create sockets")(error.into()))?;
+        // Nobody reads there, so the card soon finds that there is no room for what it sends.
+        Ok(Self { _other_end: Some(theirs), ..Self::from_fd(ours)? })
     }
 
     pub(super) fn read(&self, frame: &mut [u8]) -> io::Result<usize> {
-        (&self.0).read(frame)
+        (&self.file).read(frame)
     }
 
     pub(super) fn write(&self, frame: &[u8]) -> io::Result<usize> {
-        (&self.0).write(frame)
+        (&self.file).write(frame)
     }
 
     pub(super) fn as_raw_fd(&self) -> RawFd {
-        self.0.as_raw_fd()
+        self.file.as_raw_fd()
     }
 }
 

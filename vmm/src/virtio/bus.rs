@@ -1,0 +1,256 @@
+//! The virtio devices of a machine: which there are, where the guest finds them, how each comes to be.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use super::balloon::Balloon;
+use super::block::Block;
+use super::net::{MacAddress, Net, Tap};
+use super::rng::Rng;
+use super::{IrqLine, SavedVirtio, Still, VirtioDevice, VirtioMmio, WINDOW_BYTES, ZeroedPages};
+use crate::boot::MmioSlot;
+use crate::devices::mmio::MmioBus;
+use crate::devices::{Device, SnapshotSupport};
+use crate::disk::Disk;
+use crate::error::{Result, VmmError};
+use crate::kvm::VmShell;
+use crate::memory::HOLE_START;
+use crate::state::ChunkSet;
+use crate::vcpu::saved::Reg;
+
+/// Inputs of the IOAPIC that devices may have: those that no 8259A has, and then the ones of which a PC
+/// does not know already what they are for.
+const GSIS: [u32; 15] = [16, 17, 18, 19, 20, 21, 22, 23, 5, 6, 7, 10, 11, 12, 15];
+/// The longest name that is taken from a snapshot.
+const NAME_LEN_MAX: usize = 32;
+
+/// A device, as the chunk of its machine lists it: with this and its own chunk it is built again, also
+/// by a program that would put it elsewhere.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedSlot {
+    /// Its name, and that of its chunk.
+    pub name: String,
+    /// What it is.
+    pub device: SlotDevice,
+    /// Guest physical address of its registers.
+    pub base: Reg,
+    /// The input of the IOAPIC that it interrupts by.
+    pub gsi: u32,
+}
+
+/// What a device is, and what it is built from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum SlotDevice {
+    /// A block device.
+    Block {
+        /// The number of its disk among those of the machine.
+        disk: usize,
+    },
+    /// A network card.
+    Net {
+        /// The host's tap interface that it was on last; none is a card without a cable.
+        tap: Option<String>,
+        /// Its address.
+        mac: MacAddress,
+    },
+    /// The entropy device.
+    Rng {},
+    /// A memory balloon.
+    Balloon {},
+}
+
+impl SavedSlot {
+    /// True if a guest that has `self` does not notice when it is given `other` instead: cables do not
+    /// count, nor do addresses of network cards, which drivers read once.
+    #[must_use]
+    pub fn is_like(&self, other: &Self) -> bool {
+        let kinds = match (&self.device, &other.device) {
+            (SlotDevice::Net { .. }, SlotDevice::Net { .. }) => true,
+            (ours, theirs) => ours == theirs,
+        };
+        kinds && (&self.name, self.base, self.gsi) == (&other.name, other.base, other.gsi)
+    }
+}
+
+/// Gives each of `devices`, with its name, a place in the guest's address space and an interrupt.
+///
+/// # Errors
+/// [`VmmError::Config`] if there are more than interrupts.
+pub(crate) fn lay_out(devices: Vec<(String, SlotDevice)>) -> Result<Vec<SavedSlot>> {
+    if devices.len() > GSIS.len() {
+        return Err(VmmError::Config(format!(
+            "disks, network cards and other virtio devices: expected at most {} together, found {}",
+            GSIS.len(),
+            devices.len()
+        )));
+    }
+    let windows = (HOLE_START..).step_by(WINDOW_BYTES as usize);
+    let slots = devices.into_iter().zip(windows).zip(GSIS);
+    Ok(slots
+        .map(|(((name, device), base), gsi)| SavedSlot { name, device, base: Reg(base), gsi })
+        .collect())
+}
+
+/// What the machine's tables tell its guest of `slots`.
+pub(crate) fn mmio_slots(slots: &[SavedSlot]) -> Vec<MmioSlot> {
+    let told = |slot: &SavedSlot| MmioSlot { base: slot.base.0, len: WINDOW_BYTES, gsi: slot.gsi };
+    slots.iter().map(told).collect()
+}
+
+/// What devices are built from.
+pub(crate) struct Surroundings<'a> {
+    pub shell: &'a VmShell,
+    pub disks: &'a [Arc<Disk>],
+    /// Memory that the guest does not need may be given back to the host: see [`ZeroedPages::new`].
+    pub punch: bool,
+}
+
+/// The virtio devices of a machine, on its MMIO bus.
+#[derive(Debug, Default)]
+pub struct VirtioBus {
+    mmio: MmioBus,
+    devices: Vec<Arc<VirtioMmio>>,
+}
+
+impl VirtioBus {
+    /// The devices of a machine that boots.
+    ///
+    /// # Errors
+    /// What KVM or the host refuse.
+    pub(crate) fn boot(slots: &[SavedSlot], around: &Surroundings<'_>) -> Result<Self> {
+        Self::attach(slots, around, |_| Ok(None))
+    }
+
+    /// The devices of a machine that is resumed, as their `chunks` have them. They do nothing until
+    /// [`Self::go_on`].
+    ///
+    /// # Errors
+    /// As [`Self::boot`]; [`VmmError::State`] if what the snapshot has of them does not fit.
+    pub(crate) fn resume(
+        slots: &[SavedSlot],
+        around: &Surroundings<'_>,
+        chunks: &mut ChunkSet,
+    ) -> Result<Self> {
+        check(slots)?;
+        Self::attach(slots, around, |name| chunks.take(name).map(Some))
+    }
+
+    fn attach(
+        slots: &[SavedSlot],
+        around: &Surroundings<'_>,
+        mut saved: impl FnMut(&str) -> Result<Option<SavedVirtio>>,
+    ) -> Result<Self> {
+        let mut bus = Self::default();
+        for slot in slots {
+            let device = build(slot, around)?;
+            let line = Arc::new(IrqLine::wire(&around.shell.fd, slot.gsi)?);
+            let ram = Arc::clone(&around.shell.ram);
+            let device = Arc::new(match saved(&slot.name)? {
+                None => VirtioMmio::new(&slot.name, device, ram, line)?,
+                Some(state) => VirtioMmio::restore(&slot.name, device, ram, line, &state)?,
+            });
+            device.wire_doorbells(&around.shell.fd, slot.base.0)?;
+            bus.mmio.add(slot.base.0, WINDOW_BYTES, Arc::clone(&device) as _)?;
+            bus.devices.push(device);
+        }
+        Ok(bus)
+    }
+
+    /// All that is memory to the guest and is not RAM.
+    #[must_use]
+    pub fn mmio(&self) -> &MmioBus {
+        &self.mmio
+    }
+
+    /// Waits until no device touches memory or queues, and keeps it so until the answer is dropped. The
+    /// vCPUs have stopped.
+    ///
+    /// # Errors
+    /// [`VmmError::NotNow`] if that takes longer than `patience`, all together; they go on then.
+    pub(crate) fn drain(&self, patience: Duration) -> Result<Vec<Still>> {
+        let until = Instant::now() + patience;
+        let left = || until.saturating_duration_since(Instant::now());
+        self.devices.iter().map(|device| device.drain(left())).collect()
+    }
+
+    /// The state of each. The vCPUs have stopped and the devices are [still](Self::drain).
+    pub(crate) fn capture(&self) -> impl Iterator<Item = SnapshotSupport> + '_ {
+        self.devices.iter().map(|device| device.capture())
+    }
+
+    /// Takes what a snapshot has of each from `chunks`.
+    ///
+    /// # Errors
+    /// [`VmmError::State`] if that does not fit the devices that are there.
+    pub(crate) fn take_saved(&self, chunks: &mut ChunkSet) -> Result<Vec<SavedVirtio>> {
+        let take = |device: &Arc<VirtioMmio>| {
+            let saved = chunks.take(device.name())?;
+            device.check(&saved)?;
+            Ok(saved)
+        };
+        self.devices.iter().map(take).collect()
+    }
+
+    /// Gives each the state that [`Self::take_saved`] found for it. The vCPUs have stopped and the
+    /// devices are [still](Self::drain); they do nothing until [`Self::go_on`].
+    ///
+    /// # Errors
+    /// [`VmmError::State`] if one does not fit.
+    pub(crate) fn put_back(&self, saved: &[SavedVirtio]) -> Result<()> {
+        self.devices.iter().zip(saved).try_for_each(|(device, saved)| device.put_back(saved))
+    }
+
+    /// Has each take up what was under way when its state was saved. Of no harm at any other time.
+    pub(crate) fn go_on(&self) {
+        self.devices.iter().for_each(|device| device.go_on());
+    }
+}
+
+/// Refuses a list that no machine had: it comes from a file.
+fn check(slots: &[SavedSlot]) -> Result<()> {
+    for (index, slot) in slots.iter().enumerate() {
+        let wrong = |expected: String, found: String| {
+            Err(VmmError::State { chunk: slot.name.clone(), expected, found })
+        };
+        let printable = slot.name.bytes().all(|byte| byte.is_ascii_graphic());
+        if !printable || slot.name.is_empty() || slot.name.len() > NAME_LEN_MAX {
+            let expected = format!("a device's name of 1 to {NAME_LEN_MAX} printable characters");
+            return wrong(expected, format!("{:?}", slot.name));
+        }
+        let taken = |other: &SavedSlot| other.gsi == slot.gsi;
+        if !GSIS.contains(&slot.gsi) || slots[..index].iter().any(taken) {
+            let expected = format!("an interrupt of its own, one of {GSIS:?}");
+            return wrong(expected, slot.gsi.to_string());
+        }
+    }
+    Ok(())
+}
+
+fn build(slot: &SavedSlot, around: &Surroundings<'_>) -> Result<Arc<dyn VirtioDevice>> {
+    Ok(match &slot.device {
+        SlotDevice::Block { disk } => {
+            let found = around.disks.get(*disk).ok_or_else(|| VmmError::State {
+                chunk: slot.name.clone(),
+                expected: format!("one of the machine's {} disks", around.disks.len()),
+                found: format!("disk {disk}"),
+            })?;
+            Arc::new(Block::new(Arc::clone(found))?)
+        }
+        SlotDevice::Net { tap, mac } => {
+            let tap = match tap {
+                Some(name) => Tap::open(name)?,
+                None => Tap::unplugged()?,
+            };
+            Arc::new(Net::new(*mac, tap)?)
+        }
+        SlotDevice::Rng {} => Arc::new(Rng),
+        SlotDevice::Balloon {} => {
+            let free = ZeroedPages::new(Arc::clone(&around.shell.ram), around.punch);
+            Arc::new(Balloon::new(Arc::new(free))?)
+        }
+    })
+}
