@@ -3,12 +3,14 @@
 
 use std::sync::Arc;
 
+use frazil_snapstore::pager::PagerOptions;
 use frazil_snapstore::{Store, StoreOptions};
 use frazil_tests::vm_harness::{kvm_or_skip, uffd_or_skip, wait_populated};
 use frazil_vmm::devices::serial::SerialOutput;
 use frazil_vmm::dirty::TrackerKind;
 use frazil_vmm::{
-    CheckpointRequest, CheckpointStats, Guest, HostConfig, MachineConfig, Vm, verify_snapshot,
+    CheckpointRequest, CheckpointStats, Guest, HostConfig, Loading, MachineConfig, Vm,
+    verify_snapshot,
 };
 
 /// Takes checkpoints of a guest on two vCPUs that writes as fast as it can to 64 MiB; proves each.
@@ -64,6 +66,51 @@ fn what_is_too_much_to_copy_is_left_in_place() {
         let copied = sum(&all, |stats| stats.cow_pages);
         assert!(copied > 100, "{pattern}: {copied} pages were copied for the guest");
     }
+}
+
+/// Memory that is still being paged in cannot be left in place: the guest is slowed down instead, and
+/// neither the pause nor what is copied aside grow with what is dirty.
+#[test]
+fn a_guest_whose_pages_cannot_be_left_in_place_is_slowed_down() {
+    if !kvm_or_skip() || !uffd_or_skip() {
+        return;
+    }
+    const STAGING_BYTES: u64 = 2 << 20;
+    let folder = tempfile::tempdir().expect("a folder");
+    let store = Store::open_or_create(&folder.path().join("store"), StoreOptions::default())
+        .expect("a store");
+    let host = || HostConfig {
+        staging_bytes: STAGING_BYTES,
+        ..HostConfig::new(SerialOutput::Null, Some(Arc::clone(&store)))
+    };
+    let spec = "touch=64MiB,rate=max,pattern=seq,content=edit,report=0";
+    let guest = Guest::Workload(spec.parse().expect("a workload"));
+    let vm = Vm::boot(&MachineConfig::new("storm", 96 << 20, 1, guest), host()).expect("it boots");
+    vm.go().expect("it runs");
+    wait_populated(&vm);
+    let taken = vm.checkpoint(&CheckpointRequest { exit: true, ..Default::default() });
+    let snapshot = store.snapshot(taken.expect("a checkpoint").id).expect("the snapshot");
+    drop(vm);
+    let options = PagerOptions { background_fill: false, ..PagerOptions::default() };
+    let vm = Vm::resume(&snapshot, "lazy".into(), host(), Loading::lazy(options)).expect("resumes");
+    vm.go().expect("it runs");
+    for round in 0..3 {
+        std::thread::sleep(std::time::Duration::from_millis(500));
+        let pager = vm.pager_stats().expect("a pager");
+        assert!(!pager.complete, "else nothing is shown: {pager:?}");
+        let report = vm.checkpoint(&CheckpointRequest::default()).expect("a checkpoint");
+        let stats = report.stats;
+        assert_eq!(stats.protected_pages, 0, "{stats:?}");
+        assert!(stats.dirty_pages > 4 * STAGING_BYTES / 4096, "{stats:?}");
+        // A checkpoint is cut when no more than 2,048 wait; what comes to that depends on how soon the
+        // guest can be stopped then.
+        assert!(stats.cut_pages < stats.dirty_pages / 2, "{stats:?}");
+        assert!(stats.throttled_us > 0 && stats.throttle_percent >= 50, "{stats:?}");
+        verify_snapshot(&store.snapshot(report.id).expect("the snapshot"))
+            .unwrap_or_else(|error| panic!("round {round}: {error}: {stats:?}"));
+        eprintln!("{stats:?}");
+    }
+    vm.verify_workload().expect("it is asked").expect("the guest's own memory is right");
 }
 
 /// With room for everything, what was copied is overtaken by later copies, or by protection if the

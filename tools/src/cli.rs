@@ -290,6 +290,12 @@ pub(crate) struct HostArgs {
     /// change such a page.
     #[arg(long, value_name = "SIZE", default_value = "64MiB", value_parser = size)]
     pub staging: u64,
+    /// Keep the guest from running for up to this share of the time while a checkpoint catches up with
+    /// it, where more than --staging is dirty and pages cannot stay in place: this host has no
+    /// userfaultfd, or memory is still being paged in. With 0% it stands still for as long as it takes
+    /// to copy them, and they take as much memory.
+    #[arg(long, value_name = "PERCENT", default_value = "97%", value_parser = percent)]
+    pub throttle: f64,
     /// Take a checkpoint this often, or the next as soon as the one before is published. What is
     /// due while one is being taken is left out.
     #[arg(long, value_name = "TIME|continuous", value_parser = every)]
@@ -349,6 +355,10 @@ pub(crate) struct ResumeArgs {
     /// Take note anew of what is touched, for so long, and keep that with the snapshot.
     #[arg(long, value_name = "TIME", value_parser = interval, conflicts_with_all = ["eager", "working_set"])]
     pub record_working_set: Option<Duration>,
+    /// How the guest's clocks go on. `host`: as if it had stood still meanwhile, so that its time of day
+    /// is right. `snapshot`: from where they were, so that it does not notice.
+    #[arg(long, value_enum, default_value = "host")]
+    pub clock: ClockArg,
     /// Leave the guest standing still.
     #[arg(long)]
     pub paused: bool,
@@ -360,6 +370,13 @@ pub(crate) struct ResumeArgs {
     pub exactly: Option<SnapshotId>,
     #[command(flatten)]
     pub host: HostArgs,
+}
+
+/// How a resumed guest's clocks go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ClockArg {
+    Host,
+    Snapshot,
 }
 
 /// Where a VM's pager runs.

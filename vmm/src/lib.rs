@@ -36,8 +36,8 @@ pub use checkpoint::{
 };
 pub use error::{Result, VmmError};
 pub use machine::{
-    Guest, HostConfig, Loading, MachineConfig, NetConfig, PagerPlace, REWIND_CACHE_BYTES,
-    STAGING_BYTES, SavedGuest, SavedMachine,
+    ClockPolicy, Guest, HostConfig, Loading, MachineConfig, NetConfig, PagerPlace,
+    REWIND_CACHE_BYTES, STAGING_BYTES, SavedGuest, SavedMachine, THROTTLE_MAX_PERCENT,
 };
 pub use paging::shared_image;
 pub use rewind::{RewindPoint, RewindReport, RewindRequest, RewindTotals};

@@ -118,11 +118,17 @@ pub struct HostConfig {
     /// Memory that a checkpoint may take to copy pages aside; what is more is left in place and
     /// protected, where the host can do that.
     pub staging_bytes: u64,
+    /// The largest share of the time, in percent, for which a guest is kept from running while a
+    /// checkpoint catches up with it, where its pages are more than may be copied aside and cannot be
+    /// left in place. 0 is never: then the pause is as long as it takes to copy them.
+    pub throttle_max_percent: u8,
     /// Memory in which a point to rewind to keeps pages of RAM, and as much of each disk: those that
     /// are there when the guest is taken back are not read from the store.
     pub rewind_cache_bytes: u64,
     /// Where what the guest writes to its disks is kept until it is in a snapshot, and beyond.
     pub overlay: OverlayOptions,
+    /// For a machine that is resumed: how its clocks go on.
+    pub clock: ClockPolicy,
     /// For a machine that is resumed: what its network cards are on, in their order, and their
     /// addresses where they are to be others. Those that are not listed are as the snapshot has them.
     pub nets: Vec<NetConfig>,
@@ -130,6 +136,9 @@ pub struct HostConfig {
 
 /// What checkpoints copy aside by default.
 pub const STAGING_BYTES: u64 = 64 << 20;
+
+/// For how much of the time a guest is kept from running at the most, by default.
+pub const THROTTLE_MAX_PERCENT: u8 = 97;
 
 /// What a point to rewind to keeps of each region by default.
 pub const REWIND_CACHE_BYTES: u64 = 256 << 20;
@@ -143,8 +152,10 @@ impl HostConfig {
             store,
             tracker: None,
             staging_bytes: STAGING_BYTES,
+            throttle_max_percent: THROTTLE_MAX_PERCENT,
             rewind_cache_bytes: REWIND_CACHE_BYTES,
             overlay: OverlayOptions::default(),
+            clock: ClockPolicy::default(),
             nets: Vec::new(),
         }
     }
@@ -170,6 +181,18 @@ impl Loading {
     pub fn lazy(options: PagerOptions) -> Self {
         Self::Lazy(options, PagerPlace::Here)
     }
+}
+
+/// How the clocks of a resumed guest go on: kvmclock and the TSC, which its time of day and its
+/// monotonic clock both come from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ClockPolicy {
+    /// As if it had stood still meanwhile: the time of day is right, and all timers that would have
+    /// expired do.
+    #[default]
+    Host,
+    /// From where they were: the guest does not notice, and its time of day is late.
+    Snapshot,
 }
 
 /// Where a machine's pager runs.

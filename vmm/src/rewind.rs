@@ -5,7 +5,7 @@
 mod pages;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use frazil_snapstore::{DiffOptions, PageSet, Snapshot, SnapshotId, Store, diff};
 use serde::{Deserialize, Serialize};
@@ -429,7 +429,8 @@ impl<'a> Rewind<'a> {
         let state_started = Instant::now();
         // As on resume: the interrupt controllers may send to local APICs, which must be there.
         self.vm.vcpus.restore(&self.point.vcpus)?;
-        platform::restore(&self.vm.shell.fd, self.point.platform.clone())?;
+        // Its clock goes back with it.
+        platform::restore(&self.vm.shell.fd, self.point.platform.clone(), Duration::ZERO)?;
         self.vm.bus.serial().rewind(self.point.serial.clone())?;
         self.vm.bus.virtio().put_back(&self.point.virtio)?;
         self.report.state_us = us(state_started.elapsed());

@@ -20,7 +20,8 @@ use crate::keeper::Keeping;
 use crate::kvm::{Hypervisor, VmShell};
 use crate::line::Line;
 use crate::machine::{
-    Guest, HostConfig, Loading, MACHINE_CHUNK, MAX_CPUS, MachineConfig, SavedGuest, SavedMachine,
+    ClockPolicy, Guest, HostConfig, Loading, MACHINE_CHUNK, MAX_CPUS, MachineConfig, SavedGuest,
+    SavedMachine,
 };
 use crate::memory::GuestRam;
 use crate::paging::{Paging, bring_memory, map_ram};
@@ -144,8 +145,13 @@ impl Vm {
         // Before any state is set: KVM itself touches guest memory then (kvmclock, page tables).
         let late = Arc::new(OnceLock::new());
         let pager = bring_memory(snapshot, &shell.ram, coming, &late)?;
-        let vcpus = restore_vcpus(&hypervisor, &shell, &machine, &mut chunks)?;
-        platform::restore(&shell.fd, SavedPlatform::take(&mut chunks)?)?;
+        let platform = SavedPlatform::take(&mut chunks)?;
+        let later = match host.clock {
+            ClockPolicy::Host => platform.age(),
+            ClockPolicy::Snapshot => Duration::ZERO,
+        };
+        let vcpus = restore_vcpus(&hypervisor, &shell, &machine, &mut chunks, later)?;
+        platform::restore(&shell.fd, platform, later)?;
         let serial = SerialPort::restore(&shell.fd, &host.serial, chunks.take(serial::CHUNK)?)?;
         let disks = resume_disks(&machine, snapshot, &mut chunks, &host.overlay)?;
         let around = Surroundings { shell: &shell, disks: &disks, punch };
@@ -372,6 +378,11 @@ impl Vm {
         (self.host.rewind_cache_bytes / PAGE_SIZE as u64) as usize
     }
 
+    /// For how much of the time a guest may be kept from running, in percent.
+    pub(crate) fn throttle_max_percent(&self) -> u8 {
+        self.host.throttle_max_percent.min(99)
+    }
+
     /// Pages that a checkpoint may copy aside.
     pub(crate) fn staging_pages(&self) -> u64 {
         self.host.staging_bytes / PAGE_SIZE as u64
@@ -500,11 +511,13 @@ fn restore_vcpus(
     shell: &VmShell,
     machine: &SavedMachine,
     chunks: &mut ChunkSet,
+    later: Duration,
 ) -> Result<Vec<Vcpu>> {
     (0..machine.cpus)
         .map(|index| {
             let name = vcpu_chunk(index);
-            let saved: SavedVcpu = chunks.take(&name)?;
+            let mut saved: SavedVcpu = chunks.take(&name)?;
+            saved.advance(later);
             Vcpu::restore(hypervisor, shell, index, &name, &saved)
         })
         .collect()

@@ -15,14 +15,14 @@ use frazil_vmm::disk::OverlayOptions;
 use frazil_vmm::keeper::{Keeper, Kept};
 use frazil_vmm::scheduler::{Schedule, ScheduleEvent, Scheduler};
 use frazil_vmm::{
-    CheckpointReport, Ended, Guest, HostConfig, Loading, MachineConfig, PagerPlace, Vm,
+    CheckpointReport, ClockPolicy, Ended, Guest, HostConfig, Loading, MachineConfig, PagerPlace, Vm,
 };
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use super::{Started, clones, default_store, find_snapshot, monotonic_ns, pager, print_json};
-use crate::cli::{HostArgs, PagerArg, ResumeArgs, RunArgs, SerialArg};
+use crate::cli::{ClockArg, HostArgs, PagerArg, ResumeArgs, RunArgs, SerialArg};
 use crate::output;
 
 /// Signals that come so soon after the first are the same one.
@@ -85,7 +85,7 @@ pub(crate) fn resume(args: ResumeArgs, json: bool, started: Started) -> anyhow::
         return clones::run(&args, count, &path, id);
     }
     let loading = loading(&args, &path, id)?;
-    let ResumeArgs { paused, host, .. } = args;
+    let ResumeArgs { paused, clock, host, .. } = args;
     let store_path = match &host.store {
         Some(other) if *other != path => anyhow::bail!(
             "--store {}: a resumed VM's checkpoints go on in the store of its snapshot, {}",
@@ -96,7 +96,12 @@ pub(crate) fn resume(args: ResumeArgs, json: bool, started: Started) -> anyhow::
     };
     let registration = Registration::enter(&vm_name(&host), host.api_socket.clone())?;
     let name = registration.record().name.clone();
-    let vm = Vm::resume(&snapshot, name, host_config(&host, Some(store), json), loading)
+    let clock = match clock {
+        ClockArg::Host => ClockPolicy::Host,
+        ClockArg::Snapshot => ClockPolicy::Snapshot,
+    };
+    let config = HostConfig { clock, ..host_config(&host, Some(store), json) };
+    let vm = Vm::resume(&snapshot, name, config, loading)
         .with_context(|| format!("cannot resume snapshot {}", snapshot.id().short()))?;
     serve(Session {
         vm: Arc::new(vm),
@@ -255,6 +260,7 @@ fn host_config(host: &HostArgs, store: Option<Arc<Store>>, json: bool) -> HostCo
     HostConfig {
         tracker: host.dirty_tracking,
         staging_bytes: host.staging,
+        throttle_max_percent: (host.throttle * 100.0).round().min(99.0) as u8,
         overlay: OverlayOptions { folder: host.overlay.clone(), ..OverlayOptions::default() },
         nets: host.nets.clone(),
         ..HostConfig::new(serial, store)

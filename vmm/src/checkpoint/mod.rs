@@ -5,6 +5,7 @@
 mod progress;
 mod report;
 mod staging;
+mod throttle;
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard, PoisonError};
@@ -215,14 +216,7 @@ impl<'a> Checkpoint<'a> {
             if pages <= self.vm.staging_pages() {
                 break;
             }
-            // Nobody waits for what a machine that has ended had to write.
-            self.vm.check_alive()?;
-            let round_started = Instant::now();
-            let ram = self.vm.ram().as_ref();
-            let written = self.transaction.write_pages(self.region, &self.waiting, ram)?;
-            self.stats.precopied(written, round_started.elapsed());
-            self.waiting.clear();
-            self.line.harvest(&mut self.waiting)?;
+            self.precopy_round()?;
             if self.waiting.count() > pages / 2 {
                 // Another one would leave as much again.
                 break;
@@ -232,20 +226,35 @@ impl<'a> Checkpoint<'a> {
         Ok(())
     }
 
+    /// Writes what waits, and finds what was written meanwhile.
+    fn precopy_round(&mut self) -> Result<()> {
+        // Nobody waits for what a machine that has ended had to write.
+        self.vm.check_alive()?;
+        let started = Instant::now();
+        let ram = self.vm.ram().as_ref();
+        let written = self.transaction.write_pages(self.region, &self.waiting, ram)?;
+        self.stats.precopied(written, started.elapsed());
+        self.waiting.clear();
+        self.line.harvest(&mut self.waiting)
+    }
+
     /// Phase 2, the guest runs: copies what is left, which takes so little time that next to
-    /// nothing is written meanwhile; protects it if it is too much for that.
+    /// nothing is written meanwhile; protects it if it is too much for that, and slows the guest
+    /// down where that cannot be done.
     fn stage(&mut self) -> Result<()> {
         let started = Instant::now();
         self.line.disks.iter_mut().for_each(DiskLine::prepare);
         let pages = self.waiting.count();
         self.line.staging.begin();
-        if pages <= self.vm.staging_pages() || !self.protect()? {
+        let few = pages <= self.vm.staging_pages();
+        if few {
             self.line.staging.reserve(pages as usize);
             self.copy_aside()?;
-            if self.waiting.count() > CUT_PAGES_MAX {
-                // It writes as fast as we copy. If there is no protection, so be it.
-                self.protect()?;
-            }
+        }
+        // Or it writes as fast as we copy.
+        let too_many = !few || self.waiting.count() > CUT_PAGES_MAX;
+        if too_many && !self.protect()? {
+            self.slow_down_and_copy()?;
         }
         // Nothing is allocated in the pause, unless more than this turns up.
         self.line.staging.reserve(self.waiting.count() as usize + CUT_ROOM_PAGES);

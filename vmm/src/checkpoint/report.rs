@@ -65,6 +65,13 @@ pub struct CheckpointStats {
     /// in place.
     #[serde(default)]
     pub commit_pages: u64,
+    /// Where pages could not be left in place: how long the guest stood still, a little at a time,
+    /// so that the checkpoint could catch up with it; in microseconds.
+    #[serde(default)]
+    pub throttled_us: u64,
+    /// The largest share of the time for which it did, in percent.
+    #[serde(default)]
+    pub throttle_percent: u8,
     /// Pages of disks written.
     #[serde(default)]
     pub disk_pages: u64,

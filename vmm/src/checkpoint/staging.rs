@@ -33,6 +33,16 @@ impl Staging {
         }
     }
 
+    /// Copies made, those of one page each counted.
+    pub(super) fn len(&self) -> usize {
+        self.numbers.len()
+    }
+
+    /// Forgets what was copied, and adds the pages to `waiting`.
+    pub(super) fn give_back(&mut self, waiting: &mut PageSet) {
+        self.numbers.drain(..).for_each(|page| waiting.insert(page));
+    }
+
     /// Copies `pages` of `ram`.
     pub(super) fn copy(&mut self, pages: &PageSet, ram: &GuestRam) -> io::Result<()> {
         for page in pages.iter() {

@@ -3,10 +3,13 @@
 //! `unsafe` is allowed here because KVM's interrupt controller state is a C union.
 #![allow(unsafe_code)]
 
+use std::time::{Duration, SystemTime};
+
 use frazil_snapstore::StateChunk;
 use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data,
-    kvm_ioapic_state, kvm_irqchip, kvm_pic_state, kvm_pit_channel_state, kvm_pit_state2,
+    KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    kvm_clock_data, kvm_ioapic_state, kvm_irqchip, kvm_pic_state, kvm_pit_channel_state,
+    kvm_pit_state2,
 };
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
@@ -27,6 +30,7 @@ pub struct CapturedPlatform {
     ioapic: kvm_ioapic_state,
     pit: kvm_pit_state2,
     clock: kvm_clock_data,
+    realtime_ns: u64,
 }
 
 impl std::fmt::Debug for SavedIrqchip {
@@ -49,11 +53,16 @@ pub fn capture(vm: &VmFd) -> Result<CapturedPlatform> {
         (chip(KVM_IRQCHIP_PIC_MASTER)?, chip(KVM_IRQCHIP_PIC_SLAVE)?, chip(KVM_IRQCHIP_IOAPIC)?);
     // SAFETY: KVM filled the member of the union that the chip id names.
     let (pics, ioapic) = unsafe { ([master.chip.pic, slave.chip.pic], ioapic.chip.ioapic) };
+    let clock = vm.get_clock().map_err(VmmError::kvm("read the clock"))?;
+    // From the same moment, where KVM can tell (Linux 5.16).
+    let realtime_ns =
+        if clock.flags & KVM_CLOCK_REALTIME == 0 { realtime_ns() } else { clock.realtime };
     Ok(CapturedPlatform {
         pics,
         ioapic,
         pit: vm.get_pit2().map_err(VmmError::kvm("read the timer"))?,
-        clock: vm.get_clock().map_err(VmmError::kvm("read the clock"))?,
+        clock,
+        realtime_ns,
     })
 }
 
@@ -67,7 +76,10 @@ impl CapturedPlatform {
             pics: self.pics.map(SavedPic::from),
             ioapic: SavedIoapic::from(&self.ioapic),
         };
-        let clock = SavedClock { kvmclock_ns: self.clock.clock.into() };
+        let clock = SavedClock {
+            kvmclock_ns: self.clock.clock.into(),
+            realtime_ns: Some(self.realtime_ns.into()),
+        };
         Ok(vec![
             chunk(IRQCHIP, &irqchip)?,
             chunk(PIT, &SavedPit::from(&self.pit))?,
@@ -96,14 +108,29 @@ impl SavedPlatform {
             clock: chunks.take(CLOCK)?,
         })
     }
+
+    /// How long ago it was saved by the host's time of day; none if that has gone back since, or nobody
+    /// took note of it.
+    #[must_use]
+    pub fn age(&self) -> Duration {
+        let saved = self.clock.realtime_ns.map_or(u64::MAX, |saved| saved.0);
+        Duration::from_nanos(realtime_ns().saturating_sub(saved))
+    }
 }
 
-/// Puts `saved` into a VM whose vCPUs stand still and have their state already.
+/// The host's time of day, in nanoseconds since 1970.
+fn realtime_ns() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// Puts `saved` into a VM whose vCPUs stand still and have their state already. The guest's clock has
+/// gone on for `later` since.
 ///
 /// # Errors
 /// [`VmmError::Kvm`].
-pub fn restore(vm: &VmFd, saved: SavedPlatform) -> Result<()> {
-    let SavedPlatform { irqchip, pit, clock: SavedClock { kvmclock_ns } } = saved;
+pub fn restore(vm: &VmFd, saved: SavedPlatform, later: Duration) -> Result<()> {
+    let SavedPlatform { irqchip, pit, clock: SavedClock { kvmclock_ns, realtime_ns: _ } } = saved;
     let SavedIrqchip { pics: [master, slave], ioapic } = irqchip;
     let chips = [
         (KVM_IRQCHIP_PIC_MASTER, kvm_bindings::kvm_irqchip__bindgen_ty_1 { pic: master.into() }),
@@ -115,8 +142,8 @@ pub fn restore(vm: &VmFd, saved: SavedPlatform) -> Result<()> {
             .map_err(VmmError::kvm("set the interrupt controllers"))?;
     }
     vm.set_pit2(&pit.into()).map_err(VmmError::kvm("set the timer"))?;
-    // Flags stay zero: the guest's clock goes on from where it stopped.
-    let clock = kvm_clock_data { clock: kvmclock_ns.into(), ..Default::default() };
+    let later = u64::try_from(later.as_nanos()).unwrap_or(u64::MAX);
+    let clock = kvm_clock_data { clock: kvmclock_ns.0.saturating_add(later), ..Default::default() };
     vm.set_clock(&clock).map_err(VmmError::kvm("set the clock"))
 }
 
@@ -229,18 +256,28 @@ impl Saved for SavedPit {
     }
 }
 
-/// kvmclock, in nanoseconds since the guest's boot.
+/// kvmclock.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct SavedClock {
+    /// Nanoseconds since the guest's boot.
     kvmclock_ns: Reg,
+    /// The host's time of day at that moment, in nanoseconds since 1970.
+    realtime_ns: Option<Reg>,
 }
 
 impl Saved for SavedClock {
     const KIND: &'static str = "kvm.clock";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
 
-    fn upgrade(version: u32, _body: Value) -> Result<Value, String> {
-        Err(format!("version {version} was never written"))
+    fn upgrade(version: u32, mut body: Value) -> Result<Value, String> {
+        match version {
+            // Nobody took note of the time of day.
+            1 => {
+                body["realtime_ns"] = Value::Null;
+                Ok(body)
+            }
+            _ => Err(format!("version {version} was never written")),
+        }
     }
 }

@@ -20,6 +20,7 @@ use kvm_bindings::{
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{Killable, register_signal_handler};
 
+use crate::cpuid;
 use crate::devices::Bus;
 use crate::dirty::DirtyRings;
 use crate::error::{Result, VmmError};
@@ -40,6 +41,8 @@ fn kick_signal() -> i32 {
 const REKICK_AFTER: Duration = Duration::from_millis(50);
 /// How long all vCPUs may take to stop; a fault that cannot be served ends the machine first.
 const STOP_PATIENCE: Duration = Duration::from_mins(1);
+/// A guest that uses kvmclock is told of pauses that are longer.
+const LONG_PAUSE: Duration = Duration::from_millis(500);
 
 thread_local! {
     /// `kvm_run.immediate_exit` of the vCPU this thread runs.
@@ -100,8 +103,14 @@ impl Vcpu {
         chunk: &str,
         saved: &SavedVcpu,
     ) -> Result<Self> {
-        let vcpu = Self::new(hypervisor, shell, index, &state::restore_cpuid(&saved.cpuid)?)?;
+        let cpuid = state::restore_cpuid(&saved.cpuid)?;
+        // The others' are no different.
+        if index == 0 {
+            cpuid::check(hypervisor, chunk, &cpuid)?;
+        }
+        let vcpu = Self::new(hypervisor, shell, index, &cpuid)?;
         vcpu.reader.restore(&vcpu.fd, chunk, saved)?;
+        tell_of_pause(&vcpu.fd);
         Ok(vcpu)
     }
 
@@ -109,6 +118,12 @@ impl Vcpu {
     pub(crate) fn fd(&self) -> &VcpuFd {
         &self.fd
     }
+}
+
+/// Has the guest's watchdogs not take a pause for a lockup (`KVM_KVMCLOCK_CTRL`).
+fn tell_of_pause(vcpu: &VcpuFd) {
+    // A guest without kvmclock cannot be told.
+    let _has_none = vcpu.kvmclock_ctrl();
 }
 
 /// A stopped vCPU's state, as read: to be encoded once the guest runs again.
@@ -424,7 +439,11 @@ impl RunningVcpu {
                 Task::Restore => self.restore(),
             }
         }
+        let parked = Instant::now();
         self.gate.park(epoch);
+        if parked.elapsed() > LONG_PAUSE {
+            tell_of_pause(&self.fd);
+        }
     }
 
     /// Gives the vCPU the state that waits for it. Nothing is pending: its last exit is finished.

@@ -1,5 +1,7 @@
 //! The saved form of a vCPU: named fields, readable as JSON, apart from KVM's structures.
 
+use std::time::Duration;
+
 use kvm_bindings::{
     kvm_cpuid_entry2, kvm_debugregs, kvm_dtable, kvm_mp_state, kvm_regs, kvm_segment, kvm_sregs,
     kvm_vcpu_events, kvm_xcr, kvm_xcrs,
@@ -8,6 +10,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::state::{HexBytes, Saved, hex_u64};
+
+/// The time stamp counter (Intel SDM vol. 4, table 2-2).
+pub(super) const MSR_IA32_TSC: u32 = 0x10;
 
 /// Declares a saved type with the fields of a KVM structure, and both conversions. The pattern
 /// names every field: one that KVM adds breaks the build.
@@ -335,6 +340,16 @@ pub struct SavedVcpu {
     pub events: SavedEvents,
     /// What CPUID says.
     pub cpuid: Vec<SavedCpuid>,
+}
+
+impl SavedVcpu {
+    /// Has its TSC go on for `later`.
+    pub(crate) fn advance(&mut self, later: Duration) {
+        let ticks = later.as_nanos().saturating_mul(self.tsc_khz.into()) / 1_000_000;
+        for msr in self.msrs.iter_mut().filter(|msr| msr.index.0 == u64::from(MSR_IA32_TSC)) {
+            msr.value.0 = msr.value.0.wrapping_add(ticks as u64);
+        }
+    }
 }
 
 impl Saved for SavedVcpu {

@@ -12,11 +12,10 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, SyncReg, VcpuFd, VmFd};
 
-use super::saved::{SavedCpuid, SavedMsr, SavedVcpu, SavedXcr, mp_state};
+use super::saved::{MSR_IA32_TSC, SavedCpuid, SavedMsr, SavedVcpu, SavedXcr, mp_state};
 use crate::error::{Result, VmmError};
 use crate::state::HexBytes;
 
-const MSR_IA32_TSC: u32 = 0x10;
 const MSR_IA32_TSC_DEADLINE: u32 = 0x6e0;
 const XSAVE_LEN: usize = 4096;
 /// The lowest bit of CR3 that is part of the address of a page table.

@@ -1,8 +1,10 @@
-//! What CPUID tells each vCPU of a new machine.
+//! What CPUID tells each vCPU of a new machine, and whether this host can go on with that of a saved one.
+
+mod features;
 
 use kvm_bindings::CpuId;
 
-use crate::error::Result;
+use crate::error::{Result, VmmError};
 use crate::kvm::Hypervisor;
 
 const HYPERVISOR_BIT: u32 = 1 << 31;
@@ -41,4 +43,24 @@ pub fn for_vcpu(hypervisor: &Hypervisor, index: usize, cpus: usize) -> Result<Cp
         }
     }
     Ok(cpuid)
+}
+
+/// Fails unless this host's processor and KVM can do all that `saved`, the leaves of a saved vCPU, say.
+/// A guest has looked once what there is, and uses it.
+///
+/// # Errors
+/// [`VmmError::State`] of `chunk`, naming what is missing; if KVM cannot list its features.
+pub fn check(hypervisor: &Hypervisor, chunk: &str, saved: &CpuId) -> Result<()> {
+    let missing = features::missing(saved, &hypervisor.supported_cpuid()?);
+    if missing.is_empty() {
+        return Ok(());
+    }
+    Err(VmmError::State {
+        chunk: chunk.to_owned(),
+        expected: "a host whose processor and KVM have what the guest saw".into(),
+        found: format!(
+            "this one lacks {}: resume it on one like that it was saved on",
+            missing.join(", ")
+        ),
+    })
 }
