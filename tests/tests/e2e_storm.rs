@@ -13,6 +13,9 @@ use frazil_vmm::{
     verify_snapshot,
 };
 
+/// Much less than storms make dirty.
+const SMALL_STAGING_BYTES: u64 = 2 << 20;
+
 /// Takes checkpoints of a guest on two vCPUs that writes as fast as it can to 64 MiB; proves each.
 fn storm(pattern: &str, tracker: TrackerKind, staging_bytes: u64) -> Vec<CheckpointStats> {
     let folder = tempfile::tempdir().expect("a folder");
@@ -75,12 +78,11 @@ fn a_guest_whose_pages_cannot_be_left_in_place_is_slowed_down() {
     if !kvm_or_skip() || !uffd_or_skip() {
         return;
     }
-    const STAGING_BYTES: u64 = 2 << 20;
     let folder = tempfile::tempdir().expect("a folder");
     let store = Store::open_or_create(&folder.path().join("store"), StoreOptions::default())
         .expect("a store");
     let host = || HostConfig {
-        staging_bytes: STAGING_BYTES,
+        staging_bytes: SMALL_STAGING_BYTES,
         ..HostConfig::new(SerialOutput::Null, Some(Arc::clone(&store)))
     };
     let spec = "touch=64MiB,rate=max,pattern=seq,content=edit,report=0";
@@ -101,7 +103,7 @@ fn a_guest_whose_pages_cannot_be_left_in_place_is_slowed_down() {
         let report = vm.checkpoint(&CheckpointRequest::default()).expect("a checkpoint");
         let stats = report.stats;
         assert_eq!(stats.protected_pages, 0, "{stats:?}");
-        assert!(stats.dirty_pages > 4 * STAGING_BYTES / 4096, "{stats:?}");
+        assert!(stats.dirty_pages > 4 * SMALL_STAGING_BYTES / 4096, "{stats:?}");
         // A checkpoint is cut when no more than 2,048 wait; what comes to that depends on how soon the
         // guest can be stopped then.
         assert!(stats.cut_pages < stats.dirty_pages / 2, "{stats:?}");

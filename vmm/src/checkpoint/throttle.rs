@@ -45,10 +45,9 @@ impl Throttle {
             self.stood_us.fetch_add(us(stood), Ordering::AcqRel);
             let percent = u32::from(self.percent.load(Ordering::Acquire)).min(99);
             owed = (owed + ran * percent / (100 - percent)).saturating_sub(stood);
-            if owed < STAND {
-                // Until it owes as much again.
-                std::thread::sleep((STAND - owed) * (100 - percent) / percent.max(1));
-            }
+            // Until it owes as much again.
+            let more = STAND.saturating_sub(owed);
+            std::thread::sleep(more * (100 - percent) / percent.max(1));
         }
     }
 }
