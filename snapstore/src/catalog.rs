@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use crate::error::Result;
 use crate::id::{BlockRef, SnapshotId};
-use crate::journal::{self, Cursor, Entry, Publication};
+use crate::journal::{self, Cursor};
+use crate::journal_entry::{Entry, MAX_LISTED, Publication};
 use crate::layout::Layout;
 use crate::storage::StoreFile;
 
@@ -175,7 +176,7 @@ impl Catalog {
         // In front of the others, so that `latest` is what it was.
         layout
             .chain(forgotten.iter().map(publish))
-            .chain(ids.chunks(journal::MAX_LISTED).map(|ids| Entry::Forget(ids.to_vec())))
+            .chain(ids.chunks(MAX_LISTED).map(|ids| Entry::Forget(ids.to_vec())))
             .chain(kept)
             .chain(tags)
             .collect()

@@ -23,6 +23,7 @@ mod frame;
 pub mod fuzzing;
 mod id;
 mod journal;
+mod journal_entry;
 mod layout;
 mod manifest;
 mod mark;

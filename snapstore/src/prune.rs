@@ -17,7 +17,8 @@ use crate::format::{
     MAX_SEGMENT_LEN, RecordKind, SEGMENT_FOLDER,
 };
 use crate::id::{BlockRef, SnapshotId};
-use crate::journal::{Cursor, Entry, MAX_LISTED};
+use crate::journal::Cursor;
+use crate::journal_entry::{Entry, MAX_LISTED};
 use crate::layout::Relayout;
 use crate::mark::{Marked, Marker};
 use crate::repack;

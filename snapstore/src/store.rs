@@ -19,7 +19,8 @@ use crate::format::{
 };
 use crate::frame::Frame;
 use crate::id::{BlockRef, Hash, SnapshotId};
-use crate::journal::{Cursor, Entry};
+use crate::journal::Cursor;
+use crate::journal_entry::Entry;
 use crate::node::Node;
 use crate::page::{PAGE_SIZE, Page};
 use crate::segment::Segments;

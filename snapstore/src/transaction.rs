@@ -14,7 +14,7 @@ use crate::elide::{FrameFingerprints, encode_fingerprints};
 use crate::error::{Result, StoreError};
 use crate::format::{MAX_BLOB_LEN, RecordKind};
 use crate::id::{BlockRef, Hash, SnapshotId};
-use crate::journal::{Entry, Publication};
+use crate::journal_entry::{Entry, Publication};
 use crate::manifest::{Manifest, RegionManifest, StateChunk, StateRef};
 use crate::node::{MAX_REGION_PAGES, Node};
 use crate::page::PageSource;

@@ -12,7 +12,7 @@ use crate::format::{
     segment_name,
 };
 use crate::id::{BlockRef, SnapshotId};
-use crate::journal::{Entry, MAX_LISTED};
+use crate::journal_entry::{Entry, MAX_LISTED};
 use crate::layout::Relayout;
 use crate::segment::SegmentWriter;
 use crate::storage::{StoreFile, WriterLock};
