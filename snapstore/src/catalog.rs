@@ -1,6 +1,7 @@
 //! What the journal says: which snapshots there are, what is tagged, where everything is.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
 
 use crate::error::Result;
 use crate::id::{BlockRef, SnapshotId};
@@ -35,7 +36,7 @@ pub(crate) struct Catalog {
     /// Where the newest transaction ended: segment and offset.
     pub tail: Option<(u32, u64)>,
     /// Which files hold what.
-    pub layout: Layout,
+    pub layout: Arc<Layout>,
     /// Records so far that say nothing about what is there now.
     pub stale_records: usize,
 }
@@ -49,7 +50,7 @@ impl Catalog {
             tags: BTreeMap::new(),
             forgotten: HashMap::new(),
             tail: None,
-            layout: Layout::default(),
+            layout: Arc::default(),
             stale_records: 0,
         }
     }
@@ -110,7 +111,7 @@ impl Catalog {
             Entry::Forget(ids) => self.forget(&ids),
             Entry::Relayout(step) => {
                 self.tail = step.tail.or(self.tail);
-                self.layout.apply(&step);
+                Arc::make_mut(&mut self.layout).apply(&step);
                 self.stale_records += 1;
             }
         }

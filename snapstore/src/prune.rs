@@ -185,7 +185,7 @@ impl Store {
         if options.dry_run {
             return Ok(report);
         }
-        let tidied = if doubtful.is_some() { Ok(()) } else { self.remove_orphans() };
+        let tidied = if doubtful.is_some() { Ok(()) } else { self.remove_orphans().map(drop) };
         let in_use: BTreeSet<String> =
             self.snapshots().iter().chain(&pinned).map(|info| info.id.to_string()).collect();
         self.remove_working_sets(|id| in_use.contains(id));

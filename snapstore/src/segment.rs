@@ -96,11 +96,16 @@ impl Segments {
 
     /// Takes note of a layout; if it is another than before, closes all files, since those that
     /// are open may be no more, and returns true.
-    pub fn set_layout(&self, layout: &Layout) -> bool {
-        if *self.layout() == *layout {
+    pub fn set_layout(&self, layout: &Arc<Layout>) -> bool {
+        let known = self.layout();
+        // Mostly it is the very same, and need not be compared: it lists all segments that are no more.
+        if Arc::ptr_eq(&known, layout) {
             return false;
         }
-        *self.layout.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(layout.clone());
+        *self.layout.write().unwrap_or_else(PoisonError::into_inner) = Arc::clone(layout);
+        if known == *layout {
+            return false;
+        }
         self.close();
         true
     }
