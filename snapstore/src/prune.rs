@@ -268,9 +268,15 @@ impl Store {
         });
         let items = frames
             .chain(marked.nodes.iter().map(item(RecordKind::Node)))
-            .chain(marked.chunks.iter().map(item(RecordKind::Blob)))
+            .chain(marked.chunks.iter().map(|(block, _)| block).map(item(RecordKind::Blob)))
             .chain(marked.manifests.iter().map(item(RecordKind::Manifest)))
-            .chain(marked.fingerprints.iter().map(item(RecordKind::Fingerprints)));
+            .chain(
+                marked
+                    .fingerprints
+                    .iter()
+                    .map(|(block, _)| block)
+                    .map(item(RecordKind::Fingerprints)),
+            );
         for item in items {
             let (key, bytes) = repack::live_bytes(self, &item)?;
             // A file that is missing is damage, and its frames stay damaged: nothing to move.

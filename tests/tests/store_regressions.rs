@@ -1,15 +1,17 @@
 //! One test for each way the store was, or could have been, broken: races between handles,
 //! failures at awkward places, files nobody expected.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::Duration;
 
 use frazil_snapstore::{
-    Description, PAGE_SIZE, Page, PageSet, PageSource, StateChunk, Store, StoreError, StoreOptions,
-    VerifyProgress, segment_name, verify,
+    Description, PAGE_SIZE, Page, PageSet, PageSource, StateChunk, Store, StoreError,
+    StoreOptions, VerifyProgress, segment_name, verify,
 };
+use frazil_tests::format_reader::{KIND_NODE, read_segment};
 use frazil_tests::oracle::{
     Edit, Model, Source, check_all, check_no_orphans, compare, describe, small_options, take,
 };
@@ -392,4 +394,51 @@ fn verify_reads_past_the_caches() {
     let report = verify(&store, &[id], &VerifyProgress::default()).unwrap();
     assert!(!report.damage.is_empty());
     assert!(report.damage[0].error.to_string().contains(&segment_name(1)));
+}
+
+/// A second line with the same pages has the same nodes, each written once more. They are cached by their
+/// hash: damage to either must be found all the same.
+#[test]
+fn damage_to_a_node_that_stands_twice_is_found() {
+    let storage = SimStorage::default();
+    let options = StoreOptions { segment_max_bytes: 1 << 20, ..small_options() };
+    let store = Store::open_or_create_storage(Arc::new(storage.clone()), options).unwrap();
+    let ids = [1, 2].map(|step| take(&store, None, &mut model(64), &edit(step, 0..7)).unwrap().id);
+    let name = segment_name(1);
+    let good = storage.content(&name).unwrap();
+    let nodes: Vec<_> =
+        read_segment(&good).into_iter().filter(|record| record.kind == KIND_NODE).collect();
+    let [first, second] = nodes.as_slice() else { panic!("{} nodes", nodes.len()) };
+    assert_eq!(good[first.offset..first.end()], good[second.offset..second.end()], "the same");
+    for node in [first, second] {
+        let mut bad = good.clone();
+        bad[node.offset + 20] ^= 1;
+        storage.put(&name, Some(&bad));
+        let report = verify(&store, &ids, &VerifyProgress::default()).unwrap();
+        let [damage] = report.damage.as_slice() else { panic!("{:?}", report.damage) };
+        let place = format!("{name} is damaged at offset {}", node.offset);
+        assert!(damage.error.to_string().contains(&place), "{}", damage.error);
+    }
+}
+
+/// So that one knows which to forget.
+#[test]
+fn verify_names_the_snapshot_of_whatever_is_damaged() {
+    let storage = SimStorage::default();
+    let options = StoreOptions { segment_max_bytes: 1 << 20, ..small_options() };
+    let store = Store::open_or_create_storage(Arc::new(storage.clone()), options).unwrap();
+    let id = take(&store, None, &mut model(64), &edit(1, 0..20)).unwrap().id;
+    let name = segment_name(1);
+    let good = storage.content(&name).unwrap();
+    let mut kinds = BTreeSet::new();
+    for record in read_segment(&good) {
+        let mut bad = good.clone();
+        bad[record.end() - 1] ^= 1;
+        storage.put(&name, Some(&bad));
+        let report = verify(&store, &[id], &VerifyProgress::default()).unwrap();
+        let [damage] = report.damage.as_slice() else { panic!("{:?}", report.damage) };
+        assert_eq!(damage.snapshot, Some(id), "{}", damage.error);
+        kinds.insert(record.kind);
+    }
+    assert!(kinds.len() >= 5, "frames, nodes, state, fingerprints and the manifest: {kinds:?}");
 }
