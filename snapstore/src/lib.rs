@@ -22,6 +22,7 @@ mod frame;
 #[doc(hidden)]
 pub mod fuzzing;
 mod id;
+mod index_cache;
 mod journal;
 mod journal_entry;
 mod layout;

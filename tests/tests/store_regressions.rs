@@ -8,7 +8,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use frazil_snapstore::{
-    Description, PAGE_SIZE, Page, PageSet, PageSource, StateChunk, Store, StoreError,
+    Description, Elide, PAGE_SIZE, Page, PageSet, PageSource, StateChunk, Store, StoreError,
     StoreOptions, VerifyProgress, segment_name, verify,
 };
 use frazil_tests::format_reader::{KIND_NODE, read_segment};
@@ -419,6 +419,31 @@ fn damage_to_a_node_that_stands_twice_is_found() {
         let place = format!("{name} is damaged at offset {}", node.offset);
         assert!(damage.error.to_string().contains(&place), "{}", damage.error);
     }
+}
+
+/// A process may have a thousand files open, and a store of some hundred gigabytes has more.
+#[test]
+fn a_store_of_many_segments_keeps_few_files_open() {
+    let storage = SimStorage::default();
+    let options = StoreOptions { elide: Elide::NONE, ..small_options() };
+    let store = Store::open_or_create_storage(Arc::new(storage.clone()), options).unwrap();
+    let (mut contents, mut published) = (model(600), Vec::new());
+    for step in 0..300 {
+        let parent = published.last().map(|(id, _)| *id);
+        let edit = edit(step, 2 * step..2 * step + 2);
+        let id = take(&store, parent, &mut contents, &edit).unwrap().id;
+        published.push((id, contents.clone()));
+    }
+    let segments = storage.files().len();
+    assert!(segments > 300, "{segments} files");
+    let ids: Vec<_> = published.iter().map(|(id, _)| *id).collect();
+    drop(store);
+    let reader = store_on(&storage);
+    assert!(verify(&reader, &ids, &VerifyProgress::default()).unwrap().damage.is_empty());
+    let (id, contents) = published.last().unwrap();
+    compare(&reader, *id, contents).unwrap();
+    let open = storage.most_open_files();
+    assert!(open <= 200, "{open} files were open at a time");
 }
 
 /// So that one knows which to forget.
