@@ -267,7 +267,10 @@ impl Transaction {
         self.progress.check()?;
         let syncing = Instant::now();
         let segments = self.segments.as_mut().expect("held until commit");
-        let tail = segments.sync()?;
+        let tail = segments.sync().inspect_err(|_| {
+            // Full media latch nothing, but what a failed sync left of that segment is in doubt.
+            self.store.writer_state().abandon_tail = true;
+        })?;
         let meta_bytes = segments.appended_bytes() - self.frame_bytes;
         // Before it is published: there is no moment in which it could be pruned.
         let pin = description.pin.then(|| self.store.pin_name(id)).flatten();

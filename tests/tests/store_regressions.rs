@@ -446,6 +446,33 @@ fn a_store_of_many_segments_keeps_few_files_open() {
     assert!(open <= 200, "{open} files were open at a time");
 }
 
+/// What a failed sync left of a segment is in doubt, though a full medium latches nothing.
+#[test]
+fn a_segment_whose_sync_failed_is_not_appended_to() {
+    let storage = SimStorage::default();
+    let options = StoreOptions { segment_max_bytes: 1 << 20, ..small_options() };
+    let store = Store::open_or_create_storage(Arc::new(storage.clone()), options).unwrap();
+    let mut contents = model(64);
+    let first = take(&store, None, &mut contents, &edit(1, 0..5)).unwrap().id;
+    let (name, used) = (segment_name(1), storage.files()[&segment_name(1)]);
+    let failing = storage.clone();
+    let full = FaultPlan { after: 0, fault: Fault::Enospc, lasting: false };
+    storage.once(Op::Sync, &name, move || failing.fail(Some(full)));
+    let mut second = contents.clone();
+    let error = take(&store, Some(first), &mut second.clone(), &edit(2, 5..9)).unwrap_err();
+    assert!(matches!(error, StoreError::DiskFull { .. }), "{error}");
+    storage.fail(None);
+    assert_eq!(storage.files()[&name], used, "the space came back");
+    let id = take(&store, Some(first), &mut second, &edit(3, 5..9)).unwrap().id;
+    assert_eq!(storage.files()[&name], used, "nothing is appended to it");
+    for seed in 0..20 {
+        check_all(
+            &store_on(&storage.crash(seed)),
+            &[(first, contents.clone()), (id, second.clone())],
+        );
+    }
+}
+
 /// So that one knows which to forget.
 #[test]
 fn verify_names_the_snapshot_of_whatever_is_damaged() {
