@@ -422,7 +422,13 @@ impl Store {
             retired_packs: packs.map(|source| source.key.1).collect(),
             ..step
         };
-        self.record(Entry::Relayout(step))?;
+        let number = index.segment;
+        self.record(Entry::Relayout(step)).inspect_err(|_| {
+            // If it is certain that the journal does not name it, its space comes back.
+            if self.writer_state().latched.is_none() {
+                let _left_behind = self.remove_file((FileKind::Pack, number));
+            }
+        })?;
         // With another record behind it, damage to that one is never taken for a torn append: what
         // it names would be removed, and there would be nothing else.
         self.record(Entry::Relayout(self.relayout()))?;
@@ -467,9 +473,18 @@ impl Store {
 
     fn replace_journal(&self, bytes: &[u8]) -> Result<()> {
         let failed = |op| move |error| StoreError::io(op, JOURNAL_NEW_FILE, error);
+        // One that a crash left is still there if the journal was torn: nothing was tidied then.
+        self.remove_new_journal()?;
         let file = self.storage.create(JOURNAL_NEW_FILE).map_err(failed("create"))?;
-        file.write_all_at(bytes, 0).map_err(failed("write"))?;
-        file.sync().map_err(failed("sync"))?;
+        let written = file
+            .write_all_at(bytes, 0)
+            .map_err(failed("write"))
+            .and_then(|()| file.sync().map_err(failed("sync")));
+        if let Err(error) = written {
+            // What stays is an orphan, which the next writer removes.
+            let _left_behind = self.remove_new_journal();
+            return Err(error);
+        }
         // From here on nobody knows which of the two a crash leaves, until the folder is synced:
         // nothing may be appended before.
         let replaced = self
