@@ -396,6 +396,8 @@ impl Transaction {
             // What could not be taken back is cleared away by the next writer, who leaves a segment
             // in doubt alone.
             tracing::warn!(%error, "could not take back an unfinished transaction");
+            // Nor keep what it has open of them: their numbers will be those of others.
+            self.store.segments.close();
             self.store.writer_state().abandon_tail = true;
         }
         if let Some(cause) = latch {

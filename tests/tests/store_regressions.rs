@@ -494,3 +494,27 @@ fn verify_names_the_snapshot_of_whatever_is_damaged() {
     }
     assert!(kinds.len() >= 5, "frames, nodes, state, fingerprints and the manifest: {kinds:?}");
 }
+
+/// Segments that could not be taken back were read while they were written, to look for equal pages.
+/// Another process removes them, and gives their numbers to its own.
+#[test]
+fn a_number_that_is_used_again_is_not_looked_for_in_an_open_file() {
+    let storage = SimStorage::default();
+    let first = store_on(&storage);
+    let mut set = PageSet::new(400);
+    set.insert_range(0, 400);
+    let contents: Vec<u8> = (0..400).map(|page| 1 + (page % 23) as u8).collect();
+    let mut transaction = first.begin(None).unwrap();
+    let region = transaction.region("ram", 400).unwrap();
+    let stats = transaction.write_pages(region, &set, &Source(&contents)).unwrap();
+    assert!(stats.dedup_pages > 0, "{stats:?}");
+    storage.fail(Some(FaultPlan { after: 0, fault: Fault::Eio, lasting: true }));
+    drop(transaction);
+    storage.fail(None);
+    let options = StoreOptions { elide: Elide::NONE, ..small_options() };
+    let second = Store::open_storage(Arc::new(storage.clone()), options).unwrap();
+    let mut contents = model(400);
+    let id = take(&second, None, &mut contents, &edit(1, 0..60)).unwrap().id;
+    first.refresh().unwrap();
+    compare(&first, id, &contents).unwrap();
+}
