@@ -11,7 +11,7 @@ use frazil_snapstore::{
     Description, Elide, PAGE_SIZE, Page, PageSet, PageSource, StateChunk, Store, StoreError,
     StoreOptions, VerifyProgress, segment_name, verify,
 };
-use frazil_tests::format_reader::{KIND_NODE, read_segment};
+use frazil_tests::format_reader::{BLOCK_HEADER_LEN, KIND_FRAME, KIND_NODE, read_segment};
 use frazil_tests::oracle::{
     Edit, Model, Source, check_all, check_no_orphans, compare, describe, small_options, take,
 };
@@ -493,6 +493,37 @@ fn verify_names_the_snapshot_of_whatever_is_damaged() {
         kinds.insert(record.kind);
     }
     assert!(kinds.len() >= 5, "frames, nodes, state, fingerprints and the manifest: {kinds:?}");
+}
+
+#[test]
+fn levels_are_a_setting_and_noise_is_stored_as_it_is() {
+    let text_len = |compression_level| {
+        let storage = SimStorage::default();
+        let options = StoreOptions {
+            compression_level,
+            frame_pages: 7,
+            segment_max_bytes: 1 << 20,
+            elide: Elide::NONE,
+            ..small_options()
+        };
+        let store = Store::open_or_create_storage(Arc::new(storage.clone()), options).unwrap();
+        // A frame of numbers that compress, and one of noise.
+        let of = |page: u64| if page < 7 { 2 } else { 3 } + 3 * (page % 7) as u8;
+        let pages = (0..14).map(|page| (page, of(page))).collect();
+        let mut contents = model(64);
+        let edit = Edit { rounds: vec![("ram".into(), pages)], step: 1 };
+        let id = take(&store, None, &mut contents, &edit).unwrap().id;
+        check_all(&store_on(&storage), &[(id, contents)]);
+        let bytes = storage.content(&segment_name(1)).unwrap();
+        let mut frames = read_segment(&bytes);
+        frames.retain(|record| record.kind == KIND_FRAME);
+        let [text, noise] = frames.as_slice() else { panic!("{} frames", frames.len()) };
+        // The codec is the third byte of the header.
+        assert_eq!((bytes[noise.offset + 2], noise.len), (0, BLOCK_HEADER_LEN + 7 * PAGE_SIZE));
+        text.len
+    };
+    let lens = [-50, -1, 1, 19].map(text_len);
+    assert!(lens[0] > lens[2] && lens[2] > lens[3], "{lens:?}");
 }
 
 /// Segments that could not be taken back were read while they were written, to look for equal pages.
