@@ -67,6 +67,11 @@ impl Cursor {
         Ok(read(&mut check, self.end - CHECK_LEN as u64)? && check == self.chain.0)
     }
 
+    /// How many records were read so far.
+    pub fn records(&self) -> u64 {
+        self.next_sequence
+    }
+
     /// How often the journal was written anew before this one.
     pub fn generation(&self) -> u32 {
         u32::from_le_bytes(self.header[12..16].try_into().expect("four bytes"))

@@ -448,7 +448,7 @@ impl Store {
         let (entries, generation) = {
             let catalog = self.catalog();
             let entries = catalog.records(&pinned);
-            let stale = catalog.stale_records;
+            let stale = (catalog.cursor.records() as usize).saturating_sub(entries.len());
             if stale < STALE_RECORDS_MIN || stale * 3 < entries.len() {
                 return Ok(());
             }

@@ -205,7 +205,8 @@ impl Segments {
         read
     }
 
-    /// How many pages the frame or delta frame at `place` has, by its header alone.
+    /// How many pages the frame or delta frame at `place` has, by its header alone, which is not
+    /// verified: for estimates, and for choosing how to read what is verified then.
     pub fn slots(&self, place: &Physical) -> Result<u64> {
         let mut bytes = [0; RECORD_HEADER_LEN];
         let damaged = |malformed| place.damaged("frame", malformed);

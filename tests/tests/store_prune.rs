@@ -468,3 +468,20 @@ fn an_unfinished_journal_beside_a_torn_one_stops_no_prune() {
     assert_ne!(line.storage.content("journal").unwrap()[12], 0, "written anew");
     check_all(&fresh, &line.published);
 }
+
+/// It would make every reader read it again, and every cache forget.
+#[test]
+fn a_journal_that_says_nothing_in_vain_is_not_written_anew() {
+    let elide = frazil_snapstore::Elide::NONE;
+    let mut line = Line::new(StoreOptions { elide, ..small_options() });
+    (0..24).for_each(|_| line.step(60));
+    line.thin(|index| index % 2 == 1);
+    line.prune(&ALL);
+    let packs = line.storage.files().keys().filter(|name| name.ends_with(".pack")).count();
+    assert!(packs > 8, "{packs} packs, a record each");
+    let journal = line.storage.content("journal").unwrap();
+    assert_ne!(journal[12], 0, "written anew");
+    let report = line.prune(&PruneOptions::default());
+    assert_eq!((report.segments_removed, report.segments_rewritten), (0, 0), "{report:?}");
+    assert_eq!(line.storage.content("journal").unwrap(), journal);
+}
