@@ -1,10 +1,12 @@
 //! What the journal says: which snapshots there are, what is tagged, where everything is.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
 
 use crate::error::Result;
 use crate::id::{BlockRef, SnapshotId};
-use crate::journal::{self, Cursor, Entry, Publication};
+use crate::journal::{self, Cursor};
+use crate::journal_entry::{Entry, MAX_LISTED, Publication};
 use crate::layout::Layout;
 use crate::storage::StoreFile;
 
@@ -34,9 +36,7 @@ pub(crate) struct Catalog {
     /// Where the newest transaction ended: segment and offset.
     pub tail: Option<(u32, u64)>,
     /// Which files hold what.
-    pub layout: Layout,
-    /// Records so far that say nothing about what is there now.
-    pub stale_records: usize,
+    pub layout: Arc<Layout>,
 }
 
 impl Catalog {
@@ -48,8 +48,7 @@ impl Catalog {
             tags: BTreeMap::new(),
             forgotten: HashMap::new(),
             tail: None,
-            layout: Layout::default(),
-            stale_records: 0,
+            layout: Arc::default(),
         }
     }
 
@@ -100,17 +99,15 @@ impl Catalog {
         match entry {
             Entry::Publish(publication) => self.publish(publication),
             Entry::Tag { name, target: Some(id) } => {
-                self.stale_records += usize::from(self.tags.insert(name, id).is_some());
+                self.tags.insert(name, id);
             }
             Entry::Tag { name, target: None } => {
                 self.tags.remove(&name);
-                self.stale_records += 2;
             }
             Entry::Forget(ids) => self.forget(&ids),
             Entry::Relayout(step) => {
                 self.tail = step.tail.or(self.tail);
-                self.layout.apply(&step);
-                self.stale_records += 1;
+                Arc::make_mut(&mut self.layout).apply(&step);
             }
         }
     }
@@ -126,7 +123,6 @@ impl Catalog {
     /// Takes snapshots out; their children become those of the nearest ancestor that stays.
     fn forget(&mut self, ids: &[SnapshotId]) {
         let gone: HashSet<SnapshotId> = ids.iter().copied().collect();
-        self.stale_records += 1;
         let parent_of: HashMap<SnapshotId, Option<SnapshotId>> = self
             .snapshots
             .iter()
@@ -135,7 +131,6 @@ impl Catalog {
             .collect();
         let (gone_infos, mut kept): (Vec<_>, Vec<_>) =
             self.snapshots.drain(..).partition(|info| gone.contains(&info.id));
-        self.stale_records += gone_infos.len();
         for info in &mut kept {
             // Bounded, though a parent is older than its children: a journal can say anything.
             for _ in 0..parent_of.len() {
@@ -149,9 +144,7 @@ impl Catalog {
         self.index =
             self.snapshots.iter().enumerate().map(|(index, info)| (info.id, index)).collect();
         self.forgotten.extend(gone_infos.into_iter().map(|info| (info.id, info)));
-        let tagged = self.tags.len();
         self.tags.retain(|_, target| !gone.contains(target));
-        self.stale_records += tagged - self.tags.len();
     }
 
     /// The records of a journal that says the same and no more: the layout, the snapshots, those of
@@ -175,7 +168,7 @@ impl Catalog {
         // In front of the others, so that `latest` is what it was.
         layout
             .chain(forgotten.iter().map(publish))
-            .chain(ids.chunks(journal::MAX_LISTED).map(|ids| Entry::Forget(ids.to_vec())))
+            .chain(ids.chunks(MAX_LISTED).map(|ids| Entry::Forget(ids.to_vec())))
             .chain(kept)
             .chain(tags)
             .collect()

@@ -5,6 +5,8 @@
 
 use std::io;
 
+use crate::format::{JOURNAL_FILE, STORE_FILE};
+
 /// Every error the store returns.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -23,8 +25,8 @@ pub enum StoreError {
 
     /// The medium is full. What the failed transaction had written was given back.
     #[error(
-        "no space left on the device while trying to {op} {file}; the checkpoint was dropped, \
-         its space was given back, and the previous snapshot is still the newest: free some \
+        "no space left on the device while trying to {op} {file}; what was being written was \
+         dropped and its space given back, and all snapshots there were are still there: free some \
          space (`frazil forget` and `frazil prune`, or another disk) and try again"
     )]
     DiskFull {
@@ -63,7 +65,10 @@ pub enum StoreError {
     },
 
     /// Bytes are not what the reference to them says, or do not parse.
-    #[error("{file} is damaged at offset {offset}: {what}: expected {expected}, found {found}")]
+    #[error(
+        "{file} is damaged at offset {offset}: {what}: expected {expected}, found {found}; {}",
+        remedy(.file)
+    )]
     Corrupt {
         /// The damaged file.
         file: String,
@@ -157,6 +162,21 @@ pub enum StoreError {
     /// The transaction was cancelled by its owner.
     #[error("cancelled: {0}")]
     Cancelled(String),
+}
+
+/// What to do about damage in `file`.
+fn remedy(file: &str) -> &'static str {
+    match file {
+        STORE_FILE => "put a copy of that file back: all else in the store may be whole",
+        JOURNAL_FILE => {
+            "put a copy of that file back if there is one. What a crash cut short is cut off by the \
+             next checkpoint; to a journal that is damaged before its end nothing is written"
+        }
+        _ => {
+            "put a copy of that file back, or forget the snapshots that need it (`frazil verify` \
+             names them): the others go without it"
+        }
+    }
 }
 
 impl StoreError {

@@ -5,11 +5,11 @@
 
 use std::io;
 
-use crate::codec::{Decoded, Decoder, Malformed, put_block_ref};
+use crate::codec::{Decoded, Decoder, Malformed};
 use crate::error::{Result, StoreError};
 use crate::format::{FILE_HEADER_LEN, FileHeader, FileKind, JOURNAL_FILE};
-use crate::id::{BlockRef, Hash, SnapshotId};
-use crate::layout::Relayout;
+use crate::id::Hash;
+use crate::journal_entry::Entry;
 use crate::storage::StoreFile;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"FRJR");
@@ -17,176 +17,11 @@ const MAGIC: u32 = u32::from_le_bytes(*b"FRJR");
 const HEADER_LEN: usize = 4 + 4 + 8 + 4 + 4;
 const CHECK_LEN: usize = 32;
 /// Bounds what a damaged length can ask for; 32,000 forgotten snapshots fit one record.
-const MAX_BODY_LEN: usize = 1 << 20;
-/// The most snapshots of one record, and the most segments of one relayout.
-pub(crate) const MAX_LISTED: usize = 30_000;
-/// The longest tag, in bytes.
-pub(crate) const MAX_TAG_LEN: usize = 255;
+pub(crate) const MAX_BODY_LEN: usize = 1 << 20;
+/// Bytes of a journal that are read at a time: the longest record fits.
+const PART_LEN: u64 = 4 << 20;
 
-const KIND_PUBLISH: u32 = 1;
-const KIND_TAG: u32 = 2;
-const KIND_FORGET: u32 = 3;
-const KIND_RELAYOUT: u32 = 4;
-
-const _: () = assert!(MAX_LISTED * 32 <= MAX_BODY_LEN && MAX_LISTED * 3 * 4 + 128 <= MAX_BODY_LEN);
-
-/// One event.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Entry {
-    Publish(Publication),
-    /// The tag points to the snapshot from here on; no snapshot removes it.
-    Tag {
-        name: String,
-        target: Option<SnapshotId>,
-    },
-    /// These snapshots are no more; at most [`MAX_LISTED`].
-    Forget(Vec<SnapshotId>),
-    /// Files changed places; at most [`MAX_LISTED`] in each list.
-    Relayout(Relayout),
-}
-
-/// A snapshot became visible.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Publication {
-    pub id: SnapshotId,
-    pub parent: Option<SnapshotId>,
-    pub manifest: BlockRef,
-    pub time_unix_ms: u64,
-    /// Where the next transaction goes on: segment and offset in bytes.
-    pub tail: (u32, u64),
-    /// The fingerprints of the pages this transaction wrote, if it kept any.
-    pub fingerprints: Option<BlockRef>,
-}
-
-impl Entry {
-    fn kind(&self) -> u32 {
-        match self {
-            Self::Publish(_) => KIND_PUBLISH,
-            Self::Tag { .. } => KIND_TAG,
-            Self::Forget(_) => KIND_FORGET,
-            Self::Relayout(_) => KIND_RELAYOUT,
-        }
-    }
-
-    fn encode_body(&self) -> Vec<u8> {
-        let mut body = Vec::with_capacity(160);
-        match self {
-            Self::Publish(publication) => {
-                body.extend_from_slice(&publication.id.0);
-                put_optional_id(&mut body, publication.parent);
-                put_block_ref(&mut body, &publication.manifest);
-                body.extend_from_slice(&publication.time_unix_ms.to_le_bytes());
-                put_tail(&mut body, publication.tail);
-                put_optional_ref(&mut body, publication.fingerprints.as_ref());
-            }
-            Self::Tag { name, target } => {
-                put_optional_id(&mut body, *target);
-                body.extend_from_slice(name.as_bytes());
-            }
-            Self::Forget(ids) => ids.iter().for_each(|id| body.extend_from_slice(&id.0)),
-            Self::Relayout(Relayout { tail, next_pack, pack, moved, dropped, retired_packs }) => {
-                body.push(u8::from(tail.is_some()));
-                put_tail(&mut body, tail.unwrap_or_default());
-                body.extend_from_slice(&next_pack.to_le_bytes());
-                put_optional_ref(&mut body, pack.as_ref());
-                for list in [moved, dropped, retired_packs] {
-                    body.extend_from_slice(&(list.len() as u32).to_le_bytes());
-                    list.iter().for_each(|number| body.extend_from_slice(&number.to_le_bytes()));
-                }
-            }
-        }
-        body
-    }
-
-    fn decode_body(kind: u32, body: &[u8]) -> Decoded<Self> {
-        let mut decoder = Decoder::new(body);
-        match kind {
-            KIND_PUBLISH => {
-                let publication = Publication {
-                    id: decoder.hash("snapshot id")?,
-                    parent: optional_id(&mut decoder)?,
-                    manifest: decoder.block_ref("manifest reference")?,
-                    time_unix_ms: decoder.u64("time")?,
-                    tail: (decoder.u32("segment")?, decoder.u64("segment length")?),
-                    fingerprints: optional_ref(&mut decoder, "fingerprints")?,
-                };
-                decoder.finish("published snapshot")?;
-                Ok(Self::Publish(publication))
-            }
-            KIND_TAG => {
-                let target = optional_id(&mut decoder)?;
-                let name = std::str::from_utf8(decoder.rest())
-                    .map_err(|error| Malformed::new("tag", "UTF-8", error))?;
-                Ok(Self::Tag { name: name.to_owned(), target })
-            }
-            KIND_FORGET => {
-                let mut ids = Vec::with_capacity(body.len() / 32);
-                while !decoder.is_empty() {
-                    ids.push(decoder.hash("snapshot id")?);
-                }
-                Ok(Self::Forget(ids))
-            }
-            KIND_RELAYOUT => {
-                let has_tail = flag(&mut decoder, "presence of a tail")?;
-                let tail = (decoder.u32("segment")?, decoder.u64("segment length")?);
-                let relayout = Relayout {
-                    tail: has_tail.then_some(tail),
-                    next_pack: decoder.u32("number of the next pack")?,
-                    pack: optional_ref(&mut decoder, "pack index")?,
-                    moved: numbers(&mut decoder, "moved segments")?,
-                    dropped: numbers(&mut decoder, "dropped segments")?,
-                    retired_packs: numbers(&mut decoder, "retired packs")?,
-                };
-                decoder.finish("relayout")?;
-                Ok(Self::Relayout(relayout))
-            }
-            other => Err(Malformed::new("journal record kind", "1 to 4", other)),
-        }
-    }
-}
-
-fn put_tail(out: &mut Vec<u8>, (segment, offset): (u32, u64)) {
-    out.extend_from_slice(&segment.to_le_bytes());
-    out.extend_from_slice(&offset.to_le_bytes());
-}
-
-fn put_optional_ref(out: &mut Vec<u8>, block: Option<&BlockRef>) {
-    out.push(u8::from(block.is_some()));
-    if let Some(block) = block {
-        put_block_ref(out, block);
-    }
-}
-
-fn optional_ref(decoder: &mut Decoder<'_>, what: &'static str) -> Decoded<Option<BlockRef>> {
-    flag(decoder, "presence of a reference")?.then(|| decoder.block_ref(what)).transpose()
-}
-
-fn flag(decoder: &mut Decoder<'_>, what: &'static str) -> Decoded<bool> {
-    match decoder.u8(what)? {
-        0 => Ok(false),
-        1 => Ok(true),
-        other => Err(Malformed::new(what, "0 or 1", other)),
-    }
-}
-
-fn numbers(decoder: &mut Decoder<'_>, what: &'static str) -> Decoded<Vec<u32>> {
-    let count = decoder.u32(what)? as usize;
-    if count > MAX_LISTED {
-        return Err(Malformed::new(what, format!("at most {MAX_LISTED}"), count));
-    }
-    (0..count).map(|_| decoder.u32(what)).collect()
-}
-
-fn put_optional_id(out: &mut Vec<u8>, id: Option<SnapshotId>) {
-    out.push(u8::from(id.is_some()));
-    out.extend_from_slice(&id.unwrap_or(Hash([0; 32])).0);
-}
-
-fn optional_id(decoder: &mut Decoder<'_>) -> Decoded<Option<SnapshotId>> {
-    let present = flag(decoder, "presence of an id")?;
-    let id = decoder.hash("id")?;
-    Ok(present.then_some(id))
-}
+const _: () = assert!(HEADER_LEN + MAX_BODY_LEN + CHECK_LEN <= PART_LEN as usize);
 
 /// Where reading the journal stands: after the last good record.
 #[derive(Clone, Debug)]
@@ -232,6 +67,11 @@ impl Cursor {
         Ok(read(&mut check, self.end - CHECK_LEN as u64)? && check == self.chain.0)
     }
 
+    /// How many records were read so far.
+    pub fn records(&self) -> u64 {
+        self.next_sequence
+    }
+
     /// How often the journal was written anew before this one.
     pub fn generation(&self) -> u32 {
         u32::from_le_bytes(self.header[12..16].try_into().expect("four bytes"))
@@ -249,45 +89,84 @@ impl Cursor {
                 found: "a truncated file".into(),
             });
         }
-        let mut bytes = vec![0; usize::try_from(len - self.end).expect("a journal fits in memory")];
-        match file.read_exact_at(&mut bytes, self.end) {
-            Ok(()) => {}
-            // Cut between the two calls by a writer that dropped a torn tail: nothing new.
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(Vec::new()),
-            Err(error) => return Err(StoreError::io("read", JOURNAL_FILE, error)),
-        }
-        self.parse(&bytes)
+        self.read_to(len, |bytes, at| match file.read_exact_at(bytes, at) {
+            Ok(()) => Ok(true),
+            // Cut meanwhile by a writer that dropped a torn tail: nothing more.
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+            Err(error) => Err(StoreError::io("read", JOURNAL_FILE, error)),
+        })
     }
 
+    /// As [`Self::advance`], of what is in memory.
     pub fn parse(&mut self, bytes: &[u8]) -> Result<Vec<Entry>> {
-        let mut entries = Vec::new();
-        let mut rest = bytes;
+        let start = self.end;
+        self.read_to(start + bytes.len() as u64, |part, at| {
+            part.copy_from_slice(&bytes[(at - start) as usize..][..part.len()]);
+            Ok(true)
+        })
+    }
+
+    /// Takes what is there up to `len`, in parts: whatever a journal's length is, little of it is in
+    /// memory. `read` fills a buffer from an offset, or says that the journal ends before.
+    fn read_to(
+        &mut self,
+        len: u64,
+        mut read: impl FnMut(&mut [u8], u64) -> Result<bool>,
+    ) -> Result<Vec<Entry>> {
+        let (mut entries, mut bytes) = (Vec::new(), Vec::new());
+        let mut part = |bytes: &mut Vec<u8>, at: u64| {
+            bytes.resize((len - at).min(PART_LEN) as usize, 0);
+            read(bytes, at)
+        };
         self.torn_bytes = 0;
-        while !rest.is_empty() {
-            match self.parse_record(rest) {
-                Ok((kind, body, check)) => {
-                    // Its checksum is right, so it is no torn append, whatever it says.
-                    entries.push(
-                        Entry::decode_body(kind, body)
-                            .map_err(|malformed| self.damaged(malformed))?,
-                    );
-                    let len = HEADER_LEN + body.len() + CHECK_LEN;
-                    self.chain = check;
-                    self.next_sequence += 1;
-                    self.end += len as u64;
-                    rest = &rest[len..];
-                }
-                Err(malformed) if self.record_follows(rest) => {
-                    // Only the newest record can be torn; one with another behind it was durable.
+        while self.end < len {
+            let start = self.end;
+            if !part(&mut bytes, start)? {
+                break;
+            }
+            let Some(malformed) = self.take_records(&bytes, &mut entries)? else { continue };
+            if self.end > start && start + (bytes.len() as u64) < len {
+                // The rest of it is in the next part.
+                continue;
+            }
+            let mut at = self.end + HEADER_LEN as u64;
+            while at + HEADER_LEN as u64 <= len && part(&mut bytes, at)? {
+                if self.has_later_record(&bytes) {
+                    // Only the newest can be torn; one with another behind it was durable.
                     return Err(self.damaged(malformed));
                 }
-                Err(_torn) => {
-                    self.torn_bytes = rest.len() as u64;
-                    break;
-                }
+                at += (bytes.len() - HEADER_LEN + 1) as u64;
             }
+            self.torn_bytes = len - self.end;
+            break;
         }
         Ok(entries)
+    }
+
+    /// Takes the records at the start of `bytes`; returns what is wrong with the first that is not
+    /// whole, if there is one.
+    fn take_records(
+        &mut self,
+        bytes: &[u8],
+        entries: &mut Vec<Entry>,
+    ) -> Result<Option<Malformed>> {
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let (kind, body, check) = match self.parse_record(rest) {
+                Ok(record) => record,
+                Err(malformed) => return Ok(Some(malformed)),
+            };
+            // Its checksum is right, so it is no torn append, whatever it says.
+            let entry =
+                Entry::decode_body(kind, body).map_err(|malformed| self.damaged(malformed))?;
+            entries.push(entry);
+            let len = HEADER_LEN + body.len() + CHECK_LEN;
+            self.chain = check;
+            self.next_sequence += 1;
+            self.end += len as u64;
+            rest = &rest[len..];
+        }
+        Ok(None)
     }
 
     fn damaged(&self, malformed: Malformed) -> StoreError {
@@ -300,12 +179,14 @@ impl Cursor {
         }
     }
 
-    /// True if a later record starts behind the (damaged) one at the start of `bytes`. The magic
-    /// alone would not do: a tag may be called that.
-    fn record_follows(&self, bytes: &[u8]) -> bool {
-        bytes.windows(HEADER_LEN).skip(HEADER_LEN).any(|window| {
-            decode_header(&mut Decoder::new(window))
-                .is_ok_and(|(_, sequence, _)| sequence > self.next_sequence)
+    /// True if the header of a later record than the next stands anywhere in `bytes`. The magic alone
+    /// would not do: a tag may be called that.
+    fn has_later_record(&self, bytes: &[u8]) -> bool {
+        bytes.windows(HEADER_LEN).any(|window| {
+            // First what is cheap to tell: there may be much to look through.
+            window.starts_with(&MAGIC.to_le_bytes())
+                && decode_header(&mut Decoder::new(window))
+                    .is_ok_and(|(_, sequence, _)| sequence > self.next_sequence)
         })
     }
 
@@ -425,6 +306,9 @@ pub(crate) fn with_checks(bytes: &[u8], header: &FileHeader) -> Vec<u8> {
 mod tests {
     use super::*;
     use crate::format::FORMAT_VERSION;
+    use crate::id::BlockRef;
+    use crate::journal_entry::{MAX_LISTED, Publication};
+    use crate::layout::Relayout;
 
     fn start() -> Cursor {
         let header = FileHeader {
@@ -494,6 +378,34 @@ mod tests {
             assert_eq!(entries, sample()[..whole], "cut at {cut}");
             assert_eq!(cursor.torn_bytes as usize, cut - ends[whole]);
         }
+    }
+
+    /// The longest records there are, so many that they are read in several parts.
+    #[test]
+    fn a_journal_of_many_parts_is_read_as_one() {
+        let long = Entry::Forget(vec![Hash([7; 32]); MAX_LISTED]);
+        let (mut cursor, mut bytes, mut ends) = (start(), Vec::new(), vec![0]);
+        while bytes.len() < 3 * PART_LEN as usize {
+            let (record, next) = cursor.encode_next(&long);
+            bytes.extend_from_slice(&record);
+            ends.push(bytes.len());
+            cursor = next;
+        }
+        let mut whole = start();
+        assert_eq!(whole.parse(&bytes).unwrap().len(), ends.len() - 1);
+        assert_eq!((whole.end, whole.torn_bytes), (cursor.end, 0));
+        // Torn in the last part, and what follows is zeros for longer than a part.
+        let mut torn = bytes[..bytes.len() - 9].to_vec();
+        torn.resize(bytes.len() + 2 * PART_LEN as usize, 0);
+        let mut cursor = start();
+        assert_eq!(cursor.parse(&torn).unwrap().len(), ends.len() - 2);
+        assert_eq!(cursor.torn_bytes as usize, torn.len() - ends[ends.len() - 2]);
+        // Damaged in the first part, and nothing to be recognised before the last.
+        bytes[100] ^= 1;
+        let last = ends[ends.len() - 2];
+        bytes[ends[1]..last].fill(0);
+        let error = start().parse(&bytes).unwrap_err().to_string();
+        assert!(error.contains("journal is damaged at offset 64"), "{error}");
     }
 
     /// What a later version may append is not a torn tail that the next writer may cut off.

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use crate::id::BlockRef;
-use crate::journal::MAX_LISTED;
+use crate::journal_entry::MAX_LISTED;
 
 /// What a step of pruning did to the files, as the journal records it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -22,7 +22,9 @@ mod frame;
 #[doc(hidden)]
 pub mod fuzzing;
 mod id;
+mod index_cache;
 mod journal;
+mod journal_entry;
 mod layout;
 mod manifest;
 mod mark;

@@ -7,8 +7,10 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
+use rayon::prelude::*;
+
 use crate::catalog::SnapshotInfo;
-use crate::error::StoreError;
+use crate::error::{Result, StoreError};
 use crate::id::{BlockRef, SnapshotId};
 use crate::node::{Location, Node, Run, root_level};
 use crate::pack::slots_of;
@@ -44,9 +46,11 @@ pub(crate) struct Marked {
     /// Frames by segment and offset, each once.
     pub frames: Vec<FrameUse>,
     pub nodes: Vec<BlockRef>,
-    pub chunks: Vec<BlockRef>,
+    /// With the index of a snapshot that reaches it, the first that was found.
+    pub chunks: Vec<(BlockRef, u32)>,
     pub manifests: Vec<BlockRef>,
-    pub fingerprints: Vec<BlockRef>,
+    /// With the index of their snapshot.
+    pub fingerprints: Vec<(BlockRef, u32)>,
     pub obstacles: Vec<Obstacle>,
 }
 
@@ -62,14 +66,17 @@ pub(crate) struct Marker<'a> {
     seen_chunks: HashSet<BlockRef>,
     /// Entries of `marked.frames` up to which they are sorted and each is there once.
     settled: usize,
-    is_cancelled: &'a dyn Fn() -> bool,
+    /// Every node is read where it stands, though the same is cached from another place.
+    as_stored: bool,
+    is_cancelled: &'a (dyn Fn() -> bool + Sync),
 }
 
 impl<'a> Marker<'a> {
     /// Once `is_cancelled`, it looks at nothing more, and what it has is worth nothing.
-    pub fn new(store: &'a Arc<Store>, is_cancelled: &'a dyn Fn() -> bool) -> Self {
+    pub fn new(store: &'a Arc<Store>, is_cancelled: &'a (dyn Fn() -> bool + Sync)) -> Self {
         Self {
             store,
+            as_stored: false,
             is_cancelled,
             marked: Marked::default(),
             visited: HashMap::new(),
@@ -78,18 +85,24 @@ impl<'a> Marker<'a> {
         }
     }
 
+    /// One that trusts no cache: each node it comes across was read from the medium.
+    pub fn as_stored(store: &'a Arc<Store>) -> Self {
+        Self { as_stored: true, ..Self::new(store, &|| false) }
+    }
+
     /// Marks everything that a snapshot reaches. The newest first: it hides least.
     pub fn snapshot(&mut self, info: &SnapshotInfo) {
         self.marked.snapshots.push(info.id);
         self.marked.manifests.push(info.manifest);
-        self.marked.fingerprints.extend(info.fingerprints);
+        let index = self.marked.snapshots.len() as u32 - 1;
+        self.marked.fingerprints.extend(info.fingerprints.map(|block| (block, index)));
         let snapshot = match Snapshot::load(Arc::clone(self.store), info, None) {
             Ok(snapshot) => snapshot,
             Err(error) => return self.obstacle(error),
         };
         for chunk in &snapshot.manifest().state {
             if self.seen_chunks.insert(chunk.body) {
-                self.marked.chunks.push(chunk.body);
+                self.marked.chunks.push((chunk.body, index));
             }
         }
         for region in &snapshot.manifest().regions {
@@ -117,7 +130,12 @@ impl<'a> Marker<'a> {
         if first_visit {
             self.marked.nodes.push(*block);
         }
-        let node = match self.store.node(block, level, first) {
+        let read = if self.as_stored && first_visit {
+            self.store.node_as_stored(block, level, first)
+        } else {
+            self.store.node(block, level, first)
+        };
+        let node = match read {
             Ok(node) => node,
             Err(error) => {
                 if first_visit {
@@ -173,25 +191,14 @@ impl<'a> Marker<'a> {
         self.settle(0);
         let deltas: Vec<FrameUse> =
             self.marked.frames.iter().filter(|usage| usage.delta).copied().collect();
-        for usage in deltas {
-            if (self.is_cancelled)() {
-                break;
-            }
-            match self.store.frame(&usage.frame, true) {
-                Ok(view) => {
-                    for slot in slots_of(usage.slots) {
-                        match view.base(slot) {
-                            Ok(base) => self.marked.frames.push(FrameUse {
-                                frame: base.frame,
-                                delta: false,
-                                slots: 1 << (base.slot & 63),
-                                snapshot: usage.snapshot,
-                            }),
-                            Err(error) => self.delta_obstacle(error, &usage),
-                        }
-                    }
-                }
-                Err(error) => self.delta_obstacle(error, &usage),
+        // All of them must be decoded, on all cores.
+        let read = |usage: &FrameUse| bases_of(self.store, usage, self.is_cancelled);
+        let found: Vec<_> =
+            self.store.pool.install(|| deltas.par_iter().map(read).collect::<Vec<_>>());
+        for (usage, bases) in deltas.iter().zip(found) {
+            match bases {
+                Ok(bases) => self.marked.frames.extend(bases),
+                Err(error) => self.delta_obstacle(error, usage),
             }
         }
         self.settled = 0;
@@ -203,6 +210,28 @@ impl<'a> Marker<'a> {
         let snapshot = self.marked.snapshots[usage.snapshot as usize];
         self.marked.obstacles.push(Obstacle { error, snapshot, is_frame: true });
     }
+}
+
+/// What the slots of a delta frame that are in use are the difference from.
+fn bases_of(
+    store: &Store,
+    usage: &FrameUse,
+    is_cancelled: &(dyn Fn() -> bool + Sync),
+) -> Result<Vec<FrameUse>> {
+    let mut bases: Vec<FrameUse> = Vec::new();
+    if is_cancelled() {
+        return Ok(bases);
+    }
+    let view = store.frame(&usage.frame, true)?;
+    for slot in slots_of(usage.slots) {
+        let base = view.base(slot)?;
+        let slots = 1 << (base.slot & 63);
+        match bases.iter_mut().find(|known| known.frame == base.frame) {
+            Some(known) => known.slots |= slots,
+            None => bases.push(FrameUse { frame: base.frame, delta: false, slots, ..*usage }),
+        }
+    }
+    Ok(bases)
 }
 
 fn push_use(frames: &mut Vec<FrameUse>, run: &Run, snapshot: u32) {

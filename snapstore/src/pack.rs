@@ -73,6 +73,15 @@ pub(crate) struct PackIndex {
 }
 
 impl PackIndex {
+    /// About how much memory it takes.
+    pub fn memory_bytes(&self) -> u64 {
+        let entries: usize = self.segments.values().map(Vec::len).sum();
+        let bytes = size_of_val(self.records.as_slice())
+            + entries * size_of::<(u32, Place)>()
+            + self.segments.len() * 64;
+        bytes as u64
+    }
+
     /// Where the record that was written to `offset` of `segment` is.
     pub fn find(&self, segment: u32, offset: u32) -> Option<Place> {
         let entries = self.segments.get(&segment)?;

@@ -17,7 +17,8 @@ use crate::format::{
     MAX_SEGMENT_LEN, RecordKind, SEGMENT_FOLDER,
 };
 use crate::id::{BlockRef, SnapshotId};
-use crate::journal::{Cursor, Entry, MAX_LISTED};
+use crate::journal::Cursor;
+use crate::journal_entry::{Entry, MAX_LISTED};
 use crate::layout::Relayout;
 use crate::mark::{Marked, Marker};
 use crate::repack;
@@ -184,7 +185,7 @@ impl Store {
         if options.dry_run {
             return Ok(report);
         }
-        let tidied = if doubtful.is_some() { Ok(()) } else { self.remove_orphans() };
+        let tidied = if doubtful.is_some() { Ok(()) } else { self.remove_orphans().map(drop) };
         let in_use: BTreeSet<String> =
             self.snapshots().iter().chain(&pinned).map(|info| info.id.to_string()).collect();
         self.remove_working_sets(|id| in_use.contains(id));
@@ -267,9 +268,15 @@ impl Store {
         });
         let items = frames
             .chain(marked.nodes.iter().map(item(RecordKind::Node)))
-            .chain(marked.chunks.iter().map(item(RecordKind::Blob)))
+            .chain(marked.chunks.iter().map(|(block, _)| block).map(item(RecordKind::Blob)))
             .chain(marked.manifests.iter().map(item(RecordKind::Manifest)))
-            .chain(marked.fingerprints.iter().map(item(RecordKind::Fingerprints)));
+            .chain(
+                marked
+                    .fingerprints
+                    .iter()
+                    .map(|(block, _)| block)
+                    .map(item(RecordKind::Fingerprints)),
+            );
         for item in items {
             let (key, bytes) = repack::live_bytes(self, &item)?;
             // A file that is missing is damage, and its frames stay damaged: nothing to move.
@@ -415,7 +422,13 @@ impl Store {
             retired_packs: packs.map(|source| source.key.1).collect(),
             ..step
         };
-        self.record(Entry::Relayout(step))?;
+        let number = index.segment;
+        self.record(Entry::Relayout(step)).inspect_err(|_| {
+            // If it is certain that the journal does not name it, its space comes back.
+            if self.writer_state().latched.is_none() {
+                let _left_behind = self.remove_file((FileKind::Pack, number));
+            }
+        })?;
         // With another record behind it, damage to that one is never taken for a torn append: what
         // it names would be removed, and there would be nothing else.
         self.record(Entry::Relayout(self.relayout()))?;
@@ -435,7 +448,7 @@ impl Store {
         let (entries, generation) = {
             let catalog = self.catalog();
             let entries = catalog.records(&pinned);
-            let stale = catalog.stale_records;
+            let stale = (catalog.cursor.records() as usize).saturating_sub(entries.len());
             if stale < STALE_RECORDS_MIN || stale * 3 < entries.len() {
                 return Ok(());
             }
@@ -460,9 +473,18 @@ impl Store {
 
     fn replace_journal(&self, bytes: &[u8]) -> Result<()> {
         let failed = |op| move |error| StoreError::io(op, JOURNAL_NEW_FILE, error);
+        // One that a crash left is still there if the journal was torn: nothing was tidied then.
+        self.remove_new_journal()?;
         let file = self.storage.create(JOURNAL_NEW_FILE).map_err(failed("create"))?;
-        file.write_all_at(bytes, 0).map_err(failed("write"))?;
-        file.sync().map_err(failed("sync"))?;
+        let written = file
+            .write_all_at(bytes, 0)
+            .map_err(failed("write"))
+            .and_then(|()| file.sync().map_err(failed("sync")));
+        if let Err(error) = written {
+            // What stays is an orphan, which the next writer removes.
+            let _left_behind = self.remove_new_journal();
+            return Err(error);
+        }
         // From here on nobody knows which of the two a crash leaves, until the folder is synced:
         // nothing may be appended before.
         let replaced = self

@@ -33,7 +33,7 @@ pub fn check_tag(name: &str) -> Result<()> {
     let like_an_id =
         name.len() >= MIN_PREFIX_LEN && name.bytes().all(|byte| byte.is_ascii_hexdigit());
     if name.is_empty()
-        || name.len() > crate::journal::MAX_TAG_LEN
+        || name.len() > crate::journal_entry::MAX_TAG_LEN
         || !name.chars().all(allowed)
         || name == LATEST
         || like_an_id

@@ -16,7 +16,8 @@ use crate::record::{EncodedRecord, RecordEncoder};
 use crate::segment::Appender;
 use crate::store::Store;
 
-/// Bytes of pages gathered before they are compressed together, on all cores.
+/// Bytes that are read and decoded together, and of pages that are gathered before they are
+/// compressed together, on all cores.
 const WINDOW_LEN: usize = 16 << 20;
 
 /// Why a pack could not be written; `source` is the index of the one that is damaged, if that is
@@ -59,14 +60,22 @@ pub(crate) fn write_pack(
     let mut pack = PackWriter::create(store, number)?;
     let fill = || -> Result<(BlockRef, u64), Failure> {
         for (index, source) in sources.iter().enumerate() {
-            for item in &source.items {
+            let mut rest = source.items.as_slice();
+            while !rest.is_empty() {
                 progress.check()?;
-                let piece = pack.read(item).map_err(|error| {
-                    let damaged =
-                        matches!(error, StoreError::Corrupt { .. } | StoreError::Missing { .. });
-                    Failure { error, source: damaged.then_some(index) }
-                })?;
-                pack.add(item, piece)?;
+                let (items, later) = rest.split_at(window(rest));
+                let read = || items.par_iter().map(|item| read(store, item)).collect::<Vec<_>>();
+                for (item, piece) in items.iter().zip(store.pool.install(read)) {
+                    let piece = piece.map_err(|error| {
+                        let damaged = matches!(
+                            error,
+                            StoreError::Corrupt { .. } | StoreError::Missing { .. }
+                        );
+                        Failure { error, source: damaged.then_some(index) }
+                    })?;
+                    pack.add(item, piece)?;
+                }
+                rest = later;
             }
             progress.rewrite_bytes_done.fetch_add(source.live_bytes, Ordering::Relaxed);
         }
@@ -96,6 +105,44 @@ enum Piece {
     Record(Vec<u8>),
     /// Pages of a frame, and of a delta frame their bases.
     Pages { raw: Vec<u8>, bases: Vec<Base> },
+}
+
+/// How many of `items` to read together.
+fn window(items: &[Item]) -> usize {
+    let mut bytes = 0;
+    let fits = items.iter().take_while(|item| {
+        let pages = item.slots.count_ones() as usize * PAGE_SIZE;
+        let is_frame = matches!(item.kind, RecordKind::Frame | RecordKind::Delta);
+        bytes += if is_frame { pages } else { item.block.len as usize };
+        bytes <= WINDOW_LEN
+    });
+    fits.count().max(1)
+}
+
+fn read(store: &Store, item: &Item) -> Result<Piece> {
+    let place = store.segments.resolve(&item.block)?;
+    if matches!(item.kind, RecordKind::Frame | RecordKind::Delta) {
+        let whole = place.slots == SlotMap::Identity
+            && u64::from(item.slots.count_ones()) >= store.segments.slots(&place)?;
+        if !whole {
+            return read_slots(store, item);
+        }
+    }
+    let bytes = store.segments.read_at(&place, item.kind, |record| Ok(record.bytes().to_vec()))?;
+    Ok(Piece::Record(bytes))
+}
+
+fn read_slots(store: &Store, item: &Item) -> Result<Piece> {
+    let is_delta = item.kind == RecordKind::Delta;
+    let view = store.frame(&item.block, is_delta)?;
+    let (mut raw, mut bases) = (Vec::new(), Vec::new());
+    for slot in slots_of(item.slots) {
+        raw.extend_from_slice(view.bytes(slot, 1)?);
+        if is_delta {
+            bases.push(view.base(slot)?);
+        }
+    }
+    Ok(Piece::Pages { raw, bases })
 }
 
 /// Pages of several frames that will be one record.
@@ -129,34 +176,6 @@ impl<'a> PackWriter<'a> {
         let file = Appender::create(store.storage.as_ref(), key, store.uuid)?;
         let (index, plain, delta) = Default::default();
         Ok(Self { store, number, file, index, plain, delta, full: Vec::new() })
-    }
-
-    fn read(&self, item: &Item) -> Result<Piece> {
-        let place = self.store.segments.resolve(&item.block)?;
-        let frame = matches!(item.kind, RecordKind::Frame | RecordKind::Delta);
-        if frame {
-            let whole = place.slots == SlotMap::Identity
-                && u64::from(item.slots.count_ones()) >= self.store.segments.slots(&place)?;
-            if !whole {
-                return self.read_slots(item);
-            }
-        }
-        let bytes =
-            self.store.segments.read_at(&place, item.kind, |record| Ok(record.bytes().to_vec()))?;
-        Ok(Piece::Record(bytes))
-    }
-
-    fn read_slots(&self, item: &Item) -> Result<Piece> {
-        let is_delta = item.kind == RecordKind::Delta;
-        let view = self.store.frame(&item.block, is_delta)?;
-        let (mut raw, mut bases) = (Vec::new(), Vec::new());
-        for slot in slots_of(item.slots) {
-            raw.extend_from_slice(view.bytes(slot, 1)?);
-            if is_delta {
-                bases.push(view.base(slot)?);
-            }
-        }
-        Ok(Piece::Pages { raw, bases })
     }
 
     fn add(&mut self, item: &Item, piece: Piece) -> Result<()> {

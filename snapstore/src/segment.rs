@@ -1,9 +1,10 @@
 //! Segments: append-only files of records; and finding what was written to them, wherever it is.
 
 use std::cell::Cell;
-use std::collections::HashMap;
 use std::io;
 use std::sync::{Arc, PoisonError, RwLock};
+
+use quick_cache::sync::Cache;
 
 use crate::codec::Malformed;
 use crate::error::{Result, StoreError};
@@ -12,6 +13,7 @@ use crate::format::{
     RecordHeader, RecordKind, SEGMENT_FOLDER, pack_name, segment_name,
 };
 use crate::id::{BlockRef, Hash};
+use crate::index_cache::IndexCache;
 use crate::layout::Layout;
 use crate::pack::{PackIndex, Place, SlotMap};
 use crate::page::PAGE_SIZE;
@@ -30,9 +32,15 @@ pub(crate) struct Segments {
     storage: Arc<dyn Storage>,
     store: [u8; 16],
     layout: RwLock<Arc<Layout>>,
-    open: RwLock<HashMap<(FileKind, u32), Arc<dyn StoreFile>>>,
-    indexes: RwLock<HashMap<u32, (Hash, Arc<PackIndex>)>>,
+    /// Some of them: a store has more than a process may have open.
+    open: Cache<(FileKind, u32), Arc<dyn StoreFile>>,
+    indexes: IndexCache,
 }
+
+/// The most files that are kept open.
+const OPEN_FILES_MAX: usize = 128;
+/// The most memory for decoded indexes of packs, but for the one that is being used.
+const INDEXES_LEN_MAX: u64 = 64 << 20;
 
 /// Where the record of a reference is now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,8 +92,8 @@ impl Segments {
             storage,
             store,
             layout: RwLock::default(),
-            open: RwLock::default(),
-            indexes: RwLock::default(),
+            open: Cache::new(OPEN_FILES_MAX),
+            indexes: IndexCache::new(INDEXES_LEN_MAX),
         }
     }
 
@@ -96,11 +104,16 @@ impl Segments {
 
     /// Takes note of a layout; if it is another than before, closes all files, since those that
     /// are open may be no more, and returns true.
-    pub fn set_layout(&self, layout: &Layout) -> bool {
-        if *self.layout() == *layout {
+    pub fn set_layout(&self, layout: &Arc<Layout>) -> bool {
+        let known = self.layout();
+        // Mostly it is the very same, and need not be compared: it lists all segments that are no more.
+        if Arc::ptr_eq(&known, layout) {
             return false;
         }
-        *self.layout.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(layout.clone());
+        *self.layout.write().unwrap_or_else(PoisonError::into_inner) = Arc::clone(layout);
+        if known == *layout {
+            return false;
+        }
         self.close();
         true
     }
@@ -138,11 +151,9 @@ impl Segments {
             offset: 0,
             found: "the journal names no such pack".into(),
         })?;
-        let known = self.indexes.read().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, index)) = known.get(&pack).filter(|(hash, _)| *hash == block.hash) {
-            return Ok(Arc::clone(index));
+        if let Some(index) = self.indexes.get(pack, &block.hash) {
+            return Ok(index);
         }
-        drop(known);
         let place = Physical {
             file: (FileKind::Pack, pack),
             position: block.offset,
@@ -154,8 +165,7 @@ impl Segments {
             PackIndex::decode(&record.decode()?)
         })?;
         let index = Arc::new(index);
-        let mut known = self.indexes.write().unwrap_or_else(PoisonError::into_inner);
-        known.insert(pack, (block.hash, Arc::clone(&index)));
+        self.indexes.insert(pack, block.hash, Arc::clone(&index));
         Ok(index)
     }
 
@@ -195,7 +205,8 @@ impl Segments {
         read
     }
 
-    /// How many pages the frame or delta frame at `place` has, by its header alone.
+    /// How many pages the frame or delta frame at `place` has, by its header alone, which is not
+    /// verified: for estimates, and for choosing how to read what is verified then.
     pub fn slots(&self, place: &Physical) -> Result<u64> {
         let mut bytes = [0; RECORD_HEADER_LEN];
         let damaged = |malformed| place.damaged("frame", malformed);
@@ -207,8 +218,8 @@ impl Segments {
 
     /// A segment or pack, its header checked when it is first opened.
     pub fn file(&self, key: (FileKind, u32)) -> Result<Arc<dyn StoreFile>> {
-        if let Some(file) = self.open.read().unwrap_or_else(PoisonError::into_inner).get(&key) {
-            return Ok(Arc::clone(file));
+        if let Some(file) = self.open.get(&key) {
+            return Ok(file);
         }
         let name = file_name(key);
         let file = self.storage.open(&name, false).map_err(|error| {
@@ -220,19 +231,19 @@ impl Segments {
             }
         })?;
         check_header(file.as_ref(), key, &name, self.store)?;
-        let mut open = self.open.write().unwrap_or_else(PoisonError::into_inner);
-        Ok(Arc::clone(open.entry(key).or_insert(file)))
+        self.open.insert(key, Arc::clone(&file));
+        Ok(file)
     }
 
     /// Closes all files, and forgets what was read of them: they are opened and checked anew.
     pub fn close(&self) {
-        self.open.write().unwrap_or_else(PoisonError::into_inner).clear();
-        self.indexes.write().unwrap_or_else(PoisonError::into_inner).clear();
+        self.open.clear();
+        self.indexes.clear();
     }
 
     /// Forgets the open file of a segment that was cut or removed.
     pub fn forget(&self, key: (FileKind, u32)) {
-        self.open.write().unwrap_or_else(PoisonError::into_inner).remove(&key);
+        self.open.remove(&key);
     }
 }
 

@@ -10,7 +10,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::format::PIN_FOLDER;
+use crate::format::{PIN_FOLDER, SEGMENT_FOLDER};
 use crate::pins;
 
 /// One file of a store.
@@ -148,12 +148,23 @@ impl DirStorage {
     /// # Errors
     /// The file system's.
     pub fn create_folders(&self) -> io::Result<()> {
-        fs::create_dir_all(self.root.join(crate::format::SEGMENT_FOLDER))?;
-        self.sync_names("")?;
-        match self.root.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => File::open(parent)?.sync_all(),
-            _ => File::open(".")?.sync_all(),
-        }
+        let to_sync = self.folders_to_sync();
+        fs::create_dir_all(self.root.join(SEGMENT_FOLDER))?;
+        to_sync.iter().try_for_each(|folder| File::open(folder)?.sync_all())
+    }
+
+    /// The folders that get a new name when the store is made: its own, the one it is in, and on as
+    /// far up as they are missing.
+    fn folders_to_sync(&self) -> Vec<PathBuf> {
+        let segments = self.root.join(SEGMENT_FOLDER);
+        // Those two always: whoever made them before may not have come to it.
+        let own = |folder: &Path| folder == segments || folder == self.root;
+        let made = segments.ancestors().take_while(|folder| own(folder) || !folder.exists());
+        let here = Path::new(".");
+        let above = made.filter_map(Path::parent);
+        above
+            .map(|folder| if folder.as_os_str().is_empty() { here } else { folder }.to_owned())
+            .collect()
     }
 
     /// The directory.
@@ -278,5 +289,28 @@ impl StoreFile for DirFile {
 
     fn sync(&self) -> io::Result<()> {
         self.0.sync_data()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A store whose folder's name a crash takes back is lost with all that was published.
+    #[test]
+    fn every_folder_that_gets_a_name_is_synced() {
+        let scratch = tempfile::tempdir().unwrap();
+        let top = scratch.path();
+        let storage = DirStorage::new(top.join("a/b/st"));
+        let expected = ["a/b/st", "a/b", "a", ""].map(|name| top.join(name));
+        assert_eq!(storage.folders_to_sync(), expected);
+        storage.create_folders().unwrap();
+        assert!(top.join("a/b/st/segments").is_dir());
+        assert_eq!(
+            storage.folders_to_sync(),
+            expected[..2],
+            "what was there before is not looked at"
+        );
+        assert_eq!(DirStorage::new("st").folders_to_sync(), [Path::new("st"), Path::new(".")]);
     }
 }

@@ -19,7 +19,8 @@ use crate::format::{
 };
 use crate::frame::Frame;
 use crate::id::{BlockRef, Hash, SnapshotId};
-use crate::journal::{Cursor, Entry};
+use crate::journal::Cursor;
+use crate::journal_entry::Entry;
 use crate::node::Node;
 use crate::page::{PAGE_SIZE, Page};
 use crate::segment::Segments;
@@ -470,6 +471,26 @@ impl Store {
     }
 }
 
+impl Store {
+    /// A node as it stands where `block` says, whatever is cached. Nodes are cached by their hash, and
+    /// the same node may stand in several places: where a line has the pages of another.
+    pub(crate) fn node_as_stored(
+        &self,
+        block: &BlockRef,
+        level: u8,
+        first: u64,
+    ) -> Result<Arc<Node>> {
+        let node = self.reading(|| {
+            self.segments.read(block, RecordKind::Node, |record| {
+                Node::decode(&record.decode()?, level, first)
+            })
+        })?;
+        let node = Arc::new(node);
+        self.nodes.insert(block.hash, Arc::clone(&node));
+        Ok(node)
+    }
+}
+
 /// How often in a row a block may be moved while it is being read.
 const MOVED_MAX: usize = 8;
 
@@ -480,14 +501,7 @@ impl NodeSource for Store {
         {
             return Ok(node);
         }
-        let node = self.reading(|| {
-            self.segments.read(block, RecordKind::Node, |record| {
-                Node::decode(&record.decode()?, level, first)
-            })
-        })?;
-        let node = Arc::new(node);
-        self.nodes.insert(block.hash, Arc::clone(&node));
-        Ok(node)
+        self.node_as_stored(block, level, first)
     }
 }
 

@@ -14,7 +14,7 @@ use crate::elide::{FrameFingerprints, encode_fingerprints};
 use crate::error::{Result, StoreError};
 use crate::format::{MAX_BLOB_LEN, RecordKind};
 use crate::id::{BlockRef, Hash, SnapshotId};
-use crate::journal::{Entry, Publication};
+use crate::journal_entry::{Entry, Publication};
 use crate::manifest::{Manifest, RegionManifest, StateChunk, StateRef};
 use crate::node::{MAX_REGION_PAGES, Node};
 use crate::page::PageSource;
@@ -267,7 +267,10 @@ impl Transaction {
         self.progress.check()?;
         let syncing = Instant::now();
         let segments = self.segments.as_mut().expect("held until commit");
-        let tail = segments.sync()?;
+        let tail = segments.sync().inspect_err(|_| {
+            // Full media latch nothing, but what a failed sync left of that segment is in doubt.
+            self.store.writer_state().abandon_tail = true;
+        })?;
         let meta_bytes = segments.appended_bytes() - self.frame_bytes;
         // Before it is published: there is no moment in which it could be pruned.
         let pin = description.pin.then(|| self.store.pin_name(id)).flatten();
@@ -393,6 +396,8 @@ impl Transaction {
             // What could not be taken back is cleared away by the next writer, who leaves a segment
             // in doubt alone.
             tracing::warn!(%error, "could not take back an unfinished transaction");
+            // Nor keep what it has open of them: their numbers will be those of others.
+            self.store.segments.close();
             self.store.writer_state().abandon_tail = true;
         }
         if let Some(cause) = latch {

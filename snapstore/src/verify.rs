@@ -32,8 +32,7 @@ pub struct VerifyProgress {
 pub struct Damage {
     /// What, where, expected and found.
     pub error: StoreError,
-    /// Snapshots it was found under; empty for damage to the store's own files. A frame names the
-    /// first snapshot that refers to it.
+    /// A snapshot it was found under, the newest if it is in several; none for damage to the journal.
     pub snapshot: Option<SnapshotId>,
 }
 
@@ -91,7 +90,7 @@ fn verify_once(
     store.nodes.clear();
     store.frames.clear();
     store.segments.close();
-    let mut marker = Marker::new(store, &|| false);
+    let mut marker = Marker::as_stored(store);
     // The newest first: see there.
     for id in snapshots.iter().rev() {
         match store.published(*id) {
@@ -107,18 +106,22 @@ fn verify_once(
     report.damage.extend(obstacles.into_iter().filter(|found| !found.is_frame).map(found));
     report.nodes = nodes.len() as u64;
     report.chunks = chunks.len() as u64;
-    let read = nodes.iter().chain(&chunks).chain(&manifests).chain(&fingerprints);
+    let owned = chunks.iter().chain(&fingerprints).map(|(block, _)| block);
+    let read = nodes.iter().chain(&manifests).chain(owned);
     report.stored_bytes = read.map(|block| u64::from(block.len)).sum();
     // Nodes and manifests were read on the way.
-    for block in &chunks {
-        let parsed = read_chunk(store, block);
-        report.damage.extend(parsed.err().map(|error| Damage { error, snapshot: None }));
+    let damage = |parsed: Result<()>, index: u32| {
+        let snapshot = snapshots.get(index as usize).copied();
+        parsed.err().map(|error| Damage { error, snapshot })
+    };
+    for (block, index) in &chunks {
+        report.damage.extend(damage(read_chunk(store, block), *index));
     }
-    for block in &fingerprints {
+    for (block, index) in &fingerprints {
         let parsed = store.segments.read(block, RecordKind::Fingerprints, |record| {
             decode_fingerprints(&record.decode()?).map(drop)
         });
-        report.damage.extend(parsed.err().map(|error| Damage { error, snapshot: None }));
+        report.damage.extend(damage(parsed, *index));
     }
     check_frames(store, &frames, &snapshots, progress, &mut report);
     report

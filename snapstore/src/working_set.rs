@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::codec::{Decoded, Decoder, Malformed, put_varint};
 use crate::error::{Result, StoreError};
 use crate::id::{Hash, SnapshotId};
+use crate::node::MAX_REGION_PAGES;
 use crate::store::Store;
 
 const MAGIC: &[u8; 8] = b"FRZLWSET";
@@ -73,7 +74,14 @@ impl WorkingSet {
         if count > (list.len() / 2).min(RANGES_MAX) as u64 {
             return Err(Malformed::new("number of ranges", "as many as there are", count));
         }
-        let mut range = || Ok((decoder.varint("first page")?, decoder.varint("pages")?));
+        let mut range = || {
+            let (first, count) = (decoder.varint("first page")?, decoder.varint("pages")?);
+            if first > MAX_REGION_PAGES || count > MAX_REGION_PAGES {
+                let most = format!("at most {MAX_REGION_PAGES}");
+                return Err(Malformed::new("range of pages", most, first.max(count)));
+            }
+            Ok((first, count))
+        };
         let ranges = (0..count).map(|_| range()).collect::<Decoded<Vec<_>>>()?;
         decoder.finish("working set")?;
         Ok(Self { ranges })
@@ -154,7 +162,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn working_sets_round_trip(ranges in proptest::collection::vec((any::<u64>(), any::<u64>()), 0..50), at in any::<prop::sample::Index>(), bit in 0..8) {
+        fn working_sets_round_trip(ranges in proptest::collection::vec((0..=MAX_REGION_PAGES, 0..=MAX_REGION_PAGES), 0..50), at in any::<prop::sample::Index>(), bit in 0..8) {
             let set = WorkingSet { ranges };
             let bytes = set.encode(id(1), "ram");
             prop_assert_eq!(&WorkingSet::decode(&bytes, id(1), "ram").unwrap(), &set);
@@ -164,6 +172,16 @@ mod tests {
             damaged[at.index(bytes.len())] ^= 1_u8 << bit;
             prop_assert!(WorkingSet::decode(&damaged, id(1), "ram").is_err());
             prop_assert!(WorkingSet::decode(&bytes[..at.index(bytes.len())], id(1), "ram").is_err());
+        }
+    }
+
+    /// Whoever can write to the store can make a file whose hash is right.
+    #[test]
+    fn ranges_beyond_any_region_are_refused() {
+        for range in [(u64::MAX, 1), (0, u64::MAX)] {
+            let set = WorkingSet { ranges: vec![range, (1, 2)] };
+            let error = WorkingSet::decode(&set.encode(id(1), "ram"), id(1), "ram").unwrap_err();
+            assert_eq!(error.what, "range of pages");
         }
     }
 

@@ -12,7 +12,7 @@ use crate::format::{
     segment_name,
 };
 use crate::id::{BlockRef, SnapshotId};
-use crate::journal::{Entry, MAX_LISTED};
+use crate::journal_entry::{Entry, MAX_LISTED};
 use crate::layout::Relayout;
 use crate::segment::SegmentWriter;
 use crate::storage::{StoreFile, WriterLock};
@@ -157,8 +157,9 @@ impl Store {
         // A torn newest record may be damage to one that was durable. Its data is then all that is
         // left of it: leave it alone. Else every writer looks, even one that tidied up before: the
         // one that crashed may have been another process.
+        let mut newest = None;
         if torn == 0 {
-            self.remove_orphans()?;
+            newest = self.remove_orphans()?;
         } else {
             let files = self.segment_files()?;
             let segments = files.iter().filter(|(kind, _)| *kind == FileKind::Segment);
@@ -170,7 +171,7 @@ impl Store {
             && torn == 0
             && end < self.options.segment_max_bytes
         {
-            go_on = self.reopen_tail(number, end)?.map(|file| (number, end, file));
+            go_on = newest.filter(|_| self.can_go_on(number)).map(|file| (number, end, file));
         }
         let next = last_used.checked_add(1).ok_or_else(|| {
             StoreError::Invalid(format!("{} has used up all segment numbers", self.describe()))
@@ -184,29 +185,19 @@ impl Store {
         ))
     }
 
-    /// The newest segment, which ends at `end`, if it can be appended to.
-    fn reopen_tail(&self, number: u32, end: u64) -> Result<Option<Arc<dyn StoreFile>>> {
+    /// True if the newest segment is one to be appended to: one that was pruned is no more, and one
+    /// whose header is damaged could not be read back.
+    fn can_go_on(&self, number: u32) -> bool {
         let layout = self.segments.layout();
-        // One that was pruned is no more; one that is missing, or whose header is damaged, could
-        // not be read back.
-        if layout.is_retired(number) || self.segments.file((FileKind::Segment, number)).is_err() {
-            return Ok(None);
-        }
-        let name = segment_name(number);
-        let file = self
-            .storage
-            .open(&name, true)
-            .map_err(|error| StoreError::io("open", name.clone(), error))?;
-        let len = file.len_bytes().map_err(|error| StoreError::io("read", name, error))?;
-        // A shorter one has lost published data: `verify` tells; never append to it.
-        Ok((len >= end).then_some(file))
+        !layout.is_retired(number) && self.segments.file((FileKind::Segment, number)).is_ok()
     }
 
     /// Removes what no published snapshot can be in: what lies behind the tail, what was pruned,
-    /// packs and a journal that were not finished.
-    pub(crate) fn remove_orphans(&self) -> Result<()> {
+    /// packs and a journal that were not finished. Returns the newest segment, if it is there and
+    /// now ends at the tail.
+    pub(crate) fn remove_orphans(&self) -> Result<Option<Arc<dyn StoreFile>>> {
         if self.torn_journal_bytes() > 0 {
-            return Ok(());
+            return Ok(None);
         }
         let layout = self.segments.layout();
         let last = self.catalog().tail.map_or(0, |(last, _)| last);
@@ -217,7 +208,12 @@ impl Store {
         for key in self.segment_files()?.into_iter().filter(|key| is_orphan(*key)) {
             self.remove_file(key)?;
         }
-        self.cut_tail()?;
+        self.remove_new_journal()?;
+        self.cut_tail()
+    }
+
+    /// Removes a journal whose writing was interrupted, if there is one.
+    pub(crate) fn remove_new_journal(&self) -> Result<()> {
         match self.storage.remove(JOURNAL_NEW_FILE) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 Err(StoreError::io("remove", JOURNAL_NEW_FILE, error))
@@ -227,18 +223,19 @@ impl Store {
     }
 
     /// Cuts what lies behind the tail off the newest segment.
-    fn cut_tail(&self) -> Result<()> {
-        let Some((number, end)) = self.catalog().tail else { return Ok(()) };
+    fn cut_tail(&self) -> Result<Option<Arc<dyn StoreFile>>> {
+        let Some((number, end)) = self.catalog().tail else { return Ok(None) };
         let name = segment_name(number);
         let file = match self.storage.open(&name, true) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             file => file.map_err(|error| StoreError::io("open", name.clone(), error))?,
         };
         let len = file.len_bytes().map_err(|error| StoreError::io("read", name.clone(), error))?;
         if len > end {
             file.set_len(end).map_err(|error| StoreError::io("truncate", name, error))?;
         }
-        Ok(())
+        // A shorter one has lost published data: `verify` tells; never append to it.
+        Ok((len >= end).then_some(file))
     }
 
     pub(crate) fn remove_file(&self, key: (FileKind, u32)) -> Result<()> {

@@ -9,6 +9,8 @@ pub const FILE_HEADER_LEN: usize = 64;
 pub const BLOCK_HEADER_LEN: usize = 16;
 /// Kind of a record that holds pages.
 pub const KIND_FRAME: u8 = 1;
+/// Kind of a record that holds a node of a page tree.
+pub const KIND_NODE: u8 = 2;
 const RECORD_HEADER_LEN: usize = 24;
 const CHECK_LEN: usize = 32;
 const KIND_PUBLISH: u32 = 1;

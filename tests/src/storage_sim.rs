@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use frazil_snapstore::{LockError, Pin, Storage, StoreFile, WriterLock};
@@ -237,6 +238,14 @@ struct Medium {
 #[derive(Clone, Default)]
 pub struct SimStorage {
     medium: Arc<Mutex<Medium>>,
+    open: Arc<OpenFiles>,
+}
+
+/// How many files are open, and were at the most.
+#[derive(Debug, Default)]
+struct OpenFiles {
+    now: AtomicUsize,
+    most: AtomicUsize,
 }
 
 impl std::fmt::Debug for SimStorage {
@@ -251,7 +260,20 @@ impl SimStorage {
     }
 
     fn of(image: Image) -> Self {
-        Self { medium: Arc::new(Mutex::new(Medium { image, ..Medium::default() })) }
+        let medium = Arc::new(Mutex::new(Medium { image, ..Medium::default() }));
+        Self { medium, open: Arc::default() }
+    }
+
+    /// The most files that were open at a time so far.
+    #[must_use]
+    pub fn most_open_files(&self) -> usize {
+        self.open.most.load(Ordering::Relaxed)
+    }
+
+    fn file(&self, name: &str, inode: usize) -> Arc<dyn StoreFile> {
+        let now = self.open.now.fetch_add(1, Ordering::Relaxed) + 1;
+        self.open.most.fetch_max(now, Ordering::Relaxed);
+        Arc::new(SimFile { storage: self.clone(), name: name.to_owned(), inode })
     }
 
     /// Keeps the state before every mutation from here on, for [`Self::crash_before`].
@@ -363,8 +385,7 @@ impl Fault {
 impl Storage for SimStorage {
     fn open(&self, name: &str, _writable: bool) -> io::Result<Arc<dyn StoreFile>> {
         let inode = self.medium().image.names.get(name).copied();
-        let inode = inode.ok_or(io::ErrorKind::NotFound)?;
-        Ok(Arc::new(SimFile { storage: self.clone(), name: name.to_owned(), inode }))
+        Ok(self.file(name, inode.ok_or(io::ErrorKind::NotFound)?))
     }
 
     fn create(&self, name: &str) -> io::Result<Arc<dyn StoreFile>> {
@@ -378,7 +399,7 @@ impl Storage for SimStorage {
         medium.image.inodes.push(Inode::default());
         let inode = medium.image.inodes.len() - 1;
         medium.image.change_name(name, Some(inode));
-        Ok(Arc::new(SimFile { storage: self.clone(), name: name.to_owned(), inode }))
+        Ok(self.file(name, inode))
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {
@@ -470,6 +491,12 @@ struct SimFile {
     storage: SimStorage,
     name: String,
     inode: usize,
+}
+
+impl Drop for SimFile {
+    fn drop(&mut self) {
+        self.storage.open.now.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl StoreFile for SimFile {

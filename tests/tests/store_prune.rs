@@ -7,11 +7,12 @@ use frazil_snapstore::{
     DiffOptions, PageRange, PruneOptions, PruneProgress, SnapshotId, Store, StoreError,
     StoreOptions, diff,
 };
+use frazil_tests::format_reader::read_journal;
 use frazil_tests::oracle::{
-    Edit, Model, check_all, compare_snapshot, content, small_options, take,
+    Edit, Model, check_all, check_no_orphans, compare_snapshot, content, small_options, take,
 };
 use frazil_tests::rng::Rng;
-use frazil_tests::storage_sim::SimStorage;
+use frazil_tests::storage_sim::{Op, SimStorage};
 
 const PAGES: u64 = 700;
 const ALL: PruneOptions =
@@ -332,6 +333,28 @@ fn a_cancelled_prune_keeps_what_it_did_and_can_be_run_again() {
     assert!(line.prune(&ALL).segments_rewritten > 0);
 }
 
+/// As it would be while it is at work: what is done stays done, the rest is not begun.
+#[test]
+fn a_prune_that_is_cancelled_halfway_leaves_whole_packs_only() {
+    for (op, number, whole) in [(Op::Create, 1, 0), (Op::Sync, 1, 1), (Op::Create, 3, 2)] {
+        let mut line = Line::new(small_options());
+        (0..16).for_each(|_| line.step(40));
+        line.thin(|index| index % 4 == 3);
+        let progress = Arc::new(PruneProgress::default());
+        let cancel = Arc::clone(&progress);
+        line.storage.once(op, &frazil_snapstore::pack_name(number), move || cancel.cancel());
+        let error = line.store.prune(&ALL, &progress).unwrap_err();
+        assert!(matches!(error, StoreError::Cancelled(_)), "{error}");
+        let files = line.storage.files();
+        let packs = files.keys().filter(|name| name.ends_with(".pack")).count();
+        assert_eq!(packs, whole, "{op:?} {number}: {files:?}");
+        check_all(&line.store, &line.published);
+        check_no_orphans(&line.storage);
+        assert!(line.prune(&ALL).segments_rewritten > 0);
+        check_no_orphans(&line.storage);
+    }
+}
+
 /// A torn newest record may be a damaged one: its blocks stay, whatever is written next, until
 /// somebody prunes.
 #[test]
@@ -388,4 +411,77 @@ fn diffs_agree_with_a_naive_one() {
 
 fn pages(ranges: &[PageRange]) -> Vec<u64> {
     ranges.iter().flat_map(|range| range.first..range.first + range.count).collect()
+}
+
+/// However little room there is, and wherever it ends: what a prune could not finish takes none.
+#[test]
+fn a_full_medium_leaves_no_half_pack_and_no_half_journal() {
+    let mut line = Line::new(small_options());
+    (0..14).for_each(|_| line.step(40));
+    line.thin(|index| index % 4 == 3);
+    let good: Vec<(String, Vec<u8>)> = line
+        .storage
+        .files()
+        .into_keys()
+        .map(|name| (name.clone(), line.storage.content(&name).unwrap()))
+        .collect();
+    let (mut full, mut packs) = (0, 0);
+    for room in (0..60_000).step_by(499) {
+        let storage = SimStorage::default();
+        good.iter().for_each(|(name, bytes)| storage.put(name, Some(bytes)));
+        let store = Store::open_storage(Arc::new(storage.clone()), small_options()).unwrap();
+        storage.set_capacity(Some(storage.used_bytes() + room));
+        let pruned = store.prune(&ALL, &PruneProgress::default());
+        storage.set_capacity(None);
+        check_all(&store, &line.published);
+        let files = storage.files();
+        assert!(!files.contains_key("journal.new"), "{room} bytes of room: {files:?}");
+        let Err(error) = pruned else { continue };
+        assert!(matches!(error, StoreError::DiskFull { .. }), "{error}");
+        full += 1;
+        let named = read_journal(&storage.content("journal").unwrap()).packs;
+        for (name, _) in files.iter().filter(|(name, _)| name.ends_with(".pack")) {
+            let number = u32::from_str_radix(&name["segments/".len()..][..8], 16).unwrap();
+            assert!(named.contains(&number), "{room} bytes of room: {name} is a pack of nothing");
+            packs += 1;
+        }
+        // And again, with room.
+        store.prune(&ALL, &PruneProgress::default()).unwrap();
+        check_all(&store, &line.published);
+    }
+    println!("{full} times full, {packs} packs written before");
+    assert!(full > 5 && packs > 0, "{full} {packs}");
+}
+
+/// A crash left both a journal that was being written anew and one with a torn tail.
+#[test]
+fn an_unfinished_journal_beside_a_torn_one_stops_no_prune() {
+    let mut line = Line::new(small_options());
+    (0..12).for_each(|_| line.step(40));
+    line.thin(|index| index == 11);
+    let good = line.storage.content("journal").unwrap();
+    line.storage.put("journal", Some(&[&good[..], b"torn"].concat()));
+    line.storage.put("journal.new", Some(b"unfinished"));
+    let fresh = Store::open_storage(Arc::new(line.storage.clone()), small_options()).unwrap();
+    fresh.prune(&ALL, &PruneProgress::default()).unwrap();
+    assert_eq!(line.storage.content("journal.new"), None);
+    assert_ne!(line.storage.content("journal").unwrap()[12], 0, "written anew");
+    check_all(&fresh, &line.published);
+}
+
+/// It would make every reader read it again, and every cache forget.
+#[test]
+fn a_journal_that_says_nothing_in_vain_is_not_written_anew() {
+    let elide = frazil_snapstore::Elide::NONE;
+    let mut line = Line::new(StoreOptions { elide, ..small_options() });
+    (0..24).for_each(|_| line.step(60));
+    line.thin(|index| index % 2 == 1);
+    line.prune(&ALL);
+    let packs = line.storage.files().keys().filter(|name| name.ends_with(".pack")).count();
+    assert!(packs > 8, "{packs} packs, a record each");
+    let journal = line.storage.content("journal").unwrap();
+    assert_ne!(journal[12], 0, "written anew");
+    let report = line.prune(&PruneOptions::default());
+    assert_eq!((report.segments_removed, report.segments_rewritten), (0, 0), "{report:?}");
+    assert_eq!(line.storage.content("journal").unwrap(), journal);
 }

@@ -1,15 +1,17 @@
 //! One test for each way the store was, or could have been, broken: races between handles,
 //! failures at awkward places, files nobody expected.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::Duration;
 
 use frazil_snapstore::{
-    Description, PAGE_SIZE, Page, PageSet, PageSource, StateChunk, Store, StoreError, StoreOptions,
-    VerifyProgress, segment_name, verify,
+    Description, Elide, PAGE_SIZE, Page, PageSet, PageSource, StateChunk, Store, StoreError,
+    StoreOptions, VerifyProgress, segment_name, verify,
 };
+use frazil_tests::format_reader::{BLOCK_HEADER_LEN, KIND_FRAME, KIND_NODE, read_segment};
 use frazil_tests::oracle::{
     Edit, Model, Source, check_all, check_no_orphans, compare, describe, small_options, take,
 };
@@ -392,4 +394,158 @@ fn verify_reads_past_the_caches() {
     let report = verify(&store, &[id], &VerifyProgress::default()).unwrap();
     assert!(!report.damage.is_empty());
     assert!(report.damage[0].error.to_string().contains(&segment_name(1)));
+}
+
+/// A second line with the same pages has the same nodes, each written once more. They are cached by their
+/// hash: damage to either must be found all the same.
+#[test]
+fn damage_to_a_node_that_stands_twice_is_found() {
+    let storage = SimStorage::default();
+    let options = StoreOptions { segment_max_bytes: 1 << 20, ..small_options() };
+    let store = Store::open_or_create_storage(Arc::new(storage.clone()), options).unwrap();
+    let ids = [1, 2].map(|step| take(&store, None, &mut model(64), &edit(step, 0..7)).unwrap().id);
+    let name = segment_name(1);
+    let good = storage.content(&name).unwrap();
+    let nodes: Vec<_> =
+        read_segment(&good).into_iter().filter(|record| record.kind == KIND_NODE).collect();
+    let [first, second] = nodes.as_slice() else { panic!("{} nodes", nodes.len()) };
+    assert_eq!(good[first.offset..first.end()], good[second.offset..second.end()], "the same");
+    for node in [first, second] {
+        let mut bad = good.clone();
+        bad[node.offset + 20] ^= 1;
+        storage.put(&name, Some(&bad));
+        let report = verify(&store, &ids, &VerifyProgress::default()).unwrap();
+        let [damage] = report.damage.as_slice() else { panic!("{:?}", report.damage) };
+        let place = format!("{name} is damaged at offset {}", node.offset);
+        assert!(damage.error.to_string().contains(&place), "{}", damage.error);
+    }
+}
+
+/// A process may have a thousand files open, and a store of some hundred gigabytes has more.
+#[test]
+fn a_store_of_many_segments_keeps_few_files_open() {
+    let storage = SimStorage::default();
+    let options = StoreOptions { elide: Elide::NONE, ..small_options() };
+    let store = Store::open_or_create_storage(Arc::new(storage.clone()), options).unwrap();
+    let (mut contents, mut published) = (model(600), Vec::new());
+    for step in 0..300 {
+        let parent = published.last().map(|(id, _)| *id);
+        let edit = edit(step, 2 * step..2 * step + 2);
+        let id = take(&store, parent, &mut contents, &edit).unwrap().id;
+        published.push((id, contents.clone()));
+    }
+    let segments = storage.files().len();
+    assert!(segments > 300, "{segments} files");
+    let ids: Vec<_> = published.iter().map(|(id, _)| *id).collect();
+    drop(store);
+    let reader = store_on(&storage);
+    assert!(verify(&reader, &ids, &VerifyProgress::default()).unwrap().damage.is_empty());
+    let (id, contents) = published.last().unwrap();
+    compare(&reader, *id, contents).unwrap();
+    let open = storage.most_open_files();
+    assert!(open <= 200, "{open} files were open at a time");
+}
+
+/// What a failed sync left of a segment is in doubt, though a full medium latches nothing.
+#[test]
+fn a_segment_whose_sync_failed_is_not_appended_to() {
+    let storage = SimStorage::default();
+    let options = StoreOptions { segment_max_bytes: 1 << 20, ..small_options() };
+    let store = Store::open_or_create_storage(Arc::new(storage.clone()), options).unwrap();
+    let mut contents = model(64);
+    let first = take(&store, None, &mut contents, &edit(1, 0..5)).unwrap().id;
+    let (name, used) = (segment_name(1), storage.files()[&segment_name(1)]);
+    let failing = storage.clone();
+    let full = FaultPlan { after: 0, fault: Fault::Enospc, lasting: false };
+    storage.once(Op::Sync, &name, move || failing.fail(Some(full)));
+    let mut second = contents.clone();
+    let error = take(&store, Some(first), &mut second.clone(), &edit(2, 5..9)).unwrap_err();
+    assert!(matches!(error, StoreError::DiskFull { .. }), "{error}");
+    storage.fail(None);
+    assert_eq!(storage.files()[&name], used, "the space came back");
+    let id = take(&store, Some(first), &mut second, &edit(3, 5..9)).unwrap().id;
+    assert_eq!(storage.files()[&name], used, "nothing is appended to it");
+    for seed in 0..20 {
+        check_all(
+            &store_on(&storage.crash(seed)),
+            &[(first, contents.clone()), (id, second.clone())],
+        );
+    }
+}
+
+/// So that one knows which to forget.
+#[test]
+fn verify_names_the_snapshot_of_whatever_is_damaged() {
+    let storage = SimStorage::default();
+    let options = StoreOptions { segment_max_bytes: 1 << 20, ..small_options() };
+    let store = Store::open_or_create_storage(Arc::new(storage.clone()), options).unwrap();
+    let id = take(&store, None, &mut model(64), &edit(1, 0..20)).unwrap().id;
+    let name = segment_name(1);
+    let good = storage.content(&name).unwrap();
+    let mut kinds = BTreeSet::new();
+    for record in read_segment(&good) {
+        let mut bad = good.clone();
+        bad[record.end() - 1] ^= 1;
+        storage.put(&name, Some(&bad));
+        let report = verify(&store, &[id], &VerifyProgress::default()).unwrap();
+        let [damage] = report.damage.as_slice() else { panic!("{:?}", report.damage) };
+        assert_eq!(damage.snapshot, Some(id), "{}", damage.error);
+        kinds.insert(record.kind);
+    }
+    assert!(kinds.len() >= 5, "frames, nodes, state, fingerprints and the manifest: {kinds:?}");
+}
+
+#[test]
+fn levels_are_a_setting_and_noise_is_stored_as_it_is() {
+    let text_len = |compression_level| {
+        let storage = SimStorage::default();
+        let options = StoreOptions {
+            compression_level,
+            frame_pages: 7,
+            segment_max_bytes: 1 << 20,
+            elide: Elide::NONE,
+            ..small_options()
+        };
+        let store = Store::open_or_create_storage(Arc::new(storage.clone()), options).unwrap();
+        // A frame of numbers that compress, and one of noise.
+        let of = |page: u64| if page < 7 { 2 } else { 3 } + 3 * (page % 7) as u8;
+        let pages = (0..14).map(|page| (page, of(page))).collect();
+        let mut contents = model(64);
+        let edit = Edit { rounds: vec![("ram".into(), pages)], step: 1 };
+        let id = take(&store, None, &mut contents, &edit).unwrap().id;
+        check_all(&store_on(&storage), &[(id, contents)]);
+        let bytes = storage.content(&segment_name(1)).unwrap();
+        let mut frames = read_segment(&bytes);
+        frames.retain(|record| record.kind == KIND_FRAME);
+        let [text, noise] = frames.as_slice() else { panic!("{} frames", frames.len()) };
+        // The codec is the third byte of the header.
+        assert_eq!((bytes[noise.offset + 2], noise.len), (0, BLOCK_HEADER_LEN + 7 * PAGE_SIZE));
+        text.len
+    };
+    let lens = [-50, -1, 1, 19].map(text_len);
+    assert!(lens[0] > lens[2] && lens[2] > lens[3], "{lens:?}");
+}
+
+/// Segments that could not be taken back were read while they were written, to look for equal pages.
+/// Another process removes them, and gives their numbers to its own.
+#[test]
+fn a_number_that_is_used_again_is_not_looked_for_in_an_open_file() {
+    let storage = SimStorage::default();
+    let first = store_on(&storage);
+    let mut set = PageSet::new(400);
+    set.insert_range(0, 400);
+    let contents: Vec<u8> = (0..400).map(|page| 1 + (page % 23) as u8).collect();
+    let mut transaction = first.begin(None).unwrap();
+    let region = transaction.region("ram", 400).unwrap();
+    let stats = transaction.write_pages(region, &set, &Source(&contents)).unwrap();
+    assert!(stats.dedup_pages > 0, "{stats:?}");
+    storage.fail(Some(FaultPlan { after: 0, fault: Fault::Eio, lasting: true }));
+    drop(transaction);
+    storage.fail(None);
+    let options = StoreOptions { elide: Elide::NONE, ..small_options() };
+    let second = Store::open_storage(Arc::new(storage.clone()), options).unwrap();
+    let mut contents = model(400);
+    let id = take(&second, None, &mut contents, &edit(1, 0..60)).unwrap().id;
+    first.refresh().unwrap();
+    compare(&first, id, &contents).unwrap();
 }
