@@ -17,6 +17,7 @@ mod delta;
 mod diff;
 mod elide;
 mod error;
+mod export;
 mod format;
 mod frame;
 #[doc(hidden)]
@@ -58,6 +59,7 @@ mod writer;
 pub use catalog::SnapshotInfo;
 pub use diff::{DiffOptions, PageRange, RegionDiff, SnapshotDiff, StateDiff, diff};
 pub use error::{Result, StoreError};
+pub use export::{ExportError, ExportProgress, export};
 pub use format::{
     FORMAT_VERSION, JOURNAL_FILE, MAX_FRAME_PAGES, SEGMENT_FOLDER, STORE_FILE, pack_name,
     segment_name,

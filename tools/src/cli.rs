@@ -54,6 +54,8 @@ pub(crate) enum Command {
     Show(ShowArgs),
     /// Show what differs between two snapshots of a store: memory, registers, devices.
     Diff(DiffArgs),
+    /// Write a snapshot's memory, or one of its disks, to a file.
+    Export(ExportArgs),
     /// Read everything that snapshots refer to and check it.
     Verify(VerifyArgs),
     /// Take snapshots out of a store: those named, or those that no rule keeps.
@@ -475,6 +477,31 @@ pub(crate) struct ShowArgs {
     /// STORE@REF.
     #[arg(default_value = "latest")]
     pub snapshot: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ExportArgs {
+    /// STORE@REF.
+    pub snapshot: String,
+    /// The file, which must not be there yet. What is zero takes no space in it.
+    pub file: PathBuf,
+    /// What is written: `ram`, where byte N of the file is guest physical address N, or a disk: `disk0`
+    /// and so on.
+    #[arg(long, value_name = "NAME", default_value = "ram")]
+    pub region: String,
+    /// How.
+    #[arg(long, value_enum, default_value = "raw")]
+    pub format: ExportFormat,
+    /// Replace the file if it is there.
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// What an exported file looks like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ExportFormat {
+    /// The contents and nothing else.
+    Raw,
 }
 
 /// What of guest memory `verify` compares with the built-in workload's oracle.

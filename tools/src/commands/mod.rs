@@ -3,6 +3,7 @@
 pub(crate) mod clones;
 pub(crate) mod control;
 pub(crate) mod diff;
+pub(crate) mod export;
 mod graph;
 pub(crate) mod log;
 pub(crate) mod pager;

@@ -42,8 +42,9 @@ pub(super) struct Wrong {
 }
 
 impl SavedDisk {
-    /// Its length; nonsense for one that [`Self::check`] refuses.
-    pub(super) fn len_bytes(&self) -> u64 {
+    /// Its length; nonsense for one that no machine had.
+    #[must_use]
+    pub fn len_bytes(&self) -> u64 {
         self.sectors.saturating_mul(SECTOR_BYTES)
     }
 
