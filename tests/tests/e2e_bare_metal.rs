@@ -1,7 +1,8 @@
 //! A guest of somebody else: a bare-metal ELF that knows only the Linux boot protocol.
 
+use std::io::Write;
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use frazil_tests::vm_harness::{Host, kvm_or_skip};
 
@@ -75,6 +76,46 @@ fn a_bare_metal_elf_says_hello_and_resets() {
     assert_eq!(quiet.stdout, "");
     let written = std::fs::read_to_string(file).expect("the serial file");
     assert!(written.starts_with("hello\n"), "{written:?}");
+}
+
+/// Says each byte that it reads twice, and resets the machine at a full stop.
+const ECHO: &str = r#"
+    .text
+    .globl _start
+_start:
+    mov $0x3fd, %edx
+    inb %dx, %al
+    test $1, %al
+    jz _start
+    mov $0x3f8, %edx
+    inb %dx, %al
+    outb %al, %dx
+    outb %al, %dx
+    cmp $0x2e, %al
+    jne _start
+    movb $0xfe, %al
+    outb %al, $0x64
+    hlt
+"#;
+
+#[test]
+fn what_comes_in_is_read_by_the_guest() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    let elf = assemble(&host, "echo", ECHO).display().to_string();
+    let mut command =
+        host.command(&["run", "--kernel", &elf, "--memory", "32MiB", "--serial-input", "stdin"]);
+    let mut child =
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("it starts");
+    // More than the port has room for.
+    let text: String = ('a'..='z').cycle().take(500).chain(['.']).collect();
+    child.stdin.take().expect("a pipe").write_all(text.as_bytes()).expect("it is read");
+    let finished = child.wait_with_output().expect("it ends");
+    let expected: String = text.chars().flat_map(|c| [c, c]).collect();
+    assert_eq!(String::from_utf8_lossy(&finished.stdout), expected);
+    assert!(finished.status.success());
 }
 
 #[test]

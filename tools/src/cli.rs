@@ -94,6 +94,14 @@ pub(crate) enum SerialArg {
     File(PathBuf),
 }
 
+/// What a guest reads from its serial port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SerialInput {
+    Auto,
+    Stdin,
+    None,
+}
+
 fn serial(text: &str) -> Result<SerialArg, String> {
     Ok(match text {
         "stdio" => SerialArg::Stdio,
@@ -321,6 +329,11 @@ pub(crate) struct HostArgs {
     /// standard error.
     #[arg(long, value_name = "WHERE", default_value = "stdio", value_parser = serial)]
     pub serial: SerialArg,
+    /// What the guest reads from its serial port: `auto` is the terminal, where there is one in the
+    /// foreground and --serial is stdio; `stdin` is standard input, whatever it is; `none`. On a
+    /// terminal all keys are the guest's, Ctrl-C too, but Ctrl-A: then `x` ends the VM, `h` shows more.
+    #[arg(long, value_enum, value_name = "WHAT", default_value = "auto")]
+    pub serial_input: SerialInput,
     /// Applied to the snapshots with this VM's name, while it runs.
     #[command(flatten)]
     pub keep: KeepArgs,

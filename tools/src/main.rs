@@ -7,6 +7,7 @@
 mod output;
 mod cli;
 mod commands;
+mod console;
 mod demo;
 
 use std::process::ExitCode;

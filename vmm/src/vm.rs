@@ -289,6 +289,13 @@ impl Vm {
         self.bus.serial().finish_output();
     }
 
+    /// Has the guest read `bytes` from its serial port; returns how many of them there was room for, the
+    /// first ones.
+    #[must_use]
+    pub fn serial_input(&self, bytes: &[u8]) -> usize {
+        self.bus.serial().input(bytes)
+    }
+
     /// Why the VM ended, if it did.
     #[must_use]
     pub fn ended(&self) -> Option<Ended> {

@@ -22,7 +22,8 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use super::{Started, clones, default_store, find_snapshot, monotonic_ns, pager, print_json};
-use crate::cli::{ClockArg, HostArgs, PagerArg, ResumeArgs, RunArgs, SerialArg};
+use crate::cli::{ClockArg, HostArgs, PagerArg, ResumeArgs, RunArgs, SerialArg, SerialInput};
+use crate::console::{self, Console};
 use crate::output;
 
 /// Signals that come so soon after the first are the same one.
@@ -153,9 +154,10 @@ struct Session {
 fn serve(session: Session) -> anyhow::Result<ExitCode> {
     let Session { vm, registration, host, store_path, json, paused, first_progress } = session;
     stop_on_signals(&vm)?;
+    let console = start_console(&vm, &host, json)?;
     let printer = move |taken: &frazil_vmm::Result<CheckpointReport>| print_checkpoint(taken, json);
     let server = Server::start(Arc::clone(&vm), &registration.record().socket, Arc::new(printer))?;
-    announce(&vm, &registration, &store_path, json)?;
+    announce(&vm, &registration, &store_path, json, console.as_ref())?;
     if let Some(started) = first_progress {
         watch_first_progress(&vm, started, json);
     }
@@ -180,6 +182,7 @@ fn serve(session: Session) -> anyhow::Result<ExitCode> {
     // No checkpoint comes any more: what it does last is final.
     drop(keeper);
     vm.finish_output();
+    drop(console);
     let totals = vm.checkpoint_totals();
     let code = say_ended(&vm, &ended, json)?;
     if !json && totals.taken + totals.failed > 0 {
@@ -196,6 +199,21 @@ fn serve(session: Session) -> anyhow::Result<ExitCode> {
     }
     drop(registration);
     Ok(code)
+}
+
+fn start_console(vm: &Arc<Vm>, host: &HostArgs, json: bool) -> anyhow::Result<Option<Console>> {
+    match host.serial_input {
+        SerialInput::None => Ok(None),
+        SerialInput::Stdin => Console::start(vm).map(Some),
+        SerialInput::Auto => {
+            let wanted = !json && matches!(host.serial, SerialArg::Stdio);
+            if wanted && console::is_in_foreground() {
+                Console::start(vm).map(Some)
+            } else {
+                Ok(None)
+            }
+        }
+    }
 }
 
 fn start_scheduler(vm: &Arc<Vm>, host: &HostArgs, json: bool) -> anyhow::Result<Option<Scheduler>> {
@@ -278,7 +296,10 @@ fn stop_on_signals(vm: &Arc<Vm>) -> anyhow::Result<()> {
             let again = first.get_or_insert_with(Instant::now).elapsed() > SIGNAL_ECHO;
             match vm.upgrade() {
                 Some(vm) if !again => vm.stop(),
-                _ if again => std::process::exit(128 + signal),
+                _ if again => {
+                    console::give_terminal_back();
+                    std::process::exit(128 + signal)
+                }
                 _ => {}
             }
         }
@@ -291,6 +312,7 @@ fn announce(
     registration: &Registration,
     store_path: &Path,
     json: bool,
+    console: Option<&Console>,
 ) -> anyhow::Result<()> {
     let record = registration.record();
     let store = vm.store().map(|_| store_path.display().to_string());
@@ -302,13 +324,14 @@ fn announce(
         }));
     }
     eprintln!(
-        "frazil: VM `{}` with {} and {} vCPU{}{}; `frazil stop {}` or Ctrl-C ends it",
+        "frazil: VM `{}` with {} and {} vCPU{}{}; `frazil stop {}` or {} ends it",
         record.name,
         output::bytes(vm.machine().ram_bytes),
         vm.machine().cpus,
         if vm.machine().cpus == 1 { "" } else { "s" },
         store.map_or_else(|| ", no store".to_owned(), |store| format!(", checkpoints to {store}")),
         record.name,
+        if console.is_some_and(Console::is_terminal) { "Ctrl-A x" } else { "Ctrl-C" },
     );
     Ok(())
 }

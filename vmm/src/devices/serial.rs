@@ -176,6 +176,12 @@ impl SerialPort {
         self.serial.read(register)
     }
 
+    /// Has the guest read `bytes`; returns how many of them there was room for, the first ones.
+    pub fn input(&mut self, bytes: &[u8]) -> usize {
+        // No room, or the interrupt's counter is full, and then one is pending anyway.
+        self.serial.enqueue_raw_bytes(bytes).unwrap_or(0)
+    }
+
     /// Takes no more output, and waits for a moment until all of it is written.
     pub fn finish_output(&mut self) {
         self.serial.writer_mut().finish();
