@@ -79,7 +79,7 @@ fn a_bare_metal_elf_says_hello_and_resets() {
 }
 
 /// Says each byte that it reads twice, and resets the machine at a full stop.
-const ECHO: &str = r#"
+const ECHO: &str = r"
     .text
     .globl _start
 _start:
@@ -96,7 +96,7 @@ _start:
     movb $0xfe, %al
     outb %al, $0x64
     hlt
-"#;
+";
 
 #[test]
 fn what_comes_in_is_read_by_the_guest() {

@@ -334,6 +334,9 @@ pub(crate) struct HostArgs {
     /// terminal all keys are the guest's, Ctrl-C too, but Ctrl-A: then `x` ends the VM, `h` shows more.
     #[arg(long, value_enum, value_name = "WHAT", default_value = "auto")]
     pub serial_input: SerialInput,
+    /// Do not confine the threads that a guest can reach with seccomp filters, for kernels without.
+    #[arg(long)]
+    pub no_seccomp: bool,
     /// Applied to the snapshots with this VM's name, while it runs.
     #[command(flatten)]
     pub keep: KeepArgs,

@@ -8,6 +8,7 @@
 
 pub mod boot;
 pub mod checkpoint;
+pub mod confine;
 pub mod control;
 mod cpuid;
 pub mod devices;

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use frazil_snapstore::{SnapshotId, Store, StoreOptions};
 use frazil_vmm::boot::{BootSource, Kernel};
+use frazil_vmm::confine;
 use frazil_vmm::control::{Registration, Server};
 use frazil_vmm::devices::serial::SerialOutput;
 use frazil_vmm::disk::OverlayOptions;
@@ -269,6 +270,9 @@ fn store_options(host: &HostArgs) -> StoreOptions {
 }
 
 fn host_config(host: &HostArgs, store: Option<Arc<Store>>, json: bool) -> HostConfig {
+    if host.no_seccomp {
+        confine::turn_off();
+    }
     let serial = match &host.serial {
         SerialArg::Stdio if json => SerialOutput::Stderr,
         SerialArg::Stdio => SerialOutput::Stdout,

@@ -20,6 +20,7 @@ use kvm_bindings::{
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{Killable, register_signal_handler};
 
+use crate::confine::{Role, confine};
 use crate::cpuid;
 use crate::devices::Bus;
 use crate::dirty::DirtyRings;
@@ -402,6 +403,9 @@ impl Drop for Leaving {
 impl RunningVcpu {
     fn run(mut self) {
         let _leaving = Leaving(Arc::clone(&self.gate));
+        if let Err(error) = confine(Role::Vcpu) {
+            self.gate.end(self.failed(&error.to_string()));
+        }
         IMMEDIATE_EXIT.set(&raw mut self.fd.get_kvm_run().immediate_exit);
         loop {
             match self.gate.goal() {

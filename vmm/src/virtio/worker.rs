@@ -6,6 +6,7 @@ use std::thread::JoinHandle;
 
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::confine::{Role, confine};
 use crate::error::{Result, VmmError};
 
 /// A thread that ends when this is dropped.
@@ -42,7 +43,10 @@ impl Worker {
         let thread = std::thread::Builder::new()
             // Linux shows 15 bytes of it. A disk's is what a snapshot says, and a thread's has no zeros.
             .name(format!("fz-{name}").replace('\0', ""))
-            .spawn(move || work(&own_doorbell, &own_ending))
+            .spawn(move || match confine(Role::Device) {
+                Ok(()) => work(&own_doorbell, &own_ending),
+                Err(error) => tracing::error!(%error, "a virtio device stands still"),
+            })
             .map_err(VmmError::host(format!("start the thread of {name}")))?;
         Ok(Self { doorbell: Arc::clone(doorbell), ending, thread: Some(thread) })
     }
