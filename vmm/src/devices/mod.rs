@@ -4,6 +4,7 @@ pub mod i8042;
 pub mod mmio;
 pub mod platform;
 pub mod power;
+pub mod rtc;
 pub mod serial;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
