@@ -6,6 +6,7 @@ pub mod platform;
 pub mod power;
 pub mod rtc;
 pub mod serial;
+pub mod vmgenid;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
