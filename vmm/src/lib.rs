@@ -21,6 +21,7 @@ mod line;
 mod machine;
 pub mod memory;
 mod paging;
+mod private_socket;
 mod rewind;
 pub mod scheduler;
 pub mod state;

@@ -6,8 +6,8 @@
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name,
-    Package, ResourceTemplate,
+    AddressSpace, AddressSpaceCacheable, Arg, Device, EISAName, Equal, IO, If, Interrupt,
+    Memory32Fixed, Method, Name, Notify, Package, Path, ResourceTemplate,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace as Space, GAS};
@@ -18,14 +18,16 @@ use acpi_tables::xsdt::XSDT;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{BIOS_AREA, boot_error};
-use crate::devices::{i8042, power, serial};
+use crate::devices::{i8042, power, rtc, serial, vmgenid};
 use crate::error::Result;
 use crate::memory::GuestMemory;
 
 /// Where the RSDP is: the first place a guest looks for it in the BIOS area (5.2.5.1).
 pub(super) const RSDP: u64 = BIOS_AREA.start;
-/// The other tables, from here to the end of the BIOS area.
+/// The other tables, from here to where the machine's generation is.
 const TABLES: u64 = RSDP + 0x40;
+const TABLES_END: u64 = vmgenid::ADDRESS;
+const _: () = assert!(TABLES_END + 0x1000 == BIOS_AREA.end);
 
 const OEM: [u8; 6] = *b"FRAZIL";
 const OEM_TABLE: [u8; 8] = *b"FRAZILVM";
@@ -40,7 +42,7 @@ const PCAT_COMPAT: u32 = 1;
 /// MADT: interrupt source override, and the local APICs' NMI (5.2.12.5, 5.2.12.7).
 const OVERRIDE: u8 = 2;
 const LOCAL_APIC_NMI: u8 = 4;
-/// FADT: neither VGA nor a CMOS clock are there (5.2.9.3).
+/// FADT: VGA or a CMOS clock are not there (5.2.9.3).
 const NO_VGA: u16 = 1 << 2;
 const NO_CMOS_CLOCK: u16 = 1 << 5;
 
@@ -55,12 +57,33 @@ pub struct MmioSlot {
     pub gsi: u32,
 }
 
-/// Writes the tables of a machine with `cpus` processors, whose local APIC ids are their numbers,
-/// and `slots`.
+/// The machine's generation, as the tables tell a guest of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GenerationSlot {
+    /// Guest physical address of its sixteen bytes.
+    pub address: u64,
+    /// The input of the IOAPIC that tells of a new one, edge-triggered.
+    pub gsi: u32,
+}
+
+/// What the tables tell a guest that its machine has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Hardware<'a> {
+    /// Processors, whose local APIC ids are their numbers.
+    pub cpus: usize,
+    /// Virtio devices on the MMIO bus.
+    pub slots: &'a [MmioSlot],
+    /// Its generation.
+    pub generation: Option<GenerationSlot>,
+    /// A PC's clock.
+    pub rtc: bool,
+}
+
+/// Writes the tables of a machine with `hardware`.
 ///
 /// # Errors
 /// [`VmmError::Boot`](crate::VmmError::Boot) if they do not fit the BIOS area, or RAM has none.
-pub(super) fn write(memory: &GuestMemory, cpus: usize, slots: &[MmioSlot]) -> Result<()> {
+pub(super) fn write(memory: &GuestMemory, hardware: &Hardware<'_>) -> Result<()> {
     let mut bytes = Vec::new();
     let mut add = |table: &dyn Aml| {
         // Aligned, for those who read them as structures.
@@ -69,15 +92,16 @@ pub(super) fn write(memory: &GuestMemory, cpus: usize, slots: &[MmioSlot]) -> Re
         table.to_aml_bytes(&mut bytes);
         address
     };
-    let dsdt = add(&dsdt(slots));
-    let (fadt, madt) = (add(&fadt(dsdt)), add(&madt(cpus)));
+    let dsdt = add(&dsdt(hardware));
+    let (fadt, madt) = (add(&fadt(dsdt, hardware.rtc)), add(&madt(hardware.cpus)));
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
     let xsdt = add(&xsdt);
-    if TABLES + bytes.len() as u64 > BIOS_AREA.end {
+    if TABLES + bytes.len() as u64 > TABLES_END {
+        let Hardware { cpus, slots, .. } = hardware;
         let found = format!("{} bytes for {cpus} vCPUs and {} devices", bytes.len(), slots.len());
-        return Err(boot_error("the ACPI tables", "up to 127 KiB", found));
+        return Err(boot_error("the ACPI tables", "up to 123 KiB", found));
     }
     let mut rsdp = Vec::new();
     Rsdp::new(OEM, xsdt).to_aml_bytes(&mut rsdp);
@@ -88,7 +112,7 @@ pub(super) fn write(memory: &GuestMemory, cpus: usize, slots: &[MmioSlot]) -> Re
 }
 
 /// The fixed description (5.2.9).
-fn fadt(dsdt: u64) -> impl Aml {
+fn fadt(dsdt: u64, has_rtc: bool) -> impl Aml {
     let port = |port: u16| GAS::new(Space::SystemIo, 8, 0, AccessSize::ByteAccess, port.into());
     let mut fadt = FADTBuilder::new(OEM, OEM_TABLE, OEM_REVISION)
         .dsdt_64(dsdt)
@@ -98,7 +122,8 @@ fn fadt(dsdt: u64) -> impl Aml {
         .flag(Flags::SlpButton)
         .flag(Flags::Headless)
         .flag(Flags::ResetRegSup);
-    fadt.iapc_boot_arch = (NO_VGA | NO_CMOS_CLOCK).into();
+    fadt.iapc_boot_arch = (NO_VGA | if has_rtc { 0 } else { NO_CMOS_CLOCK }).into();
+    fadt.century = if has_rtc { rtc::CENTURY } else { 0 };
     fadt.reset_reg = port(i8042::COMMAND);
     fadt.reset_value = i8042::COMMAND_RESET;
     fadt.sleep_control_reg = port(power::CONTROL);
@@ -124,10 +149,20 @@ fn madt(cpus: usize) -> impl Aml {
 }
 
 /// The devices, and how to power off (5.2.11.1).
-fn dsdt(slots: &[MmioSlot]) -> impl Aml {
+fn dsdt(hardware: &Hardware<'_>) -> impl Aml {
     let mut body = Vec::new();
     serial_port(&mut body);
-    slots.iter().enumerate().for_each(|(index, slot)| virtio_device(&mut body, index, slot));
+    if hardware.rtc {
+        clock(&mut body);
+    }
+    if let Some(slot) = &hardware.generation {
+        generation(&mut body, slot);
+    }
+    hardware
+        .slots
+        .iter()
+        .enumerate()
+        .for_each(|(index, slot)| virtio_device(&mut body, index, slot));
     let off = power::SLEEP_TYPE_OFF;
     Name::new("_S5_".into(), &Package::new(vec![&off, &off])).to_aml_bytes(&mut body);
     let mut dsdt = Sdt::new(*b"DSDT", HEADER_BYTES, 2, OEM, OEM_TABLE, OEM_REVISION);
@@ -145,6 +180,39 @@ fn serial_port(body: &mut Vec<u8>) {
     let number = Name::new("_UID".into(), &1_u8);
     let resources = Name::new("_CRS".into(), &resources);
     Device::new("_SB_.COM1".into(), vec![&id, &number, &resources]).to_aml_bytes(body);
+}
+
+/// A PC's clock. Without an interrupt, as it has no alarms.
+fn clock(body: &mut Vec<u8>) {
+    let ports = IO::new(rtc::INDEX, rtc::INDEX, 1, (rtc::DATA - rtc::INDEX + 1) as u8);
+    let id = Name::new("_HID".into(), &EISAName::new("PNP0B00"));
+    let resources = Name::new("_CRS".into(), &ResourceTemplate::new(vec![&ports]));
+    Device::new("_SB_.RTC_".into(), vec![&id, &resources]).to_aml_bytes(body);
+}
+
+/// The machine's generation, and the device that makes a notification of its interrupt: hardware-reduced
+/// machines have no other events than those of Generic Event Devices (5.6.9).
+fn generation(body: &mut Vec<u8>, slot: &GenerationSlot) {
+    const CHANGED: u8 = 0x80;
+    let id = Name::new("_HID".into(), &"VMGENCTR");
+    let compatible = Name::new("_CID".into(), &"VM_Gen_Counter");
+    let description = Name::new("_DDN".into(), &"VM_Gen_Counter");
+    let (low, high) = (slot.address as u32, (slot.address >> 32) as u32);
+    let address = Name::new("ADDR".into(), &Package::new(vec![&low, &high]));
+    Device::new("_SB_.VGEN".into(), vec![&id, &compatible, &description, &address])
+        .to_aml_bytes(body);
+
+    let id = Name::new("_HID".into(), &"ACPI0013");
+    let number = Name::new("_UID".into(), &0_u8);
+    let interrupt = Interrupt::new(true, true, false, false, slot.gsi);
+    let resources = Name::new("_CRS".into(), &ResourceTemplate::new(vec![&interrupt]));
+    let device = Path::new("\\_SB_.VGEN");
+    let notify = Notify::new(&device, &CHANGED);
+    let (number_of_event, ours) = (Arg(0), slot.gsi);
+    let is_ours = Equal::new(&number_of_event, &ours);
+    let if_ours = If::new(&is_ours, vec![&notify]);
+    let event = Method::new("_EVT".into(), 1, true, vec![&if_ours]);
+    Device::new("_SB_.GED_".into(), vec![&id, &number, &resources, &event]).to_aml_bytes(body);
 }
 
 /// A device that says by itself, in its registers, what it is.
@@ -197,9 +265,9 @@ mod tests {
     }
 
     /// The tables that the RSDP leads to: FADT, MADT, DSDT.
-    fn tables(cpus: usize, slots: &[MmioSlot]) -> [Vec<u8>; 3] {
+    fn tables(hardware: &Hardware<'_>) -> [Vec<u8>; 3] {
         let ram = GuestRam::new(2 << 20).unwrap();
-        write(ram.memory(), cpus, slots).unwrap();
+        write(ram.memory(), hardware).unwrap();
         let rsdp = read(&ram, RSDP, 36);
         assert_eq!((&rsdp[..8], sum(&rsdp[..20]), sum(&rsdp)), (&b"RSD PTR "[..], 0, 0));
         let xsdt = table(&ram, number(&rsdp, 24), *b"XSDT");
@@ -216,7 +284,7 @@ mod tests {
     #[test]
     fn the_madt_lists_every_processor() {
         for cpus in [1, 2, 254] {
-            let [_, madt, _] = tables(cpus, &[]);
+            let [_, madt, _] = tables(&Hardware { cpus, ..Default::default() });
             let mut entries = &madt[44..];
             let mut kinds = Vec::new();
             while let [kind, len, rest @ ..] = entries {
@@ -234,11 +302,12 @@ mod tests {
 
     #[test]
     fn the_fadt_says_how_to_reset_and_power_off() {
-        let [fadt, ..] = tables(1, &[]);
+        let [fadt, ..] = tables(&Hardware { cpus: 1, ..Default::default() });
         assert_eq!(fadt.len(), 276);
         let flags = u32::from_le_bytes(fadt[112..116].try_into().unwrap());
         assert_eq!(flags >> 20 & 1, 1, "hardware-reduced");
         assert_eq!(flags >> 10 & 1, 1, "with a reset register");
+        assert_eq!((fadt[108], fadt[109] & 0x20), (0, 0x20), "without a clock");
         assert_eq!((fadt[116], number(&fadt, 120), fadt[128]), (1, 0x64, 0xfe));
         assert_eq!((fadt[244], number(&fadt, 248)), (1, power::CONTROL.into()));
         assert_eq!((fadt[256], number(&fadt, 260)), (1, power::STATUS.into()));
@@ -250,7 +319,7 @@ mod tests {
             MmioSlot { base: 0xd000_0000, len: 0x1000, gsi: 5 },
             MmioSlot { base: 0x12_3456_7000, len: 0x1000, gsi: 23 },
         ];
-        let [_, _, dsdt] = tables(2, &slots);
+        let [_, _, dsdt] = tables(&Hardware { cpus: 2, slots: &slots, ..Default::default() });
         assert!(contains(&dsdt, b"COM1") && contains(&dsdt, b"_S5_"));
         assert!(contains(&dsdt, b"V000") && contains(&dsdt, b"V001"));
         assert!(contains(&dsdt, b"LNRO0005"));
@@ -259,14 +328,43 @@ mod tests {
         assert!(contains(&dsdt, &near));
         assert!(contains(&dsdt, &0x12_3456_7000_u64.to_le_bytes()));
         assert!(contains(&dsdt, &0x12_3456_7fff_u64.to_le_bytes()));
-        let [_, _, none] = tables(2, &[]);
+        let [_, _, none] = tables(&Hardware { cpus: 2, ..Default::default() });
         assert!(!contains(&none, b"LNRO0005"));
+        for name in [&b"VGEN"[..], b"GED_", b"RTC_"] {
+            assert!(!contains(&none, name), "{name:?}");
+        }
+    }
+
+    #[test]
+    fn a_clock_is_told_of_with_its_century() {
+        let [fadt, _, dsdt] = tables(&Hardware { cpus: 1, rtc: true, ..Default::default() });
+        assert_eq!((fadt[108], fadt[109] & 0x20), (rtc::CENTURY, 0));
+        // _CRS: two ports from 0x70.
+        assert!(contains(&dsdt, b"RTC_") && contains(&dsdt, &[0x47, 1, 0x70, 0, 0x70, 0, 1, 2]));
+        assert!(contains(&dsdt, &[0x41, 0xd0, 0x0b, 0x00]), "PNP0B00");
+    }
+
+    #[test]
+    fn the_generation_is_told_of_by_an_event() {
+        let generation = Some(GenerationSlot { address: 0x1_000f_f000, gsi: 9 });
+        let [.., dsdt] = tables(&Hardware { cpus: 1, generation, ..Default::default() });
+        assert!(contains(&dsdt, b"_HID\x0dVMGENCTR\0"));
+        assert!(contains(&dsdt, b"_CID\x0dVM_Gen_Counter\0"));
+        // A package of two numbers, the lower half of the address first.
+        assert!(contains(&dsdt, b"ADDR\x12\x08\x02\x0c\x00\xf0\x0f\x00\x01"));
+        assert!(contains(&dsdt, b"_HID\x0dACPI0013\0"));
+        assert!(contains(&dsdt, &[0x89, 6, 0, 3, 1, 9, 0, 0, 0]), "an edge of input 9");
+        // Method (_EVT, 1, Serialized) { If (Arg0 == 9) { Notify (\_SB.VGEN, 0x80) } }
+        let notify = b"\x86\\\x2e_SB_VGEN\x0a\x80";
+        let event = [&b"_EVT\x09\xa0\x12\x93\x68\x0a\x09"[..], notify].concat();
+        assert!(contains(&dsdt, &event), "{dsdt:02x?}");
     }
 
     #[test]
     fn more_devices_than_there_is_room_for_are_refused() {
         let ram = GuestRam::new(2 << 20).unwrap();
         let slots = vec![MmioSlot { base: 0xd000_0000, len: 0x1000, gsi: 5 }; 3000];
-        assert!(write(ram.memory(), 1, &slots).is_err());
+        let hardware = Hardware { cpus: 1, slots: &slots, ..Default::default() };
+        assert!(write(ram.memory(), &hardware).is_err());
     }
 }

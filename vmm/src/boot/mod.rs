@@ -18,7 +18,7 @@ use vm_memory::{Bytes, GuestAddress, ReadVolatile};
 
 use crate::error::{Result, VmmError};
 use crate::memory::{GuestMemory, GuestRam, HOLE_START};
-pub use acpi::MmioSlot;
+pub use acpi::{GenerationSlot, Hardware, MmioSlot};
 pub use registers::{set_boot_registers, set_local_apic};
 use zero_page::Told;
 
@@ -73,12 +73,20 @@ struct Loaded {
     initrd_end_max: u64,
 }
 
-/// Loads `source` into RAM, and tables that tell of `cpus` processors and the virtio devices `slots`;
-/// returns the address to enter at.
+/// Loads `source` into RAM, and tables that tell of `cpus` processors and the virtio devices `slots` and
+/// of nothing that a machine need not have; returns the address to enter at.
+///
+/// # Errors
+/// As [`load_on`].
+pub fn load(source: &BootSource, ram: &GuestRam, cpus: usize, slots: &[MmioSlot]) -> Result<u64> {
+    load_on(source, ram, &Hardware { cpus, slots, ..Hardware::default() })
+}
+
+/// Loads `source` into RAM, and tables that tell of `hardware`; returns the address to enter at.
 ///
 /// # Errors
 /// [`VmmError::Boot`] saying what cannot be booted and why.
-pub fn load(source: &BootSource, ram: &GuestRam, cpus: usize, slots: &[MmioSlot]) -> Result<u64> {
+pub fn load_on(source: &BootSource, ram: &GuestRam, hardware: &Hardware<'_>) -> Result<u64> {
     let memory = ram.memory();
     let kernel = match &source.kernel {
         Kernel::Builtin(image) => load_kernel("the built-in guest", &mut Cursor::new(image), ram)?,
@@ -88,7 +96,7 @@ pub fn load(source: &BootSource, ram: &GuestRam, cpus: usize, slots: &[MmioSlot]
     let cmdline_len_max = kernel.header.map(|header| header.cmdline_size);
     let cmdline = load_command_line(&source.cmdline, cmdline_len_max, memory)?;
     zero_page::write(ram, &Told { header: kernel.header, cmdline, initrd })?;
-    acpi::write(memory, cpus, slots)?;
+    acpi::write(memory, hardware)?;
     registers::write_tables(memory)?;
     Ok(kernel.entry)
 }

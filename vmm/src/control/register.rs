@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use frazil_snapstore::SnapshotId;
@@ -222,9 +222,4 @@ pub fn find(name: &str) -> Result<VmRecord> {
         name: name.to_owned(),
         found: if names.is_empty() { "none runs".into() } else { format!("running: {names}") },
     })
-}
-
-/// Lets only the user connect.
-pub(super) fn make_private_socket(socket: &Path) -> io::Result<()> {
-    fs::set_permissions(socket, fs::Permissions::from_mode(0o600))
 }

@@ -4,7 +4,6 @@
 use std::collections::VecDeque;
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -23,9 +22,9 @@ use super::api::{
 };
 use super::http::{self, NoRequest, Request};
 use super::metrics;
-use super::register::make_private_socket;
 use crate::checkpoint::{CheckpointReport, CheckpointRequest};
 use crate::error::{Result, VmmError};
+use crate::private_socket;
 use crate::rewind::RewindRequest;
 use crate::vm::Vm;
 
@@ -79,26 +78,8 @@ impl Server {
     pub fn start(vm: Arc<Vm>, socket: &Path, on_checkpoint: OnEvent) -> Result<Self> {
         let cannot =
             |source| VmmError::Host { op: format!("listen on {}", socket.display()), source };
-        if std::os::unix::net::UnixStream::connect(socket).is_ok() {
-            return Err(cannot(std::io::Error::new(
-                std::io::ErrorKind::AddrInUse,
-                "another process listens there",
-            )));
-        }
-        match std::fs::symlink_metadata(socket) {
-            Ok(found) if found.file_type().is_socket() => {
-                std::fs::remove_file(socket).map_err(cannot)?;
-            }
-            Ok(_) => {
-                let kind = std::io::ErrorKind::AlreadyExists;
-                return Err(cannot(std::io::Error::new(kind, "what is there is no socket")));
-            }
-            Err(_nothing_there) => {}
-        }
-        let listener = UnixListener::bind(socket).map_err(cannot)?;
-        make_private_socket(socket).map_err(cannot)?;
-        // A client may be gone again between the poll and the accept.
-        listener.set_nonblocking(true).map_err(cannot)?;
+        // It does not wait: a client may be gone again between the poll and the accept.
+        let listener = private_socket::listen(socket).map_err(cannot)?;
         let stop = eventfd(0, EventfdFlags::CLOEXEC).map_err(|error| cannot(error.into()))?;
         let stop = Arc::new(stop);
         let shared = Arc::new(Shared {

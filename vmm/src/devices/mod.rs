@@ -4,7 +4,9 @@ pub mod i8042;
 pub mod mmio;
 pub mod platform;
 pub mod power;
+pub mod rtc;
 pub mod serial;
+pub mod vmgenid;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

@@ -2,18 +2,25 @@
 //! for ever, or write anything but what it was given to write.
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
+use std::io::{self, Write};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use frazil_snapstore::PAGE_SIZE;
+use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, memfd_create};
+use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::balloon::Balloon;
 use super::block::Block;
 use super::free_pages::FreePages;
+use super::link::NEEDS_RESET;
 use super::rng::Rng;
+use super::vsock::{HostSockets, Vsock};
 use super::{Interrupt, VirtioDevice, VirtioMmio};
 use crate::disk::{Disk, DiskConfig, OverlayOptions};
 use crate::memory::GuestRam;
@@ -30,6 +37,8 @@ const DATA: u64 = ARENA + 0x4000;
 const ARENA_LEN: usize = 16 * PAGE_SIZE;
 /// Addresses that are no good: not aligned, at the end of RAM, in the hole, past everything.
 const BAD: [u64; 4] = [TABLE + 1, RAM_BYTES - 8, 3 << 30, u64::MAX - 7];
+/// Where packets of sockets are received.
+const RECEIVED: u64 = DATA + 0xa000;
 /// Entries of the queue: few, so that all of them meet.
 const ENTRIES: u16 = 8;
 
@@ -37,10 +46,11 @@ const ENTRIES: u16 = 8;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// Every target.
-pub const TARGETS: [Target; 3] = [
+pub const TARGETS: [Target; 4] = [
     ("virtio_block", |bytes| drive(block(), bytes)),
     ("virtio_rng", |bytes| drive(Arc::new(Rng), bytes)),
     ("virtio_balloon", |bytes| drive(balloon(), bytes)),
+    ("virtio_vsock", |bytes| drive(vsock(), bytes)),
 ];
 
 /// Goes nowhere.
@@ -68,6 +78,57 @@ fn balloon() -> Arc<dyn VirtioDevice> {
     Arc::new(Balloon::in_place(Arc::new(Inspector)).expect("an eventfd"))
 }
 
+/// The guest of the socket device.
+const CID: u32 = 3;
+/// Programs that call it.
+const CALLERS: usize = 2;
+
+/// Servers on ports below 4, one of which is gone at once, and programs that call ports 0 and 1.
+#[derive(Debug)]
+struct Neighbours {
+    callers: OwnedFd,
+    called: AtomicUsize,
+    /// The other ends, some of which say something and none of which listens.
+    ends: Mutex<Vec<UnixStream>>,
+}
+
+impl Neighbours {
+    fn pair(&self, says: &str, stays: bool) -> io::Result<UnixStream> {
+        let (mut end, stream) = UnixStream::pair()?;
+        end.write_all(says.as_bytes())?;
+        stream.set_nonblocking(true)?;
+        if stays {
+            self.ends.lock().unwrap_or_else(PoisonError::into_inner).push(end);
+        }
+        Ok(stream)
+    }
+}
+
+impl HostSockets for Neighbours {
+    fn listener(&self) -> RawFd {
+        self.callers.as_raw_fd()
+    }
+
+    fn accept(&self) -> io::Result<UnixStream> {
+        let called = self.called.fetch_add(1, Ordering::Relaxed);
+        if called >= CALLERS {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        self.pair(&format!("CONNECT {called}\nhello"), true)
+    }
+
+    fn connect(&self, port: u32) -> io::Result<UnixStream> {
+        if port < 4 { self.pair("hello", port > 0) } else { Err(io::ErrorKind::NotFound.into()) }
+    }
+}
+
+fn vsock() -> Arc<dyn VirtioDevice> {
+    let callers = eventfd(1, EventfdFlags::CLOEXEC).expect("an eventfd");
+    let neighbours =
+        Arc::new(Neighbours { callers, called: AtomicUsize::new(0), ends: Mutex::default() });
+    Arc::new(Vsock::in_place(CID, neighbours).expect("epoll"))
+}
+
 fn block() -> Arc<dyn VirtioDevice> {
     let memfd = memfd_create("fuzz-disk", MemfdFlags::CLOEXEC).expect("a memfd");
     let file = File::from(memfd);
@@ -93,6 +154,11 @@ impl Bytestream<'_> {
 
     fn word(&mut self) -> u32 {
         u32::from_le_bytes(std::array::from_fn(|_| self.byte()))
+    }
+
+    /// One of these.
+    fn pick<T: Copy>(&mut self, of: &[T]) -> T {
+        of[usize::from(self.byte()) % of.len()]
     }
 
     /// A number below `limit`.
@@ -192,6 +258,7 @@ impl Driver<'_> {
                 let data: Vec<u8> = (0..len).map(|_| self.bytes.byte()).collect();
                 self.write(DATA + u64::from(at), &data);
             }
+            8..=10 if self.mmio.device_id() == VIRTIO_ID_VSOCK => self.put_packets(),
             8..=10 => self.put_request(),
             _ => {
                 let saved = self.mmio.save();
@@ -265,6 +332,50 @@ impl Driver<'_> {
         self.descriptor(TABLE, 1, at, len, [if writes { 3 } else { 1 }, 2]);
         self.give(status, 1);
         self.descriptor(TABLE, 2, status, 1, [2, 0]);
+        self.offer(0, 1);
+        let queue = u32::from(self.bytes.byte() % 3);
+        self.register(0x50, queue);
+    }
+
+    /// Packets of a socket, or nearly, and with each room to receive one.
+    fn put_packets(&mut self) {
+        for _ in 0..=self.bytes.byte() % 16 {
+            if self.mmio.save().status & NEEDS_RESET != 0 {
+                self.set_up();
+            }
+            self.put_packet();
+        }
+    }
+
+    fn put_packet(&mut self) {
+        let (own, host, other) = (u64::from(CID), 2_u64, u64::from(self.bytes.byte()));
+        let mostly = [own, host];
+        let cids = self.bytes.pick(&[mostly, mostly, mostly, mostly, [other, host], [own, other]]);
+        // Those of the last packet that arrived, by which programs that called are answered.
+        let mut arrived = [0; 8];
+        let memory = self.ram.memory();
+        memory.read_slice(&mut arrived, GuestAddress(RECEIVED + 16)).expect("in RAM");
+        let [found_host, found_guest] =
+            [0, 4].map(|at| u32::from_le_bytes(std::array::from_fn(|byte| arrived[at + byte])));
+        let guest_port = self.bytes.pick(&[0, 0, 1, 2, found_guest, found_guest]);
+        let host_port = self.bytes.pick(&[0, 1, 1, 2, found_host, found_host]);
+        let len = self.bytes.pick(&[0, 1, 512, 4096, 0x8000, 0x8000, 0x8000, u32::MAX]);
+        let kind = self.bytes.pick(&[1, 1, 1, 1, 1, 1, 1, 2_u16]);
+        let op = self.bytes.pick(&[1, 1, 1, 2, 5, 5, 5, 5, 5, 5, 6, 6, 7, 4, 4, 3, 0, 8_u16]);
+        let flags = u32::from(self.bytes.byte() % 8);
+        let room = self.bytes.pick(&[0, 3, 100, 1 << 20, 1 << 20, u32::MAX]);
+        let forwarded = u32::from(self.bytes.byte() % 8);
+        let mut header = cids.map(u64::to_le_bytes).concat();
+        header.extend([guest_port, host_port, len].map(u32::to_le_bytes).concat());
+        header.extend([kind, op].map(u16::to_le_bytes).concat());
+        header.extend([flags, room, forwarded].map(u32::to_le_bytes).concat());
+        self.write(DATA, &header);
+        self.descriptor(TABLE, 0, DATA, 44, [1, 1]);
+        self.descriptor(TABLE, 1, DATA, len.min(0xa000), [1, 2]);
+        // All queues have the same chains: there is something to write too.
+        let to_receive = self.bytes.pick(&[4096, 4096, 4096, 4096, 45, 300, 300, 44]);
+        self.give(RECEIVED, to_receive);
+        self.descriptor(TABLE, 2, RECEIVED, to_receive, [2, 0]);
         self.offer(0, 1);
         let queue = u32::from(self.bytes.byte() % 3);
         self.register(0x50, queue);

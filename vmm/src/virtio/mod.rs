@@ -1,8 +1,8 @@
 //! Virtio devices (virtio 1.2) behind the MMIO transport, modern interface only.
 //!
 //! [`VirtioMmio`] is the transport: a window of registers that the guest reads and writes, and what a
-//! checkpoint captures. Behind it is a [`VirtioDevice`]: [`block`], [`rng`], [`net`] or [`balloon`].
-//! Both meet in the [`Link`]. The [`bus`] is where a machine has its devices.
+//! checkpoint captures. Behind it is a [`VirtioDevice`]: [`block`], [`rng`], [`net`], [`balloon`] or
+//! [`vsock`]. Both meet in the [`Link`]. The [`bus`] is where a machine has its devices.
 //!
 //! All of a guest's memory is reached through vm-memory, which refuses what lies outside and notes
 //! what is written, so that the next checkpoint has it. A driver that breaks the specification's rules
@@ -23,6 +23,7 @@ pub mod rng;
 mod saved;
 #[cfg(test)]
 mod tests;
+pub mod vsock;
 mod worker;
 
 use std::any::Any;

@@ -90,6 +90,11 @@ pub enum SavedDevice {
         /// Pages that the guest says it gave.
         actual_pages: u32,
     },
+    /// A socket device. Its connections end where it is restored.
+    Vsock {
+        /// The guest's context id.
+        guest_cid: u32,
+    },
 }
 
 impl SavedDevice {

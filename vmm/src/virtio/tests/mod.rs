@@ -6,6 +6,7 @@ mod hostile;
 mod kvm;
 mod net;
 mod transport;
+mod vsock;
 
 use std::io::Write;
 use std::sync::Arc;

@@ -1,0 +1,306 @@
+//! The generation of a virtual machine, by which a guest notices that it was copied or taken back.
+//!
+//! Sixteen random bytes in guest memory, of which ACPI tells where they are (`VM_Gen_Counter`). Wherever
+//! a machine goes on from a snapshot they are others, and an interrupt, which the tables make a
+//! notification of the device, has the guest look: Linux then reseeds its random numbers.
+//!
+//! The bytes are written through vm-memory, so that the next checkpoint has them, as any other page.
+
+use std::fmt;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::rand::{GetRandomFlags, getrandom};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::{Captured, Device, SnapshotSupport};
+use crate::error::{Result, VmmError};
+use crate::memory::GuestRam;
+use crate::state::{HexBytes, Saved, chunk};
+use crate::vcpu::saved::Reg;
+use crate::virtio::Interrupt;
+use frazil_snapstore::StateChunk;
+
+/// Where a new machine has it, in guest physical addresses: a page of its own, the last of those that
+/// a PC's firmware has, which kernels leave alone. Behind the tables.
+pub const ADDRESS: u64 = 0xf_f000;
+/// The name of its chunk.
+pub const CHUNK: &str = "vmgenid";
+
+/// Bytes of a generation.
+const LEN: usize = 16;
+
+/// Where the bytes of a generation come from.
+pub trait Generations: Send + Sync + fmt::Debug {
+    /// One that never was.
+    ///
+    /// # Errors
+    /// If there are no random bytes to be had.
+    fn next(&self) -> io::Result<[u8; LEN]>;
+}
+
+/// Random bytes of the host's kernel.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RandomGenerations;
+
+impl Generations for RandomGenerations {
+    fn next(&self) -> io::Result<[u8; LEN]> {
+        let mut id = [0; LEN];
+        // So few are given all at once, or not at all.
+        getrandom(&mut id, GetRandomFlags::empty())?;
+        Ok(id)
+    }
+}
+
+/// The generation of a machine.
+#[derive(Debug)]
+pub struct VmGenId {
+    ram: Arc<GuestRam>,
+    interrupt: Arc<dyn Interrupt>,
+    generations: Box<dyn Generations>,
+    place: Mutex<Place>,
+}
+
+/// Where the generation is, and which.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Place {
+    address: u64,
+    gsi: u32,
+    id: [u8; LEN],
+}
+
+impl VmGenId {
+    /// That of a new machine, at [`ADDRESS`] in `ram`; `interrupt` is the input `gsi` of the IOAPIC.
+    ///
+    /// # Errors
+    /// [`VmmError::Host`] if there are no random bytes, or `ram` does not reach that far.
+    pub fn new(
+        ram: Arc<GuestRam>,
+        interrupt: Arc<dyn Interrupt>,
+        gsi: u32,
+        generations: Box<dyn Generations>,
+    ) -> Result<Self> {
+        let place = Mutex::new(Place { address: ADDRESS, gsi, id: [0; LEN] });
+        let new = Self { ram, interrupt, generations, place };
+        new.renew()?;
+        Ok(new)
+    }
+
+    /// That of a machine with the state `saved`, whose memory is in `ram` or comes when it is touched. It
+    /// is a new one at once; the guest is told by [`Self::go_on`].
+    ///
+    /// # Errors
+    /// [`VmmError::State`] if that makes no sense; others as [`Self::new`].
+    pub fn restore(
+        ram: Arc<GuestRam>,
+        interrupt: Arc<dyn Interrupt>,
+        saved: &SavedVmGenId,
+        generations: Box<dyn Generations>,
+    ) -> Result<Self> {
+        let place = Mutex::new(saved.place()?);
+        let restored = Self { ram, interrupt, generations, place };
+        restored.renew()?;
+        Ok(restored)
+    }
+
+    /// The state of a machine that is taken back to where it had the state `saved`, whose memory has been
+    /// put back. It is a new one at once; the guest is told by [`Self::go_on`].
+    ///
+    /// # Errors
+    /// As [`Self::restore`], and [`VmmError::State`] if the tables told another guest of it.
+    pub fn put_back(&self, saved: &SavedVmGenId) -> Result<()> {
+        let (saved, ours) = (saved.place()?, *self.place());
+        if (saved.address, saved.gsi) != (ours.address, ours.gsi) {
+            let place = |Place { address, gsi, id: _ }: Place| format!("{address:#x}, input {gsi}");
+            return Err(refuse(&place(ours), place(saved)));
+        }
+        self.renew()
+    }
+
+    /// Makes it a new generation. No vCPU runs.
+    fn renew(&self) -> Result<()> {
+        let id = self.generations.next().map_err(VmmError::host("make a generation id"))?;
+        let mut place = self.place();
+        self.ram
+            .memory()
+            .write_slice(&id, GuestAddress(place.address))
+            .map_err(|error| VmmError::host("write the generation id")(io::Error::other(error)))?;
+        place.id = id;
+        Ok(())
+    }
+
+    /// Has the guest look. Of no harm where nothing has changed. The interrupt controllers have their
+    /// state.
+    pub fn go_on(&self) {
+        self.interrupt.raise();
+    }
+
+    /// The generation.
+    #[must_use]
+    pub fn id(&self) -> [u8; LEN] {
+        self.place().id
+    }
+
+    fn place(&self) -> MutexGuard<'_, Place> {
+        self.place.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its state.
+    #[must_use]
+    pub fn save(&self) -> SavedVmGenId {
+        let Place { address, gsi, id } = *self.place();
+        SavedVmGenId { address: Reg(address), gsi, id: HexBytes(id.to_vec()) }
+    }
+}
+
+impl Device for VmGenId {
+    fn capture(&self) -> SnapshotSupport {
+        SnapshotSupport::State(Box::new(self.save()))
+    }
+}
+
+/// Which generation a machine was, and what its tables tell of that.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedVmGenId {
+    /// Guest physical address of the generation.
+    pub address: Reg,
+    /// The input of the IOAPIC that tells of a new one.
+    pub gsi: u32,
+    /// The generation, 16 bytes.
+    pub id: HexBytes,
+}
+
+impl SavedVmGenId {
+    fn place(&self) -> Result<Place> {
+        let Self { address: Reg(address), gsi, id: HexBytes(id) } = self;
+        let found = || format!("{} bytes", id.len());
+        let id =
+            id.as_slice().try_into().map_err(|_| refuse("a generation of 16 bytes", found()))?;
+        if !address.is_multiple_of(8) {
+            return Err(refuse("an address that is a multiple of 8", format!("{address:#x}")));
+        }
+        Ok(Place { address: *address, gsi: *gsi, id })
+    }
+}
+
+fn refuse(expected: &str, found: String) -> VmmError {
+    VmmError::State { chunk: CHUNK.into(), expected: expected.into(), found }
+}
+
+impl Saved for SavedVmGenId {
+    const KIND: &'static str = "vmgenid";
+    const VERSION: u32 = 1;
+
+    fn upgrade(version: u32, _body: Value) -> Result<Value, String> {
+        Err(format!("version {version} was never written"))
+    }
+}
+
+impl Captured for SavedVmGenId {
+    fn save(&self) -> Result<StateChunk> {
+        chunk(CHUNK, self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
+
+    use frazil_snapstore::PageSet;
+
+    use super::*;
+    use crate::state::ChunkSet;
+
+    #[derive(Debug, Default)]
+    struct Count(AtomicU32);
+
+    impl Interrupt for Count {
+        fn raise(&self) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    /// Generations of ones, of twos, and so on.
+    #[derive(Debug, Default)]
+    struct Numbered(AtomicU8);
+
+    impl Generations for Numbered {
+        fn next(&self) -> io::Result<[u8; LEN]> {
+            Ok([self.0.fetch_add(1, Ordering::SeqCst) + 1; LEN])
+        }
+    }
+
+    fn in_memory(ram: &GuestRam, address: u64) -> [u8; LEN] {
+        let mut found = [0; LEN];
+        ram.memory().read_slice(&mut found, GuestAddress(address)).unwrap();
+        found
+    }
+
+    fn dirty(ram: &GuestRam) -> Vec<u64> {
+        let mut dirty = PageSet::new(ram.end_page());
+        ram.harvest_vmm_writes(&mut dirty);
+        dirty.iter().collect()
+    }
+
+    fn new(ram: &Arc<GuestRam>) -> (VmGenId, Arc<Count>) {
+        let count = Arc::<Count>::default();
+        let interrupt = Arc::clone(&count) as _;
+        let new = VmGenId::new(Arc::clone(ram), interrupt, 9, Box::<Numbered>::default());
+        (new.unwrap(), count)
+    }
+
+    #[test]
+    fn a_resumed_machine_is_another_and_is_told() {
+        let ram = Arc::new(GuestRam::new(2 << 20).unwrap());
+        let (old, count) = new(&ram);
+        assert_eq!((in_memory(&ram, ADDRESS), dirty(&ram)), ([1; LEN], vec![0xff]));
+        let SnapshotSupport::State(state) = old.capture() else { panic!("it has state") };
+        assert_eq!(count.0.load(Ordering::SeqCst), 0, "a new machine has nothing to notice");
+        let mut chunks = ChunkSet::new(vec![state.save().unwrap()]).unwrap();
+        let saved: SavedVmGenId = chunks.take(CHUNK).unwrap();
+        assert_eq!((saved.gsi, saved.address.0), (9, ADDRESS));
+        // Its page is written, and counts as that, though KVM sees nothing of it.
+        let numbered = Box::new(Numbered(AtomicU8::new(7)));
+        let clone = VmGenId::restore(Arc::clone(&ram), Arc::clone(&count) as _, &saved, numbered);
+        let clone = clone.unwrap();
+        assert_eq!((in_memory(&ram, ADDRESS), dirty(&ram)), ([8; LEN], vec![0xff]));
+        assert_eq!((clone.id(), count.0.load(Ordering::SeqCst)), ([8; LEN], 0));
+        clone.go_on();
+        assert_eq!(count.0.load(Ordering::SeqCst), 1);
+        // One that is taken back is another too.
+        ram.memory().write_slice(&[1; LEN], GuestAddress(ADDRESS)).unwrap();
+        clone.put_back(&saved).unwrap();
+        assert_eq!((in_memory(&ram, ADDRESS), clone.id()), ([9; LEN], [9; LEN]));
+        assert_eq!(clone.save().id, HexBytes(vec![9; LEN]));
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused_and_changes_nothing() {
+        let ram = Arc::new(GuestRam::new(2 << 20).unwrap());
+        let (machine, count) = new(&ram);
+        let good = machine.save();
+        let bad = [
+            SavedVmGenId { id: HexBytes(vec![0; 15]), ..good.clone() },
+            SavedVmGenId { address: Reg(ADDRESS + 1), ..good.clone() },
+            SavedVmGenId { address: Reg(2 << 20), ..good.clone() },
+            SavedVmGenId { address: Reg(u64::MAX - 7), ..good.clone() },
+        ];
+        for saved in bad {
+            let numbered = Box::<Numbered>::default();
+            let interrupt = Arc::clone(&count) as _;
+            assert!(VmGenId::restore(Arc::clone(&ram), interrupt, &saved, numbered).is_err());
+            assert!(machine.put_back(&saved).is_err());
+        }
+        assert!(machine.put_back(&SavedVmGenId { gsi: 8, ..good.clone() }).is_err());
+        assert_eq!((in_memory(&ram, ADDRESS), machine.save()), ([1; LEN], good));
+    }
+
+    #[test]
+    fn random_generations_differ() {
+        let [first, second] = [(); 2].map(|()| RandomGenerations.next().unwrap());
+        assert_ne!(first, second);
+    }
+}

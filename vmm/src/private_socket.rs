@@ -1,0 +1,31 @@
+//! Unix sockets that only their owner may connect to.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+
+/// Listens on `socket`, for this user only, without waiting for those who come. A socket that a process
+/// left behind is replaced.
+///
+/// # Errors
+/// If somebody listens there, or it cannot be had.
+pub(crate) fn listen(socket: &Path) -> io::Result<UnixListener> {
+    if UnixStream::connect(socket).is_ok() {
+        let kind = io::ErrorKind::AddrInUse;
+        return Err(io::Error::new(kind, "another process listens there"));
+    }
+    match fs::symlink_metadata(socket) {
+        Ok(found) if found.file_type().is_socket() => fs::remove_file(socket)?,
+        Ok(_) => {
+            let kind = io::ErrorKind::AlreadyExists;
+            return Err(io::Error::new(kind, "what is there is no socket"));
+        }
+        Err(_nothing_there) => {}
+    }
+    let listener = UnixListener::bind(socket)?;
+    fs::set_permissions(socket, fs::Permissions::from_mode(0o600))?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}

@@ -1,0 +1,194 @@
+//! The host's end of the socket device: what the guest's ports lead to.
+//!
+//! As other monitors do it: programs of the host connect to one Unix socket and say `CONNECT` and a port
+//! of the guest's; ports of the host that the guest connects to are Unix sockets beside it, with
+//! the port behind an underscore in their names.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+
+use crate::error::{Result, VmmError};
+use crate::private_socket;
+
+/// Where connections of a guest's lead to and come from. Sockets do not wait.
+pub trait HostSockets: Send + Sync + fmt::Debug {
+    /// What to listen to for those who come; they say which of the guest's ports they want.
+    fn listener(&self) -> RawFd;
+
+    /// The next of them.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::WouldBlock`] if there is none; others if it cannot be had.
+    fn accept(&self) -> io::Result<UnixStream>;
+
+    /// Connects to a port of the host's for the guest.
+    ///
+    /// # Errors
+    /// If nobody listens there, or has no room at once.
+    fn connect(&self, port: u32) -> io::Result<UnixStream>;
+}
+
+/// A Unix socket and its neighbours.
+#[derive(Debug)]
+pub struct UnixSockets {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl UnixSockets {
+    /// Listens on `path`, for this user only. A socket that a process left behind is replaced. Those for
+    /// ports of the host's are `path`, `_` and the port.
+    ///
+    /// # Errors
+    /// [`VmmError::Config`] if that is too long for the name of a socket; [`VmmError::Host`] if it
+    /// cannot be listened on.
+    pub fn listen(path: &Path) -> Result<Self> {
+        let longest = neighbour(path, u32::MAX);
+        SocketAddrUnix::new(longest.as_path()).map_err(|_too_long| {
+            VmmError::Config(format!(
+                "vsock: expected a path that fits a socket's name with a port behind it, found {}",
+                path.display()
+            ))
+        })?;
+        let listener = private_socket::listen(path)
+            .map_err(VmmError::host(format!("listen on {}", path.display())))?;
+        Ok(Self { listener, path: path.to_owned() })
+    }
+}
+
+impl Drop for UnixSockets {
+    fn drop(&mut self) {
+        // Ours: it could not have been bound otherwise.
+        let _gone = std::fs::remove_file(&self.path);
+    }
+}
+
+/// The socket of a port of the host's.
+fn neighbour(path: &Path, port: u32) -> PathBuf {
+    let mut name = OsString::from(path);
+    name.push(format!("_{port}"));
+    name.into()
+}
+
+impl HostSockets for UnixSockets {
+    fn listener(&self) -> RawFd {
+        self.listener.as_raw_fd()
+    }
+
+    fn accept(&self) -> io::Result<UnixStream> {
+        let (stream, _nameless) = self.listener.accept()?;
+        stream.set_nonblocking(true)?;
+        Ok(stream)
+    }
+
+    fn connect(&self, port: u32) -> io::Result<UnixStream> {
+        let address = SocketAddrUnix::new(neighbour(&self.path, port).as_path())?;
+        // The standard library's would wait for a server that is slow to accept.
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        connect(&socket, &address)?;
+        Ok(socket.into())
+    }
+}
+
+/// The longest first line of one who comes, its end included: a port has ten digits.
+const LINE_BYTES_MAX: usize = 32;
+
+/// One who came and has not said yet which port is wanted.
+#[derive(Debug)]
+pub(super) struct Caller {
+    pub stream: UnixStream,
+    line: Vec<u8>,
+}
+
+/// What a caller wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wish {
+    /// The guest's port.
+    Port(u32),
+    /// It has not said all of it.
+    NotYet,
+    /// Nothing that there is, or not any more.
+    Nothing,
+}
+
+impl Caller {
+    pub(super) fn new(stream: UnixStream) -> Self {
+        Self { stream, line: Vec::new() }
+    }
+
+    /// Reads on. Byte by byte: what comes behind the line is the guest's.
+    pub(super) fn listen(&mut self) -> Wish {
+        use std::io::Read;
+        let mut byte = [0];
+        while self.line.len() < LINE_BYTES_MAX {
+            match self.stream.read(&mut byte) {
+                Ok(1) => self.line.push(byte[0]),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Wish::NotYet,
+                Ok(_) | Err(_) => return Wish::Nothing,
+            }
+            if byte == *b"\n" {
+                return port_wanted(&self.line).map_or(Wish::Nothing, Wish::Port);
+            }
+        }
+        Wish::Nothing
+    }
+}
+
+/// The port in a line such as `CONNECT 1024`.
+fn port_wanted(line: &[u8]) -> Option<u32> {
+    let mut words = std::str::from_utf8(line).ok()?.split_ascii_whitespace();
+    let asks = words.next()?.eq_ignore_ascii_case("connect");
+    let digits = words.next()?;
+    let plain = digits.bytes().all(|byte| byte.is_ascii_digit());
+    let port = digits.parse().ok().filter(|_| asks && plain)?;
+    words.next().is_none().then_some(port)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_name_a_port() {
+        for (line, port) in [
+            ("CONNECT 1024\n", Some(1024)),
+            ("connect 4294967295\r\n", Some(u32::MAX)),
+            ("CONNECT 0\n", Some(0)),
+            ("CONNECT 4294967296\n", None),
+            ("CONNECT +5\n", None),
+            ("CONNECT\n", None),
+            ("CONNECT 5 6\n", None),
+            ("LISTEN 5\n", None),
+            ("\n", None),
+            ("CONNECT \u{665}\n", None),
+        ] {
+            assert_eq!(port_wanted(line.as_bytes()), port, "{line:?}");
+        }
+        assert_eq!(port_wanted(&[0xff, b'\n']), None);
+    }
+
+    #[test]
+    fn paths_that_leave_no_room_for_ports_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let long = folder.path().join("x".repeat(100));
+        assert!(matches!(UnixSockets::listen(&long), Err(VmmError::Config(_))));
+        let path = folder.path().join("v");
+        drop(UnixSockets::listen(&path).unwrap());
+        assert!(!path.exists(), "it goes with its owner");
+        let sockets = UnixSockets::listen(&path).unwrap();
+        let none = sockets.connect(5).unwrap_err();
+        assert_eq!(none.kind(), io::ErrorKind::NotFound);
+        assert_eq!(sockets.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        // Who wants it too finds out by calling.
+        assert!(matches!(UnixSockets::listen(&path), Err(VmmError::Host { .. })), "in use");
+        sockets.accept().unwrap();
+    }
+}

@@ -1,0 +1,310 @@
+//! All connections of a socket device, and who of them has something for the guest.
+//!
+//! What a guest makes the host keep is bounded: connections, what each has from the guest, and refusals,
+//! behind which no more packets are taken from it.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use rustix::rand::{GetRandomFlags, getrandom};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use super::connection::{BUFFER_BYTES, Connection, Fate, Outgoing, Phase};
+use super::host::{Caller, HostSockets, Wish};
+use super::packet::{HOST_CID, Header, Op, Ports, STREAM};
+
+/// Connections at a time. With their buffers, 16 MiB.
+pub(super) const CONNECTIONS_MAX: usize = 256;
+/// Callers that have not said yet what they want; one more, and the oldest of them is let go.
+pub(super) const CALLERS_MAX: usize = 32;
+/// Refusals that wait for the guest to make room for them, before it is asked for no more packets.
+pub(super) const RESETS_MAX: usize = 256;
+/// Ports of the host's ends that come from callers; those below are for servers.
+const CALLERS_PORTS: u32 = 1 << 30;
+
+/// What epoll says of the socket that is listened to; everything else has a number above, which no other
+/// ever had.
+const LISTENER: u64 = 1;
+
+/// See the module's text.
+#[derive(Debug)]
+pub(super) struct Table {
+    cid: u64,
+    sockets: Arc<dyn HostSockets>,
+    epoll: Arc<Epoll>,
+    connections: BTreeMap<u64, (Ports, Connection)>,
+    ports: BTreeMap<Ports, u64>,
+    callers: BTreeMap<u64, Caller>,
+    /// Connections that may have something for the guest, one after the other.
+    line: VecDeque<u64>,
+    resets: VecDeque<Header>,
+    next_number: u64,
+    next_port: u32,
+    /// Somebody may want to be let in.
+    may_accept: bool,
+    /// The guest is to be told that all connections are gone.
+    pub owes_event: bool,
+}
+
+impl Table {
+    /// Of the guest `cid`. What happens to sockets is told by `epoll`.
+    pub(super) fn new(
+        cid: u32,
+        sockets: Arc<dyn HostSockets>,
+        epoll: Arc<Epoll>,
+    ) -> io::Result<Self> {
+        watch(&epoll, sockets.listener(), LISTENER, EventSet::IN)?;
+        Ok(Self {
+            cid: cid.into(),
+            sockets,
+            epoll,
+            connections: BTreeMap::new(),
+            ports: BTreeMap::new(),
+            callers: BTreeMap::new(),
+            line: VecDeque::new(),
+            resets: VecDeque::new(),
+            next_number: LISTENER + 1,
+            next_port: any_port(),
+            may_accept: true,
+            owes_event: false,
+        })
+    }
+
+    /// Connections there are.
+    pub(super) fn len(&self) -> usize {
+        self.connections.len()
+    }
+
+    /// Ends all connections, without a word to the guest.
+    pub(super) fn clear(&mut self) {
+        self.connections.clear();
+        self.ports.clear();
+        self.line.clear();
+        self.resets.clear();
+        self.owes_event = false;
+        // A guest that has not heard of it yet may take the same ports for the same connections.
+        self.next_port = any_port();
+    }
+
+    /// True while no more packets may be taken from the guest.
+    pub(super) fn is_full(&self) -> bool {
+        self.resets.len() >= RESETS_MAX
+    }
+
+    /// True if [`Self::outgoing`] may have something.
+    pub(super) fn has_outgoing(&self) -> bool {
+        !self.resets.is_empty() || !self.line.is_empty()
+    }
+
+    /// Takes note of what epoll said.
+    pub(super) fn woken(&mut self, events: &[EpollEvent]) {
+        for event in events {
+            let number = event.data();
+            if number == LISTENER {
+                self.may_accept = true;
+            } else if self.callers.contains_key(&number) {
+                self.hear(number);
+            } else if let Some((_, connection)) = self.connections.get_mut(&number) {
+                let fate = connection.woken(event.event_set());
+                self.settle(number, fate);
+            }
+        }
+        self.accept();
+    }
+
+    /// Lets in who waits outside.
+    fn accept(&mut self) {
+        while self.may_accept {
+            match self.sockets.accept() {
+                Ok(stream) => {
+                    let Some(number) = self.watch(&stream) else { continue };
+                    self.callers.insert(number, Caller::new(stream));
+                    if self.callers.len() > CALLERS_MAX {
+                        self.callers.pop_first();
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.may_accept = false,
+                Err(error) => {
+                    // Of the one who came, or of this process, which tries again when it wakes.
+                    tracing::debug!(%error, "a vsock caller cannot be let in");
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Has epoll tell of a socket. None if it cannot, with which the socket is closed.
+    fn watch(&mut self, stream: &UnixStream) -> Option<u64> {
+        let number = self.next_number;
+        self.next_number += 1;
+        let events = EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP;
+        match watch(&self.epoll, stream.as_raw_fd(), number, events) {
+            Ok(()) => Some(number),
+            Err(error) => {
+                tracing::debug!(%error, "a vsock connection cannot be listened to");
+                None
+            }
+        }
+    }
+
+    /// A caller said something.
+    fn hear(&mut self, number: u64) {
+        let Some(mut caller) = self.callers.remove(&number) else { return };
+        match caller.listen() {
+            Wish::Port(guest) if self.connections.len() < CONNECTIONS_MAX => {
+                let ports = Ports { host: self.free_port(guest), guest };
+                self.open(number, ports, Connection::new(caller.stream, Phase::Requested));
+            }
+            Wish::NotYet => {
+                self.callers.insert(number, caller);
+            }
+            // It is told by its socket's end.
+            Wish::Port(_) | Wish::Nothing => {}
+        }
+    }
+
+    /// A port for the host's end of a connection to `guest`.
+    fn free_port(&mut self, guest: u32) -> u32 {
+        loop {
+            let host = self.next_port;
+            self.next_port = CALLERS_PORTS | (self.next_port.wrapping_add(1) % CALLERS_PORTS);
+            if !self.ports.contains_key(&Ports { host, guest }) {
+                return host;
+            }
+        }
+    }
+
+    fn open(&mut self, number: u64, ports: Ports, connection: Connection) {
+        self.connections.insert(number, (ports, connection));
+        self.ports.insert(ports, number);
+        self.settle(number, Fate::GoesOn);
+    }
+
+    /// What follows from what happened to a connection.
+    fn settle(&mut self, number: u64, fate: Fate) {
+        if fate == Fate::Ends {
+            if let Some(header) = self.remove(number) {
+                self.resets.push_back(header);
+            }
+        } else if let Some((_, connection)) = self.connections.get_mut(&number)
+            && connection.wants_turn()
+            && !std::mem::replace(&mut connection.queued, true)
+        {
+            self.line.push_back(number);
+        }
+    }
+
+    /// Forgets a connection. Returns what tells the guest that it is over, if it has to know.
+    fn remove(&mut self, number: u64) -> Option<Header> {
+        let (ports, connection) = self.connections.remove(&number)?;
+        self.ports.remove(&ports);
+        connection.is_known_to_guest().then(|| self.header(ports, Op::Reset))
+    }
+
+    /// A packet for the guest, so far.
+    fn header(&self, ports: Ports, op: Op) -> Header {
+        Header {
+            src_cid: HOST_CID,
+            dst_cid: self.cid,
+            src_port: ports.host,
+            dst_port: ports.guest,
+            kind: STREAM,
+            op: op as u16,
+            ..Header::default()
+        }
+    }
+
+    /// Takes a packet from the guest. `data` has what is behind its header if it is for that, and not too
+    /// much for any connection.
+    pub(super) fn incoming(&mut self, header: &Header, data: &[u8]) {
+        // Not from this guest, or not for this host: nobody is there to answer.
+        if header.src_cid != self.cid || header.dst_cid != HOST_CID {
+            return;
+        }
+        let ports = header.ports();
+        let number = self.ports.get(&ports).copied();
+        let found = number.and_then(|number| self.connections.get_mut(&number));
+        let (Some(number), Some((_, connection)), STREAM) = (number, found, header.kind) else {
+            match (header.kind, header.op()) {
+                (_, Some(Op::Reset)) => {}
+                (STREAM, Some(Op::Request)) => self.requested(header),
+                _ => self.resets.push_back(header.refusal()),
+            }
+            return;
+        };
+        connection.note_credit(header);
+        let fate = match header.op() {
+            Some(Op::Response) => connection.answered(format!("OK {}\n", ports.host).as_bytes()),
+            Some(Op::Shutdown) => connection.guest_ends(header.flags),
+            Some(Op::Data) => connection.data(header.len, data),
+            Some(Op::CreditUpdate) => Fate::GoesOn,
+            Some(Op::CreditRequest) => {
+                connection.asked_for_credit();
+                Fate::GoesOn
+            }
+            Some(Op::Reset) => {
+                self.remove(number);
+                return;
+            }
+            // Ports that are in use, or nothing known.
+            Some(Op::Request) | None => Fate::Ends,
+        };
+        self.settle(number, fate);
+    }
+
+    /// The guest wants a connection.
+    fn requested(&mut self, header: &Header) {
+        let room = self.connections.len() < CONNECTIONS_MAX;
+        let stream = room.then(|| self.sockets.connect(header.dst_port).ok()).flatten();
+        let opened = stream.and_then(|stream| Some((self.watch(&stream)?, stream)));
+        let Some((number, stream)) = opened else {
+            self.resets.push_back(header.refusal());
+            return;
+        };
+        let mut connection = Connection::new(stream, Phase::Open);
+        connection.note_credit(header);
+        self.open(number, header.ports(), connection);
+    }
+
+    /// The next packet for the guest, whose bytes are put into `data`.
+    pub(super) fn outgoing(&mut self, data: &mut [u8]) -> Option<Header> {
+        if let Some(reset) = self.resets.pop_front() {
+            return Some(reset);
+        }
+        while let Some(number) = self.line.pop_front() {
+            let Some((ports, connection)) = self.connections.get_mut(&number) else { continue };
+            let ports = *ports;
+            connection.queued = false;
+            let Some(Outgoing { op, flags, len }) = connection.next(data) else { continue };
+            let fwd_cnt = connection.tell_forwarded();
+            // Behind all others, if it has more.
+            self.settle(number, Fate::GoesOn);
+            let header = self.header(ports, op);
+            return Some(Header {
+                flags,
+                len: len as u32,
+                buf_alloc: BUFFER_BYTES,
+                fwd_cnt,
+                ..header
+            });
+        }
+        None
+    }
+}
+
+/// Has `epoll` tell once of each change.
+fn watch(epoll: &Epoll, fd: RawFd, number: u64, events: EventSet) -> io::Result<()> {
+    let event = EpollEvent::new(events | EventSet::EDGE_TRIGGERED, number);
+    epoll.ctl(ControlOperation::Add, fd, event)
+}
+
+/// Where ports of callers begin: not where they did the last time.
+fn any_port() -> u32 {
+    let mut bytes = [0; 4];
+    // Without random bytes they begin where they always do.
+    let _len = getrandom(&mut bytes, GetRandomFlags::NONBLOCK);
+    CALLERS_PORTS | (u32::from_le_bytes(bytes) % CALLERS_PORTS)
+}
