@@ -8,11 +8,11 @@ use clap::error::ErrorKind;
 use clap::{ArgGroup, Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use frazil_snapstore::retention::{Policy, parse_within};
 use frazil_snapstore::{Elide, SnapshotId};
-use frazil_vmm::NetConfig;
 use frazil_vmm::dirty::TrackerKind;
 use frazil_vmm::disk::DiskConfig;
 use frazil_vmm::scheduler::Every;
 use frazil_vmm::workload::WorkloadSpec;
+use frazil_vmm::{NetConfig, VsockConfig};
 
 /// Freezes running virtual machines: a checkpoint is taken while the guest goes on and costs what
 /// changed; any checkpoint can be resumed at once, its memory arriving as it is touched.
@@ -128,6 +128,21 @@ fn disk(text: &str) -> Result<DiskConfig, String> {
         return Err("expected a file, or FILE,ro".into());
     }
     Ok(DiskConfig { file: file.into(), read_only, serial: None })
+}
+
+/// What a socket device leads to, and its address.
+fn vsock(text: &str) -> Result<VsockConfig, String> {
+    const EXPECTED: &str = "expected socket=PATH, cid=N,socket=PATH or `none`";
+    let (cid, on) = match text.strip_prefix("cid=").and_then(|rest| rest.split_once(',')) {
+        Some((cid, on)) => (Some(cid.parse().map_err(|_| EXPECTED.to_owned())?), on),
+        None => (None, text),
+    };
+    let socket = match on.strip_prefix("socket=") {
+        Some(path) if !path.is_empty() => Some(path.into()),
+        None if on == "none" => None,
+        _ => return Err(EXPECTED.into()),
+    };
+    Ok(VsockConfig { cid, socket })
 }
 
 /// What a network card is on, and its address.
@@ -292,6 +307,13 @@ pub(crate) struct HostArgs {
     /// order; without it, on what they were. `{n}` in NAME is the number of the VM with --clones.
     #[arg(long = "net", value_name = "tap=NAME[,mac=ADDRESS]|none", value_parser = net)]
     pub nets: Vec<NetConfig>,
+    /// A socket device that leads to the host: who connects to the Unix socket PATH and says
+    /// `CONNECT PORT` reaches that port of the guest's; port N of the host's, to the guest, is the Unix
+    /// socket PATH_N. CID is the guest's context id, 3 if none is given. A resumed machine that has
+    /// one: where it leads to now, or nowhere with `none`; `{n}` in PATH is the number of the VM with
+    /// --clones.
+    #[arg(long, value_name = "[cid=CID,]socket=PATH|none", value_parser = vsock)]
+    pub vsock: Option<VsockConfig>,
     /// What keeps track of the pages the guest writes. Default: what suits the machine and this KVM.
     #[arg(long, value_name = "HOW", value_parser = tracker)]
     pub dirty_tracking: Option<TrackerKind>,

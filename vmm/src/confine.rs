@@ -24,6 +24,8 @@ pub enum Role {
     Vcpu,
     /// It serves a virtio device.
     Device,
+    /// It serves the socket device, which listens and connects on the host.
+    Sockets,
 }
 
 static IS_OFF: AtomicBool = AtomicBool::new(false);
@@ -95,6 +97,21 @@ const DEVICE: [i64; 19] = [
     libc::SYS_sync_file_range,
 ];
 
+/// Besides, the socket device's: streams of Unix sockets.
+const SOCKETS: [i64; 11] = [
+    libc::SYS_accept4,
+    libc::SYS_connect,
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_wait,
+    libc::SYS_getsockopt,
+    libc::SYS_recvfrom,
+    libc::SYS_sendto,
+    libc::SYS_shutdown,
+    libc::SYS_readv,
+];
+
 /// The second argument of an ioctl has KVM's number here (`KVMIO`).
 const IOCTL_TYPE: u64 = 0xff00;
 const KVMIO: u64 = 0xae00;
@@ -109,12 +126,14 @@ const OPENS_TO_CHANGE: u64 =
 pub(crate) fn confine(role: Role) -> Result<()> {
     static VCPU: OnceLock<BpfProgram> = OnceLock::new();
     static DEVICE: OnceLock<BpfProgram> = OnceLock::new();
+    static SOCKETS: OnceLock<BpfProgram> = OnceLock::new();
     if IS_OFF.load(Ordering::Relaxed) {
         return Ok(());
     }
     let made = match role {
         Role::Vcpu => &VCPU,
         Role::Device => &DEVICE,
+        Role::Sockets => &SOCKETS,
     };
     let filter = if let Some(filter) = made.get() {
         filter
@@ -147,6 +166,11 @@ fn filter(role: Role) -> Result<BpfProgram, seccompiler::BackendError> {
         Role::Device => {
             rules.extend(DEVICE.into_iter().map(|call| (call, Vec::new())));
             rules.insert(libc::SYS_openat, only(argument(2, OPENS_TO_CHANGE, 0)?)?);
+        }
+        Role::Sockets => {
+            rules.extend(SOCKETS.into_iter().map(|call| (call, Vec::new())));
+            rules.insert(libc::SYS_socket, only(argument(0, u64::MAX, libc::AF_UNIX as u64)?)?);
+            rules.insert(libc::SYS_ioctl, only(argument(1, u64::MAX, libc::FIONBIO)?)?);
         }
     }
     let denied = SeccompAction::Errno(libc::EPERM as u32);
@@ -181,7 +205,7 @@ mod tests {
     fn threads_do_their_work_and_little_else() {
         let mut scratch = tempfile::tempfile().unwrap();
         let path = std::env::temp_dir().join(format!("confined-{}", std::process::id()));
-        for role in [Role::Vcpu, Role::Device] {
+        for role in [Role::Vcpu, Role::Device, Role::Sockets] {
             let results = confined(role, || {
                 [
                     is_denied(Command::new("/bin/true").spawn()),
@@ -193,7 +217,7 @@ mod tests {
                     scratch.write_all(&vec![1; 1 << 20]).is_ok(),
                 ]
             });
-            assert_eq!(results, [true, true, true, true, role == Role::Vcpu, true], "{role:?}");
+            assert_eq!(results, [true, true, true, true, role != Role::Device, true], "{role:?}");
         }
         assert!(!path.exists());
         // Others are as they were.

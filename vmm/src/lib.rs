@@ -39,7 +39,7 @@ pub use checkpoint::{
 pub use error::{Result, VmmError};
 pub use machine::{
     ClockPolicy, Guest, HostConfig, Loading, MachineConfig, NetConfig, PagerPlace,
-    REWIND_CACHE_BYTES, STAGING_BYTES, SavedGuest, SavedMachine, THROTTLE_MAX_PERCENT,
+    REWIND_CACHE_BYTES, STAGING_BYTES, SavedGuest, SavedMachine, THROTTLE_MAX_PERCENT, VsockConfig,
 };
 pub use paging::shared_image;
 pub use rewind::{RewindPoint, RewindReport, RewindRequest, RewindTotals};

@@ -44,7 +44,24 @@ pub struct MachineConfig {
     pub rng: bool,
     /// Give it a memory balloon, through which it says which memory it does not need.
     pub balloon: bool,
+    /// Give it sockets that lead to the host.
+    pub vsock: Option<VsockConfig>,
+    /// Give it what its tables tell of besides: a CMOS clock, and a generation id, by which it notices
+    /// that it was copied or taken back.
+    pub acpi_devices: bool,
 }
+
+/// A socket device to run a machine with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VsockConfig {
+    /// The guest's context id; none is 3, or that of the snapshot.
+    pub cid: Option<u32>,
+    /// The host's Unix socket that leads to the guest; none is a host that cannot be reached.
+    pub socket: Option<PathBuf>,
+}
+
+/// The context id of a guest that is not given another: the first that a guest may have.
+const CID: u32 = 3;
 
 /// A network card to run a machine with.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,6 +85,8 @@ impl MachineConfig {
             nets: Vec::new(),
             rng: false,
             balloon: false,
+            vsock: None,
+            acpi_devices: false,
         }
     }
 
@@ -92,6 +111,10 @@ impl MachineConfig {
             if wanted {
                 devices.push((name.to_owned(), device));
             }
+        }
+        if let Some(VsockConfig { cid, socket }) = &self.vsock {
+            let (cid, socket) = (cid.unwrap_or(CID), socket.clone());
+            devices.push(("vsock".to_owned(), SlotDevice::Vsock { cid, socket }));
         }
         lay_out(devices)
     }
@@ -132,6 +155,8 @@ pub struct HostConfig {
     /// For a machine that is resumed: what its network cards are on, in their order, and their
     /// addresses where they are to be others. Those that are not listed are as the snapshot has them.
     pub nets: Vec<NetConfig>,
+    /// For a machine that is resumed: what its sockets lead to, if to something else than before.
+    pub vsock: Option<VsockConfig>,
 }
 
 /// What checkpoints copy aside by default.
@@ -157,6 +182,7 @@ impl HostConfig {
             overlay: OverlayOptions::default(),
             clock: ClockPolicy::default(),
             nets: Vec::new(),
+            vsock: None,
         }
     }
 }
@@ -219,6 +245,10 @@ pub struct SavedMachine {
     pub disks: usize,
     /// Its virtio devices; each has a chunk of its own.
     pub devices: Vec<SavedSlot>,
+    /// It has a CMOS clock, in the chunk `rtc`.
+    pub rtc: bool,
+    /// It has a generation id, in the chunk `vmgenid`.
+    pub generation: bool,
 }
 
 /// What was booted.
@@ -255,6 +285,8 @@ impl Saved for SavedMachine {
             // There were disks, and no devices that a guest could have seen them through.
             2 => {
                 body["devices"] = Value::Array(Vec::new());
+                body["rtc"] = Value::from(false);
+                body["generation"] = Value::from(false);
                 Ok(body)
             }
             _ => Err(format!("version {version} was never written")),
@@ -263,11 +295,22 @@ impl Saved for SavedMachine {
 }
 
 impl SavedMachine {
-    /// Puts network cards on what `nets` says, in their order.
+    /// Puts network cards on what `nets` says, in their order, and has sockets lead to what `vsock` says.
     ///
     /// # Errors
-    /// [`VmmError::Config`] if there are fewer cards.
-    pub(crate) fn plug(&mut self, nets: &[NetConfig]) -> Result<()> {
+    /// [`VmmError::Config`] if there are fewer cards, or no sockets.
+    pub(crate) fn plug(&mut self, nets: &[NetConfig], vsock: Option<&VsockConfig>) -> Result<()> {
+        if let Some(wanted) = vsock {
+            let found = self.devices.iter_mut().find_map(|slot| match &mut slot.device {
+                SlotDevice::Vsock { cid, socket } => Some((cid, socket)),
+                _ => None,
+            });
+            let (cid, socket) = found.ok_or_else(|| {
+                VmmError::Config("vsock: the snapshot's machine has no socket device".into())
+            })?;
+            socket.clone_from(&wanted.socket);
+            *cid = wanted.cid.unwrap_or(*cid);
+        }
         let cards = self.devices.iter_mut().filter_map(|slot| match &mut slot.device {
             SlotDevice::Net { tap, mac } => Some((tap, mac)),
             _ => None,

@@ -13,7 +13,9 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::checkpoint::us;
 use crate::devices::platform::{self, SavedPlatform};
+use crate::devices::rtc::{self, SavedRtc, TimeAfterResume};
 use crate::devices::serial::{self, SavedSerial};
+use crate::devices::vmgenid::{self, SavedVmGenId};
 use crate::disk::{DiskLine, SavedDisk, disk_name};
 use crate::error::{Result, VmmError};
 use crate::line::{AtRest, Line};
@@ -104,6 +106,8 @@ pub struct RewindPoint {
     vcpus: Vec<Arc<SavedVcpu>>,
     platform: SavedPlatform,
     serial: SavedSerial,
+    rtc: Option<SavedRtc>,
+    generation: Option<SavedVmGenId>,
     virtio: Vec<SavedVirtio>,
     ram: CachedRegion,
     disks: Vec<CachedRegion>,
@@ -159,6 +163,8 @@ impl Vm {
             disks.push(CachedRegion::new(snapshot.region(disk.name())?, max));
         }
         let virtio = self.bus.virtio().take_saved(&mut chunks)?;
+        let rtc = machine.rtc.then(|| chunks.take(rtc::CHUNK)).transpose()?;
+        let generation = machine.generation.then(|| chunks.take(vmgenid::CHUNK)).transpose()?;
         chunks.finish()?;
         let ram = CachedRegion::new(ram, max);
         Ok(RewindPoint {
@@ -167,6 +173,8 @@ impl Vm {
             vcpus,
             platform,
             serial,
+            rtc,
+            generation,
             virtio,
             ram,
             disks,
@@ -262,6 +270,9 @@ fn check_machine(vm: &Vm, id: SnapshotId, found: &SavedMachine) -> Result<()> {
         || !ours.devices.iter().zip(&found.devices).all(alike)
     {
         return wrong("devices", &ours.devices, &found.devices);
+    }
+    if (ours.rtc, ours.generation) != (found.rtc, found.generation) {
+        return wrong("clock and generation id", &ours, &found);
     }
     if ours.guest != found.guest {
         return wrong("guest", &ours.guest, &found.guest);
@@ -395,7 +406,7 @@ impl<'a> Rewind<'a> {
         }
         drop(at_rest);
         drop(torn);
-        self.vm.bus.virtio().go_on();
+        self.vm.bus.go_on();
         let go_on_started = Instant::now();
         if let Some(goes_on) = goes_on {
             drop(goes_on);
@@ -432,6 +443,12 @@ impl<'a> Rewind<'a> {
         // Its clock goes back with it.
         platform::restore(&self.vm.shell.fd, self.point.platform.clone(), Duration::ZERO)?;
         self.vm.bus.serial().rewind(self.point.serial.clone())?;
+        if let (Some(mut rtc), Some(saved)) = (self.vm.bus.rtc(), &self.point.rtc) {
+            rtc.put_back(saved, TimeAfterResume::Snapshot)?;
+        }
+        if let (Some(ours), Some(saved)) = (self.vm.bus.generation(), &self.point.generation) {
+            ours.put_back(saved)?;
+        }
         self.vm.bus.virtio().put_back(&self.point.virtio)?;
         self.report.state_us = us(state_started.elapsed());
         let disks_started = Instant::now();

@@ -7,11 +7,13 @@ use std::time::{Duration, Instant};
 use frazil_snapstore::pager::PagerStats;
 use frazil_snapstore::{PAGE_SIZE, Snapshot, SnapshotId, Store};
 
-use crate::boot::{self, BootSource, Kernel};
+use crate::boot::{self, BootSource, GenerationSlot, Hardware, Kernel};
 use crate::checkpoint::{CheckpointProgress, CheckpointTotals};
 use crate::cpuid;
 use crate::devices::platform::{self, SavedPlatform};
+use crate::devices::rtc::{self, HostClock, Rtc, TimeAfterResume};
 use crate::devices::serial::SerialPort;
+use crate::devices::vmgenid::{self, RandomGenerations, SavedVmGenId, VmGenId};
 use crate::devices::{Bus, serial};
 use crate::dirty::TrackerKind;
 use crate::disk::{Disk, OverlayOptions, disk_name};
@@ -31,8 +33,8 @@ use crate::telemetry::Telemetry;
 use crate::turns::Turns;
 use crate::vcpu::saved::SavedVcpu;
 use crate::vcpu::{Ended, ExitCounts, Vcpu, VcpuSet};
-use crate::virtio::VirtioBus;
-use crate::virtio::bus::{Surroundings, mmio_slots};
+use crate::virtio::bus::{EVENT_GSI, Surroundings, mmio_slots};
+use crate::virtio::{IrqLine, VirtioBus};
 use crate::workload::{ControlView, GUEST_ELF, VerifyReport, WorkloadSpec};
 
 /// What a machine is put together from.
@@ -99,7 +101,13 @@ impl Vm {
         let tsc_khz = vcpus[0].fd().get_tsc_khz().unwrap_or(0);
         let (source, guest) = boot_source(config, tsc_khz)?;
         let devices = config.devices()?;
-        let entry = boot::load(&source, &shell.ram, config.cpus, &mmio_slots(&devices))?;
+        let slots = mmio_slots(&devices);
+        let generation = config
+            .generation
+            .then_some(GenerationSlot { address: vmgenid::ADDRESS, gsi: EVENT_GSI });
+        let hardware =
+            Hardware { cpus: config.cpus, slots: &slots, generation, rtc: config.acpi_devices };
+        let entry = boot::load_on(&source, &shell.ram, &hardware)?;
         boot::set_boot_registers(vcpus[0].fd(), entry)?;
         let disks = config
             .disks
@@ -115,8 +123,16 @@ impl Vm {
             guest,
             disks: disks.len(),
             devices,
+            rtc: config.acpi_devices,
+            generation: config.acpi_devices,
         };
-        let bus = Arc::new(Bus::new(SerialPort::new(&shell.fd, &host.serial)?, virtio));
+        let rtc = config.acpi_devices.then(|| Rtc::new(Box::new(HostClock)));
+        let generation = config.acpi_devices.then(|| {
+            let line = Arc::new(IrqLine::wire(&shell.fd, EVENT_GSI)?);
+            VmGenId::new(Arc::clone(&shell.ram), line, EVENT_GSI, Box::new(RandomGenerations))
+        });
+        let serial = SerialPort::new(&shell.fd, &host.serial)?;
+        let bus = Arc::new(Bus::new(serial, rtc, generation.transpose()?, virtio));
         let vcpus = Arc::new(VcpuSet::start(vcpus, &bus)?);
         let parts = Parts { shell, bus, vcpus, pager: None, disks };
         Ok(Self::assemble(config.name.clone(), machine, host, parts))
@@ -135,7 +151,7 @@ impl Vm {
     ) -> Result<Self> {
         let mut chunks = ChunkSet::new(snapshot.states()?)?;
         let mut machine: SavedMachine = chunks.take(MACHINE_CHUNK)?;
-        machine.plug(&host.nets)?;
+        machine.plug(&host.nets, host.vsock.as_ref())?;
         let hypervisor = Hypervisor::open()?;
         check_cpus(&hypervisor, machine.cpus)?;
         // Memory that others have too, or that somebody else fills, is not ours to give away.
@@ -156,8 +172,10 @@ impl Vm {
         let disks = resume_disks(&machine, snapshot, &mut chunks, &host.overlay)?;
         let around = Surroundings { shell: &shell, disks: &disks, punch };
         let virtio = VirtioBus::resume(&machine.devices, &around, &mut chunks)?;
+        let rtc = resume_rtc(&machine, host.clock, &mut chunks)?;
+        let generation = resume_generation(&machine, &shell, &mut chunks)?;
         chunks.finish()?;
-        let bus = Arc::new(Bus::new(serial, virtio));
+        let bus = Arc::new(Bus::new(serial, rtc, generation, virtio));
         let vcpus = Arc::new(VcpuSet::start(vcpus, &bus)?);
         late.get_or_init(|| Arc::downgrade(&vcpus));
         // One that failed before there were vCPUs to stop.
@@ -213,7 +231,7 @@ impl Vm {
         if *paused {
             self.set_paused(&mut paused, false);
             // Those of a machine that was resumed wait for this.
-            self.bus.virtio().go_on();
+            self.bus.go_on();
             self.vcpus.resume();
         }
         Ok(())
@@ -491,6 +509,35 @@ fn boot_source(config: &MachineConfig, tsc_khz: u32) -> Result<(BootSource, Save
             Ok((source.clone(), saved))
         }
     }
+}
+
+fn resume_rtc(
+    machine: &SavedMachine,
+    clock: ClockPolicy,
+    chunks: &mut ChunkSet,
+) -> Result<Option<Rtc>> {
+    if !machine.rtc {
+        return Ok(None);
+    }
+    let time = match clock {
+        ClockPolicy::Host => TimeAfterResume::Host,
+        ClockPolicy::Snapshot => TimeAfterResume::Snapshot,
+    };
+    Rtc::restore(Box::new(HostClock), &chunks.take(rtc::CHUNK)?, time).map(Some)
+}
+
+fn resume_generation(
+    machine: &SavedMachine,
+    shell: &VmShell,
+    chunks: &mut ChunkSet,
+) -> Result<Option<VmGenId>> {
+    if !machine.generation {
+        return Ok(None);
+    }
+    let saved: SavedVmGenId = chunks.take(vmgenid::CHUNK)?;
+    let line = Arc::new(IrqLine::wire(&shell.fd, saved.gsi)?);
+    let generations = Box::new(RandomGenerations);
+    VmGenId::restore(Arc::clone(&shell.ram), line, &saved, generations).map(Some)
 }
 
 fn resume_disks(

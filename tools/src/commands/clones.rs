@@ -169,10 +169,12 @@ fn reference(store: &Path, id: SnapshotId) -> OsString {
     reference
 }
 
-/// An argument of the clone `index`: in the name of a tap, `{n}` is its number.
+/// An argument of the clone `index`: in the name of a tap or a socket, `{n}` is its number.
 fn numbered(argument: &OsStr, index: u32) -> OsString {
     match argument.to_str() {
-        Some(text) if text.contains("tap=") => text.replace("{n}", &index.to_string()).into(),
+        Some(text) if text.contains("tap=") || text.contains("socket=") => {
+            text.replace("{n}", &index.to_string()).into()
+        }
         _ => argument.to_owned(),
     }
 }

@@ -64,6 +64,8 @@ pub(crate) fn run(args: RunArgs, json: bool) -> anyhow::Result<ExitCode> {
         // The built-in guest has no drivers.
         rng: is_kernel,
         balloon: is_kernel && !no_balloon,
+        vsock: host.vsock.clone(),
+        acpi_devices: is_kernel,
         ..MachineConfig::new(name, memory, cpus, guest)
     };
     let vm = Vm::boot(&config, host_config(&host, store, json))?;
@@ -285,6 +287,7 @@ fn host_config(host: &HostArgs, store: Option<Arc<Store>>, json: bool) -> HostCo
         throttle_max_percent: (host.throttle * 100.0).round().min(99.0) as u8,
         overlay: OverlayOptions { folder: host.overlay.clone(), ..OverlayOptions::default() },
         nets: host.nets.clone(),
+        vsock: host.vsock.clone(),
         ..HostConfig::new(serial, store)
     }
 }

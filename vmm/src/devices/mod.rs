@@ -17,7 +17,9 @@ use crate::vcpu::Ended;
 use crate::virtio::VirtioBus;
 use i8042::I8042;
 use power::Power;
+use rtc::Rtc;
 use serial::SerialPort;
+use vmgenid::VmGenId;
 
 /// What a device says about saving itself. There is no default: each device decides.
 #[derive(Debug)]
@@ -68,19 +70,54 @@ pub struct Bus {
     serial: Mutex<SerialPort>,
     keyboard: I8042,
     power: Power,
+    rtc: Option<Mutex<Rtc>>,
+    generation: Option<VmGenId>,
     virtio: VirtioBus,
 }
 
 impl Bus {
-    /// COM1, the keyboard controller and the sleep registers by port I/O, and `virtio`.
+    /// COM1, the keyboard controller, the sleep registers and the clock by port I/O, the generation id in
+    /// memory, and `virtio`.
     #[must_use]
-    pub fn new(serial: SerialPort, virtio: VirtioBus) -> Self {
-        Self { serial: Mutex::new(serial), keyboard: I8042, power: Power, virtio }
+    pub fn new(
+        serial: SerialPort,
+        rtc: Option<Rtc>,
+        generation: Option<VmGenId>,
+        virtio: VirtioBus,
+    ) -> Self {
+        Self {
+            serial: Mutex::new(serial),
+            keyboard: I8042,
+            power: Power,
+            rtc: rtc.map(Mutex::new),
+            generation,
+            virtio,
+        }
     }
 
     /// The serial port.
     pub fn serial(&self) -> MutexGuard<'_, SerialPort> {
         self.serial.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The clock, if there is one.
+    pub fn rtc(&self) -> Option<MutexGuard<'_, Rtc>> {
+        self.rtc.as_ref().map(|rtc| rtc.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The generation id, if there is one.
+    #[must_use]
+    pub fn generation(&self) -> Option<&VmGenId> {
+        self.generation.as_ref()
+    }
+
+    /// Has each device take up what was under way when its state was saved, and the guest look whether it
+    /// is a new generation. Of no harm at any other time.
+    pub(crate) fn go_on(&self) {
+        self.virtio.go_on();
+        if let Some(generation) = &self.generation {
+            generation.go_on();
+        }
     }
 
     /// The virtio devices.
@@ -101,6 +138,10 @@ impl Bus {
                 ended = ended.or(self.keyboard.write(port, *value));
             } else if power::owns(port) {
                 ended = ended.or(self.power.write(port, *value));
+            } else if rtc::owns(port)
+                && let Some(mut rtc) = self.rtc()
+            {
+                rtc.write(port, *value);
             }
         }
         ended
@@ -116,6 +157,10 @@ impl Bus {
                 self.keyboard.read(port)
             } else if power::owns(port) {
                 self.power.read(port)
+            } else if rtc::owns(port)
+                && let Some(rtc) = self.rtc()
+            {
+                rtc.read(port)
             } else {
                 0xff
             };
@@ -126,6 +171,9 @@ impl Bus {
     #[must_use]
     pub fn capture(&self) -> CapturedDevices {
         let with_ports = [self.serial().capture(), self.keyboard.capture(), self.power.capture()];
-        CapturedDevices(with_ports.into_iter().chain(self.virtio.capture()).collect())
+        let rtc = self.rtc().map(|rtc| rtc.capture());
+        let generation = self.generation.as_ref().map(VmGenId::capture);
+        let some = rtc.into_iter().chain(generation).chain(self.virtio.capture());
+        CapturedDevices(with_ports.into_iter().chain(some).collect())
     }
 }

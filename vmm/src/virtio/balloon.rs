@@ -24,6 +24,7 @@ use super::queue::{Chain, Nonsense, bit};
 use super::saved::SavedDevice;
 use super::worker::{Worker, doorbell, ring, serve_when_rung};
 use super::{Misfit, Still, VirtioDevice};
+use crate::confine::Role;
 use crate::error::Result;
 use crate::memory::GuestMemory;
 
@@ -202,9 +203,10 @@ impl VirtioDevice for Balloon {
             return Ok(());
         }
         let (parts, link) = (Arc::clone(&self.parts), Arc::clone(link));
-        let worker = Worker::start("balloon", &self.doorbell, move |doorbell, ending| {
-            serve_when_rung(doorbell, ending, || parts.serve(&link, || ending.is_wanted()));
-        })?;
+        let worker =
+            Worker::start("balloon", Role::Device, &self.doorbell, move |doorbell, ending| {
+                serve_when_rung(doorbell, ending, || parts.serve(&link, || ending.is_wanted()));
+            })?;
         // The link is set once, and so is this.
         let _first = self.worker.set(worker);
         Ok(())

@@ -18,6 +18,7 @@ use super::queue::{EVENT_IDX, bit};
 use super::saved::SavedDevice;
 use super::worker::{Worker, doorbell, ring, serve_when_rung};
 use super::{Misfit, Still, VirtioDevice};
+use crate::confine::Role;
 use crate::disk::{Disk, SECTOR_BYTES};
 use crate::error::Result;
 use request::Scratch;
@@ -140,12 +141,17 @@ impl VirtioDevice for Block {
             return Ok(());
         }
         let (link, disk) = (Arc::clone(link), Arc::clone(&self.disk));
-        let worker = Worker::start(self.disk.name(), &self.doorbell, move |doorbell, ending| {
-            let mut scratch = Scratch::default();
-            serve_when_rung(doorbell, ending, || {
-                serve(&link, &disk, &mut scratch, || ending.is_wanted());
-            });
-        })?;
+        let worker = Worker::start(
+            self.disk.name(),
+            Role::Device,
+            &self.doorbell,
+            move |doorbell, ending| {
+                let mut scratch = Scratch::default();
+                serve_when_rung(doorbell, ending, || {
+                    serve(&link, &disk, &mut scratch, || ending.is_wanted());
+                });
+            },
+        )?;
         // One that is started twice has its second thread ended at once.
         let _first = self.worker.set(worker);
         Ok(())

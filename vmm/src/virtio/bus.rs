@@ -1,5 +1,6 @@
 //! The virtio devices of a machine: which there are, where the guest finds them, how each comes to be.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -9,6 +10,7 @@ use super::balloon::Balloon;
 use super::block::Block;
 use super::net::{MacAddress, Net, Tap};
 use super::rng::Rng;
+use super::vsock::{UnixSockets, Unreachable, Vsock};
 use super::{IrqLine, SavedVirtio, Still, VirtioDevice, VirtioMmio, WINDOW_BYTES, ZeroedPages};
 use crate::boot::MmioSlot;
 use crate::devices::mmio::MmioBus;
@@ -23,6 +25,8 @@ use crate::vcpu::saved::Reg;
 /// Inputs of the IOAPIC that devices may have: those that no 8259A has, and then the ones of which a PC
 /// does not know already what they are for.
 const GSIS: [u32; 15] = [16, 17, 18, 19, 20, 21, 22, 23, 5, 6, 7, 10, 11, 12, 15];
+/// The input that tells a guest of its new generation: on a PC, that of power management.
+pub(crate) const EVENT_GSI: u32 = 9;
 /// The longest name that is taken from a snapshot.
 const NAME_LEN_MAX: usize = 32;
 
@@ -61,15 +65,23 @@ pub enum SlotDevice {
     Rng {},
     /// A memory balloon.
     Balloon {},
+    /// A socket device.
+    Vsock {
+        /// The guest's context id.
+        cid: u32,
+        /// The host's Unix socket that leads to it last; none is a host that cannot be reached.
+        socket: Option<PathBuf>,
+    },
 }
 
 impl SavedSlot {
     /// True if a guest that has `self` does not notice when it is given `other` instead: cables do not
-    /// count, nor do addresses of network cards, which drivers read once.
+    /// count, nor do addresses of network cards and sockets, which drivers read once.
     #[must_use]
     pub fn is_like(&self, other: &Self) -> bool {
         let kinds = match (&self.device, &other.device) {
-            (SlotDevice::Net { .. }, SlotDevice::Net { .. }) => true,
+            (SlotDevice::Net { .. }, SlotDevice::Net { .. })
+            | (SlotDevice::Vsock { .. }, SlotDevice::Vsock { .. }) => true,
             (ours, theirs) => ours == theirs,
         };
         kinds && (&self.name, self.base, self.gsi) == (&other.name, other.base, other.gsi)
@@ -251,6 +263,12 @@ fn build(slot: &SavedSlot, around: &Surroundings<'_>) -> Result<Arc<dyn VirtioDe
         SlotDevice::Balloon {} => {
             let free = ZeroedPages::new(Arc::clone(&around.shell.ram), around.punch);
             Arc::new(Balloon::new(Arc::new(free))?)
+        }
+        SlotDevice::Vsock { cid, socket: Some(path) } => {
+            Arc::new(Vsock::new(*cid, Arc::new(UnixSockets::listen(path)?))?)
+        }
+        SlotDevice::Vsock { cid, socket: None } => {
+            Arc::new(Vsock::new(*cid, Arc::new(Unreachable::new()?))?)
         }
     })
 }

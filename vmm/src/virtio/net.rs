@@ -30,6 +30,7 @@ use super::queue::{Chain, EVENT_IDX, Nonsense, bit};
 use super::saved::SavedDevice;
 use super::worker::{Ending, Worker, doorbell, ring};
 use super::{Misfit, Still, VirtioDevice};
+use crate::confine::Role;
 use crate::error::{Result, VmmError};
 pub use tap::Tap;
 
@@ -312,9 +313,10 @@ impl VirtioDevice for Net {
     fn start(&self, link: &Arc<Link>) -> Result<()> {
         let (card, link) = (Arc::clone(&self.card), Arc::clone(link));
         let name = link.name().to_owned();
-        let worker = Worker::start(&name, &self.doorbell, move |doorbell, ending| {
-            card.run(&link, doorbell, ending);
-        })?;
+        let worker =
+            Worker::start(&name, Role::Device, &self.doorbell, move |doorbell, ending| {
+                card.run(&link, doorbell, ending);
+            })?;
         // One that is started twice has its second thread ended at once.
         let _first = self.worker.set(worker);
         Ok(())

@@ -27,9 +27,10 @@ use super::queue::{Chain, EVENT_IDX, Nonsense};
 use super::saved::SavedDevice;
 use super::worker::{Ending, Worker, doorbell, ring};
 use super::{Misfit, Still, VirtioDevice};
+use crate::confine::Role;
 use crate::error::{Result, VmmError};
 use connection::BUFFER_BYTES;
-pub use host::{HostSockets, UnixSockets};
+pub use host::{HostSockets, UnixSockets, Unreachable};
 use packet::{HEADER_BYTES, HOST_CID, Header, Op};
 use table::Table;
 
@@ -266,9 +267,10 @@ impl VirtioDevice for Vsock {
         }
         let (parts, link) = (Arc::clone(&self.parts), Arc::clone(link));
         let name = link.name().to_owned();
-        let worker = Worker::start(&name, &self.doorbell, move |doorbell, ending| {
-            parts.run(&link, doorbell, ending);
-        })?;
+        let worker =
+            Worker::start(&name, Role::Sockets, &self.doorbell, move |doorbell, ending| {
+                parts.run(&link, doorbell, ending);
+            })?;
         // One that is started twice has its second thread ended at once.
         let _first = self.worker.set(worker);
         Ok(())

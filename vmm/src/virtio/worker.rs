@@ -35,6 +35,7 @@ impl Worker {
     /// [`VmmError::Host`] if there is no thread to be had.
     pub(super) fn start(
         name: &str,
+        role: Role,
         doorbell: &Arc<EventFd>,
         work: impl FnOnce(&EventFd, &Ending) + Send + 'static,
     ) -> Result<Self> {
@@ -43,7 +44,7 @@ impl Worker {
         let thread = std::thread::Builder::new()
             // Linux shows 15 bytes of it. A disk's is what a snapshot says, and a thread's has no zeros.
             .name(format!("fz-{name}").replace('\0', ""))
-            .spawn(move || match confine(Role::Device) {
+            .spawn(move || match confine(role) {
                 Ok(()) => work(&own_doorbell, &own_ending),
                 Err(error) => tracing::error!(%error, "a virtio device stands still"),
             })

@@ -165,7 +165,7 @@ pub(super) mod tests {
         });
         let status = json!({
             "name": "vm1", "pid": 1, "state": "running",
-            "machine": {"ram_bytes": 64 << 20, "cpus": 2, "disks": 0, "devices": [],
+            "machine": {"ram_bytes": 64 << 20, "cpus": 2, "disks": 0, "devices": [], "rtc": false, "generation": false,
                 "guest": {"kind": "workload", "spec": ""}},
             "store": "store st", "resumed_from": null, "head": null, "dirty_tracking": "ring",
             "pager_process": null, "pager_deaths": 0, "uptime_ms": 1_000 * n,
