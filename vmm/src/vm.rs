@@ -103,7 +103,7 @@ impl Vm {
         let devices = config.devices()?;
         let slots = mmio_slots(&devices);
         let generation = config
-            .generation
+            .acpi_devices
             .then_some(GenerationSlot { address: vmgenid::ADDRESS, gsi: EVENT_GSI });
         let hardware =
             Hardware { cpus: config.cpus, slots: &slots, generation, rtc: config.acpi_devices };
