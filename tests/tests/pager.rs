@@ -4,7 +4,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
-use frazil_snapstore::pager::{self, CHUNK_PAGES, Mapping, OnFailure, Pager, PagerOptions};
+use frazil_snapstore::pager::{
+    self, CHUNK_PAGES, Image, Mapping, OnFailure, Pager, PagerOptions, Seat,
+};
 use frazil_snapstore::{PAGE_SIZE, segment_name};
 use frazil_tests::oracle::content;
 use frazil_tests::pager_bed::{
@@ -85,6 +87,65 @@ fn completing_while_zero_pages_are_touched_is_no_failure() {
             });
             assert_eq!(failed.lock().unwrap().take(), None, "round {seed}");
             assert!(&memory.read_page(0) == content(contents[0]));
+        }
+    });
+}
+
+/// Somebody faults all the time where all is there, and has the fill look there again and again: what
+/// is far away is brought in all the same before the memory is said to be complete.
+#[test]
+fn faults_where_all_is_there_do_not_end_the_fill_early() {
+    if !uffd_or_skip() {
+        return;
+    }
+    within(240, || {
+        const CHUNKS: u64 = 1 << 16;
+        let mut contents = vec![0; (CHUNKS * CHUNK_PAGES) as usize];
+        let last = contents.len() - 1;
+        (0..300).for_each(|index| contents[last - index * 71] = 1 + (index % 20) as u8);
+        let Fixture { region, contents, .. } = fixture(contents);
+        let with_data: Vec<u64> =
+            (0..).zip(&contents).filter(|(_, id)| **id != 0).map(|(page, _)| page).collect();
+        for round in 0..3 {
+            let memory = Memory::new(&[(0, CHUNKS)]);
+            let options = PagerOptions { fill_threads: 1 + round, ..PagerOptions::default() };
+            let image = Arc::new(
+                Image::new(region.clone(), &memory.file, &[memory.mappings[0].extent()]).unwrap(),
+            );
+            let serve = |memory: &Memory| {
+                let seat = Seat::take(&memory.mappings).unwrap();
+                Pager::serve(Arc::clone(&image), seat, options, no_failure()).unwrap()
+            };
+            let pager = serve(&memory);
+            let stop = AtomicBool::new(false);
+            std::thread::scope(|scope| {
+                for page in 0..2 {
+                    let (memory, stop) = (&memory, &stop);
+                    scope.spawn(move || {
+                        while !stop.load(Ordering::Relaxed) {
+                            assert_eq!(memory.read_word(page, 0), 0);
+                            memory.unmap(page);
+                        }
+                    });
+                }
+                while !pager.stats().complete {
+                    std::thread::yield_now();
+                }
+                stop.store(true, Ordering::Relaxed);
+            });
+            let stats = pager.stats();
+            let expected = with_data.len() as u64;
+            assert_eq!((stats.filled_pages, stats.total_pages), (expected, expected));
+            drop(pager);
+            // Whoever comes later has no need of a pager.
+            let late = Memory::private(&image);
+            let pager = serve(&late);
+            assert!(pager.stats().complete);
+            for page in &with_data {
+                let expected = content(contents[*page as usize]);
+                assert!(&memory.read_page(*page) == expected, "page {page} is lost");
+                assert!(&late.read_page(*page) == expected, "page {page} is lost, late");
+            }
         }
     });
 }
