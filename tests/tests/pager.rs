@@ -188,6 +188,64 @@ fn sparse_regions_stay_sparse() {
         .for_each(|(page, id)| assert!(&memory.read_page(page) == content(*id), "page {page}"));
 }
 
+/// Waits until nothing more is brought in.
+fn wait_quiet(pager: &Pager) {
+    let count = || (pager.stats().faults, pager.stats().filled_pages);
+    let mut last = count();
+    loop {
+        std::thread::sleep(Duration::from_millis(10));
+        let now = count();
+        if now == last {
+            return;
+        }
+        last = now;
+    }
+}
+
+#[test]
+fn who_goes_on_finds_what_is_next_and_who_jumps_pays_for_what_is_touched() {
+    if !uffd_or_skip() {
+        return;
+    }
+    within(120, || {
+        const CHUNKS: u64 = 96;
+        const FRAME_PAGES_MAX: u64 = 16;
+        let contents = (0..CHUNKS * CHUNK_PAGES).map(|page| 1 + (page % 20) as u8).collect();
+        let Fixture { region, contents, .. } = fixture(contents);
+        let serve = |memory: &Memory| {
+            let options = PagerOptions { background_fill: false, ..PagerOptions::default() };
+            Pager::start(region.clone(), &memory.file, &memory.mappings, options, no_failure())
+                .unwrap()
+        };
+        let check = |memory: &Memory, page: u64| {
+            assert!(&memory.read_page(page) == content(contents[page as usize]), "page {page}");
+        };
+        let memory = Memory::new(&[(0, CHUNKS)]);
+        let pager = serve(&memory);
+        let mut faults = 0;
+        for page in memory.pages() {
+            check(&memory, page);
+            if pager.stats().faults > faults {
+                // One who takes time with each page.
+                wait_quiet(&pager);
+                faults = pager.stats().faults;
+            }
+        }
+        // Two in the first chunk, then one for as much as is behind, at last every eighth chunk.
+        assert!(pager.stats().faults < CHUNKS / 2, "{:?}", pager.stats());
+        drop(pager);
+
+        let memory = Memory::new(&[(0, CHUNKS)]);
+        let pager = serve(&memory);
+        for chunk in 0..CHUNKS {
+            check(&memory, chunk * CHUNK_PAGES + 20);
+        }
+        wait_quiet(&pager);
+        let stats = pager.stats();
+        assert!(stats.filled_pages <= CHUNKS * FRAME_PAGES_MAX, "{stats:?}");
+    });
+}
+
 /// The kernel may drop the page-table entry of a page that was served: reclaim, migration.
 #[test]
 fn a_page_that_lost_its_page_table_entry_is_mapped_again() {
