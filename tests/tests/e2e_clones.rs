@@ -1,14 +1,16 @@
 //! Many VMs from one snapshot, pagers in processes of their own, and what becomes of all of them when
 //! one dies.
 
+use std::path::PathBuf;
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
-use frazil_snapstore::pager::PagerOptions;
+use frazil_snapstore::pager::{self, PagerOptions};
 use frazil_snapstore::{Store, StoreOptions};
 use frazil_tests::rng::Rng;
 use frazil_tests::vm_harness::{
-    Host, RunningVm, expect_sound, number, text, uffd_or_skip, wait_for, wait_populated,
+    Host, RunningVm, expect_sound, frazil, number, text, uffd_or_skip, wait_for, wait_populated,
 };
 use frazil_vmm::devices::serial::SerialOutput;
 use frazil_vmm::{
@@ -101,7 +103,71 @@ fn clones_share_a_snapshot_and_each_goes_its_own_way() {
     finished.expect_code(1).expect_says(&["1 of 3 VMs failed"]);
     assert_eq!(host.verify_all(), 7 * DATA_PAGES);
     wait_for("the memory's process to go", || servers(&host).is_empty().then_some(()));
+    assert_eq!(left_by_servers(&host), [""; 0], "nothing is left of it");
     expect_sound(&host.store());
+}
+
+/// What is in the folder of running VMs for processes that have memory.
+fn left_by_servers(host: &Host) -> Vec<String> {
+    let entries = std::fs::read_dir(host.path("run")).expect("the folder of running VMs").flatten();
+    let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+    names.filter(|name| name.starts_with("memory-")).collect()
+}
+
+/// Where the process is to listen that has the memory of the newest snapshot.
+fn memory_socket(host: &Host) -> PathBuf {
+    let id = host.store().latest().expect("a snapshot").id;
+    host.path("run").join(format!("memory-{}.socket", id.short()))
+}
+
+#[test]
+fn a_memory_process_that_fails_takes_its_socket_away() {
+    if !uffd_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    let _origin = snapshot(&host);
+    let socket = memory_socket(&host);
+    let log = format!("{}.log", socket.display());
+    std::fs::create_dir(&log).expect("in the way");
+    let args = ["pager", "--listen", &socket.display().to_string(), &host.at("latest")];
+    host.frazil(&args).expect_code(1).expect_says(&[&log]);
+    std::fs::remove_dir(&log).expect("it is there still");
+    assert_eq!(left_by_servers(&host), [""; 0]);
+}
+
+#[test]
+fn a_memory_process_short_of_file_descriptors_serves_on() {
+    if !uffd_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    let _origin = snapshot(&host);
+    let socket = memory_socket(&host);
+    let mut command = Command::new("sh");
+    command.args(["-c", "ulimit -S -n 40; ulimit -H -n 64; exec \"$0\" \"$@\""]).arg(frazil());
+    command.arg("pager").arg("--listen").arg(&socket).arg(host.at("latest"));
+    host.surround(&mut command);
+    let server = RunningVm::spawn(command);
+    wait_for("it to listen", || pager::connect(&socket).ok());
+    let found = servers(&host);
+    let of_process = |what: &str| PathBuf::from(format!("/proc/{}/{what}", found[0]));
+    let limits = std::fs::read_to_string(of_process("limits")).expect("it lives");
+    let limit = limits.lines().find(|line| line.starts_with("Max open files")).expect("a limit");
+    assert_eq!(limit.split_whitespace().nth(3), Some("64"), "it takes all it may have: {limit}");
+    // Who connect, and never sit down.
+    let crowd: Vec<_> = (0..80).map(|_| pager::connect(&socket).expect("it listens")).collect();
+    let open = || std::fs::read_dir(of_process("fd")).map_or(0, Iterator::count);
+    wait_for("it to have none left", || {
+        assert_eq!(servers(&host), found, "it lives: {}", server.stderr());
+        (open() >= 64).then_some(())
+    });
+    std::thread::sleep(Duration::from_millis(500));
+    drop(crowd);
+    let vm = host.start(&["resume", &host.at("latest"), "--clones", "1", "--name", "late"]);
+    assert_eq!(servers(&host), found, "by the same");
+    vm.wait_beyond(vm.turns() + 100);
+    vm.verify_workload();
 }
 
 #[test]

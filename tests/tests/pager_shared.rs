@@ -197,6 +197,21 @@ fn join(socket: &std::path::Path, region: &RegionReader) -> (Memory, pager::Remo
 }
 
 #[test]
+fn a_server_that_has_ended_is_said_to_have() {
+    if !uffd_or_skip() {
+        return;
+    }
+    let scratch = tempfile::tempdir().unwrap();
+    let region = fixture_in(&scratch.path().join("store"), &mixed(1, 9));
+    let socket = scratch.path().join("socket");
+    let listener = pager::listen(&socket).unwrap();
+    let user = pager::connect(&socket).unwrap();
+    drop(pager::accept(&listener, Duration::from_secs(10)).unwrap().expect("a user"));
+    let error = pager::Offer::receive(user, &region).unwrap_err().to_string();
+    assert!(error.contains("has ended"), "{error}");
+}
+
+#[test]
 fn a_working_set_is_recorded_once_and_there_before_it_is_wanted() {
     if !uffd_or_skip() {
         return;
