@@ -287,6 +287,36 @@ fn a_pager_that_is_killed_again_and_again_is_replaced() {
     assert_eq!(host.verify_all(), 3 * DATA_PAGES);
 }
 
+/// A policy may forget the snapshot that a VM goes on from: the VM holds it, for its pagers too.
+#[test]
+fn a_pager_is_replaced_though_its_snapshot_was_forgotten() {
+    if !uffd_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    let origin = snapshot(&host);
+    let id = text(&origin, "id");
+    let args = ["--pager", "external", "--working-set", "off", "--no-fill"];
+    let vm = host.resume("vm", id, &args);
+    let process = || vm.get("/vm")["pager_process"].as_u64();
+    let mut last = process().expect("a process");
+    for deaths in 1..=2 {
+        kill(last);
+        wait_for("it to be noticed", || {
+            (number(&vm.get("/vm"), "pager_deaths") == deaths).then_some(())
+        });
+        // That this process has to do it itself would be the end of replacing.
+        last = wait_for("another", || process().filter(|process| *process != last));
+        vm.wait_beyond(vm.turns() + 100);
+        if deaths == 1 {
+            let _forgotten = host.ok(&["forget", &host.at(id), "--prune"]);
+        }
+    }
+    vm.verify_workload();
+    let _stopped = host.ok(&["stop", "vm"]);
+    vm.expect_ended("stopped");
+}
+
 #[test]
 fn wrong_ways_to_clone_are_refused() {
     if !uffd_or_skip() {

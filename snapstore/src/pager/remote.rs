@@ -93,7 +93,9 @@ fn start_for(
     };
     let of = |source| PagerError::Store { region: region.clone(), page: 0, source };
     let store = Store::open(&store, StoreOptions::default()).map_err(of)?;
-    let reader = store.pin(snapshot).and_then(|snapshot| snapshot.region(&region)).map_err(of)?;
+    // It may have been forgotten since the user was resumed from it; the user holds it.
+    let snapshot = store.pin_held(snapshot).map_err(of)?;
+    let reader = snapshot.region(&region).map_err(of)?;
     let image = Image::take_over(reader, &File::from(memory), &extents, File::from(filled))?;
     let seat = Seat::of(uffd, &mappings, File::from(counters))?;
     Pager::attend(Arc::new(image), seat, options, on_failure)
