@@ -292,9 +292,10 @@ impl Image {
 
     /// Whether all of `part` is in the image, at the same place of the memory file.
     pub(super) fn holds(&self, part: &Extent) -> bool {
+        // A user in another process may say anything.
+        let Some(end) = part.first_page.checked_add(part.pages) else { return false };
         let inside = |extent: &Extent| {
-            part.first_page >= extent.first_page
-                && part.first_page + part.pages <= extent.first_page + extent.pages
+            part.first_page >= extent.first_page && end <= extent.first_page + extent.pages
         };
         part.first_page.is_multiple_of(CHUNK_PAGES)
             && part.pages.is_multiple_of(CHUNK_PAGES)
