@@ -1,7 +1,8 @@
 //! A userfaultfd over some mappings, and threads that answer its faults until told to stop.
 //!
-//! `unsafe` is allowed here for two things: to take a file descriptor that another process sent for the
-//! userfaultfd that it is said to be, and to have the kernel copy a page.
+//! `unsafe` is allowed here for three things: to take a file descriptor that another process sent for the
+//! userfaultfd that it is said to be, to have the kernel copy a page, and to open a userfaultfd by the
+//! system call where the crate knows the device only.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -11,6 +12,8 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
+use rustix::mm::UserfaultfdFlags;
 use userfaultfd::{Event, FeatureFlags, RegisterMode, Uffd, UffdBuilder};
 
 use crate::page::PAGE_SIZE;
@@ -18,14 +21,47 @@ use crate::pager::{Mapping, PagerError};
 
 /// Opens a userfaultfd that has `features`.
 pub(crate) fn open(features: FeatureFlags) -> Result<Uffd, PagerError> {
-    UffdBuilder::new()
+    let opened = UffdBuilder::new()
         .close_on_exec(true)
         .non_blocking(true)
         // vCPUs fault inside the kernel.
         .user_mode_only(false)
         .require_features(features)
-        .create()
+        .create();
+    opened
+        .or_else(|error| match &error {
+            // The device is not for us; who has CAP_SYS_PTRACE does not need it.
+            userfaultfd::Error::OpenDevUserfaultfd(refused)
+                if refused.kind() == io::ErrorKind::PermissionDenied =>
+            {
+                open_by_call(features).map_err(|_| error)
+            }
+            _ => Err(error),
+        })
         .map_err(|error| PagerError::Unavailable { reason: describe(&error) })
+}
+
+/// `struct uffdio_api`.
+#[repr(C)]
+struct Handshake {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+const UFFD_API: u64 = 0xAA;
+const UFFDIO_API: Opcode = opcode::read_write::<Handshake>(0xAA, 0x3F);
+
+fn open_by_call(features: FeatureFlags) -> rustix::io::Result<Uffd> {
+    let mut asked = Handshake { api: UFFD_API, features: features.bits(), ioctls: 0 };
+    let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
+    // SAFETY: it watches nothing yet. The operation gets the structure that it reads and writes. The
+    // descriptor is a userfaultfd, owned, and given to nobody else.
+    unsafe {
+        let fd = rustix::mm::userfaultfd(flags)?;
+        ioctl(&fd, Updater::<UFFDIO_API, Handshake>::new(&mut asked))?;
+        Ok(Uffd::from_raw_fd(fd.into_raw_fd()))
+    }
 }
 
 /// The crate's errors print without their cause.

@@ -232,7 +232,15 @@ fn frame_of(host: &Host, gpa: u64) -> (PathBuf, u64, String) {
 /// Resuming ends with the segment's name, whenever the damage is met.
 fn resume_fails(host: &Host, name: &str) {
     let at = host.at("latest");
-    for more in [&["--eager"][..], &["--no-fill"], &[]] {
+    for more in [
+        &["--eager"][..],
+        &["--no-fill"],
+        &[],
+        &["--pager", "external", "--no-fill"],
+        &["--pager", "external"],
+        &["--clones", "1", "--no-fill"],
+        &["--clones", "2"],
+    ] {
         let args = [&["resume", &at, "--name", "hurt"], more].concat();
         refused(host, &args, &[name, "is damaged at offset"]);
         assert!(host.ok(&["ps", "--json"]).stdout.is_empty(), "nothing is left of it");

@@ -1,14 +1,18 @@
 //! Many VMs from one snapshot, pagers in processes of their own, and what becomes of all of them when
 //! one dies.
 
+use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
-use frazil_snapstore::pager::PagerOptions;
+use frazil_snapstore::pager::{self, PagerOptions};
 use frazil_snapstore::{Store, StoreOptions};
 use frazil_tests::rng::Rng;
 use frazil_tests::vm_harness::{
-    Host, RunningVm, expect_sound, number, text, uffd_or_skip, wait_for, wait_populated,
+    Host, RunningVm, expect_sound, frazil, number, text, uffd_or_skip, wait_for, wait_populated,
 };
 use frazil_vmm::devices::serial::SerialOutput;
 use frazil_vmm::{
@@ -16,6 +20,7 @@ use frazil_vmm::{
 };
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
+use vm_memory::{Bytes, GuestAddress};
 
 const SMALL: &[&str] = &["--memory", "64MiB"];
 const WORKLOAD: &str = "touch=16MiB,rate=4000,pattern=uniform,content=text,report=0,seed=11";
@@ -101,7 +106,71 @@ fn clones_share_a_snapshot_and_each_goes_its_own_way() {
     finished.expect_code(1).expect_says(&["1 of 3 VMs failed"]);
     assert_eq!(host.verify_all(), 7 * DATA_PAGES);
     wait_for("the memory's process to go", || servers(&host).is_empty().then_some(()));
+    assert_eq!(left_by_servers(&host), [""; 0], "nothing is left of it");
     expect_sound(&host.store());
+}
+
+/// What is in the folder of running VMs for processes that have memory.
+fn left_by_servers(host: &Host) -> Vec<String> {
+    let entries = std::fs::read_dir(host.path("run")).expect("the folder of running VMs").flatten();
+    let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+    names.filter(|name| name.starts_with("memory-")).collect()
+}
+
+/// Where the process is to listen that has the memory of the newest snapshot.
+fn memory_socket(host: &Host) -> PathBuf {
+    let id = host.store().latest().expect("a snapshot").id;
+    host.path("run").join(format!("memory-{}.socket", id.short()))
+}
+
+#[test]
+fn a_memory_process_that_fails_takes_its_socket_away() {
+    if !uffd_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    let _origin = snapshot(&host);
+    let socket = memory_socket(&host);
+    let log = format!("{}.log", socket.display());
+    std::fs::create_dir(&log).expect("in the way");
+    let args = ["pager", "--listen", &socket.display().to_string(), &host.at("latest")];
+    host.frazil(&args).expect_code(1).expect_says(&[&log]);
+    std::fs::remove_dir(&log).expect("it is there still");
+    assert_eq!(left_by_servers(&host), [""; 0]);
+}
+
+#[test]
+fn a_memory_process_short_of_file_descriptors_serves_on() {
+    if !uffd_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    let _origin = snapshot(&host);
+    let socket = memory_socket(&host);
+    let mut command = Command::new("sh");
+    command.args(["-c", "ulimit -S -n 40; ulimit -H -n 64; exec \"$0\" \"$@\""]).arg(frazil());
+    command.arg("pager").arg("--listen").arg(&socket).arg(host.at("latest"));
+    host.surround(&mut command);
+    let server = RunningVm::spawn(command);
+    wait_for("it to listen", || pager::connect(&socket).ok());
+    let found = servers(&host);
+    let of_process = |what: &str| PathBuf::from(format!("/proc/{}/{what}", found[0]));
+    let limits = std::fs::read_to_string(of_process("limits")).expect("it lives");
+    let limit = limits.lines().find(|line| line.starts_with("Max open files")).expect("a limit");
+    assert_eq!(limit.split_whitespace().nth(3), Some("64"), "it takes all it may have: {limit}");
+    // Who connect, and never sit down.
+    let crowd: Vec<_> = (0..80).map(|_| pager::connect(&socket).expect("it listens")).collect();
+    let open = || std::fs::read_dir(of_process("fd")).map_or(0, Iterator::count);
+    wait_for("it to have none left", || {
+        assert_eq!(servers(&host), found, "it lives: {}", server.stderr());
+        (open() >= 64).then_some(())
+    });
+    std::thread::sleep(Duration::from_millis(500));
+    drop(crowd);
+    let vm = host.start(&["resume", &host.at("latest"), "--clones", "1", "--name", "late"]);
+    assert_eq!(servers(&host), found, "by the same");
+    vm.wait_beyond(vm.turns() + 100);
+    vm.verify_workload();
 }
 
 #[test]
@@ -221,6 +290,36 @@ fn a_pager_that_is_killed_again_and_again_is_replaced() {
     assert_eq!(host.verify_all(), 3 * DATA_PAGES);
 }
 
+/// A policy may forget the snapshot that a VM goes on from: the VM holds it, for its pagers too.
+#[test]
+fn a_pager_is_replaced_though_its_snapshot_was_forgotten() {
+    if !uffd_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    let origin = snapshot(&host);
+    let id = text(&origin, "id");
+    let args = ["--pager", "external", "--working-set", "off", "--no-fill"];
+    let vm = host.resume("vm", id, &args);
+    let process = || vm.get("/vm")["pager_process"].as_u64();
+    let mut last = process().expect("a process");
+    for deaths in 1..=2 {
+        kill(last);
+        wait_for("it to be noticed", || {
+            (number(&vm.get("/vm"), "pager_deaths") == deaths).then_some(())
+        });
+        // That this process has to do it itself would be the end of replacing.
+        last = wait_for("another", || process().filter(|process| *process != last));
+        vm.wait_beyond(vm.turns() + 100);
+        if deaths == 1 {
+            let _forgotten = host.ok(&["forget", &host.at(id), "--prune"]);
+        }
+    }
+    vm.verify_workload();
+    let _stopped = host.ok(&["stop", "vm"]);
+    vm.expect_ended("stopped");
+}
+
 #[test]
 fn wrong_ways_to_clone_are_refused() {
     if !uffd_or_skip() {
@@ -286,12 +385,22 @@ fn clones_in_one_process_share_and_verify() {
         let before = loops(vm);
         wait_for("a clone to run", || (loops(vm) > before + 1000).then_some(()));
     }
-    for vm in &clones {
+    // Behind the workload's data, at the same place in each, what only one of them has.
+    let page = (64_u64 << 20) / 4096 - 5;
+    for (number, vm) in (1_u64..).zip(&clones) {
+        vm.ram().memory().write_obj(number, GuestAddress(page * 4096)).expect("it is RAM");
+    }
+    for (number, vm) in (1_u64..).zip(&clones) {
         vm.verify_workload().expect("it runs").expect("its memory is right");
         let report = vm.checkpoint(&CheckpointRequest::default()).expect("a checkpoint");
         assert_eq!(report.parent, Some(id));
-        let saved = verify_snapshot(&store.snapshot(report.id).expect("published"));
+        let taken = store.snapshot(report.id).expect("published");
+        let saved = verify_snapshot(&taken);
         assert!(saved.expect("saved memory is right").is_some());
+        let (mut own, mut expected) = ([0; 4096], [0; 4096]);
+        expected[..8].copy_from_slice(&number.to_le_bytes());
+        taken.region("ram").and_then(|ram| ram.read_page(page, &mut own)).expect("its page");
+        assert!(own == expected, "clone {number} saved what another wrote: {:?}", &own[..8]);
     }
     drop(clones);
     expect_sound(&store);
@@ -336,22 +445,39 @@ fn a_long_line_of_half_resumed_machines_verifies() {
     expect_sound(&store);
 }
 
+/// Bytes that the RAM of the VM in process `pid` takes, in whatever way its parts are mapped.
+fn ram_taken(pid: u64) -> u64 {
+    let files = std::fs::read_dir(format!("/proc/{pid}/fd")).expect("it runs").flatten();
+    let is_ram = |path: &PathBuf| {
+        let target = std::fs::read_link(path);
+        target.is_ok_and(|target| target.to_string_lossy().contains("memfd:frazil-ram"))
+    };
+    let taken = |path: PathBuf| std::fs::metadata(path).ok().map(|file| (file.ino(), file));
+    let files: BTreeMap<_, _> =
+        files.map(|entry| entry.path()).filter(is_ram).filter_map(taken).collect();
+    files.values().map(|file| file.blocks() * 512).sum()
+}
+
 #[test]
 fn a_large_guest_takes_what_it_touches() {
     if !uffd_or_skip() {
         return;
     }
     let host = Host::new();
-    let vm = host.run("large", WORKLOAD, &["--memory", "16GiB"]);
+    let workload = "touch=256MiB,rate=200,pattern=uniform,content=text,report=0,seed=11";
+    let vm = host.run("large", workload, &["--memory", "16GiB"]);
     vm.wait_populated();
     let _report = host.json(&["checkpoint", "large", "--exit"]);
     vm.expect_ended("suspended");
-    let vm = host.resume("again", "latest", &[]);
-    wait_for("all to be there", || (vm.get("/vm")["pager"]["complete"] == true).then_some(()));
+    let vm = host.resume("again", "latest", &["--no-fill", "--working-set", "off"]);
+    // About as many frames of 64 KiB.
+    vm.wait_beyond(vm.turns() + 200);
+    let _paused = host.ok(&["pause", "again"]);
+    let filled = number(&vm.get("/vm")["pager"], "filled_pages") * 4096;
+    let taken = ram_taken(number(&vm.started, "pid"));
+    assert!(filled > 2 << 20 && filled < 96 << 20, "{filled} bytes of 256 MiB were brought in");
+    assert!(taken >= filled && taken < 128 << 20, "{filled} bytes, which take {taken}");
     vm.verify_workload();
-    let status = std::fs::read_to_string(format!("/proc/{}/status", vm.started["pid"]));
-    let status = status.expect("it runs");
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("its size");
-    let kib: u64 = line.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).expect("KiB");
-    assert!(kib < 300 << 10, "16 MiB of 16 GiB were touched, and it takes {kib} KiB");
+    let taken = ram_taken(number(&vm.started, "pid"));
+    assert!((256 << 20..384 << 20).contains(&taken), "256 MiB of 16 GiB take {taken} bytes");
 }

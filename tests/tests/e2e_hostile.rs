@@ -142,13 +142,18 @@ fn a_full_disk_costs_a_checkpoint_and_no_more() {
 /// Runs `frazil` with `args` as a user without rights, after the commands `before`, which have
 /// mounts of their own. A VM that starts is told to end after a second.
 fn as_nobody(host: &Host, before: &str, args: &[&str]) -> Finished {
+    as_nobody_with("", host, before, args)
+}
+
+/// The same, with the `rights` that are arguments of `setpriv`.
+fn as_nobody_with(rights: &str, host: &Host, before: &str, args: &[&str]) -> Finished {
     // Where the user can get at it.
     std::fs::set_permissions(host.path(""), PermissionsExt::from_mode(0o777)).expect("ours");
     let binary = host.path("frazil-copy");
     if !binary.exists() {
         std::fs::copy(frazil(), &binary).expect("a copy");
     }
-    let user = "setpriv --reuid=65534 --regid=65534 --clear-groups";
+    let user = format!("setpriv --reuid=65534 --regid=65534 --clear-groups {rights}");
     let script = format!(
         "set -e; {before} exec {user} timeout --foreground --preserve-status --signal=TERM 1 \"$0\" \"$@\""
     );
@@ -202,11 +207,20 @@ fn resume_without_userfaultfd(host: &Host) {
         "/dev/userfaultfd",
         "--eager",
     ]);
-    // As the message says.
-    let user = as_nobody(host, &hide, &["resume", &at, "--eager", "--json"]);
-    let lines = user.expect_code(0).json_lines();
-    assert_eq!(lines[0]["event"], "started", "{user:#?}");
-    assert_eq!(lines.last().expect("a line")["reason"], "stopped", "{user:#?}");
+    // As the message says: without it, or with the one or the other.
+    let closed = format!(
+        "{KVM_FOR_ALL} rm -f closed; install -m 600 /dev/null closed; \
+         test ! -e /dev/userfaultfd || mount --bind closed /dev/userfaultfd;"
+    );
+    let capable = "--inh-caps=+sys_ptrace --ambient-caps=+sys_ptrace";
+    for user in [
+        as_nobody(host, &hide, &["resume", &at, "--eager", "--json"]),
+        as_nobody_with(capable, host, &closed, &["resume", &at, "--json"]),
+    ] {
+        let lines = user.expect_code(0).json_lines();
+        assert_eq!(lines[0]["event"], "started", "{user:#?}");
+        assert_eq!(lines.last().expect("a line")["reason"], "stopped", "{user:#?}");
+    }
 }
 
 fn connect(vm: &RunningVm) -> UnixStream {

@@ -17,6 +17,7 @@ use frazil_vmm::disk::DiskConfig;
 use frazil_vmm::{
     CheckpointRequest, Guest, HostConfig, Loading, MachineConfig, RewindPoint, Vm, verify_snapshot,
 };
+use serde_json::Value;
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -373,6 +374,55 @@ fn what_cannot_be_is_said_and_the_guest_goes_on() {
         Vm::resume(&snapshot, "alone".into(), alone, Loading::Eager).expect("it resumes");
     let error = storeless.rewind_to(None).expect_err("no store").to_string();
     assert!(error.contains("no store"), "{error}");
+}
+
+/// What differs between the states of two snapshots: chunk and field.
+fn state_fields(host: &Host, a: &str, b: &str) -> Vec<String> {
+    let found = host.json(&["diff", &host.at(a), &host.at(b)]);
+    let mut all = Vec::new();
+    for state in found["state"].as_array().expect("a list") {
+        let fields = state["fields"].as_array().expect("a list");
+        assert_eq!(state["change"], "changed", "{state}");
+        let name = |field: &Value| format!("{}: {}", text(state, "name"), text(field, "path"));
+        all.extend(fields.iter().map(name));
+    }
+    all
+}
+
+/// A machine that was taken back and has not run since is saved as what it was taken back to.
+#[test]
+fn processors_and_interrupt_controllers_go_back_too() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    let vm =
+        host.run("state", "touch=8MiB,rate=4000,report=0", &["--memory", "32MiB", "--cpus", "2"]);
+    vm.wait_populated();
+    let first = host.json(&["checkpoint", "state"]);
+    for _ in 0..5 {
+        vm.wait_beyond(vm.turns() + 400);
+        let _paused = host.ok(&["pause", "state"]);
+        let there = host.json(&["checkpoint", "state"]);
+        let moved = state_fields(&host, text(&first, "id"), text(&there, "id"));
+        for cpu in ["vcpu0", "vcpu1"] {
+            let elsewhere = |field: &String| field.starts_with(cpu) && field.contains("regs.");
+            assert!(moved.iter().any(elsewhere), "{cpu} was elsewhere: {moved:#?}");
+        }
+        let _back = host.ok(&["rewind", "state", text(&first, "id")]);
+        let again = host.json(&["checkpoint", "state"]);
+        let apart = state_fields(&host, text(&first, "id"), text(&again, "id"));
+        // Times go on.
+        let time = |field: &String| {
+            field.ends_with(": msrs[0x10].value")
+                || field.starts_with("pit: ") && field.ends_with(".count_load_time")
+                || field == "clock: kvmclock_ns"
+        };
+        let apart: Vec<String> = apart.into_iter().filter(|field| !time(field)).collect();
+        assert_eq!(apart, [""; 0]);
+        let _goes = host.ok(&["continue", "state"]);
+    }
+    vm.verify_workload();
 }
 
 #[test]

@@ -4,7 +4,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
-use frazil_snapstore::pager::{self, CHUNK_PAGES, Mapping, OnFailure, Pager, PagerOptions};
+use frazil_snapstore::pager::{
+    self, CHUNK_PAGES, Image, Mapping, OnFailure, Pager, PagerOptions, Seat,
+};
 use frazil_snapstore::{PAGE_SIZE, segment_name};
 use frazil_tests::oracle::content;
 use frazil_tests::pager_bed::{
@@ -89,6 +91,65 @@ fn completing_while_zero_pages_are_touched_is_no_failure() {
     });
 }
 
+/// Somebody faults all the time where all is there, and has the fill look there again and again: what
+/// is far away is brought in all the same before the memory is said to be complete.
+#[test]
+fn faults_where_all_is_there_do_not_end_the_fill_early() {
+    if !uffd_or_skip() {
+        return;
+    }
+    within(240, || {
+        const CHUNKS: u64 = 1 << 16;
+        let mut contents = vec![0; (CHUNKS * CHUNK_PAGES) as usize];
+        let last = contents.len() - 1;
+        (0..300).for_each(|index| contents[last - index * 71] = 1 + (index % 20) as u8);
+        let Fixture { region, contents, .. } = fixture(contents);
+        let with_data: Vec<u64> =
+            (0..).zip(&contents).filter(|(_, id)| **id != 0).map(|(page, _)| page).collect();
+        for round in 0..3 {
+            let memory = Memory::new(&[(0, CHUNKS)]);
+            let options = PagerOptions { fill_threads: 1 + round, ..PagerOptions::default() };
+            let image = Arc::new(
+                Image::new(region.clone(), &memory.file, &[memory.mappings[0].extent()]).unwrap(),
+            );
+            let serve = |memory: &Memory| {
+                let seat = Seat::take(&memory.mappings).unwrap();
+                Pager::serve(Arc::clone(&image), seat, options, no_failure()).unwrap()
+            };
+            let pager = serve(&memory);
+            let stop = AtomicBool::new(false);
+            std::thread::scope(|scope| {
+                for page in 0..2 {
+                    let (memory, stop) = (&memory, &stop);
+                    scope.spawn(move || {
+                        while !stop.load(Ordering::Relaxed) {
+                            assert_eq!(memory.read_word(page, 0), 0);
+                            memory.unmap(page);
+                        }
+                    });
+                }
+                while !pager.stats().complete {
+                    std::thread::yield_now();
+                }
+                stop.store(true, Ordering::Relaxed);
+            });
+            let stats = pager.stats();
+            let expected = with_data.len() as u64;
+            assert_eq!((stats.filled_pages, stats.total_pages), (expected, expected));
+            drop(pager);
+            // Whoever comes later has no need of a pager.
+            let late = Memory::private(&image);
+            let pager = serve(&late);
+            assert!(pager.stats().complete);
+            for page in &with_data {
+                let expected = content(contents[*page as usize]);
+                assert!(&memory.read_page(*page) == expected, "page {page} is lost");
+                assert!(&late.read_page(*page) == expected, "page {page} is lost, late");
+            }
+        }
+    });
+}
+
 #[test]
 fn sparse_regions_stay_sparse() {
     if !uffd_or_skip() {
@@ -125,6 +186,64 @@ fn sparse_regions_stay_sparse() {
     (0..)
         .zip(&contents)
         .for_each(|(page, id)| assert!(&memory.read_page(page) == content(*id), "page {page}"));
+}
+
+/// Waits until nothing more is brought in.
+fn wait_quiet(pager: &Pager) {
+    let count = || (pager.stats().faults, pager.stats().filled_pages);
+    let mut last = count();
+    loop {
+        std::thread::sleep(Duration::from_millis(10));
+        let now = count();
+        if now == last {
+            return;
+        }
+        last = now;
+    }
+}
+
+#[test]
+fn who_goes_on_finds_what_is_next_and_who_jumps_pays_for_what_is_touched() {
+    if !uffd_or_skip() {
+        return;
+    }
+    within(120, || {
+        const CHUNKS: u64 = 96;
+        const FRAME_PAGES_MAX: u64 = 16;
+        let contents = (0..CHUNKS * CHUNK_PAGES).map(|page| 1 + (page % 20) as u8).collect();
+        let Fixture { region, contents, .. } = fixture(contents);
+        let serve = |memory: &Memory| {
+            let options = PagerOptions { background_fill: false, ..PagerOptions::default() };
+            Pager::start(region.clone(), &memory.file, &memory.mappings, options, no_failure())
+                .unwrap()
+        };
+        let check = |memory: &Memory, page: u64| {
+            assert!(&memory.read_page(page) == content(contents[page as usize]), "page {page}");
+        };
+        let memory = Memory::new(&[(0, CHUNKS)]);
+        let pager = serve(&memory);
+        let mut faults = 0;
+        for page in memory.pages() {
+            check(&memory, page);
+            if pager.stats().faults > faults {
+                // One who takes time with each page.
+                wait_quiet(&pager);
+                faults = pager.stats().faults;
+            }
+        }
+        // Two in the first chunk, then one for as much as is behind, at last every eighth chunk.
+        assert!(pager.stats().faults < CHUNKS / 2, "{:?}", pager.stats());
+        drop(pager);
+
+        let memory = Memory::new(&[(0, CHUNKS)]);
+        let pager = serve(&memory);
+        for chunk in 0..CHUNKS {
+            check(&memory, chunk * CHUNK_PAGES + 20);
+        }
+        wait_quiet(&pager);
+        let stats = pager.stats();
+        assert!(stats.filled_pages <= CHUNKS * FRAME_PAGES_MAX, "{stats:?}");
+    });
 }
 
 /// The kernel may drop the page-table entry of a page that was served: reclaim, migration.

@@ -1,10 +1,14 @@
 //! Images that several users share, pagers that take over from one another, and working sets.
 
+use std::fs::File;
+use std::io::IoSlice;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use frazil_snapstore::pager::{
-    self, CHUNK_PAGES, Extent, Image, Pager, PagerOptions, Replay, Seat,
+    self, CHUNK_PAGES, Extent, Image, Mapping, Pager, PagerOptions, Replay, Seat,
 };
 use frazil_snapstore::{PAGE_SIZE, PruneOptions, PruneProgress, RegionReader, Store, StoreOptions};
 use frazil_tests::oracle::{Edit, Model, content, take};
@@ -13,6 +17,8 @@ use frazil_tests::pager_bed::{
     within,
 };
 use frazil_tests::vm_harness::uffd_or_skip;
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recv, sendmsg};
 
 /// An image of all of `region`, of which nothing is there yet.
 fn image_of(region: &RegionReader) -> Arc<Image> {
@@ -194,6 +200,145 @@ fn join(socket: &std::path::Path, region: &RegionReader) -> (Memory, pager::Remo
     assert!(std::os::unix::fs::FileExt::write_at(&memory.file, &[1], 0).is_err());
     let pager = offer.accept(region.clone(), seat_of(&memory), no_failure()).unwrap();
     (memory, pager)
+}
+
+#[test]
+fn a_server_that_has_ended_is_said_to_have() {
+    if !uffd_or_skip() {
+        return;
+    }
+    let scratch = tempfile::tempdir().unwrap();
+    let region = fixture_in(&scratch.path().join("store"), &mixed(1, 9));
+    let socket = scratch.path().join("socket");
+    let listener = pager::listen(&socket).unwrap();
+    let user = pager::connect(&socket).unwrap();
+    drop(pager::accept(&listener, Duration::from_secs(10)).unwrap().expect("a user"));
+    let error = pager::Offer::receive(user, &region).unwrap_err().to_string();
+    assert!(error.contains("has ended"), "{error}");
+}
+
+/// What a user that is not of this program says, with what it sends along.
+type Nonsense<'a> = (&'static str, String, Vec<BorrowedFd<'a>>);
+
+/// Says `nonsense` to the server at `socket`; returns what comes back, nothing if it hangs up.
+fn say(socket: &std::path::Path, (what, message, fds): &Nonsense<'_>) -> String {
+    let user = pager::connect(socket).unwrap();
+    let mut bytes = vec![0; 1 << 16];
+    assert!(recv(&user, &mut bytes, RecvFlags::empty()).unwrap().0 > 0, "{what}: an offer");
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    assert!(fds.is_empty() || control.push(SendAncillaryMessage::ScmRights(fds)));
+    let message = [IoSlice::new(message.as_bytes())];
+    sendmsg(&user, &message, &mut control, SendFlags::empty()).unwrap();
+    let answer = recv(&user, &mut bytes, RecvFlags::empty()).map_or(0, |(len, _)| len);
+    String::from_utf8(bytes[..answer].to_vec()).unwrap()
+}
+
+/// Has every user that connects served, as long as the test runs.
+fn serve_all(listener: OwnedFd, server: Arc<pager::ImageServer>) {
+    std::thread::spawn(move || {
+        loop {
+            if let Some(user) = pager::accept(&listener, Duration::from_secs(1)).unwrap() {
+                let server = Arc::clone(&server);
+                std::thread::spawn(move || server.serve(user));
+            }
+        }
+    });
+}
+
+/// The message by which a user sits down.
+fn sit(mappings: &[Mapping]) -> String {
+    let mappings = serde_json::to_string(mappings).unwrap();
+    format!("{{\"message\":\"sit\",\"mappings\":{mappings}}}")
+}
+
+fn wrong_mappings(mapping: Mapping) -> [Mapping; 7] {
+    [
+        Mapping { len_bytes: 1 << 63, ..mapping },
+        Mapping { len_bytes: usize::MAX, ..mapping },
+        Mapping { address: usize::MAX - 4095, ..mapping },
+        Mapping { first_page: 0_u64.wrapping_sub(CHUNK_PAGES), ..mapping },
+        Mapping { first_page: 1, ..mapping },
+        Mapping { file_offset: 1 << 63, ..mapping },
+        Mapping { file_offset: 4096, ..mapping },
+    ]
+}
+
+#[test]
+fn users_that_talk_nonsense_are_not_served_and_hurt_nobody() {
+    if !uffd_or_skip() {
+        return;
+    }
+    within(120, || {
+        let scratch = tempfile::tempdir().unwrap();
+        let contents = mixed(16, 3);
+        let region = fixture_in(&scratch.path().join("store"), &contents);
+        let socket = scratch.path().join("socket");
+        let listener = pager::listen(&socket).unwrap();
+        let server = Arc::new(pager::ImageServer::new(image_of(&region), SHARED).unwrap());
+        serve_all(listener, Arc::clone(&server));
+        let (memory, pager) = join(&socket, &region);
+        let never_sit: Vec<OwnedFd> = (0..5).map(|_| pager::connect(&socket).unwrap()).collect();
+        wait_until("those who stand", || server.standing() == 5);
+
+        let own = Memory::new(&[(0, 16)]);
+        let [uffd, counters] = seat_of(&own).descriptors().unwrap();
+        let counters = File::from(counters);
+        let words = counters.metadata().unwrap().len();
+        let unsealed = |len: u64| {
+            let file = memfd_create("counters", MemfdFlags::ALLOW_SEALING).unwrap();
+            ftruncate(&file, len).unwrap();
+            file
+        };
+        let (loose, short) = (unsealed(words), unsealed(words - 8));
+        fcntl_add_seals(&short, SealFlags::SHRINK | SealFlags::GROW).unwrap();
+        let open = |path| File::open(path).unwrap();
+        let (null, zero, random) = (open("/dev/null"), open("/dev/zero"), open("/dev/urandom"));
+        let (pipe, _writes) = rustix::pipe::pipe().unwrap();
+        let mapping = own.mappings[0];
+        let good = sit(&[mapping]);
+        let mut nonsense: Vec<Nonsense<'_>> = vec![
+            ("no files", good.clone(), vec![]),
+            ("one file", good.clone(), vec![uffd.as_fd()]),
+            ("unreadable: many files", good.clone(), vec![null.as_fd(); 8]),
+            ("loose counters", good.clone(), vec![uffd.as_fd(), loose.as_fd()]),
+            ("short counters", good.clone(), vec![uffd.as_fd(), short.as_fd()]),
+            ("no counters", good.clone(), vec![uffd.as_fd(), null.as_fd()]),
+            ("unreadable: garbage", "\u{7f}".repeat(1000), vec![uffd.as_fd(), counters.as_fd()]),
+            ("unreadable: long", " ".repeat(60_000), vec![uffd.as_fd(), counters.as_fd()]),
+            ("another message", "{\"message\":\"replayed\"}".into(), vec![]),
+        ];
+        for file in [null.as_fd(), zero.as_fd(), random.as_fd(), pipe.as_fd(), loose.as_fd()] {
+            nonsense.push(("no userfaultfd", good.clone(), vec![file, counters.as_fd()]));
+        }
+        for wrong in wrong_mappings(mapping) {
+            let files = vec![uffd.as_fd(), counters.as_fd()];
+            nonsense.push(("a mapping", sit(&[mapping, wrong]), files));
+        }
+        for case in &nonsense {
+            let answer = say(&socket, case);
+            println!("{}: {answer}", case.0);
+            // It is told why it is not served, unless it could not even be understood.
+            let unreadable = case.0.starts_with("unreadable: ");
+            let refused =
+                if unreadable { answer.is_empty() } else { answer.contains("\"failed\"") };
+            assert!(refused, "{}: {}: {answer}", case.0, case.1);
+        }
+        run_threads(&memory, &contents, 5);
+        check_memory(&memory, &contents);
+        assert!(pager.failure().is_none());
+        wait_until("only they are left", || server.users() == 6 && server.standing() == 5);
+        drop(never_sit);
+        wait_until("one is left", || server.users() == 1);
+    });
+}
+
+fn wait_until(what: &str, reached: impl Fn() -> bool) {
+    let started = Instant::now();
+    while !reached() {
+        assert!(started.elapsed() < Duration::from_secs(20), "{what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 #[test]

@@ -8,6 +8,9 @@ use super::image::{Count, Image};
 use super::{CHUNK_PAGES, PagerError, User};
 use crate::page::PAGE_SIZE;
 
+/// Chunks from where somebody was seen in which one that lacks something is looked for: 16 MiB.
+const FOLLOW_CHUNKS: u64 = 64;
+
 /// Where the threads that fill an image stand.
 #[derive(Debug, Default)]
 pub(super) struct FillState {
@@ -25,8 +28,6 @@ pub(super) struct FillState {
 struct Cursor {
     /// The chunk to look at next.
     next: u64,
-    /// Chunks looked at since the last one that was not there yet.
-    idle: u64,
     /// When the next chunk is due, if there is a rate.
     due: Option<Instant>,
 }
@@ -56,10 +57,6 @@ impl Image {
         // Not under the lock: one user's trouble is not to hold up the others.
         let users: Vec<Arc<User>> = self.fill.users().iter().filter_map(Weak::upgrade).collect();
         users.iter().for_each(|user| with(user));
-    }
-
-    fn chunks(&self) -> u64 {
-        self.extents().iter().map(|extent| extent.pages / CHUNK_PAGES).sum()
     }
 
     /// The first page of chunk `index`, counted through all extents.
@@ -150,29 +147,37 @@ impl Image {
     fn next_chunk(&self) -> Option<u64> {
         let chunks = self.chunks();
         let mut cursor = self.fill.cursor.lock().unwrap_or_else(PoisonError::into_inner);
-        loop {
-            if self.is_complete() {
+        if self.is_complete() {
+            return None;
+        }
+        let seen = self.fill.seen.swap(0, Ordering::Relaxed);
+        // Only to where something is to be done: the fill comes round, whoever uses the memory.
+        let near = seen.checked_sub(1).and_then(|from| self.lacking(from, FOLLOW_CHUNKS));
+        // A chunk can become whole behind the one who looks, so only the count tells that all are.
+        let found = loop {
+            if self.whole_chunks() == chunks {
+                self.set_filled();
+                drop(cursor);
+                self.each_user(User::image_complete);
                 return None;
             }
-            match self.fill.seen.swap(0, Ordering::Relaxed) {
-                0 => {}
-                next => cursor.next = (next - 1) % chunks,
+            if let Some(index) = near.or_else(|| self.lacking(cursor.next, chunks)) {
+                break index;
             }
-            let first = self.chunk_start(cursor.next);
-            cursor.next = (cursor.next + 1) % chunks;
-            if self.is_whole(first) {
-                cursor.idle += 1;
-                if cursor.idle > chunks {
-                    drop(cursor);
-                    self.finish();
-                    return None;
-                }
-                continue;
-            }
-            cursor.idle = 0;
-            self.wait_until_due(&mut cursor);
-            return Some(first);
-        }
+            std::thread::yield_now();
+        };
+        cursor.next = (found + 1) % chunks;
+        self.wait_until_due(&mut cursor);
+        Some(self.chunk_start(found))
+    }
+
+    /// The first of `count` chunks from `from` on, counted through all extents and round at the end,
+    /// that is not known to lack nothing.
+    fn lacking(&self, from: u64, count: u64) -> Option<u64> {
+        let chunks = self.chunks();
+        (from..from + count.min(chunks))
+            .map(|index| index % chunks)
+            .find(|index| !self.is_whole(self.chunk_start(*index)))
     }
 
     /// Keeps to the rate.
@@ -207,12 +212,11 @@ impl Image {
         Ok(())
     }
 
-    /// All is there: userfaultfd has no more to do.
-    fn finish(&self) {
+    /// All is there: what was filled is all there is.
+    fn set_filled(&self) {
         let filled = self.count(Count::Filled).load(Ordering::Relaxed);
         self.count(Count::Total).store(filled, Ordering::Relaxed);
         self.set_complete();
-        self.each_user(User::image_complete);
     }
 }
 

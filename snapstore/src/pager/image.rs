@@ -47,8 +47,11 @@ pub struct Image {
     locks: Box<[Mutex<()>]>,
     /// False if another process fills it, or did until it died.
     writable: bool,
-    /// Chunks in which nothing with contents is missing: a hint for how far to read ahead.
+    /// Chunks of the memory file in which nothing with contents is missing, and how many they are: all
+    /// is there when all of the extents' are. Known to this process only, so who takes over looks at
+    /// each once more.
     whole: Box<[AtomicBool]>,
+    whole_chunks: AtomicU64,
     pub(super) fill: FillState,
 }
 
@@ -128,6 +131,7 @@ impl Image {
             writable,
             locks: std::iter::repeat_with(Mutex::default).take(LOCKS.min(chunks.max(1))).collect(),
             whole: std::iter::repeat_with(AtomicBool::default).take(chunks).collect(),
+            whole_chunks: AtomicU64::new(0),
             fill: FillState::default(),
         })
     }
@@ -267,16 +271,31 @@ impl Image {
         })
     }
 
-    /// Takes note that the chunk lacks nothing.
+    /// Takes note that the chunk lacks nothing: each of its runs was filled.
     pub(super) fn set_whole(&self, chunk: &Chunk<'_>) {
-        self.whole[chunk.index].store(true, Ordering::Relaxed);
+        if !self.whole[chunk.index].swap(true, Ordering::Relaxed) {
+            // Behind the contents and what they were counted as.
+            self.whole_chunks.fetch_add(1, Ordering::Release);
+        }
+    }
+
+    /// Chunks that are known to lack nothing. What was brought into them is seen by who sees the
+    /// number.
+    pub(super) fn whole_chunks(&self) -> u64 {
+        self.whole_chunks.load(Ordering::Acquire)
+    }
+
+    /// Chunks of all extents.
+    pub(super) fn chunks(&self) -> u64 {
+        self.extents.iter().map(|extent| extent.pages / CHUNK_PAGES).sum()
     }
 
     /// Whether all of `part` is in the image, at the same place of the memory file.
     pub(super) fn holds(&self, part: &Extent) -> bool {
+        // A user in another process may say anything.
+        let Some(end) = part.first_page.checked_add(part.pages) else { return false };
         let inside = |extent: &Extent| {
-            part.first_page >= extent.first_page
-                && part.first_page + part.pages <= extent.first_page + extent.pages
+            part.first_page >= extent.first_page && end <= extent.first_page + extent.pages
         };
         part.first_page.is_multiple_of(CHUNK_PAGES)
             && part.pages.is_multiple_of(CHUNK_PAGES)

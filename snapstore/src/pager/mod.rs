@@ -50,8 +50,8 @@ pub enum PagerError {
     /// userfaultfd cannot be had at all.
     #[error(
         "userfaultfd is not available: {reason}; lazy resume needs Linux 5.13 or later and either \
-         root (CAP_SYS_PTRACE) or read and write permission on /dev/userfaultfd; `--eager` resumes \
-         without it"
+         CAP_SYS_PTRACE, which root has, or read and write permission on /dev/userfaultfd; \
+         `--eager` resumes without it"
     )]
     Unavailable {
         /// What the system said.

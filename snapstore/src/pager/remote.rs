@@ -46,10 +46,9 @@ fn invalid(what: &str) -> PagerError {
 /// # Errors
 /// What failed; the other end was told.
 pub fn serve_one(socket: OwnedFd) -> Result<(), PagerError> {
-    let channel = Channel::new(socket);
+    let channel = Arc::new(Channel::new(socket));
     let Some((message, fds)) = channel.receive().map_err(remote_error)? else { return Ok(()) };
-    let told = Arc::new(channel.try_clone().map_err(remote_error)?);
-    let started = start_for(message, fds, on_failure(&told));
+    let started = start_for(message, fds, on_failure(&channel));
     let pager = started.inspect_err(|error| tell_failure(&channel, error))?;
     begin(&channel, &pager)?;
     serve_until_complete(&channel, &pager).map(drop)
@@ -94,7 +93,9 @@ fn start_for(
     };
     let of = |source| PagerError::Store { region: region.clone(), page: 0, source };
     let store = Store::open(&store, StoreOptions::default()).map_err(of)?;
-    let reader = store.pin(snapshot).and_then(|snapshot| snapshot.region(&region)).map_err(of)?;
+    // It may have been forgotten since the user was resumed from it; the user holds it.
+    let snapshot = store.pin_held(snapshot).map_err(of)?;
+    let reader = snapshot.region(&region).map_err(of)?;
     let image = Image::take_over(reader, &File::from(memory), &extents, File::from(filled))?;
     let seat = Seat::of(uffd, &mappings, File::from(counters))?;
     Pager::attend(Arc::new(image), seat, options, on_failure)
@@ -124,7 +125,13 @@ pub struct ImageServer {
 }
 
 /// How many there were so far, and those that are there.
-type Connections = (u64, BTreeMap<u64, Channel>);
+type Connections = (u64, BTreeMap<u64, Connection>);
+
+#[derive(Debug)]
+struct Connection {
+    channel: Arc<Channel>,
+    seated: bool,
+}
 
 impl ImageServer {
     /// A server of `image`. Its memory can be written by this process alone from here on, as far as
@@ -146,7 +153,7 @@ impl ImageServer {
 
     /// Ends the connections to all users, which go on by themselves.
     pub fn hang_up(&self) {
-        self.connections().1.values().for_each(Channel::close);
+        self.connections().1.values().for_each(|connection| connection.channel.close());
     }
 
     /// Users being served.
@@ -155,14 +162,20 @@ impl ImageServer {
         self.connections().1.len()
     }
 
+    /// Those of them that have not sat down yet.
+    #[must_use]
+    pub fn standing(&self) -> usize {
+        self.connections().1.values().filter(|connection| !connection.seated).count()
+    }
+
     /// Serves the user at the other end of `socket` until it is gone. A user that talks nonsense is
     /// not served, and hurts nobody else.
     ///
     /// # Errors
     /// What failed; the user was told.
     pub fn serve(&self, socket: OwnedFd) -> Result<(), PagerError> {
-        let channel = Channel::new(socket);
-        let _connected = self.connect(&channel)?;
+        let channel = Arc::new(Channel::new(socket));
+        let connected = self.connect(&channel);
         let region = self.image.region();
         let offer = Message::Offer {
             version: VERSION,
@@ -176,9 +189,9 @@ impl ImageServer {
             return Err(invalid("a user does not sit down"));
         }
         let Some((message, fds)) = channel.receive().map_err(remote_error)? else { return Ok(()) };
-        let told = Arc::new(channel.try_clone().map_err(remote_error)?);
-        let seated = self.seat(message, fds, on_failure(&told));
+        let seated = self.seat(message, fds, on_failure(&channel));
         let pager = seated.inspect_err(|error| tell_failure(&channel, error))?;
+        connected.sit();
         begin(&channel, &pager)?;
         if serve_until_complete(&channel, &pager)? {
             drop(pager);
@@ -188,13 +201,13 @@ impl ImageServer {
         Ok(())
     }
 
-    fn connect(&self, channel: &Channel) -> Result<Connected<'_>, PagerError> {
-        let channel = channel.try_clone().map_err(remote_error)?;
+    fn connect(&self, channel: &Arc<Channel>) -> Connected<'_> {
         let mut connections = self.connections();
         connections.0 += 1;
         let number = connections.0;
-        connections.1.insert(number, channel);
-        Ok(Connected { server: self, number })
+        let connection = Connection { channel: Arc::clone(channel), seated: false };
+        connections.1.insert(number, connection);
+        Connected { server: self, number }
     }
 
     fn seat(
@@ -217,6 +230,14 @@ impl ImageServer {
 struct Connected<'a> {
     server: &'a ImageServer,
     number: u64,
+}
+
+impl Connected<'_> {
+    fn sit(&self) {
+        if let Some(connection) = self.server.connections().1.get_mut(&self.number) {
+            connection.seated = true;
+        }
+    }
 }
 
 impl Drop for Connected<'_> {
@@ -252,9 +273,12 @@ impl Offer {
         if !channel.wait(READY_PATIENCE).map_err(remote_error)? {
             return Err(invalid("the server of shared memory does not answer"));
         }
-        let received = channel.receive().map_err(remote_error)?;
-        let Some((Message::Offer { version: VERSION, snapshot, region: name, extents }, fds)) =
-            received
+        let Some(received) = channel.receive().map_err(remote_error)? else {
+            let kind = io::ErrorKind::UnexpectedEof;
+            let ended = io::Error::new(kind, "the server of shared memory has ended");
+            return Err(remote_error(ended));
+        };
+        let (Message::Offer { version: VERSION, snapshot, region: name, extents }, fds) = received
         else {
             return Err(invalid("the server of shared memory is of another version of frazil"));
         };

@@ -3,7 +3,7 @@
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use frazil_snapstore::StoreOptions;
 use frazil_snapstore::pager::{self, ImageServer, PagerOptions, Replay};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::find_snapshot;
 use crate::cli::{PagerArgs, WorkingSetArg};
@@ -19,6 +20,10 @@ use crate::cli::{PagerArgs, WorkingSetArg};
 const LINGER: Duration = Duration::from_secs(5);
 /// How long the first may take.
 const FIRST_PATIENCE: Duration = Duration::from_mins(1);
+/// How long it is waited for file descriptors, or memory, when there are none left.
+const SHORT_OF: Duration = Duration::from_millis(200);
+/// VMs that may be connected without having sat down: further ones wait to be let in.
+const STANDING_MAX: usize = 256;
 /// How long a resumed VM is watched for what it touches, if nobody says otherwise.
 const RECORD: Duration = Duration::from_secs(1);
 
@@ -54,12 +59,13 @@ pub(crate) fn pager(args: &PagerArgs) -> anyhow::Result<()> {
 
 /// Until nobody has used it for a while.
 fn serve_many(args: &PagerArgs, snapshot: &str, socket: &Path) -> anyhow::Result<()> {
-    let Some(_lock) = lock_unless_served(socket)? else { return say_ready() };
+    let Some(place) = Place::take_unless_served(socket)? else { return say_ready() };
+    raise_descriptor_limit();
     let (_, store, id) = find_snapshot(snapshot, StoreOptions::default())?;
     let image = frazil_vmm::shared_image(&store.pin(id)?)?;
     let options = options(args.no_fill, args.fill_rate, args.working_set, args.record_working_set);
     let server = Arc::new(ImageServer::new(image, options)?);
-    // Of a server that is no more: we have its lock.
+    // Of a server that is no more: the place is ours.
     let _none = std::fs::remove_file(socket);
     let at = || format!("cannot listen at {}", socket.display());
     // From the first moment on for nobody else.
@@ -68,86 +74,136 @@ fn serve_many(args: &PagerArgs, snapshot: &str, socket: &Path) -> anyhow::Result
     rustix::process::umask(before);
     let listener = listener?;
     std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600)).with_context(at)?;
-    let log = log_beside(socket)?;
+    log_to(&place.log())?;
     say_ready()?;
     let mut idle_until = Instant::now() + FIRST_PATIENCE;
     while server.users() > 0 || Instant::now() < idle_until {
         if server.users() > 0 {
             idle_until = Instant::now() + LINGER;
         }
-        if let Some(user) = pager::accept(&listener, Duration::from_millis(200)).with_context(at)? {
+        if server.standing() >= STANDING_MAX {
+            std::thread::sleep(SHORT_OF);
+        } else if let Some(user) = next_user(&listener, Duration::from_millis(200)) {
             // It is not counted before its thread runs.
             idle_until = Instant::now() + LINGER;
-            serve(&server, user)?;
+            serve(&server, user);
         }
     }
-    // Nobody finds it any more; who did a moment ago is served.
-    let _gone = std::fs::remove_file(socket);
-    while let Some(user) = pager::accept(&listener, Duration::ZERO).with_context(at)? {
-        serve(&server, user)?;
+    // Nobody finds it any more, and another may begin; who found it a moment ago is served.
+    place.leave();
+    while let Some(user) = next_user(&listener, Duration::ZERO) {
+        serve(&server, user);
         std::thread::sleep(Duration::from_millis(200));
     }
     while server.users() > 0 {
         std::thread::sleep(Duration::from_millis(200));
     }
-    // Whatever went wrong with a VM, that VM has told; nobody else needs it now.
-    let _gone = std::fs::remove_file(log);
     Ok(())
 }
 
-/// Has standard error go to a file beside the socket. This process is everybody's who shares the memory,
-/// and may outlive the command that started it: whoever waits for the end of what that command prints
-/// must not wait for us.
-fn log_beside(socket: &Path) -> anyhow::Result<PathBuf> {
-    let path = PathBuf::from(format!("{}.log", socket.display()));
-    let file = File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
-    rustix::stdio::dup2_stderr(&file).context("cannot redirect standard error")?;
-    Ok(path)
+/// Each VM takes several file descriptors here, and what a process may have of them at first is meant
+/// for one that waits for them with `select`.
+fn raise_descriptor_limit() {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
+        tracing::warn!(%error, "cannot have more file descriptors");
+    }
 }
 
-fn serve(server: &Arc<ImageServer>, user: OwnedFd) -> anyhow::Result<()> {
+/// The next VM that connects, if one does before long. If it cannot be let in, those that are there
+/// are served all the same: it is let in once something is free.
+fn next_user(listener: &OwnedFd, patience: Duration) -> Option<OwnedFd> {
+    pager::accept(listener, patience).unwrap_or_else(|error| {
+        tracing::warn!(%error, "cannot let a VM in");
+        std::thread::sleep(SHORT_OF);
+        None
+    })
+}
+
+/// Has standard error go to the file `log`. This process is everybody's who shares the memory, and may
+/// outlive the command that started it: whoever waits for the end of what that command prints must not
+/// wait for us.
+fn log_to(log: &Path) -> anyhow::Result<()> {
+    let file = File::create(log).with_context(|| format!("cannot create {}", log.display()))?;
+    rustix::stdio::dup2_stderr(&file).context("cannot redirect standard error")
+}
+
+fn serve(server: &Arc<ImageServer>, user: OwnedFd) {
     let server = Arc::clone(server);
     let serve = move || {
         if let Err(error) = server.serve(user) {
             tracing::warn!(%error, "a VM is not served");
         }
     };
-    std::thread::Builder::new().name("frazil-user".into()).spawn(serve)?;
-    Ok(())
-}
-
-/// None if another process serves there, and can be reached: whoever started this one can go there.
-fn lock_unless_served(socket: &Path) -> anyhow::Result<Option<File>> {
-    let until = Instant::now() + FIRST_PATIENCE;
-    loop {
-        if let Some(lock) = lock(socket)? {
-            return Ok(Some(lock));
-        }
-        if pager::connect(socket).is_ok() {
-            return Ok(None);
-        }
-        // It is about to begin, or to end.
-        ensure!(
-            Instant::now() < until,
-            "another process holds {}.lock and does not serve at {}",
-            socket.display(),
-            socket.display()
-        );
-        std::thread::sleep(Duration::from_millis(20));
+    let spawned = std::thread::Builder::new().name("frazil-user".into()).spawn(serve);
+    if let Err(error) = spawned {
+        // It is hung up on: it has not begun, so whoever started it can start it again.
+        tracing::warn!(%error, "a VM is not served");
+        std::thread::sleep(SHORT_OF);
     }
 }
 
-/// None if another process serves there.
-fn lock(socket: &Path) -> anyhow::Result<Option<File>> {
-    let path = PathBuf::from(format!("{}.lock", socket.display()));
-    let file = OpenOptions::new().write(true).create(true).truncate(false).open(&path);
-    let file = file.with_context(|| format!("cannot create {}", path.display()))?;
-    match file.try_lock() {
-        Ok(()) => Ok(Some(file)),
-        Err(TryLockError::WouldBlock) => Ok(None),
-        Err(TryLockError::Error(error)) => {
-            Err(error).with_context(|| format!("cannot lock {}", path.display()))
+/// Where a server listens, and what is beside its socket. Whoever has it locked is the server there, and
+/// takes all of it away when it goes; after an error all but the log, which says what was wrong.
+struct Place {
+    socket: PathBuf,
+    _lock: File,
+}
+
+impl Place {
+    /// None if another process serves there, and can be reached: whoever started this one can go there.
+    fn take_unless_served(socket: &Path) -> anyhow::Result<Option<Self>> {
+        let until = Instant::now() + FIRST_PATIENCE;
+        loop {
+            if let Some(lock) = lock(&beside(socket, "lock"))? {
+                return Ok(Some(Self { socket: socket.to_owned(), _lock: lock }));
+            }
+            if pager::connect(socket).is_ok() {
+                return Ok(None);
+            }
+            // It is about to begin, or to end.
+            ensure!(
+                Instant::now() < until,
+                "another process holds {}.lock and does not serve at {}",
+                socket.display(),
+                socket.display()
+            );
+            std::thread::sleep(Duration::from_millis(20));
         }
+    }
+
+    fn log(&self) -> PathBuf {
+        beside(&self.socket, "log")
+    }
+
+    /// Whatever went wrong with a VM, that VM has told; nobody else needs the log now.
+    fn leave(self) {
+        let _gone = std::fs::remove_file(self.log());
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        // The lock last: who finds none may begin.
+        for path in [self.socket.clone(), beside(&self.socket, "lock")] {
+            let _gone = std::fs::remove_file(path);
+        }
+    }
+}
+
+fn beside(socket: &Path, what: &str) -> PathBuf {
+    PathBuf::from(format!("{}.{what}", socket.display()))
+}
+
+/// None if another process has it locked, or has just taken it away.
+fn lock(path: &Path) -> anyhow::Result<Option<File>> {
+    let file = OpenOptions::new().write(true).create(true).truncate(false).open(path);
+    let file = file.with_context(|| format!("cannot create {}", path.display()))?;
+    let cannot = || format!("cannot lock {}", path.display());
+    match file.try_lock() {
+        Ok(()) if file.metadata().with_context(cannot)?.nlink() > 0 => Ok(Some(file)),
+        Ok(()) | Err(TryLockError::WouldBlock) => Ok(None),
+        Err(TryLockError::Error(error)) => Err(error).with_context(cannot),
     }
 }
 
