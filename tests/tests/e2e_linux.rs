@@ -68,6 +68,59 @@ end g
 try frazil verify /run/store >/dev/null
 ";
 
+/// A database on a disk, written through to it all the time, and a connection that stays open. No
+/// command that resumes says anything of a disk.
+const DISK_AND_NETWORK: &str = r"
+network
+disk /run/disk
+boot a 'disk net=10.0.0.2' --disk /run/disk --net tap=tap0
+await a '^GUEST tick'
+checkpoint a first
+for tag in second third; do
+    ticks a 2
+    checkpoint a $tag
+done
+await a 'GUEST fsck clean'
+ticks a 1
+frazil checkpoint a >/dev/null 2>&1 &
+sleep 0.4
+crash a
+
+start b resume /run/store@third
+talks b
+await b 'GUEST fsck clean'
+checkpoint b fourth
+try frazil rewind b second >/dev/null
+tell rewound
+talks b
+halt b
+
+# An older one; its connection is one that went on without it.
+start c resume /run/store@first --no-fill
+talks c
+await c 'GUEST fsck clean'
+checkpoint c branch
+crash c
+
+for clone in e1 e2 e3; do
+    start $clone resume /run/store@fourth --clones 1 --net none
+done
+for clone in e1 e2 e3; do
+    ticks $clone 2
+    await $clone 'GUEST fsck clean'
+done
+checkpoint e2 private
+halt e1
+halt e2
+halt e3
+
+start f resume /run/store@branch --net none
+ticks f 2
+await f 'GUEST fsck clean'
+halt f
+try frazil verify /run/store >/dev/null
+";
+
 /// The ticks of a guest before a checkpoint was asked for and after it was done, and the report.
 struct Checkpoint {
     ticks: [u64; 2],
@@ -170,4 +223,51 @@ fn memory_and_processors_go_on() {
     // Lazily resumed or not: what nobody touched is not written again.
     let pages = |tag: &str| at(tag).report["pages"].as_u64().expect("a number");
     assert!(pages("lazily") < pages("first") / 2, "{} of {}", pages("lazily"), pages("first"));
+}
+
+/// Fails the test unless the guest of `vm` has at least the rows that the one it is from had told
+/// of before the checkpoint.
+#[track_caller]
+fn expect_rows(outcome: &Outcome, vm: &str, from: &str, checkpoint: &Checkpoint) {
+    let [before, _] = checkpoint.ticks;
+    let ticks = outcome.ticks(from);
+    // It may have been rewound later, and have been at the same ticks with other rows.
+    let before = ticks.iter().take_while(|tick| tick.number <= before);
+    let told = before.map(|tick| tick.rows).max().expect("a tick before the checkpoint");
+    let found = outcome.ticks(vm)[0].rows;
+    assert!(told > 0 && found >= told, "{vm}: {found} rows, {told} were told of");
+}
+
+#[test]
+fn disk_and_network_go_on() {
+    let Some(outcome) = run("disk-and-network", DISK_AND_NETWORK) else { return };
+    let at = |tag: &str| Checkpoint::find(&outcome, tag);
+
+    expect_goes_on(&outcome, "a", &(1..=1));
+    let connections: Vec<u64> = outcome.ticks("a").iter().map(|tick| tick.echoed[0]).collect();
+    assert!(connections.iter().all(|number| *number == 1), "{connections:?}");
+
+    expect_well(&outcome, "b");
+    let b = outcome.ticks("b");
+    let back = b.windows(2).position(|pair| pair[1].number < pair[0].number).expect("a rewind") + 1;
+    assert!(at("third").next().contains(&b[0].number), "{:?}", b[0]);
+    expect_in_order("b", &b[..back]);
+    assert!(at("second").next().contains(&b[back].number), "{:?}", b[back]);
+    expect_in_order("b", &b[back..]);
+    expect_rows(&outcome, "b", "a", &at("third"));
+
+    expect_goes_on(&outcome, "c", &at("first").next());
+    for clone in ["e1", "e2", "e3"] {
+        expect_goes_on(&outcome, clone, &at("fourth").next());
+        expect_rows(&outcome, clone, "b", &at("fourth"));
+    }
+    expect_goes_on(&outcome, "f", &at("branch").next());
+    expect_rows(&outcome, "f", "c", &at("branch"));
+
+    let last = |vm: &str| outcome.ticks(vm).pop().expect("a tick").random;
+    let random = ["e1", "e2", "e3"].map(last);
+    assert!(
+        random[0] != random[1] && random[1] != random[2] && random[0] != random[2],
+        "{random:?}"
+    );
 }
