@@ -221,7 +221,7 @@ fn memory_and_processors_go_on() {
     assert_eq!(outcome.told("ended").pop().expect("the last one"), ["g", "0"]);
 
     // Lazily resumed or not: what nobody touched is not written again.
-    let pages = |tag: &str| at(tag).report["pages"].as_u64().expect("a number");
+    let pages = |tag: &str| at(tag).report["dirty_pages"].as_u64().expect("a number");
     assert!(pages("lazily") < pages("first") / 2, "{} of {}", pages("lazily"), pages("first"));
 }
 
