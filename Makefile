@@ -2,12 +2,16 @@
 
 CARGO ?= cargo
 
-.PHONY: all setup build demo test lint bench endurance images fuzz clean
+.PHONY: all setup setup-tests build demo test lint bench endurance images fuzz clean
 
 all: build
 
 setup:
 	@tools/setup.sh
+
+# As setup, and what only tests want.
+setup-tests:
+	@tools/setup.sh --tests
 
 build: setup
 	$(CARGO) build --release --locked -p frazil-tools -p frazil-benches
@@ -21,7 +25,7 @@ lint: setup
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --locked --quiet
 
-test: lint
+test: setup-tests lint
 	$(CARGO) test --workspace --locked
 
 bench: build

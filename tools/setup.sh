@@ -1,13 +1,28 @@
 #!/usr/bin/env bash
 # Checks for what frazil builds and runs with, and installs what is missing: Debian packages if
 # this is Debian and we may, else it prints the list and stops.
+#
+# usage: setup.sh [--tests]    also what only tests want: an emulator, and a stock kernel for guests
+#                              in it. Without the emulator those tests are skipped, so that one may
+#                              be missing.
 set -euo pipefail
+cd "$(dirname "$0")/.."
 
 missing=()
 need() { # need PACKAGE CHECK...
     local package=$1
     shift
     "$@" >/dev/null 2>&1 || missing+=("$package")
+}
+may_install() {
+    sudo=""
+    [ "$(id -u)" = 0 ] || sudo="sudo -n"
+    command -v apt-get >/dev/null && { [ -z "$sudo" ] || $sudo true 2>/dev/null; }
+}
+install() { # install PACKAGE...
+    echo "installing: $*" >&2
+    $sudo apt-get update -qq &&
+        DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y -qq --no-install-recommends "$@" >&2
 }
 has_libclang() {
     ldconfig -p 2>/dev/null | grep -q 'libclang[-.0-9]*\.so' || compgen -G '/usr/lib/llvm-*/lib/libclang[-.][0-9s]*so*' >/dev/null # not libclang-cpp
@@ -19,16 +34,56 @@ need linux-libc-dev test -e /usr/include/linux/userfaultfd.h
 need libclang-dev has_libclang # the userfaultfd crate reads the kernel's headers through it
 
 if [ ${#missing[@]} -gt 0 ]; then
-    sudo=""
-    [ "$(id -u)" = 0 ] || sudo="sudo -n"
-    if command -v apt-get >/dev/null && { [ -z "$sudo" ] || $sudo true 2>/dev/null; }; then
-        echo "installing: ${missing[*]}" >&2
-        $sudo apt-get update -qq
-        DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y -qq --no-install-recommends "${missing[@]}" >&2
+    if may_install; then
+        install "${missing[@]}"
     else
         echo "missing, by their names in Debian: ${missing[*]}" >&2
         echo "install them with your package manager, then try again" >&2
         exit 1
+    fi
+fi
+
+# A stock kernel and its modules. One that is installed will do; else one is unpacked, and not
+# installed: the machine might start it the next time.
+kernels=${CARGO_TARGET_DIR:-target}/debian-kernel
+has_kernel() {
+    compgen -G "/boot/vmlinuz-*-cloud-amd64" || compgen -G "$kernels/boot/vmlinuz-*-cloud-amd64"
+}
+unpack_kernel() {
+    local package temp=$kernels.part
+    package=$(apt-cache depends linux-image-cloud-amd64 |
+        sed -n 's/.*Depends: \(linux-image-[0-9].*\)/\1/p' | head -n 1)
+    [ -n "$package" ] || return 1
+    echo "unpacking: $package, to $kernels" >&2
+    rm -rf "$kernels" "$temp"
+    mkdir -p "$temp"
+    # The sandbox's user could not write here; apt would only warn, but on every run.
+    (cd "$temp" && apt-get download -qq -o APT::Sandbox::User=root "$package" >&2) || return 1
+    dpkg-deb -x "$temp"/*.deb "$temp" && rm "$temp"/*.deb || return 1
+    [ -e "$temp/lib" ] || ln -s usr/lib "$temp/lib"
+    anywhere depmod -b "$temp" "${package#linux-image-}" && mv "$temp" "$kernels"
+}
+anywhere() { # anywhere COMMAND..., which only root's PATH may lead to
+    PATH=$PATH:/usr/sbin:/sbin "$@"
+}
+is_static() { # is_static PROGRAM
+    command -v "$1" && ! ldd "$(command -v "$1")"
+}
+
+if [ "${1:-}" = --tests ]; then
+    missing=()
+    need qemu-system-x86 command -v qemu-system-x86_64
+    need busybox-static is_static busybox
+    need sqlite3 command -v sqlite3
+    need e2fsprogs anywhere mkfs.ext4 -V
+    need binutils command -v strip
+    need kmod anywhere depmod -V
+    if [ ${#missing[@]} -gt 0 ] && { ! may_install || ! install "${missing[@]}"; }; then
+        echo "missing, by their names in Debian: ${missing[*]}" >&2
+        echo "tests with stock Linux guests want them, and are skipped where there is no QEMU" >&2
+    fi
+    if ! has_kernel >/dev/null && ! unpack_kernel; then
+        echo "missing: the kernel of the Debian package linux-image-cloud-amd64, for those tests" >&2
     fi
 fi
 

@@ -2,10 +2,12 @@
 
 use std::fmt;
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 use frazil_snapstore::PAGE_SIZE;
-use rustix::fs::{FallocateFlags, fallocate};
+use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
+use rustix::io::Errno;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::memory::{GuestRam, HOLE_END, HOLE_START};
@@ -41,22 +43,47 @@ impl ZeroedPages {
     }
 }
 
-impl FreePages for ZeroedPages {
-    fn free(&self, address: GuestAddress, len_bytes: u64) -> io::Result<()> {
+impl ZeroedPages {
+    fn zero(&self, addresses: Range<u64>) -> io::Result<()> {
         const ZEROS: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
-        for offset in (0..len_bytes).step_by(PAGE_SIZE) {
-            let page = GuestAddress(address.0 + offset);
+        for page in addresses.step_by(PAGE_SIZE) {
+            let page = GuestAddress(page);
             self.ram.memory().write_slice(&ZEROS, page).map_err(io::Error::other)?;
         }
-        if self.punch && len_bytes > 0 {
-            // RAM has one hole, and what is around it is no range of pages.
-            let in_file = if address.0 < HOLE_START {
-                address.0
-            } else {
-                address.0 - (HOLE_END - HOLE_START)
-            };
+        Ok(())
+    }
+
+    /// The first pages in a range of the memory's file that are there.
+    fn next_data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
+        if range.is_empty() {
+            return Ok(None);
+        }
+        let start = match seek(self.ram.memfd(), SeekFrom::Data(range.start)) {
+            Ok(start) if start < range.end => start,
+            // None, or none before the file's end.
+            Ok(_) | Err(Errno::NXIO) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        let end = seek(self.ram.memfd(), SeekFrom::Hole(start))?;
+        Ok(Some(start..end.min(range.end)))
+    }
+}
+
+impl FreePages for ZeroedPages {
+    fn free(&self, address: GuestAddress, len_bytes: u64) -> io::Result<()> {
+        if !self.punch {
+            return self.zero(address.0..address.0 + len_bytes);
+        }
+        // RAM has one hole, and what is around it is no range of pages.
+        let before = if address.0 < HOLE_START { 0 } else { HOLE_END - HOLE_START };
+        let in_file = address.0 - before..address.0 - before + len_bytes;
+        let mut at = in_file.start;
+        // What nobody has touched is a hole, and nothing else is meant to be there.
+        while let Some(data) = self.next_data(at..in_file.end)? {
+            self.zero(data.start + before..data.end + before)?;
             let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            fallocate(self.ram.memfd(), flags, in_file, len_bytes)?;
+            fallocate(self.ram.memfd(), flags, data.start, data.end - data.start)?;
+            at = data.end;
         }
         Ok(())
     }
@@ -87,7 +114,11 @@ mod tests {
             ram.harvest_vmm_writes(&mut dirty);
             assert_eq!(dirty.iter().collect::<Vec<_>>(), [1, 2, 3]);
             assert!(!punch || freed >= 3 * PAGE_SIZE as u64, "{freed} bytes");
-            assert!(free.free(GuestAddress(2 << 20), 0x1000).is_err());
+            // What nobody has touched stays untouched, unless something else may be meant to be there.
+            let end = ram.allocated_bytes().unwrap();
+            free.free(GuestAddress(0x10_0000), 0x4000).unwrap();
+            assert_eq!(ram.allocated_bytes().unwrap(), end + if punch { 0 } else { 0x4000 });
+            assert_eq!(free.free(GuestAddress(2 << 20), 0x1000).is_err(), !punch, "beyond all RAM");
         }
     }
 }

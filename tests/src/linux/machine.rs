@@ -1,0 +1,166 @@
+//! One run of an emulated machine: what it says, and how it ended.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use super::parts::Parts;
+
+/// A machine that says nothing for so long has stalled. Its script gives up on a guest earlier.
+const QUIET_MAX: Duration = Duration::from_secs(75);
+/// No run may take longer.
+const RUN_MAX: Duration = Duration::from_mins(6);
+/// How much of a log a failure shows.
+const TAIL_LINES: usize = 60;
+
+/// How a run ended.
+#[derive(Debug)]
+pub(super) enum End {
+    /// The script came to its end.
+    Done,
+    /// Something stood still, without a word: the emulated processor loses an interrupt now and then.
+    Stalled(String),
+    /// Anything else.
+    Failed(String),
+}
+
+/// A run that is over.
+#[derive(Debug)]
+pub(super) struct Run {
+    /// What the script said, line by line.
+    pub(super) lines: Vec<String>,
+    /// How it ended.
+    pub(super) end: End,
+}
+
+/// Kills the emulator when dropped.
+struct Qemu(Child);
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        let _gone = self.0.kill();
+        let _gone = self.0.wait();
+    }
+}
+
+/// Runs `initrd` in a machine that has AMD-V in software, to its end. The script talks on the second
+/// serial port. Files in `folder` get what it says, what the kernel says on the first, and QEMU's own
+/// words: `script.log`, `kernel.log`, `qemu.log`.
+pub(super) fn run(parts: &Parts, initrd: &Path, folder: &Path) -> Run {
+    let kernel_log = folder.join("kernel.log");
+    let errors = File::create(folder.join("qemu.log")).expect("the folder is writable");
+    let mut command = Command::new(&parts.qemu);
+    // One processor, which guests' vCPUs share. With two, QEMU 7.2 now and then lets an interrupt in
+    // between a guest's exit and the loading of the kernel's own GS, where there can be none; the
+    // kernel or the guest dies of that.
+    command
+        .args(["-accel", "tcg,thread=multi", "-cpu", "EPYC,+svm", "-smp", "1", "-m", "3072"])
+        .args(["-nodefaults", "-display", "none", "-no-reboot", "-serial"])
+        .arg(format!("file:{}", kernel_log.display()))
+        .args(["-serial", "stdio", "-append"])
+        .arg("console=ttyS0 quiet panic=-1 mitigations=off")
+        .arg("-kernel")
+        .arg(&parts.kernel)
+        .arg("-initrd")
+        .arg(initrd)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(errors);
+    let mut qemu = Qemu(command.spawn().expect("QEMU starts"));
+    let lines = lines_of(&mut qemu.0);
+    let mut said = Said::new(&folder.join("script.log"));
+    let mut end = listen(&lines, &mut said);
+    drop(qemu);
+    if let End::Failed(why) | End::Stalled(why) = &mut end {
+        why.push_str(&tails(folder, &["kernel.log", "qemu.log", "script.log"]));
+    }
+    Run { lines: said.lines, end }
+}
+
+fn lines_of(child: &mut Child) -> Receiver<String> {
+    let stdout = BufReader::new(child.stdout.take().expect("a pipe"));
+    let (line, lines) = channel();
+    std::thread::spawn(move || {
+        // Firmware and guests may say what is no text.
+        for bytes in stdout.split(b'\n').map_while(Result::ok) {
+            let text = String::from_utf8_lossy(&bytes).trim_end_matches('\r').to_owned();
+            if line.send(text).is_err() {
+                return;
+            }
+        }
+    });
+    lines
+}
+
+/// What was said so far, also in a file, each line with the time since the start.
+struct Said {
+    lines: Vec<String>,
+    log: File,
+    start: Instant,
+}
+
+impl Said {
+    fn new(log: &Path) -> Self {
+        let log = File::create(log).expect("the folder is writable");
+        Self { lines: Vec::new(), log, start: Instant::now() }
+    }
+
+    fn add(&mut self, line: String) {
+        writeln!(self.log, "{:7.2} {line}", self.start.elapsed().as_secs_f64())
+            .expect("the folder is writable");
+        self.lines.push(line);
+    }
+}
+
+fn listen(lines: &Receiver<String>, said: &mut Said) -> End {
+    let mut trouble = None;
+    loop {
+        let left = RUN_MAX.saturating_sub(said.start.elapsed());
+        match lines.recv_timeout(QUIET_MAX.min(left)) {
+            Ok(line) => {
+                // The first one counts; what the script says after it tells more.
+                if let Some(why) = line.strip_prefix("TEST failed ") {
+                    trouble.get_or_insert_with(|| End::Failed(why.to_owned()));
+                } else if let Some(who) = line.strip_prefix("TEST stalled ") {
+                    trouble.get_or_insert_with(|| End::Stalled(who.to_owned()));
+                }
+                let over = line == "TEST over";
+                said.add(line);
+                if over {
+                    return trouble.unwrap_or(End::Done);
+                }
+            }
+            Err(RecvTimeoutError::Timeout) if said.start.elapsed() >= RUN_MAX => {
+                return trouble
+                    .unwrap_or_else(|| End::Failed(format!("not done within {RUN_MAX:?}")));
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                let last = said.lines.last().map_or("nothing", String::as_str);
+                let why = format!("the machine said nothing for {QUIET_MAX:?}, and before: {last}");
+                return trouble.unwrap_or(End::Stalled(why));
+            }
+            Err(RecvTimeoutError::Disconnected) => {
+                return trouble.unwrap_or_else(|| {
+                    End::Failed("the machine went off before its script was over".to_owned())
+                });
+            }
+        }
+    }
+}
+
+fn tails(folder: &Path, names: &[&str]) -> String {
+    let tail = |path: &PathBuf| {
+        let bytes = fs::read(path).unwrap_or_default();
+        let text = String::from_utf8_lossy(&bytes).into_owned();
+        let lines: Vec<&str> = text.lines().collect();
+        lines[lines.len().saturating_sub(TAIL_LINES)..].join("\n")
+    };
+    names
+        .iter()
+        .map(|name| folder.join(name))
+        .map(|path| format!("\n--- the end of {} ---\n{}", path.display(), tail(&path)))
+        .collect()
+}

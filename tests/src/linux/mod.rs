@@ -1,0 +1,286 @@
+//! A stock Linux guest, end to end: a distribution's kernel, as it was shipped, is run by `frazil`
+//! on a KVM of the kind that people's hardware has. That KVM is in a machine of its own, whose
+//! processor QEMU emulates, AMD-V included; so this works wherever QEMU does, ten to twenty times
+//! slower than on hardware.
+//!
+//! ```text
+//! test ── QEMU ── kernel and KVM ── the test's script (outer.sh) ── frazil ── kernel ── guest.sh
+//! ```
+//!
+//! A test is a script for the outer machine and a look at what it said. `outer.sh` and `guest.sh`
+//! tell what scripts can use and what guests do. Lines that begin with `TEST` are for the test;
+//! when the script is over, the guests' consoles follow as `CONSOLE VM text`, what `frazil` said as
+//! `LOG VM text`.
+//!
+//! The emulated AMD-V now and then loses an interrupt of a timer, and a guest stands still for ever.
+//! Such a run is made again, twice at the most, and that is counted and told. A run that fails in
+//! any other way is never made again.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::io::Write as _;
+use std::process::Command;
+use std::str::FromStr;
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+mod archive;
+mod machine;
+mod parts;
+
+use archive::Archive;
+use machine::{End, Run};
+use parts::Parts;
+
+use crate::rng::Rng;
+
+/// How often a run that stalled is made again.
+const AGAIN_MAX: usize = 2;
+/// What the guest keeps in its tmpfs beside what changes.
+const KNOWN_BYTES: usize = 1 << 20;
+const KNOWN_SEED: u64 = 6;
+
+/// Modules of the machine around the guests.
+const OUTER_MODULES: [&str; 2] = ["kvm_amd", "tun"];
+/// Programs of it, besides busybox and `frazil`.
+const OUTER_PROGRAMS: [&str; 2] = ["mkfs.ext4", "e2fsck"];
+/// Modules of guests.
+const GUEST_MODULES: [&str; 5] =
+    ["virtio_mmio", "virtio_blk", "virtio_net", "virtio_rng", "virtio_balloon"];
+/// Programs of guests, besides busybox.
+const GUEST_PROGRAMS: [&str; 2] = ["sqlite3", "e2fsck"];
+
+/// One emulated machine at a time: each takes two cores and 3 GiB.
+static TURN: Mutex<()> = Mutex::new(());
+
+/// What a script said, and what the guests did.
+#[derive(Debug)]
+pub struct Outcome {
+    lines: Vec<String>,
+    /// How often the run stalled before it came to its end.
+    pub stalls: usize,
+    /// How long the run took that came to its end.
+    pub took: Duration,
+}
+
+/// Runs `script` in a machine with KVM, `frazil`, and a kernel with an initrd for guests. `name` is
+/// the folder of its logs in TARGET/tmp/linux. `None` if this machine has no QEMU.
+///
+/// # Panics
+/// If the script fails or stalls too often, with the ends of all logs; if something is missing that
+/// `make setup` brings.
+#[must_use]
+pub fn run(name: &str, script: &str) -> Option<Outcome> {
+    let parts = Parts::find()?;
+    let base = base(&parts);
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut initrd = base.clone();
+    // The kernel unpacks archives that follow each other.
+    let mut more = Archive::new();
+    more.data("/test.sh", script.as_bytes());
+    initrd.extend(more.finish());
+    let folder = parts::target_folder().join("tmp/linux").join(name);
+    fs::create_dir_all(&folder).expect("cargo's folder is writable");
+    let path = folder.join("initrd");
+    fs::write(&path, &initrd).expect("cargo's folder is writable");
+
+    let mut stalls = 0;
+    loop {
+        let start = Instant::now();
+        let Run { lines, end } = machine::run(&parts, &path, &folder);
+        let took = start.elapsed();
+        match end {
+            End::Done => {
+                tell(&format!("{name}: {:.1} s, {stalls} stalls", took.as_secs_f64()));
+                return Some(Outcome { lines, stalls, took });
+            }
+            End::Stalled(why) if stalls < AGAIN_MAX => {
+                stalls += 1;
+                tell(&format!("{name}: stall {stalls}, made again: {why}"));
+            }
+            End::Stalled(why) => panic!("{name} stalled {} times, last: {why}", stalls + 1),
+            End::Failed(why) => panic!("{name}, after {stalls} stalls: {why}"),
+        }
+    }
+}
+
+/// Says it where it is seen: the test runner keeps what a passing test prints to itself.
+fn tell(what: &str) {
+    let _said = writeln!(std::io::stderr(), "stock Linux: {what}");
+}
+
+/// What all scripts' machines have in common, as an archive. Made once.
+fn base(parts: &Parts) -> Vec<u8> {
+    static BASE: OnceLock<Vec<u8>> = OnceLock::new();
+    let make = || {
+        let mut archive = Archive::new();
+        Parts::program(&mut archive, "busybox");
+        archive.link("/bin/sh", "busybox");
+        archive.link("/bin/cat", "busybox");
+        archive.script("/init", include_bytes!("outer.sh"));
+        archive.script("/bin/frazil", &parts::static_frazil());
+        for program in OUTER_PROGRAMS {
+            Parts::program(&mut archive, program);
+        }
+        parts.modules(&mut archive, &OUTER_MODULES);
+        archive.data("/vmlinuz", &archive::read(&parts.kernel));
+        archive.data("/guest.cpio", &guest(parts));
+        archive.finish()
+    };
+    BASE.get_or_init(make).clone()
+}
+
+/// The guests' initrd.
+fn guest(parts: &Parts) -> Vec<u8> {
+    let mut archive = Archive::new();
+    Parts::program(&mut archive, "busybox");
+    archive.link("/bin/sh", "busybox");
+    archive.script("/init", include_bytes!("guest.sh"));
+    for program in GUEST_PROGRAMS {
+        Parts::program(&mut archive, program);
+    }
+    parts.modules(&mut archive, &GUEST_MODULES);
+    archive.data("/known", known().as_bytes());
+    archive.finish()
+}
+
+/// What is in every guest's tmpfs all the time: lines of hexadecimal numbers that follow from a seed.
+fn known() -> String {
+    let mut rng = Rng::new(KNOWN_SEED);
+    let mut text = String::with_capacity(KNOWN_BYTES);
+    while text.len() < KNOWN_BYTES {
+        let end = if rng.below(8) == 0 { '\n' } else { ' ' };
+        write!(text, "{:016x}{end}", rng.bits()).expect("memory");
+    }
+    text
+}
+
+/// The SHA-256 of [`known`], as `sha256sum` prints it.
+///
+/// # Panics
+/// If there is no `sha256sum`.
+#[must_use]
+pub fn known_sum() -> String {
+    let file = tempfile::NamedTempFile::new().expect("a scratch file");
+    fs::write(file.path(), known()).expect("a scratch file");
+    let output = Command::new("sha256sum").arg(file.path()).output().expect("sha256sum runs");
+    let text = String::from_utf8(output.stdout).expect("text");
+    text.split(' ').next().expect("a sum").to_owned()
+}
+
+impl Outcome {
+    /// The words of each line `TEST key word…`, in order.
+    #[must_use]
+    pub fn told(&self, key: &str) -> Vec<Vec<&str>> {
+        self.after("TEST", key)
+    }
+
+    /// The words of the only line `TEST key word…`.
+    ///
+    /// # Panics
+    /// If there is none, or more than one.
+    #[track_caller]
+    #[must_use]
+    pub fn only(&self, key: &str) -> Vec<&str> {
+        let mut found = self.told(key);
+        assert_eq!(found.len(), 1, "lines `TEST {key}`: {found:?}");
+        found.remove(0)
+    }
+
+    /// The words of each line `GUEST key word…` of a guest's console.
+    #[must_use]
+    pub fn guest(&self, vm: &str, key: &str) -> Vec<Vec<&str>> {
+        let prefix = format!("CONSOLE {vm} GUEST");
+        self.after(&prefix, key)
+    }
+
+    /// Every line of a guest's console.
+    #[must_use]
+    pub fn console(&self, vm: &str) -> Vec<&str> {
+        let prefix = format!("CONSOLE {vm} ");
+        self.lines.iter().filter_map(|line| line.strip_prefix(&prefix)).collect()
+    }
+
+    fn after(&self, prefix: &str, key: &str) -> Vec<Vec<&str>> {
+        let prefix = format!("{prefix} {key}");
+        let rest = |line| str::strip_prefix(line, prefix.as_str());
+        self.lines
+            .iter()
+            .filter_map(|line| rest(line.as_str()))
+            .filter(|rest| rest.is_empty() || rest.starts_with(' '))
+            .map(|rest| rest.split_whitespace().collect())
+            .collect()
+    }
+}
+
+/// What a guest says of itself turn by turn.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tick {
+    /// Which turn.
+    pub number: u64,
+    /// Seconds since the guest was booted, on its clock.
+    pub uptime: f64,
+    /// Its date, in seconds since 1970.
+    pub date: f64,
+    /// Rounds that both loads have done.
+    pub rounds: [u64; 2],
+    /// Rows in its database; 0 if it has no disk.
+    pub rows: u64,
+    /// The connection it is at, counted from 1, and the last number that came back; zeros if it has
+    /// no network.
+    pub echoed: [u64; 2],
+    /// 128 random bits, from its kernel.
+    pub random: String,
+}
+
+impl Outcome {
+    /// The ticks of a guest in order. The first line of one that was resumed may be the end of one
+    /// that was begun before, and is left out then.
+    ///
+    /// # Panics
+    /// If there is a line that is no tick, or no tick at all.
+    #[track_caller]
+    #[must_use]
+    pub fn ticks(&self, vm: &str) -> Vec<Tick> {
+        let mut lines = self.guest(vm, "tick");
+        // The last one may be cut short where the guest ended.
+        lines.pop_if(|words| {
+            !words.contains(&"random") || words.last().is_some_and(|word| word.len() != 32)
+        });
+        let ticks: Vec<Tick> = lines.iter().map(|words| Tick::parse(words)).collect();
+        assert!(!ticks.is_empty(), "{vm} never ticked: {:#?}", self.console(vm));
+        ticks
+    }
+}
+
+impl Tick {
+    #[track_caller]
+    fn parse(words: &[&str]) -> Self {
+        let field = |name: &str, offset: usize| {
+            let place = words.iter().position(|word| *word == name);
+            place
+                .and_then(|place| words.get(place + offset))
+                .copied()
+                .unwrap_or_else(|| panic!("expected `{name}` in a tick, found {words:?}"))
+        };
+        Self {
+            number: value(words.first().expect("a number")),
+            uptime: value(field("uptime", 1)),
+            date: value(field("date", 1)),
+            rounds: [1, 2].map(|offset| value(field("rounds", offset))),
+            rows: value(field("rows", 1)),
+            echoed: [1, 2].map(|offset| value(field("echoed", offset))),
+            random: field("random", 1).to_owned(),
+        }
+    }
+}
+
+/// A number that a script or a guest told.
+///
+/// # Panics
+/// If it is none.
+#[track_caller]
+#[must_use]
+pub fn value<T: FromStr>(word: &str) -> T {
+    word.parse().unwrap_or_else(|_| panic!("expected a number, found {word:?}"))
+}

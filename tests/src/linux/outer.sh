@@ -1,0 +1,173 @@
+#!/bin/busybox sh
+# The first program of the machine around the guests, and what scripts of tests are written with.
+#
+#   tell KEY WORD…            a line for the test
+#   start VM ARGUMENT…        a frazil command that runs a VM, in the background; its name and serial
+#                             line are given
+#   boot VM WORDS ARGUMENT…   starts a new VM with 2 vCPUs; WORDS are for guest.sh
+#   network                   a tap `tap0` with 10.0.0.1 at this end, and a server on port 7000 that sends
+#                             back what it is sent
+#   disk FILE                 an ext4 file system of 64 MiB
+#   await VM PATTERN [COUNT]  waits until so many lines of the guest's console match
+#   ticks VM COUNT            waits for so many more ticks
+#   tick VM                   prints the number of the last tick
+#   talks VM                  waits until the guest's connection, or a new one, carries more than it did
+#   checkpoint VM TAG         takes one; tells the tick before and after it, and what frazil says
+#   end VM                    waits for the end of the process; tells its exit status
+#   crash VM                  ends the process as a power cut would
+#   halt VM                   `frazil stop`, and waits
+#   clock VM                  tells the date here and the guest's, at a tick
+#   try COMMAND…              what must succeed
+#
+# A guest that says nothing for QUIET_S seconds has stalled, and ends the script.
+QUIET_S=40
+MEMORY=256MiB
+# The first three keep the emulated AMD-V from losing interrupts of one-shot timers.
+CMDLINE="nohz=off highres=off lapic=notscdeadline console=ttyS0 quiet mitigations=off panic=-1 reboot=k"
+
+/bin/busybox mkdir -p /proc /sys /dev /tmp /run
+/bin/busybox mount -t proc proc /proc
+export PATH=/bin
+mount -t sysfs sysfs /sys
+mount -t devtmpfs dev /dev
+# Only for lines: the kernel's own go to the first one.
+exec >/dev/ttyS1 2>/run/stderr.log </dev/null
+stty -opost -echo -F /dev/ttyS1
+export HOME=/tmp TMPDIR=/tmp FRAZIL_RUNTIME_DIR=/run/frazil
+
+now() { cut -d' ' -f1 /proc/uptime; }
+tell() { echo "TEST $*"; }
+
+# Everything that is to be known, and off.
+over() {
+    local file
+    for file in /run/*.console; do
+        [ ! -e "$file" ] || show CONSOLE "$file"
+    done
+    for file in /run/*.log; do
+        [ ! -e "$file" ] || show LOG "$file"
+    done
+    tell over
+    # The serial port has to have sent it.
+    sleep 1
+    poweroff -f
+}
+show() { # show PREFIX FILE
+    local name=${2##*/}
+    tr -d '\000\r' <"$2" | sed "s/^/$1 ${name%.*} /"
+}
+fail() {
+    tell failed "$*"
+    frazil ps
+    dmesg | tail -n 20
+    over
+}
+try() { "$@" || fail "$* (status $?)"; }
+
+start() {
+    local vm=$1
+    shift
+    : >"/run/$vm.console"
+    frazil "$@" --name "$vm" --serial "/run/$vm.console" >"/run/$vm.log" 2>&1 &
+    echo $! >"/run/$vm.pid"
+    tell started "$vm" "$(now)"
+}
+boot() {
+    local vm=$1 words=$2
+    shift 2
+    start "$vm" run --kernel /vmlinuz --initrd /guest.cpio --cmdline "$CMDLINE $words" \
+        --memory "$MEMORY" --cpus 2 --store /run/store "$@"
+}
+network() {
+    try tunctl -t tap0 >/dev/null
+    try ip address add 10.0.0.1/24 dev tap0
+    try ip link set tap0 up
+    ip link set lo up
+    nc -ll -p 7000 -e cat &
+}
+disk() {
+    truncate -s 64M "$1"
+    try mkfs.ext4 -q -F "$1"
+}
+is_up() { kill -0 "$(cat "/run/$1.pid")" 2>/dev/null; }
+lines() { grep -c "$2" "/run/$1.console"; }
+
+await() {
+    local vm=$1 pattern=$2 count=${3:-1} size seen=0 since now told
+    since=$(date +%s) told=$since
+    while [ "$(lines "$vm" "$pattern")" -lt "$count" ]; do
+        size=$(stat -c %s "/run/$vm.console")
+        now=$(date +%s)
+        if [ "$size" != "$seen" ]; then
+            seen=$size since=$now
+        elif ! is_up "$vm"; then
+            # It may have said it at last.
+            [ "$(lines "$vm" "$pattern")" -ge "$count" ] || fail "$vm ended before: $pattern"
+        elif [ $((now - since)) -ge $QUIET_S ]; then
+            tell stalled "$vm: $(tail -n 1 "/run/$vm.console")"
+            frazil ps
+            frazil top "$vm" --count 2
+            over
+        fi
+        if [ $((now - told)) -ge 20 ]; then
+            told=$now
+            tell waiting "$vm: $pattern, $(tick "$vm")"
+        fi
+        sleep 0.2
+    done
+}
+# Only whole lines: the last word of a tick is 32 hexadecimal digits.
+TICK='^GUEST tick .* random [0-9a-f]\{32\}'
+ticks() { await "$1" "$TICK" $(($(lines "$1" "$TICK") + $2)); }
+tick() { sed -n 's/^GUEST tick \([0-9]*\) .*/\1/p' "/run/$1.console" | tail -n 1; }
+clock() {
+    ticks "$1" 1
+    tell clock "$1" "$(date +%s)" "$(sed -n 's/^GUEST tick .* date \([0-9]*\).*/\1/p' "/run/$1.console" | tail -n 1)"
+}
+
+echoed() { sed -n 's/^GUEST tick .* echoed [0-9]* \([0-9]*\) .*/\1/p' "/run/$1.console" | tail -n 1; }
+talks() {
+    local vm=$1 turns=0 first
+    ticks "$vm" 1
+    first=$(echoed "$vm")
+    while [ "$(echoed "$vm")" -le "$first" ]; do
+        turns=$((turns + 1))
+        [ "$turns" -lt 30 ] || fail "$vm has no connection any more"
+        ticks "$vm" 1
+    done
+}
+
+checkpoint() {
+    local vm=$1 tag=$2 before report
+    before=$(tick "$vm")
+    report=$(frazil checkpoint "$vm" --tag "$tag" --json) || fail "no checkpoint of $vm"
+    tell checkpoint "$tag" "${before:-0}" "$(tick "$vm")" "$report"
+}
+
+end() {
+    local vm=$1 waited=0
+    while is_up "$vm"; do
+        [ "$waited" -lt $((QUIET_S * 5)) ] || fail "$vm does not end"
+        sleep 0.2
+        waited=$((waited + 1))
+    done
+    wait "$(cat "/run/$vm.pid")"
+    tell ended "$vm" $?
+}
+crash() {
+    kill -9 "$(cat "/run/$1.pid")"
+    wait "$(cat "/run/$1.pid")"
+    tell crashed "$1"
+}
+halt() {
+    try frazil stop "$1" >/dev/null
+    end "$1"
+}
+
+for module in /modules/*.ko; do
+    insmod "$module" || fail "insmod $module"
+done
+tell up "$(now)"
+. /test.sh
+tell done "$(now)"
+over

@@ -1,0 +1,198 @@
+//! What machines and guests are made of: programs, a kernel and its modules, all from Debian
+//! packages, and `frazil`, built so that it runs where nothing else is.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use super::archive::{Archive, read};
+
+/// The emulator, without which there is no test.
+const QEMU: &str = "qemu-system-x86_64";
+/// Where Rust builds for, C library included.
+const TRIPLE: &str = "x86_64-unknown-linux-gnu";
+
+/// Files of this machine.
+#[derive(Debug)]
+pub struct Parts {
+    /// The emulator.
+    pub qemu: PathBuf,
+    /// A distribution's kernel, as it was shipped (bzImage).
+    pub kernel: PathBuf,
+    /// The folder of its modules, where `modules.dep` is.
+    modules: PathBuf,
+}
+
+impl Parts {
+    /// Finds them. `None` if there is no QEMU, which standard error is told even where tests' output
+    /// is captured.
+    ///
+    /// # Panics
+    /// If there is QEMU, but no kernel for it: `make setup` brings both.
+    #[must_use]
+    pub fn find() -> Option<Self> {
+        let Some(qemu) = on_path(QEMU) else {
+            // Not eprintln!, which the test runner keeps to itself.
+            let _said = writeln!(
+                std::io::stderr(),
+                "SKIPPED: there is no {QEMU} on this machine, and this test runs a kernel in it; \
+                 `make setup` installs it on Debian"
+            );
+            return None;
+        };
+        let (kernel, modules) = newest_kernel().unwrap_or_else(|| {
+            panic!(
+                "expected a /boot/vmlinuz-*-cloud-amd64 and its /lib/modules, or both below {}; \
+                 found neither: `make setup` brings them",
+                unpacked_kernels().display()
+            )
+        });
+        Some(Self { qemu, kernel, modules })
+    }
+
+    /// Puts a program of this machine into `archive`, in /bin.
+    ///
+    /// # Panics
+    /// If it is not there.
+    pub fn program(archive: &mut Archive, name: &str) {
+        let path = on_path(name)
+            .unwrap_or_else(|| panic!("there is no {name} here; `make setup` brings it"));
+        archive.program(&format!("/bin/{name}"), &path);
+    }
+
+    /// Puts modules of the kernel into `archive`, below /modules, those they need before them in the
+    /// order of names. What is built into the kernel is left out.
+    ///
+    /// # Panics
+    /// If the kernel has no such module.
+    pub fn modules(&self, archive: &mut Archive, names: &[&str]) {
+        let dependencies = self.text("modules.dep");
+        let built_in = self.text("modules.builtin");
+        let mut wanted: Vec<&str> = Vec::new();
+        for name in names {
+            let line = dependencies
+                .lines()
+                .find(|line| line.split(':').next().is_some_and(|path| module_name(path) == *name));
+            let Some(line) = line else {
+                let there = built_in.lines().any(|path| module_name(path) == *name);
+                assert!(there, "{} has no module {name}", self.kernel.display());
+                continue;
+            };
+            // `A: B C`: A needs B and C, and C must be there before B.
+            for path in line.split([':', ' ']).filter(|path| !path.is_empty()).rev() {
+                if !wanted.contains(&path) {
+                    wanted.push(path);
+                }
+            }
+        }
+        for (number, path) in wanted.into_iter().enumerate() {
+            let target = format!("/modules/{number:02}-{}.ko", module_name(path));
+            archive.data(&target, &decompressed(&self.modules.join(path)));
+        }
+    }
+
+    fn text(&self, name: &str) -> String {
+        let path = self.modules.join(name);
+        fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+    }
+}
+
+/// `kernel/drivers/virtio/virtio_ring.ko.xz` is `virtio_ring`. Names with a dash are known by both.
+fn module_name(path: &str) -> String {
+    let file = path.rsplit('/').next().unwrap_or(path);
+    file.split(".ko").next().unwrap_or(file).replace('-', "_")
+}
+
+fn decompressed(path: &Path) -> Vec<u8> {
+    let tool = match path.extension().and_then(|extension| extension.to_str()) {
+        Some("xz") => "xz",
+        Some("zst") => "zstd",
+        Some("gz") => "gzip",
+        _ => return read(path),
+    };
+    let output = Command::new(tool)
+        .arg("-dc")
+        .arg(path)
+        .output()
+        .unwrap_or_else(|error| panic!("{tool}, which {} wants: {error}", path.display()));
+    assert!(output.status.success(), "{}: {output:?}", path.display());
+    output.stdout
+}
+
+fn on_path(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    // Administrators' programs are not on everybody's path.
+    std::env::split_paths(&path)
+        .chain(["/usr/sbin", "/sbin"].map(PathBuf::from))
+        .map(|folder| folder.join(name))
+        .find(|file| file.is_file())
+}
+
+/// Where `make setup` unpacks a kernel that is not to be installed.
+fn unpacked_kernels() -> PathBuf {
+    target_folder().join("debian-kernel")
+}
+
+/// The newest kernel of the flavour, and its modules.
+fn newest_kernel() -> Option<(PathBuf, PathBuf)> {
+    let mut found = Vec::new();
+    for root in [PathBuf::from("/"), unpacked_kernels()] {
+        let Ok(entries) = fs::read_dir(root.join("boot")) else { continue };
+        for entry in entries.flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let Some(release) = name.strip_prefix("vmlinuz-") else { continue };
+            let modules = ["lib/modules", "usr/lib/modules"]
+                .map(|folder| root.join(folder).join(release))
+                .into_iter()
+                .find(|folder| folder.join("modules.dep").is_file());
+            if let (true, Some(modules)) = (release.ends_with("-cloud-amd64"), modules) {
+                let numbers: Vec<u64> =
+                    release.split(['.', '-']).map_while(|part| part.parse().ok()).collect();
+                found.push((numbers, entry.path(), modules));
+            }
+        }
+    }
+    found.into_iter().max().map(|(_, kernel, modules)| (kernel, modules))
+}
+
+/// Where cargo builds this workspace.
+pub(super) fn target_folder() -> PathBuf {
+    // Tests are at TARGET/PROFILE/deps/NAME.
+    let this = std::env::current_exe().expect("a test knows its file");
+    this.ancestors().nth(3).expect("tests are in TARGET/PROFILE/deps").to_owned()
+}
+
+/// `frazil` with everything it needs inside, without debugging information. Built with
+/// optimisations: where it runs is slow enough.
+pub(super) fn static_frazil() -> Vec<u8> {
+    let target = target_folder();
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let status = Command::new(cargo)
+        .args(["build", "--quiet", "--release", "--locked", "-p", "frazil-tools"])
+        .args(["--target", TRIPLE, "--target-dir"])
+        .arg(&target)
+        .env("RUSTFLAGS", "-C target-feature=+crt-static")
+        .env_remove("CARGO_ENCODED_RUSTFLAGS")
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .status()
+        .expect("cargo runs");
+    assert!(status.success(), "frazil does not build as a static program");
+    let built = target.join(TRIPLE).join("release/frazil");
+    let stripped = target.join(TRIPLE).join("release/frazil.stripped");
+    let status =
+        Command::new("strip").arg("-o").arg(&stripped).arg(&built).status().expect("strip runs");
+    assert!(status.success(), "strip: {status}");
+    read(&stripped)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn modules_are_known_by_the_names_of_lsmod() {
+        assert_eq!(module_name("kernel/drivers/char/hw_random/virtio-rng.ko"), "virtio_rng");
+        assert_eq!(module_name("kernel/drivers/net/tun.ko.xz"), "tun");
+    }
+}

@@ -1,0 +1,273 @@
+//! A stock Linux guest with two vCPUs: checkpoints under load, kills, and what is resumed after
+//! them. `frazil_tests::linux` tells where it runs.
+
+use std::ops::RangeInclusive;
+
+use frazil_tests::linux::{Outcome, Tick, known_sum, run, value};
+use serde_json::Value;
+
+/// How far a guest's date may be from the host's while it runs undisturbed.
+const DATE_ERROR_MAX_S: i64 = 3;
+
+/// Everything in memory: a tmpfs, two loads, the kernel itself.
+const IN_MEMORY: &str = r"
+boot a 'load until=30'
+await a '^GUEST tick'
+clock a
+checkpoint a first
+ticks a 2
+checkpoint a second
+for turn in 3 4; do
+    ticks a 1
+    checkpoint a a$turn
+done
+# The power fails in the middle of one.
+ticks a 1
+frazil checkpoint a >/dev/null 2>&1 &
+sleep 0.4
+crash a
+try frazil verify /run/store >/dev/null
+
+# The latest, and at once one more, while most of its memory was never touched.
+start b resume /run/store@latest --no-fill
+ticks b 1
+checkpoint b lazily
+ticks b 2
+try frazil rewind b first >/dev/null
+tell rewound
+ticks b 2
+checkpoint b rewound
+crash b
+
+# An older one, all at once.
+start c resume /run/store@second --eager
+ticks c 2
+halt c
+
+start d resume /run/store@lazily
+ticks d 2
+checkpoint d deeper
+halt d
+
+# Clones share what is in memory; each goes on by itself, and is a branch of its own.
+start e1 resume /run/store@rewound --clones 1
+start e2 resume /run/store@rewound --clones 1
+ticks e1 2
+ticks e2 2
+checkpoint e2 branch
+crash e2
+ticks e1 1
+halt e1
+start f resume /run/store@branch
+ticks f 2
+halt f
+
+# To its end.
+start g resume /run/store@deeper
+end g
+try frazil verify /run/store >/dev/null
+";
+
+/// A database on a disk, written through to it all the time, and a connection that stays open. No
+/// command that resumes says anything of a disk.
+const DISK_AND_NETWORK: &str = r"
+network
+disk /run/disk
+boot a 'disk net=10.0.0.2' --disk /run/disk --net tap=tap0
+await a '^GUEST tick'
+checkpoint a first
+for tag in second third; do
+    ticks a 2
+    checkpoint a $tag
+done
+await a 'GUEST fsck clean'
+ticks a 1
+frazil checkpoint a >/dev/null 2>&1 &
+sleep 0.4
+crash a
+
+start b resume /run/store@third
+talks b
+await b 'GUEST fsck clean'
+checkpoint b fourth
+try frazil rewind b second >/dev/null
+tell rewound
+talks b
+halt b
+
+# An older one; its connection is one that went on without it.
+start c resume /run/store@first --no-fill
+talks c
+await c 'GUEST fsck clean'
+checkpoint c branch
+crash c
+
+for clone in e1 e2 e3; do
+    start $clone resume /run/store@fourth --clones 1 --net none
+done
+for clone in e1 e2 e3; do
+    ticks $clone 1
+    await $clone 'GUEST fsck clean'
+done
+checkpoint e2 private
+halt e1
+halt e2
+halt e3
+
+start f resume /run/store@branch --net none
+ticks f 2
+await f 'GUEST fsck clean'
+halt f
+try frazil verify /run/store >/dev/null
+";
+
+/// The ticks of a guest before a checkpoint was asked for and after it was done, and the report.
+struct Checkpoint {
+    ticks: [u64; 2],
+    report: Value,
+}
+
+impl Checkpoint {
+    #[track_caller]
+    fn find(outcome: &Outcome, tag: &str) -> Self {
+        let told = outcome.told("checkpoint");
+        let words = told
+            .iter()
+            .find(|words| words[0] == tag)
+            .unwrap_or_else(|| panic!("no checkpoint `{tag}` among {told:?}"));
+        let report = serde_json::from_str(&words[3..].join(" ")).expect("JSON");
+        Self { ticks: [value(words[1]), value(words[2])], report }
+    }
+
+    /// What the first tick of a guest that is resumed from it can be. The line of one may be begun
+    /// before the cut and ended after it.
+    fn next(&self) -> RangeInclusive<u64> {
+        self.ticks[0]..=self.ticks[1] + 2
+    }
+}
+
+/// Fails the test unless a guest never found anything bad.
+#[track_caller]
+fn expect_well(outcome: &Outcome, vm: &str) {
+    let console = outcome.console(vm);
+    let bad: Vec<_> = console.iter().filter(|line| line.contains("GUEST bad")).collect();
+    assert!(bad.is_empty(), "{vm}: {bad:#?}");
+}
+
+/// Fails the test unless ticks follow each other without a gap, the clock and the loads going on.
+#[track_caller]
+fn expect_in_order(vm: &str, ticks: &[Tick]) {
+    for pair in ticks.windows(2) {
+        assert_eq!(pair[1].number, pair[0].number + 1, "{vm}: {pair:?}");
+        assert!(pair[1].uptime > pair[0].uptime, "{vm}: {pair:?}");
+        assert!(pair[1].date >= pair[0].date, "{vm}: {pair:?}");
+        assert!(pair[1].rounds >= pair[0].rounds, "{vm}: {pair:?}");
+        assert!(pair[1].rows >= pair[0].rows, "{vm}: {pair:?}");
+        assert!(pair[1].echoed >= pair[0].echoed, "{vm}: {pair:?}");
+        assert!(pair[1].random != pair[0].random, "{vm}: {pair:?}");
+    }
+    // The first ones may fall between two rounds.
+    if let [first, .., last] = ticks
+        && ticks.len() > 3
+    {
+        assert!(last.rounds > first.rounds || last.rows > first.rows, "{vm}: {first:?}, {last:?}");
+    }
+}
+
+/// Fails the test unless a guest went on from where it was taken, well and in order.
+#[track_caller]
+fn expect_goes_on(outcome: &Outcome, vm: &str, from: &RangeInclusive<u64>) {
+    expect_well(outcome, vm);
+    let ticks = outcome.ticks(vm);
+    assert!(from.contains(&ticks[0].number), "{vm}: expected {from:?}, found {:?}", ticks[0]);
+    expect_in_order(vm, &ticks);
+}
+
+#[test]
+fn memory_and_processors_go_on() {
+    let Some(outcome) = run("in-memory", IN_MEMORY) else { return };
+    let at = |tag: &str| Checkpoint::find(&outcome, tag);
+
+    let up = outcome.guest("a", "up");
+    assert_eq!(up[0][1..3], ["cpus", "2"], "{up:?}");
+    assert_eq!(outcome.guest("a", "known"), [[known_sum()]]);
+    expect_goes_on(&outcome, "a", &(1..=1));
+    let [_, here, there] = outcome.only("clock")[..] else { panic!("a clock") };
+    let error = value::<i64>(here) - value::<i64>(there);
+    assert!(error.abs() <= DATE_ERROR_MAX_S, "the guest's date is {error} s behind");
+
+    // The one that the power failed in is there, or it is not.
+    let last = outcome.ticks("a").pop().expect("a tick").number;
+    let latest = *at("a4").next().start()..=last + 2;
+    expect_well(&outcome, "b");
+    let b = outcome.ticks("b");
+    let back = b.windows(2).position(|pair| pair[1].number < pair[0].number).expect("a rewind") + 1;
+    assert!(latest.contains(&b[0].number), "expected {latest:?}, found {:?}", b[0]);
+    expect_in_order("b", &b[..back]);
+    assert!(at("first").next().contains(&b[back].number), "{:?}", b[back]);
+    expect_in_order("b", &b[back..]);
+
+    for (vm, tag) in [
+        ("c", "second"),
+        ("d", "lazily"),
+        ("e1", "rewound"),
+        ("e2", "rewound"),
+        ("f", "branch"),
+        ("g", "deeper"),
+    ] {
+        expect_goes_on(&outcome, vm, &at(tag).next());
+    }
+    assert_eq!(outcome.guest("g", "off").len(), 1, "{:#?}", outcome.console("g"));
+    assert_eq!(outcome.told("ended").pop().expect("the last one"), ["g", "0"]);
+
+    // Lazily resumed or not: what nobody touched is not written again.
+    let pages = |tag: &str| at(tag).report["dirty_pages"].as_u64().expect("a number");
+    assert!(pages("lazily") < pages("first") / 2, "{} of {}", pages("lazily"), pages("first"));
+}
+
+/// Fails the test unless the guest of `vm` has at least the rows that the one it is from had told
+/// of before the checkpoint.
+#[track_caller]
+fn expect_rows(outcome: &Outcome, vm: &str, from: &str, checkpoint: &Checkpoint) {
+    let [before, _] = checkpoint.ticks;
+    let ticks = outcome.ticks(from);
+    // It may have been rewound later, and have been at the same ticks with other rows.
+    let before = ticks.iter().take_while(|tick| tick.number <= before);
+    let told = before.map(|tick| tick.rows).max().expect("a tick before the checkpoint");
+    let found = outcome.ticks(vm)[0].rows;
+    assert!(told > 0 && found >= told, "{vm}: {found} rows, {told} were told of");
+}
+
+#[test]
+fn disk_and_network_go_on() {
+    let Some(outcome) = run("disk-and-network", DISK_AND_NETWORK) else { return };
+    let at = |tag: &str| Checkpoint::find(&outcome, tag);
+
+    expect_goes_on(&outcome, "a", &(1..=1));
+    let connections: Vec<u64> = outcome.ticks("a").iter().map(|tick| tick.echoed[0]).collect();
+    assert!(connections.iter().all(|number| *number == 1), "{connections:?}");
+
+    expect_well(&outcome, "b");
+    let b = outcome.ticks("b");
+    let back = b.windows(2).position(|pair| pair[1].number < pair[0].number).expect("a rewind") + 1;
+    assert!(at("third").next().contains(&b[0].number), "{:?}", b[0]);
+    expect_in_order("b", &b[..back]);
+    assert!(at("second").next().contains(&b[back].number), "{:?}", b[back]);
+    expect_in_order("b", &b[back..]);
+    expect_rows(&outcome, "b", "a", &at("third"));
+
+    expect_goes_on(&outcome, "c", &at("first").next());
+    for clone in ["e1", "e2", "e3"] {
+        expect_goes_on(&outcome, clone, &at("fourth").next());
+        expect_rows(&outcome, clone, "b", &at("fourth"));
+    }
+    expect_goes_on(&outcome, "f", &at("branch").next());
+    expect_rows(&outcome, "f", "c", &at("branch"));
+
+    let last = |vm: &str| outcome.ticks(vm).pop().expect("a tick").random;
+    let random = ["e1", "e2", "e3"].map(last);
+    assert!(
+        random[0] != random[1] && random[1] != random[2] && random[0] != random[2],
+        "{random:?}"
+    );
+}
