@@ -2,6 +2,7 @@
 //! to a policy, leaves out what the store is too slow for, and gives one up when it is told to.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -239,7 +240,7 @@ fn a_store_that_hangs_costs_moments_and_nothing_else() {
         };
         let every = Every::Interval(Duration::from_millis(5));
         let schedule = Schedule { every, quiet: None };
-        Scheduler::start(Arc::clone(&world.vm), schedule, Box::new(tell)).expect("it starts")
+        Scheduler::start(Arc::clone(&world.vm), schedule, Arc::new(tell)).expect("it starts")
     };
     let totals = || world.vm.checkpoint_totals();
 
@@ -272,6 +273,54 @@ fn a_store_that_hangs_costs_moments_and_nothing_else() {
     });
     assert_eq!(totals().failed, 0);
     world.expect_good(world.take().id);
+}
+
+#[test]
+fn a_scheduler_that_cannot_go_on_says_so() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let world = World::new("unlucky");
+    let start = |every, quiet, tell| {
+        Scheduler::start(Arc::clone(&world.vm), Schedule { every, quiet }, tell)
+    };
+    // No clock can tell when these are over.
+    let (ms, ages) = (Duration::from_millis(1), Duration::MAX);
+    for (every, quiet) in [
+        (Every::Interval(ages), None),
+        (Every::Interval(Duration::ZERO), None),
+        (Every::Interval(ms), Some(ages)),
+        (Every::Continuous, Some(ages)),
+    ] {
+        let refused = start(every, quiet, Arc::new(|_| {})).expect_err("it is too long");
+        assert!(refused.to_string().contains("at most a hundred years"), "{refused}");
+    }
+    let died = Arc::new(AtomicBool::new(false));
+    let telling = Arc::clone(&died);
+    let tell = move |event: &ScheduleEvent<'_>| match event {
+        ScheduleEvent::Checkpoint(_) => panic!("on purpose"),
+        ScheduleEvent::Died => telling.store(true, Ordering::SeqCst),
+        ScheduleEvent::Skipped(_) => {}
+    };
+    let scheduler = start(Every::Interval(ms), None, Arc::new(tell)).expect("it starts");
+    wait_for("the word of it", || died.load(Ordering::SeqCst).then_some(()));
+    drop(scheduler);
+    world.expect_good(world.take().id);
+}
+
+#[test]
+fn times_that_no_clock_can_add_are_wrong_usage() {
+    let host = Host::new();
+    let run = ["run", "--workload", "touch=1MiB"];
+    let (ages, even_more) = ("300000000000years", "500000000000years");
+    for args in [
+        &[&run[..], &["--checkpoint-every", even_more]].concat()[..],
+        &[&run[..], &["--checkpoint-every", "1s", "--checkpoint-quiet", ages]].concat(),
+        &["top", "vm", "--interval", even_more],
+        &["resume", "st@latest", "--record-working-set", even_more],
+    ] {
+        host.frazil(args).expect_code(2).expect_says(&["at most 100years"]);
+    }
 }
 
 #[test]

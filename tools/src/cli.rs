@@ -11,7 +11,7 @@ use frazil_snapstore::{Elide, SnapshotId};
 use frazil_vmm::NetConfig;
 use frazil_vmm::dirty::TrackerKind;
 use frazil_vmm::disk::DiskConfig;
-use frazil_vmm::scheduler::Every;
+use frazil_vmm::scheduler::{Every, TIME_MAX};
 use frazil_vmm::workload::WorkloadSpec;
 
 /// Freezes running virtual machines: a checkpoint is taken while the guest goes on and costs what
@@ -152,6 +152,9 @@ fn interval(text: &str) -> Result<Duration, String> {
         .map_err(|error| format!("expected a time such as 100ms or 5s ({error})"))?;
     if interval.is_zero() {
         return Err("expected more than no time at all".into());
+    }
+    if interval > TIME_MAX {
+        return Err("expected at most 100years".into());
     }
     Ok(interval)
 }

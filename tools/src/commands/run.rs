@@ -206,8 +206,12 @@ fn start_scheduler(vm: &Arc<Vm>, host: &HostArgs, json: bool) -> anyhow::Result<
              slower than --checkpoint-every asks for",
             output::count(*count)
         ),
+        ScheduleEvent::Died if json => outln!("{}", json!({"event": "checkpoints_stopped"})),
+        ScheduleEvent::Died => {
+            eprintln!("frazil: --checkpoint-every takes no more checkpoints: this is a bug");
+        }
     };
-    Ok(Some(Scheduler::start(Arc::clone(vm), schedule, Box::new(tell))?))
+    Ok(Some(Scheduler::start(Arc::clone(vm), schedule, Arc::new(tell))?))
 }
 
 fn start_keeper(vm: &Arc<Vm>, host: &HostArgs, json: bool) -> anyhow::Result<Option<Keeper>> {

@@ -7,6 +7,7 @@
 mod plan;
 mod quiet;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
@@ -31,6 +32,10 @@ pub enum Every {
     Continuous,
 }
 
+/// The longest interval, and the longest that a quiet moment is waited for: a hundred years. Clocks
+/// cannot add any time there is.
+pub const TIME_MAX: Duration = Duration::from_hours(36_525 * 24);
+
 /// When to take checkpoints.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Schedule {
@@ -49,10 +54,30 @@ pub enum ScheduleEvent<'a> {
     /// So many were left out since this was last told, because the one before was not done. Told
     /// at once, and then only every so often.
     Skipped(u64),
+    /// The scheduler failed: no more checkpoints are taken, and the guest goes on.
+    Died,
 }
 
 /// Called from the scheduler's thread.
-pub type OnEvent = Box<dyn Fn(&ScheduleEvent<'_>) + Send>;
+pub type OnEvent = Arc<dyn Fn(&ScheduleEvent<'_>) + Send + Sync>;
+
+impl Schedule {
+    fn check(&self) -> Result<()> {
+        let interval = match self.every {
+            Every::Interval(interval) => Some(interval),
+            Every::Continuous => None,
+        };
+        for time in [interval, self.quiet].into_iter().flatten() {
+            if time.is_zero() || time > TIME_MAX {
+                return Err(VmmError::Config(format!(
+                    "checkpoint schedule: expected times of more than none and at most a hundred \
+                     years, found {time:?}"
+                )));
+            }
+        }
+        Ok(())
+    }
+}
 
 /// Takes checkpoints by a [`Schedule`] until dropped: never two at once, and none that would have
 /// to wait for the one before. What is left out is counted among the VM's totals, and not made up
@@ -67,21 +92,28 @@ impl Scheduler {
     /// Starts taking checkpoints of `vm` by `schedule`.
     ///
     /// # Errors
-    /// [`VmmError::Host`] if its thread cannot be started.
+    /// [`VmmError::Config`] if a time is zero or longer than [`TIME_MAX`]; [`VmmError::Host`] if its
+    /// thread cannot be started.
     pub fn start(vm: Arc<Vm>, schedule: Schedule, on_event: OnEvent) -> Result<Self> {
+        schedule.check()?;
         let (stop, stopped) = crossbeam_channel::bounded::<()>(0);
         let work = Work {
             plan: Plan::new(schedule.every, Instant::now()),
             vm,
             schedule,
-            on_event,
+            on_event: Arc::clone(&on_event),
             skips: Skips::default(),
             quiet: Quiet::default(),
             saved_at_rest: None,
         };
         let thread = std::thread::Builder::new()
             .name("frazil-schedule".into())
-            .spawn(move || work.run(&stopped))
+            .spawn(move || {
+                // What a panic says was said by the panic hook.
+                if catch_unwind(AssertUnwindSafe(|| work.run(&stopped))).is_err() {
+                    on_event(&ScheduleEvent::Died);
+                }
+            })
             .map_err(VmmError::host("start the scheduler's thread"))?;
         Ok(Self { stop: Some(stop), thread: Some(thread) })
     }
@@ -91,7 +123,7 @@ impl Drop for Scheduler {
     fn drop(&mut self) {
         self.stop = None;
         if let Some(thread) = self.thread.take() {
-            // A panic was reported by the panic hook.
+            // One that panicked has told so.
             let _joined = thread.join();
         }
     }
