@@ -276,6 +276,34 @@ fn a_store_that_hangs_costs_moments_and_nothing_else() {
 }
 
 #[test]
+fn checkpoints_that_fail_are_not_tried_all_the_time_and_their_pauses_count() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let world = World::new("full");
+    let first = world.take();
+    // Not even the trees of the next one fit.
+    world.faults.limit(1);
+    let every = Every::Interval(Duration::from_millis(5));
+    let schedule = Schedule { every, quiet: None };
+    let scheduler = Scheduler::start(Arc::clone(&world.vm), schedule, Arc::new(|_| {}));
+    let found = wait_for("failures", || {
+        let found = world.vm.checkpoint_statistics();
+        (found.totals.failed >= 3).then_some(found)
+    });
+    // 100 and 200 ms without, in which 60 were due.
+    assert!(found.totals.skipped >= 50, "{:?}", found.totals);
+    assert_eq!(found.totals.taken, 1);
+    assert_eq!(found.pause_us.count, 1 + found.totals.failed, "the guest stood still each time");
+    assert!(found.totals.pause_us_max >= found.pause_us.min && found.pause_us.min > 0);
+    assert_eq!(found.last.expect("the first").id, first.id);
+    world.faults.clear();
+    wait_for("more", || (world.vm.checkpoint_totals().taken > 3).then_some(()));
+    drop(scheduler);
+    world.expect_good(world.take().id);
+}
+
+#[test]
 fn a_scheduler_that_cannot_go_on_says_so() {
     if !kvm_or_skip() {
         return;

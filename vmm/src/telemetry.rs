@@ -1,7 +1,8 @@
 //! How a VM's checkpoints went: distributions, sums, and the last one.
 //!
 //! A checkpoint is recorded once it is published and the guest has long gone on: nothing here is
-//! part of a pause.
+//! part of a pause. Pauses are recorded also of those that fail after the cut: the guest has stood
+//! still for them all the same.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -9,7 +10,7 @@ use std::time::{Duration, Instant};
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::{CheckpointReport, CheckpointTotals};
+use crate::checkpoint::{CheckpointReport, CheckpointStats, CheckpointTotals};
 use crate::vm::Vm;
 
 /// Significant digits that distributions keep.
@@ -108,7 +109,8 @@ pub struct CheckpointSums {
 }
 
 /// `GET /checkpoints/statistics`: how the published checkpoints of a VM went, since it was booted
-/// or resumed.
+/// or resumed. Pauses and their parts are also those of checkpoints that failed, or were cancelled,
+/// after the guest had stood still.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CheckpointStatistics {
     /// Counts, also of those that failed or were left out.
@@ -130,6 +132,24 @@ pub struct CheckpointStatistics {
     pub dirty_pages_per_s: Option<f64>,
     /// The last one.
     pub last: Option<CheckpointReport>,
+}
+
+/// For how long a checkpoint had the guest stand still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Pause {
+    /// In microseconds.
+    pub us: u64,
+    /// Of which: until every vCPU stood still.
+    pub quiesce_us: u64,
+    /// Of which: last harvest, copying, device state.
+    pub cut_us: u64,
+}
+
+impl Pause {
+    /// That of a checkpoint which has made its cut, or failed to.
+    pub(crate) fn of(stats: &CheckpointStats) -> Self {
+        Self { us: stats.pause_us, quiesce_us: stats.quiesce_us, cut_us: stats.cut_us }
+    }
 }
 
 /// Values of one kind: their histogram and, since that rounds, their sum.
@@ -222,6 +242,14 @@ impl Telemetry {
         self.recorded().record(report, cut_at);
     }
 
+    /// Counts a pause, whatever its checkpoint came to.
+    pub(crate) fn record_pause(&self, pause: Pause) {
+        let mut recorded = self.recorded();
+        recorded.pause_us.record(pause.us);
+        recorded.quiesce_us.record(pause.quiesce_us);
+        recorded.cut_us.record(pause.cut_us);
+    }
+
     fn recorded(&self) -> MutexGuard<'_, Recorded> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -245,9 +273,6 @@ impl Telemetry {
 impl Recorded {
     fn record(&mut self, report: &CheckpointReport, cut_at: Instant) {
         let stats = &report.stats;
-        self.pause_us.record(stats.pause_us);
-        self.quiesce_us.record(stats.quiesce_us);
-        self.cut_us.record(stats.cut_us);
         self.duration_us.record(report.duration_us);
         self.dirty_pages.record(stats.dirty_pages);
         let sums = &mut self.sums;
@@ -300,11 +325,16 @@ mod tests {
         .unwrap()
     }
 
+    fn record(telemetry: &Telemetry, report: &CheckpointReport) {
+        telemetry.record_pause(Pause::of(&report.stats));
+        telemetry.record(report);
+    }
+
     #[test]
     fn buckets_hold_each_value_once_and_bounds_belong_to_the_lower_one() {
         let telemetry = Telemetry::default();
         for pause_us in [0, 10, 11, 200, 201, 1_000_000, 2_000_000] {
-            telemetry.record(&report(pause_us, 5));
+            record(&telemetry, &report(pause_us, 5));
         }
         let found = telemetry.statistics(CheckpointTotals::default());
         let pause = &found.pause_us;
@@ -324,6 +354,16 @@ mod tests {
         assert_eq!(found.dirty_pages.sum, 35);
         assert_eq!((found.sums.frame_bytes, found.sums.meta_bytes), (2_800, 350));
         assert_eq!(found.last.unwrap().stats.pause_us, 2_000_000);
+    }
+
+    #[test]
+    fn a_pause_without_a_snapshot_is_a_pause() {
+        let telemetry = Telemetry::default();
+        telemetry.record_pause(Pause { us: 300, quiesce_us: 200, cut_us: 90 });
+        let found = telemetry.statistics(CheckpointTotals::default());
+        assert_eq!((found.pause_us.count, found.pause_us.max), (1, 300));
+        assert_eq!((found.quiesce_us.max, found.cut_us.max), (200, 90));
+        assert_eq!((found.duration_us.count, found.last), (0, None));
     }
 
     #[test]
@@ -350,8 +390,8 @@ mod tests {
     #[test]
     fn values_as_large_as_they_come_are_taken() {
         let telemetry = Telemetry::default();
-        telemetry.record(&report(u64::MAX, u64::MAX / 4));
-        telemetry.record(&report(u64::MAX, 0));
+        record(&telemetry, &report(u64::MAX, u64::MAX / 4));
+        record(&telemetry, &report(u64::MAX, 0));
         let found = telemetry.statistics(CheckpointTotals::default());
         assert_eq!((found.pause_us.count, found.pause_us.sum), (2, u64::MAX));
     }

@@ -24,6 +24,7 @@ use crate::line::{AtRest, Line};
 use crate::machine::MACHINE_CHUNK;
 use crate::memory::RAM_REGION;
 use crate::state::chunk;
+use crate::telemetry::Pause;
 use crate::turns::Turn;
 use crate::vcpu::{CapturedVcpu, Ended};
 use crate::vm::{GoesOn, Vm, vcpu_chunk};
@@ -91,11 +92,14 @@ impl Vm {
         turn: &Turn<'_>,
         request: &CheckpointRequest,
     ) -> Result<CheckpointReport> {
+        let mut pause = None;
         let taken = Checkpoint::begin(self, request, turn.since).and_then(|mut checkpoint| {
             checkpoint.precopy()?;
             checkpoint.stage()?;
-            let cut = checkpoint.quiesce_cut_and_go_on()?;
-            checkpoint.commit(cut)
+            let cut = checkpoint.quiesce_cut_and_go_on();
+            // The guest has stood still, whatever becomes of the checkpoint.
+            pause = Some(Pause::of(&checkpoint.stats));
+            checkpoint.commit(cut?)
         });
         self.progress.set(None);
         self.line
@@ -104,12 +108,15 @@ impl Vm {
             .staging
             .trim(STAGING_PAGES_KEPT_MAX);
         let mut totals = self.totals.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(pause) = pause {
+            totals.pause_us_max = totals.pause_us_max.max(pause.us);
+            self.telemetry.record_pause(pause);
+        }
         match &taken {
             Ok(report) => {
                 totals.taken += 1;
                 totals.pages += report.stats.precopied_pages + report.stats.commit_pages;
                 totals.stored_bytes += report.stored_bytes;
-                totals.pause_us_max = totals.pause_us_max.max(report.stats.pause_us);
                 self.telemetry.record(report);
                 turn.published();
                 self.keeping.published();

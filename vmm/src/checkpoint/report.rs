@@ -132,7 +132,7 @@ pub struct CheckpointTotals {
     pub pages: u64,
     /// Bytes written.
     pub stored_bytes: u64,
-    /// The longest pause, in microseconds.
+    /// The longest pause, in microseconds; also of one that failed once the guest had stood still.
     pub pause_us_max: u64,
 }
 
