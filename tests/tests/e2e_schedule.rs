@@ -304,6 +304,22 @@ fn checkpoints_that_fail_are_not_tried_all_the_time_and_their_pauses_count() {
 }
 
 #[test]
+fn a_checkpoint_that_the_end_overtakes_has_not_failed() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let world = World::new("over");
+    let last = world.take().id;
+    world.vm.stop();
+    // As one whose turn comes just then.
+    let refused = world.vm.checkpoint(&CheckpointRequest::default()).expect_err("it has ended");
+    assert!(refused.to_string().contains("has ended"), "{refused}");
+    let totals = world.vm.checkpoint_totals();
+    assert_eq!((totals.taken, totals.cancelled, totals.failed), (1, 1, 0));
+    assert_eq!(world.vm.head(), Some(last));
+}
+
+#[test]
 fn a_scheduler_that_cannot_go_on_says_so() {
     if !kvm_or_skip() {
         return;

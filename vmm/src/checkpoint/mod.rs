@@ -121,7 +121,8 @@ impl Vm {
                 turn.published();
                 self.keeping.published();
             }
-            Err(error) if error.is_cancelled() => totals.cancelled += 1,
+            // Whatever it says: the VM's end came in between, and nobody misses it.
+            Err(error) if error.is_cancelled() || self.ended().is_some() => totals.cancelled += 1,
             Err(_) => totals.failed += 1,
         }
         taken

@@ -123,7 +123,7 @@ pub struct CheckpointTotals {
     pub taken: u64,
     /// Failed; the dirty pages went into the next one.
     pub failed: u64,
-    /// Given up because somebody asked for that; the same goes for their pages.
+    /// Given up because somebody asked for that, or the VM ended; the same goes for their pages.
     #[serde(default)]
     pub cancelled: u64,
     /// Periodic ones left out because the one before was not done.
