@@ -52,7 +52,7 @@ fn a_session_from_run_to_suspend_and_resume() {
     assert_eq!(text(&host.json(&["ps"]), "head"), third_id);
 
     pause_and_continue(&host, &vm);
-    look_at_the_store(&host, [&first_id, &second_id, &third_id]);
+    look_at_the_store(&host, [&first_id, &second_id, &third_id], [&first, &second, &third]);
 
     let last = host.json(&["checkpoint", "day", "--exit"]);
     let last_id = check_report(&last, "day", Some(&third_id));
@@ -72,7 +72,7 @@ fn pause_and_continue(host: &Host, vm: &RunningVm) {
     assert_eq!(host.json(&["ps"])["state"], "running");
 }
 
-fn look_at_the_store(host: &Host, ids: [&str; 3]) {
+fn look_at_the_store(host: &Host, ids: [&str; 3], reports: [&Value; 3]) {
     let store = host.store_path().display().to_string();
     let log = host.ok(&["log", &store, "--json"]).json_lines();
     let found: Vec<&str> = log.iter().map(|line| text(line, "id")).collect();
@@ -80,6 +80,13 @@ fn look_at_the_store(host: &Host, ids: [&str; 3]) {
     let parents: Vec<Option<&str>> = log.iter().map(|line| line["parent"].as_str()).collect();
     assert_eq!(parents, [Some(ids[1]), Some(ids[0]), None]);
     assert_eq!(log[2]["tags"], serde_json::json!(["gold"]));
+    for (line, report) in log.iter().rev().zip(reports) {
+        assert_eq!(line["stored_bytes"], report["stored_bytes"], "{line}");
+        let stats = &line["stats"];
+        assert!(number(stats, "meta_bytes") < number(report, "meta_bytes"), "without its own");
+        let write_us = number(stats, "write_us");
+        assert!(write_us > 0 && write_us <= number(report, "duration_us"), "{line}");
+    }
     assert_eq!((text(&log[2], "message"), text(&log[0], "message")), ("the first", "third"));
     assert_eq!(host.ok(&["log", &store, "--json", "-n", "1"]).json_lines().len(), 1);
 

@@ -33,6 +33,7 @@ mod workload_memory;
 
 pub use checkpoint::{
     CheckpointReport, CheckpointRequest, CheckpointStats, CheckpointTotals, ProgressReport, Round,
+    stored_bytes,
 };
 pub use error::{Result, VmmError};
 pub use machine::{

@@ -30,7 +30,9 @@ use crate::vcpu::{CapturedVcpu, Ended};
 use crate::vm::{GoesOn, Vm, vcpu_chunk};
 
 pub use progress::{CheckpointProgress, ProgressReport};
-pub use report::{CheckpointReport, CheckpointRequest, CheckpointStats, CheckpointTotals, Round};
+pub use report::{
+    CheckpointReport, CheckpointRequest, CheckpointStats, CheckpointTotals, Round, stored_bytes,
+};
 pub(crate) use staging::Staging;
 
 /// So few pages are copied in the pause without another thought: in about the time it takes to find

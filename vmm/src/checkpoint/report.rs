@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use frazil_snapstore::{SnapshotId, WriteStats};
+use frazil_snapstore::{Manifest, SnapshotId, SnapshotInfo, WriteStats};
 use serde::{Deserialize, Serialize};
 
 use super::us;
@@ -134,6 +134,14 @@ pub struct CheckpointTotals {
     pub stored_bytes: u64,
     /// The longest pause, in microseconds; also of one that failed once the guest had stood still.
     pub pause_us_max: u64,
+}
+
+/// Bytes that a snapshot added to its store, as its report had it: frames, nodes, state and the
+/// manifest. Snapshots of before manifests told of the nodes lack those.
+#[must_use]
+pub fn stored_bytes(info: &SnapshotInfo, manifest: &Manifest) -> u64 {
+    let figure = |name: &str| manifest.stats[name].as_u64().unwrap_or(0);
+    figure("frame_bytes") + figure("meta_bytes") + info.manifest_bytes()
 }
 
 impl CheckpointStats {
