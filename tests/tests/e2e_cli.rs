@@ -318,6 +318,44 @@ fn periodic_checkpoints_come_at_their_rate_and_are_printed() {
     host.verify_all();
 }
 
+/// What a VM says of checkpoints that were left out comes to what it counted, says why, and names
+/// the VM: with `--clones` many share one output.
+#[test]
+fn what_is_left_out_is_told_in_full_and_nothing_fails_at_the_end() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    for round in 0..4 {
+        let mut vm = host.run("hasty", QUIET, &["--memory", "48MiB", "--checkpoint-every", "1ms"]);
+        assert_eq!(vm.event("checkpoints_skipped")["vm"], "hasty");
+        (0..round).for_each(|_| drop(vm.event("checkpoint")));
+        let _stopped = host.ok(&["stop", "hasty"]);
+        let finished = vm.wait_end();
+        let lines = finished.expect_code(0).json_lines();
+        let ended = lines.last().expect("a last line");
+        let totals = &ended["checkpoints"];
+        assert_eq!((text(ended, "event"), number(totals, "failed")), ("ended", 0), "{ended}");
+        let told: Vec<&Value> =
+            lines.iter().filter(|line| line["event"] == "checkpoints_skipped").collect();
+        assert!(told.iter().all(|line| line["because"] == "not_done"), "{told:?}");
+        let told: u64 = told.iter().map(|line| number(line, "count")).sum();
+        assert_eq!(told, number(totals, "skipped"), "{ended}");
+    }
+    // The same for people, of one VM that others share the output with.
+    let store = host.store_path().display().to_string();
+    let args = ["--memory", "48MiB", "--serial", "null", "--checkpoint-every", "1ms"];
+    let run = ["run", "--workload", QUIET, "--store", &store, "--name", "plain"];
+    let vm = RunningVm::spawn(host.command(&[&run[..], &args].concat()));
+    wait_for("a line", || vm.stderr().contains("left out").then_some(()));
+    let _stopped = host.ok(&["stop", "plain"]);
+    let finished = vm.wait_end();
+    finished.expect_code(0).expect_says(&["left out because one was being taken"]);
+    let lines: Vec<&str> = finished.stderr.lines().collect();
+    assert!(lines.iter().all(|line| line.contains("VM `plain`")), "{lines:#?}");
+    assert!(finished.stderr.contains("checkpoints (0 failed"), "{lines:#?}");
+}
+
 #[test]
 fn text_in_a_pipe_has_no_escape_codes_and_says_the_same() {
     if !kvm_or_skip() {

@@ -11,6 +11,7 @@ use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{CheckpointReport, CheckpointStats, CheckpointTotals};
+use crate::scheduler::Beat;
 use crate::vm::Vm;
 
 /// Significant digits that distributions keep.
@@ -214,11 +215,15 @@ struct Recorded {
 
 /// What a VM keeps of its checkpoints.
 #[derive(Debug)]
-pub(crate) struct Telemetry(Mutex<Recorded>);
+pub(crate) struct Telemetry {
+    recorded: Mutex<Recorded>,
+    /// The schedule's, while a checkpoint that was due is waited for or taken.
+    beat: Mutex<Option<Beat>>,
+}
 
 impl Default for Telemetry {
     fn default() -> Self {
-        Self(Mutex::new(Recorded {
+        let recorded = Mutex::new(Recorded {
             pause_us: Values::new(),
             quiesce_us: Values::new(),
             cut_us: Values::new(),
@@ -228,7 +233,8 @@ impl Default for Telemetry {
             dirty_pages_per_s: None,
             cut_at: Instant::now(),
             last: None,
-        }))
+        });
+        Self { recorded, beat: Mutex::default() }
     }
 }
 
@@ -251,7 +257,11 @@ impl Telemetry {
     }
 
     fn recorded(&self) -> MutexGuard<'_, Recorded> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.recorded.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn beat(&self) -> MutexGuard<'_, Option<Beat>> {
+        self.beat.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn statistics(&self, totals: CheckpointTotals) -> CheckpointStatistics {
@@ -303,8 +313,50 @@ impl Vm {
     #[must_use]
     pub fn checkpoint_statistics(&self) -> CheckpointStatistics {
         // Both are recorded under the lock of the totals, so both are of the same moment.
-        let totals = self.totals.lock().unwrap_or_else(PoisonError::into_inner);
-        self.telemetry.statistics(*totals)
+        let totals = self.totals();
+        self.telemetry.statistics(self.with_missed(*totals))
+    }
+
+    /// What its checkpoints came to so far.
+    #[must_use]
+    pub fn checkpoint_totals(&self) -> CheckpointTotals {
+        let totals = self.totals();
+        self.with_missed(*totals)
+    }
+
+    fn totals(&self) -> MutexGuard<'_, CheckpointTotals> {
+        self.totals.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// With those that are being missed just now: a store that hangs shows while it does.
+    fn with_missed(&self, mut totals: CheckpointTotals) -> CheckpointTotals {
+        totals.skipped += self.telemetry.beat().map_or(0, |beat| beat.missed(Instant::now()));
+        totals
+    }
+
+    /// A checkpoint is due: what is missed meanwhile counts as left out.
+    pub(crate) fn expect_beat(&self, beat: Option<Beat>) {
+        let _totals = self.totals();
+        *self.telemetry.beat() = beat;
+    }
+
+    /// No checkpoint will be taken any more. Returns what was missed until now, which stays counted.
+    pub(crate) fn end_beat(&self) -> u64 {
+        let mut totals = self.totals();
+        let missed = self.telemetry.beat().take().map_or(0, |beat| beat.missed(Instant::now()));
+        totals.skipped += missed;
+        missed
+    }
+
+    /// The checkpoint that was due is over, and so many were left out for it.
+    pub(crate) fn count_beat(&self, left_out: u64) {
+        let mut totals = self.totals();
+        *self.telemetry.beat() = None;
+        totals.skipped += left_out;
+    }
+
+    pub(crate) fn count_skipped(&self, count: u64) {
+        self.totals().skipped += count;
     }
 }
 

@@ -155,16 +155,6 @@ impl Vm {
     pub fn checkpoint_progress(&self) -> Option<ProgressReport> {
         self.progress.report()
     }
-
-    /// What its checkpoints came to so far.
-    #[must_use]
-    pub fn checkpoint_totals(&self) -> CheckpointTotals {
-        *self.totals.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(crate) fn count_skipped(&self, count: u64) {
-        self.totals.lock().unwrap_or_else(PoisonError::into_inner).skipped += count;
-    }
 }
 
 impl<'a> Checkpoint<'a> {

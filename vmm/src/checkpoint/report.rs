@@ -126,7 +126,8 @@ pub struct CheckpointTotals {
     /// Given up because somebody asked for that, or the VM ended; the same goes for their pages.
     #[serde(default)]
     pub cancelled: u64,
-    /// Periodic ones left out because the one before was not done.
+    /// Periodic ones left out: the one before was not done, waited for a quiet moment, or had failed.
+    /// Those that are being missed just now are among them.
     pub skipped: u64,
     /// Pages written.
     pub pages: u64,

@@ -26,6 +26,11 @@ pub(super) fn of(vm: &Vm) -> String {
     machine(&mut page, &status, vm.ram().allocated_bytes());
     exits(&mut page, vm.vcpus.exits());
     checkpoints(&mut page, &vm.checkpoint_statistics());
+    page.gauge(
+        "frazil_checkpoint_in_progress_seconds",
+        "How long ago the checkpoint that is being taken was begun; 0 if none is.",
+        status.checkpoint_in_progress.map_or(0.0, |progress| progress.since_ms as f64 / 1e3),
+    );
     rewinds(&mut page, &status);
     keep(&mut page, &status);
     pager(&mut page, &status);
@@ -127,7 +132,7 @@ fn checkpoints(page: &mut Page, found: &CheckpointStatistics) {
     page.labelled(
         "frazil_checkpoints_total",
         "counter",
-        "Checkpoints: published, failed, cancelled, or left out because one was being taken.",
+        "Checkpoints: published, failed, cancelled, or left out though they were due.",
         "result",
         &[
             ("taken", totals.taken),

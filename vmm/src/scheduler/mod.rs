@@ -15,12 +15,14 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use frazil_snapstore::PageSet;
+use serde::Serialize;
 
 use crate::checkpoint::{CheckpointReport, CheckpointRequest};
 use crate::error::{Result, VmmError};
 use crate::vm::Vm;
 
-use plan::{Outcome, Plan, Skips};
+pub(crate) use plan::Beat;
+use plan::{LeftOut, Outcome, Plan, Skips};
 use quiet::{LOOK_EVERY, Quiet};
 
 /// How often to take a checkpoint.
@@ -46,14 +48,31 @@ pub struct Schedule {
     pub quiet: Option<Duration>,
 }
 
+/// Why checkpoints that were due were left out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SkipReason {
+    /// One was being taken: the one before, or one that somebody asked for.
+    NotDone,
+    /// The one before was waiting for a quiet moment.
+    Quiet,
+    /// The one before had failed, or was cancelled: the next is tried after a while.
+    Failed,
+}
+
 /// What the scheduler has to tell.
 #[derive(Debug)]
 pub enum ScheduleEvent<'a> {
     /// One was taken, or failed.
     Checkpoint(&'a Result<CheckpointReport>),
-    /// So many were left out since this was last told, because the one before was not done. Told
-    /// at once, and then only every so often.
-    Skipped(u64),
+    /// Some were left out since this was last told. Told at once, then only every so often, and
+    /// once more at the end.
+    Skipped {
+        /// How many, for this reason.
+        count: u64,
+        /// The reason.
+        because: SkipReason,
+    },
     /// The scheduler failed: no more checkpoints are taken, and the guest goes on.
     Died,
 }
@@ -166,9 +185,12 @@ impl Work {
                 let _at_rest = self.plan.over(Outcome::Resting, Instant::now());
                 continue;
             }
+            // From here on it is counted what is missed, however long this takes.
+            self.vm.expect_beat(self.plan.beat());
             if !self.wait_for_quiet(stopped) {
-                return;
+                break;
             }
+            let begun = Instant::now();
             let request = CheckpointRequest::default();
             let taken = match self.schedule.every {
                 Every::Interval(_) => self.vm.checkpoint_if_idle(&request),
@@ -177,15 +199,18 @@ impl Work {
             };
             if matches!(&taken, Some(Err(_)) if self.vm.ended().is_some()) {
                 // Ended meanwhile: nothing failed.
-                return;
+                break;
             }
             self.saved_at_rest = at_rest.filter(|_| matches!(&taken, Some(Ok(_))));
-            self.tell(taken.as_ref());
+            self.tell(taken.as_ref(), begun);
         }
+        let mut rest = self.skips.rest();
+        rest.not_done += self.vm.end_beat();
+        self.say(rest);
     }
 
-    /// Counts and says what became of the one that was due.
-    fn tell(&mut self, taken: Option<&Result<CheckpointReport>>) {
+    /// Counts and says what became of the one that was due, and was begun at `begun`.
+    fn tell(&mut self, taken: Option<&Result<CheckpointReport>>, begun: Instant) {
         let now = Instant::now();
         taken.iter().for_each(|taken| (self.on_event)(&ScheduleEvent::Checkpoint(taken)));
         let outcome = match taken {
@@ -193,13 +218,23 @@ impl Work {
             Some(Err(_)) => Outcome::Failed,
             None => Outcome::LeftOut,
         };
-        let late = self.plan.over(outcome, now);
-        self.vm.count_skipped(late);
-        // The one that was left out has been counted already.
-        let skipped = late + u64::from(outcome == Outcome::LeftOut);
-        if let Some(count) = self.skips.add(skipped, now) {
-            tracing::warn!(count, "checkpoints were left out: the one before was not done");
-            (self.on_event)(&ScheduleEvent::Skipped(count));
+        let quiet = self.schedule.quiet.map_or(0, |_| self.plan.missed(begun));
+        let missed = self.plan.missed(now);
+        let all = self.plan.over(outcome, now);
+        self.vm.count_beat(all);
+        let left_out = LeftOut {
+            // One that was left out itself has been counted already.
+            not_done: missed - quiet + u64::from(outcome == Outcome::LeftOut),
+            quiet,
+            failed: all - missed,
+        };
+        let told = self.skips.add(left_out, now);
+        self.say(told);
+    }
+
+    fn say(&self, left_out: LeftOut) {
+        for (because, count) in left_out.reasons() {
+            (self.on_event)(&ScheduleEvent::Skipped { count, because });
         }
     }
 

@@ -123,9 +123,10 @@ impl View {
         );
         let now = self.sample.status.checkpoint_in_progress.map_or_else(String::new, |progress| {
             format!(
-                "taking one: {} of {} pages",
+                "taking one: {} of {}, for {}",
                 count(progress.pages_done),
-                count(progress.pages_total)
+                count(progress.pages_total),
+                micros(progress.since_ms.saturating_mul(1_000))
             )
         });
         let counts = vec![
