@@ -1,7 +1,9 @@
 //! The `frazil` command on real KVM, through its command line and its control socket only, as a
 //! script would use it.
 
-use frazil_tests::vm_harness::{Host, RunningVm, kvm_or_skip, number, text, wait_for};
+use frazil_tests::vm_harness::{
+    Host, RunningVm, kvm_or_skip, number, text, uffd_or_skip, wait_for,
+};
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -56,6 +58,7 @@ fn a_session_from_run_to_suspend_and_resume() {
 
     let last = host.json(&["checkpoint", "day", "--exit"]);
     let last_id = check_report(&last, "day", Some(&third_id));
+    assert!(number(&last, "pause_us") >= number(&last, "commit_us"), "it waits for that: {last}");
     vm.expect_ended("suspended");
     assert!(host.ok(&["ps", "--json"]).stdout.is_empty());
     resume_goes_on(&host, &last_id);
@@ -273,6 +276,9 @@ fn a_paused_vm_is_checkpointed_and_stays_paused() {
     assert_eq!(number(&second, "dirty_pages"), 0, "nothing ran in between: {second}");
     assert_eq!(vm.get("/workload"), before);
     assert_eq!(host.json(&["ps"])["state"], "paused");
+    let found = vm.get("/checkpoints/statistics");
+    assert_eq!(number(&found["totals"], "taken"), 2);
+    assert_eq!(number(&found["pause_us"], "count"), 0, "it stood still anyway: {found}");
     let _last = host.json(&["checkpoint", "still", "--exit"]);
     vm.expect_ended("suspended");
     let vm = host.resume("still", "latest", &["--paused", "--no-fill"]);
@@ -385,6 +391,26 @@ fn text_in_a_pipe_has_no_escape_codes_and_says_the_same() {
         let odd = all.chars().find(|c| c.is_control() && *c != '\n');
         assert_eq!(odd, None, "{all:?}");
     }
+    vm.expect_ended("stopped");
+}
+
+#[test]
+fn log_lines_in_a_pipe_have_no_escape_codes() {
+    if !kvm_or_skip() || !uffd_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    let vm = host.run("logs", QUIET, &["--memory", "48MiB"]);
+    vm.wait_populated();
+    let _taken = host.json(&["checkpoint", "logs", "--exit"]);
+    vm.expect_ended("suspended");
+    let vm = host.resume("logs", "latest", &["--pager", "external", "--no-fill"]);
+    let pager = number(&vm.get("/vm"), "pager_process");
+    let pager = rustix::process::Pid::from_raw(pager as i32).expect("a process");
+    rustix::process::kill_process(pager, Signal::KILL).expect("it is there");
+    let said = wait_for("a warning", || Some(vm.stderr()).filter(|said| said.contains("has died")));
+    assert!(said.contains("WARN") && !said.contains('\u{1b}'), "{said:?}");
+    let _stopped = host.ok(&["stop", "logs"]);
     vm.expect_ended("stopped");
 }
 

@@ -477,6 +477,8 @@ fn a_vm_being_suspended_neither_stops_nor_goes_on_but_can_change_its_mind() {
                 assert!(refused.to_string().contains("is being suspended: wait"), "{refused}");
             }
             assert_eq!(world.vm.head(), Some(head), "until the next is published");
+            // The guest waits for all of this.
+            std::thread::sleep(Duration::from_millis(50));
             let cancelled = gives_up.then(|| scope.spawn(|| world.vm.cancel_checkpoint()));
             if gives_up {
                 wait_for("the cancel", || {
@@ -490,8 +492,11 @@ fn a_vm_being_suspended_neither_stops_nor_goes_on_but_can_change_its_mind() {
                 assert!(cancelled.join().expect("an answer"));
                 assert!(suspended.expect_err("given up").is_cancelled());
                 assert!(!world.vm.is_paused() && world.vm.ended().is_none(), "it goes on");
+                let pauses = world.vm.checkpoint_statistics().pause_us;
+                assert!(pauses.count == 2 && pauses.max >= 50_000, "{pauses:?}");
             } else {
                 let report = suspended.expect("published");
+                assert!(report.stats.pause_us >= 50_000, "{report:?}");
                 assert_eq!((report.parent, world.vm.head()), (Some(head), Some(report.id)));
                 let ended = world.vm.wait_ended(Duration::from_secs(10));
                 assert_eq!(ended, Some(Ended::Suspended));

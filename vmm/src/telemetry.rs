@@ -111,7 +111,7 @@ pub struct CheckpointSums {
 
 /// `GET /checkpoints/statistics`: how the published checkpoints of a VM went, since it was booted
 /// or resumed. Pauses and their parts are also those of checkpoints that failed, or were cancelled,
-/// after the guest had stood still.
+/// after the guest had stood still; and not of those taken while it did so by the user's wish.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CheckpointStatistics {
     /// Counts, also of those that failed or were left out.

@@ -98,10 +98,18 @@ impl Vm {
         let taken = Checkpoint::begin(self, request, turn.since).and_then(|mut checkpoint| {
             checkpoint.precopy()?;
             checkpoint.stage()?;
+            let at_rest = self.is_paused();
             let cut = checkpoint.quiesce_cut_and_go_on();
-            // The guest has stood still, whatever becomes of the checkpoint.
-            pause = Some(Pause::of(&checkpoint.stats));
-            checkpoint.commit(cut?)
+            // The guest has stood still, whatever becomes of the checkpoint; unless it did anyway.
+            pause = (!at_rest).then(|| Pause::of(&checkpoint.stats));
+            let cut_at = Instant::now();
+            let mut taken = checkpoint.commit(cut?);
+            if let Some(pause) = pause.as_mut().filter(|_| request.exit) {
+                // It did not go on before the commit was over.
+                pause.us += taken.as_ref().map_or_else(|_| us(cut_at.elapsed()), |it| it.commit_us);
+                taken.iter_mut().for_each(|report| report.stats.pause_us = pause.us);
+            }
+            taken
         });
         self.progress.set(None);
         self.line

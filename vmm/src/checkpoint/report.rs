@@ -72,7 +72,8 @@ pub struct CheckpointStats {
     pub frame_bytes: u64,
     /// Pre-copy rounds.
     pub rounds: Vec<Round>,
-    /// From the first kick until every vCPU was on its way again, in microseconds.
+    /// From the first kick until every vCPU was on its way again, in microseconds. If the guest does
+    /// not go on, until it was published; in the manifest, which is written before, until the cut.
     pub pause_us: u64,
     /// Of which: until every vCPU stood still.
     pub quiesce_us: u64,

@@ -142,7 +142,7 @@ fn checkpoints(page: &mut Page, found: &CheckpointStatistics) {
         ],
     );
     for (name, help, values) in [
-        ("pause", "How long the guest stood still.", &found.pause_us),
+        ("pause", "How long the guest stood still for a checkpoint.", &found.pause_us),
         ("quiesce", "Of the pause: until every vCPU stood still.", &found.quiesce_us),
         ("cut", "Of the pause: last harvest, copying, device state.", &found.cut_us),
         ("duration", "From the request to the publication.", &found.duration_us),
