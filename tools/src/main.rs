@@ -33,7 +33,7 @@ fn main() -> ExitCode {
                 usage.exit();
             }
             // Part of it may be what somebody else sent: a name, a message of a guest.
-            eprintln!("frazil: {}", output::plain(&format!("{error:#}")));
+            eprintln!("frazil: {}", output::plain(&output::error(&error)));
             ExitCode::FAILURE
         }
     }
