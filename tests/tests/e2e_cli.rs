@@ -395,6 +395,46 @@ fn text_in_a_pipe_has_no_escape_codes_and_says_the_same() {
 }
 
 #[test]
+fn what_is_too_much_to_be_copied_aside_is_written_in_rounds() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    let args = ["--memory", "64MiB", "--staging", "1MiB"];
+    let vm = host.run("rounds", "touch=16MiB,rate=400,report=0", &args);
+    vm.wait_populated();
+    let first = host.json(&["checkpoint", "rounds"]);
+    check_report(&first, "rounds", None);
+    let rounds = first["rounds"].as_array().expect("rounds");
+    assert!(!rounds.is_empty() && number(&first, "precopied_pages") >= 4096, "{first}");
+    for round in rounds {
+        assert!(number(round, "pages") > 0 && number(round, "us") > 0, "{first}");
+        assert!(number(round, "stored_bytes") <= number(&first, "frame_bytes"), "{first}");
+    }
+    // What changed since fits.
+    let second = host.json(&["checkpoint", "rounds"]);
+    assert_eq!(second["rounds"], serde_json::json!([]), "{second}");
+    let _last = host.json(&["checkpoint", "rounds", "--exit"]);
+    vm.expect_ended("suspended");
+    assert_eq!(host.verify_all(), 3 * 4096);
+}
+
+#[test]
+fn times_that_no_clock_can_add_are_wrong_usage() {
+    let host = Host::new();
+    let run = ["run", "--workload", "touch=1MiB"];
+    let (ages, even_more) = ("300000000000years", "500000000000years");
+    for args in [
+        &[&run[..], &["--checkpoint-every", even_more]].concat()[..],
+        &[&run[..], &["--checkpoint-every", "1s", "--checkpoint-quiet", ages]].concat(),
+        &["top", "vm", "--interval", even_more],
+        &["resume", "st@latest", "--record-working-set", even_more],
+    ] {
+        host.frazil(args).expect_code(2).expect_says(&["at most 100years"]);
+    }
+}
+
+#[test]
 fn log_lines_in_a_pipe_have_no_escape_codes() {
     if !kvm_or_skip() || !uffd_or_skip() {
         return;

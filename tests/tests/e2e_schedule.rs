@@ -405,21 +405,6 @@ fn a_scheduler_that_cannot_go_on_says_so() {
 }
 
 #[test]
-fn times_that_no_clock_can_add_are_wrong_usage() {
-    let host = Host::new();
-    let run = ["run", "--workload", "touch=1MiB"];
-    let (ages, even_more) = ("300000000000years", "500000000000years");
-    for args in [
-        &[&run[..], &["--checkpoint-every", even_more]].concat()[..],
-        &[&run[..], &["--checkpoint-every", "1s", "--checkpoint-quiet", ages]].concat(),
-        &["top", "vm", "--interval", even_more],
-        &["resume", "st@latest", "--record-working-set", even_more],
-    ] {
-        host.frazil(args).expect_code(2).expect_says(&["at most 100years"]);
-    }
-}
-
-#[test]
 fn a_cancelled_checkpoint_loses_nothing() {
     if !kvm_or_skip() {
         return;
