@@ -290,7 +290,8 @@ pub(crate) struct HostArgs {
     pub dirty_tracking: Option<TrackerKind>,
     /// Memory that a checkpoint may take to copy pages aside while the guest runs. What is more
     /// stays in place, write-protected until it is written: the guest waits a little before it can
-    /// change such a page.
+    /// change such a page, while it is copied; and for as long as writing takes once four times as
+    /// much was copied (`cow_waits` in statistics and metrics).
     #[arg(long, value_name = "SIZE", default_value = "64MiB", value_parser = size)]
     pub staging: u64,
     /// Take a checkpoint this often, or the next as soon as the one before is published. What is

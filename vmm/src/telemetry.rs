@@ -93,6 +93,10 @@ pub struct CheckpointSums {
     pub protected_pages: u64,
     /// Of these, pages copied because the guest was about to change them.
     pub cow_pages: u64,
+    /// Times that a vCPU waited until such a page was written.
+    pub cow_waits: u64,
+    /// The longest of them, in microseconds: no sum.
+    pub cow_wait_us_max: u64,
     /// Pages written after the cut.
     pub commit_pages: u64,
     /// Pages that were all zero.
@@ -292,6 +296,8 @@ impl Recorded {
         sums.cut_pages += stats.cut_pages;
         sums.protected_pages += stats.protected_pages;
         sums.cow_pages += stats.cow_pages;
+        sums.cow_waits += stats.cow_waits;
+        sums.cow_wait_us_max = sums.cow_wait_us_max.max(stats.cow_wait_us_max);
         sums.commit_pages += stats.commit_pages;
         sums.zero_pages += stats.zero_pages;
         sums.equal_pages += stats.equal_pages;
@@ -369,7 +375,7 @@ mod tests {
         serde_json::from_value(json!({
             "vm": "v", "id": "00".repeat(32), "parent": null, "time_unix_ms": 1,
             "ram_bytes": 1 << 20, "dirty_pages": dirty_pages, "zero_pages": 1,
-            "precopied_pages": 2, "cut_pages": 3, "commit_pages": 5, "frame_bytes": 400, "rounds": [],
+            "precopied_pages": 2, "cut_pages": 3, "cow_waits": 2, "cow_wait_us_max": 50, "commit_pages": 5, "frame_bytes": 400, "rounds": [],
             "pause_us": pause_us, "quiesce_us": 7, "cut_us": 8, "go_on_us": 9, "precopy_us": 10,
             "meta_bytes": 50, "stored_bytes": 450, "commit_us": 0, "sync_us": 0,
             "duration_us": 5_000,
@@ -405,6 +411,7 @@ mod tests {
         assert_eq!(pause.p50, 200);
         assert_eq!(found.dirty_pages.sum, 35);
         assert_eq!((found.sums.frame_bytes, found.sums.meta_bytes), (2_800, 350));
+        assert_eq!((found.sums.cow_waits, found.sums.cow_wait_us_max), (14, 50));
         assert_eq!(found.last.unwrap().stats.pause_us, 2_000_000);
     }
 

@@ -397,6 +397,8 @@ impl<'a> Checkpoint<'a> {
             let written = protected.write(&mut self.transaction, self.region)?;
             self.stats.committed(&written);
             self.stats.cow_pages = protected.copied();
+            self.stats.cow_waits = protected.waits().count;
+            self.stats.cow_wait_us_max = us(protected.waits().longest);
         }
         let written = self.transaction.write_pages(self.region, &set, &staged)?;
         self.stats.committed(&written);

@@ -61,6 +61,12 @@ pub struct CheckpointStats {
     /// Of those, pages copied because it was.
     #[serde(default)]
     pub cow_pages: u64,
+    /// Times that a vCPU waited until such a page was written, because as many were copied as may be.
+    #[serde(default)]
+    pub cow_waits: u64,
+    /// The longest of them, in microseconds. It is not part of the pause.
+    #[serde(default)]
+    pub cow_wait_us_max: u64,
     /// Pages written after the cut: those copied aside, those copied in the pause, and those left
     /// in place.
     #[serde(default)]

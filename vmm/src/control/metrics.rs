@@ -125,6 +125,17 @@ fn pages(page: &mut Page, sums: &CheckpointSums) {
             ("cow", sums.cow_pages),
         ],
     );
+    page.counter(
+        "frazil_checkpoint_cow_waits_total",
+        "Times that a vCPU waited until a page left in place was written, because as many were \
+         copied as may be.",
+        sums.cow_waits,
+    );
+    page.gauge(
+        "frazil_checkpoint_cow_wait_max_seconds",
+        "The longest of these waits. None of them is part of a pause.",
+        sums.cow_wait_us_max as f64 / MICROSECONDS,
+    );
 }
 
 fn checkpoints(page: &mut Page, found: &CheckpointStatistics) {
