@@ -6,7 +6,8 @@ pub mod platform;
 pub mod power;
 pub mod serial;
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use frazil_snapstore::StateChunk;
 
@@ -64,6 +65,8 @@ impl CapturedDevices {
 #[derive(Debug)]
 pub struct Bus {
     serial: Mutex<SerialPort>,
+    /// The serial port's own, for those who must not wait for it.
+    serial_dropped_bytes: Arc<AtomicU64>,
     keyboard: I8042,
     power: Power,
     virtio: VirtioBus,
@@ -73,7 +76,15 @@ impl Bus {
     /// COM1, the keyboard controller and the sleep registers by port I/O, and `virtio`.
     #[must_use]
     pub fn new(serial: SerialPort, virtio: VirtioBus) -> Self {
-        Self { serial: Mutex::new(serial), keyboard: I8042, power: Power, virtio }
+        let serial_dropped_bytes = serial.dropped_bytes();
+        let serial = Mutex::new(serial);
+        Self { serial, serial_dropped_bytes, keyboard: I8042, power: Power, virtio }
+    }
+
+    /// Bytes of serial output dropped because nobody read them in time.
+    #[must_use]
+    pub fn serial_dropped_bytes(&self) -> u64 {
+        self.serial_dropped_bytes.load(Ordering::Relaxed)
     }
 
     /// The serial port.
