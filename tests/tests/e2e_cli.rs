@@ -424,14 +424,40 @@ fn times_that_no_clock_can_add_are_wrong_usage() {
     let host = Host::new();
     let run = ["run", "--workload", "touch=1MiB"];
     let (ages, even_more) = ("300000000000years", "500000000000years");
-    for args in [
-        &[&run[..], &["--checkpoint-every", even_more]].concat()[..],
-        &[&run[..], &["--checkpoint-every", "1s", "--checkpoint-quiet", ages]].concat(),
-        &["top", "vm", "--interval", even_more],
-        &["resume", "st@latest", "--record-working-set", even_more],
-    ] {
-        host.frazil(args).expect_code(2).expect_says(&["at most 100years"]);
+    let all: [Vec<&str>; 4] = [
+        [&run[..], &["--checkpoint-every", even_more]].concat(),
+        [&run[..], &["--checkpoint-every", "1s", "--checkpoint-quiet", ages]].concat(),
+        vec!["top", "vm", "--interval", even_more],
+        vec!["resume", "st@latest", "--record-working-set", even_more],
+    ];
+    for args in all {
+        host.frazil(&args).expect_code(2).expect_says(&["at most 100years"]);
     }
+}
+
+#[test]
+fn paging_that_was_settled_by_another_clone_is_said_to_be_ignored() {
+    if !kvm_or_skip() || !uffd_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    let vm = host.run("first", QUIET, &["--memory", "48MiB"]);
+    vm.wait_populated();
+    let _taken = host.json(&["checkpoint", "first", "--exit"]);
+    vm.expect_ended("suspended");
+    let clone = |name, more: &[&str]| {
+        let vm = host.resume(name, "latest", &[&["--clones", "1"][..], more].concat());
+        let said = vm.stderr();
+        (vm, said)
+    };
+    let (_one, said) = clone("one", &["--no-fill"]);
+    assert!(!said.contains("ignored"), "it is the first: {said}");
+    let (_two, said) = clone("two", &[]);
+    assert!(!said.contains("ignored"), "it wants nothing else: {said}");
+    let args = ["--fill-rate", "1MiB", "--working-set", "off"];
+    let (three, _) = clone("three", &args);
+    let ignored = "ignored: --fill-rate, --working-set:";
+    wait_for("the word of it", || three.stderr().contains(ignored).then_some(()));
 }
 
 #[test]

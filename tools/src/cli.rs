@@ -335,8 +335,9 @@ pub(crate) struct ResumeArgs {
     pub no_fill: bool,
     /// Run so many VMs from it, called NAME-1, NAME-2 and so on, in processes of their own. They share
     /// the snapshot's memory, and so do those that are started later in this way: what one of them
-    /// touches is there for all, and what one writes is its own. Of more than one, serial output goes
-    /// nowhere unless --serial says where.
+    /// touches is there for all, and what one writes is its own. How memory comes in (--no-fill,
+    /// --fill-rate, --working-set, --record-working-set) is for the first of them to say. Of more than
+    /// one, serial output goes nowhere unless --serial says where.
     #[arg(long, value_name = "N", conflicts_with = "eager", value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub clones: Option<u32>,
     /// Bring memory in from this process, or from one of its own that is replaced if it dies.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use frazil_snapstore::{SnapshotId, Store, StoreOptions};
 use frazil_vmm::boot::{BootSource, Kernel};
-use frazil_vmm::control::{Registration, Server};
+use frazil_vmm::control::{Registration, Server, memory_socket};
 use frazil_vmm::devices::serial::SerialOutput;
 use frazil_vmm::disk::OverlayOptions;
 use frazil_vmm::keeper::{Keeper, Kept};
@@ -22,7 +22,7 @@ use signal_hook::iterator::Signals;
 
 use super::tell::Teller;
 use super::{Started, clones, default_store, find_snapshot, monotonic_ns, pager, print_json};
-use crate::cli::{HostArgs, PagerArg, ResumeArgs, RunArgs, SerialArg};
+use crate::cli::{HostArgs, PagerArg, ResumeArgs, RunArgs, SerialArg, WorkingSetArg};
 use crate::output;
 
 /// Signals that come so soon after the first are the same one.
@@ -79,6 +79,9 @@ pub(crate) fn resume(args: ResumeArgs, json: bool, started: Started) -> anyhow::
     let id = args.exactly.unwrap_or(named);
     // It must not be pruned away under the VM, though it may be forgotten.
     let snapshot = store.pin(id)?;
+    if args.clones.is_some() {
+        warn_of_ignored_paging(&args, id)?;
+    }
     if let Some(count) = args.clones.filter(|count| *count > 1) {
         return clones::run(&args, count, &path, id);
     }
@@ -105,6 +108,26 @@ pub(crate) fn resume(args: ResumeArgs, json: bool, started: Started) -> anyhow::
         paused,
         first_progress: Some(started),
     })
+}
+
+/// Memory that is shared comes in as whoever was first wanted it to.
+fn warn_of_ignored_paging(args: &ResumeArgs, id: SnapshotId) -> anyhow::Result<()> {
+    let given = [
+        ("--no-fill", args.no_fill),
+        ("--fill-rate", args.fill_rate.is_some()),
+        ("--working-set", args.working_set != WorkingSetArg::Auto),
+        ("--record-working-set", args.record_working_set.is_some()),
+    ];
+    let given: Vec<&str> = given.iter().filter(|(_, is)| *is).map(|(name, _)| *name).collect();
+    if !given.is_empty() && frazil_snapstore::pager::connect(&memory_socket(id)?).is_ok() {
+        eprintln!(
+            "frazil: ignored: {}: VMs that run have the memory of snapshot {} already, and it comes \
+             in as the first of them wanted",
+            given.join(", "),
+            id.short()
+        );
+    }
+    Ok(())
 }
 
 /// How the memory of a resumed VM is to come back.
