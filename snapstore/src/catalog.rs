@@ -23,6 +23,14 @@ pub struct SnapshotInfo {
     pub(crate) fingerprints: Option<BlockRef>,
 }
 
+impl SnapshotInfo {
+    /// Bytes that its manifest takes in the store.
+    #[must_use]
+    pub fn manifest_bytes(&self) -> u64 {
+        u64::from(self.manifest.len)
+    }
+}
+
 /// The journal as far as it was read.
 #[derive(Debug)]
 pub(crate) struct Catalog {

@@ -15,6 +15,7 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use userfaultfd::{FeatureFlags, RegisterMode};
 
@@ -63,6 +64,8 @@ struct State {
     copies_max: usize,
     /// Pages that somebody waits for until the store has them, since there are so many copies.
     wanted: PageSet,
+    /// Since when they do; also once the store has begun with them.
+    waiting: HashMap<u64, Instant>,
     /// The page after the last fault's, and how many that fault freed.
     after_last: u64,
     cluster: u64,
@@ -113,6 +116,7 @@ impl CopyOnWrite {
                 copies: HashMap::new(),
                 copies_max: usize::MAX,
                 wanted: PageSet::new(words as u64 * 64),
+                waiting: HashMap::new(),
                 after_last: 0,
                 cluster: 1,
             }),
@@ -136,7 +140,7 @@ impl CopyOnWrite {
         state.released.clear();
         let pages = PageSet::new(self.shared.protected.len() as u64 * 64);
         drop(state);
-        Protected { shared: Arc::clone(&self.shared), pages, copied: 0 }
+        Protected { shared: Arc::clone(&self.shared), pages, copied: 0, waits: Waits::default() }
     }
 }
 
@@ -150,12 +154,23 @@ impl Drop for CopyOnWrite {
     }
 }
 
+/// Times that somebody had to wait with a change to a page until the store had it, because as many
+/// pages were copied as may be.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Waits {
+    /// How many.
+    pub count: u64,
+    /// The longest.
+    pub longest: Duration,
+}
+
 /// The pages protected for one cut. Dropping it takes all protection away.
 pub struct Protected {
     shared: Arc<Shared>,
     /// Those the store has not been given yet.
     pages: PageSet,
     copied: u64,
+    waits: Waits,
 }
 
 impl std::fmt::Debug for Protected {
@@ -210,6 +225,12 @@ impl Protected {
         self.copied
     }
 
+    /// How often its users had to wait, as far as that is over.
+    #[must_use]
+    pub fn waits(&self) -> Waits {
+        self.waits
+    }
+
     /// Writes the pages as they were at the cut, and takes the protection away from what is
     /// written. Returns what that came to.
     ///
@@ -248,14 +269,21 @@ impl Protected {
 
     /// Nobody needs the contents of `pages` at the cut any more.
     fn release(&mut self, pages: &PageSet) {
-        let (shared, mut copied) = (&self.shared, 0);
+        let (shared, mut copied, waits) = (&self.shared, 0, &mut self.waits);
         let released = shared.in_parts(pages, |state, first, count| {
+            let mut since = None;
             for page in first..first + count {
                 shared.clear_bit(page);
                 state.wanted.remove(page);
                 copied += u64::from(state.copies.remove(&page).is_some());
+                if let Some(waits_since) = state.waiting.remove(&page) {
+                    waits.count += 1;
+                    since = Some(since.unwrap_or(waits_since).min(waits_since));
+                }
             }
             shared.unprotect(first, count);
+            waits.longest =
+                waits.longest.max(since.as_ref().map_or(Duration::ZERO, Instant::elapsed));
             Ok(())
         });
         debug_assert!(released.is_ok(), "taking protection away gives up instead of failing");
@@ -271,6 +299,7 @@ impl Drop for Protected {
         state.phase = Phase::Idle;
         state.released.clear();
         state.wanted.clear();
+        state.waiting = HashMap::new();
         state.copies = HashMap::new();
     }
 }
@@ -415,6 +444,7 @@ impl Shared {
             Phase::AfterCut if state.copies.len() >= state.copies_max => {
                 // It is let go on by the writing of this page, which comes next.
                 state.wanted.insert(page);
+                state.waiting.entry(page).or_insert_with(Instant::now);
             }
             Phase::AfterCut => {
                 let pages = self.cluster(&mut state, page);

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -45,7 +45,9 @@ pub struct Description {
     pub time_unix_ms: u64,
     /// The machine, vCPUs, devices.
     pub state: Vec<StateChunk>,
-    /// Figures to keep with it.
+    /// Figures to keep with it. If they are an object, it also gets what only the transaction knows:
+    /// `meta_bytes`, all it wrote but frames and the manifest, and `write_us`, how long it took so
+    /// far, in microseconds.
     pub stats: Value,
     /// Keep it from being pruned as long as [`Committed::pin`] lives: for who goes on from it.
     pub pin: bool,
@@ -85,6 +87,7 @@ pub struct Transaction {
     nodes: u64,
     /// Of the pages written.
     fingerprints: Vec<FrameFingerprints>,
+    started: Instant,
     /// True once a write failed: some pages of it are missing.
     failed: bool,
     // Last, so that it is given up last.
@@ -124,6 +127,7 @@ impl Store {
             frame_bytes: 0,
             nodes: 0,
             fingerprints: Vec::new(),
+            started: Instant::now(),
             failed: false,
             _lock: lock,
         })
@@ -240,6 +244,7 @@ impl Transaction {
         }
         let regions = self.write_trees()?;
         let state = self.write_state(&description.state)?;
+        let fingerprints = self.write_fingerprints()?;
         let manifest = Manifest {
             parent: self.parent.as_ref().map(Snapshot::id),
             time_unix_ms: if description.time_unix_ms == 0 {
@@ -251,9 +256,8 @@ impl Transaction {
             message: description.message,
             regions,
             state,
-            stats: description.stats,
+            stats: self.with_figures(description.stats),
         };
-        let fingerprints = self.write_fingerprints()?;
         let json = encode_json(&manifest, "the manifest")?;
         let block = self.put_blob(RecordKind::Manifest, &json, "manifest")?;
         let id = Hash::of(&json);
@@ -284,7 +288,7 @@ impl Transaction {
             tail,
             fingerprints,
         })?;
-        let sync_us = u64::try_from(syncing.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let sync_us = micros(syncing.elapsed());
         // Still under the writer lock, so that nobody comes between.
         let tag_failure = description.tag.and_then(|name| {
             let entry = Entry::Tag { name, target: Some(id) };
@@ -299,6 +303,17 @@ impl Transaction {
             tag_failure,
             pin,
         })
+    }
+
+    /// `stats` with the transaction's own figures, as far as they can be known in a manifest.
+    fn with_figures(&self, mut stats: Value) -> Value {
+        if let Some(stats) = stats.as_object_mut() {
+            let appended = self.segments.as_ref().map_or(0, SegmentWriter::appended_bytes);
+            let meta_bytes = appended.saturating_sub(self.frame_bytes);
+            stats.insert("meta_bytes".into(), meta_bytes.into());
+            stats.insert("write_us".into(), micros(self.started.elapsed()).into());
+        }
+        stats
     }
 
     fn write_trees(&mut self) -> Result<Vec<RegionManifest>> {
@@ -404,6 +419,10 @@ impl Transaction {
             self.store.writer_state().latched = Some(cause);
         }
     }
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// The most bytes of fingerprints that one snapshot keeps: of 18 GiB of pages.

@@ -71,7 +71,7 @@ fn the_store_gets_memory_as_it_was_at_the_cut() {
             scope.spawn(move || self::write(ram, cut, stop, writes, seed));
         }
         let mut rng = Rng::new(7);
-        let (mut parent, mut copied) = (None, 0);
+        let (mut parent, mut copied, mut waits) = (None, 0, 0);
         for generation in 0..6 {
             // Every other time few copies may be made, and writers have to wait.
             let generous = generation % 2 == 0;
@@ -105,6 +105,10 @@ fn the_store_gets_memory_as_it_was_at_the_cut() {
             let region = transaction.region(RAM_REGION, PAGES).expect("a region");
             protected.write(&mut transaction, region).expect("it is written");
             copied += protected.copied();
+            let waited = protected.waits();
+            assert!(!generous || waited.count == 0, "nobody has to: {waited:?}");
+            assert_eq!(waited.count > 0, !waited.longest.is_zero(), "{waited:?}");
+            waits += waited.count;
             drop(protected);
             transaction.write_pages(region, &others, &expected).expect("it is written");
             let id = transaction.commit(Description::default()).expect("a snapshot").id;
@@ -119,6 +123,7 @@ fn the_store_gets_memory_as_it_was_at_the_cut() {
         }
         stop.store(true, Ordering::Relaxed);
         assert!(copied > 1000, "writers met protection: {copied} pages");
+        assert!(waits > 0, "where few copies are made they wait");
     });
 }
 

@@ -1,7 +1,9 @@
 //! The `frazil` command on real KVM, through its command line and its control socket only, as a
 //! script would use it.
 
-use frazil_tests::vm_harness::{Host, RunningVm, kvm_or_skip, number, text, wait_for};
+use frazil_tests::vm_harness::{
+    Host, RunningVm, kvm_or_skip, number, text, uffd_or_skip, wait_for,
+};
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -52,10 +54,11 @@ fn a_session_from_run_to_suspend_and_resume() {
     assert_eq!(text(&host.json(&["ps"]), "head"), third_id);
 
     pause_and_continue(&host, &vm);
-    look_at_the_store(&host, [&first_id, &second_id, &third_id]);
+    look_at_the_store(&host, [&first_id, &second_id, &third_id], [&first, &second, &third]);
 
     let last = host.json(&["checkpoint", "day", "--exit"]);
     let last_id = check_report(&last, "day", Some(&third_id));
+    assert!(number(&last, "pause_us") >= number(&last, "commit_us"), "it waits for that: {last}");
     vm.expect_ended("suspended");
     assert!(host.ok(&["ps", "--json"]).stdout.is_empty());
     resume_goes_on(&host, &last_id);
@@ -72,7 +75,7 @@ fn pause_and_continue(host: &Host, vm: &RunningVm) {
     assert_eq!(host.json(&["ps"])["state"], "running");
 }
 
-fn look_at_the_store(host: &Host, ids: [&str; 3]) {
+fn look_at_the_store(host: &Host, ids: [&str; 3], reports: [&Value; 3]) {
     let store = host.store_path().display().to_string();
     let log = host.ok(&["log", &store, "--json"]).json_lines();
     let found: Vec<&str> = log.iter().map(|line| text(line, "id")).collect();
@@ -80,6 +83,13 @@ fn look_at_the_store(host: &Host, ids: [&str; 3]) {
     let parents: Vec<Option<&str>> = log.iter().map(|line| line["parent"].as_str()).collect();
     assert_eq!(parents, [Some(ids[1]), Some(ids[0]), None]);
     assert_eq!(log[2]["tags"], serde_json::json!(["gold"]));
+    for (line, report) in log.iter().rev().zip(reports) {
+        assert_eq!(line["stored_bytes"], report["stored_bytes"], "{line}");
+        let stats = &line["stats"];
+        assert!(number(stats, "meta_bytes") < number(report, "meta_bytes"), "without its own");
+        let write_us = number(stats, "write_us");
+        assert!(write_us > 0 && write_us <= number(report, "duration_us"), "{line}");
+    }
     assert_eq!((text(&log[2], "message"), text(&log[0], "message")), ("the first", "third"));
     assert_eq!(host.ok(&["log", &store, "--json", "-n", "1"]).json_lines().len(), 1);
 
@@ -266,6 +276,9 @@ fn a_paused_vm_is_checkpointed_and_stays_paused() {
     assert_eq!(number(&second, "dirty_pages"), 0, "nothing ran in between: {second}");
     assert_eq!(vm.get("/workload"), before);
     assert_eq!(host.json(&["ps"])["state"], "paused");
+    let found = vm.get("/checkpoints/statistics");
+    assert_eq!(number(&found["totals"], "taken"), 2);
+    assert_eq!(number(&found["pause_us"], "count"), 0, "it stood still anyway: {found}");
     let _last = host.json(&["checkpoint", "still", "--exit"]);
     vm.expect_ended("suspended");
     let vm = host.resume("still", "latest", &["--paused", "--no-fill"]);
@@ -311,6 +324,44 @@ fn periodic_checkpoints_come_at_their_rate_and_are_printed() {
     host.verify_all();
 }
 
+/// What a VM says of checkpoints that were left out comes to what it counted, says why, and names
+/// the VM: with `--clones` many share one output.
+#[test]
+fn what_is_left_out_is_told_in_full_and_nothing_fails_at_the_end() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    for round in 0..4 {
+        let mut vm = host.run("hasty", QUIET, &["--memory", "48MiB", "--checkpoint-every", "1ms"]);
+        assert_eq!(vm.event("checkpoints_skipped")["vm"], "hasty");
+        (0..round).for_each(|_| drop(vm.event("checkpoint")));
+        let _stopped = host.ok(&["stop", "hasty"]);
+        let finished = vm.wait_end();
+        let lines = finished.expect_code(0).json_lines();
+        let ended = lines.last().expect("a last line");
+        let totals = &ended["checkpoints"];
+        assert_eq!((text(ended, "event"), number(totals, "failed")), ("ended", 0), "{ended}");
+        let told: Vec<&Value> =
+            lines.iter().filter(|line| line["event"] == "checkpoints_skipped").collect();
+        assert!(told.iter().all(|line| line["because"] == "not_done"), "{told:?}");
+        let told: u64 = told.iter().map(|line| number(line, "count")).sum();
+        assert_eq!(told, number(totals, "skipped"), "{ended}");
+    }
+    // The same for people, of one VM that others share the output with.
+    let store = host.store_path().display().to_string();
+    let args = ["--memory", "48MiB", "--serial", "null", "--checkpoint-every", "1ms"];
+    let run = ["run", "--workload", QUIET, "--store", &store, "--name", "plain"];
+    let vm = RunningVm::spawn(host.command(&[&run[..], &args].concat()));
+    wait_for("a line", || vm.stderr().contains("left out").then_some(()));
+    let _stopped = host.ok(&["stop", "plain"]);
+    let finished = vm.wait_end();
+    finished.expect_code(0).expect_says(&["left out because one was being taken"]);
+    let lines: Vec<&str> = finished.stderr.lines().collect();
+    assert!(lines.iter().all(|line| line.contains("VM `plain`")), "{lines:#?}");
+    assert!(finished.stderr.contains("checkpoints (0 failed"), "{lines:#?}");
+}
+
 #[test]
 fn text_in_a_pipe_has_no_escape_codes_and_says_the_same() {
     if !kvm_or_skip() {
@@ -340,6 +391,92 @@ fn text_in_a_pipe_has_no_escape_codes_and_says_the_same() {
         let odd = all.chars().find(|c| c.is_control() && *c != '\n');
         assert_eq!(odd, None, "{all:?}");
     }
+    vm.expect_ended("stopped");
+}
+
+#[test]
+fn what_is_too_much_to_be_copied_aside_is_written_in_rounds() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    let args = ["--memory", "64MiB", "--staging", "1MiB"];
+    let vm = host.run("rounds", "touch=16MiB,rate=400,report=0", &args);
+    vm.wait_populated();
+    let first = host.json(&["checkpoint", "rounds"]);
+    check_report(&first, "rounds", None);
+    let rounds = first["rounds"].as_array().expect("rounds");
+    assert!(!rounds.is_empty() && number(&first, "precopied_pages") >= 4096, "{first}");
+    for round in rounds {
+        assert!(number(round, "pages") > 0 && number(round, "us") > 0, "{first}");
+        assert!(number(round, "stored_bytes") <= number(&first, "frame_bytes"), "{first}");
+    }
+    // What changed since fits.
+    let second = host.json(&["checkpoint", "rounds"]);
+    assert_eq!(second["rounds"], serde_json::json!([]), "{second}");
+    let _last = host.json(&["checkpoint", "rounds", "--exit"]);
+    vm.expect_ended("suspended");
+    assert_eq!(host.verify_all(), 3 * 4096);
+}
+
+#[test]
+fn times_that_no_clock_can_add_are_wrong_usage() {
+    let host = Host::new();
+    let run = ["run", "--workload", "touch=1MiB"];
+    let (ages, even_more) = ("300000000000years", "500000000000years");
+    let all: [Vec<&str>; 4] = [
+        [&run[..], &["--checkpoint-every", even_more]].concat(),
+        [&run[..], &["--checkpoint-every", "1s", "--checkpoint-quiet", ages]].concat(),
+        vec!["top", "vm", "--interval", even_more],
+        vec!["resume", "st@latest", "--record-working-set", even_more],
+    ];
+    for args in all {
+        host.frazil(&args).expect_code(2).expect_says(&["at most 100years"]);
+    }
+}
+
+#[test]
+fn paging_that_was_settled_by_another_clone_is_said_to_be_ignored() {
+    if !kvm_or_skip() || !uffd_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    let vm = host.run("first", QUIET, &["--memory", "48MiB"]);
+    vm.wait_populated();
+    let _taken = host.json(&["checkpoint", "first", "--exit"]);
+    vm.expect_ended("suspended");
+    let clone = |name, more: &[&str]| {
+        let vm = host.resume(name, "latest", &[&["--clones", "1"][..], more].concat());
+        let said = vm.stderr();
+        (vm, said)
+    };
+    let (_one, said) = clone("one", &["--no-fill"]);
+    assert!(!said.contains("ignored"), "it is the first: {said}");
+    let (_two, said) = clone("two", &[]);
+    assert!(!said.contains("ignored"), "it wants nothing else: {said}");
+    let args = ["--fill-rate", "1MiB", "--working-set", "off"];
+    let (three, _) = clone("three", &args);
+    let ignored = "ignored: --fill-rate, --working-set:";
+    wait_for("the word of it", || three.stderr().contains(ignored).then_some(()));
+}
+
+#[test]
+fn log_lines_in_a_pipe_have_no_escape_codes() {
+    if !kvm_or_skip() || !uffd_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    let vm = host.run("logs", QUIET, &["--memory", "48MiB"]);
+    vm.wait_populated();
+    let _taken = host.json(&["checkpoint", "logs", "--exit"]);
+    vm.expect_ended("suspended");
+    let vm = host.resume("logs", "latest", &["--pager", "external", "--no-fill"]);
+    let pager = number(&vm.get("/vm"), "pager_process");
+    let pager = rustix::process::Pid::from_raw(pager as i32).expect("a process");
+    rustix::process::kill_process(pager, Signal::KILL).expect("it is there");
+    let said = wait_for("a warning", || Some(vm.stderr()).filter(|said| said.contains("has died")));
+    assert!(said.contains("WARN") && !said.contains('\u{1b}'), "{said:?}");
+    let _stopped = host.ok(&["stop", "logs"]);
     vm.expect_ended("stopped");
 }
 

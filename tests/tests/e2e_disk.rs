@@ -117,6 +117,41 @@ fn checkpoints(vm: &Vm, store: &Arc<Store>, count: usize) -> SnapshotId {
     })
 }
 
+/// A request that takes too long, while the guest stands still already. Returns the next snapshot.
+fn a_failure_in_the_pause_costs_the_checkpoint_alone(
+    vm: &Vm,
+    store: &Arc<Store>,
+    head: SnapshotId,
+) -> SnapshotId {
+    let loops = || -> u64 {
+        let view = vm.workload().expect("counters");
+        view.vcpus.iter().map(|cpu| cpu.control.loops).sum()
+    };
+    let before = vm.checkpoint_statistics();
+    let request = vm.disks()[0].begin();
+    let page = 1000;
+    request.write_at(page * PAGE_SIZE as u64, &[7; 512]).expect("it is written");
+    let failed = vm.checkpoint(&CheckpointRequest::default()).expect_err("the disk does not rest");
+    assert!(failed.to_string().contains("requests are still in flight"), "{failed}");
+    let after = vm.checkpoint_statistics();
+    assert_eq!(after.totals.failed, before.totals.failed + 1);
+    // It has stood still for as long as that was waited for.
+    assert_eq!(after.pause_us.count, before.pause_us.count + 1);
+    assert!(after.totals.pause_us_max >= 1_000_000, "{:?}", after.totals);
+    assert_eq!((vm.head(), vm.is_paused(), vm.ended()), (Some(head), false, None));
+    let stood_at = loops();
+    wait_for("the guest to go on", || (loops() > stood_at).then_some(()));
+    drop(request);
+    vm.verify_workload().expect("it runs").expect("live memory is right");
+    // Nothing that the failed one had looked at is missing from the next.
+    let report = vm.checkpoint(&CheckpointRequest::default()).expect("a checkpoint");
+    assert_eq!(report.parent, Some(head));
+    let snapshot = store.snapshot(report.id).expect("the snapshot");
+    assert_eq!(word(&snapshot, &disk_name(0), page), u64::from_le_bytes([7; 8]));
+    verify_snapshot(&snapshot).expect("the guest's memory is right");
+    report.id
+}
+
 fn host(store: &Arc<Store>) -> HostConfig {
     HostConfig::new(SerialOutput::Null, Some(Arc::clone(store)))
 }
@@ -144,6 +179,7 @@ fn memory_and_disk_agree_at_every_cut() {
     let vm = Vm::boot(&config, host(&store)).expect("it boots");
     vm.go().expect("it runs");
     let first = checkpoints(&vm, &store, 12);
+    let first = a_failure_in_the_pause_costs_the_checkpoint_alone(&vm, &store, first);
     vm.stop();
     drop(vm);
     assert!(std::fs::read(&file).expect("the disk") == base, "the file stays as it is");

@@ -6,13 +6,20 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::mpsc::{RecvError, channel};
 use std::time::Duration;
 
-use frazil_tests::faulty_storage::used_bytes;
+use frazil_snapstore::{Store, StoreOptions};
+use frazil_tests::faulty_storage::{FaultyStorage, used_bytes};
 use frazil_tests::rng::Rng;
 use frazil_tests::vm_harness::{
     Finished, Host, PATIENCE, RunningVm, finish, frazil, kvm_or_skip, number, wait_for,
+    wait_populated,
 };
+use frazil_vmm::control::Server;
+use frazil_vmm::devices::serial::SerialOutput;
+use frazil_vmm::{CheckpointReport, CheckpointRequest, Guest, HostConfig, MachineConfig, Vm};
 
 const SMALL: &[&str] = &["--memory", "64MiB"];
 
@@ -338,4 +345,91 @@ fn a_slow_reader_of_the_console_does_not_stop_the_guest() {
     wait_for("three seconds of work", || (vm.turns() > target).then_some(()));
     let _stopped = host.ok(&["stop", "loud"]);
     vm.expect_ended("stopped");
+}
+
+/// A request that is on its way: its answer is yet to be read.
+fn ask(socket: &Path, method: &str, path: &str) -> UnixStream {
+    let mut stream = UnixStream::connect(socket).expect("it listens");
+    stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+    let head = format!("{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n");
+    stream.write_all(head.as_bytes()).expect("it is read");
+    stream
+}
+
+/// The status of the answer to it.
+fn status(mut stream: UnixStream) -> u16 {
+    let mut answer = [0; 12];
+    stream.read_exact(&mut answer).expect("an answer");
+    let answer = std::str::from_utf8(&answer).expect("text");
+    answer.strip_prefix("HTTP/1.1 ").and_then(|status| status.parse().ok()).expect("a status")
+}
+
+/// True if there is an answer to it within a moment.
+fn is_answered(stream: &UnixStream) -> bool {
+    let mut byte = [0];
+    stream.set_read_timeout(Some(Duration::from_millis(50))).expect("a timeout");
+    let answered = rustix::net::recv(stream, &mut byte, rustix::net::RecvFlags::PEEK).is_ok();
+    stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+    answered
+}
+
+#[test]
+fn requests_that_wait_keep_nobody_else_out() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a scratch folder");
+    let (storage, faults) = FaultyStorage::new(&folder.path().join("store"));
+    let store = Store::open_or_create_storage(Arc::new(storage), StoreOptions::default());
+    let workload = "touch=4MiB,rate=500,report=0".parse().expect("a workload");
+    let config = MachineConfig::new("asked", 48 << 20, 1, Guest::Workload(workload));
+    let host = HostConfig::new(SerialOutput::Null, Some(store.expect("a store")));
+    let vm = Arc::new(Vm::boot(&config, host).expect("it boots"));
+    vm.go().expect("it runs");
+    wait_populated(&vm);
+    let socket = folder.path().join("socket");
+    let nobody = |_: &frazil_vmm::Result<CheckpointReport>| {};
+    let server = Server::start(Arc::clone(&vm), &socket, Arc::new(nobody)).expect("it listens");
+    let refused = |waiting: &[UnixStream]| -> usize {
+        waiting.iter().filter(|stream| is_answered(stream)).count()
+    };
+
+    // Somebody looks at the guest, and many want it to go on.
+    std::thread::scope(|scope| {
+        let ((begins, begun), (done, wait)) = (channel::<()>(), channel::<()>());
+        let guest = &vm;
+        let look = move || begins.send(()).map_err(|_| RecvError).and_then(|()| wait.recv());
+        let looking = scope.spawn(move || guest.while_paused(look));
+        begun.recv().expect("it stands still");
+        let waiting: Vec<_> = (0..45).map(|_| ask(&socket, "PUT", "/vm/continue")).collect();
+        wait_for("those who are too many", || (refused(&waiting) == 37).then_some(()));
+        assert_eq!(status(ask(&socket, "GET", "/vm")), 200);
+        assert_eq!(status(ask(&socket, "GET", "/metrics")), 200);
+        done.send(()).expect("it waits");
+        let mut found: Vec<u16> = waiting.into_iter().map(status).collect();
+        found.sort_unstable();
+        assert_eq!((found[7], found[8]), (200, 503), "{found:?}");
+        looking.join().expect("no panic").expect("it runs").expect("it was told");
+    });
+
+    // The store hangs: checkpoints wait for each other, and many want to give one up.
+    faults.hang();
+    std::thread::scope(|scope| {
+        let taking = scope.spawn(|| vm.checkpoint(&CheckpointRequest::default()));
+        wait_for("a checkpoint being taken", || vm.checkpoint_progress());
+        let posted: Vec<_> = (0..45).map(|_| ask(&socket, "POST", "/checkpoints")).collect();
+        wait_for("those who are too many", || (refused(&posted) >= 37).then_some(()));
+        let waiting: Vec<_> = (0..45).map(|_| ask(&socket, "PUT", "/checkpoints/cancel")).collect();
+        // Where it stands the checkpoint may notice before the medium answers, and the next begins.
+        wait_for("those who are too many", || (refused(&waiting) >= 37).then_some(()));
+        assert_eq!(status(ask(&socket, "GET", "/vm")), 200);
+        assert_eq!(status(ask(&socket, "PUT", "/vm/stop")), 200);
+        assert!(vm.ended().is_some());
+        faults.release();
+        let _given_up = taking.join().expect("no panic").expect_err("it was cancelled");
+        for stream in waiting.into_iter().chain(posted) {
+            let _any = status(stream);
+        }
+    });
+    drop(server);
 }

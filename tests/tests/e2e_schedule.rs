@@ -2,6 +2,7 @@
 //! to a policy, leaves out what the store is too slow for, and gives one up when it is told to.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -16,7 +17,7 @@ use frazil_tests::vm_harness::{
 };
 use frazil_vmm::devices::serial::SerialOutput;
 use frazil_vmm::keeper::{Keeper, Kept};
-use frazil_vmm::scheduler::{Every, Schedule, ScheduleEvent, Scheduler};
+use frazil_vmm::scheduler::{Every, Schedule, ScheduleEvent, Scheduler, SkipReason};
 use frazil_vmm::{
     CheckpointReport, CheckpointRequest, Ended, Guest, HostConfig, MachineConfig, ProgressReport,
     Vm, verify_snapshot,
@@ -59,6 +60,7 @@ fn a_running_vm_keeps_its_snapshots_to_the_rules() {
     let gold = host.json(&["checkpoint", "kept", "--tag", "gold"]);
     let told = vm.event("kept");
     assert!(number(&told, "forgotten") > 0 && number(&told, "left") >= 3, "{told}");
+    assert_eq!(text(&told, "vm"), "kept");
     // Space comes back while it runs.
     let kept = wait_for("a prune", || {
         let kept = keep(&vm);
@@ -175,11 +177,15 @@ struct World {
 
 impl World {
     fn new(name: &str) -> Self {
+        Self::with(name, WORKLOAD)
+    }
+
+    fn with(name: &str, workload: &str) -> Self {
         let folder = tempfile::tempdir().expect("a scratch folder");
         let (storage, faults) = FaultyStorage::new(&folder.path().join("store"));
         let options = StoreOptions::default();
         let store = Store::open_or_create_storage(Arc::new(storage), options).expect("a store");
-        Self { vm: boot(name, &store), store, faults, folder }
+        Self { vm: boot(name, workload, &store), store, faults, folder }
     }
 
     fn take(&self) -> CheckpointReport {
@@ -208,13 +214,15 @@ impl World {
     }
 }
 
+fn tell_nobody(_: &ScheduleEvent<'_>) {}
+
 /// Runs the workload until it has written each of its pages.
-fn boot(name: &str, store: &Arc<Store>) -> Arc<Vm> {
+fn boot(name: &str, workload: &str, store: &Arc<Store>) -> Arc<Vm> {
     let config = MachineConfig::new(
         name,
         48 << 20,
         1,
-        Guest::Workload(WORKLOAD.parse().expect("a workload")),
+        Guest::Workload(workload.parse().expect("a workload")),
     );
     let host = HostConfig::new(SerialOutput::Null, Some(Arc::clone(store)));
     let vm = Vm::boot(&config, host).expect("it boots");
@@ -233,13 +241,14 @@ fn a_store_that_hangs_costs_moments_and_nothing_else() {
     let start = || {
         let told = Arc::clone(&told);
         let tell = move |event: &ScheduleEvent<'_>| {
-            if let ScheduleEvent::Skipped(count) = event {
+            if let ScheduleEvent::Skipped { count, because } = event {
+                assert_eq!(*because, SkipReason::NotDone);
                 *told.lock().expect("no panic") += count;
             }
         };
         let every = Every::Interval(Duration::from_millis(5));
         let schedule = Schedule { every, quiet: None };
-        Scheduler::start(Arc::clone(&world.vm), schedule, Box::new(tell)).expect("it starts")
+        Scheduler::start(Arc::clone(&world.vm), schedule, Arc::new(tell)).expect("it starts")
     };
     let totals = || world.vm.checkpoint_totals();
 
@@ -248,13 +257,17 @@ fn a_store_that_hangs_costs_moments_and_nothing_else() {
     wait_for("a checkpoint", || (totals().taken > 0).then_some(()));
     world.faults.hang();
     world.wait_taking();
-    std::thread::sleep(Duration::from_millis(50));
+    let before = totals();
+    // It shows while it lasts, which is when somebody should look.
+    let during =
+        wait_for("skips", || Some(totals().skipped).filter(|now| *now > before.skipped + 20));
+    let since_ms = |progress: ProgressReport| (progress.since_ms >= 100).then_some(());
+    wait_for("its age", || world.vm.checkpoint_progress().and_then(since_ms));
     world.faults.release();
-    wait_for("skips", || (totals().skipped > 3).then_some(()));
-    let taken = totals().taken;
-    wait_for("more", || (totals().taken > taken + 2).then_some(()));
+    wait_for("more", || (totals().taken > before.taken + 2).then_some(()));
+    assert!(totals().skipped >= during, "none of them is taken back");
     drop(scheduler);
-    assert!(*told.lock().expect("no panic") > 0, "it is said at once");
+    assert_eq!(*told.lock().expect("no panic"), totals().skipped, "all is said in the end");
 
     // Somebody else's hangs: those that are due are left out, one by one.
     world.faults.hang();
@@ -271,6 +284,123 @@ fn a_store_that_hangs_costs_moments_and_nothing_else() {
         drop(scheduler);
     });
     assert_eq!(totals().failed, 0);
+    world.expect_good(world.take().id);
+}
+
+#[test]
+fn a_guest_that_always_writes_is_waited_for_and_what_that_costs_is_told() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let world = World::with("busy", "touch=4MiB,rate=max,report=0");
+    let told = Arc::new(Mutex::new([0_u64; 3]));
+    let telling = Arc::clone(&told);
+    let tell = move |event: &ScheduleEvent<'_>| {
+        if let ScheduleEvent::Skipped { count, because } = event {
+            telling.lock().expect("no panic")[*because as usize] += count;
+        }
+    };
+    let every = Every::Interval(Duration::from_millis(5));
+    let schedule = Schedule { every, quiet: Some(Duration::from_secs(10)) };
+    let totals = || world.vm.checkpoint_totals();
+    let scheduler =
+        Scheduler::start(Arc::clone(&world.vm), schedule, Arc::new(tell)).expect("it starts");
+    // On a busy machine the guest may rest for a moment without wanting to.
+    let taken = wait_for("a while without one", || {
+        let before = totals();
+        std::thread::sleep(Duration::from_millis(300));
+        let after = totals();
+        // They are counted while one is waited for.
+        (after.taken == before.taken && after.skipped > before.skipped + 30).then_some(after.taken)
+    });
+    // This is a quiet moment.
+    world.vm.pause().expect("it runs");
+    wait_for("one", || (totals().taken > taken).then_some(()));
+    world.vm.go().expect("it goes on");
+    drop(scheduler);
+    let [not_done, quiet, failed] = *told.lock().expect("no panic");
+    assert!(quiet > 30 && failed == 0, "{quiet} for quiet, {not_done} not done");
+    assert_eq!(not_done + quiet, totals().skipped, "all is said in the end");
+    let id = world.take().id;
+    let saved = verify_snapshot(&world.store.snapshot(id).expect("it is published"));
+    assert!(saved.expect("saved memory is right").is_some());
+}
+
+#[test]
+fn checkpoints_that_fail_are_not_tried_all_the_time_and_their_pauses_count() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let world = World::new("full");
+    let first = world.take();
+    // Not even the trees of the next one fit.
+    world.faults.limit(1);
+    let every = Every::Interval(Duration::from_millis(5));
+    let schedule = Schedule { every, quiet: None };
+    let scheduler = Scheduler::start(Arc::clone(&world.vm), schedule, Arc::new(tell_nobody))
+        .expect("it starts");
+    let found = wait_for("failures", || {
+        let found = world.vm.checkpoint_statistics();
+        (found.totals.failed >= 3).then_some(found)
+    });
+    // 100 and 200 ms without, in which 60 were due.
+    assert!(found.totals.skipped >= 50, "{:?}", found.totals);
+    assert_eq!(found.totals.taken, 1);
+    assert_eq!(found.pause_us.count, 1 + found.totals.failed, "the guest stood still each time");
+    assert!(found.totals.pause_us_max >= found.pause_us.min && found.pause_us.min > 0);
+    assert_eq!(found.last.expect("the first").id, first.id);
+    world.faults.clear();
+    wait_for("more", || (world.vm.checkpoint_totals().taken > 3).then_some(()));
+    drop(scheduler);
+    world.expect_good(world.take().id);
+}
+
+#[test]
+fn a_checkpoint_that_the_end_overtakes_has_not_failed() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let world = World::new("over");
+    let last = world.take().id;
+    world.vm.stop();
+    // As one whose turn comes just then.
+    let refused = world.vm.checkpoint(&CheckpointRequest::default()).expect_err("it has ended");
+    assert!(refused.to_string().contains("has ended"), "{refused}");
+    let totals = world.vm.checkpoint_totals();
+    assert_eq!((totals.taken, totals.cancelled, totals.failed), (1, 1, 0));
+    assert_eq!(world.vm.head(), Some(last));
+}
+
+#[test]
+fn a_scheduler_that_cannot_go_on_says_so() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let world = World::new("unlucky");
+    let start = |every, quiet, tell| {
+        Scheduler::start(Arc::clone(&world.vm), Schedule { every, quiet }, tell)
+    };
+    // No clock can tell when these are over.
+    let (ms, ages) = (Duration::from_millis(1), Duration::MAX);
+    for (every, quiet) in [
+        (Every::Interval(ages), None),
+        (Every::Interval(Duration::ZERO), None),
+        (Every::Interval(ms), Some(ages)),
+        (Every::Continuous, Some(ages)),
+    ] {
+        let refused = start(every, quiet, Arc::new(tell_nobody)).expect_err("it is too long");
+        assert!(refused.to_string().contains("at most a hundred years"), "{refused}");
+    }
+    let died = Arc::new(AtomicBool::new(false));
+    let telling = Arc::clone(&died);
+    let tell = move |event: &ScheduleEvent<'_>| match event {
+        ScheduleEvent::Checkpoint(_) => panic!("on purpose"),
+        ScheduleEvent::Died => telling.store(true, Ordering::SeqCst),
+        ScheduleEvent::Skipped { .. } => {}
+    };
+    let scheduler = start(Every::Interval(ms), None, Arc::new(tell)).expect("it starts");
+    wait_for("the word of it", || died.load(Ordering::SeqCst).then_some(()));
+    drop(scheduler);
     world.expect_good(world.take().id);
 }
 
@@ -332,6 +462,8 @@ fn a_vm_being_suspended_neither_stops_nor_goes_on_but_can_change_its_mind() {
                 assert!(refused.to_string().contains("is being suspended: wait"), "{refused}");
             }
             assert_eq!(world.vm.head(), Some(head), "until the next is published");
+            // The guest waits for all of this.
+            std::thread::sleep(Duration::from_millis(50));
             let cancelled = gives_up.then(|| scope.spawn(|| world.vm.cancel_checkpoint()));
             if gives_up {
                 wait_for("the cancel", || {
@@ -345,8 +477,11 @@ fn a_vm_being_suspended_neither_stops_nor_goes_on_but_can_change_its_mind() {
                 assert!(cancelled.join().expect("an answer"));
                 assert!(suspended.expect_err("given up").is_cancelled());
                 assert!(!world.vm.is_paused() && world.vm.ended().is_none(), "it goes on");
+                let pauses = world.vm.checkpoint_statistics().pause_us;
+                assert!(pauses.count == 2 && pauses.max >= 50_000, "{pauses:?}");
             } else {
                 let report = suspended.expect("published");
+                assert!(report.stats.pause_us >= 50_000, "{report:?}");
                 assert_eq!((report.parent, world.vm.head()), (Some(head), Some(report.id)));
                 let ended = world.vm.wait_ended(Duration::from_secs(10));
                 assert_eq!(ended, Some(Ended::Suspended));
@@ -386,7 +521,7 @@ fn cancelling_from_the_command_line() {
         })
     });
     finished.expect_code(1).expect_says(&["cancelled", "nothing was published"]);
-    vm.event("checkpoint_cancelled");
+    assert_eq!(vm.event("checkpoint_cancelled")["vm"], "vm");
     assert_eq!(number(&vm.get("/vm")["checkpoints"], "cancelled"), 1);
     vm.verify_workload();
     host.frazil(&["checkpoint", "vm", "--cancel", "--exit"])

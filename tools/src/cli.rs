@@ -1,18 +1,23 @@
 //! The command line, as a person types it.
 
+mod parse;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::builder::RangedI64ValueParser;
 use clap::error::ErrorKind;
 use clap::{ArgGroup, Args, CommandFactory, Parser, Subcommand, ValueEnum};
-use frazil_snapstore::retention::{Policy, parse_within};
+use frazil_snapstore::retention::Policy;
 use frazil_snapstore::{Elide, SnapshotId};
 use frazil_vmm::dirty::TrackerKind;
 use frazil_vmm::disk::DiskConfig;
 use frazil_vmm::scheduler::Every;
 use frazil_vmm::workload::WorkloadSpec;
 use frazil_vmm::{NetConfig, VsockConfig};
+use parse::{
+    a_few, disk, elide, every, how_many, interval, net, percent, serial, size, tracker, vsock,
+    within, workload,
+};
 
 /// Freezes running virtual machines: a checkpoint is taken while the guest goes on and costs what
 /// changed; any checkpoint can be resumed at once, its memory arriving as it is touched.
@@ -102,141 +107,6 @@ pub(crate) enum SerialInput {
     None,
 }
 
-fn serial(text: &str) -> Result<SerialArg, String> {
-    Ok(match text {
-        "stdio" => SerialArg::Stdio,
-        "null" => SerialArg::Null,
-        "" => return Err("expected `stdio`, `null` or a file".into()),
-        path => SerialArg::File(path.into()),
-    })
-}
-
-fn size(text: &str) -> Result<u64, String> {
-    parse_size::Config::new()
-        .with_binary()
-        .parse_size(text)
-        .map_err(|error| format!("expected a size such as 512MiB or 4GiB ({error})"))
-}
-
-/// The file of a disk, and `,ro` if it is only read.
-fn disk(text: &str) -> Result<DiskConfig, String> {
-    let (file, read_only) = match text.strip_suffix(",ro") {
-        Some(file) => (file, true),
-        None => (text, false),
-    };
-    if file.is_empty() {
-        return Err("expected a file, or FILE,ro".into());
-    }
-    Ok(DiskConfig { file: file.into(), read_only, serial: None })
-}
-
-/// What a socket device leads to, and its address.
-fn vsock(text: &str) -> Result<VsockConfig, String> {
-    const EXPECTED: &str = "expected socket=PATH, cid=N,socket=PATH or `none`";
-    let (cid, on) = match text.strip_prefix("cid=").and_then(|rest| rest.split_once(',')) {
-        Some((cid, on)) => (Some(cid.parse().map_err(|_| EXPECTED.to_owned())?), on),
-        None => (None, text),
-    };
-    let socket = match on.strip_prefix("socket=") {
-        Some(path) if !path.is_empty() => Some(path.into()),
-        None if on == "none" => None,
-        _ => return Err(EXPECTED.into()),
-    };
-    Ok(VsockConfig { cid, socket })
-}
-
-/// What a network card is on, and its address.
-fn net(text: &str) -> Result<NetConfig, String> {
-    let (on, mac) = match text.split_once(",mac=") {
-        Some((on, mac)) => (on, Some(mac.parse()?)),
-        None => (text, None),
-    };
-    let tap = match on.strip_prefix("tap=") {
-        Some(name) if !name.is_empty() => Some(name.to_owned()),
-        None if on == "none" => None,
-        _ => return Err("expected tap=NAME, tap=NAME,mac=ADDRESS or `none`".into()),
-    };
-    Ok(NetConfig { tap, mac })
-}
-
-fn tracker(text: &str) -> Result<TrackerKind, String> {
-    match text {
-        "ring" => Ok(TrackerKind::Ring),
-        "manual-bitmap" => Ok(TrackerKind::ManualBitmap),
-        "bitmap" => Ok(TrackerKind::Bitmap),
-        _ => Err("expected `ring`, `manual-bitmap` or `bitmap`".into()),
-    }
-}
-
-fn workload(text: &str) -> Result<WorkloadSpec, String> {
-    text.parse::<WorkloadSpec>().map_err(|error| error.to_string())
-}
-
-fn interval(text: &str) -> Result<Duration, String> {
-    let interval = humantime::parse_duration(text)
-        .map_err(|error| format!("expected a time such as 100ms or 5s ({error})"))?;
-    if interval.is_zero() {
-        return Err("expected more than no time at all".into());
-    }
-    Ok(interval)
-}
-
-fn every(text: &str) -> Result<Every, String> {
-    match text {
-        "continuous" => Ok(Every::Continuous),
-        _ => {
-            interval(text).map(Every::Interval).map_err(|wrong| format!("{wrong}, or `continuous`"))
-        }
-    }
-}
-
-fn within(text: &str) -> Result<Duration, String> {
-    parse_within(text)
-}
-
-fn a_few() -> RangedI64ValueParser<u32> {
-    clap::value_parser!(u32).range(1..)
-}
-
-fn percent(text: &str) -> Result<f64, String> {
-    let number = text.strip_suffix('%').and_then(|number| number.trim().parse::<f64>().ok());
-    match number {
-        Some(number) if number.is_finite() && number >= 0.0 => Ok(number / 100.0),
-        _ => Err("expected a share such as 5% or 0%".into()),
-    }
-}
-
-fn how_many(text: &str) -> Result<usize, String> {
-    match text {
-        "all" => Ok(usize::MAX),
-        _ => text.parse().map_err(|_| "expected a number or `all`".into()),
-    }
-}
-
-fn elide(text: &str) -> Result<Elide, String> {
-    let mut elide = Elide::NONE;
-    match text {
-        "all" => return Ok(Elide::default()),
-        "none" => return Ok(elide),
-        _ => {}
-    }
-    for name in text.split(',') {
-        let switch = match name.trim() {
-            "zero" => &mut elide.zero,
-            "equal" => &mut elide.equal,
-            "dedup" => &mut elide.dedup,
-            "delta" => &mut elide.delta,
-            other => {
-                return Err(format!(
-                    "expected `all`, `none`, or some of zero,equal,dedup,delta; found `{other}`"
-                ));
-            }
-        };
-        *switch = true;
-    }
-    Ok(elide)
-}
-
 /// Wrong usage of `command` that shows only when its arguments are seen together.
 pub(crate) fn usage_error(command: &str, message: &str) -> clap::Error {
     let mut all = Cli::command();
@@ -319,7 +189,8 @@ pub(crate) struct HostArgs {
     pub dirty_tracking: Option<TrackerKind>,
     /// Memory that a checkpoint may take to copy pages aside while the guest runs. What is more
     /// stays in place, write-protected until it is written: the guest waits a little before it can
-    /// change such a page.
+    /// change such a page, while it is copied; and for as long as writing takes once four times as
+    /// much was copied (`cow_waits` in statistics and metrics).
     #[arg(long, value_name = "SIZE", default_value = "64MiB", value_parser = size)]
     pub staging: u64,
     /// Keep the guest from running for up to this share of the time while a checkpoint catches up with
@@ -377,8 +248,9 @@ pub(crate) struct ResumeArgs {
     pub no_fill: bool,
     /// Run so many VMs from it, called NAME-1, NAME-2 and so on, in processes of their own. They share
     /// the snapshot's memory, and so do those that are started later in this way: what one of them
-    /// touches is there for all, and what one writes is its own. Of more than one, serial output goes
-    /// nowhere unless --serial says where.
+    /// touches is there for all, and what one writes is its own. How memory comes in (--no-fill,
+    /// --fill-rate, --working-set, --record-working-set) is for the first of them to say. Of more than
+    /// one, serial output goes nowhere unless --serial says where.
     #[arg(long, value_name = "N", conflicts_with = "eager", value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub clones: Option<u32>,
     /// Bring memory in from this process, or from one of its own that is replaced if it dies.

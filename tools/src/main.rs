@@ -10,6 +10,7 @@ mod commands;
 mod console;
 mod demo;
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -21,7 +22,11 @@ fn main() -> ExitCode {
     let started = commands::Started::now();
     let cli = Cli::parse();
     let filter = EnvFilter::try_from_env("FRAZIL_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
     match run(cli, started) {
         Ok(code) => code,
         Err(error) => {
@@ -29,7 +34,7 @@ fn main() -> ExitCode {
                 usage.exit();
             }
             // Part of it may be what somebody else sent: a name, a message of a guest.
-            eprintln!("frazil: {}", output::plain(&format!("{error:#}")));
+            eprintln!("frazil: {}", output::plain(&output::error(&error)));
             ExitCode::FAILURE
         }
     }

@@ -98,6 +98,23 @@ pub(crate) fn time(unix_ms: u64) -> String {
     )
 }
 
+/// An error with what was tried before it, and what caused it. The errors of the libraries name their
+/// cause in their own text, since that is all that JSON and the control socket have of them; what was
+/// said is not said again.
+pub(crate) fn error(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain() {
+        let cause = cause.to_string();
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
+            text.push_str(": ");
+            text.push_str(&cause);
+        }
+    }
+    text
+}
+
 /// A bar on the terminal, nothing in a pipe.
 pub(crate) fn progress_bar(what: &'static str, unit: &str) -> ProgressBar {
     let bar = ProgressBar::new(0);
@@ -114,6 +131,35 @@ pub(crate) fn progress_bar(what: &'static str, unit: &str) -> ProgressBar {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use frazil_snapstore::StoreError;
+    use frazil_snapstore::pager::PagerError;
+    use frazil_vmm::VmmError;
+
+    #[test]
+    fn errors_are_told_with_their_causes_and_each_cause_once() {
+        let io = || std::io::Error::other("the medium says no");
+        let store = || StoreError::Io { op: "read", file: "seg".into(), source: io() };
+        let pager = PagerError::Store { region: "ram".into(), page: 7, source: store() };
+        let op = "watch".to_owned();
+        let all: [anyhow::Error; 6] = [
+            store().into(),
+            StoreError::Source { region: "ram".into(), page: 7, source: io() }.into(),
+            PagerError::Memory { op: "map", source: io() }.into(),
+            VmmError::Host { op, source: io() }.into(),
+            VmmError::from(store()).into(),
+            VmmError::from(pager).into(),
+        ];
+        for error in all {
+            // What JSON has of it is all there is.
+            assert!(error.to_string().contains("the medium says no"), "{error}");
+            let told = super::error(&error.context("cannot resume"));
+            assert!(told.starts_with("cannot resume: "), "{told}");
+            assert_eq!(told.matches("the medium says no").count(), 1, "{told}");
+            assert!(told.matches("cannot read seg").count() <= 1, "{told}");
+        }
+        let plain = anyhow::Error::new(io()).context("cannot start").context("cannot go on");
+        assert_eq!(super::error(&plain), "cannot go on: cannot start: the medium says no");
+    }
 
     #[test]
     fn what_a_terminal_would_obey_is_shown() {

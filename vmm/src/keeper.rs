@@ -19,6 +19,7 @@ use frazil_snapstore::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::checkpoint::stored_bytes;
 use crate::error::{Result, VmmError};
 use crate::vm::Vm;
 
@@ -312,8 +313,7 @@ fn read(store: &Arc<Store>, info: &SnapshotInfo, name: &str) -> Option<Known> {
     // Nobody knows whose a damaged one is: that is for a person to decide.
     let snapshot = store.snapshot(info.id).ok()?;
     let manifest = snapshot.manifest();
-    let stored_bytes = manifest.stats["frame_bytes"].as_u64().unwrap_or(0);
-    Some(Known { ours: manifest.name == name, stored_bytes })
+    Some(Known { ours: manifest.name == name, stored_bytes: stored_bytes(info, manifest) })
 }
 
 /// Prunes in a thread of its own, which others come before.

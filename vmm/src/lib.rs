@@ -35,6 +35,7 @@ mod workload_memory;
 
 pub use checkpoint::{
     CheckpointReport, CheckpointRequest, CheckpointStats, CheckpointTotals, ProgressReport, Round,
+    stored_bytes,
 };
 pub use error::{Result, VmmError};
 pub use machine::{

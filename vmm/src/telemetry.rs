@@ -1,7 +1,8 @@
 //! How a VM's checkpoints went: distributions, sums, and the last one.
 //!
 //! A checkpoint is recorded once it is published and the guest has long gone on: nothing here is
-//! part of a pause.
+//! part of a pause. Pauses are recorded also of those that fail after the cut: the guest has stood
+//! still for them all the same.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -9,7 +10,8 @@ use std::time::{Duration, Instant};
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::{CheckpointReport, CheckpointTotals};
+use crate::checkpoint::{CheckpointReport, CheckpointStats, CheckpointTotals};
+use crate::scheduler::Beat;
 use crate::vm::Vm;
 
 /// Significant digits that distributions keep.
@@ -91,6 +93,10 @@ pub struct CheckpointSums {
     pub protected_pages: u64,
     /// Of these, pages copied because the guest was about to change them.
     pub cow_pages: u64,
+    /// Times that a vCPU waited until such a page was written.
+    pub cow_waits: u64,
+    /// The longest of them, in microseconds: no sum.
+    pub cow_wait_us_max: u64,
     /// Pages written after the cut.
     pub commit_pages: u64,
     /// Pages that were all zero.
@@ -108,7 +114,8 @@ pub struct CheckpointSums {
 }
 
 /// `GET /checkpoints/statistics`: how the published checkpoints of a VM went, since it was booted
-/// or resumed.
+/// or resumed. Pauses and their parts are also those of checkpoints that failed, or were cancelled,
+/// after the guest had stood still; and not of those taken while it did so by the user's wish.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CheckpointStatistics {
     /// Counts, also of those that failed or were left out.
@@ -130,6 +137,24 @@ pub struct CheckpointStatistics {
     pub dirty_pages_per_s: Option<f64>,
     /// The last one.
     pub last: Option<CheckpointReport>,
+}
+
+/// For how long a checkpoint had the guest stand still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Pause {
+    /// In microseconds.
+    pub us: u64,
+    /// Of which: until every vCPU stood still.
+    pub quiesce_us: u64,
+    /// Of which: last harvest, copying, device state.
+    pub cut_us: u64,
+}
+
+impl Pause {
+    /// That of a checkpoint which has made its cut, or failed to.
+    pub(crate) fn of(stats: &CheckpointStats) -> Self {
+        Self { us: stats.pause_us, quiesce_us: stats.quiesce_us, cut_us: stats.cut_us }
+    }
 }
 
 /// Values of one kind: their histogram and, since that rounds, their sum.
@@ -194,11 +219,15 @@ struct Recorded {
 
 /// What a VM keeps of its checkpoints.
 #[derive(Debug)]
-pub(crate) struct Telemetry(Mutex<Recorded>);
+pub(crate) struct Telemetry {
+    recorded: Mutex<Recorded>,
+    /// The schedule's, while a checkpoint that was due is waited for or taken.
+    beat: Mutex<Option<Beat>>,
+}
 
 impl Default for Telemetry {
     fn default() -> Self {
-        Self(Mutex::new(Recorded {
+        let recorded = Mutex::new(Recorded {
             pause_us: Values::new(),
             quiesce_us: Values::new(),
             cut_us: Values::new(),
@@ -208,7 +237,8 @@ impl Default for Telemetry {
             dirty_pages_per_s: None,
             cut_at: Instant::now(),
             last: None,
-        }))
+        });
+        Self { recorded, beat: Mutex::default() }
     }
 }
 
@@ -222,8 +252,20 @@ impl Telemetry {
         self.recorded().record(report, cut_at);
     }
 
+    /// Counts a pause, whatever its checkpoint came to.
+    pub(crate) fn record_pause(&self, pause: Pause) {
+        let mut recorded = self.recorded();
+        recorded.pause_us.record(pause.us);
+        recorded.quiesce_us.record(pause.quiesce_us);
+        recorded.cut_us.record(pause.cut_us);
+    }
+
     fn recorded(&self) -> MutexGuard<'_, Recorded> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.recorded.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn beat(&self) -> MutexGuard<'_, Option<Beat>> {
+        self.beat.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn statistics(&self, totals: CheckpointTotals) -> CheckpointStatistics {
@@ -245,9 +287,6 @@ impl Telemetry {
 impl Recorded {
     fn record(&mut self, report: &CheckpointReport, cut_at: Instant) {
         let stats = &report.stats;
-        self.pause_us.record(stats.pause_us);
-        self.quiesce_us.record(stats.quiesce_us);
-        self.cut_us.record(stats.cut_us);
         self.duration_us.record(report.duration_us);
         self.dirty_pages.record(stats.dirty_pages);
         let sums = &mut self.sums;
@@ -257,6 +296,8 @@ impl Recorded {
         sums.cut_pages += stats.cut_pages;
         sums.protected_pages += stats.protected_pages;
         sums.cow_pages += stats.cow_pages;
+        sums.cow_waits += stats.cow_waits;
+        sums.cow_wait_us_max = sums.cow_wait_us_max.max(stats.cow_wait_us_max);
         sums.commit_pages += stats.commit_pages;
         sums.zero_pages += stats.zero_pages;
         sums.equal_pages += stats.equal_pages;
@@ -278,8 +319,50 @@ impl Vm {
     #[must_use]
     pub fn checkpoint_statistics(&self) -> CheckpointStatistics {
         // Both are recorded under the lock of the totals, so both are of the same moment.
-        let totals = self.totals.lock().unwrap_or_else(PoisonError::into_inner);
-        self.telemetry.statistics(*totals)
+        let totals = self.totals();
+        self.telemetry.statistics(self.with_missed(*totals))
+    }
+
+    /// What its checkpoints came to so far.
+    #[must_use]
+    pub fn checkpoint_totals(&self) -> CheckpointTotals {
+        let totals = self.totals();
+        self.with_missed(*totals)
+    }
+
+    fn totals(&self) -> MutexGuard<'_, CheckpointTotals> {
+        self.totals.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// With those that are being missed just now: a store that hangs shows while it does.
+    fn with_missed(&self, mut totals: CheckpointTotals) -> CheckpointTotals {
+        totals.skipped += self.telemetry.beat().map_or(0, |beat| beat.missed(Instant::now()));
+        totals
+    }
+
+    /// A checkpoint is due: what is missed meanwhile counts as left out.
+    pub(crate) fn expect_beat(&self, beat: Option<Beat>) {
+        let _totals = self.totals();
+        *self.telemetry.beat() = beat;
+    }
+
+    /// No checkpoint will be taken any more. Returns what was missed until now, which stays counted.
+    pub(crate) fn end_beat(&self) -> u64 {
+        let mut totals = self.totals();
+        let missed = self.telemetry.beat().take().map_or(0, |beat| beat.missed(Instant::now()));
+        totals.skipped += missed;
+        missed
+    }
+
+    /// The checkpoint that was due is over, and so many were left out for it.
+    pub(crate) fn count_beat(&self, left_out: u64) {
+        let mut totals = self.totals();
+        *self.telemetry.beat() = None;
+        totals.skipped += left_out;
+    }
+
+    pub(crate) fn count_skipped(&self, count: u64) {
+        self.totals().skipped += count;
     }
 }
 
@@ -292,7 +375,7 @@ mod tests {
         serde_json::from_value(json!({
             "vm": "v", "id": "00".repeat(32), "parent": null, "time_unix_ms": 1,
             "ram_bytes": 1 << 20, "dirty_pages": dirty_pages, "zero_pages": 1,
-            "precopied_pages": 2, "cut_pages": 3, "commit_pages": 5, "frame_bytes": 400, "rounds": [],
+            "precopied_pages": 2, "cut_pages": 3, "cow_waits": 2, "cow_wait_us_max": 50, "commit_pages": 5, "frame_bytes": 400, "rounds": [],
             "pause_us": pause_us, "quiesce_us": 7, "cut_us": 8, "go_on_us": 9, "precopy_us": 10,
             "meta_bytes": 50, "stored_bytes": 450, "commit_us": 0, "sync_us": 0,
             "duration_us": 5_000,
@@ -300,11 +383,16 @@ mod tests {
         .unwrap()
     }
 
+    fn record(telemetry: &Telemetry, report: &CheckpointReport) {
+        telemetry.record_pause(Pause::of(&report.stats));
+        telemetry.record(report);
+    }
+
     #[test]
     fn buckets_hold_each_value_once_and_bounds_belong_to_the_lower_one() {
         let telemetry = Telemetry::default();
         for pause_us in [0, 10, 11, 200, 201, 1_000_000, 2_000_000] {
-            telemetry.record(&report(pause_us, 5));
+            record(&telemetry, &report(pause_us, 5));
         }
         let found = telemetry.statistics(CheckpointTotals::default());
         let pause = &found.pause_us;
@@ -323,7 +411,18 @@ mod tests {
         assert_eq!(pause.p50, 200);
         assert_eq!(found.dirty_pages.sum, 35);
         assert_eq!((found.sums.frame_bytes, found.sums.meta_bytes), (2_800, 350));
+        assert_eq!((found.sums.cow_waits, found.sums.cow_wait_us_max), (14, 50));
         assert_eq!(found.last.unwrap().stats.pause_us, 2_000_000);
+    }
+
+    #[test]
+    fn a_pause_without_a_snapshot_is_a_pause() {
+        let telemetry = Telemetry::default();
+        telemetry.record_pause(Pause { us: 300, quiesce_us: 200, cut_us: 90 });
+        let found = telemetry.statistics(CheckpointTotals::default());
+        assert_eq!((found.pause_us.count, found.pause_us.max), (1, 300));
+        assert_eq!((found.quiesce_us.max, found.cut_us.max), (200, 90));
+        assert_eq!((found.duration_us.count, found.last), (0, None));
     }
 
     #[test]
@@ -350,8 +449,8 @@ mod tests {
     #[test]
     fn values_as_large_as_they_come_are_taken() {
         let telemetry = Telemetry::default();
-        telemetry.record(&report(u64::MAX, u64::MAX / 4));
-        telemetry.record(&report(u64::MAX, 0));
+        record(&telemetry, &report(u64::MAX, u64::MAX / 4));
+        record(&telemetry, &report(u64::MAX, 0));
         let found = telemetry.statistics(CheckpointTotals::default());
         assert_eq!((found.pause_us.count, found.pause_us.sum), (2, u64::MAX));
     }

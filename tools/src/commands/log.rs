@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use frazil_snapstore::{Manifest, SnapshotId, SnapshotInfo, Store};
+use frazil_vmm::stored_bytes;
 use serde_json::{Value, json};
 
 use super::graph::{self, Graph};
@@ -50,7 +51,7 @@ fn json_line(info: &SnapshotInfo, manifest: Result<Manifest, String>, tags: &[St
         Ok(manifest) => json!({
             "id": info.id, "parent": info.parent, "time_unix_ms": info.time_unix_ms,
             "vm": manifest.name, "message": manifest.message, "tags": tags,
-            "stats": manifest.stats,
+            "stored_bytes": stored_bytes(info, &manifest), "stats": manifest.stats,
         }),
         Err(error) => json!({"id": info.id, "error": error}),
     }
@@ -65,7 +66,7 @@ fn row(info: &SnapshotInfo, manifest: Result<Manifest, String>, tags: &[String])
             time,
             parent,
             output::count(figure(&manifest, "dirty_pages")),
-            output::bytes(figure(&manifest, "frame_bytes")),
+            output::bytes(stored_bytes(info, &manifest)),
             output::micros(figure(&manifest, "pause_us")),
             manifest.name.clone(),
             what(tags, &manifest.message),
@@ -104,7 +105,7 @@ fn graph_line(info: &SnapshotInfo, manifest: Result<Manifest, String>, tags: &[S
         Ok(manifest) => format!(
             "{id}{tags}  {time}  {:>9} pages  {:>10}  {:>8}  {}  {}",
             output::count(figure(&manifest, "dirty_pages")),
-            output::bytes(figure(&manifest, "frame_bytes")),
+            output::bytes(stored_bytes(info, &manifest)),
             output::micros(figure(&manifest, "pause_us")),
             manifest.name,
             manifest.message.lines().next().unwrap_or_default(),

@@ -10,6 +10,7 @@ pub(crate) mod pager;
 pub(crate) mod retention;
 pub(crate) mod run;
 pub(crate) mod show;
+mod tell;
 pub(crate) mod top;
 pub(crate) mod verify;
 

@@ -1,16 +1,15 @@
 //! `frazil run` and `frazil resume`: a VM in this process, until it ends.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use frazil_snapstore::{SnapshotId, Store, StoreOptions};
 use frazil_vmm::boot::{BootSource, Kernel};
 use frazil_vmm::confine;
-use frazil_vmm::control::{Registration, Server};
+use frazil_vmm::control::{Registration, Server, memory_socket};
 use frazil_vmm::devices::serial::SerialOutput;
 use frazil_vmm::disk::OverlayOptions;
 use frazil_vmm::keeper::{Keeper, Kept};
@@ -22,15 +21,16 @@ use serde_json::{Value, json};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
+use super::tell::Teller;
 use super::{Started, clones, default_store, find_snapshot, monotonic_ns, pager, print_json};
-use crate::cli::{ClockArg, HostArgs, PagerArg, ResumeArgs, RunArgs, SerialArg, SerialInput};
+use crate::cli::{
+    ClockArg, HostArgs, PagerArg, ResumeArgs, RunArgs, SerialArg, SerialInput, WorkingSetArg,
+};
 use crate::console::{self, Console};
 use crate::output;
 
 /// Signals that come so soon after the first are the same one.
 const SIGNAL_ECHO: Duration = Duration::from_millis(500);
-/// How often a failure that repeats itself is told.
-const REPEAT_AFTER: Duration = Duration::from_secs(10);
 /// How long the counters may take to be read before the guest runs all the same.
 const FIRST_READ_PATIENCE: Duration = Duration::from_secs(5);
 /// How long first progress of a resumed workload is waited for before it is not reported.
@@ -85,6 +85,9 @@ pub(crate) fn resume(args: ResumeArgs, json: bool, started: Started) -> anyhow::
     let id = args.exactly.unwrap_or(named);
     // It must not be pruned away under the VM, though it may be forgotten.
     let snapshot = store.pin(id)?;
+    if args.clones.is_some() {
+        warn_of_ignored_paging(&args, id)?;
+    }
     if let Some(count) = args.clones.filter(|count| *count > 1) {
         return clones::run(&args, count, &path, id);
     }
@@ -116,6 +119,26 @@ pub(crate) fn resume(args: ResumeArgs, json: bool, started: Started) -> anyhow::
         paused,
         first_progress: Some(started),
     })
+}
+
+/// Memory that is shared comes in as whoever was first wanted it to.
+fn warn_of_ignored_paging(args: &ResumeArgs, id: SnapshotId) -> anyhow::Result<()> {
+    let given = [
+        ("--no-fill", args.no_fill),
+        ("--fill-rate", args.fill_rate.is_some()),
+        ("--working-set", args.working_set != WorkingSetArg::Auto),
+        ("--record-working-set", args.record_working_set.is_some()),
+    ];
+    let given: Vec<&str> = given.iter().filter(|(_, is)| *is).map(|(name, _)| *name).collect();
+    if !given.is_empty() && frazil_snapstore::pager::connect(&memory_socket(id)?).is_ok() {
+        eprintln!(
+            "frazil: ignored: {}: VMs that run have the memory of snapshot {} already, and it comes \
+             in as the first of them wanted",
+            given.join(", "),
+            id.short()
+        );
+    }
+    Ok(())
 }
 
 /// How the memory of a resumed VM is to come back.
@@ -158,8 +181,10 @@ fn serve(session: Session) -> anyhow::Result<ExitCode> {
     let Session { vm, registration, host, store_path, json, paused, first_progress } = session;
     stop_on_signals(&vm)?;
     let console = start_console(&vm, &host, json)?;
-    let printer = move |taken: &frazil_vmm::Result<CheckpointReport>| print_checkpoint(taken, json);
-    let server = Server::start(Arc::clone(&vm), &registration.record().socket, Arc::new(printer))?;
+    let teller = Teller::new(&vm, json);
+    let telling = teller.clone();
+    let tell = move |taken: &frazil_vmm::Result<CheckpointReport>| telling.checkpoint(taken);
+    let server = Server::start(Arc::clone(&vm), &registration.record().socket, Arc::new(tell))?;
     announce(&vm, &registration, &store_path, json, console.as_ref())?;
     if let Some(started) = first_progress {
         watch_first_progress(&vm, started, json);
@@ -171,8 +196,8 @@ fn serve(session: Session) -> anyhow::Result<ExitCode> {
     {
         return Err(error.into());
     }
-    let scheduler = start_scheduler(&vm, &host, json)?;
-    let keeper = start_keeper(&vm, &host, json)?;
+    let scheduler = start_scheduler(&vm, &host, &teller)?;
+    let keeper = start_keeper(&vm, &host, teller)?;
     let ended = loop {
         if let Some(ended) = vm.wait_ended(Duration::from_hours(1)) {
             break ended;
@@ -188,9 +213,10 @@ fn serve(session: Session) -> anyhow::Result<ExitCode> {
     drop(console);
     let totals = vm.checkpoint_totals();
     let code = say_ended(&vm, &ended, json)?;
-    if !json && totals.taken + totals.failed > 0 {
+    if !json && totals.taken + totals.failed + totals.cancelled + totals.skipped > 0 {
         eprintln!(
-            "frazil: {} checkpoints ({} failed, {} cancelled, {} skipped), {} pages, {} stored, longest pause {}",
+            "frazil: VM `{}`: {} checkpoints ({} failed, {} cancelled, {} skipped), {} pages, {} stored, longest pause {}",
+            vm.name(),
             totals.taken,
             totals.failed,
             totals.cancelled,
@@ -219,44 +245,25 @@ fn start_console(vm: &Arc<Vm>, host: &HostArgs, json: bool) -> anyhow::Result<Op
     }
 }
 
-fn start_scheduler(vm: &Arc<Vm>, host: &HostArgs, json: bool) -> anyhow::Result<Option<Scheduler>> {
+fn start_scheduler(
+    vm: &Arc<Vm>,
+    host: &HostArgs,
+    teller: &Teller,
+) -> anyhow::Result<Option<Scheduler>> {
     let Some(every) = host.checkpoint_every else { return Ok(None) };
     let schedule = Schedule { every, quiet: host.checkpoint_quiet };
-    let tell = move |event: &ScheduleEvent<'_>| match event {
-        ScheduleEvent::Checkpoint(taken) => print_checkpoint(taken, json),
-        ScheduleEvent::Skipped(count) if json => {
-            outln!("{}", json!({"event": "checkpoints_skipped", "count": count}));
-        }
-        ScheduleEvent::Skipped(count) => eprintln!(
-            "frazil: {} checkpoints left out because the one before was not done: the store is \
-             slower than --checkpoint-every asks for",
-            output::count(*count)
-        ),
-    };
-    Ok(Some(Scheduler::start(Arc::clone(vm), schedule, Box::new(tell))?))
+    let teller = teller.clone();
+    let tell = move |event: &ScheduleEvent<'_>| teller.schedule(event);
+    Ok(Some(Scheduler::start(Arc::clone(vm), schedule, Arc::new(tell))?))
 }
 
-fn start_keeper(vm: &Arc<Vm>, host: &HostArgs, json: bool) -> anyhow::Result<Option<Keeper>> {
+fn start_keeper(vm: &Arc<Vm>, host: &HostArgs, teller: Teller) -> anyhow::Result<Option<Keeper>> {
     let policy = host.keep.policy();
     if policy.is_empty() {
         return Ok(None);
     }
-    let tell = move |kept: &frazil_vmm::Result<Kept>| print_kept(kept, json);
+    let tell = move |kept: &frazil_vmm::Result<Kept>| teller.kept(kept);
     Ok(Some(Keeper::start(Arc::clone(vm), policy, Box::new(tell))?))
-}
-
-fn print_kept(kept: &frazil_vmm::Result<Kept>, json: bool) {
-    match kept {
-        Ok(Kept { forgotten, left, pruned }) if json => outln!(
-            "{}",
-            json!({"event": "kept", "forgotten": forgotten, "left": left, "prune": pruned})
-        ),
-        Ok(_) => {}
-        Err(error) if json => {
-            outln!("{}", json!({"event": "keep_failed", "error": error.to_string()}));
-        }
-        Err(error) => complain("snapshots cannot be kept to the rules", &error.to_string()),
-    }
 }
 
 fn vm_name(host: &HostArgs) -> String {
@@ -343,37 +350,6 @@ fn announce(
     Ok(())
 }
 
-fn print_checkpoint(taken: &frazil_vmm::Result<CheckpointReport>, json: bool) {
-    if json {
-        let event = match taken {
-            Ok(report) => serde_json::to_value(report).map(|mut value| {
-                value["event"] = Value::from("checkpoint");
-                value
-            }),
-            Err(error) if error.is_cancelled() => Ok(json!({"event": "checkpoint_cancelled"})),
-            Err(error) => Ok(json!({"event": "checkpoint_failed", "error": error.to_string()})),
-        };
-        if let Ok(event) = event {
-            outln!("{event}");
-        }
-    } else if let Err(error) = taken {
-        let what = if error.is_cancelled() { "checkpoint given up" } else { "checkpoint failed" };
-        complain(what, &error.to_string());
-    }
-}
-
-/// Says that something failed; the same failure again and again only every so often.
-fn complain(what: &'static str, error: &str) {
-    static LAST: Mutex<BTreeMap<&str, (String, Instant)>> = Mutex::new(BTreeMap::new());
-    let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
-    let repeated =
-        last.get(what).is_some_and(|(said, when)| said == error && when.elapsed() < REPEAT_AFTER);
-    if !repeated {
-        last.insert(what, (error.to_owned(), Instant::now()));
-        eprintln!("frazil: {what}, the guest goes on: {error}");
-    }
-}
-
 /// Tells when the built-in guest of a resumed VM has done its first work.
 fn watch_first_progress(vm: &Arc<Vm>, started: Started, json: bool) {
     // Reading the guest's counters may need its memory: never on the thread that has to notice
@@ -396,7 +372,8 @@ fn watch_first_progress(vm: &Arc<Vm>, started: Started, json: bool) {
                     );
                 } else {
                     eprintln!(
-                        "frazil: the guest made progress {ms:.1} ms after this process started"
+                        "frazil: the guest of VM `{}` made progress {ms:.1} ms after this process started",
+                        vm.name()
                     );
                 }
                 return;
@@ -419,6 +396,7 @@ fn say_ended(vm: &Vm, ended: &Ended, json: bool) -> anyhow::Result<ExitCode> {
         let mut event = serde_json::to_value(ended)?;
         event["event"] = Value::from("ended");
         event["vm"] = Value::from(vm.name());
+        event["checkpoints"] = serde_json::to_value(vm.checkpoint_totals())?;
         print_json(&event)?;
     }
     let name = vm.name();

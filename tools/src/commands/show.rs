@@ -1,5 +1,7 @@
 //! `frazil show`: what a snapshot is.
 
+use std::fmt::Write;
+
 use frazil_snapstore::{Manifest, StateChunk, Store};
 use serde_json::{Value, json};
 
@@ -113,16 +115,69 @@ fn show_value(value: &Value, indent: &str) {
     }
 }
 
-/// Registers, four to a line.
+/// Registers, as many to a line as fit; what is longer has a line of its own.
 fn show_fields(fields: &serde_json::Map<String, Value>, indent: &str) {
-    let texts: Vec<String> = fields
-        .iter()
-        .map(|(name, value)| {
-            format!("{name:<7}{}", value.as_str().map_or_else(|| value.to_string(), str::to_owned))
-        })
-        .collect();
-    for line in texts.chunks(4) {
-        let line: String = line.iter().map(|text| format!("{text:<28}")).collect();
-        outln!("{indent}{}", line.trim_end());
+    lines_of(fields).iter().for_each(|line| outln!("{indent}{line}"));
+}
+
+/// Columns of a name and its value; two blanks at least are between two of them.
+const FIELD_COLUMNS: usize = 28;
+/// Columns of a name, if it is no longer.
+const NAME_COLUMNS: usize = 6;
+/// Fields to a line.
+const FIELDS_PER_LINE: usize = 4;
+
+fn lines_of(fields: &serde_json::Map<String, Value>) -> Vec<String> {
+    let (mut lines, mut line, mut on_line) = (Vec::new(), String::new(), 0);
+    let mut end = |line: &mut String, on_line: &mut usize| {
+        if *on_line > 0 {
+            lines.push(std::mem::take(line).trim_end().to_owned());
+            *on_line = 0;
+        }
+    };
+    for (name, value) in fields {
+        let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        let text = format!("{name:<NAME_COLUMNS$} {value}");
+        let is_long = text.chars().count() + 2 > FIELD_COLUMNS;
+        if is_long {
+            end(&mut line, &mut on_line);
+        }
+        let _to_memory = write!(line, "{text:<FIELD_COLUMNS$}");
+        on_line += 1;
+        if is_long || on_line == FIELDS_PER_LINE {
+            end(&mut line, &mut on_line);
+        }
+    }
+    end(&mut line, &mut on_line);
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_values_stand_apart_and_long_ones_alone() {
+        let fields = serde_json::json!({
+            "r8": "0x0123456789abcdef", "r9": "0x0", "rflags": "0x2", "rip": "0x1", "rsp": "0x8",
+            "cmdline": "console=ttyS0 reboot=k panic=1 quiet", "initrd": "/inner.cpio",
+            "error_code": 0,
+        });
+        let lines = lines_of(fields.as_object().unwrap());
+        let all = lines.join("\n");
+        for (name, value) in fields.as_object().unwrap() {
+            let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+            let at = all.find(&format!("{name} ")).unwrap_or_else(|| panic!("{name} in\n{all}"));
+            let rest = all[at + name.len()..].trim_start_matches(' ');
+            assert!(rest.starts_with(&value), "{name}:\n{all}");
+            let after = &rest[value.len()..];
+            assert!(
+                after.is_empty() || after.starts_with('\n') || after.starts_with("  "),
+                "{all}"
+            );
+        }
+        let alone = "cmdline console=ttyS0 reboot=k panic=1 quiet";
+        assert!(lines.iter().any(|line| line == alone), "{all}");
+        assert!(lines.len() < 6, "short ones share lines:\n{all}");
     }
 }

@@ -25,12 +25,15 @@ use crate::line::{AtRest, Line};
 use crate::machine::MACHINE_CHUNK;
 use crate::memory::RAM_REGION;
 use crate::state::chunk;
+use crate::telemetry::Pause;
 use crate::turns::Turn;
 use crate::vcpu::{CapturedVcpu, Ended};
 use crate::vm::{GoesOn, Vm, vcpu_chunk};
 
 pub use progress::{CheckpointProgress, ProgressReport};
-pub use report::{CheckpointReport, CheckpointRequest, CheckpointStats, CheckpointTotals, Round};
+pub use report::{
+    CheckpointReport, CheckpointRequest, CheckpointStats, CheckpointTotals, Round, stored_bytes,
+};
 pub(crate) use staging::Staging;
 
 /// So few pages are copied in the pause without another thought: in about the time it takes to find
@@ -92,11 +95,22 @@ impl Vm {
         turn: &Turn<'_>,
         request: &CheckpointRequest,
     ) -> Result<CheckpointReport> {
+        let mut pause = None;
         let taken = Checkpoint::begin(self, request, turn.since).and_then(|mut checkpoint| {
             checkpoint.precopy()?;
             checkpoint.stage()?;
-            let cut = checkpoint.quiesce_cut_and_go_on()?;
-            checkpoint.commit(cut)
+            let at_rest = self.is_paused();
+            let cut = checkpoint.quiesce_cut_and_go_on();
+            // The guest has stood still, whatever becomes of the checkpoint; unless it did anyway.
+            pause = (!at_rest).then(|| Pause::of(&checkpoint.stats));
+            let cut_at = Instant::now();
+            let mut taken = checkpoint.commit(cut?);
+            if let Some(pause) = pause.as_mut().filter(|_| request.exit) {
+                // It did not go on before the commit was over.
+                pause.us += taken.as_ref().map_or_else(|_| us(cut_at.elapsed()), |it| it.commit_us);
+                taken.iter_mut().for_each(|report| report.stats.pause_us = pause.us);
+            }
+            taken
         });
         self.progress.set(None);
         self.line
@@ -105,17 +119,21 @@ impl Vm {
             .staging
             .trim(STAGING_PAGES_KEPT_MAX);
         let mut totals = self.totals.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(pause) = pause {
+            totals.pause_us_max = totals.pause_us_max.max(pause.us);
+            self.telemetry.record_pause(pause);
+        }
         match &taken {
             Ok(report) => {
                 totals.taken += 1;
                 totals.pages += report.stats.precopied_pages + report.stats.commit_pages;
                 totals.stored_bytes += report.stored_bytes;
-                totals.pause_us_max = totals.pause_us_max.max(report.stats.pause_us);
                 self.telemetry.record(report);
                 turn.published();
                 self.keeping.published();
             }
-            Err(error) if error.is_cancelled() => totals.cancelled += 1,
+            // Whatever it says: the VM's end came in between, and nobody misses it.
+            Err(error) if error.is_cancelled() || self.ended().is_some() => totals.cancelled += 1,
             Err(_) => totals.failed += 1,
         }
         taken
@@ -145,16 +163,6 @@ impl Vm {
     #[must_use]
     pub fn checkpoint_progress(&self) -> Option<ProgressReport> {
         self.progress.report()
-    }
-
-    /// What its checkpoints came to so far.
-    #[must_use]
-    pub fn checkpoint_totals(&self) -> CheckpointTotals {
-        *self.totals.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(crate) fn count_skipped(&self, count: u64) {
-        self.totals.lock().unwrap_or_else(PoisonError::into_inner).skipped += count;
     }
 }
 
@@ -398,6 +406,8 @@ impl<'a> Checkpoint<'a> {
             let written = protected.write(&mut self.transaction, self.region)?;
             self.stats.committed(&written);
             self.stats.cow_pages = protected.copied();
+            self.stats.cow_waits = protected.waits().count;
+            self.stats.cow_wait_us_max = us(protected.waits().longest);
         }
         let written = self.transaction.write_pages(self.region, &set, &staged)?;
         self.stats.committed(&written);

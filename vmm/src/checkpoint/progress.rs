@@ -2,6 +2,7 @@
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use frazil_snapstore::Progress;
 use serde::{Deserialize, Serialize};
@@ -9,7 +10,7 @@ use serde::{Deserialize, Serialize};
 /// Where the checkpoint being taken is; for progress bars.
 #[derive(Debug, Default)]
 pub struct CheckpointProgress {
-    current: Mutex<Option<Arc<Progress>>>,
+    current: Mutex<Option<(Arc<Progress>, Instant)>>,
 }
 
 /// How far a checkpoint has come.
@@ -21,6 +22,9 @@ pub struct ProgressReport {
     pub pages_done: u64,
     /// Bytes appended for them.
     pub stored_bytes: u64,
+    /// Time since it was begun, in milliseconds.
+    #[serde(default)]
+    pub since_ms: u64,
     /// It is being given up.
     #[serde(default)]
     pub cancelled: bool,
@@ -28,23 +32,25 @@ pub struct ProgressReport {
 
 impl CheckpointProgress {
     pub(super) fn set(&self, progress: Option<Arc<Progress>>) {
-        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = progress;
+        let current = progress.map(|progress| (progress, Instant::now()));
+        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = current;
     }
 
     /// Makes the checkpoint being taken fail, if one is.
     pub fn cancel(&self) {
         let current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
-        current.iter().for_each(|progress| progress.cancel());
+        current.iter().for_each(|(progress, _)| progress.cancel());
     }
 
     /// How far the checkpoint being taken has come, if one is.
     #[must_use]
     pub fn report(&self) -> Option<ProgressReport> {
         let current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
-        current.as_ref().map(|progress| ProgressReport {
+        current.as_ref().map(|(progress, begun)| ProgressReport {
             pages_total: progress.pages_total.load(Ordering::Relaxed),
             pages_done: progress.pages_done.load(Ordering::Relaxed),
             stored_bytes: progress.stored_bytes.load(Ordering::Relaxed),
+            since_ms: u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX),
             cancelled: progress.is_cancelled(),
         })
     }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use frazil_snapstore::{SnapshotId, WriteStats};
+use frazil_snapstore::{Manifest, SnapshotId, SnapshotInfo, WriteStats};
 use serde::{Deserialize, Serialize};
 
 use super::us;
@@ -61,6 +61,12 @@ pub struct CheckpointStats {
     /// Of those, pages copied because it was.
     #[serde(default)]
     pub cow_pages: u64,
+    /// Times that a vCPU waited until such a page was written, because as many were copied as may be.
+    #[serde(default)]
+    pub cow_waits: u64,
+    /// The longest of them, in microseconds. It is not part of the pause.
+    #[serde(default)]
+    pub cow_wait_us_max: u64,
     /// Pages written after the cut: those copied aside, those copied in the pause, and those left
     /// in place.
     #[serde(default)]
@@ -79,7 +85,8 @@ pub struct CheckpointStats {
     pub frame_bytes: u64,
     /// Pre-copy rounds.
     pub rounds: Vec<Round>,
-    /// From the first kick until every vCPU was on its way again, in microseconds.
+    /// From the first kick until every vCPU was on its way again, in microseconds. If the guest does
+    /// not go on, until it was published; in the manifest, which is written before, until the cut.
     pub pause_us: u64,
     /// Of which: until every vCPU stood still.
     pub quiesce_us: u64,
@@ -130,17 +137,26 @@ pub struct CheckpointTotals {
     pub taken: u64,
     /// Failed; the dirty pages went into the next one.
     pub failed: u64,
-    /// Given up because somebody asked for that; the same goes for their pages.
+    /// Given up because somebody asked for that, or the VM ended; the same goes for their pages.
     #[serde(default)]
     pub cancelled: u64,
-    /// Periodic ones left out because the one before was not done.
+    /// Periodic ones left out: the one before was not done, waited for a quiet moment, or had failed.
+    /// Those that are being missed just now are among them.
     pub skipped: u64,
     /// Pages written.
     pub pages: u64,
     /// Bytes written.
     pub stored_bytes: u64,
-    /// The longest pause, in microseconds.
+    /// The longest pause, in microseconds; also of one that failed once the guest had stood still.
     pub pause_us_max: u64,
+}
+
+/// Bytes that a snapshot added to its store, as its report had it: frames, nodes, state and the
+/// manifest. Snapshots of before manifests told of the nodes lack those.
+#[must_use]
+pub fn stored_bytes(info: &SnapshotInfo, manifest: &Manifest) -> u64 {
+    let figure = |name: &str| manifest.stats[name].as_u64().unwrap_or(0);
+    figure("frame_bytes") + figure("meta_bytes") + info.manifest_bytes()
 }
 
 impl CheckpointStats {

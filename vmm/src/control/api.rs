@@ -97,7 +97,7 @@ impl VmStatus {
             pager: vm.pager_stats(),
             pager_process,
             pager_deaths,
-            serial_dropped_bytes: vm.bus.serial().dropped_bytes(),
+            serial_dropped_bytes: vm.bus.serial_dropped_bytes(),
         }
     }
 }

@@ -26,6 +26,11 @@ pub(super) fn of(vm: &Vm) -> String {
     machine(&mut page, &status, vm.ram().allocated_bytes());
     exits(&mut page, vm.vcpus.exits());
     checkpoints(&mut page, &vm.checkpoint_statistics());
+    page.gauge(
+        "frazil_checkpoint_in_progress_seconds",
+        "How long ago the checkpoint that is being taken was begun; 0 if none is.",
+        status.checkpoint_in_progress.map_or(0.0, |progress| progress.since_ms as f64 / 1e3),
+    );
     rewinds(&mut page, &status);
     keep(&mut page, &status);
     pager(&mut page, &status);
@@ -120,6 +125,17 @@ fn pages(page: &mut Page, sums: &CheckpointSums) {
             ("cow", sums.cow_pages),
         ],
     );
+    page.counter(
+        "frazil_checkpoint_cow_waits_total",
+        "Times that a vCPU waited until a page left in place was written, because as many were \
+         copied as may be.",
+        sums.cow_waits,
+    );
+    page.gauge(
+        "frazil_checkpoint_cow_wait_max_seconds",
+        "The longest of these waits. None of them is part of a pause.",
+        sums.cow_wait_us_max as f64 / MICROSECONDS,
+    );
 }
 
 fn checkpoints(page: &mut Page, found: &CheckpointStatistics) {
@@ -127,7 +143,7 @@ fn checkpoints(page: &mut Page, found: &CheckpointStatistics) {
     page.labelled(
         "frazil_checkpoints_total",
         "counter",
-        "Checkpoints: published, failed, cancelled, or left out because one was being taken.",
+        "Checkpoints: published, failed, cancelled, or left out though they were due.",
         "result",
         &[
             ("taken", totals.taken),
@@ -137,7 +153,7 @@ fn checkpoints(page: &mut Page, found: &CheckpointStatistics) {
         ],
     );
     for (name, help, values) in [
-        ("pause", "How long the guest stood still.", &found.pause_us),
+        ("pause", "How long the guest stood still for a checkpoint.", &found.pause_us),
         ("quiesce", "Of the pause: until every vCPU stood still.", &found.quiesce_us),
         ("cut", "Of the pause: last harvest, copying, device state.", &found.cut_us),
         ("duration", "From the request to the publication.", &found.duration_us),

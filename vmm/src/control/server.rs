@@ -30,11 +30,6 @@ use crate::vm::Vm;
 
 /// Connections whose request has not arrived yet; one more, and the oldest of them is closed.
 const MAX_WAITING: usize = 128;
-/// Requests served at once; a checkpoint's lasts as long as the checkpoint.
-const MAX_REQUESTS: usize = 32;
-/// Of these, requests that may take as long as they like: checkpoints wait for each other. The rest
-/// are answered at once, and always have room.
-const MAX_SLOW_REQUESTS: usize = 8;
 /// How long a request may take to arrive.
 const REQUEST_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a client may take to read its answer.
@@ -53,15 +48,62 @@ pub struct Server {
     thread: Option<JoinHandle<()>>,
 }
 
+/// What a request may have to wait for. Of each class only so many are served at once, and none
+/// takes the room of another: whatever hangs, the VM can be asked how it is, and told to stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Class {
+    /// It takes as long as it likes: checkpoints wait for each other.
+    Long,
+    /// It waits until what goes on in the VM is over: a checkpoint that is given up, a guest that
+    /// is looked at.
+    Turn,
+    /// It reads guest memory, which may have to come from the store first.
+    Memory,
+    /// It is answered at once.
+    AtOnce,
+}
+
+impl Class {
+    const ALL: [Self; 4] = [Self::Long, Self::Turn, Self::Memory, Self::AtOnce];
+
+    fn of(request: &Request) -> Self {
+        match request.method.as_str() {
+            "POST" => Self::Long,
+            "PUT" if request.path != "/vm/stop" => Self::Turn,
+            "GET" if request.path == "/workload" => Self::Memory,
+            _ => Self::AtOnce,
+        }
+    }
+
+    /// How many are served at once, and what one more is told of them.
+    fn limit(self) -> (usize, &'static str) {
+        match self {
+            Self::Long => (8, "checkpoints, rewinds and checks of memory are waited for"),
+            Self::Turn => (8, "requests wait for what the VM is doing"),
+            Self::Memory => (8, "requests read the guest's memory"),
+            Self::AtOnce => (32, "requests are being served"),
+        }
+    }
+}
+
 /// What the server's threads share.
 struct Shared {
     vm: Arc<Vm>,
     on_checkpoint: OnEvent,
     waiting: Waiting,
-    /// Requests being served.
-    active: AtomicUsize,
-    /// Of these, slow ones.
-    slow: AtomicUsize,
+    /// Requests being served, of each [`Class`].
+    active: [AtomicUsize; Class::ALL.len()],
+}
+
+impl Shared {
+    /// Counts a request in; None if there are as many of its class as may be.
+    fn enter(&self, class: Class) -> Option<Serving<'_>> {
+        Serving::enter(&self.active[class as usize], class.limit().0)
+    }
+
+    fn is_serving(&self) -> bool {
+        self.active.iter().any(|active| active.load(Ordering::Acquire) > 0)
+    }
 }
 
 impl std::fmt::Debug for Server {
@@ -86,8 +128,7 @@ impl Server {
             vm,
             on_checkpoint,
             waiting: Waiting::default(),
-            active: AtomicUsize::new(0),
-            slow: AtomicUsize::new(0),
+            active: std::array::from_fn(|_| AtomicUsize::new(0)),
         });
         let (stopped, serving) = (Arc::clone(&stop), Arc::clone(&shared));
         let thread = std::thread::Builder::new()
@@ -110,7 +151,7 @@ impl Drop for Server {
         }
         // The request that ended the VM still wants its answer.
         let until = Instant::now() + LAST_ANSWERS_PATIENCE;
-        while self.shared.active.load(Ordering::Acquire) > 0 && Instant::now() < until {
+        while self.shared.is_serving() && Instant::now() < until {
             std::thread::sleep(Duration::from_millis(1));
         }
         self.shared.waiting.close_all();
@@ -192,18 +233,21 @@ fn serve_connection(stream: &Arc<UnixStream>, shared: &Arc<Shared>) {
         .set_write_timeout(Some(ANSWER_PATIENCE))
         .map_err(|_| NoRequest::Gone)
         .and_then(|()| http::receive(stream, Instant::now() + REQUEST_PATIENCE));
-    match (received, Serving::enter(&shared.active, MAX_REQUESTS)) {
-        (Ok(request), Some(_serving)) => {
-            // From here on it is among the requests, and nobody closes it.
-            shared.waiting.remove(stream);
-            handle(stream, &request, shared);
+    match received {
+        Ok(request) => {
+            let class = Class::of(&request);
+            if let Some(_serving) = shared.enter(class) {
+                // From here on it is among the requests, and nobody closes it.
+                shared.waiting.remove(stream);
+                handle(stream, &request, shared);
+            } else {
+                let (most, what) = class.limit();
+                let error = format!("{most} {what} already: try again");
+                respond(stream, 503, &ApiError { error });
+            }
         }
-        (Ok(_), None) => {
-            let error = format!("{MAX_REQUESTS} requests are being served already: try again");
-            respond(stream, 503, &ApiError { error });
-        }
-        (Err(NoRequest::Refused(status, error)), _) => respond(stream, status, &ApiError { error }),
-        (Err(NoRequest::Gone), _) => {}
+        Err(NoRequest::Refused(status, error)) => respond(stream, status, &ApiError { error }),
+        Err(NoRequest::Gone) => {}
     }
     shared.waiting.remove(stream);
 }
@@ -224,17 +268,7 @@ impl Drop for Serving<'_> {
     }
 }
 
-/// True if it may wait for a checkpoint, or take long itself.
-fn is_slow(request: &Request) -> bool {
-    request.method == "POST"
-}
-
 fn handle(stream: &UnixStream, request: &Request, shared: &Shared) {
-    let slow = is_slow(request).then(|| Serving::enter(&shared.slow, MAX_SLOW_REQUESTS));
-    if matches!(slow, Some(None)) {
-        let error = format!("{MAX_SLOW_REQUESTS} checkpoints are waited for already: try again");
-        return respond(stream, 503, &ApiError { error });
-    }
     match route(request, &shared.vm, &shared.on_checkpoint) {
         Ok(Body::Json(value)) => respond(stream, 200, &value),
         Ok(Body::Metrics(text)) => {

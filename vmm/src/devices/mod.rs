@@ -8,7 +8,8 @@ pub mod rtc;
 pub mod serial;
 pub mod vmgenid;
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use frazil_snapstore::StateChunk;
 
@@ -68,6 +69,8 @@ impl CapturedDevices {
 #[derive(Debug)]
 pub struct Bus {
     serial: Mutex<SerialPort>,
+    /// The serial port's own, for those who must not wait for it.
+    serial_dropped_bytes: Arc<AtomicU64>,
     keyboard: I8042,
     power: Power,
     rtc: Option<Mutex<Rtc>>,
@@ -86,6 +89,7 @@ impl Bus {
         virtio: VirtioBus,
     ) -> Self {
         Self {
+            serial_dropped_bytes: serial.dropped_bytes(),
             serial: Mutex::new(serial),
             keyboard: I8042,
             power: Power,
@@ -93,6 +97,12 @@ impl Bus {
             generation,
             virtio,
         }
+    }
+
+    /// Bytes of serial output dropped because nobody read them in time.
+    #[must_use]
+    pub fn serial_dropped_bytes(&self) -> u64 {
+        self.serial_dropped_bytes.load(Ordering::Relaxed)
     }
 
     /// The serial port.

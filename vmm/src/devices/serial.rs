@@ -187,10 +187,10 @@ impl SerialPort {
         self.serial.writer_mut().finish();
     }
 
-    /// Bytes dropped because nobody read them in time.
+    /// Counts the bytes dropped because nobody read them in time.
     #[must_use]
-    pub fn dropped_bytes(&self) -> u64 {
-        self.serial.writer().dropped.load(Ordering::Relaxed)
+    pub fn dropped_bytes(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.serial.writer().dropped)
     }
 }
 

@@ -7,6 +7,7 @@
 mod plan;
 mod quiet;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
@@ -14,12 +15,14 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use frazil_snapstore::PageSet;
+use serde::Serialize;
 
 use crate::checkpoint::{CheckpointReport, CheckpointRequest};
 use crate::error::{Result, VmmError};
 use crate::vm::Vm;
 
-use plan::{Outcome, Plan, Skips};
+pub(crate) use plan::Beat;
+use plan::{LeftOut, Outcome, Plan, Skips};
 use quiet::{LOOK_EVERY, Quiet};
 
 /// How often to take a checkpoint.
@@ -31,6 +34,10 @@ pub enum Every {
     Continuous,
 }
 
+/// The longest interval, and the longest that a quiet moment is waited for: a hundred years. Clocks
+/// cannot add any time there is.
+pub const TIME_MAX: Duration = Duration::from_hours(36_525 * 24);
+
 /// When to take checkpoints.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Schedule {
@@ -41,18 +48,55 @@ pub struct Schedule {
     pub quiet: Option<Duration>,
 }
 
+/// Why checkpoints that were due were left out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SkipReason {
+    /// One was being taken: the one before, or one that somebody asked for.
+    NotDone,
+    /// The one before was waiting for a quiet moment.
+    Quiet,
+    /// The one before had failed, or was cancelled: the next is tried after a while.
+    Failed,
+}
+
 /// What the scheduler has to tell.
 #[derive(Debug)]
 pub enum ScheduleEvent<'a> {
     /// One was taken, or failed.
     Checkpoint(&'a Result<CheckpointReport>),
-    /// So many were left out since this was last told, because the one before was not done. Told
-    /// at once, and then only every so often.
-    Skipped(u64),
+    /// Some were left out since this was last told. Told at once, then only every so often, and
+    /// once more at the end.
+    Skipped {
+        /// How many, for this reason.
+        count: u64,
+        /// The reason.
+        because: SkipReason,
+    },
+    /// The scheduler failed: no more checkpoints are taken, and the guest goes on.
+    Died,
 }
 
 /// Called from the scheduler's thread.
-pub type OnEvent = Box<dyn Fn(&ScheduleEvent<'_>) + Send>;
+pub type OnEvent = Arc<dyn Fn(&ScheduleEvent<'_>) + Send + Sync>;
+
+impl Schedule {
+    fn check(&self) -> Result<()> {
+        let interval = match self.every {
+            Every::Interval(interval) => Some(interval),
+            Every::Continuous => None,
+        };
+        for time in [interval, self.quiet].into_iter().flatten() {
+            if time.is_zero() || time > TIME_MAX {
+                return Err(VmmError::Config(format!(
+                    "checkpoint schedule: expected times of more than none and at most a hundred \
+                     years, found {time:?}"
+                )));
+            }
+        }
+        Ok(())
+    }
+}
 
 /// Takes checkpoints by a [`Schedule`] until dropped: never two at once, and none that would have
 /// to wait for the one before. What is left out is counted among the VM's totals, and not made up
@@ -67,21 +111,28 @@ impl Scheduler {
     /// Starts taking checkpoints of `vm` by `schedule`.
     ///
     /// # Errors
-    /// [`VmmError::Host`] if its thread cannot be started.
+    /// [`VmmError::Config`] if a time is zero or longer than [`TIME_MAX`]; [`VmmError::Host`] if its
+    /// thread cannot be started.
     pub fn start(vm: Arc<Vm>, schedule: Schedule, on_event: OnEvent) -> Result<Self> {
+        schedule.check()?;
         let (stop, stopped) = crossbeam_channel::bounded::<()>(0);
         let work = Work {
             plan: Plan::new(schedule.every, Instant::now()),
             vm,
             schedule,
-            on_event,
+            on_event: Arc::clone(&on_event),
             skips: Skips::default(),
             quiet: Quiet::default(),
             saved_at_rest: None,
         };
         let thread = std::thread::Builder::new()
             .name("frazil-schedule".into())
-            .spawn(move || work.run(&stopped))
+            .spawn(move || {
+                // What a panic says was said by the panic hook.
+                if catch_unwind(AssertUnwindSafe(|| work.run(&stopped))).is_err() {
+                    on_event(&ScheduleEvent::Died);
+                }
+            })
             .map_err(VmmError::host("start the scheduler's thread"))?;
         Ok(Self { stop: Some(stop), thread: Some(thread) })
     }
@@ -91,7 +142,7 @@ impl Drop for Scheduler {
     fn drop(&mut self) {
         self.stop = None;
         if let Some(thread) = self.thread.take() {
-            // A panic was reported by the panic hook.
+            // One that panicked has told so.
             let _joined = thread.join();
         }
     }
@@ -134,9 +185,12 @@ impl Work {
                 let _at_rest = self.plan.over(Outcome::Resting, Instant::now());
                 continue;
             }
+            // From here on it is counted what is missed, however long this takes.
+            self.vm.expect_beat(self.plan.beat());
             if !self.wait_for_quiet(stopped) {
-                return;
+                break;
             }
+            let begun = Instant::now();
             let request = CheckpointRequest::default();
             let taken = match self.schedule.every {
                 Every::Interval(_) => self.vm.checkpoint_if_idle(&request),
@@ -145,15 +199,18 @@ impl Work {
             };
             if matches!(&taken, Some(Err(_)) if self.vm.ended().is_some()) {
                 // Ended meanwhile: nothing failed.
-                return;
+                break;
             }
             self.saved_at_rest = at_rest.filter(|_| matches!(&taken, Some(Ok(_))));
-            self.tell(taken.as_ref());
+            self.tell(taken.as_ref(), begun);
         }
+        let mut rest = self.skips.rest();
+        rest.not_done += self.vm.end_beat();
+        self.say(rest);
     }
 
-    /// Counts and says what became of the one that was due.
-    fn tell(&mut self, taken: Option<&Result<CheckpointReport>>) {
+    /// Counts and says what became of the one that was due, and was begun at `begun`.
+    fn tell(&mut self, taken: Option<&Result<CheckpointReport>>, begun: Instant) {
         let now = Instant::now();
         taken.iter().for_each(|taken| (self.on_event)(&ScheduleEvent::Checkpoint(taken)));
         let outcome = match taken {
@@ -161,13 +218,23 @@ impl Work {
             Some(Err(_)) => Outcome::Failed,
             None => Outcome::LeftOut,
         };
-        let late = self.plan.over(outcome, now);
-        self.vm.count_skipped(late);
-        // The one that was left out has been counted already.
-        let skipped = late + u64::from(outcome == Outcome::LeftOut);
-        if let Some(count) = self.skips.add(skipped, now) {
-            tracing::warn!(count, "checkpoints were left out: the one before was not done");
-            (self.on_event)(&ScheduleEvent::Skipped(count));
+        let quiet = self.schedule.quiet.map_or(0, |_| self.plan.missed(begun));
+        let missed = self.plan.missed(now);
+        let all = self.plan.over(outcome, now);
+        self.vm.count_beat(all);
+        let left_out = LeftOut {
+            // One that was left out itself has been counted already.
+            not_done: missed - quiet + u64::from(outcome == Outcome::LeftOut),
+            quiet,
+            failed: all - missed,
+        };
+        let told = self.skips.add(left_out, now);
+        self.say(told);
+    }
+
+    fn say(&self, left_out: LeftOut) {
+        for (because, count) in left_out.reasons() {
+            (self.on_event)(&ScheduleEvent::Skipped { count, because });
         }
     }
 

@@ -2,9 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use super::Every;
+use super::{Every, SkipReason};
 
-/// How long continuous checkpoints pause after one that failed; twice as long after the next.
+/// How long there is no checkpoint after one that failed; twice as long after the next.
 const PAUSE_MIN: Duration = Duration::from_millis(100);
 /// What that comes to at the most.
 const PAUSE_MAX: Duration = Duration::from_secs(10);
@@ -24,6 +24,42 @@ pub(super) enum Outcome {
     LeftOut,
     /// Not needed: the guest stands still, and is saved.
     Resting,
+}
+
+/// The beat of a schedule, from a checkpoint that is due on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Beat {
+    due: Instant,
+    interval: Duration,
+}
+
+impl Beat {
+    /// How many more were due by `now`.
+    pub(crate) fn missed(self, now: Instant) -> u64 {
+        let late = now.saturating_duration_since(self.due).as_nanos();
+        u64::try_from(late / self.interval.as_nanos().max(1)).unwrap_or(u64::MAX)
+    }
+}
+
+/// How many were left out, and why.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct LeftOut {
+    pub not_done: u64,
+    pub quiet: u64,
+    pub failed: u64,
+}
+
+impl LeftOut {
+    /// Each reason there is, and how many for it.
+    pub fn reasons(self) -> impl Iterator<Item = (SkipReason, u64)> {
+        [
+            (SkipReason::NotDone, self.not_done),
+            (SkipReason::Quiet, self.quiet),
+            (SkipReason::Failed, self.failed),
+        ]
+        .into_iter()
+        .filter(|(_, count)| *count > 0)
+    }
 }
 
 /// When checkpoints are due.
@@ -48,32 +84,50 @@ impl Plan {
         self.due
     }
 
-    /// Plans the next one, now that it is known what became of the last. Returns how many were due
-    /// in between: those are left out, not made up for.
+    /// The beat from the one that is due on; None of continuous ones, which miss nothing.
+    pub fn beat(&self) -> Option<Beat> {
+        match self.every {
+            Every::Interval(interval) => Some(Beat { due: self.due, interval }),
+            Every::Continuous => None,
+        }
+    }
+
+    /// How many more were due by `now`.
+    pub fn missed(&self, now: Instant) -> u64 {
+        self.beat().map_or(0, |beat| beat.missed(now))
+    }
+
+    /// Plans the next one, now that it is known what became of the last. Returns how many are due
+    /// before it, and have been already or, after a failure, will be: those are left out, not made
+    /// up for.
     pub fn over(&mut self, outcome: Outcome, now: Instant) -> u64 {
         self.failed_in_a_row = match outcome {
             Outcome::Failed => self.failed_in_a_row.saturating_add(1),
             _ => 0,
         };
+        let not_before = match self.failed_in_a_row {
+            0 => now,
+            // The store is full, say: asking it all the time helps nobody, and each time the guest
+            // stands still.
+            n => now + (PAUSE_MIN * 2_u32.pow((n - 1).min(16))).min(PAUSE_MAX),
+        };
         match self.every {
             Every::Interval(interval) => {
                 self.due += interval;
-                if self.due > now {
+                if self.due > not_before {
                     return 0;
                 }
-                let late = now.saturating_duration_since(self.due).as_nanos();
+                let late = not_before.saturating_duration_since(self.due).as_nanos();
                 let beat = interval.as_nanos().max(1);
                 // On the beat as before, whatever was missed.
-                self.due =
-                    now + interval.saturating_sub(Duration::from_nanos((late % beat) as u64));
+                self.due = not_before
+                    + interval.saturating_sub(Duration::from_nanos((late % beat) as u64));
                 if outcome == Outcome::Resting { 0 } else { (late / beat + 1) as u64 }
             }
             Every::Continuous => {
-                self.due = match (outcome, self.failed_in_a_row) {
-                    (Outcome::Resting, _) => now + LOOK_AT_REST_EVERY,
-                    (_, 0) => now,
-                    // The store is full, say: asking it all the time helps nobody.
-                    (_, n) => now + (PAUSE_MIN * 2_u32.pow((n - 1).min(16))).min(PAUSE_MAX),
+                self.due = match outcome {
+                    Outcome::Resting => now + LOOK_AT_REST_EVERY,
+                    _ => not_before,
                 };
                 0
             }
@@ -84,20 +138,27 @@ impl Plan {
 /// Gathers what was left out until it is told.
 #[derive(Debug, Default)]
 pub(super) struct Skips {
-    untold: u64,
+    untold: LeftOut,
     told: Option<Instant>,
 }
 
 impl Skips {
-    /// Adds `count`; returns how many there are to be told now, if any.
-    pub fn add(&mut self, count: u64, now: Instant) -> Option<u64> {
-        self.untold += count;
+    /// Adds `more`; returns what is to be told now.
+    pub fn add(&mut self, more: LeftOut, now: Instant) -> LeftOut {
+        self.untold.not_done += more.not_done;
+        self.untold.quiet += more.quiet;
+        self.untold.failed += more.failed;
         let often = self.told.is_some_and(|told| now.saturating_duration_since(told) < TELL_EVERY);
-        if self.untold == 0 || often {
-            return None;
+        if often || self.untold == LeftOut::default() {
+            return LeftOut::default();
         }
         self.told = Some(now);
-        Some(std::mem::take(&mut self.untold))
+        self.rest()
+    }
+
+    /// What was not told yet, for nothing comes any more.
+    pub fn rest(&mut self) -> LeftOut {
+        std::mem::take(&mut self.untold)
     }
 }
 
@@ -121,8 +182,6 @@ mod tests {
         assert_eq!(plan.over(Outcome::Taken, start + 700 * MS), 1);
         assert_eq!(plan.due(), start + 800 * MS);
         assert_eq!(plan.over(Outcome::LeftOut, start + 800 * MS), 0);
-        assert_eq!(plan.over(Outcome::Failed, start + 901 * MS), 0, "the beat goes on");
-        assert_eq!(plan.due(), start + 1000 * MS);
     }
 
     #[test]
@@ -166,6 +225,31 @@ mod tests {
     }
 
     #[test]
+    fn intervals_that_fail_leave_out_more_and_more_and_keep_the_beat() {
+        let start = Instant::now();
+        let mut plan = Plan::new(Every::Interval(50 * MS), start);
+        // 100 ms without: those of 100 and 150 are left out. Then 200 ms: those of 250 to 400.
+        assert_eq!(plan.over(Outcome::Failed, start + 51 * MS), 2);
+        assert_eq!(plan.due(), start + 200 * MS);
+        assert_eq!(plan.over(Outcome::Failed, start + 201 * MS), 4);
+        assert_eq!(plan.due(), start + 450 * MS);
+        let (mut now, mut left_out, mut failed) = (plan.due(), 0, 0);
+        while now < start + 60_000 * MS {
+            left_out += plan.over(Outcome::Failed, now);
+            failed += 1;
+            now = plan.due();
+        }
+        assert!(failed < 15, "{failed} in a minute");
+        assert_eq!(left_out + failed, (plan.due() - start).as_millis() as u64 / 50 - 9);
+        assert_eq!(plan.over(Outcome::Taken, now), 0);
+        assert_eq!(plan.due(), now + 50 * MS, "forgiven");
+        // One that comes seldom misses nothing.
+        let mut plan = Plan::new(Every::Interval(1_000 * MS), start);
+        assert_eq!(plan.over(Outcome::Failed, start + 1_001 * MS), 0);
+        assert_eq!(plan.due(), start + 2_000 * MS);
+    }
+
+    #[test]
     fn a_guest_at_rest_costs_no_checkpoints_and_no_skips() {
         let start = Instant::now();
         let mut plan = Plan::new(Every::Continuous, start);
@@ -180,13 +264,34 @@ mod tests {
     fn what_is_left_out_is_told_at_once_and_then_seldom_and_in_full() {
         let start = Instant::now();
         let mut skips = Skips::default();
-        assert_eq!(skips.add(0, start), None);
-        assert_eq!(skips.add(2, start), Some(2));
+        let (none, late) = (LeftOut::default(), |n| LeftOut { not_done: n, ..LeftOut::default() });
+        assert_eq!(skips.add(none, start), none);
+        assert_eq!(skips.add(late(2), start), late(2));
         let mut told = 0;
         for n in 1..=1000 {
-            told += skips.add(3, start + n * 10 * MS).unwrap_or(0);
+            told += skips.add(late(3), start + n * 10 * MS).not_done;
         }
         assert_eq!(told, 3000, "those of the last ten seconds together");
-        assert_eq!(skips.add(0, start + 60_000 * MS), None, "nothing new");
+        assert_eq!(skips.add(none, start + 60_000 * MS), none, "nothing new");
+        let more = LeftOut { not_done: 1, quiet: 2, failed: 3 };
+        assert_eq!(skips.add(late(1), start + 60_000 * MS), late(1));
+        assert_eq!(skips.add(more, start + 60_001 * MS), none, "too soon");
+        assert_eq!(skips.rest(), more, "unless it ends");
+        assert_eq!(skips.rest(), none);
+        let reasons: Vec<_> = LeftOut { not_done: 0, ..more }.reasons().collect();
+        assert_eq!(reasons, [(SkipReason::Quiet, 2), (SkipReason::Failed, 3)]);
+    }
+
+    #[test]
+    fn what_is_missed_can_be_told_before_it_is_over() {
+        let start = Instant::now();
+        let mut plan = Plan::new(Every::Interval(100 * MS), start);
+        // Due at 100: those of 200 and 300 pass while it is taken.
+        for (now, missed) in [(0, 0), (100, 0), (199, 0), (200, 1), (399, 2)] {
+            assert_eq!(plan.missed(start + now * MS), missed, "{now}");
+            assert_eq!(plan.beat().expect("a beat").missed(start + now * MS), missed, "{now}");
+        }
+        assert_eq!(plan.over(Outcome::Taken, start + 399 * MS), 2, "as it comes out");
+        assert_eq!(Plan::new(Every::Continuous, start).missed(start + 5_000 * MS), 0);
     }
 }

@@ -1,7 +1,7 @@
 //! Where vCPU threads and those who stop them meet.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -61,7 +61,6 @@ struct Inner {
     /// Counts goals, so that a thread parks once for each.
     epoch: u64,
     progress: Progress,
-    ended: Option<Ended>,
 }
 
 /// How far threads have come with the goal.
@@ -108,6 +107,9 @@ impl Inner {
 #[derive(Debug)]
 pub(super) struct Gate {
     inner: Mutex<Inner>,
+    /// Set under the lock, and read without it: whoever asks how the machine is must not hold up
+    /// those who stop it.
+    ended: OnceLock<Ended>,
     /// Threads wait here for another goal, or for each other.
     goal_changed: Condvar,
     /// Those who stop them wait here for threads to arrive or leave.
@@ -130,8 +132,8 @@ impl Gate {
                 goal: Goal::Park { task: Task::Nothing },
                 epoch: 0,
                 progress,
-                ended: None,
             }),
+            ended: OnceLock::new(),
             goal_changed: Condvar::new(),
             moved: Condvar::new(),
             epoch: AtomicU64::new(0),
@@ -265,7 +267,8 @@ impl Gate {
     /// Ends the machine, for the first reason given.
     pub(super) fn end(&self, reason: Ended) {
         let mut inner = self.lock();
-        inner.ended.get_or_insert(reason);
+        // The first reason counts.
+        let _one_before = self.ended.set(reason);
         inner.change(Goal::Exit);
         self.unlock(inner);
         self.goal_changed.notify_all();
@@ -273,18 +276,18 @@ impl Gate {
     }
 
     pub(super) fn ended(&self) -> Option<Ended> {
-        self.lock().ended.clone()
+        self.ended.get().cloned()
     }
 
     /// Waits for the machine's end; None if it goes on after `patience`.
     pub(super) fn wait_ended(&self, patience: Duration) -> Option<Ended> {
         let until = Instant::now() + patience;
         let mut inner = self.lock();
-        while inner.ended.is_none() {
+        while self.ended.get().is_none() {
             let left = until.checked_duration_since(Instant::now())?;
             inner = self.moved.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0;
         }
-        inner.ended.clone()
+        self.ended()
     }
 }
 
@@ -312,6 +315,23 @@ mod tests {
                 }
             }
         })
+    }
+
+    #[test]
+    fn whether_it_has_ended_can_be_asked_while_the_gate_is_locked() {
+        let gate = Arc::new(Gate::new(1));
+        let asked = |gate: &Arc<Gate>| {
+            let gate = Arc::clone(gate);
+            let (tell, told) = std::sync::mpsc::channel();
+            std::thread::spawn(move || tell.send(gate.ended()));
+            told.recv_timeout(PATIENCE).expect("an answer")
+        };
+        let held = gate.lock();
+        assert_eq!(asked(&gate), None);
+        drop(held);
+        gate.end(Ended::Stopped);
+        let _held = gate.lock();
+        assert_eq!(asked(&gate), Some(Ended::Stopped));
     }
 
     #[test]

@@ -125,6 +125,7 @@ impl Sample {
             "dirty_pages_per_s": self.dirty_pages_per_s(previous),
             "pause_us": found.pause_us, "duration_us": found.duration_us,
             "dirty_pages": found.dirty_pages,
+            "cow_waits": found.sums.cow_waits, "cow_wait_us_max": found.sums.cow_wait_us_max,
             "pager": pager,
         })
     }
@@ -182,7 +183,7 @@ pub(super) mod tests {
         });
         let sums = json!({
             "dirty_pages": taken * 80, "precopied_pages": 0, "staged_pages": taken * 90,
-            "cut_pages": taken * 10, "protected_pages": 0, "cow_pages": 0,
+            "cut_pages": taken * 10, "protected_pages": 0, "cow_pages": 0, "cow_waits": n, "cow_wait_us_max": 700,
             "commit_pages": taken * 100,
             "zero_pages": 0, "equal_pages": 0, "dedup_pages": 0, "delta_pages": 0,
             "frame_bytes": taken * 900, "meta_bytes": taken * 100,
@@ -219,6 +220,8 @@ pub(super) mod tests {
         close("/pages_per_s", 1_000.0);
         close("/stored_bytes_per_s", 10_000.0);
         close("/dirty_pages_per_s", 800.0);
+        close("/cow_waits", 2.0);
+        close("/cow_wait_us_max", 700.0);
         close("/pager/faults_per_s", 100.0);
         close("/pager/fault_us_mean", 50.0);
         close("/pager/resident_share", 3.0 / 16.0);

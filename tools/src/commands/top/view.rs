@@ -114,18 +114,19 @@ impl View {
             || "none yet".to_owned(),
             |last| {
                 format!(
-                    "last {}: {} pages in {}",
-                    last.id.short(),
+                    "last: {} pages in {}, {}",
                     count(last.stats.dirty_pages),
-                    micros(last.duration_us)
+                    micros(last.duration_us),
+                    last.id.short(),
                 )
             },
         );
         let now = self.sample.status.checkpoint_in_progress.map_or_else(String::new, |progress| {
             format!(
-                "taking one: {} of {} pages",
+                "now: {} of {}, {}",
                 count(progress.pages_done),
-                count(progress.pages_total)
+                count(progress.pages_total),
+                micros(progress.since_ms.saturating_mul(1_000))
             )
         });
         let counts = vec![
@@ -337,6 +338,22 @@ mod tests {
             "faults/s, 50 µs each; 100 in all, 99 % within 64 µs",
             "q quits; every 1s",
         ] {
+            assert!(found.contains(part), "expected `{part}` in\n{found}");
+        }
+        // Of a large VM too, figures come with their units.
+        let mut large = sample(2, false);
+        large.status.checkpoint_in_progress = Some(
+            serde_json::from_value(serde_json::json!({
+                "pages_total": 1_048_576, "pages_done": 1_048_000, "stored_bytes": 0,
+                "since_ms": 12_340,
+            }))
+            .unwrap(),
+        );
+        let last = large.found.last.as_mut().unwrap();
+        (last.stats.dirty_pages, last.duration_us) = (1_048_576, 36_400);
+        view.update(large);
+        let found = drawn(&view, 80, 24);
+        for part in ["last: 1,048,576 pages in 36.4 ms", "now: 1,048,000 of 1,048,576, 12.34 s"] {
             assert!(found.contains(part), "expected `{part}` in\n{found}");
         }
         view.silent = Some("no \u{1b}[31manswer".into());

@@ -1,0 +1,152 @@
+//! Arguments that say more than one thing, as people write them.
+
+use std::time::Duration;
+
+use clap::builder::RangedI64ValueParser;
+use frazil_snapstore::Elide;
+use frazil_snapstore::retention::parse_within;
+use frazil_vmm::dirty::TrackerKind;
+use frazil_vmm::disk::DiskConfig;
+use frazil_vmm::scheduler::{Every, TIME_MAX};
+use frazil_vmm::workload::WorkloadSpec;
+use frazil_vmm::{NetConfig, VsockConfig};
+
+use super::SerialArg;
+
+/// The file of a disk, and `,ro` if it is only read.
+pub(super) fn disk(text: &str) -> Result<DiskConfig, String> {
+    let (file, read_only) = match text.strip_suffix(",ro") {
+        Some(file) => (file, true),
+        None => (text, false),
+    };
+    if file.is_empty() {
+        return Err("expected a file, or FILE,ro".into());
+    }
+    Ok(DiskConfig { file: file.into(), read_only, serial: None })
+}
+
+/// What a network card is on, and its address.
+pub(super) fn net(text: &str) -> Result<NetConfig, String> {
+    let (on, mac) = match text.split_once(",mac=") {
+        Some((on, mac)) => (on, Some(mac.parse()?)),
+        None => (text, None),
+    };
+    let tap = match on.strip_prefix("tap=") {
+        Some(name) if !name.is_empty() => Some(name.to_owned()),
+        None if on == "none" => None,
+        _ => return Err("expected tap=NAME, tap=NAME,mac=ADDRESS or `none`".into()),
+    };
+    Ok(NetConfig { tap, mac })
+}
+
+/// What a socket device leads to, and its address.
+pub(super) fn vsock(text: &str) -> Result<VsockConfig, String> {
+    const EXPECTED: &str = "expected socket=PATH, cid=N,socket=PATH or `none`";
+    let (cid, on) = match text.strip_prefix("cid=").and_then(|rest| rest.split_once(',')) {
+        Some((cid, on)) => (Some(cid.parse().map_err(|_| EXPECTED.to_owned())?), on),
+        None => (None, text),
+    };
+    let socket = match on.strip_prefix("socket=") {
+        Some(path) if !path.is_empty() => Some(path.into()),
+        None if on == "none" => None,
+        _ => return Err(EXPECTED.into()),
+    };
+    Ok(VsockConfig { cid, socket })
+}
+
+pub(super) fn a_few() -> RangedI64ValueParser<u32> {
+    clap::value_parser!(u32).range(1..)
+}
+
+pub(super) fn elide(text: &str) -> Result<Elide, String> {
+    let mut elide = Elide::NONE;
+    match text {
+        "all" => return Ok(Elide::default()),
+        "none" => return Ok(elide),
+        _ => {}
+    }
+    for name in text.split(',') {
+        let switch = match name.trim() {
+            "zero" => &mut elide.zero,
+            "equal" => &mut elide.equal,
+            "dedup" => &mut elide.dedup,
+            "delta" => &mut elide.delta,
+            other => {
+                return Err(format!(
+                    "expected `all`, `none`, or some of zero,equal,dedup,delta; found `{other}`"
+                ));
+            }
+        };
+        *switch = true;
+    }
+    Ok(elide)
+}
+
+pub(super) fn every(text: &str) -> Result<Every, String> {
+    match text {
+        "continuous" => Ok(Every::Continuous),
+        _ => {
+            interval(text).map(Every::Interval).map_err(|wrong| format!("{wrong}, or `continuous`"))
+        }
+    }
+}
+
+pub(super) fn how_many(text: &str) -> Result<usize, String> {
+    match text {
+        "all" => Ok(usize::MAX),
+        _ => text.parse().map_err(|_| "expected a number or `all`".into()),
+    }
+}
+
+pub(super) fn interval(text: &str) -> Result<Duration, String> {
+    let interval = humantime::parse_duration(text)
+        .map_err(|error| format!("expected a time such as 100ms or 5s ({error})"))?;
+    if interval.is_zero() {
+        return Err("expected more than no time at all".into());
+    }
+    if interval > TIME_MAX {
+        return Err("expected at most 100years".into());
+    }
+    Ok(interval)
+}
+
+pub(super) fn percent(text: &str) -> Result<f64, String> {
+    let number = text.strip_suffix('%').and_then(|number| number.trim().parse::<f64>().ok());
+    match number {
+        Some(number) if number.is_finite() && number >= 0.0 => Ok(number / 100.0),
+        _ => Err("expected a share such as 5% or 0%".into()),
+    }
+}
+
+pub(super) fn serial(text: &str) -> Result<SerialArg, String> {
+    Ok(match text {
+        "stdio" => SerialArg::Stdio,
+        "null" => SerialArg::Null,
+        "" => return Err("expected `stdio`, `null` or a file".into()),
+        path => SerialArg::File(path.into()),
+    })
+}
+
+pub(super) fn size(text: &str) -> Result<u64, String> {
+    parse_size::Config::new()
+        .with_binary()
+        .parse_size(text)
+        .map_err(|error| format!("expected a size such as 512MiB or 4GiB ({error})"))
+}
+
+pub(super) fn tracker(text: &str) -> Result<TrackerKind, String> {
+    match text {
+        "ring" => Ok(TrackerKind::Ring),
+        "manual-bitmap" => Ok(TrackerKind::ManualBitmap),
+        "bitmap" => Ok(TrackerKind::Bitmap),
+        _ => Err("expected `ring`, `manual-bitmap` or `bitmap`".into()),
+    }
+}
+
+pub(super) fn within(text: &str) -> Result<Duration, String> {
+    parse_within(text)
+}
+
+pub(super) fn workload(text: &str) -> Result<WorkloadSpec, String> {
+    text.parse::<WorkloadSpec>().map_err(|error| error.to_string())
+}
