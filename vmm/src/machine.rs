@@ -93,7 +93,7 @@ impl MachineConfig {
     /// Its virtio devices, as its snapshots will list them.
     ///
     /// # Errors
-    /// [`VmmError::Config`](crate::VmmError::Config) if there are too many.
+    /// [`VmmError::Config`] if there are too many.
     pub(crate) fn devices(&self) -> Result<Vec<SavedSlot>> {
         let mut devices = Vec::new();
         for disk in 0..self.disks.len() {

@@ -142,7 +142,8 @@ mod tests {
             .collect();
         assert_eq!(names, ["a", "a/b", "a/b/odd", "init", "a/link", "TRAILER!!!"]);
         assert_eq!(text.len() % 4, 0);
-        assert!(text.contains("a/b/odd\0\0\0\0" /* 110 + 8 is padded to 120 */), "{text:?}");
-        assert!(text.contains("12345\0\0\0070701"), "{text:?}");
+        // 110 + 8 is padded to 120.
+        assert!(text.contains("a/b/odd\x00\x00\x0012345"), "{text:?}");
+        assert!(text.contains("12345\x00\x00\x00070701"), "{text:?}");
     }
 }

@@ -155,7 +155,7 @@ fn known() -> String {
     text
 }
 
-/// The SHA-256 of [`known`], as `sha256sum` prints it.
+/// The SHA-256 of what guests know, as `sha256sum` prints it.
 ///
 /// # Panics
 /// If there is no `sha256sum`.

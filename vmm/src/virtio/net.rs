@@ -148,7 +148,7 @@ impl Net {
     /// A card with the address `mac` on `tap`.
     ///
     /// # Errors
-    /// [`VmmError::Host`](crate::VmmError::Host) if there is no eventfd to be had.
+    /// [`VmmError::Host`] if there is no eventfd to be had.
     pub fn new(mac: MacAddress, tap: Tap) -> Result<Self> {
         let card = Card {
             tap,
