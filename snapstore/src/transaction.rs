@@ -276,6 +276,8 @@ impl Transaction {
             self.store.writer_state().abandon_tail = true;
         })?;
         let meta_bytes = segments.appended_bytes() - self.frame_bytes;
+        // Somebody may have thought better of it while the medium was slow.
+        self.progress.check()?;
         // Before it is published: there is no moment in which it could be pruned.
         let pin = description.pin.then(|| self.store.pin_name(id)).flatten();
         // As the catalog has it for snapshots whose parent is forgotten later.

@@ -53,7 +53,9 @@ load() { # load NAME: in turns, and how many
         again=$($1)
         [ "$again" = "$first" ] || bad "load $1: expected $first, found $again"
         rounds=$((rounds + 1))
-        echo $rounds >/mem/$1
+        # Never empty for who reads it.
+        echo $rounds >/mem/$1.new
+        mv /mem/$1.new /mem/$1
     done
 }
 echo 0 >/mem/floats

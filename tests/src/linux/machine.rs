@@ -12,7 +12,7 @@ use super::parts::Parts;
 /// A machine that says nothing for so long has stalled. Its script gives up on a guest earlier.
 const QUIET_MAX: Duration = Duration::from_secs(75);
 /// No run may take longer.
-const RUN_MAX: Duration = Duration::from_mins(6);
+const RUN_MAX: Duration = Duration::from_mins(12);
 /// How much of a log a failure shows.
 const TAIL_LINES: usize = 60;
 
