@@ -523,6 +523,10 @@ pub(crate) struct PruneArgs {
     /// Rewrite at most so much; 0 only removes files that nobody needs.
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub max_rewrite: Option<u64>,
+    /// zstd level for what is rewritten: 1 to 22, or -1 to -100 for the fast ones. As with `run`: what was
+    /// written at a higher one would grow.
+    #[arg(long, value_name = "LEVEL", default_value_t = 1, allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(-100..=22))]
+    pub compression: i32,
     /// Say what would be done, and change nothing.
     #[arg(long, short = 'n')]
     pub dry_run: bool,

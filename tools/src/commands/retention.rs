@@ -9,12 +9,12 @@ use anyhow::Context;
 use frazil_snapstore::retention::{Candidate, Policy, decide};
 use frazil_snapstore::{
     Manifest, PruneOptions, PruneProgress, PruneReport, SnapshotId, SnapshotInfo, Store,
-    StoreError, reference,
+    StoreError, StoreOptions, reference,
 };
 use jiff::tz::TimeZone;
 use serde_json::{Value, json};
 
-use super::{open_store, print_json, same_folder, tags_by_snapshot, what};
+use super::{default_store, open_store, print_json, same_folder, tags_by_snapshot, what};
 use crate::cli::{ForgetArgs, PruneArgs, usage_error};
 use crate::output;
 
@@ -252,7 +252,9 @@ fn say_forgotten(store: &Store, forgotten: usize, left: usize, args: &ForgetArgs
 }
 
 pub(crate) fn prune(args: &PruneArgs, json: bool) -> anyhow::Result<()> {
-    let store = open_store(args.store.as_deref())?;
+    let path = args.store.clone().unwrap_or_else(default_store);
+    let settings = StoreOptions { compression_level: args.compression, ..StoreOptions::default() };
+    let store = Store::open(&path, settings)?;
     let options = PruneOptions {
         max_unused: args.max_unused,
         max_rewrite_bytes: args.max_rewrite.unwrap_or(u64::MAX),
