@@ -160,8 +160,6 @@ fn filter(role: Role) -> Result<BpfProgram, seccompiler::BackendError> {
     match role {
         Role::Vcpu => {
             rules.insert(libc::SYS_ioctl, only(argument(1, IOCTL_TYPE, KVMIO)?)?);
-            // A disk's overlay, where a request is done in place.
-            rules.extend([libc::SYS_pread64, libc::SYS_pwrite64].map(|call| (call, Vec::new())));
         }
         Role::Device => {
             rules.extend(DEVICE.into_iter().map(|call| (call, Vec::new())));

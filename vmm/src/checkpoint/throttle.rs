@@ -3,6 +3,7 @@
 //! the user sets the limit, and the statistics say how long the guest stood still.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::thread::Thread;
 use std::time::{Duration, Instant};
 
 use super::{CUT_PAGES_MAX, Checkpoint, us};
@@ -47,17 +48,19 @@ impl Throttle {
             owed = (owed + ran * percent / (100 - percent)).saturating_sub(stood);
             // Until it owes as much again.
             let more = STAND.saturating_sub(owed);
-            std::thread::sleep(more * (100 - percent) / percent.max(1));
+            std::thread::park_timeout(more * (100 - percent) / percent.max(1));
         }
     }
 }
 
 /// Ends the thread, however the work beside it ends.
-struct Over<'a>(&'a Throttle);
+struct Over<'a>(&'a Throttle, &'a Thread);
 
 impl Drop for Over<'_> {
     fn drop(&mut self) {
         self.0.is_over.store(true, Ordering::Release);
+        // Nobody waits for the guest to have had its share.
+        self.1.unpark();
     }
 }
 
@@ -65,14 +68,21 @@ impl Checkpoint<'_> {
     /// Where pages cannot be left in place and are more than may be copied in the pause: writes, and
     /// then copies, what is dirty, and slows the guest down until that catches up with it.
     pub(super) fn slow_down_and_copy(&mut self) -> Result<()> {
-        let (throttle, vm) = (Throttle::default(), self.vm);
+        let vm = self.vm;
+        let limit = vm.throttle_max_percent();
+        if limit == 0 {
+            // The user rather has it pause.
+            return Ok(());
+        }
+        let throttle =
+            Throttle { percent: AtomicU8::new(limit.min(STEPS[0])), ..Throttle::default() };
         let caught_up = std::thread::scope(|scope| {
-            std::thread::Builder::new()
+            let thread = std::thread::Builder::new()
                 .name("frazil-throttle".into())
                 .spawn_scoped(scope, || throttle.run(vm))
                 .map_err(VmmError::host("start a thread"))?;
-            let _over = Over(&throttle);
-            self.catch_up(&throttle)
+            let _over = Over(&throttle, thread.thread());
+            self.catch_up(&throttle, limit)
         });
         self.stats.throttled_us = throttle.stood_us.load(Ordering::Acquire);
         self.stats.throttle_percent = throttle.percent.load(Ordering::Acquire);
@@ -80,8 +90,7 @@ impl Checkpoint<'_> {
     }
 
     /// Until little enough waits to be copied in the pause, or the limit does not suffice.
-    fn catch_up(&mut self, throttle: &Throttle) -> Result<()> {
-        let limit = self.vm.throttle_max_percent();
+    fn catch_up(&mut self, throttle: &Throttle, limit: u8) -> Result<()> {
         let steps = STEPS.into_iter().filter(|step| *step < limit);
         for percent in steps.chain(std::iter::repeat_n(limit, TRIES_AT_LIMIT)) {
             throttle.percent.store(percent, Ordering::Release);
