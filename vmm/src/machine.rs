@@ -13,7 +13,7 @@ use crate::devices::serial::SerialOutput;
 use crate::dirty::TrackerKind;
 use crate::disk::{DiskConfig, OverlayOptions};
 use crate::error::{Result, VmmError};
-use crate::state::Saved;
+use crate::state::{Saved, never_written};
 use crate::virtio::bus::lay_out;
 use crate::virtio::net::MacAddress;
 use crate::virtio::{SavedSlot, SlotDevice};
@@ -289,7 +289,7 @@ impl Saved for SavedMachine {
                 body["generation"] = Value::from(false);
                 Ok(body)
             }
-            _ => Err(format!("version {version} was never written")),
+            _ => Err(never_written(version)),
         }
     }
 }

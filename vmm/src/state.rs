@@ -48,11 +48,19 @@ pub trait Saved: Serialize + DeserializeOwned {
     /// The version this program writes.
     const VERSION: u32;
 
-    /// Brings a body of an older version one version further.
+    /// Brings a body of an older version one version further. As it stands here, for types that have had
+    /// one version only.
     ///
     /// # Errors
     /// A message saying what is wrong with the body, or that the version was never written.
-    fn upgrade(version: u32, body: Value) -> Result<Value, String>;
+    fn upgrade(version: u32, _body: Value) -> Result<Value, String> {
+        Err(never_written(version))
+    }
+}
+
+/// What is wrong with a version that no program has written.
+pub(crate) fn never_written(version: u32) -> String {
+    format!("version {version} was never written")
 }
 
 /// Encodes `saved` as the chunk `name`.

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::{Result, VmmError};
-use crate::state::{ChunkSet, Saved, chunk, saved_twin};
+use crate::state::{ChunkSet, Saved, chunk, never_written, saved_twin};
 use crate::vcpu::saved::Reg;
 
 const IRQCHIP: &str = "irqchip";
@@ -158,10 +158,6 @@ struct SavedIrqchip {
 impl Saved for SavedIrqchip {
     const KIND: &'static str = "kvm.irqchip";
     const VERSION: u32 = 1;
-
-    fn upgrade(version: u32, _body: Value) -> Result<Value, String> {
-        Err(format!("version {version} was never written"))
-    }
 }
 
 saved_twin! {
@@ -250,10 +246,6 @@ impl From<SavedPit> for kvm_pit_state2 {
 impl Saved for SavedPit {
     const KIND: &'static str = "kvm.pit2";
     const VERSION: u32 = 1;
-
-    fn upgrade(version: u32, _body: Value) -> Result<Value, String> {
-        Err(format!("version {version} was never written"))
-    }
 }
 
 /// kvmclock.
@@ -277,7 +269,7 @@ impl Saved for SavedClock {
                 body["realtime_ns"] = Value::Null;
                 Ok(body)
             }
-            _ => Err(format!("version {version} was never written")),
+            _ => Err(never_written(version)),
         }
     }
 }

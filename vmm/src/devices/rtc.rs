@@ -10,7 +10,6 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use jiff::Timestamp;
 use jiff::tz::Offset;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
 use super::{Captured, Device, SnapshotSupport};
 use crate::error::{Result, VmmError};
@@ -279,10 +278,6 @@ pub struct SavedRtc {
 impl Saved for SavedRtc {
     const KIND: &'static str = "mc146818";
     const VERSION: u32 = 1;
-
-    fn upgrade(version: u32, _body: Value) -> Result<Value, String> {
-        Err(format!("version {version} was never written"))
-    }
 }
 
 impl Captured for SavedRtc {

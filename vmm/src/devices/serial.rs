@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender};
 use kvm_ioctls::VmFd;
-use serde_json::Value;
 use vm_superio::serial::{NoEvents, SerialState};
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -243,8 +242,4 @@ saved_twin! {
 impl Saved for SavedSerial {
     const KIND: &'static str = "uart16550a";
     const VERSION: u32 = 1;
-
-    fn upgrade(version: u32, _body: Value) -> Result<Value, String> {
-        Err(format!("version {version} was never written"))
-    }
 }

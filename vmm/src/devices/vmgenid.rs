@@ -12,7 +12,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::rand::{GetRandomFlags, getrandom};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{Captured, Device, SnapshotSupport};
@@ -193,10 +192,6 @@ fn refuse(expected: &str, found: String) -> VmmError {
 impl Saved for SavedVmGenId {
     const KIND: &'static str = "vmgenid";
     const VERSION: u32 = 1;
-
-    fn upgrade(version: u32, _body: Value) -> Result<Value, String> {
-        Err(format!("version {version} was never written"))
-    }
 }
 
 impl Captured for SavedVmGenId {

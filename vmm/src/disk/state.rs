@@ -2,7 +2,6 @@
 
 use frazil_snapstore::RegionReader;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
 use super::base::is_disk_len;
 use super::{DISK_MAX_BYTES, PAGE_BYTES, SECTOR_BYTES};
@@ -29,10 +28,6 @@ pub struct SavedDisk {
 impl Saved for SavedDisk {
     const KIND: &'static str = "frazil.disk";
     const VERSION: u32 = 1;
-
-    fn upgrade(version: u32, _body: Value) -> Result<Value, String> {
-        Err(format!("version {version} was never written"))
-    }
 }
 
 /// Something about a disk that cannot be.

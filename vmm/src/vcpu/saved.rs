@@ -7,7 +7,6 @@ use kvm_bindings::{
     kvm_vcpu_events, kvm_xcr, kvm_xcrs,
 };
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
 use crate::state::{HexBytes, Saved, hex_u64};
 
@@ -355,10 +354,6 @@ impl SavedVcpu {
 impl Saved for SavedVcpu {
     const KIND: &'static str = "kvm.vcpu";
     const VERSION: u32 = 1;
-
-    fn upgrade(version: u32, _body: Value) -> Result<Value, String> {
-        Err(format!("version {version} was never written"))
-    }
 }
 
 pub(super) fn mp_state(saved: u32) -> kvm_mp_state {

@@ -1,7 +1,6 @@
 //! What a snapshot keeps of a virtio device.
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
 use super::Misfit;
 use super::net::MacAddress;
@@ -39,10 +38,6 @@ pub struct SavedVirtio {
 impl Saved for SavedVirtio {
     const KIND: &'static str = "virtio.mmio";
     const VERSION: u32 = 1;
-
-    fn upgrade(version: u32, _body: Value) -> Result<Value, String> {
-        Err(format!("version {version} was never written"))
-    }
 }
 
 /// A virtqueue: the twin of virtio-queue's state, without what the device's features tell.
