@@ -11,7 +11,7 @@ const DATE_ERROR_MAX_S: i64 = 3;
 
 /// Everything in memory: a tmpfs, two loads, the kernel itself.
 const IN_MEMORY: &str = r"
-boot a 'load until=30'
+boot a 'load until=24'
 await a '^GUEST tick'
 clock a
 checkpoint a first
