@@ -82,8 +82,7 @@ impl VmmError {
     }
 
     pub(crate) fn host(op: impl Into<String>) -> impl FnOnce(std::io::Error) -> Self {
-        let op = op.into();
-        move |source| Self::Host { op, source }
+        move |source| Self::Host { op: op.into(), source }
     }
 
     pub(crate) fn kvm(op: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Self {

@@ -22,7 +22,21 @@ const DRAIN_PATIENCE: Duration = Duration::from_secs(1);
 pub(crate) struct AtRest {
     /// The disks, in the order of the machine.
     pub disks: Vec<Drained>,
-    _devices: Vec<Still>,
+    devices: Vec<Still>,
+}
+
+impl AtRest {
+    /// Keeps nobody, and has room for all.
+    pub(crate) fn room(line: &Line, bus: &Bus) -> Self {
+        let devices = bus.virtio().devices().len();
+        Self { disks: Vec::with_capacity(line.disks.len()), devices: Vec::with_capacity(devices) }
+    }
+
+    /// Lets all of them go on.
+    pub(crate) fn let_go(&mut self) {
+        self.disks.clear();
+        self.devices.clear();
+    }
 }
 
 /// Where the VM stands in its line of snapshots. Locked for the length of a checkpoint.
@@ -71,18 +85,24 @@ impl Line {
         harvested
     }
 
-    /// Has what devices and disks are doing done, and nothing else begin until what this returns is
-    /// dropped.
+    /// Has what devices and disks are doing done, and nothing else begin until `at_rest` lets go of them.
     ///
     /// # Errors
     /// [`VmmError::NotNow`](crate::VmmError::NotNow) if that is not so in [`DRAIN_PATIENCE`], all
     /// together; they go on then.
-    pub(crate) fn drain(&self, bus: &Bus) -> Result<AtRest> {
+    pub(crate) fn drain(&self, bus: &Bus, at_rest: &mut AtRest) -> Result<()> {
         let until = Instant::now() + DRAIN_PATIENCE;
         let left = || until.saturating_duration_since(Instant::now());
-        let devices = bus.virtio().drain(left())?;
-        let disks =
-            self.disks.iter().map(|disk| disk.disk().drain(left())).collect::<Result<_>>()?;
-        Ok(AtRest { disks, _devices: devices })
+        let AtRest { disks, devices } = at_rest;
+        let drained = bus.virtio().drain(left(), devices).and_then(|()| {
+            self.disks.iter().try_for_each(|disk| {
+                disks.push(disk.disk().drain(left())?);
+                Ok(())
+            })
+        });
+        if drained.is_err() {
+            at_rest.let_go();
+        }
+        drained
     }
 }

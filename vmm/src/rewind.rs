@@ -422,7 +422,8 @@ impl<'a> Rewind<'a> {
     /// hand.
     fn last_look(&mut self) -> Result<AtRest> {
         let started = Instant::now();
-        let at_rest = self.line.drain(&self.vm.bus)?;
+        let mut at_rest = AtRest::room(&self.line, &self.vm.bus);
+        self.line.drain(&self.vm.bus, &mut at_rest)?;
         let mut found = PageSet::new(self.pages.capacity());
         // Not as at a checkpoint's cut, which leaves pages unwatched: they would be put back every time. And
         // it takes less now than while vCPUs run, which have to be stopped for a moment then.

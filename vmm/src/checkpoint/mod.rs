@@ -47,6 +47,9 @@ const CUT_ROOM_PAGES: usize = 1024;
 const COW_SHARE: usize = 4;
 /// A guest that writes faster than rounds catch up is cut after so many.
 const MAX_ROUNDS: usize = 6;
+/// The span of `tracing` that a checkpoint's thread is in as long as the guest stands still, and a vCPU's
+/// while it reads its state meanwhile.
+pub const PAUSE_SPAN: &str = "pause";
 /// What a VM keeps between checkpoints of the room for copied pages at the most: 64 MiB.
 const STAGING_PAGES_KEPT_MAX: usize = 16_384;
 
@@ -56,9 +59,9 @@ struct Cut {
     platform: CapturedPlatform,
     devices: CapturedDevices,
     disks: Vec<FrozenDisk>,
-    /// Of a machine that is about to end: what its devices did from here on would be lost, or be done
-    /// again by the one that is resumed.
-    _at_rest: Option<AtRest>,
+    /// Of a machine that is about to end, until it has: what its devices did from here on would be lost, or
+    /// be done again by the one that is resumed.
+    at_rest: AtRest,
     time_unix_ms: u64,
 }
 
@@ -98,9 +101,10 @@ impl Vm {
         let mut pause = None;
         let taken = Checkpoint::begin(self, request, turn.since).and_then(|mut checkpoint| {
             checkpoint.precopy()?;
+            let room = checkpoint.make_room()?;
             checkpoint.stage()?;
             let at_rest = self.is_paused();
-            let cut = checkpoint.quiesce_cut_and_go_on();
+            let cut = checkpoint.quiesce_cut_and_go_on(room);
             // The guest has stood still, whatever becomes of the checkpoint; unless it did anyway.
             pause = (!at_rest).then(|| Pause::of(&checkpoint.stats));
             let cut_at = Instant::now();
@@ -251,7 +255,6 @@ impl<'a> Checkpoint<'a> {
     /// down where that cannot be done.
     fn stage(&mut self) -> Result<()> {
         let started = Instant::now();
-        self.line.disks.iter_mut().for_each(DiskLine::prepare);
         let pages = self.waiting.count();
         self.line.staging.begin();
         let few = pages <= self.vm.staging_pages();
@@ -325,17 +328,34 @@ impl<'a> Checkpoint<'a> {
         Ok(true)
     }
 
+    /// The guest runs: finds memory for all that is about to be copied, so that nobody has to ask for any
+    /// while it stands still.
+    fn make_room(&mut self) -> Result<Cut> {
+        let vm = self.vm;
+        vm.vcpus.prepare_capture()?;
+        self.line.disks.iter_mut().for_each(DiskLine::prepare);
+        Ok(Cut {
+            vcpus: Vec::with_capacity(vm.vcpus.count()),
+            platform: CapturedPlatform::default(),
+            devices: vm.bus.room(),
+            disks: Vec::with_capacity(self.line.disks.len()),
+            at_rest: AtRest::room(&self.line, &vm.bus),
+            time_unix_ms: 0,
+        })
+    }
+
     /// Phases 3 to 5. Whatever happens, a guest that ran goes on running, unless it is to exit
     /// and the cut succeeded.
-    fn quiesce_cut_and_go_on(&mut self) -> Result<Cut> {
+    fn quiesce_cut_and_go_on(&mut self, mut room: Cut) -> Result<Cut> {
         let mut paused = self.vm.paused();
         let pause_started = Instant::now();
+        let _pause = tracing::trace_span!(PAUSE_SPAN).entered();
         // However this ends, by a panic too.
         let goes_on = (!*paused).then(|| GoesOn(&self.vm.vcpus));
         let quiesced = self.vm.vcpus.pause_and_capture();
         self.stats.quiesce_us = us(pause_started.elapsed());
         let cut_started = Instant::now();
-        let cut = quiesced.and_then(|()| self.cut());
+        let cut = quiesced.and_then(|()| self.cut(&mut room));
         self.stats.cut_us = us(cut_started.elapsed());
         if self.request.exit && cut.is_ok() {
             // It stands still until the commit is done, and nobody may let it go on.
@@ -349,13 +369,13 @@ impl<'a> Checkpoint<'a> {
             self.stats.go_on_us = us(go_on_started.elapsed());
         }
         self.stats.pause_us = us(pause_started.elapsed());
-        cut
+        cut.map(|()| room)
     }
 
     /// Phase 4, the guest stands still.
-    fn cut(&mut self) -> Result<Cut> {
+    fn cut(&mut self, cut: &mut Cut) -> Result<()> {
         // No request is in flight from here on, so memory, devices and disks agree.
-        let at_rest = self.line.drain(&self.vm.bus)?;
+        self.line.drain(&self.vm.bus, &mut cut.at_rest)?;
         // Into the set that is there, copied to memory that is there: nothing is allocated.
         self.line.harvest_at_cut(&mut self.waiting)?;
         if let Some(protected) = &mut self.protected {
@@ -363,18 +383,18 @@ impl<'a> Checkpoint<'a> {
         }
         self.stats.cut_pages = self.waiting.count();
         self.copy_waiting()?;
-        let disks =
-            self.line.disks.iter_mut().zip(&at_rest.disks).map(|(disk, drained)| disk.cut(drained));
-        let disks = disks.collect::<Result<Vec<_>>>()?;
+        for (disk, drained) in self.line.disks.iter_mut().zip(&cut.at_rest.disks) {
+            cut.disks.push(disk.cut(drained)?);
+        }
         // Meanwhile each vCPU's thread reads its own state.
-        Ok(Cut {
-            platform: platform::capture(&self.vm.shell.fd)?,
-            devices: self.vm.bus.capture(),
-            disks,
-            _at_rest: self.request.exit.then_some(at_rest),
-            vcpus: self.vm.vcpus.take_captured()?,
-            time_unix_ms: unix_ms(),
-        })
+        cut.platform = platform::capture(&self.vm.shell.fd)?;
+        self.vm.bus.capture(&mut cut.devices);
+        self.vm.vcpus.take_captured(&mut cut.vcpus)?;
+        cut.time_unix_ms = unix_ms();
+        if !self.request.exit {
+            cut.at_rest.let_go();
+        }
+        Ok(())
     }
 
     /// Phase 6, the guest runs.

@@ -1,6 +1,6 @@
 //! As much of the keyboard controller as a guest needs to reset its machine.
 
-use super::{Device, SnapshotSupport};
+use super::{Device, Stateless};
 use crate::vcpu::Ended;
 
 const DATA: u16 = 0x60;
@@ -34,7 +34,11 @@ impl I8042 {
 }
 
 impl Device for I8042 {
-    fn capture(&self) -> SnapshotSupport {
-        SnapshotSupport::Stateless
+    type State = Stateless;
+
+    fn state(&self) -> Stateless {
+        Stateless
     }
+
+    fn capture(&self, _into: &mut Stateless) {}
 }

@@ -15,40 +15,55 @@ use frazil_snapstore::StateChunk;
 
 use crate::error::Result;
 use crate::vcpu::Ended;
-use crate::virtio::VirtioBus;
+use crate::virtio::{CapturedVirtio, VirtioBus};
 use i8042::I8042;
 use power::Power;
-use rtc::Rtc;
-use serial::SerialPort;
-use vmgenid::VmGenId;
+use rtc::{Rtc, SavedRtc};
+use serial::{SavedSerial, SerialPort};
+use vmgenid::{SavedVmGenId, VmGenId};
 
-/// What a device says about saving itself. There is no default: each device decides.
-#[derive(Debug)]
-pub enum SnapshotSupport {
-    /// It has state, which was copied.
-    State(Box<dyn Captured>),
-    /// It has none: a new one is as good as the old.
-    Stateless,
+/// A device, as checkpoints see it. Restoring is each type's own constructor.
+pub trait Device {
+    /// What is saved of it; [`Stateless`] if there is nothing. There is no default: each device decides.
+    type State: Captured;
+
+    /// Its state at this moment, which also makes the room for [`Self::capture`].
+    fn state(&self) -> Self::State;
+
+    /// Its state at this moment, in place of an earlier one of its own. The vCPUs stand still and wait:
+    /// nothing is encoded here, and no memory asked for.
+    fn capture(&self, into: &mut Self::State);
 }
 
 /// A device's state, copied while the guest stood still, to be encoded once it runs again.
 pub trait Captured: Send + std::fmt::Debug {
-    /// Its chunk.
+    /// Its chunk, if it has one.
     ///
     /// # Errors
     /// If it cannot be encoded.
-    fn save(&self) -> Result<StateChunk>;
+    fn chunk(&self) -> Result<Option<StateChunk>>;
 }
 
-/// A device, as checkpoints see it. Restoring is each type's own constructor.
-pub trait Device {
-    /// Its state at this moment. The vCPUs are stopped, and wait: nothing is encoded here.
-    fn capture(&self) -> SnapshotSupport;
+/// The state of a device that has none: a new one is as good as the old.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stateless;
+
+impl Captured for Stateless {
+    fn chunk(&self) -> Result<Option<StateChunk>> {
+        Ok(None)
+    }
 }
 
-/// The state of every device on a bus that has any.
+/// The state of every device of a machine.
 #[derive(Debug)]
-pub struct CapturedDevices(Vec<SnapshotSupport>);
+pub struct CapturedDevices {
+    serial: SavedSerial,
+    keyboard: Stateless,
+    power: Stateless,
+    rtc: Option<SavedRtc>,
+    generation: Option<SavedVmGenId>,
+    virtio: Vec<CapturedVirtio>,
+}
 
 impl CapturedDevices {
     /// Their chunks.
@@ -56,11 +71,12 @@ impl CapturedDevices {
     /// # Errors
     /// The first device's that cannot be encoded.
     pub fn save(&self) -> Result<Vec<StateChunk>> {
-        let states = self.0.iter().filter_map(|device| match device {
-            SnapshotSupport::State(state) => Some(state.save()),
-            SnapshotSupport::Stateless => None,
-        });
-        states.collect()
+        let Self { serial, keyboard, power, rtc, generation, virtio } = self;
+        let some = rtc.iter().map(|it| it as &dyn Captured);
+        let some = some.chain(generation.iter().map(|it| it as _));
+        let with_ports: [&dyn Captured; 3] = [serial, keyboard, power];
+        let all = with_ports.into_iter().chain(some).chain(virtio.iter().map(|it| it as _));
+        all.filter_map(|state| state.chunk().transpose()).collect()
     }
 }
 
@@ -177,13 +193,32 @@ impl Bus {
         }
     }
 
-    /// The state of every device. The vCPUs have stopped and the virtio devices are still.
+    /// The state of every device as it is now, to be [captured](Self::capture) into.
     #[must_use]
-    pub fn capture(&self) -> CapturedDevices {
-        let with_ports = [self.serial().capture(), self.keyboard.capture(), self.power.capture()];
-        let rtc = self.rtc().map(|rtc| rtc.capture());
-        let generation = self.generation.as_ref().map(VmGenId::capture);
-        let some = rtc.into_iter().chain(generation).chain(self.virtio.capture());
-        CapturedDevices(with_ports.into_iter().chain(some).collect())
+    pub fn room(&self) -> CapturedDevices {
+        CapturedDevices {
+            serial: self.serial().state(),
+            keyboard: self.keyboard.state(),
+            power: self.power.state(),
+            rtc: self.rtc().map(|rtc| rtc.state()),
+            generation: self.generation.as_ref().map(VmGenId::state),
+            virtio: self.virtio.devices().map(Device::state).collect(),
+        }
+    }
+
+    /// The state of every device, in place of an earlier one of the same machine. The vCPUs have stopped
+    /// and the virtio devices are still. Asks for no memory, but for input that the guest has not read.
+    pub fn capture(&self, into: &mut CapturedDevices) {
+        let CapturedDevices { serial, keyboard, power, rtc, generation, virtio } = into;
+        self.serial().capture(serial);
+        self.keyboard.capture(keyboard);
+        self.power.capture(power);
+        if let (Some(ours), Some(into)) = (self.rtc(), rtc) {
+            ours.capture(into);
+        }
+        if let (Some(ours), Some(into)) = (&self.generation, generation) {
+            ours.capture(into);
+        }
+        self.virtio.devices().zip(virtio).for_each(|(device, into)| device.capture(into));
     }
 }

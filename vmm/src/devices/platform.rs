@@ -24,7 +24,7 @@ const PIT: &str = "pit";
 const CLOCK: &str = "clock";
 
 /// The raw state of all three, as read while the guest is stopped.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct CapturedPlatform {
     pics: [kvm_pic_state; 2],
     ioapic: kvm_ioapic_state,

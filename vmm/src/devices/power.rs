@@ -1,7 +1,7 @@
 //! The sleep registers of hardware-reduced ACPI, by which a guest powers its machine off (ACPI
 //! Specification 6.5, 4.8.3.7).
 
-use super::{Device, SnapshotSupport};
+use super::{Device, Stateless};
 use crate::vcpu::Ended;
 
 /// The sleep control register, one byte wide; a free port, as on most machines of this kind.
@@ -40,9 +40,13 @@ impl Power {
 }
 
 impl Device for Power {
-    fn capture(&self) -> SnapshotSupport {
-        SnapshotSupport::Stateless
+    type State = Stateless;
+
+    fn state(&self) -> Stateless {
+        Stateless
     }
+
+    fn capture(&self, _into: &mut Stateless) {}
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use jiff::Timestamp;
 use jiff::tz::Offset;
 use serde::{Deserialize, Serialize};
 
-use super::{Captured, Device, SnapshotSupport};
+use super::{Captured, Device};
 use crate::error::{Result, VmmError};
 use crate::state::{HexBytes, Saved, chunk};
 use frazil_snapstore::StateChunk;
@@ -175,18 +175,6 @@ impl Rtc {
         self.offset.applied_to(self.clock.since_epoch())
     }
 
-    /// Its state.
-    #[must_use]
-    pub fn save(&self) -> SavedRtc {
-        let now = self.since_epoch();
-        SavedRtc {
-            unix_seconds: now.as_secs(),
-            nanoseconds: now.subsec_nanos(),
-            index: self.index,
-            bytes: HexBytes(self.bytes.to_vec()),
-        }
-    }
-
     /// Handles a write of one byte.
     pub fn write(&mut self, port: u16, value: u8) {
         if port == INDEX {
@@ -256,8 +244,26 @@ impl Rtc {
 }
 
 impl Device for Rtc {
-    fn capture(&self) -> SnapshotSupport {
-        SnapshotSupport::State(Box::new(self.save()))
+    type State = SavedRtc;
+
+    fn state(&self) -> SavedRtc {
+        let mut saved = SavedRtc {
+            unix_seconds: 0,
+            nanoseconds: 0,
+            index: 0,
+            bytes: HexBytes(self.bytes.to_vec()),
+        };
+        self.capture(&mut saved);
+        saved
+    }
+
+    fn capture(&self, into: &mut SavedRtc) {
+        let now = self.since_epoch();
+        let SavedRtc { unix_seconds, nanoseconds, index, bytes } = into;
+        *unix_seconds = now.as_secs();
+        *nanoseconds = now.subsec_nanos();
+        *index = self.index;
+        bytes.0.copy_from_slice(&self.bytes);
     }
 }
 
@@ -281,8 +287,8 @@ impl Saved for SavedRtc {
 }
 
 impl Captured for SavedRtc {
-    fn save(&self) -> Result<StateChunk> {
-        chunk(CHUNK, self)
+    fn chunk(&self) -> Result<Option<StateChunk>> {
+        chunk(CHUNK, self).map(Some)
     }
 }
 
@@ -408,8 +414,8 @@ mod tests {
         let mut old = rtc(&clock);
         set(&mut old, 0x40, 7);
         clock.advance(Duration::from_millis(300));
-        let SnapshotSupport::State(state) = old.capture() else { panic!("it has state") };
-        let mut chunks = ChunkSet::new(vec![state.save().unwrap()]).unwrap();
+        let state = old.state().chunk().unwrap().expect("it has state");
+        let mut chunks = ChunkSet::new(vec![state]).unwrap();
         let saved: SavedRtc = chunks.take(CHUNK).unwrap();
         // A host whose clock is later, or earlier.
         for elsewhere in [Manual::at(FRIDAY + 1_000_000), Manual::at(5)] {
@@ -417,12 +423,12 @@ mod tests {
             let host = restore(TimeAfterResume::Host);
             assert_eq!(host.since_epoch(), elsewhere.since_epoch());
             let mut then = restore(TimeAfterResume::Snapshot);
-            assert_eq!(then.save(), saved);
+            assert_eq!(then.state(), saved);
             elsewhere.advance(Duration::from_secs(1));
             assert_eq!(then.since_epoch(), clock.since_epoch() + Duration::from_secs(1));
             assert_eq!((then.read(DATA), get(&mut then, SECONDS)), (7, 0x59));
             // Its own snapshots have the time that it has.
-            let again = Rtc::restore(Box::new(clock.clone()), &then.save(), TimeAfterResume::Host);
+            let again = Rtc::restore(Box::new(clock.clone()), &then.state(), TimeAfterResume::Host);
             assert_eq!(again.unwrap().since_epoch(), clock.since_epoch());
         }
     }
@@ -430,13 +436,13 @@ mod tests {
     #[test]
     fn what_makes_no_sense_is_refused_and_changes_nothing() {
         let mut rtc = rtc(&Manual::at(FRIDAY));
-        let good = rtc.save();
+        let good = rtc.state();
         for bad in [
             SavedRtc { bytes: HexBytes(vec![0; 127]), ..good.clone() },
             SavedRtc { nanoseconds: 1_000_000_000, ..good.clone() },
         ] {
             assert!(rtc.put_back(&bad, TimeAfterResume::Snapshot).is_err());
-            assert_eq!(rtc.save(), good);
+            assert_eq!(rtc.state(), good);
         }
         // The end of time is no reason to fail.
         let last = SavedRtc { unix_seconds: u64::MAX, ..good };

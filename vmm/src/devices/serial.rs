@@ -13,7 +13,7 @@ use vm_superio::serial::{NoEvents, SerialState};
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{Captured, Device, SnapshotSupport};
+use super::{Captured, Device};
 use crate::error::{Result, VmmError};
 use crate::state::{Saved, chunk, saved_twin};
 use frazil_snapstore::StateChunk;
@@ -212,14 +212,20 @@ fn irq(vm: &VmFd) -> Result<Irq> {
 }
 
 impl Device for SerialPort {
-    fn capture(&self) -> SnapshotSupport {
-        SnapshotSupport::State(Box::new(SavedSerial::from(self.serial.state())))
+    type State = SavedSerial;
+
+    fn state(&self) -> SavedSerial {
+        self.serial.state().into()
+    }
+
+    fn capture(&self, into: &mut SavedSerial) {
+        *into = self.state();
     }
 }
 
 impl Captured for SavedSerial {
-    fn save(&self) -> Result<StateChunk> {
-        chunk(CHUNK, self)
+    fn chunk(&self) -> Result<Option<StateChunk>> {
+        chunk(CHUNK, self).map(Some)
     }
 }
 

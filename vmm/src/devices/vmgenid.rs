@@ -14,7 +14,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{Captured, Device, SnapshotSupport};
+use super::{Captured, Device};
 use crate::error::{Result, VmmError};
 use crate::memory::GuestRam;
 use crate::state::{HexBytes, Saved, chunk};
@@ -145,18 +145,21 @@ impl VmGenId {
     fn place(&self) -> MutexGuard<'_, Place> {
         self.place.lock().unwrap_or_else(PoisonError::into_inner)
     }
-
-    /// Its state.
-    #[must_use]
-    pub fn save(&self) -> SavedVmGenId {
-        let Place { address, gsi, id } = *self.place();
-        SavedVmGenId { address: Reg(address), gsi, id: HexBytes(id.to_vec()) }
-    }
 }
 
 impl Device for VmGenId {
-    fn capture(&self) -> SnapshotSupport {
-        SnapshotSupport::State(Box::new(self.save()))
+    type State = SavedVmGenId;
+
+    fn state(&self) -> SavedVmGenId {
+        let Place { address, gsi, id } = *self.place();
+        SavedVmGenId { address: Reg(address), gsi, id: HexBytes(id.to_vec()) }
+    }
+
+    fn capture(&self, into: &mut SavedVmGenId) {
+        let Place { address, gsi, id } = *self.place();
+        into.address = Reg(address);
+        into.gsi = gsi;
+        into.id.0.copy_from_slice(&id);
     }
 }
 
@@ -195,8 +198,8 @@ impl Saved for SavedVmGenId {
 }
 
 impl Captured for SavedVmGenId {
-    fn save(&self) -> Result<StateChunk> {
-        chunk(CHUNK, self)
+    fn chunk(&self) -> Result<Option<StateChunk>> {
+        chunk(CHUNK, self).map(Some)
     }
 }
 
@@ -252,9 +255,9 @@ mod tests {
         let ram = Arc::new(GuestRam::new(2 << 20).unwrap());
         let (old, count) = new(&ram);
         assert_eq!((in_memory(&ram, ADDRESS), dirty(&ram)), ([1; LEN], vec![0xff]));
-        let SnapshotSupport::State(state) = old.capture() else { panic!("it has state") };
+        let state = old.state().chunk().unwrap().expect("it has state");
         assert_eq!(count.0.load(Ordering::SeqCst), 0, "a new machine has nothing to notice");
-        let mut chunks = ChunkSet::new(vec![state.save().unwrap()]).unwrap();
+        let mut chunks = ChunkSet::new(vec![state]).unwrap();
         let saved: SavedVmGenId = chunks.take(CHUNK).unwrap();
         assert_eq!((saved.gsi, saved.address.0), (9, ADDRESS));
         // Its page is written, and counts as that, though KVM sees nothing of it.
@@ -269,14 +272,14 @@ mod tests {
         ram.memory().write_slice(&[1; LEN], GuestAddress(ADDRESS)).unwrap();
         clone.put_back(&saved).unwrap();
         assert_eq!((in_memory(&ram, ADDRESS), clone.id()), ([9; LEN], [9; LEN]));
-        assert_eq!(clone.save().id, HexBytes(vec![9; LEN]));
+        assert_eq!(clone.state().id, HexBytes(vec![9; LEN]));
     }
 
     #[test]
     fn what_makes_no_sense_is_refused_and_changes_nothing() {
         let ram = Arc::new(GuestRam::new(2 << 20).unwrap());
         let (machine, count) = new(&ram);
-        let good = machine.save();
+        let good = machine.state();
         let bad = [
             SavedVmGenId { id: HexBytes(vec![0; 15]), ..good.clone() },
             SavedVmGenId { address: Reg(ADDRESS + 1), ..good.clone() },
@@ -290,7 +293,7 @@ mod tests {
             assert!(machine.put_back(&saved).is_err());
         }
         assert!(machine.put_back(&SavedVmGenId { gsi: 8, ..good.clone() }).is_err());
-        assert_eq!((in_memory(&ram, ADDRESS), machine.save()), ([1; LEN], good));
+        assert_eq!((in_memory(&ram, ADDRESS), machine.state()), ([1; LEN], good));
     }
 
     #[test]

@@ -92,8 +92,7 @@ pub struct FrozenDisk {
 
 impl FrozenDisk {
     /// The disk stands still.
-    pub(super) fn new(disk: &Arc<Disk>, pages: PageSet) -> Result<Self> {
-        let pages = Arc::new(pages);
+    pub(super) fn new(disk: &Arc<Disk>, pages: Arc<PageSet>) -> Result<Self> {
         if !disk.contents.freeze_mut().start(&pages) {
             return Err(VmmError::NotNow(format!(
                 "{}: a checkpoint before this one is not done with its pages",

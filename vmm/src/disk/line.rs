@@ -21,7 +21,7 @@ pub struct DiskLine {
     /// snapshot that holds them is published, so a failed checkpoint loses none.
     since_head: PageSet,
     /// A copy of it, made before the pause so that nothing is allocated in it.
-    ready: Option<PageSet>,
+    ready: Option<Arc<PageSet>>,
 }
 
 impl DiskLine {
@@ -55,7 +55,7 @@ impl DiskLine {
     /// Shortens the pause that follows: what was written by now is harvested now.
     pub fn prepare(&mut self) {
         self.disk.harvest(&mut self.since_head);
-        self.ready = Some(self.since_head.clone());
+        self.ready = Some(Arc::new(self.since_head.clone()));
     }
 
     /// Takes note of what was written by now.
@@ -88,12 +88,14 @@ impl DiskLine {
     /// If `drained` is another disk.
     pub fn cut(&mut self, drained: &Drained) -> Result<FrozenDisk> {
         assert!(Arc::ptr_eq(drained.disk(), &self.disk), "the disk of this line stands still");
-        let mut pages = self.ready.take().unwrap_or_else(|| self.since_head.clone());
+        let mut ready = self.ready.take().unwrap_or_else(|| Arc::new(self.since_head.clone()));
+        // Nobody else has it yet, so nothing is cloned.
+        let pages = Arc::make_mut(&mut ready);
         self.disk.contents.dirty.take(|chunk, word| {
             pages.insert_words(chunk * CHUNK_PAGES, &[word]);
             self.since_head.insert_words(chunk * CHUNK_PAGES, &[word]);
         });
-        drained.freeze(pages)
+        drained.freeze(ready)
     }
 
     /// The snapshot that holds what was frozen is published: it is the head.

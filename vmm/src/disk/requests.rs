@@ -209,8 +209,8 @@ impl Drained {
     ///
     /// # Errors
     /// [`VmmError::NotNow`] if a checkpoint before is not done with its pages.
-    pub fn freeze(&self, pages: PageSet) -> Result<FrozenDisk> {
-        FrozenDisk::new(&self.disk, pages)
+    pub fn freeze(&self, pages: impl Into<Arc<PageSet>>) -> Result<FrozenDisk> {
+        FrozenDisk::new(&self.disk, pages.into())
     }
 
     /// The disk.

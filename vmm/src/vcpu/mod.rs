@@ -10,7 +10,7 @@ pub mod saved;
 mod state;
 
 use std::cell::Cell;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -20,6 +20,7 @@ use kvm_bindings::{
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{Killable, register_signal_handler};
 
+use crate::checkpoint::PAUSE_SPAN;
 use crate::confine::{Role, confine};
 use crate::cpuid;
 use crate::devices::Bus;
@@ -130,7 +131,7 @@ fn tell_of_pause(vcpu: &VcpuFd) {
 /// A stopped vCPU's state, as read: to be encoded once the guest runs again.
 #[derive(Debug)]
 pub struct CapturedVcpu {
-    raw: RawVcpu,
+    raw: Box<RawVcpu>,
     reader: Arc<StateReader>,
 }
 
@@ -142,7 +143,12 @@ impl CapturedVcpu {
     }
 }
 
-type CaptureSlot = Mutex<Option<Result<CapturedVcpu>>>;
+/// The state of a vCPU, from the making of room for it to its being taken away.
+#[derive(Debug, Default)]
+struct CaptureSlot {
+    room: Option<Box<RawVcpu>>,
+    captured: Option<Result<Box<RawVcpu>>>,
+}
 
 /// A state that a vCPU is to be given, and what came of it.
 #[derive(Debug, Default)]
@@ -155,8 +161,19 @@ struct RestoreSlot {
 struct VcpuThread {
     join: JoinHandle<()>,
     reader: Arc<StateReader>,
-    captured: Arc<CaptureSlot>,
+    capturing: Arc<Mutex<CaptureSlot>>,
     restoring: Arc<Mutex<RestoreSlot>>,
+}
+
+impl VcpuThread {
+    fn capturing(&self) -> MutexGuard<'_, CaptureSlot> {
+        lock(&self.capturing)
+    }
+}
+
+/// Nobody holds these for longer than it takes to move a pointer, and nothing in them is half done.
+fn lock<T>(slot: &Mutex<T>) -> MutexGuard<'_, T> {
+    slot.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// All vCPUs of a machine, and their threads.
@@ -181,7 +198,7 @@ impl VcpuSet {
         let exits = Arc::<ExitCounters>::default();
         let mut threads = Vec::with_capacity(vcpus.len());
         for vcpu in vcpus {
-            let (captured, restoring) = (Arc::default(), Arc::default());
+            let (capturing, restoring) = (Arc::default(), Arc::default());
             let reader = Arc::new(vcpu.reader);
             let thread = RunningVcpu {
                 reader: Arc::clone(&reader),
@@ -191,7 +208,7 @@ impl VcpuSet {
                 gate: Arc::clone(&gate),
                 bus: Arc::clone(bus),
                 exits: Arc::clone(&exits),
-                captured: Arc::clone(&captured),
+                capturing: Arc::clone(&capturing),
                 restoring: Arc::clone(&restoring),
                 settled: false,
             };
@@ -199,7 +216,7 @@ impl VcpuSet {
                 .name(format!("frazil-vcpu{}", vcpu.index))
                 .spawn(move || thread.run())
                 .map_err(VmmError::host("start a vCPU thread"))?;
-            threads.push(VcpuThread { join, reader, captured, restoring });
+            threads.push(VcpuThread { join, reader, capturing, restoring });
         }
         Ok(Self { gate, exits, threads })
     }
@@ -213,16 +230,25 @@ impl VcpuSet {
         self.kick_until(|patience| self.gate.wait_parked(patience))
     }
 
-    /// As [`Self::pause`], and each thread goes on to read its own vCPU's state:
-    /// [`Self::take_captured`] waits for that.
+    /// Makes room for the states that [`Self::pause_and_capture`] reads, while the guest runs.
+    ///
+    /// # Errors
+    /// [`VmmError::Config`] if there is none.
+    pub fn prepare_capture(&self) -> Result<()> {
+        self.threads.iter().try_for_each(|thread| {
+            // A capture that failed may have left something behind.
+            let room = Some(thread.reader.room()?);
+            *thread.capturing() = CaptureSlot { room, captured: None };
+            Ok(())
+        })
+    }
+
+    /// As [`Self::pause`], and each thread goes on to read its own vCPU's state, into the room that
+    /// [`Self::prepare_capture`] made: [`Self::take_captured`] waits for that.
     ///
     /// # Errors
     /// As [`Self::pause`].
     pub fn pause_and_capture(&self) -> Result<()> {
-        // One that failed may have left some behind.
-        for thread in &self.threads {
-            *thread.captured.lock().unwrap_or_else(PoisonError::into_inner) = None;
-        }
         self.gate.set_goal(Goal::Park { task: Task::Capture });
         self.kick_until(|patience| self.gate.wait_stopped(patience))
     }
@@ -250,26 +276,20 @@ impl VcpuSet {
         self.gate.wait_unparked(STOP_PATIENCE);
     }
 
-    /// Takes the states that follow [`Self::pause_and_capture`], when all are there.
+    /// Adds the states that follow [`Self::pause_and_capture`] to `captured`, when all are there.
     ///
     /// # Errors
     /// What a vCPU's thread met while reading it.
-    pub fn take_captured(&self) -> Result<Vec<CapturedVcpu>> {
+    pub fn take_captured(&self, captured: &mut Vec<CapturedVcpu>) -> Result<()> {
         if !self.gate.wait_parked(STOP_PATIENCE) || self.gate.ended().is_some() {
             return Err(VmmError::NotNow("the vCPUs ended while they were read".into()));
         }
         let nothing = || VmmError::NotNow("a vCPU's state was not captured".into());
-        self.threads
-            .iter()
-            .map(|thread| {
-                thread
-                    .captured
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .take()
-                    .ok_or_else(nothing)?
-            })
-            .collect()
+        self.threads.iter().try_for_each(|thread| {
+            let raw = thread.capturing().captured.take().ok_or_else(nothing)??;
+            captured.push(CapturedVcpu { raw, reader: Arc::clone(&thread.reader) });
+            Ok(())
+        })
     }
 
     /// Checks that each vCPU can be given the state in `states` that has its place: what it was
@@ -293,8 +313,7 @@ impl VcpuSet {
     pub fn restore(&self, states: &[Arc<SavedVcpu>]) -> Result<()> {
         for (thread, state) in self.threads.iter().zip(states) {
             let wanted = Some(Arc::clone(state));
-            *thread.restoring.lock().unwrap_or_else(PoisonError::into_inner) =
-                RestoreSlot { wanted, done: None };
+            *lock(&thread.restoring) = RestoreSlot { wanted, done: None };
         }
         // Nobody is kicked: they wait in the gate, and a signal would only be in KVM's way.
         self.gate.set_goal(Goal::Park { task: Task::Restore });
@@ -302,10 +321,9 @@ impl VcpuSet {
             return Err(VmmError::NotNow("the vCPUs ended while they were given a state".into()));
         }
         let nothing = || VmmError::NotNow("a vCPU was not given its state".into());
-        self.threads.iter().try_for_each(|thread| {
-            let mut slot = thread.restoring.lock().unwrap_or_else(PoisonError::into_inner);
-            slot.done.take().ok_or_else(nothing)?
-        })
+        self.threads
+            .iter()
+            .try_for_each(|thread| lock(&thread.restoring).done.take().ok_or_else(nothing)?)
     }
 
     /// Ends the machine.
@@ -373,7 +391,7 @@ struct RunningVcpu {
     gate: Arc<Gate>,
     bus: Arc<Bus>,
     exits: Arc<ExitCounters>,
-    captured: Arc<CaptureSlot>,
+    capturing: Arc<Mutex<CaptureSlot>>,
     restoring: Arc<Mutex<RestoreSlot>>,
     /// Nothing is pending: it was interrupted, or has not run yet.
     settled: bool,
@@ -437,8 +455,9 @@ impl RunningVcpu {
             match task {
                 Task::Nothing => {}
                 Task::Capture => {
+                    let _pause = tracing::trace_span!(PAUSE_SPAN).entered();
                     let captured = self.capture();
-                    *self.captured.lock().unwrap_or_else(PoisonError::into_inner) = Some(captured);
+                    lock(&self.capturing).captured = Some(captured);
                 }
                 Task::Restore => self.restore(),
             }
@@ -452,13 +471,15 @@ impl RunningVcpu {
 
     /// Gives the vCPU the state that waits for it. Nothing is pending: its last exit is finished.
     fn restore(&mut self) {
-        let mut slot = self.restoring.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut slot = lock(&self.restoring);
         if let Some(saved) = slot.wanted.take() {
             slot.done = Some(self.reader.replace(&self.fd, self.index, &saved));
         }
     }
 
-    fn capture(&mut self) -> Result<CapturedVcpu> {
+    fn capture(&mut self) -> Result<Box<RawVcpu>> {
+        let room = lock(&self.capturing).room.take();
+        let mut raw = room.map_or_else(|| self.reader.room(), Ok)?;
         let mp_state = StateReader::read_mp_state(&self.fd)?;
         self.reader.want_sync(&mut self.fd, true);
         self.settled = false;
@@ -468,8 +489,8 @@ impl RunningVcpu {
             self.gate.end(reason.clone());
             return Err(VmmError::NotNow(format!("the VM has ended: {reason:?}")));
         }
-        let raw = self.reader.read(&self.fd, mp_state)?;
-        Ok(CapturedVcpu { raw, reader: Arc::clone(&self.reader) })
+        self.reader.read(&self.fd, mp_state, &mut raw)?;
+        Ok(raw)
     }
 
     /// A vCPU that left KVM_RUN for an I/O has half an instruction pending. Entering again with

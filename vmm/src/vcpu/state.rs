@@ -95,18 +95,54 @@ impl StateReader {
         vcpu.get_mp_state().map_err(VmmError::kvm("read the MP state"))
     }
 
+    /// Room for the state of a vCPU, so that none has to be found while the guest stands still.
+    pub(super) fn room(&self) -> Result<Box<RawVcpu>> {
+        let xsave = Xsave::new(self.xsave_extra_words).map_err(|error| {
+            VmmError::Config(format!("cannot make room for the XSAVE area: {error:?}"))
+        })?;
+        Ok(Box::new(RawVcpu {
+            mp_state: kvm_mp_state::default(),
+            regs: kvm_regs::default(),
+            sregs: kvm_sregs::default(),
+            debug_regs: kvm_debugregs::default(),
+            xcrs: kvm_xcrs::default(),
+            xsave,
+            lapic: kvm_lapic_state::default(),
+            msrs: self.msrs.clone(),
+            events: kvm_vcpu_events::default(),
+            tsc_khz: 0,
+        }))
+    }
+
     /// Reads the state of a vCPU that has left KVM_RUN after [`Self::read_mp_state`] and
     /// [`Self::want_sync`], and has done nothing since. The MSRs come after the LAPIC, since the
     /// TSC deadline timer belongs to both.
-    pub(super) fn read(&self, vcpu: &VcpuFd, mp_state: kvm_mp_state) -> Result<RawVcpu> {
-        let (regs, sregs, events) = self.read_synced(vcpu)?;
-        let xsave = self.read_xsave(vcpu)?;
-        let xcrs = vcpu.get_xcrs().map_err(VmmError::kvm("read extended control registers"))?;
-        let debug_regs = vcpu.get_debug_regs().map_err(VmmError::kvm("read debug registers"))?;
-        let lapic = vcpu.get_lapic().map_err(VmmError::kvm("read the local APIC"))?;
-        let mut msrs = self.msrs.clone();
+    pub(super) fn read(
+        &self,
+        vcpu: &VcpuFd,
+        mp_state: kvm_mp_state,
+        into: &mut RawVcpu,
+    ) -> Result<()> {
+        let RawVcpu {
+            mp_state: mp_state_room,
+            regs,
+            sregs,
+            debug_regs,
+            xcrs,
+            xsave,
+            lapic,
+            msrs,
+            events,
+            tsc_khz,
+        } = into;
+        *mp_state_room = mp_state;
+        (*regs, *sregs, *events) = self.read_synced(vcpu)?;
+        self.read_xsave(vcpu, xsave)?;
+        *xcrs = vcpu.get_xcrs().map_err(VmmError::kvm("read extended control registers"))?;
+        *debug_regs = vcpu.get_debug_regs().map_err(VmmError::kvm("read debug registers"))?;
+        *lapic = vcpu.get_lapic().map_err(VmmError::kvm("read the local APIC"))?;
         let expected = msrs.as_slice().len();
-        let read = vcpu.get_msrs(&mut msrs).map_err(VmmError::kvm("read MSRs"))?;
+        let read = vcpu.get_msrs(msrs).map_err(VmmError::kvm("read MSRs"))?;
         if read != expected {
             let index = msrs.as_slice()[read].index;
             return Err(VmmError::State {
@@ -116,8 +152,8 @@ impl StateReader {
             });
         }
         // Nobody but us changes it, and not after the start.
-        let tsc_khz = *self.tsc_khz.get_or_init(|| vcpu.get_tsc_khz().unwrap_or(0));
-        Ok(RawVcpu { mp_state, regs, sregs, debug_regs, xcrs, xsave, lapic, msrs, events, tsc_khz })
+        *tsc_khz = *self.tsc_khz.get_or_init(|| vcpu.get_tsc_khz().unwrap_or(0));
+        Ok(())
     }
 
     fn read_synced(&self, vcpu: &VcpuFd) -> Result<(kvm_regs, kvm_sregs, kvm_vcpu_events)> {
@@ -131,19 +167,16 @@ impl StateReader {
         Ok((regs, sregs, events))
     }
 
-    fn read_xsave(&self, vcpu: &VcpuFd) -> Result<Xsave> {
-        let mut xsave = Xsave::new(self.xsave_extra_words).map_err(|error| {
-            VmmError::Config(format!("cannot make room for the XSAVE area: {error:?}"))
-        })?;
+    fn read_xsave(&self, vcpu: &VcpuFd, xsave: &mut Xsave) -> Result<()> {
         if self.xsave_extra_words == 0 {
             let plain = vcpu.get_xsave().map_err(VmmError::kvm("read the XSAVE area"))?;
             // SAFETY: only the fixed part is replaced; the length of the extra part stays zero.
             unsafe { xsave.as_mut_fam_struct() }.xsave.region = plain.region;
         } else {
             // SAFETY: the buffer is as long as KVM_CAP_XSAVE2 said.
-            unsafe { vcpu.get_xsave2(&mut xsave) }.map_err(VmmError::kvm("read the XSAVE area"))?;
+            unsafe { vcpu.get_xsave2(xsave) }.map_err(VmmError::kvm("read the XSAVE area"))?;
         }
-        Ok(xsave)
+        Ok(())
     }
 
     /// Puts `saved` into a new vCPU whose CPUID is set already.

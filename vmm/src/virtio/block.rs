@@ -40,6 +40,8 @@ const PHYSICAL_BLOCK_EXP: u8 = 3;
 #[derive(Debug)]
 pub struct Block {
     disk: Arc<Disk>,
+    /// The disk's.
+    name: Arc<str>,
     doorbell: Arc<EventFd>,
     /// Requests are done where they are notified, for tests that want one thing after the other.
     in_place: bool,
@@ -52,7 +54,8 @@ impl Block {
     /// # Errors
     /// [`VmmError::Host`](crate::VmmError::Host) if there is no eventfd to be had.
     pub fn new(disk: Arc<Disk>) -> Result<Self> {
-        Ok(Self { disk, doorbell: doorbell(0)?, in_place: false, worker: OnceLock::new() })
+        let (name, doorbell) = (disk.name().into(), doorbell(0)?);
+        Ok(Self { disk, name, doorbell, in_place: false, worker: OnceLock::new() })
     }
 
     /// One without a thread: requests are done before a notification returns.
@@ -170,11 +173,11 @@ impl VirtioDevice for Block {
     }
 
     fn drain(&self, patience: Duration) -> Result<Still> {
-        Ok(Still::held_by(self.disk.drain(patience)?))
+        self.disk.drain(patience).map(Still::Disk)
     }
 
     fn save(&self) -> SavedDevice {
-        SavedDevice::Block { disk: self.disk.name().to_owned() }
+        SavedDevice::Block { disk: Arc::clone(&self.name) }
     }
 
     fn put_back(&self, saved: &SavedDevice) -> Result<(), Misfit> {

@@ -14,7 +14,6 @@ use super::vsock::{UnixSockets, Unreachable, Vsock};
 use super::{IrqLine, SavedVirtio, Still, VirtioDevice, VirtioMmio, WINDOW_BYTES, ZeroedPages};
 use crate::boot::MmioSlot;
 use crate::devices::mmio::MmioBus;
-use crate::devices::{Device, SnapshotSupport};
 use crate::disk::Disk;
 use crate::error::{Result, VmmError};
 use crate::kvm::VmShell;
@@ -178,20 +177,23 @@ impl VirtioBus {
         &self.mmio
     }
 
-    /// Waits until no device touches memory or queues, and keeps it so until the answer is dropped. The
-    /// vCPUs have stopped.
+    /// Waits until no device touches memory or queues, and keeps it so until what is added to `still` is
+    /// dropped. The vCPUs have stopped.
     ///
     /// # Errors
-    /// [`VmmError::NotNow`] if that takes longer than `patience`, all together; they go on then.
-    pub(crate) fn drain(&self, patience: Duration) -> Result<Vec<Still>> {
+    /// [`VmmError::NotNow`] if that takes longer than `patience`, all together.
+    pub(crate) fn drain(&self, patience: Duration, still: &mut Vec<Still>) -> Result<()> {
         let until = Instant::now() + patience;
         let left = || until.saturating_duration_since(Instant::now());
-        self.devices.iter().map(|device| device.drain(left())).collect()
+        self.devices.iter().try_for_each(|device| {
+            still.push(device.drain(left())?);
+            Ok(())
+        })
     }
 
-    /// The state of each. The vCPUs have stopped and the devices are [still](Self::drain).
-    pub(crate) fn capture(&self) -> impl Iterator<Item = SnapshotSupport> + '_ {
-        self.devices.iter().map(|device| device.capture())
+    /// Each of them.
+    pub(crate) fn devices(&self) -> impl ExactSizeIterator<Item = &VirtioMmio> {
+        self.devices.iter().map(AsRef::as_ref)
     }
 
     /// Takes what a snapshot has of each from `chunks`.

@@ -39,7 +39,7 @@ impl WorkGate {
     /// [`VmmError::NotNow`] if that takes longer than `patience`.
     pub(super) fn shut(&self, device: &str, patience: Duration) -> Result<Still> {
         match self.0.drain(patience) {
-            0 => Ok(Still::held_by(Shut(Arc::clone(&self.0)))),
+            0 => Ok(Still::Shut(Shut(Arc::clone(&self.0)))),
             _ => Err(VmmError::NotNow(format!("{device} is still busy after {patience:?}"))),
         }
     }
@@ -47,7 +47,7 @@ impl WorkGate {
 
 /// Keeps the gate shut.
 #[derive(Debug)]
-struct Shut(Arc<RequestGate>);
+pub struct Shut(Arc<RequestGate>);
 
 impl Drop for Shut {
     fn drop(&mut self) {

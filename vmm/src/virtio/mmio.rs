@@ -17,10 +17,10 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::link::{DRIVER_OK, FAILED, Link, NEEDS_RESET};
 use super::queue::{COMMON_FEATURES, Nonsense, VirtQueue, bit};
-use super::saved::{CapturedVirtio, SavedVirtio};
+use super::saved::{CapturedVirtio, SavedQueue, SavedVirtio};
 use super::{Interrupt, Misfit, Still, VirtioDevice};
+use crate::devices::Device;
 use crate::devices::mmio::MmioDevice;
-use crate::devices::{Device, SnapshotSupport};
 use crate::error::{Result, VmmError};
 use crate::memory::GuestRam;
 use crate::vcpu::saved::Reg;
@@ -335,8 +335,15 @@ impl VirtioMmio {
     /// Its state. The vCPUs have stopped and the device is [still](Self::drain).
     #[must_use]
     pub fn save(&self) -> SavedVirtio {
+        self.save_in(Vec::new())
+    }
+
+    /// The same, the queues of which go where there is room for them.
+    fn save_in(&self, mut queues: Vec<SavedQueue>) -> SavedVirtio {
         let selectors = self.selectors();
-        let queues = (0..self.link.queues.len()).filter_map(|index| self.link.lock(index));
+        queues.clear();
+        let locked = (0..self.link.queues.len()).filter_map(|index| self.link.lock(index));
+        queues.extend(locked.map(|queue| queue.save()));
         SavedVirtio {
             status: self.link.status.load(Ordering::Acquire),
             interrupt_status: self.link.interrupt_status.load(Ordering::Acquire),
@@ -345,7 +352,7 @@ impl VirtioMmio {
             driver_features_sel: selectors.driver_features,
             driver_features: Reg(self.link.driver_features.load(Ordering::Acquire)),
             queue_sel: selectors.queue,
-            queues: queues.map(|queue| queue.save()).collect(),
+            queues,
             device: self.device.save(),
         }
     }
@@ -416,8 +423,15 @@ impl MmioDevice for VirtioMmio {
 }
 
 impl Device for VirtioMmio {
-    fn capture(&self) -> SnapshotSupport {
-        let name = self.name().to_owned();
-        SnapshotSupport::State(Box::new(CapturedVirtio { name, saved: self.save() }))
+    type State = CapturedVirtio;
+
+    /// The device need not be [still](Self::drain) where the answer is only overwritten.
+    fn state(&self) -> CapturedVirtio {
+        CapturedVirtio { name: self.name().to_owned(), saved: self.save() }
+    }
+
+    /// The device is [still](Self::drain).
+    fn capture(&self, into: &mut CapturedVirtio) {
+        into.saved = self.save_in(std::mem::take(&mut into.saved.queues));
     }
 }

@@ -26,7 +26,6 @@ mod tests;
 pub mod vsock;
 mod worker;
 
-use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -34,13 +33,15 @@ use std::time::Duration;
 use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::disk::Drained;
 use crate::error::{Result, VmmError};
 pub use bus::{SavedSlot, SlotDevice, VirtioBus};
 pub use free_pages::{FreePages, ZeroedPages};
+pub use gate::Shut;
 pub use link::Link;
 pub use mmio::{VirtioMmio, WINDOW_BYTES};
 pub use queue::Nonsense;
-pub use saved::{SavedDevice, SavedQueue, SavedVirtio};
+pub use saved::{CapturedVirtio, SavedDevice, SavedQueue, SavedVirtio};
 
 /// How a device interrupts its guest.
 pub trait Interrupt: Send + Sync + fmt::Debug {
@@ -72,26 +73,15 @@ impl Interrupt for IrqLine {
 }
 
 /// Keeps a device still: it touches neither guest memory nor its queues until this is dropped.
-pub struct Still(Option<Box<dyn Any + Send>>);
-
-impl Still {
-    /// Of a device that only ever does anything in a vCPU's thread.
-    #[must_use]
-    pub fn with_the_vcpus() -> Self {
-        Self(None)
-    }
-
-    /// Held by `guard`.
-    pub fn held_by(guard: impl Any + Send) -> Self {
-        Self(Some(Box::new(guard)))
-    }
-}
-
-impl fmt::Debug for Still {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let how = if self.0.is_some() { "held" } else { "with the vCPUs" };
-        f.debug_tuple("Still").field(&how).finish()
-    }
+#[derive(Debug)]
+#[must_use]
+pub enum Still {
+    /// It only ever does anything in a vCPU's thread.
+    WithTheVcpus,
+    /// Its thread waits at its gate.
+    Shut(Shut),
+    /// Its thread waits for its disk.
+    Disk(Drained),
 }
 
 /// A saved state that is another device's.
@@ -151,7 +141,7 @@ pub trait VirtioDevice: Send + Sync + fmt::Debug {
     /// [`VmmError::NotNow`] if that takes longer than `patience`; the device goes on then.
     fn drain(&self, patience: Duration) -> Result<Still>;
 
-    /// What it has besides registers and queues.
+    /// What it has besides registers and queues. Called while the guest stands still: asks for no memory.
     fn save(&self) -> SavedDevice;
 
     /// Becomes what `saved` says, or stays as it is.

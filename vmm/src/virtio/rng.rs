@@ -54,7 +54,7 @@ impl VirtioDevice for Rng {
     }
 
     fn drain(&self, _patience: Duration) -> Result<Still> {
-        Ok(Still::with_the_vcpus())
+        Ok(Still::WithTheVcpus)
     }
 
     fn save(&self) -> SavedDevice {

@@ -1,5 +1,7 @@
 //! What a snapshot keeps of a virtio device.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
 use super::Misfit;
@@ -68,8 +70,8 @@ pub struct SavedQueue {
 pub enum SavedDevice {
     /// Nothing: its disk has a chunk of its own.
     Block {
-        /// The disk's name.
-        disk: String,
+        /// The disk's name. Shared, so that nothing is allocated when it is captured.
+        disk: Arc<str>,
     },
     /// Nothing.
     Rng {},
@@ -101,13 +103,15 @@ impl SavedDevice {
 
 /// A device's state with the name of its chunk, copied while the guest stood still.
 #[derive(Clone, Debug)]
-pub(super) struct CapturedVirtio {
+pub struct CapturedVirtio {
+    /// The device's, and the chunk's.
     pub name: String,
+    /// Its state.
     pub saved: SavedVirtio,
 }
 
 impl Captured for CapturedVirtio {
-    fn save(&self) -> Result<StateChunk> {
-        chunk(&self.name, &self.saved)
+    fn chunk(&self) -> Result<Option<StateChunk>> {
+        chunk(&self.name, &self.saved).map(Some)
     }
 }

@@ -1,7 +1,7 @@
 //! Registers (virtio 1.2, 4.2.2), initialisation (3.1.1), and saving all of it.
 
 use super::*;
-use crate::devices::{Device, SnapshotSupport};
+use crate::devices::{Captured, Device};
 use crate::state::ChunkSet;
 use crate::virtio::rng::Rng;
 use crate::virtio::{SavedDevice, SavedVirtio};
@@ -162,6 +162,7 @@ fn interrupts_stay_until_they_are_acknowledged() {
 #[test]
 fn a_saved_device_goes_on_where_it_was() {
     let bed = rng();
+    let mut captured = bed.mmio.state();
     bed.set_up(INDIRECT);
     let mut ring = Ring::new(0);
     // Past the end of 16 bits, and with three chains of which it was not told.
@@ -173,8 +174,8 @@ fn a_saved_device_goes_on_where_it_was() {
     for _ in 0..3 {
         ring.add(&bed, &[(DATA, 8, true)]);
     }
-    let SnapshotSupport::State(captured) = bed.mmio.capture() else { panic!("it has state") };
-    let chunk = captured.save().unwrap();
+    bed.mmio.capture(&mut captured);
+    let chunk = captured.chunk().unwrap().expect("it has state");
     assert_eq!((chunk.name.as_str(), chunk.kind.as_str()), ("virtio0", "virtio.mmio"));
     let saved: SavedVirtio = ChunkSet::new(vec![chunk]).unwrap().take("virtio0").unwrap();
     assert_eq!(saved, bed.mmio.save());

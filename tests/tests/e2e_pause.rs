@@ -1,0 +1,138 @@
+//! While a checkpoint keeps a guest standing, nobody asks for memory: an allocator's lock, or the
+//! kernel's for fresh pages, may be held by somebody who has all the time in the world.
+//!
+//! `unsafe` is allowed here for the allocator that watches. It is that of the whole process, so this
+//! test is one of its own.
+#![allow(unsafe_code)]
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use frazil_snapstore::{Store, StoreOptions};
+use frazil_tests::vm_harness::{kvm_or_skip, uffd_or_skip, wait_populated};
+use frazil_vmm::checkpoint::PAUSE_SPAN;
+use frazil_vmm::devices::serial::SerialOutput;
+use frazil_vmm::dirty::TrackerKind;
+use frazil_vmm::disk::DiskConfig;
+use frazil_vmm::{CheckpointRequest, CheckpointStats, Guest, HostConfig, MachineConfig, Vm};
+use tracing::span;
+
+thread_local! {
+    /// This thread keeps a guest standing.
+    static IN_PAUSE: Cell<bool> = const { Cell::new(false) };
+}
+/// How often a thread has done so.
+static PAUSES: AtomicUsize = AtomicUsize::new(0);
+/// How often memory was asked for in one.
+static ASKED: AtomicUsize = AtomicUsize::new(0);
+/// How much, the last time.
+static LAST_BYTES: AtomicUsize = AtomicUsize::new(0);
+
+/// The system's, which sees who asks when.
+struct Watching;
+
+fn note(layout: Layout) {
+    if IN_PAUSE.get() {
+        ASKED.fetch_add(1, Ordering::SeqCst);
+        LAST_BYTES.store(layout.size(), Ordering::SeqCst);
+    }
+}
+
+// SAFETY: every call is the system allocator's, with the same arguments; `note` asks for no memory.
+unsafe impl GlobalAlloc for Watching {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        note(layout);
+        // SAFETY: the caller keeps to the trait's contract, which is the system's too.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: as above; what is given back is from the system.
+        unsafe { System.dealloc(pointer, layout) };
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Watching = Watching;
+
+/// Hears of pauses, and of nothing else.
+struct Pauses;
+
+impl tracing::Subscriber for Pauses {
+    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
+        metadata.name() == PAUSE_SPAN
+    }
+
+    fn new_span(&self, _attributes: &span::Attributes<'_>) -> span::Id {
+        span::Id::from_u64(1)
+    }
+
+    fn record(&self, _span: &span::Id, _values: &span::Record<'_>) {}
+
+    fn record_follows_from(&self, _span: &span::Id, _follows: &span::Id) {}
+
+    fn event(&self, _event: &tracing::Event<'_>) {}
+
+    fn enter(&self, _span: &span::Id) {
+        IN_PAUSE.set(true);
+        PAUSES.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn exit(&self, _span: &span::Id) {
+        IN_PAUSE.set(false);
+    }
+}
+
+/// Takes checkpoints of a guest with two vCPUs and every device that needs nothing of the host.
+fn checkpoints(load: &str, tracker: TrackerKind, staging_bytes: u64) -> Vec<CheckpointStats> {
+    let folder = tempfile::tempdir().expect("a folder");
+    let disk = folder.path().join("disk.img");
+    std::fs::File::create(&disk).and_then(|file| file.set_len(8 << 20)).expect("a disk");
+    let store = Store::open_or_create(&folder.path().join("store"), StoreOptions::default())
+        .expect("a store");
+    let guest = Guest::Workload(format!("{load},report=0").parse().expect("a workload"));
+    let config = MachineConfig {
+        disks: vec![DiskConfig { file: disk, read_only: false, serial: None }],
+        ..MachineConfig::new("still", 96 << 20, 2, guest)
+    };
+    let host = HostConfig {
+        tracker: Some(tracker),
+        staging_bytes,
+        ..HostConfig::new(SerialOutput::Null, Some(Arc::clone(&store)))
+    };
+    let vm = Vm::boot(&config, host).expect("it boots");
+    vm.go().expect("it runs");
+    wait_populated(&vm);
+    let take = |_| vm.checkpoint(&CheckpointRequest::default()).expect("a checkpoint").stats;
+    (0..4).map(take).collect()
+}
+
+#[test]
+fn nothing_is_allocated_while_the_guest_stands_still() {
+    if !kvm_or_skip() || !uffd_or_skip() {
+        return;
+    }
+    tracing::subscriber::set_global_default(Pauses).expect("there is none yet");
+    IN_PAUSE.set(true);
+    drop(std::hint::black_box(Box::new(7_u64)));
+    IN_PAUSE.set(false);
+    assert_eq!((ASKED.swap(0, Ordering::SeqCst), LAST_BYTES.load(Ordering::SeqCst)), (1, 8));
+
+    let steady = "touch=64MiB,rate=2000,pattern=uniform,content=text";
+    let storm = "touch=64MiB,rate=max,pattern=uniform,content=text";
+    for tracker in [TrackerKind::Ring, TrackerKind::ManualBitmap, TrackerKind::Bitmap] {
+        for (load, staging_bytes) in [(steady, 64 << 20), (storm, 1 << 20)] {
+            let before = PAUSES.load(Ordering::SeqCst);
+            let all = checkpoints(load, tracker, staging_bytes);
+            // The checkpoint's thread, and each vCPU's.
+            assert_eq!(PAUSES.load(Ordering::SeqCst) - before, 3 * all.len());
+            let (asked, bytes) = (ASKED.load(Ordering::SeqCst), LAST_BYTES.load(Ordering::SeqCst));
+            assert_eq!(asked, 0, "{load}, {tracker}: the last time {bytes} bytes: {all:#?}");
+            // Both ways of a cut: pages copied, and pages left in place.
+            let protected: u64 = all.iter().map(|stats| stats.protected_pages).sum();
+            assert!(protected > 0 || load == steady, "{all:#?}");
+        }
+    }
+}
