@@ -92,6 +92,52 @@ park:
     hlt
     jmp park
 
+# The other way in, by which QEMU and others enter a kernel (Xen's x86/HVM direct boot ABI, "PVH"): 32-bit
+# protected mode, flat segments, no paging, ebx = hvm_start_info. What it says becomes boot_params.
+.set START_INFO_CMDLINE, 24
+.set START_INFO_MEMMAP, 40
+.set START_INFO_MEMMAP_ENTRIES, 48
+.set BOOT_PARAMS_E820_COUNT, 0x1e8
+.set BOOT_PARAMS_CMDLINE, 0x228
+.set BOOT_PARAMS_E820, 0x2d0
+.set E820_ENTRIES_MAX, 128
+.code32
+pvh_entry:
+    cld
+    lgdtl gdt_pointer
+    mov $pvh_boot_params, %edi
+    mov START_INFO_CMDLINE(%ebx), %eax
+    mov %eax, BOOT_PARAMS_CMDLINE(%edi)
+    mov START_INFO_MEMMAP_ENTRIES(%ebx), %edx
+    cmp $E820_ENTRIES_MAX, %edx
+    jbe 1f
+    mov $E820_ENTRIES_MAX, %edx
+1:  mov %dl, BOOT_PARAMS_E820_COUNT(%edi)
+    mov START_INFO_MEMMAP(%ebx), %esi
+    add $BOOT_PARAMS_E820, %edi
+2:  test %edx, %edx
+    jz 3f
+    mov $5, %ecx                         # address, length and type, as in an E820 entry
+    rep movsl
+    add $4, %esi                         # which has nothing more
+    dec %edx
+    jmp 2b
+3:  mov $0x20, %eax                      # PAE
+    mov %eax, %cr4
+    mov $pml4, %eax
+    mov %eax, %cr3
+    mov $0xc0000080, %ecx                # EFER: LME, SCE
+    xor %edx, %edx
+    mov $0x101, %eax
+    wrmsr
+    mov $0x80000011, %eax
+    mov %eax, %cr0
+    ljmpl $CODE64, $pvh64
+.code64
+pvh64:
+    mov $pvh_boot_params, %esi
+    jmp guest_entry
+
 # Copied to TRAMPOLINE. A CPU arrives in real mode with cs = TRAMPOLINE >> 4 and leaves in long mode.
 .code16
 trampoline:
@@ -277,3 +323,17 @@ page_directory_gib3:
     .zero 503 * 8
     .quad LAPIC + 0xfb                   # present, writable, supervisor, uncached, 2 MiB
     .zero 8 * 8
+
+.section .bss.pvh, "aw", @nobits
+.balign 8
+pvh_boot_params:
+    .zero 4096
+
+# Where PVH enters: the note XEN_ELFNOTE_PHYS32_ENTRY (18), all of it aligned to 4 bytes.
+.section .note.pvh, "a", @note
+    .balign 4
+    .long 4
+    .long 8
+    .long 18
+    .asciz "Xen"
+    .quad pvh_entry
