@@ -80,6 +80,8 @@ enum Suite {
     Clone,
     /// Taking a running guest back to a snapshot, by how much it has changed since.
     Rewind,
+    /// The same guest in QEMU, if that is installed, as its users save and resume it.
+    Peers,
     /// The store by itself, without KVM: throughput, overhead, history, verifying, pruning.
     Store,
     /// Stores with other frame and segment sizes: the measurement behind the defaults.
@@ -98,7 +100,8 @@ impl Suite {
             | Self::Endurance
             | Self::Resume
             | Self::Clone
-            | Self::Rewind => true,
+            | Self::Rewind
+            | Self::Peers => true,
             Self::Store | Self::StoreFrames | Self::StoreImages => false,
         }
     }
@@ -142,6 +145,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Suite::Resume => suites::resume::run(&mut bench, frazil),
         Suite::Clone => suites::clone::run(&mut bench),
         Suite::Rewind => suites::rewind::run(&mut bench),
+        Suite::Peers => suites::peers::run(&mut bench, frazil),
         Suite::Store => suites::store::run(&mut bench),
         Suite::StoreFrames => suites::store::run_frames(&mut bench),
         Suite::StoreImages => suites::store::run_images(&mut bench, &images),

@@ -86,7 +86,7 @@ impl Series {
     pub(crate) fn take(&mut self, machine: &Machine) -> anyhow::Result<CheckpointReport> {
         let before = machine.view()?;
         let report = checkpoint(&machine.vm)?;
-        let after = view_once_running(machine, &before)?;
+        let after = view_once_running(|| machine.view(), &before)?;
         self.add(&report);
         self.gap.add_time(Duration::from_micros(largest_gap_us(&before, &after)));
         let overrun = |(before, after): (&VcpuView, &VcpuView)| {
@@ -179,10 +179,13 @@ impl Series {
 
 /// Looks at the guest when every vCPU has been running since `before`: on a busy host one may have had
 /// no core during a whole checkpoint, and then the gap it feels is not over yet.
-fn view_once_running(machine: &Machine, before: &ControlView) -> anyhow::Result<ControlView> {
+pub(crate) fn view_once_running(
+    mut view: impl FnMut() -> anyhow::Result<ControlView>,
+    before: &ControlView,
+) -> anyhow::Result<ControlView> {
     let deadline = Instant::now() + RUNS_AGAIN_TIMEOUT;
     loop {
-        let after = machine.view()?;
+        let after = view()?;
         let runs = |(before, after): (&VcpuView, &VcpuView)| {
             after.control.last_tsc > before.control.last_tsc
         };
@@ -200,7 +203,7 @@ fn view_once_running(machine: &Machine, before: &ControlView) -> anyhow::Result<
 
 /// The longest time a vCPU could not look at its clock between two looks at it from outside. All
 /// on the guest's own clock, so that its offset from the host's does not matter.
-fn largest_gap_us(before: &ControlView, after: &ControlView) -> u64 {
+pub(crate) fn largest_gap_us(before: &ControlView, after: &ControlView) -> u64 {
     let mut largest = GAP_FLOOR_US;
     for (before, vcpu) in before.vcpus.iter().zip(&after.vcpus) {
         let before = &before.control;

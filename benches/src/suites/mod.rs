@@ -5,6 +5,7 @@ pub(crate) mod clone;
 pub(crate) mod endurance;
 pub(crate) mod floors;
 pub(crate) mod pause;
+pub(crate) mod peers;
 pub(crate) mod resume;
 pub(crate) mod rewind;
 pub(crate) mod store;

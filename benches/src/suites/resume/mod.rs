@@ -15,6 +15,7 @@ use frazil_vmm::{CheckpointRequest, Loading};
 use tempfile::TempDir;
 
 pub(crate) use faults::{beside, touch_all};
+pub(crate) use progress::resume_once;
 
 use crate::bench::{Bench, GIB, size_label};
 use crate::codec::{self, Cores};
@@ -118,7 +119,7 @@ fn measure_size(bench: &mut Bench, frazil: &Path, ram_bytes: u64) -> anyhow::Res
     Ok(())
 }
 
-fn find_frazil(given: Option<PathBuf>) -> anyhow::Result<PathBuf> {
+pub(crate) fn find_frazil(given: Option<PathBuf>) -> anyhow::Result<PathBuf> {
     let path = match given {
         Some(path) => path,
         None => std::env::current_exe()

@@ -27,9 +27,9 @@ pub(super) fn first_progress(bench: &mut Bench, bed: &Bed) -> anyhow::Result<()>
     let start = process_start(&bed.frazil, bench.runs(20))?;
     let (mut whole, mut inside) = (Samples::new(), Samples::new());
     // The first brings program and store into the page cache.
-    resume_once(bed)?;
+    resume_once(&bed.frazil, bed.folder.path())?;
     for _ in 0..bench.runs(20) {
-        let (total, own) = resume_once(bed)?;
+        let (total, own) = resume_once(&bed.frazil, bed.folder.path())?;
         whole.add_time(total);
         inside.add_time(own);
     }
@@ -56,27 +56,27 @@ fn process_start(frazil: &Path, runs: usize) -> anyhow::Result<Samples> {
     Ok(times)
 }
 
-/// Runs `frazil resume` until first progress; the time from before it was started, and from its
-/// own first instruction.
-fn resume_once(bed: &Bed) -> anyhow::Result<(Duration, Duration)> {
-    let mut reference = OsString::from(bed.folder.path().join("store"));
+/// Runs `frazil resume` of the latest snapshot in the store in `folder` until first progress; the time
+/// from before it was started, and from its own first instruction.
+pub(crate) fn resume_once(frazil: &Path, folder: &Path) -> anyhow::Result<(Duration, Duration)> {
+    let mut reference = OsString::from(folder.join("store"));
     reference.push("@latest");
-    let errors = std::fs::File::create(bed.folder.path().join("stderr"))
+    let errors = std::fs::File::create(folder.join("stderr"))
         .context("cannot create a scratch file")?;
-    let mut command = Command::new(&bed.frazil);
+    let mut command = Command::new(frazil);
     command
         .arg("resume")
         .arg(reference)
         .args(["--json", "--serial", "null", "--no-fill"])
-        .env("FRAZIL_RUNTIME_DIR", bed.folder.path().join("run"))
+        .env("FRAZIL_RUNTIME_DIR", folder.join("run"))
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(errors);
     let before_ns = monotonic_ns();
     let mut process = Process::start(&mut command)
-        .with_context(|| format!("cannot run {}", bed.frazil.display()))?;
+        .with_context(|| format!("cannot run {}", frazil.display()))?;
     let Some((ms, at_ns)) = process.first_progress()? else {
-        let said = std::fs::read_to_string(bed.folder.path().join("stderr")).unwrap_or_default();
+        let said = std::fs::read_to_string(folder.join("stderr")).unwrap_or_default();
         bail!("frazil resume ended before its guest made progress; it said: {}", said.trim());
     };
     process.end()?;

@@ -1,0 +1,167 @@
+//! `peers`: the same guest in another VMM, saved and resumed as its users do it, and in frazil, in
+//! one run.
+//!
+//! The other VMM is QEMU, if it is installed: `savevm`, migration to a file, and that as a
+//! background snapshot. Nothing else runs meanwhile, and both run on the same KVM. How others'
+//! formats fare, without their programs, is measured beside frazil's own: stop-and-copy in `pause`,
+//! raw files mapped or copied page by page in `resume`.
+
+mod qemu;
+mod qmp;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::Context;
+use frazil_vmm::workload::WorkloadSpec;
+use kvm_ioctls::Kvm;
+
+use crate::bench::{Bench, GIB, size_label};
+use crate::machine::{Machine, create_store};
+use crate::metric::Metric;
+use crate::samples::Samples;
+use crate::series::{checkpoint, largest_gap_us, view_once_running};
+use crate::suites::resume::{find_frazil, resume_once};
+use qemu::{Qemu, Way};
+
+/// A guest that has something to do, and writes a thousand pages a second.
+const SPEC: &str = "rate=1000,pattern=uniform,content=text,report=0,gap_us=50";
+/// What it changes between two checkpoints.
+const BETWEEN_PAGES: u64 = 1000;
+const MIB: f64 = (1 << 20) as f64;
+
+type Of = fn(&Costs) -> f64;
+
+/// What saving a machine cost, several times.
+struct Costs {
+    /// Host-side.
+    pause: Samples,
+    /// The longest time the guest could not look at its clock.
+    gap: Samples,
+    duration: Samples,
+    bytes: Samples,
+}
+
+impl Costs {
+    fn new() -> Self {
+        let none = Samples::new();
+        Self { pause: none.clone(), gap: none.clone(), duration: none.clone(), bytes: none }
+    }
+
+    fn add(&mut self, pause: Duration, gap_us: u64, duration: Duration, bytes: u64) {
+        self.pause.add_time(pause);
+        self.gap.add_time(Duration::from_micros(gap_us));
+        self.duration.add_time(duration);
+        self.bytes.add(bytes);
+    }
+
+    /// Prints them; `floor` is what frazil needs for the same.
+    fn emit(&self, bench: &mut Bench, name: &str, floor: Option<&Self>) -> anyhow::Result<()> {
+        let parts: [(&str, &str, Of); 4] = [
+            ("pause_ms", "ms", |costs| costs.pause.ms(0.5)),
+            ("gap_ms", "ms", |costs| costs.gap.ms(0.5)),
+            ("duration_ms", "ms", |costs| costs.duration.ms(0.5)),
+            ("stored_mib", "MiB", |costs| costs.bytes.median() / MIB),
+        ];
+        for (suffix, unit, of) in parts {
+            let metric = Metric::new(format!("{name}_{suffix}"), of(self), unit, self.pause.n());
+            bench.emit(match floor {
+                Some(floor) => metric.against(of(floor)),
+                None => metric,
+            })?;
+        }
+        Ok(())
+    }
+}
+
+pub(crate) fn run(bench: &mut Bench, frazil: Option<PathBuf>) -> anyhow::Result<()> {
+    let frazil = find_frazil(frazil)?;
+    let ram_bytes = bench.memory_size(GIB);
+    let label = size_label(ram_bytes);
+    bench.say(&format!("frazil, {label}"));
+    let ours = ours(bench, &frazil, ram_bytes, &label)?;
+    let Some(version) = qemu::version() else {
+        bench.say("QEMU is left out: there is no qemu-system-x86_64 (package qemu-system-x86)");
+        return Ok(());
+    };
+    for way in Way::ALL {
+        bench.say(&format!("QEMU {version}, {label}: {}", way.name()));
+        theirs(bench, way, ram_bytes, &label, &ours)?;
+    }
+    Ok(())
+}
+
+/// What frazil needs: the floor of what the others do.
+struct Ours {
+    first: Costs,
+    resume: Samples,
+}
+
+fn ours(bench: &mut Bench, frazil: &Path, ram_bytes: u64, label: &str) -> anyhow::Result<Ours> {
+    let (mut first, mut next, mut resume) = (Costs::new(), Costs::new(), Samples::new());
+    let runs = bench.runs(3);
+    for _ in 0..runs {
+        let folder = bench.scratch()?;
+        let path = folder.path().join("store");
+        let machine = Machine::boot(SPEC, ram_bytes, Some(create_store(&path)?))?;
+        take(&machine, &mut first)?;
+        for _ in 0..runs {
+            machine.wait_turns(machine.turns()? + BETWEEN_PAGES)?;
+            take(&machine, &mut next)?;
+        }
+        drop(machine);
+        // The first brings the program into the page cache, as QEMU's is by then.
+        resume_once(frazil, folder.path())?;
+        for _ in 0..runs {
+            resume.add_time(resume_once(frazil, folder.path())?.0);
+        }
+    }
+    first.emit(bench, &format!("peers.frazil_first_{label}"), None)?;
+    next.emit(bench, &format!("peers.frazil_next_{label}"), None)?;
+    let name = format!("peers.frazil_resume_{label}_ms");
+    bench.emit(Metric::new(name, resume.ms(0.5), "ms", resume.n()))?;
+    Ok(Ours { first, resume })
+}
+
+fn take(machine: &Machine, costs: &mut Costs) -> anyhow::Result<()> {
+    let before = machine.view()?;
+    let report = checkpoint(&machine.vm)?;
+    let after = view_once_running(|| machine.view(), &before)?;
+    let (pause, duration) =
+        (Duration::from_micros(report.stats.pause_us), Duration::from_micros(report.duration_us));
+    costs.add(pause, largest_gap_us(&before, &after), duration, report.stored_bytes);
+    Ok(())
+}
+
+fn theirs(
+    bench: &mut Bench,
+    way: Way,
+    ram_bytes: u64,
+    label: &str,
+    ours: &Ours,
+) -> anyhow::Result<()> {
+    let mut spec: WorkloadSpec = SPEC.parse()?;
+    spec.tsc_khz = tsc_khz()?;
+    let (mut costs, mut resume) = (Costs::new(), Samples::new());
+    for _ in 0..bench.runs(3) {
+        let folder = bench.scratch()?;
+        let mut qemu = Qemu::boot(folder.path(), &spec, ram_bytes)?;
+        let before = qemu.view()?;
+        let saved = qemu.save(way)?;
+        let after = view_once_running(|| qemu.view(), &before)?;
+        costs.add(saved.pause, largest_gap_us(&before, &after), saved.duration, saved.bytes);
+        drop(qemu);
+        resume.add_time(Qemu::resume(folder.path(), way, ram_bytes)?);
+    }
+    let name = format!("peers.qemu_{}", way.name());
+    costs.emit(bench, &format!("{name}_{label}"), Some(&ours.first))?;
+    let metric = Metric::new(format!("{name}_resume_{label}_ms"), resume.ms(0.5), "ms", resume.n());
+    bench.emit(metric.against(ours.resume.ms(0.5)))
+}
+
+/// What guests' clocks tick with, in kHz.
+fn tsc_khz() -> anyhow::Result<u64> {
+    let vm = Kvm::new().and_then(|kvm| kvm.create_vm()).context("KVM refused a VM")?;
+    let vcpu = vm.create_vcpu(0).context("KVM refused a vCPU")?;
+    Ok(vcpu.get_tsc_khz().context("KVM has no TSC frequency")?.into())
+}
