@@ -6,6 +6,7 @@ use anyhow::Context;
 use tempfile::TempDir;
 
 use crate::metric::{Metric, Output};
+use crate::report::{Picture, Report};
 use crate::samples::Samples;
 use crate::{cleanup, host};
 
@@ -32,6 +33,8 @@ pub(crate) struct Settings {
 pub(crate) struct Bench {
     settings: Settings,
     output: Output,
+    report: Option<Report>,
+    file_system: String,
     scratch: TempDir,
 }
 
@@ -41,7 +44,9 @@ impl Bench {
         settings: Settings,
         json: bool,
         store_dir: Option<&Path>,
+        report: Option<PathBuf>,
     ) -> anyhow::Result<Self> {
+        let report = report.map(Report::new).transpose()?;
         let base = store_dir.map_or_else(default_scratch, Path::to_path_buf);
         std::fs::create_dir_all(&base)
             .with_context(|| format!("cannot create {}", base.display()))?;
@@ -55,7 +60,7 @@ impl Bench {
         if file_system == host::TMPFS {
             eprintln!("frazil-bench: warning: a tmpfs is no disk; give --store-dir on a real one");
         }
-        Ok(Self { settings, output: Output::new(json), scratch })
+        Ok(Self { settings, output: Output::new(json), report, file_system, scratch })
     }
 
     /// Guest memory sizes to measure at; `most` of the usual ones.
@@ -134,9 +139,19 @@ impl Bench {
         self.emit(Metric::new(format!("{name}_p99_us"), times.us(0.99), "us", times.n()))
     }
 
-    /// Prints what is still to be printed, and removes what was written.
+    /// Draws the distribution of `samples`, which are times, if there is to be a report.
+    pub(crate) fn draw(&mut self, picture: Picture, name: &str, samples: &Samples) {
+        if let Some(report) = &mut self.report {
+            report.add_curve(picture, name, samples);
+        }
+    }
+
+    /// Prints what is still to be printed, writes the report, and removes what else was written.
     pub(crate) fn finish(self) -> anyhow::Result<()> {
         self.output.finish()?;
+        if let Some(report) = &self.report {
+            report.write(self.output.rows(), &self.file_system)?;
+        }
         let path = self.scratch.path().to_path_buf();
         self.scratch.close().with_context(|| format!("cannot remove {}", path.display()))
     }

@@ -15,11 +15,12 @@ mod machine;
 mod metric;
 mod raw;
 mod raw_guest;
+mod report;
 mod samples;
 mod series;
 mod suites;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::builder::PossibleValuesParser;
@@ -36,6 +37,9 @@ struct Cli {
     /// Print one JSON object a metric: suite, metric, value, unit, floor, ratio, n.
     #[arg(long)]
     json: bool,
+    /// Write all figures with budgets, pictures and what they were measured on to this file, too.
+    #[arg(long, value_name = "FILE.html|FILE.md")]
+    report: Option<PathBuf>,
     /// Guest memory sizes. Default: 1GiB for floors, clone and rewind, 4GiB for store, 1GiB,4GiB for
     /// checkpoint and resume, 64MiB for endurance, and 4GiB or 1GiB for pause, as its figures are called. Of
     /// several, store takes the last, for what it writes and reads in full; so do pause and
@@ -66,6 +70,8 @@ struct Cli {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Suite {
+    /// Everything but endurance, store-frames and store-images. An hour.
+    All,
     /// The limits themselves: memory, compression, hashing, KVM, userfaultfd, disk.
     Floors,
     /// Taking checkpoints of a running guest: throughput, bytes.
@@ -94,7 +100,8 @@ impl Suite {
     /// Whether it runs guests, and so wants KVM and userfaultfd.
     fn runs_guests(self) -> bool {
         match self {
-            Self::Floors
+            Self::All
+            | Self::Floors
             | Self::Checkpoint
             | Self::Pause
             | Self::Endurance
@@ -126,7 +133,7 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> anyhow::Result<()> {
-    let Cli { suite, json, memory, runs, quick, only, store_dir, frazil, images } = cli;
+    let Cli { suite, json, report, memory, runs, quick, only, store_dir, frazil, images } = cli;
     if cfg!(debug_assertions) {
         eprintln!("frazil-bench: warning: built without --release; the figures mean nothing");
     }
@@ -136,8 +143,9 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     cleanup::on_signals()?;
     let runs = runs.map(|runs| runs as usize);
     let settings = Settings { memory_bytes: memory, runs, quick, only };
-    let mut bench = Bench::new(settings, json, store_dir.as_deref())?;
+    let mut bench = Bench::new(settings, json, store_dir.as_deref(), report)?;
     match suite {
+        Suite::All => all(&mut bench, frazil.as_deref()),
         Suite::Floors => suites::floors::run(&mut bench),
         Suite::Checkpoint => suites::checkpoint::run(&mut bench),
         Suite::Pause => suites::pause::run(&mut bench),
@@ -151,4 +159,17 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Suite::StoreImages => suites::store::run_images(&mut bench, &images),
     }?;
     bench.finish()
+}
+
+/// One after the other: each has the machine to itself.
+fn all(bench: &mut Bench, frazil: Option<&Path>) -> anyhow::Result<()> {
+    let frazil = || frazil.map(Path::to_owned);
+    suites::floors::run(bench)?;
+    suites::store::run(bench)?;
+    suites::checkpoint::run(bench)?;
+    suites::pause::run(bench)?;
+    suites::resume::run(bench, frazil())?;
+    suites::clone::run(bench)?;
+    suites::rewind::run(bench)?;
+    suites::peers::run(bench, frazil())
 }

@@ -6,6 +6,8 @@ use anyhow::Context;
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use serde::Serialize;
 
+use crate::report::budgets::{Judged, judge};
+
 /// A figure, with the limit it is held against.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Metric {
@@ -44,6 +46,41 @@ impl Metric {
     }
 }
 
+impl Metric {
+    pub(crate) fn suite(&self) -> &str {
+        &self.suite
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(crate) fn value(&self) -> f64 {
+        self.value
+    }
+
+    pub(crate) fn unit(&self) -> &'static str {
+        self.unit
+    }
+
+    pub(crate) fn floor(&self) -> Option<f64> {
+        self.floor
+    }
+
+    pub(crate) fn ratio(&self) -> Option<f64> {
+        self.ratio
+    }
+
+    pub(crate) fn n(&self) -> u64 {
+        self.n
+    }
+
+    /// More of it is better, up to the floor.
+    pub(crate) fn is_throughput(&self) -> bool {
+        self.unit == MIB_S
+    }
+}
+
 /// To four digits: more would only pretend.
 fn rounded(value: f64) -> f64 {
     if value == 0.0 || !value.is_finite() {
@@ -70,13 +107,18 @@ impl Output {
     pub(crate) fn emit(&mut self, metric: Metric) -> anyhow::Result<()> {
         if self.json {
             print_line(&serde_json::to_string(&metric)?)?;
-        } else {
-            self.rows.push(metric);
         }
+        self.rows.push(metric);
         Ok(())
     }
 
-    pub(crate) fn finish(self) -> anyhow::Result<()> {
+    /// All figures so far.
+    pub(crate) fn rows(&self) -> &[Metric] {
+        &self.rows
+    }
+
+    /// Prints what is still to be printed.
+    pub(crate) fn finish(&self) -> anyhow::Result<()> {
         if self.json {
             return Ok(());
         }
@@ -84,7 +126,7 @@ impl Output {
         table
             .load_style(presets::NOTHING)
             .set_content_arrangement(ContentArrangement::Disabled)
-            .set_header(["metric", "value", "floor", "ratio", "n", "unit"]);
+            .set_header(["metric", "value", "floor", "ratio", "n", "unit", "budget"]);
         for row in &self.rows {
             let number = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), plain);
             table.add_row([
@@ -94,6 +136,7 @@ impl Output {
                 number(row.ratio),
                 row.n.to_string(),
                 row.unit.to_owned(),
+                budget(row),
             ]);
         }
         for column in 1..=4 {
@@ -105,13 +148,20 @@ impl Output {
     }
 }
 
+/// What is asked of it, and whether that is met.
+fn budget(metric: &Metric) -> String {
+    let said =
+        |judged: Judged| format!("{} {}", judged.budget, if judged.met { "met" } else { "MISSED" });
+    judge(metric).into_iter().map(said).collect::<Vec<_>>().join(", ")
+}
+
 /// Not `println!`: a reader that is gone is an error, not a panic.
 fn print_line(line: &str) -> anyhow::Result<()> {
     writeln!(std::io::stdout(), "{line}").context("cannot write to standard output")
 }
 
 /// A number without exponent and without digits that say nothing.
-fn plain(value: f64) -> String {
+pub(crate) fn plain(value: f64) -> String {
     match value.abs() {
         size if size >= 1000.0 => format!("{value:.0}"),
         size if size >= 10.0 => format!("{value:.1}"),
@@ -119,7 +169,7 @@ fn plain(value: f64) -> String {
     }
 }
 
-const LEGEND: &str = "value  median of n, unless the name says _p90 or _p99 (percentiles) or _max
+pub(crate) const LEGEND: &str = "value  median of n, unless the name says _p90 or _p99 (percentiles) or _max
 floor  the limit, measured in this run: raw copy, raw system call, zstd on the same bytes, disk
 ratio  value / floor; near 1 is as good as it can be, for throughputs as for times
 pause  the floor is, of p1000: kick + state + the cheapest dirty log; of dirty10: stop-and-copy of
@@ -131,6 +181,8 @@ resume the floor is, of first_progress: create an empty VM; of fault: raw userfa
        uffd_copy are others' ways: the memory in a raw file, mapped, or copied a page a fault
 rewind the floor is, of latency: the budget, 1 ms and 1 us for each page put back; of its pause:
        memcpy of as many pages
+peers  the floor of QEMU's is what frazil needs for the same guest's first snapshot, and for its resume;
+       QEMU does not wait for the disk, and stops the guest's clock while savevm runs
 store  the floor is, of commit_scale: at 1 GiB; of depth: at depth 1; of delta and elide: switched
        off; of prune: a new store of just that snapshot; of overhead (%): bytes of zstd on the
        same pages; of heap: the budget; of frame_pages: the default size

@@ -11,6 +11,7 @@ use frazil_vmm::{CheckpointReport, CheckpointRequest, Vm};
 use crate::bench::Bench;
 use crate::machine::Machine;
 use crate::metric::Metric;
+use crate::report::Picture;
 use crate::samples::Samples;
 
 /// Gaps up to this are not recorded by a guest whose `gap_us` is this; so it stands for them.
@@ -129,6 +130,7 @@ impl Series {
         floor_us: Option<f64>,
     ) -> anyhow::Result<()> {
         let n = self.pause.n();
+        bench.draw(Picture::Pauses, name.trim_start_matches("pause."), &self.pause);
         for (suffix, quantile) in QUANTILES {
             let pause_us = self.pause.us(quantile);
             let pause = Metric::new(format!("{name}_{suffix}_us"), pause_us, "us", n);

@@ -24,6 +24,11 @@ use crate::series::{checkpoint, largest_gap_us, view_once_running};
 use crate::suites::resume::{find_frazil, resume_once};
 use qemu::{Qemu, Way};
 
+/// The version of QEMU, if there is one.
+pub(crate) fn qemu_version() -> Option<String> {
+    qemu::version()
+}
+
 /// A guest that has something to do, and writes a thousand pages a second.
 const SPEC: &str = "rate=1000,pattern=uniform,content=text,report=0,gap_us=50";
 /// What it changes between two checkpoints.

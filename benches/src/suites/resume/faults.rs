@@ -16,6 +16,7 @@ use crate::content::FRAME_PAGES;
 use crate::machine::{Machine, create_store};
 use crate::metric::Metric;
 use crate::raw::{self, SharedMemory};
+use crate::report::Picture;
 use crate::samples::Samples;
 use crate::suites::floors;
 
@@ -63,6 +64,8 @@ pub(super) fn single(bench: &mut Bench, snapshot: &Snapshot) -> anyhow::Result<(
             bare.into_iter().for_each(|time| floor.add_time(time));
         }
     }
+    bench.draw(Picture::Faults, "frazil", &ours);
+    bench.draw(Picture::Faults, "a bare userfaultfd and zstd", &floor);
     for (name, quantile) in [("p50", 0.5), ("p99", 0.99)] {
         let metric = Metric::new(format!("resume.fault_{name}"), ours.us(quantile), "us", ours.n());
         bench.emit(metric.against(floor.us(quantile)))?;

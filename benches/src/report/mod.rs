@@ -1,0 +1,420 @@
+//! `--report FILE`: all figures of a run, held against the design's budgets, with pictures.
+//!
+//! A report is written as Markdown, with its pictures beside it; as HTML that is turned into one file that
+//! needs no other.
+
+pub(crate) mod budgets;
+mod machine;
+mod plots;
+
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use pulldown_cmark::{Options, Parser, html};
+
+use crate::metric::{LEGEND, Metric, plain};
+use crate::samples::Samples;
+use plots::Bar;
+pub(crate) use plots::Curve;
+
+/// Shares of all values that a distribution is drawn by.
+const SHARES: [f64; 14] =
+    [0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.975, 0.99, 0.995, 0.9975, 0.999, 0.9995, 0.9999];
+
+/// What is drawn in one picture with others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Picture {
+    /// How long checkpoints keep a guest standing, in microseconds.
+    Pauses,
+    /// How long one page takes to come, in microseconds.
+    Faults,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Format {
+    Markdown,
+    Html,
+}
+
+/// A report in the making.
+#[derive(Debug)]
+pub(crate) struct Report {
+    path: PathBuf,
+    format: Format,
+    started: Instant,
+    curves: Vec<(Picture, Curve)>,
+}
+
+/// A picture that is finished.
+struct Drawn {
+    /// Of its file.
+    name: &'static str,
+    title: &'static str,
+    svg: String,
+}
+
+impl Report {
+    /// One that will be at `path`, whose ending says what it is.
+    pub(crate) fn new(path: PathBuf) -> anyhow::Result<Self> {
+        let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default();
+        let format = match ending {
+            "html" => Format::Html,
+            "md" => Format::Markdown,
+            _ => bail!("{}: expected a report's name to end in .html or .md", path.display()),
+        };
+        // Better now than after an hour.
+        fs::write(&path, "").with_context(|| format!("cannot write {}", path.display()))?;
+        Ok(Self { path, format, started: Instant::now(), curves: Vec::new() })
+    }
+
+    /// Adds the distribution of `samples`, which are times, to a picture.
+    pub(crate) fn add_curve(&mut self, picture: Picture, name: &str, samples: &Samples) {
+        let n = samples.n();
+        // A share of which there is less than one value is nothing but the largest one.
+        let there = |share: &f64| (1.0 - share) * n as f64 >= 1.0 || *share <= 0.5;
+        let points = SHARES.into_iter().filter(there);
+        let mut points: Vec<_> = points.map(|share| (share, samples.us(share))).collect();
+        points.push((1.0 - 1.0 / (n as f64 + 1.0), samples.us(1.0)));
+        let name = format!("{name} (n = {n})");
+        self.curves.push((picture, Curve { name, points }));
+    }
+
+    /// Writes it.
+    pub(crate) fn write(&self, metrics: &[Metric], file_system: &str) -> anyhow::Result<()> {
+        let pictures = self.pictures(metrics)?;
+        let text = match self.format {
+            Format::Markdown => {
+                for picture in &pictures {
+                    write_file(&self.beside(picture), &picture.svg)?;
+                }
+                self.markdown(metrics, file_system, &pictures, |picture| {
+                    let path = self.beside(picture);
+                    let name = path.file_name().unwrap_or_default().to_string_lossy();
+                    format!("![{}]({name})", picture.title)
+                })
+            }
+            Format::Html => page(&self.markdown(metrics, file_system, &pictures, |picture| {
+                // A block of HTML in Markdown ends at an empty line.
+                picture.svg.replace("\n\n", "\n")
+            })),
+        };
+        write_file(&self.path, &text)?;
+        eprintln!("frazil-bench: the report is in {}", self.path.display());
+        Ok(())
+    }
+
+    /// Where a picture of a Markdown report is.
+    fn beside(&self, picture: &Drawn) -> PathBuf {
+        let stem = self.path.file_stem().unwrap_or_default().to_string_lossy();
+        self.path.with_file_name(format!("{stem}-{}.svg", picture.name))
+    }
+
+    fn markdown(
+        &self,
+        metrics: &[Metric],
+        file_system: &str,
+        pictures: &[Drawn],
+        show: impl Fn(&Drawn) -> String,
+    ) -> String {
+        let mut text =
+            String::from("# frazil: what it reaches, and the limits of this machine\n\n");
+        text.push_str("| | |\n|---|---|\n");
+        for (what, which) in machine::facts(file_system) {
+            row(&mut text, &[what, &which]);
+        }
+        row(&mut text, &["took", &took(self.started.elapsed())]);
+        text.push_str("\n## Budgets\n\n");
+        budget_table(&mut text, metrics);
+        for picture in pictures {
+            // The title is in the picture.
+            let _infallible = write!(text, "\n{}\n", show(picture));
+        }
+        for suite in suites(metrics) {
+            let _infallible = write!(text, "\n## {suite}\n\n");
+            text.push_str(
+                "| metric | value | unit | floor | ratio | n |\n|---|--:|---|--:|--:|--:|\n",
+            );
+            for metric in metrics.iter().filter(|metric| metric.suite() == suite) {
+                let number = |value: Option<f64>| value.map_or_else(String::new, plain);
+                row(
+                    &mut text,
+                    &[
+                        &format!("`{}`", metric.name()),
+                        &plain(metric.value()),
+                        metric.unit(),
+                        &number(metric.floor()),
+                        &number(metric.ratio()),
+                        &metric.n().to_string(),
+                    ],
+                );
+            }
+        }
+        let _infallible = write!(text, "\n## What the columns mean\n\n```text\n{LEGEND}\n```\n");
+        text
+    }
+
+    /// Every picture for which there are figures.
+    fn pictures(&self, metrics: &[Metric]) -> anyhow::Result<Vec<Drawn>> {
+        let mut drawn = Vec::new();
+        for (picture, name, title, axis) in [
+            (Picture::Pauses, "pauses", "How long a checkpoint keeps the guest standing", "µs"),
+            (Picture::Faults, "faults", "How long a page takes to come after a resume", "µs"),
+        ] {
+            let of = self.curves.iter().filter(|(of, _)| *of == picture);
+            let curves: Vec<Curve> = of.map(|(_, curve)| curve.clone()).collect();
+            if !curves.is_empty() {
+                drawn.push(Drawn { name, title, svg: plots::curves(title, axis, &curves)? });
+            }
+        }
+        for chart in CHARTS {
+            let bars: Vec<Bar> = metrics.iter().filter_map(chart.bar).collect();
+            if !bars.is_empty() {
+                let svg = plots::bars(chart.title, chart.axis, &bars, chart.log)?;
+                drawn.push(Drawn { name: chart.name, title: chart.title, svg });
+            }
+        }
+        Ok(drawn)
+    }
+}
+
+/// A picture of bars: which metrics have one, and how long.
+struct Chart {
+    name: &'static str,
+    title: &'static str,
+    axis: &'static str,
+    log: bool,
+    bar: fn(&Metric) -> Option<Bar>,
+}
+
+const CHARTS: &[Chart] = &[
+    Chart {
+        name: "roofline",
+        title: "Throughput as a share of this machine's limit",
+        axis: "share of the limit, measured in the same run (the line: the budget)",
+        log: false,
+        bar: |metric| metric.is_throughput().then(|| ratio_bar(metric)).flatten(),
+    },
+    Chart {
+        name: "scaling",
+        title: "What must not grow with memory or with history",
+        axis: "the larger to the smaller (the line: the budget)",
+        log: false,
+        bar: |metric| {
+            let name = metric.name();
+            let grows = name.contains("scale_16g_1g") && !name.ends_with("_p90");
+            (grows || name.starts_with("store.depth_")).then(|| ratio_bar(metric)).flatten()
+        },
+    },
+    Chart {
+        name: "first-progress",
+        title: "From the start of `frazil resume` to the guest's first progress",
+        axis: "ms (the line: the budget; below each: creating an empty VM of that size)",
+        log: false,
+        bar: |metric| {
+            let rest = metric.name().strip_prefix("resume.")?.strip_suffix("_ms")?;
+            let (what, group) = match rest.strip_prefix("first_progress_") {
+                Some(of) => (format!("first progress, {of}"), 0),
+                None => (format!("an empty VM, {}", rest.strip_prefix("create_vm_")?), 1),
+            };
+            let extra = ["_p99", "_from_main"].iter().any(|extra| rest.ends_with(extra));
+            let budget = (group == 0).then_some(10.0);
+            (!extra).then(|| Bar { budget, ..value_bar(metric, what, group) })
+        },
+    },
+    Chart {
+        name: "guest-work",
+        title: "The guest's work under so many checkpoints a second",
+        axis: "share of its work when the dirty log is only read (the line: the budget)",
+        log: false,
+        bar: |metric| {
+            let rate = metric.name().strip_prefix("pause.guest_work_")?.strip_suffix("hz")?;
+            let bar = ratio_bar(metric)?;
+            Some(Bar { name: format!("{rate} a second"), ..bar })
+        },
+    },
+    Chart {
+        name: "sweeps",
+        title: "A guest writes all its memory after it was resumed",
+        axis: "times what it takes in memory that is there (the line: the budget)",
+        log: true,
+        bar: |metric| {
+            let name = metric.name().strip_prefix("resume.")?;
+            let is = ["sweep_", "lazy_sweep", "map_private_sweep", "uffd_copy_sweep"]
+                .iter()
+                .any(|start| name.starts_with(start));
+            (is && metric.ratio().is_some()).then(|| ratio_bar(metric)).flatten()
+        },
+    },
+    Chart {
+        name: "peers",
+        title: "The same guest saved and resumed by others",
+        axis: "ms",
+        log: true,
+        bar: |metric| {
+            let rest = metric.name().strip_prefix("peers.")?.strip_suffix("_ms")?;
+            let group = usize::from(!rest.starts_with("frazil"));
+            Some(value_bar(metric, rest.replace('_', " "), group))
+        },
+    },
+];
+
+/// The ratio to the floor.
+fn ratio_bar(metric: &Metric) -> Option<Bar> {
+    let value = metric.ratio()?;
+    let unit = metric.unit().trim_end_matches(" (more is better)");
+    let label = format!(
+        "{}  ({} of {} {unit})",
+        plain(value),
+        plain(metric.value()),
+        plain(metric.floor()?)
+    );
+    let budget = budgets::ratio_limit(metric.name());
+    Some(Bar { name: metric.name().to_owned(), value, label, budget, group: 0 })
+}
+
+/// The value itself.
+fn value_bar(metric: &Metric, name: String, group: usize) -> Bar {
+    let label = format!("{} {}", plain(metric.value()), metric.unit());
+    Bar { name, value: metric.value(), label, budget: None, group }
+}
+
+fn budget_table(text: &mut String, metrics: &[Metric]) {
+    text.push_str("| | metric | value | unit | floor | ratio | n | budget |\n");
+    text.push_str("|---|---|--:|---|--:|--:|--:|---|\n");
+    for metric in metrics {
+        for judged in budgets::judge(metric) {
+            let number = |value: Option<f64>| value.map_or_else(String::new, plain);
+            row(
+                text,
+                &[
+                    if judged.met { "met" } else { "**missed**" },
+                    &format!("`{}`", metric.name()),
+                    &plain(metric.value()),
+                    metric.unit(),
+                    &number(metric.floor()),
+                    &number(metric.ratio()),
+                    &metric.n().to_string(),
+                    &judged.budget,
+                ],
+            );
+        }
+    }
+}
+
+/// A row of a table: what stands in a cell must not end it.
+fn row(text: &mut String, cells: &[&str]) {
+    for cell in cells {
+        let _infallible = write!(text, "| {} ", cell.replace('|', "\\|").replace('<', "&lt;"));
+    }
+    text.push_str("|\n");
+}
+
+/// In the order in which they were run.
+fn suites(metrics: &[Metric]) -> Vec<&str> {
+    let mut suites: Vec<&str> = Vec::new();
+    for metric in metrics {
+        if !suites.contains(&metric.suite()) {
+            suites.push(metric.suite());
+        }
+    }
+    suites
+}
+
+fn took(time: Duration) -> String {
+    let seconds = time.as_secs();
+    format!("{} min {} s", seconds / 60, seconds % 60)
+}
+
+fn write_file(path: &Path, text: &str) -> anyhow::Result<()> {
+    fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// A file that needs no other.
+fn page(markdown: &str) -> String {
+    let mut body = String::new();
+    html::push_html(&mut body, Parser::new_ext(markdown, Options::ENABLE_TABLES));
+    format!(
+        "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
+         <title>frazil-bench</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n{body}</body>\n</html>\n"
+    )
+}
+
+const STYLE: &str = "\
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222; }
+table { border-collapse: collapse; margin: 1em 0; }
+th, td { padding: .2em .7em; border-bottom: 1px solid #ddd; text-align: left; }
+code { font-size: .92em; }
+svg { max-width: 100%; height: auto; margin: 1em 0; display: block; }
+strong { color: #b3261e; }
+";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn metrics() -> Vec<Metric> {
+        vec![
+            Metric::new("store.verify", 80.0, "MiB/s (more is better)", 3).against(100.0),
+            Metric::new("store.commit_scale_16g_1g", 13.0, "ms", 9).against(10.0),
+            Metric::new("resume.first_progress_1g_ms", 8.0, "ms", 9).against(3.0),
+            Metric::new("peers.qemu_savevm_1g_pause_ms", 3000.0, "ms", 3).against(2.0),
+            Metric::new("pause.guest_work_10hz", 95.0, "pages/s", 3).against(100.0),
+        ]
+    }
+
+    fn report(name: &str) -> (tempfile::TempDir, String, Vec<String>) {
+        let folder = tempfile::tempdir().unwrap();
+        let mut report = Report::new(folder.path().join(name)).unwrap();
+        let mut samples = Samples::new();
+        (1..1000).for_each(|us| samples.add_time(Duration::from_micros(us)));
+        report.add_curve(Picture::Pauses, "a <guest>", &samples);
+        report.write(&metrics(), "ext4").unwrap();
+        let text = fs::read_to_string(folder.path().join(name)).unwrap();
+        let names = fs::read_dir(folder.path()).unwrap();
+        let names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        (folder, text, names)
+    }
+
+    #[test]
+    fn markdown_has_its_pictures_beside_it() {
+        let (folder, text, names) = report("out.md");
+        assert!(
+            text.contains(
+                "| met | `store.verify` | 80.0 | MiB/s (more is better) | 100.0 | 0.800 |"
+            )
+        );
+        assert!(text.contains("| **missed** | `store.commit_scale_16g_1g` |"), "{text}");
+        for picture in ["pauses", "roofline", "scaling", "first-progress", "guest-work", "peers"] {
+            let name = format!("out-{picture}.svg");
+            assert!(
+                text.contains(&format!("({name})")) && names.contains(&name),
+                "{name}: {names:?}"
+            );
+            let svg = fs::read_to_string(folder.path().join(name)).unwrap();
+            assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"));
+        }
+        assert!(!text.contains("out-faults.svg"), "there are no figures for it");
+    }
+
+    #[test]
+    fn html_is_one_file() {
+        let (_folder, text, names) = report("out.html");
+        assert_eq!(names, ["out.html"]);
+        assert_eq!(text.matches("<svg").count(), 6);
+        assert!(text.contains("<td><strong>missed</strong></td>"), "{text}");
+        assert!(!text.contains("<guest>"), "names are text");
+    }
+
+    #[test]
+    fn a_report_is_markdown_or_html() {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["out", "out.pdf", "out.HTML5"] {
+            let error = Report::new(folder.path().join(name)).unwrap_err().to_string();
+            assert!(error.contains(".html or .md"), "{error}");
+        }
+        assert!(Report::new(folder.path().join("none/out.md")).is_err());
+    }
+}

@@ -1,0 +1,221 @@
+//! The pictures of a report: SVG, in colours that all can tell apart (Okabe and Ito, 2008).
+
+use anyhow::anyhow;
+use plotters::coord::Shift;
+use plotters::coord::ranged1d::{AsRangedCoord, ValueFormatter};
+use plotters::prelude::*;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
+
+const BLUE: RGBColor = RGBColor(0, 114, 178);
+const ORANGE: RGBColor = RGBColor(230, 159, 0);
+const GREEN: RGBColor = RGBColor(0, 158, 115);
+const VERMILLION: RGBColor = RGBColor(213, 94, 0);
+const PURPLE: RGBColor = RGBColor(204, 121, 167);
+const SKY: RGBColor = RGBColor(86, 180, 233);
+/// Of curves, in their order.
+const COLOURS: [RGBColor; 6] = [BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY];
+const GREY: RGBColor = RGBColor(110, 110, 110);
+
+const FONT: &str = "sans-serif";
+const WIDTH: u32 = 860;
+const TITLE_HEIGHT: u32 = 46;
+const ROW_HEIGHT: u32 = 30;
+const AXIS_HEIGHT: u32 = 52;
+/// For the names of bars.
+const NAMES_WIDTH: u32 = 270;
+const CURVES_HEIGHT: u32 = 420;
+
+/// A bar, and what it is held against.
+#[derive(Clone, Debug)]
+pub(super) struct Bar {
+    pub name: String,
+    pub value: f64,
+    /// What is written behind it.
+    pub label: String,
+    /// Where the budget is.
+    pub budget: Option<f64>,
+    /// Whose it is: another colour.
+    pub group: usize,
+}
+
+/// A distribution: shares of all values, ascending, and the value below which each share lies.
+#[derive(Clone, Debug)]
+pub(crate) struct Curve {
+    pub name: String,
+    pub points: Vec<(f64, f64)>,
+}
+
+/// Horizontal bars. On a logarithmic scale if that is wanted: then a bar's length says little, and the
+/// number behind it all.
+pub(super) fn bars(title: &str, axis: &str, bars: &[Bar], log: bool) -> anyhow::Result<String> {
+    let reach = |bar: &Bar| bar.value.max(bar.budget.unwrap_or(0.0));
+    let most = bars.iter().map(reach).fold(0.0, f64::max);
+    let height = TITLE_HEIGHT + AXIS_HEIGHT + ROW_HEIGHT * bars.len() as u32;
+    drawn(height, |area| {
+        if log {
+            let least = bars.iter().map(|bar| bar.value).fold(f64::INFINITY, f64::min);
+            let from = 10_f64.powf((least.max(1e-6) / 2.0).log10().floor());
+            draw_bars(area, title, axis, bars, (from..most * 8.0).log_scale(), from)
+        } else {
+            draw_bars(area, title, axis, bars, 0.0..most * 1.25, 0.0)
+        }
+    })
+}
+
+fn draw_bars<X>(
+    area: &DrawingArea<SVGBackend<'_>, Shift>,
+    title: &str,
+    axis: &str,
+    bars: &[Bar],
+    scale: X,
+    from: f64,
+) -> anyhow::Result<()>
+where
+    X: AsRangedCoord<Value = f64>,
+    X::CoordDescType: ValueFormatter<f64>,
+{
+    let rows = bars.len() as f64;
+    let mut chart = ChartBuilder::on(area)
+        .caption(title, (FONT, 19))
+        .margin(8)
+        .x_label_area_size(AXIS_HEIGHT - 14)
+        .y_label_area_size(NAMES_WIDTH)
+        .build_cartesian_2d(scale, rows..0.0)
+        .map_err(cannot)?;
+    chart
+        .configure_mesh()
+        .disable_y_mesh()
+        .y_labels(0)
+        .x_labels(8)
+        .x_desc(axis)
+        .x_label_formatter(&|value| number(*value))
+        .label_style((FONT, 13))
+        .light_line_style(TRANSPARENT)
+        .draw()
+        .map_err(cannot)?;
+    for (row, bar) in bars.iter().enumerate() {
+        let row = row as f64;
+        let colour = COLOURS[bar.group % COLOURS.len()];
+        let corners = [(from, row + 0.2), (bar.value, row + 0.8)];
+        let shape = std::iter::once(Rectangle::new(corners, colour.filled()));
+        chart.draw_series(shape).map_err(cannot)?;
+        let style = text_style(Pos::new(HPos::Left, VPos::Center));
+        let at = (bar.value, row + 0.5);
+        let behind = EmptyElement::at(at) + Text::new(format!(" {}", bar.label), (0, 0), style);
+        chart.draw_series(std::iter::once(behind)).map_err(cannot)?;
+        if let Some(budget) = bar.budget {
+            let line = [(budget, row + 0.08), (budget, row + 0.92)];
+            let line = PathElement::new(line, BLACK.stroke_width(3));
+            chart.draw_series(std::iter::once(line)).map_err(cannot)?;
+        }
+    }
+    draw_names(area, bars)
+}
+
+/// Left of the bars, where the chart has left room.
+fn draw_names(area: &DrawingArea<SVGBackend<'_>, Shift>, bars: &[Bar]) -> anyhow::Result<()> {
+    let (_, height) = area.dim_in_pixel();
+    let top = f64::from(TITLE_HEIGHT) - 14.0;
+    let bottom = f64::from(height) - f64::from(AXIS_HEIGHT) + 6.0;
+    let row_height = (bottom - top) / bars.len() as f64;
+    for (row, bar) in bars.iter().enumerate() {
+        let y = top + row_height * (row as f64 + 0.5);
+        let style = text_style(Pos::new(HPos::Right, VPos::Center));
+        let at = (NAMES_WIDTH as i32, y as i32);
+        area.draw(&Text::new(bar.name.clone(), at, style)).map_err(cannot)?;
+    }
+    Ok(())
+}
+
+/// Distributions, as the share of values that lies below: both ends of a share are of interest, so it is
+/// drawn as nines.
+pub(super) fn curves(title: &str, axis: &str, curves: &[Curve]) -> anyhow::Result<String> {
+    let values = || curves.iter().flat_map(|curve| &curve.points).map(|(_, value)| *value);
+    let (least, most) =
+        (values().fold(f64::INFINITY, f64::min).max(1e-3), values().fold(1e-3, f64::max));
+    let last = curves.iter().flat_map(|curve| &curve.points).map(|(share, _)| nines(*share));
+    let nines_max = last.fold(1.0, f64::max);
+    drawn(CURVES_HEIGHT, |area| {
+        let mut chart = ChartBuilder::on(area)
+            .caption(title, (FONT, 19))
+            .margin(10)
+            .x_label_area_size(44)
+            .y_label_area_size(72)
+            .build_cartesian_2d(0.0..nines_max, (least * 0.7..most * 1.5).log_scale())
+            .map_err(cannot)?;
+        chart
+            .configure_mesh()
+            .x_desc("share of all, in nines")
+            .y_desc(axis)
+            .x_label_formatter(&|nines| share(*nines))
+            .y_label_formatter(&|value| number(*value))
+            .x_labels(6)
+            .label_style((FONT, 13))
+            .light_line_style(TRANSPARENT)
+            .draw()
+            .map_err(cannot)?;
+        for (curve, colour) in curves.iter().zip(COLOURS.iter().cycle()) {
+            let points = curve.points.iter().map(|(share, value)| (nines(*share), *value));
+            let colour = *colour;
+            chart
+                .draw_series(LineSeries::new(points, colour.stroke_width(3)))
+                .map_err(cannot)?
+                .label(curve.name.clone())
+                .legend(move |(x, y)| {
+                    PathElement::new([(x, y), (x + 22, y)], colour.stroke_width(3))
+                });
+        }
+        chart
+            .configure_series_labels()
+            .position(SeriesLabelPosition::UpperLeft)
+            .background_style(WHITE.mix(0.85))
+            .border_style(GREY)
+            .label_font((FONT, 14))
+            .draw()
+            .map_err(cannot)
+    })
+}
+
+/// Half of all is 0.3 nines, 90 % one, 99 % two.
+fn nines(share: f64) -> f64 {
+    -(1.0 - share).max(1e-6).log10()
+}
+
+fn share(nines: f64) -> String {
+    let percent = 100.0 * (1.0 - 10_f64.powf(-nines));
+    let digits = (nines.floor() as usize).saturating_sub(1);
+    format!("{percent:.digits$} %")
+}
+
+/// A number as short as can be.
+fn number(value: f64) -> String {
+    match value.abs() {
+        0.0 => "0".to_owned(),
+        size if size >= 1e6 => format!("{} M", value / 1e6),
+        size if size >= 1e4 => format!("{} k", value / 1e3),
+        _ => format!("{}", (value * 1e4).round() / 1e4),
+    }
+}
+
+fn text_style(position: Pos) -> TextStyle<'static> {
+    TextStyle::from((FONT, 14).into_font()).pos(position)
+}
+
+fn drawn(
+    height: u32,
+    draw: impl FnOnce(&DrawingArea<SVGBackend<'_>, Shift>) -> anyhow::Result<()>,
+) -> anyhow::Result<String> {
+    let mut svg = String::new();
+    {
+        let area = SVGBackend::with_string(&mut svg, (WIDTH, height)).into_drawing_area();
+        area.fill(&WHITE).map_err(cannot)?;
+        draw(&area)?;
+        area.present().map_err(cannot)?;
+    }
+    Ok(svg)
+}
+
+/// Nothing is written while drawing, so nothing is expected to fail.
+fn cannot(error: impl std::fmt::Display) -> anyhow::Error {
+    anyhow!("cannot draw a plot: {error}")
+}
