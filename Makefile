@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 
-.PHONY: all setup setup-tests build demo test lint bench endurance images fuzz clean
+.PHONY: all setup setup-tests build demo test lint bench hot-loops endurance images fuzz clean
 
 all: build
 
@@ -28,13 +28,13 @@ lint: setup
 test: setup-tests lint
 	$(CARGO) test --workspace --locked
 
+# Everything that is measured, against its limits and budgets: an hour.
 bench: build
-	target/release/frazil-bench floors
-	target/release/frazil-bench checkpoint
-	target/release/frazil-bench pause
-	target/release/frazil-bench resume
-	target/release/frazil-bench store
-	target/release/frazil-bench store-frames
+	target/release/frazil-bench all --report target/report.html
+
+# The loops that pages go through, one by one.
+hot-loops: setup
+	$(CARGO) bench --locked -p frazil-benches
 
 # Ten minutes of nothing but checkpoints: what grows.
 endurance: build

@@ -73,6 +73,7 @@ is_static() { # is_static PROGRAM
 if [ "${1:-}" = --tests ]; then
     missing=()
     need qemu-system-x86 command -v qemu-system-x86_64
+    need qemu-utils command -v qemu-img
     need busybox-static is_static busybox
     need sqlite3 command -v sqlite3
     need e2fsprogs anywhere mkfs.ext4 -V

@@ -46,7 +46,7 @@ impl Bench {
         store_dir: Option<&Path>,
         report: Option<PathBuf>,
     ) -> anyhow::Result<Self> {
-        let report = report.map(Report::new).transpose()?;
+        let report = report.map(|path| Report::new(path, settings.quick)).transpose()?;
         let base = store_dir.map_or_else(default_scratch, Path::to_path_buf);
         std::fs::create_dir_all(&base)
             .with_context(|| format!("cannot create {}", base.display()))?;

@@ -130,7 +130,9 @@ impl Series {
         floor_us: Option<f64>,
     ) -> anyhow::Result<()> {
         let n = self.pause.n();
-        bench.draw(Picture::Pauses, name.trim_start_matches("pause."), &self.pause);
+        if !name.contains("scale") {
+            bench.draw(Picture::Pauses, name.trim_start_matches("pause."), &self.pause);
+        }
         for (suffix, quantile) in QUANTILES {
             let pause_us = self.pause.us(quantile);
             let pause = Metric::new(format!("{name}_{suffix}_us"), pause_us, "us", n);

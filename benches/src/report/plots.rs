@@ -1,8 +1,12 @@
 //! The pictures of a report: SVG, in colours that all can tell apart (Okabe and Ito, 2008).
 
+use std::ops::Range;
+
 use anyhow::anyhow;
 use plotters::coord::Shift;
-use plotters::coord::ranged1d::{AsRangedCoord, ValueFormatter};
+use plotters::coord::ranged1d::{
+    AsRangedCoord, DefaultFormatting, KeyPointHint, Ranged, ValueFormatter,
+};
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
@@ -13,8 +17,7 @@ const VERMILLION: RGBColor = RGBColor(213, 94, 0);
 const PURPLE: RGBColor = RGBColor(204, 121, 167);
 const SKY: RGBColor = RGBColor(86, 180, 233);
 /// Of curves, in their order.
-const COLOURS: [RGBColor; 6] = [BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY];
-const GREY: RGBColor = RGBColor(110, 110, 110);
+const COLOURS: [RGBColor; 7] = [BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, BLACK];
 
 const FONT: &str = "sans-serif";
 const WIDTH: u32 = 860;
@@ -24,6 +27,9 @@ const AXIS_HEIGHT: u32 = 52;
 /// For the names of bars.
 const NAMES_WIDTH: u32 = 270;
 const CURVES_HEIGHT: u32 = 420;
+const LEGEND_WIDTH: u32 = 240;
+/// Shares that have a line.
+const KEY_SHARES: [f64; 6] = [0.0, 0.5, 0.9, 0.99, 0.999, 0.9999];
 
 /// A bar, and what it is held against.
 #[derive(Clone, Debug)]
@@ -48,18 +54,22 @@ pub(crate) struct Curve {
 /// Horizontal bars. On a logarithmic scale if that is wanted: then a bar's length says little, and the
 /// number behind it all.
 pub(super) fn bars(title: &str, axis: &str, bars: &[Bar], log: bool) -> anyhow::Result<String> {
-    let reach = |bar: &Bar| bar.value.max(bar.budget.unwrap_or(0.0));
     let most = bars.iter().map(reach).fold(0.0, f64::max);
     let height = TITLE_HEIGHT + AXIS_HEIGHT + ROW_HEIGHT * bars.len() as u32;
     drawn(height, |area| {
         if log {
             let least = bars.iter().map(|bar| bar.value).fold(f64::INFINITY, f64::min);
             let from = 10_f64.powf((least.max(1e-6) / 2.0).log10().floor());
-            draw_bars(area, title, axis, bars, (from..most * 8.0).log_scale(), from)
+            draw_bars(area, title, axis, bars, (from..most * 30.0).log_scale(), from)
         } else {
-            draw_bars(area, title, axis, bars, 0.0..most * 1.25, 0.0)
+            draw_bars(area, title, axis, bars, 0.0..most * 1.7, 0.0)
         }
     })
+}
+
+/// How far a bar and its budget go.
+fn reach(bar: &Bar) -> f64 {
+    bar.value.max(bar.budget.unwrap_or(0.0))
 }
 
 fn draw_bars<X>(
@@ -100,8 +110,9 @@ where
         let shape = std::iter::once(Rectangle::new(corners, colour.filled()));
         chart.draw_series(shape).map_err(cannot)?;
         let style = text_style(Pos::new(HPos::Left, VPos::Center));
-        let at = (bar.value, row + 0.5);
-        let behind = EmptyElement::at(at) + Text::new(format!(" {}", bar.label), (0, 0), style);
+        // Behind the budget, too.
+        let at = (reach(bar), row + 0.5);
+        let behind = EmptyElement::at(at) + Text::new(bar.label.clone(), (7, 0), style);
         chart.draw_series(std::iter::once(behind)).map_err(cannot)?;
         if let Some(budget) = bar.budget {
             let line = [(budget, row + 0.08), (budget, row + 0.92)];
@@ -136,44 +147,56 @@ pub(super) fn curves(title: &str, axis: &str, curves: &[Curve]) -> anyhow::Resul
     let last = curves.iter().flat_map(|curve| &curve.points).map(|(share, _)| nines(*share));
     let nines_max = last.fold(1.0, f64::max);
     drawn(CURVES_HEIGHT, |area| {
-        let mut chart = ChartBuilder::on(area)
+        let (area, legend) = area.split_horizontally(WIDTH - LEGEND_WIDTH);
+        let mut chart = ChartBuilder::on(&area)
             .caption(title, (FONT, 19))
             .margin(10)
             .x_label_area_size(44)
             .y_label_area_size(72)
-            .build_cartesian_2d(0.0..nines_max, (least * 0.7..most * 1.5).log_scale())
+            .build_cartesian_2d(Nines(nines_max), (least * 0.7..most * 1.5).log_scale())
             .map_err(cannot)?;
         chart
             .configure_mesh()
-            .x_desc("share of all, in nines")
+            .x_desc("share of all, on a scale of nines")
             .y_desc(axis)
             .x_label_formatter(&|nines| share(*nines))
             .y_label_formatter(&|value| number(*value))
-            .x_labels(6)
             .label_style((FONT, 13))
             .light_line_style(TRANSPARENT)
             .draw()
             .map_err(cannot)?;
-        for (curve, colour) in curves.iter().zip(COLOURS.iter().cycle()) {
+        for (row, (curve, colour)) in curves.iter().zip(COLOURS.iter().cycle()).enumerate() {
             let points = curve.points.iter().map(|(share, value)| (nines(*share), *value));
-            let colour = *colour;
-            chart
-                .draw_series(LineSeries::new(points, colour.stroke_width(3)))
-                .map_err(cannot)?
-                .label(curve.name.clone())
-                .legend(move |(x, y)| {
-                    PathElement::new([(x, y), (x + 22, y)], colour.stroke_width(3))
-                });
+            let line = LineSeries::new(points, colour.stroke_width(3));
+            chart.draw_series(line).map_err(cannot)?;
+            let y = 60 + 24 * row as i32;
+            let line = PathElement::new([(4, y), (26, y)], colour.stroke_width(3));
+            legend.draw(&line).map_err(cannot)?;
+            let style = text_style(Pos::new(HPos::Left, VPos::Center));
+            legend.draw(&Text::new(curve.name.clone(), (34, y), style)).map_err(cannot)?;
         }
-        chart
-            .configure_series_labels()
-            .position(SeriesLabelPosition::UpperLeft)
-            .background_style(WHITE.mix(0.85))
-            .border_style(GREY)
-            .label_font((FONT, 14))
-            .draw()
-            .map_err(cannot)
+        Ok(())
     })
+}
+
+/// Shares of up to so many nines, with lines where people look for them.
+struct Nines(f64);
+
+impl Ranged for Nines {
+    type FormatOption = DefaultFormatting;
+    type ValueType = f64;
+
+    fn map(&self, value: &f64, (from, to): (i32, i32)) -> i32 {
+        from + (f64::from(to - from) * value / self.0).round() as i32
+    }
+
+    fn key_points<Hint: KeyPointHint>(&self, _hint: Hint) -> Vec<f64> {
+        KEY_SHARES.map(nines).into_iter().filter(|nines| *nines <= self.0).collect()
+    }
+
+    fn range(&self) -> Range<f64> {
+        0.0..self.0
+    }
 }
 
 /// Half of all is 0.3 nines, 90 % one, 99 % two.
@@ -183,8 +206,8 @@ fn nines(share: f64) -> f64 {
 
 fn share(nines: f64) -> String {
     let percent = 100.0 * (1.0 - 10_f64.powf(-nines));
-    let digits = (nines.floor() as usize).saturating_sub(1);
-    format!("{percent:.digits$} %")
+    // As exact as there are nines.
+    format!("{} %", (percent * 1e3).round() / 1e3)
 }
 
 /// A number as short as can be.
