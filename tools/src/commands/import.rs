@@ -299,7 +299,8 @@ fn describe(
         state,
         stats: json!({
             "imported": true,
-            "dirty_pages": sum(|stats| stats.pages),
+            // As of checkpoints: those that are not as they were.
+            "dirty_pages": sum(|stats| stats.pages - stats.equal_pages),
             "zero_pages": sum(|stats| stats.zero_pages),
             "equal_pages": sum(|stats| stats.equal_pages),
             "dedup_pages": sum(|stats| stats.dedup_pages),

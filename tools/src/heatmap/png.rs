@@ -3,7 +3,7 @@
 use std::io::Write;
 
 use noto_sans_mono_bitmap::{FontWeight, RasterHeight, get_raster};
-use png::{BitDepth, ColorType, Compression, Encoder};
+use png::{BitDepth, ColorType, Compression, Encoder, Filter};
 
 use super::picture::{Picture, Rect, Rgb, Size, Text};
 
@@ -21,6 +21,8 @@ pub(super) fn write(picture: &Picture, out: &mut dyn Write) -> anyhow::Result<()
     encoder.set_color(ColorType::Rgb);
     encoder.set_depth(BitDepth::Eight);
     encoder.set_compression(Compression::High);
+    // Rows are alike and flat: filters would only make noise of them.
+    encoder.set_filter(Filter::NoFilter);
     let mut writer = encoder.write_header()?;
     writer.write_image_data(&canvas.bytes)?;
     writer.finish()?;
