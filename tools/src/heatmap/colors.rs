@@ -16,12 +16,17 @@ const VERMILLION: Rgb = Rgb(0xd5, 0x5e, 0x00);
 
 /// Shared with the parent, by the share of pages that are; some at the least.
 pub(super) fn shared(share: f64) -> Rgb {
-    Rgb(0xd6, 0xe6, 0xf2).towards(BLUE, share)
+    Rgb(0xd6, 0xe6, 0xf2).towards(BLUE, shade(share))
 }
 
 /// New, by the share of pages that are; some at the least.
 pub(super) fn new(share: f64) -> Rgb {
-    Rgb(0xf8, 0xc8, 0x9c).towards(VERMILLION, share)
+    Rgb(0xf8, 0xc8, 0x9c).towards(VERMILLION, shade(share))
+}
+
+/// One of 16 shades: more are not told apart.
+fn shade(share: f64) -> f64 {
+    (share * 16.0).ceil() / 16.0
 }
 
 /// Viridis from its bright end to its dark one.

@@ -1,5 +1,6 @@
 //! Pictures as PNG.
 
+use std::collections::HashMap;
 use std::io::Write;
 
 use noto_sans_mono_bitmap::{FontWeight, RasterHeight, get_raster};
@@ -18,15 +19,40 @@ pub(super) fn write(picture: &Picture, out: &mut dyn Write) -> anyhow::Result<()
     }
     picture.texts.iter().for_each(|text| canvas.write(text));
     let mut encoder = Encoder::new(out, picture.width, picture.height);
-    encoder.set_color(ColorType::Rgb);
     encoder.set_depth(BitDepth::Eight);
     encoder.set_compression(Compression::High);
     // Rows are alike and flat: filters would only make noise of them.
     encoder.set_filter(Filter::NoFilter);
+    let pixels = match indexed(&canvas.bytes) {
+        Some((palette, pixels)) => {
+            encoder.set_color(ColorType::Indexed);
+            encoder.set_palette(palette);
+            pixels
+        }
+        None => {
+            encoder.set_color(ColorType::Rgb);
+            canvas.bytes
+        }
+    };
     let mut writer = encoder.write_header()?;
-    writer.write_image_data(&canvas.bytes)?;
+    writer.write_image_data(&pixels)?;
     writer.finish()?;
     Ok(())
+}
+
+/// A palette and a byte a pixel, which takes half the space, if there are few enough colours.
+fn indexed(bytes: &[u8]) -> Option<(Vec<u8>, Vec<u8>)> {
+    let (colors, _) = bytes.as_chunks::<3>();
+    let (mut palette, mut numbers) = (Vec::new(), HashMap::new());
+    let mut pixels = Vec::with_capacity(colors.len());
+    for color in colors {
+        let number = *numbers.entry(color).or_insert_with(|| {
+            palette.extend_from_slice(color);
+            palette.len() / 3 - 1
+        });
+        pixels.push(u8::try_from(number).ok()?);
+    }
+    Some((palette, pixels))
 }
 
 struct Canvas {
@@ -70,7 +96,8 @@ impl Canvas {
             let glyph = get_raster(c, weight, height).or_else(|| get_raster('?', weight, height));
             for (y, row) in (text.y..).zip(glyph.iter().flat_map(|glyph| glyph.rows())) {
                 for (x, cover) in (left..).zip(row.iter()) {
-                    self.pixel(x, y, text.color, *cover);
+                    // In 16 shades: more are not seen, and take space.
+                    self.pixel(x, y, text.color, cover / 17 * 17);
                 }
             }
         }
@@ -98,6 +125,14 @@ mod tests {
     }
 
     #[test]
+    fn more_colours_than_a_palette_has_are_kept() {
+        let few: Vec<u8> = (0..=255).flat_map(|shade| [shade, 0, 7]).collect();
+        let (palette, pixels) = indexed(&few).unwrap();
+        assert_eq!((palette, pixels), (few.clone(), (0..=255).collect()));
+        assert_eq!(indexed(&[few, vec![9, 9, 9]].concat()), None);
+    }
+
+    #[test]
     fn what_is_drawn_can_be_read_back() {
         let mut picture = Picture { width: 40, height: 30, ..Picture::default() };
         picture.rect(Rgb(1, 2, 3), Rect(10, 5, 4, 3));
@@ -106,7 +141,9 @@ mod tests {
         picture.text(0, 0, super::super::picture::Anchor::Start, "I");
         let mut bytes = Vec::new();
         write(&picture, &mut bytes).unwrap();
-        let mut reader = png::Decoder::new(std::io::Cursor::new(bytes)).read_info().unwrap();
+        let mut decoder = png::Decoder::new(std::io::Cursor::new(bytes));
+        decoder.set_transformations(png::Transformations::EXPAND);
+        let mut reader = decoder.read_info().unwrap();
         let mut pixels = vec![0; reader.output_buffer_size().unwrap()];
         let info = reader.next_frame(&mut pixels).unwrap();
         assert_eq!((info.width, info.height), (40, 30));

@@ -164,9 +164,7 @@ impl Qemu {
         let connected = Monitor::connect(&socket, || alive(&mut child, folder));
         let found = connected.and_then(|mut monitor| Ok((memory(&child, &mut monitor)?, monitor)));
         match found {
-            Ok((memory, monitor)) => {
-                Ok(Self { child, monitor, memory, folder: folder.to_owned() })
-            }
+            Ok((memory, monitor)) => Ok(Self { child, monitor, memory, folder: folder.to_owned() }),
             Err(error) => {
                 end(&mut child);
                 Err(error)

@@ -90,11 +90,9 @@ impl Monitor {
 
     fn note(&mut self, message: &Value) {
         let time = &message["timestamp"];
-        let (Some(name), Some(seconds), Some(us)) = (
-            message["event"].as_str(),
-            time["seconds"].as_u64(),
-            time["microseconds"].as_u64(),
-        ) else {
+        let (Some(name), Some(seconds), Some(us)) =
+            (message["event"].as_str(), time["seconds"].as_u64(), time["microseconds"].as_u64())
+        else {
             return;
         };
         self.events.push(Event { name: name.to_owned(), at_us: seconds * 1_000_000 + us });

@@ -61,8 +61,8 @@ fn process_start(frazil: &Path, runs: usize) -> anyhow::Result<Samples> {
 pub(crate) fn resume_once(frazil: &Path, folder: &Path) -> anyhow::Result<(Duration, Duration)> {
     let mut reference = OsString::from(folder.join("store"));
     reference.push("@latest");
-    let errors = std::fs::File::create(folder.join("stderr"))
-        .context("cannot create a scratch file")?;
+    let errors =
+        std::fs::File::create(folder.join("stderr")).context("cannot create a scratch file")?;
     let mut command = Command::new(frazil);
     command
         .arg("resume")
@@ -73,8 +73,8 @@ pub(crate) fn resume_once(frazil: &Path, folder: &Path) -> anyhow::Result<(Durat
         .stdout(Stdio::piped())
         .stderr(errors);
     let before_ns = monotonic_ns();
-    let mut process = Process::start(&mut command)
-        .with_context(|| format!("cannot run {}", frazil.display()))?;
+    let mut process =
+        Process::start(&mut command).with_context(|| format!("cannot run {}", frazil.display()))?;
     let Some((ms, at_ns)) = process.first_progress()? else {
         let said = std::fs::read_to_string(folder.join("stderr")).unwrap_or_default();
         bail!("frazil resume ended before its guest made progress; it said: {}", said.trim());
