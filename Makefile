@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 
-.PHONY: all setup setup-tests build demo test lint bench hot-loops endurance images fuzz clean
+.PHONY: all setup setup-tests build install demo test lint bench hot-loops endurance images fuzz clean
 
 all: build
 
@@ -15,6 +15,17 @@ setup-tests:
 
 build: setup
 	$(CARGO) build --release --locked -p frazil-tools -p frazil-benches
+
+# The command, its man pages, and what shells complete it by; DESTDIR is for who packages it.
+PREFIX ?= /usr/local
+share = $(DESTDIR)$(PREFIX)/share
+install: build
+	install -D -m 755 target/release/frazil $(DESTDIR)$(PREFIX)/bin/frazil
+	target/release/frazil man $(share)/man/man1
+	install -d $(share)/bash-completion/completions $(share)/zsh/site-functions $(share)/fish/vendor_completions.d
+	target/release/frazil completion bash > $(share)/bash-completion/completions/frazil
+	target/release/frazil completion zsh > $(share)/zsh/site-functions/_frazil
+	target/release/frazil completion fish > $(share)/fish/vendor_completions.d/frazil.fish
 
 demo: setup
 	$(CARGO) run --release --locked --quiet -p frazil-tools -- demo

@@ -100,15 +100,14 @@ impl PageSource for Text {
 struct Bed {
     store: Arc<Store>,
     snapshots: Vec<Snapshot>,
-    _folder: TempDir,
+    folder: TempDir,
 }
 
 impl Bed {
     fn new(snapshots: u64) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let store = Store::open_or_create(&folder.path().join("store"), StoreOptions::default());
-        let mut bed =
-            Self { store: store.expect("a store"), snapshots: Vec::new(), _folder: folder };
+        let mut bed = Self { store: store.expect("a store"), snapshots: Vec::new(), folder };
         let mut all = PageSet::new(STORED_PAGES);
         all.insert_range(0, STORED_PAGES);
         bed.commit(&all, 0);
@@ -118,6 +117,13 @@ impl Bed {
             bed.commit(&some, turn);
         }
         bed
+    }
+
+    /// The last snapshot as a store has it that has read and written nothing yet.
+    fn last(&self) -> Snapshot {
+        let path = self.folder.path().join("store");
+        let store = Store::open(&path, StoreOptions::default()).expect("the store");
+        store.snapshot(self.snapshots.last().expect("one").id()).expect("it is there")
     }
 
     fn commit(&mut self, pages: &PageSet, turn: u64) {
@@ -140,7 +146,7 @@ fn write_a_first_snapshot(bencher: Bencher<'_, '_>) {
 #[divan::bench(args = [1, 200])]
 fn read_a_page(bencher: Bencher<'_, '_>, depth: u64) {
     let bed = Bed::new(depth);
-    let region = bed.snapshots.last().expect("one").region(REGION).expect("the region");
+    let region = bed.last().region(REGION).expect("the region");
     let mut pages = scattered(u64::MAX, STORED_PAGES);
     let mut buf = [0; PAGE_SIZE];
     bencher.counter(ItemsCount::new(1_u64)).bench_local(|| {
@@ -154,7 +160,7 @@ fn read_a_page(bencher: Bencher<'_, '_>, depth: u64) {
 #[divan::bench(sample_count = 10)]
 fn read_all_pages(bencher: Bencher<'_, '_>) {
     let bed = Bed::new(1);
-    let region = bed.snapshots[0].region(REGION).expect("the region");
+    let region = bed.last().region(REGION).expect("the region");
     let mut buf = vec![0; 64 * PAGE_SIZE];
     bencher.counter(BytesCount::new(STORED_PAGES * PAGE_SIZE as u64)).bench_local(|| {
         for first in (0..STORED_PAGES).step_by(64) {

@@ -75,22 +75,47 @@ pub struct StateDiff {
 /// [`StoreError::Invalid`] if they are of different stores; [`StoreError::Corrupt`] if something
 /// that must be read is damaged.
 pub fn diff(a: &Snapshot, b: &Snapshot, options: DiffOptions) -> Result<SnapshotDiff> {
-    if a.store().uuid != b.store().uuid {
-        return Err(StoreError::Invalid(format!(
-            "snapshots of one store can be compared, {} and {} are two",
-            a.store().describe(),
-            b.store().describe()
-        )));
-    }
+    of_one_store(a, b)?;
     let (ours, theirs) = (&b.manifest().regions, &a.manifest().regions);
     let only_a = theirs.iter().filter(|region| b.manifest().region(&region.name).is_none());
     let regions = ours
         .iter()
         .map(|region| (a.manifest().region(&region.name), Some(region)))
         .chain(only_a.map(|region| (Some(region), None)))
-        .map(|(in_a, in_b)| diff_region(b.store(), in_a, in_b, (options, a.written_at)))
+        .map(|(in_a, in_b)| compare_region(b.store(), in_a, in_b, (options, a.written_at)))
         .collect::<Result<Vec<_>>>()?;
     Ok(SnapshotDiff { regions, state: diff_state(a, b)? })
+}
+
+fn of_one_store(a: &Snapshot, b: &Snapshot) -> Result<()> {
+    if a.store().uuid == b.store().uuid {
+        return Ok(());
+    }
+    Err(StoreError::Invalid(format!(
+        "snapshots of one store can be compared, {} and {} are two",
+        a.store().describe(),
+        b.store().describe()
+    )))
+}
+
+/// Compares region `name` alone. Of a region that only one of them has, all pages that are not zero
+/// differ.
+///
+/// # Errors
+/// As [`diff`]; [`StoreError::Invalid`] if neither has such a region.
+pub fn diff_region(
+    a: &Snapshot,
+    b: &Snapshot,
+    name: &str,
+    options: DiffOptions,
+) -> Result<RegionDiff> {
+    of_one_store(a, b)?;
+    let (in_a, in_b) = (a.manifest().region(name), b.manifest().region(name));
+    if in_a.is_none() {
+        // Says which regions there are, if there is none of this name either.
+        b.region(name)?;
+    }
+    compare_region(b.store(), in_a, in_b, (options, a.written_at))
 }
 
 fn diff_state(a: &Snapshot, b: &Snapshot) -> Result<Vec<StateDiff>> {
@@ -117,7 +142,7 @@ fn diff_state(a: &Snapshot, b: &Snapshot) -> Result<Vec<StateDiff>> {
     Ok(out)
 }
 
-fn diff_region(
+fn compare_region(
     store: &Store,
     a: Option<&RegionManifest>,
     b: Option<&RegionManifest>,

@@ -18,6 +18,7 @@ mod diff;
 mod elide;
 mod error;
 mod export;
+mod extents;
 mod format;
 mod frame;
 #[doc(hidden)]
@@ -57,7 +58,7 @@ mod writeback;
 mod writer;
 
 pub use catalog::SnapshotInfo;
-pub use diff::{DiffOptions, PageRange, RegionDiff, SnapshotDiff, StateDiff, diff};
+pub use diff::{DiffOptions, PageRange, RegionDiff, SnapshotDiff, StateDiff, diff, diff_region};
 pub use error::{Result, StoreError};
 pub use export::{ExportError, ExportProgress, export};
 pub use format::{

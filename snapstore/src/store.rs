@@ -404,7 +404,9 @@ impl Store {
         })
     }
 
-    pub(crate) fn find(&self, id: SnapshotId) -> Option<SnapshotInfo> {
+    /// The published snapshot `id`, if there is one, as far as the store was read.
+    #[must_use]
+    pub fn find(&self, id: SnapshotId) -> Option<SnapshotInfo> {
         self.catalog().find(id)
     }
 

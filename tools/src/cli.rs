@@ -1,12 +1,14 @@
 //! The command line, as a person types it.
 
+mod files;
+mod help;
 mod parse;
 
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::error::ErrorKind;
-use clap::{ArgGroup, Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+pub(crate) use files::{CompletionArgs, Gap, HeatmapArgs, ImportArgs, ManArgs, MountArgs};
 use frazil_snapstore::retention::Policy;
 use frazil_snapstore::{Elide, SnapshotId};
 use frazil_vmm::dirty::TrackerKind;
@@ -14,6 +16,7 @@ use frazil_vmm::disk::DiskConfig;
 use frazil_vmm::scheduler::Every;
 use frazil_vmm::workload::WorkloadSpec;
 use frazil_vmm::{NetConfig, VsockConfig};
+pub(crate) use help::{command, usage_error, visible};
 use parse::{
     a_few, disk, elide, every, how_many, interval, net, percent, serial, size, tracker, vsock,
     within, workload,
@@ -27,19 +30,30 @@ pub(crate) struct Cli {
     /// Print JSON on standard output: one object, or one a line.
     #[arg(long, global = true)]
     pub json: bool,
+    /// When to print colours: `auto` is on a terminal, unless $NO_COLOR is set.
+    #[arg(long, global = true, value_enum, value_name = "WHEN", default_value = "auto")]
+    pub color: ColorArg,
     #[command(subcommand)]
     pub command: Command,
+}
+
+/// When to print colours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ColorArg {
+    Auto,
+    Always,
+    Never,
 }
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Boot a guest and run it until it ends.
     Run(RunArgs),
-    /// Take a checkpoint of a running VM now; the guest goes on.
+    /// Freeze a running VM now, and let the guest go on; with --exit, suspend it.
     Checkpoint(CheckpointArgs),
-    /// Run a VM from a snapshot, in a new process; its memory arrives as it is touched.
+    /// Run a VM from a snapshot, or many clones of it; its memory arrives as it is touched.
     Resume(ResumeArgs),
-    /// Take a running VM back to a snapshot, in place: it costs what changed since.
+    /// Take a running VM back to a snapshot, in place.
     Rewind(RewindArgs),
     /// List the VMs that run.
     Ps,
@@ -49,21 +63,32 @@ pub(crate) enum Command {
     Continue(VmArg),
     /// End a VM and its process.
     Stop(VmArg),
-    /// Watch a running VM: dirty rate, pauses, checkpoints, paging. `q` or Ctrl-C quits.
+    /// Watch a running VM live: dirty rate, pauses, checkpoints, paging.
     ///
-    /// In a pipe, or with --json, one JSON object a line is printed instead, every --interval.
+    /// `q` or Ctrl-C quits. In a pipe, or with --json, one JSON object a line is printed instead, every --interval.
     Top(TopArgs),
-    /// List a store's snapshots, newest first: time, id, parent, pages, bytes, pause.
+    /// List snapshots: when each was taken, how much it holds, what it descends from (--graph).
     Log(LogArgs),
-    /// Show what a snapshot is: machine, vCPU registers, devices, regions, statistics.
+    /// Show what a snapshot is: machine, vCPU registers, devices, memory (--heatmap draws it).
     Show(ShowArgs),
-    /// Show what differs between two snapshots of a store: memory, registers, devices.
+    /// Show what changed between two snapshots: memory, disks, registers, devices.
     Diff(DiffArgs),
-    /// Write a snapshot's memory, or one of its disks, to a file.
+    /// Copy a snapshot's memory, one of its disks, or all of it, to a file.
     Export(ExportArgs),
-    /// Read everything that snapshots refer to and check it.
+    /// Make a snapshot of raw memory files, such as Firecracker writes, or of disk images.
+    ///
+    /// Such a snapshot has no vCPUs and devices, and cannot be resumed; everything else works.
+    Import(ImportArgs),
+    /// Show snapshots as folders: memory, disks and state as files, for grep, strings, cmp, dd.
+    ///
+    /// DIR then has `latest`, `ids`, `tags` and `vms`, and every snapshot `memory/ram`, `disks/disk0`,
+    /// `state/vcpu0.json`, `manifest.json`. What is read is verified; a damaged block is an I/O error,
+    /// and this command says where it is. Snapshots taken or forgotten meanwhile come and go; one that
+    /// is open stays. Runs until Ctrl-C or `umount DIR`.
+    Mount(MountArgs),
+    /// Check that snapshots are intact: everything is read, and compared with its hash.
     Verify(VerifyArgs),
-    /// Take snapshots out of a store: those named, or those that no rule keeps.
+    /// Take snapshots out of a store: those named, or that no rule keeps; --prune frees space.
     ///
     /// With rules, all snapshots are judged, those of each VM apart, in local time: what no rule
     /// wants is forgotten. Tagged ones always stay, and so does the newest of every VM. Without
@@ -72,7 +97,7 @@ pub(crate) enum Command {
     /// They vanish at once, with their tags. Their children take the nearest ancestor that stays
     /// for parent, and lose nothing. The space comes back with --prune or `frazil prune`.
     Forget(ForgetArgs),
-    /// Give back the space of what no snapshot needs any more.
+    /// Free the space of what no snapshot needs any more.
     ///
     /// Removes what no snapshot reaches, and rewrites files that are mostly unused. What a running
     /// VM has open stays. VMs go on meanwhile, but cannot write checkpoints. It can be interrupted
@@ -83,6 +108,13 @@ pub(crate) enum Command {
     Pager(PagerArgs),
     /// Tell the whole story on the built-in guest: run, checkpoint, kill, resume, verify.
     Demo(DemoArgs),
+    /// Print what a shell needs to complete commands and options.
+    ///
+    /// bash: frazil completion bash > /etc/bash_completion.d/frazil. zsh: frazil completion zsh > a
+    /// folder of $fpath, as _frazil. fish: frazil completion fish > ~/.config/fish/completions/frazil.fish.
+    Completion(CompletionArgs),
+    /// Write man pages: frazil(1) and one for each command.
+    Man(ManArgs),
 }
 
 #[derive(Debug, Args)]
@@ -105,16 +137,6 @@ pub(crate) enum SerialInput {
     Auto,
     Stdin,
     None,
-}
-
-/// Wrong usage of `command` that shows only when its arguments are seen together.
-pub(crate) fn usage_error(command: &str, message: &str) -> clap::Error {
-    let mut all = Cli::command();
-    all.build();
-    match all.find_subcommand_mut(command) {
-        Some(command) => command.error(ErrorKind::ArgumentConflict, message),
-        None => all.error(ErrorKind::ArgumentConflict, message),
-    }
 }
 
 #[derive(Debug, Args)]
@@ -359,8 +381,10 @@ pub(crate) struct CheckpointArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct LogArgs {
-    /// The store. Default: $FRAZIL_STORE, then ./frazil-store.
-    pub store: Option<PathBuf>,
+    /// The store, or STORE@REF: only that snapshot and what it descends from. Default: $FRAZIL_STORE,
+    /// then ./frazil-store.
+    #[arg(value_name = "STORE|SNAP")]
+    pub target: Option<String>,
     /// Draw how snapshots descend from each other, as `git log --graph` does: children before
     /// parents, the newest line first. With --json nothing is drawn, and nothing changes.
     #[arg(long)]
@@ -368,6 +392,8 @@ pub(crate) struct LogArgs {
     /// At most so many.
     #[arg(long, short = 'n', value_name = "N", visible_alias = "limit")]
     pub max_count: Option<usize>,
+    #[command(flatten)]
+    pub picture: HeatmapArgs,
 }
 
 #[derive(Debug, Args)]
@@ -387,6 +413,8 @@ pub(crate) struct ShowArgs {
     /// STORE@REF.
     #[arg(default_value = "latest")]
     pub snapshot: String,
+    #[command(flatten)]
+    pub picture: HeatmapArgs,
 }
 
 #[derive(Debug, Args)]
@@ -395,7 +423,7 @@ pub(crate) struct ExportArgs {
     pub snapshot: String,
     /// The file, which must not be there yet. What is zero takes no space in it.
     pub file: PathBuf,
-    /// What is written: `ram`, where byte N of the file is guest physical address N, or a disk: `disk0`
+    /// What `raw` writes: `ram`, where byte N of the file is guest physical address N, or a disk: `disk0`
     /// and so on.
     #[arg(long, value_name = "NAME", default_value = "ram")]
     pub region: String,
@@ -410,8 +438,11 @@ pub(crate) struct ExportArgs {
 /// What an exported file looks like.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum ExportFormat {
-    /// The contents and nothing else.
+    /// The contents of a region and nothing else.
     Raw,
+    /// All regions, state and manifest as an archive, sparse for tar programs of today; FILE may be `-`
+    /// for standard output.
+    Tar,
 }
 
 /// What of guest memory `verify` compares with the built-in workload's oracle.
@@ -448,6 +479,8 @@ pub(crate) struct DiffArgs {
     /// Print at most so many ranges of a region, or `all`. With --json it is always all.
     #[arg(long, value_name = "N|all", default_value = "20", value_parser = how_many)]
     pub ranges: usize,
+    #[command(flatten)]
+    pub picture: HeatmapArgs,
 }
 
 /// Which snapshots stay, as `restic forget` has it: one stays if any rule wants it. Tagged ones

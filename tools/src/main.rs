@@ -9,23 +9,29 @@ mod cli;
 mod commands;
 mod console;
 mod demo;
+mod heatmap;
+mod snapshot_files;
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::FromArgMatches;
 use tracing_subscriber::EnvFilter;
 
 use cli::{Cli, Command};
 
 fn main() -> ExitCode {
     let started = commands::Started::now();
-    let cli = Cli::parse();
+    let cli = match Cli::from_arg_matches(&cli::command().get_matches()) {
+        Ok(cli) => cli,
+        Err(error) => error.exit(),
+    };
+    output::set_color(cli.color);
     let filter = EnvFilter::try_from_env("FRAZIL_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
+        .with_ansi(output::color_on(std::io::stderr().is_terminal()))
         .init();
     match run(cli, started) {
         Ok(code) => code,
@@ -57,10 +63,14 @@ fn run(cli: Cli, started: commands::Started) -> anyhow::Result<ExitCode> {
         Command::Show(args) => commands::show::show(&args, json).map(done),
         Command::Diff(args) => commands::diff::diff(&args, json).map(done),
         Command::Export(args) => commands::export::export(&args, json).map(done),
+        Command::Import(args) => commands::import::import(&args, json).map(done),
+        Command::Mount(args) => commands::mount::mount(&args, json).map(done),
         Command::Verify(args) => commands::verify::verify(&args, json),
         Command::Forget(args) => commands::retention::forget(&args, json).map(done),
         Command::Prune(args) => commands::retention::prune(&args, json).map(done),
         Command::Pager(args) => commands::pager::pager(&args).map(done),
+        Command::Completion(args) => commands::manual::completion(&args).map(done),
+        Command::Man(args) => commands::manual::man(&args, json).map(done),
         Command::Demo(args) => demo::demo(&args, json).map(done),
     }
 }

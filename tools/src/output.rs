@@ -2,12 +2,15 @@
 
 use std::borrow::Cow;
 use std::fmt::{Arguments, Write as _};
-use std::io::Write;
+use std::io::{IsTerminal, Write};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{BinaryBytes, ProgressBar, ProgressStyle};
 use jiff::{Timestamp, tz::TimeZone};
+
+use crate::cli::ColorArg;
 
 /// As `println!`, but a reader that went away (`frazil log | head`) is no reason to panic: least
 /// of all in a process that runs a VM.
@@ -47,6 +50,88 @@ pub(crate) fn plain(text: &str) -> Cow<'_, str> {
         }
     }
     Cow::Owned(out)
+}
+
+/// When to print colours; as in [`ColorArg`].
+static COLOR: AtomicU8 = AtomicU8::new(AUTO);
+const AUTO: u8 = 0;
+const ALWAYS: u8 = 1;
+const NEVER: u8 = 2;
+
+/// Goes by `--color` from here on.
+pub(crate) fn set_color(color: ColorArg) {
+    let color = match color {
+        ColorArg::Auto => AUTO,
+        ColorArg::Always => ALWAYS,
+        ColorArg::Never => NEVER,
+    };
+    COLOR.store(color, Ordering::Relaxed);
+}
+
+/// True if colours are wanted where `is_terminal` says whether there is one.
+pub(crate) fn color_on(is_terminal: bool) -> bool {
+    let set = |name: &str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+    let dumb = || std::env::var_os("TERM").is_some_and(|term| term == "dumb");
+    match COLOR.load(Ordering::Relaxed) {
+        ALWAYS => true,
+        NEVER => false,
+        // https://no-color.org
+        _ => is_terminal && !set("NO_COLOR") && !dumb(),
+    }
+}
+
+/// How parts of a line are told apart. What was and what is are yellow and cyan: red and green look
+/// alike to one man in twelve.
+pub(crate) mod style {
+    use anstyle::{AnsiColor, Style};
+
+    pub(crate) const HEADING: Style = Style::new().bold();
+    pub(crate) const FAINT: Style = Style::new().dimmed();
+    pub(crate) const ID: Style = AnsiColor::Yellow.on_default();
+    pub(crate) const NAME: Style = AnsiColor::Blue.on_default().bold();
+    pub(crate) const OLD: Style = AnsiColor::Yellow.on_default();
+    pub(crate) const NEW: Style = AnsiColor::Cyan.on_default();
+    pub(crate) const CHANGED: Style = AnsiColor::Magenta.on_default().bold();
+}
+
+/// A line with parts in colours, where those are wanted. What a terminal would obey is shown instead,
+/// as by [`plain()`]: nothing but the colours comes through.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Line {
+    plain: String,
+    painted: String,
+}
+
+impl Line {
+    pub(crate) fn new() -> Self {
+        Self::default()
+    }
+
+    pub(crate) fn text(mut self, text: impl AsRef<str>) -> Self {
+        let text = plain(text.as_ref());
+        self.plain.push_str(&text);
+        self.painted.push_str(&text);
+        self
+    }
+
+    pub(crate) fn paint(mut self, style: anstyle::Style, text: impl AsRef<str>) -> Self {
+        let text = plain(text.as_ref());
+        self.plain.push_str(&text);
+        let _to_memory = write!(self.painted, "{style}{text}{style:#}");
+        self
+    }
+
+    /// Blanks up to this column; one at least.
+    pub(crate) fn pad(self, columns: usize) -> Self {
+        let blanks = columns.saturating_sub(self.plain.chars().count()).max(1);
+        self.text(" ".repeat(blanks))
+    }
+
+    pub(crate) fn print(&self) {
+        let mut out = std::io::stdout();
+        let line = if color_on(out.is_terminal()) { &self.painted } else { &self.plain };
+        let _nobody_listens = writeln!(out, "{}", line.trim_end());
+    }
 }
 
 /// A table without lines, its columns two spaces apart.
@@ -159,6 +244,15 @@ mod tests {
         }
         let plain = anyhow::Error::new(io()).context("cannot start").context("cannot go on");
         assert_eq!(super::error(&plain), "cannot go on: cannot start: the medium says no");
+    }
+
+    #[test]
+    fn colours_are_all_that_a_line_makes_a_terminal_do() {
+        let line = Line::new().text("a\u{1b}[31m").paint(style::NEW, "b\u{7}").pad(20).text("c");
+        assert_eq!(line.plain, "a\\u001b[31mb\\u0007  c");
+        assert_eq!(line.painted.matches('\u{1b}').count(), 2, "{:?}", line.painted);
+        let padded = Line::new().paint(style::OLD, "ab").pad(4).text("c");
+        assert_eq!(padded.plain, "ab  c");
     }
 
     #[test]

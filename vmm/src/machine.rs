@@ -13,7 +13,7 @@ use crate::devices::serial::SerialOutput;
 use crate::dirty::TrackerKind;
 use crate::disk::{DiskConfig, OverlayOptions};
 use crate::error::{Result, VmmError};
-use crate::state::{Saved, never_written};
+use crate::state::{ChunkSet, Saved, never_written};
 use crate::virtio::bus::lay_out;
 use crate::virtio::net::MacAddress;
 use crate::virtio::{SavedSlot, SlotDevice};
@@ -21,6 +21,23 @@ use crate::workload::WorkloadSpec;
 
 /// The chunk that lists the machine.
 pub(crate) const MACHINE_CHUNK: &str = "machine";
+
+/// Takes the chunk that lists the machine.
+///
+/// # Errors
+/// [`VmmError::Config`] if there is none, as in snapshots of imported files; those of
+/// [`ChunkSet::take`].
+pub(crate) fn take_machine(chunks: &mut ChunkSet) -> Result<SavedMachine> {
+    if !chunks.has(MACHINE_CHUNK) {
+        return Err(VmmError::Config(
+            "expected a snapshot of a machine, found one of memory or disks alone, as `frazil import` \
+             makes them: without vCPUs and devices there is nothing to run. `frazil export`, `diff` and \
+             `mount` give what is in it"
+                .into(),
+        ));
+    }
+    chunks.take(MACHINE_CHUNK)
+}
 
 /// The most vCPUs: APIC ids are eight bits without x2APIC.
 pub(crate) const MAX_CPUS: usize = 254;

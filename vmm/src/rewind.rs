@@ -19,7 +19,7 @@ use crate::devices::vmgenid::{self, SavedVmGenId};
 use crate::disk::{DiskLine, SavedDisk, disk_name};
 use crate::error::{Result, VmmError};
 use crate::line::{AtRest, Line};
-use crate::machine::{MACHINE_CHUNK, SavedMachine};
+use crate::machine::{SavedMachine, take_machine};
 use crate::memory::RAM_REGION;
 use crate::state::ChunkSet;
 use crate::vcpu::Ended;
@@ -136,7 +136,7 @@ impl Vm {
     fn point_at(&self, id: SnapshotId) -> Result<RewindPoint> {
         let snapshot = self.rewind_store()?.pin_held(id)?;
         let mut chunks = ChunkSet::new(snapshot.states()?)?;
-        let machine: SavedMachine = chunks.take(MACHINE_CHUNK)?;
+        let machine = take_machine(&mut chunks)?;
         check_machine(self, id, &machine)?;
         let vcpus = (0..machine.cpus).map(|index| Ok(Arc::new(chunks.take(&vcpu_chunk(index))?)));
         let vcpus = vcpus.collect::<Result<Vec<_>>>()?;

@@ -99,6 +99,12 @@ impl ChunkSet {
         Ok(Self { chunks: by_name })
     }
 
+    /// True if chunk `name` is still there.
+    #[must_use]
+    pub fn has(&self, name: &str) -> bool {
+        self.chunks.contains_key(name)
+    }
+
     /// Takes chunk `name`, brought to the newest version.
     ///
     /// # Errors

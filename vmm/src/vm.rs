@@ -22,8 +22,8 @@ use crate::keeper::Keeping;
 use crate::kvm::{Hypervisor, VmShell};
 use crate::line::Line;
 use crate::machine::{
-    ClockPolicy, Guest, HostConfig, Loading, MACHINE_CHUNK, MAX_CPUS, MachineConfig, SavedGuest,
-    SavedMachine,
+    ClockPolicy, Guest, HostConfig, Loading, MAX_CPUS, MachineConfig, SavedGuest, SavedMachine,
+    take_machine,
 };
 use crate::memory::GuestRam;
 use crate::paging::{Paging, bring_memory, map_ram};
@@ -150,7 +150,7 @@ impl Vm {
         loading: Loading,
     ) -> Result<Self> {
         let mut chunks = ChunkSet::new(snapshot.states()?)?;
-        let mut machine: SavedMachine = chunks.take(MACHINE_CHUNK)?;
+        let mut machine = take_machine(&mut chunks)?;
         machine.plug(&host.nets, host.vsock.as_ref())?;
         let hypervisor = Hypervisor::open()?;
         check_cpus(&hypervisor, machine.cpus)?;

@@ -5,7 +5,7 @@ use std::io;
 use frazil_snapstore::{PageSource, RegionReader, Snapshot};
 
 use crate::error::{Result, VmmError};
-use crate::machine::{MACHINE_CHUNK, SavedMachine};
+use crate::machine::{MACHINE_CHUNK, SavedMachine, take_machine};
 use crate::memory::{GuestRam, RAM_REGION};
 use crate::state::ChunkSet;
 use crate::workload::{PageRead, PageReadShared, VerifyReport, verify_parallel};
@@ -39,15 +39,19 @@ impl PageReadShared for Stored {
 /// # Errors
 /// [`VmmError::State`] if the chunk is missing or too new; store errors.
 pub fn saved_machine(snapshot: &Snapshot) -> Result<SavedMachine> {
-    ChunkSet::new(snapshot.states()?)?.take(MACHINE_CHUNK)
+    take_machine(&mut ChunkSet::new(snapshot.states()?)?)
 }
 
 /// Checks every page of `snapshot` against the built-in workload's oracle; `None` if its guest
-/// is another.
+/// is another, or it is of no machine.
 ///
 /// # Errors
 /// [`VmmError::State`] saying which pages are not what the guest wrote; store errors.
 pub fn verify_snapshot(snapshot: &Snapshot) -> Result<Option<VerifyReport>> {
+    let is_of_a_machine = snapshot.manifest().state.iter().any(|chunk| chunk.name == MACHINE_CHUNK);
+    if !is_of_a_machine {
+        return Ok(None);
+    }
     let Some(spec) = saved_machine(snapshot)?.workload() else { return Ok(None) };
     let memory = Stored(snapshot.region(RAM_REGION)?);
     verify_parallel(&spec, &memory).map(Some).map_err(|error| VmmError::State {

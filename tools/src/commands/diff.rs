@@ -1,21 +1,21 @@
 //! `frazil diff`: what differs between two snapshots of a store.
 
+mod print;
+mod registers;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 
 use frazil_snapstore::{
-    DiffOptions, PAGE_SIZE, PageRange, RegionDiff, Snapshot, StateChunk, StateDiff, reference,
+    DiffOptions, PAGE_SIZE, RegionDiff, Snapshot, StateChunk, StateDiff, reference,
 };
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::{open_snapshot, print_json, same_folder, tags_by_snapshot, what};
+use super::{open_snapshot, print_json, same_folder};
 use crate::cli::DiffArgs;
-use crate::output;
-
-/// Values of more than this are for `--json`.
-const LONGEST_VALUE: usize = 60;
+use crate::heatmap::{self, Wanted};
 
 /// A field of a state chunk that differs.
 #[derive(Debug, PartialEq, Serialize)]
@@ -32,20 +32,21 @@ struct FieldDiff {
 
 pub(crate) fn diff(args: &DiffArgs, json: bool) -> anyhow::Result<()> {
     let (a, b) = open_both(&args.a, &args.b)?;
-    let found = frazil_snapstore::diff(&a, &b, DiffOptions { exact: args.exact })?;
+    let options = DiffOptions { exact: args.exact };
+    let found = frazil_snapstore::diff(&a, &b, options)?;
+    let wanted = Wanted::of(&args.picture)?;
+    let drawn = wanted.map(|wanted| heatmap::draw_diff(&wanted, &a, &b, options)).transpose()?;
     if json {
         let regions: Vec<Value> = found.regions.iter().map(region_json).collect();
         let state: Vec<Value> = found.state.iter().map(state_json).collect();
         return print_json(&json!({
             "a": a.id(), "b": b.id(), "exact": args.exact, "regions": regions, "state": state,
+            "heatmap": drawn,
         }));
     }
-    print_header("A", &a);
-    print_header("B", &b);
-    found.regions.iter().for_each(|region| print_region(region, args.ranges));
-    found.state.iter().for_each(print_state);
-    if found.state.is_empty() {
-        outln!("\nno state differs");
+    print::print(&a, &b, &found, args.ranges);
+    if let Some(drawn) = drawn {
+        drawn.tell();
     }
     Ok(())
 }
@@ -81,7 +82,11 @@ fn changed_bytes(region: &RegionDiff) -> u64 {
 }
 
 fn state_json(state: &StateDiff) -> Value {
-    json!({"name": state.name, "change": change(state), "fields": fields(state)})
+    let fields = fields(state);
+    let registers = print::named_registers(&fields);
+    json!({
+        "name": state.name, "change": change(state), "fields": fields, "registers": registers,
+    })
 }
 
 fn change(state: &StateDiff) -> &'static str {
@@ -159,108 +164,6 @@ fn plain(value: &Value) -> String {
     value.as_str().map_or_else(|| value.to_string(), str::to_owned)
 }
 
-fn print_header(side: &str, snapshot: &Snapshot) {
-    let manifest = snapshot.manifest();
-    let tags = tags_by_snapshot(snapshot.store()).remove(&snapshot.id()).unwrap_or_default();
-    let line = format!(
-        "{side}  {}  {}  {}  {}",
-        snapshot.id().short(),
-        output::time(manifest.time_unix_ms),
-        manifest.name,
-        what(&tags, &manifest.message)
-    );
-    outln!("{}", line.trim_end());
-}
-
-fn print_region(region: &RegionDiff, most: usize) {
-    let name = &region.name;
-    let of = match (region.pages_a, region.pages_b) {
-        (Some(a), Some(b)) if a != b => {
-            format!("{} pages in A, {} in B", output::count(a), output::count(b))
-        }
-        (Some(pages), Some(_)) => format!("{} pages", output::count(pages)),
-        (Some(pages), None) => format!("{} pages, only in A", output::count(pages)),
-        (None, pages) => format!("{} pages, only in B", output::count(pages.unwrap_or(0))),
-    };
-    if region.changed_pages == 0 {
-        outln!("\n{name} ({of}): the same");
-        return;
-    }
-    outln!(
-        "\n{name} ({of}): {} pages differ, {}, in {} ranges; {} of frames in B",
-        output::count(region.changed_pages),
-        output::bytes(changed_bytes(region)),
-        output::count(region.ranges.len() as u64),
-        output::bytes(region.stored_bytes)
-    );
-    let mut table = output::table(&["  FROM", "TO", "PAGES", "BYTES"], &[2, 3]);
-    for range in region.ranges.iter().take(most) {
-        table.add_row(range_row(*range));
-    }
-    if most > 0 {
-        output::print_table(&table);
-    }
-    if region.ranges.len() > most {
-        outln!(
-            "  and {} ranges more: --ranges all prints them",
-            output::count((region.ranges.len() - most) as u64)
-        );
-    }
-}
-
-/// A range in bytes: guest-physical addresses, where the region is guest memory.
-fn range_row(range: PageRange) -> [String; 4] {
-    let start = range.first.saturating_mul(PAGE_SIZE as u64);
-    let bytes = range.count.saturating_mul(PAGE_SIZE as u64);
-    let last = start.saturating_add(bytes).saturating_sub(1);
-    [
-        format!("  {start:#014x}"),
-        format!("{last:#014x}"),
-        output::count(range.count),
-        output::bytes(bytes),
-    ]
-}
-
-fn print_state(state: &StateDiff) {
-    outln!("\n{}: {}", state.name, change(state));
-    let mut table = output::table(&["  FIELD", "A", "B"], &[]);
-    let fields = fields(state);
-    for field in &fields {
-        let [old, new] = brief(field.old.as_ref(), field.new.as_ref());
-        table.add_row([format!("  {}", field.path), old, new]);
-    }
-    if !fields.is_empty() {
-        output::print_table(&table);
-    }
-}
-
-/// Both values, so short that they fit a line.
-fn brief(old: Option<&Value>, new: Option<&Value>) -> [String; 2] {
-    if let (Some(Value::String(old)), Some(Value::String(new))) = (old, new)
-        && old.len().max(new.len()) > LONGEST_VALUE
-    {
-        let pairs = |text: &str| text.as_bytes().chunks(2).map(<[u8]>::to_vec).collect::<Vec<_>>();
-        let (old, new) = (pairs(old), pairs(new));
-        let same = old.iter().zip(&new).filter(|(old, new)| old == new).count();
-        let differ = old.len().max(new.len()) - same;
-        return [format!("{} bytes", old.len()), format!("{} bytes, {differ} differ", new.len())];
-    }
-    [old, new].map(|value| match value {
-        None => "-".to_owned(),
-        Some(Value::Array(items)) if value.map(plain).unwrap_or_default().len() > LONGEST_VALUE => {
-            format!("{} items", items.len())
-        }
-        Some(value) => shorten(plain(value)),
-    })
-}
-
-fn shorten(text: String) -> String {
-    if text.chars().count() <= LONGEST_VALUE {
-        return text;
-    }
-    text.chars().take(LONGEST_VALUE).chain(['…']).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -309,24 +212,5 @@ mod tests {
             diff_of(&json!(1), &json!({})),
             [(String::new(), Some(json!(1)), Some(json!({})))]
         );
-    }
-
-    #[test]
-    fn long_values_are_counted() {
-        let bytes = |last: &str| Value::from("00".repeat(100) + last);
-        assert_eq!(
-            brief(Some(&bytes("01")), Some(&bytes("02"))),
-            ["101 bytes".to_owned(), "101 bytes, 1 differ".to_owned()]
-        );
-        assert_eq!(brief(None, Some(&json!(7))), ["-".to_owned(), "7".to_owned()]);
-        let [old, new] = brief(Some(&json!(vec![1000; 100])), Some(&json!("é".repeat(61))));
-        assert_eq!((old.as_str(), new.chars().count()), ("100 items", 61));
-    }
-
-    #[test]
-    fn ranges_are_bytes_with_the_last_one_in() {
-        let row = range_row(PageRange { first: 0x100, count: 2 });
-        assert_eq!(row[..2], ["  0x000000100000".to_owned(), "0x000000101fff".to_owned()]);
-        let _no_overflow = range_row(PageRange { first: u64::MAX, count: u64::MAX });
     }
 }

@@ -6,22 +6,28 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use frazil_snapstore::{ExportProgress, PAGE_SIZE, RegionReader, Snapshot};
-use frazil_vmm::disk::SavedDisk;
-use frazil_vmm::state::ChunkSet;
 use serde_json::json;
 
-use super::{open_snapshot, print_json};
+use super::{export_tar, open_snapshot, print_json};
 use crate::cli::{ExportArgs, ExportFormat};
 use crate::output;
+use crate::snapshot_files::region_len_bytes;
 
 pub(crate) fn export(args: &ExportArgs, json: bool) -> anyhow::Result<()> {
-    let ExportFormat::Raw = args.format;
-    if !args.force && args.file.symlink_metadata().is_ok() {
+    let is_file = args.file.as_os_str() != "-" || args.format == ExportFormat::Raw;
+    if is_file && !args.force && args.file.symlink_metadata().is_ok() {
         bail!("{}: expected no such file, found one: --force replaces it", args.file.display());
     }
+    match args.format {
+        ExportFormat::Raw => export_raw(args, json),
+        ExportFormat::Tar => export_tar::export(args, json),
+    }
+}
+
+fn export_raw(args: &ExportArgs, json: bool) -> anyhow::Result<()> {
     let (_, snapshot) = open_snapshot(&args.snapshot)?;
     let region = find_region(&snapshot, &args.region)?;
-    let len_bytes = len_bytes(&snapshot, &region)?;
+    let len_bytes = region_len_bytes(&snapshot, &region)?;
     let started = Instant::now();
     let progress = ExportProgress::default();
     write_file(&args.file, &region, len_bytes, &progress)
@@ -51,15 +57,6 @@ fn find_region(snapshot: &Snapshot, name: &str) -> anyhow::Result<RegionReader> 
         bail!("--region {name}: expected one of {}", names.join(", "));
     }
     Ok(snapshot.region(name)?)
-}
-
-/// How long the file is: a disk's last page may be longer than the disk.
-fn len_bytes(snapshot: &Snapshot, region: &RegionReader) -> anyhow::Result<u64> {
-    let pages_bytes = region.pages() * PAGE_SIZE as u64;
-    let chunk = snapshot.manifest().state.iter().find(|chunk| chunk.name == region.name());
-    let Some(chunk) = chunk else { return Ok(pages_bytes) };
-    let disk: SavedDisk = ChunkSet::new(vec![snapshot.state(chunk)?])?.take(region.name())?;
-    Ok(disk.len_bytes().min(pages_bytes))
 }
 
 /// Writes beside the file and puts it in its place when it is whole.

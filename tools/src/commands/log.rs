@@ -1,27 +1,38 @@
 //! `frazil log`: a store's snapshots, as a table or as a graph.
 
+use std::path::Path;
 use std::sync::Arc;
 
-use frazil_snapstore::{Manifest, SnapshotId, SnapshotInfo, Store};
+use frazil_snapstore::{Manifest, SnapshotId, SnapshotInfo, Store, StoreOptions};
 use frazil_vmm::stored_bytes;
 use serde_json::{Value, json};
 
 use super::graph::{self, Graph};
-use super::{open_store, print_json, tags_by_snapshot, what};
+use super::{find_snapshot, open_store, print_json, tags_by_snapshot, what};
 use crate::cli::LogArgs;
-use crate::output;
+use crate::heatmap::{self, Drawn, Wanted};
+use crate::output::{self, Line, style};
 
 pub(crate) fn log(args: &LogArgs, json: bool) -> anyhow::Result<()> {
-    let store = open_store(args.store.as_deref())?;
+    let (store, of) = open(args.target.as_deref())?;
     let mut tags = tags_by_snapshot(&store);
     let mut tags_of = |id: SnapshotId| tags.remove(&id).unwrap_or_default();
     let limit = args.max_count.unwrap_or(usize::MAX);
-    let newest_first: Vec<SnapshotInfo> = store.snapshots().into_iter().rev().collect();
+    let mut newest_first: Vec<SnapshotInfo> = store.snapshots().into_iter().rev().collect();
+    if let Some(of) = of {
+        newest_first = line_of(&newest_first, of);
+    }
+    let drawn = draw(args, &store, &newest_first, limit)?;
     if json {
         for info in newest_first.iter().take(limit) {
             print_json(&json_line(info, manifest(&store, info), &tags_of(info.id)))?;
         }
-    } else if args.graph {
+        if let Some(drawn) = drawn {
+            print_json(&json!({"heatmap": drawn}))?;
+        }
+        return Ok(());
+    }
+    if args.graph {
         print_graph(&store, &newest_first, limit, tags_of);
     } else {
         let mut table = output::table(
@@ -33,7 +44,53 @@ pub(crate) fn log(args: &LogArgs, json: bool) -> anyhow::Result<()> {
         }
         output::print_table(&table);
     }
+    if let Some(drawn) = drawn {
+        drawn.tell();
+    }
     Ok(())
+}
+
+/// The store that `target` names, and the snapshot, if it names one.
+fn open(target: Option<&str>) -> anyhow::Result<(Arc<Store>, Option<SnapshotId>)> {
+    match target {
+        // A folder whose name has an `@` in it is a folder all the same.
+        Some(target) if target.contains('@') && !Path::new(target).is_dir() => {
+            let (_, store, id) = find_snapshot(target, StoreOptions::default())?;
+            Ok((store, Some(id)))
+        }
+        target => Ok((open_store(target.map(Path::new))?, None)),
+    }
+}
+
+/// Snapshot `of` and what it descends from, newest first.
+fn line_of(newest_first: &[SnapshotInfo], of: SnapshotId) -> Vec<SnapshotInfo> {
+    let mut next = Some(of);
+    let mut line = Vec::new();
+    // A parent is older than its child.
+    for info in newest_first {
+        if next == Some(info.id) {
+            line.push(*info);
+            next = info.parent;
+        }
+    }
+    line
+}
+
+/// Draws the line of the snapshot that is asked for, or of the newest, if a picture is wanted.
+fn draw(
+    args: &LogArgs,
+    store: &Arc<Store>,
+    newest_first: &[SnapshotInfo],
+    limit: usize,
+) -> anyhow::Result<Option<Drawn>> {
+    let Some(wanted) = Wanted::of(&args.picture)? else { return Ok(None) };
+    let mut line = match newest_first.first() {
+        Some(newest) => line_of(newest_first, newest.id),
+        None => Vec::new(),
+    };
+    line.truncate(limit);
+    line.reverse();
+    heatmap::draw_history(&wanted, store, &line).map(Some)
 }
 
 /// A snapshot's manifest, or what is wrong with it.
@@ -44,6 +101,11 @@ fn manifest(store: &Arc<Store>, info: &SnapshotInfo) -> Result<Manifest, String>
 
 fn figure(manifest: &Manifest, name: &str) -> u64 {
     manifest.stats[name].as_u64().unwrap_or(0)
+}
+
+/// How long the guest stood still; nothing stood still for one that was imported.
+fn pause(manifest: &Manifest) -> String {
+    manifest.stats["pause_us"].as_u64().map_or_else(|| "-".into(), output::micros)
 }
 
 fn json_line(info: &SnapshotInfo, manifest: Result<Manifest, String>, tags: &[String]) -> Value {
@@ -67,7 +129,7 @@ fn row(info: &SnapshotInfo, manifest: Result<Manifest, String>, tags: &[String])
             parent,
             output::count(figure(&manifest, "dirty_pages")),
             output::bytes(stored_bytes(info, &manifest)),
-            output::micros(figure(&manifest, "pause_us")),
+            pause(&manifest),
             manifest.name.clone(),
             what(tags, &manifest.message),
         ],
@@ -90,27 +152,38 @@ fn print_graph(
     for (index, parent) in graph::order(&nodes).into_iter().take(limit) {
         let info = &newest_first[index];
         let (line, below) = graph.draw(info.id, parent);
-        outln!("{line}{}", graph_line(info, manifest(store, info), &tags_of(info.id)));
-        below.iter().for_each(|line| outln!("{}", line.trim_end()));
+        graph_line(&line, info, manifest(store, info), &tags_of(info.id)).print();
+        below.iter().for_each(|line| Line::new().paint(style::FAINT, line.trim_end()).print());
     }
 }
 
 /// One line, whatever the message is. Figures are padded, so that they stand below each other as
 /// long as the graph keeps its width.
-fn graph_line(info: &SnapshotInfo, manifest: Result<Manifest, String>, tags: &[String]) -> String {
-    let id = info.id.short();
-    let tags = if tags.is_empty() { String::new() } else { format!(" ({})", tags.join(", ")) };
-    let time = output::time(info.time_unix_ms);
-    let line = match manifest {
-        Ok(manifest) => format!(
-            "{id}{tags}  {time}  {:>9} pages  {:>10}  {:>8}  {}  {}",
+fn graph_line(
+    edges: &str,
+    info: &SnapshotInfo,
+    manifest: Result<Manifest, String>,
+    tags: &[String],
+) -> Line {
+    let line = edges.chars().fold(Line::new(), |line, c| match c {
+        '*' => line.paint(style::NAME, "*"),
+        c => line.paint(style::FAINT, c.to_string()),
+    });
+    let line = line.paint(style::ID, info.id.short());
+    let line = match tags {
+        [] => line,
+        tags => line.text(" ").paint(style::CHANGED, format!("({})", tags.join(", "))),
+    };
+    let line = line.text(format!("  {}  ", output::time(info.time_unix_ms)));
+    match manifest {
+        Ok(manifest) => line.text(format!(
+            "{:>9} pages  {:>10}  {:>8}  {}  {}",
             output::count(figure(&manifest, "dirty_pages")),
             output::bytes(stored_bytes(info, &manifest)),
-            output::micros(figure(&manifest, "pause_us")),
+            pause(&manifest),
             manifest.name,
             manifest.message.lines().next().unwrap_or_default(),
-        ),
-        Err(error) => format!("{id}{tags}  {time}  {error}"),
-    };
-    line.trim_end().to_owned()
+        )),
+        Err(error) => line.paint(style::CHANGED, error),
+    }
 }

@@ -2,12 +2,15 @@
 
 use std::fmt::Write;
 
-use frazil_snapstore::{Manifest, StateChunk, Store};
+use frazil_snapstore::{
+    DiffOptions, PAGE_SIZE, RegionManifest, Snapshot, SnapshotId, StateChunk, diff_region,
+};
 use serde_json::{Value, json};
 
 use super::{open_snapshot, print_json};
 use crate::cli::ShowArgs;
-use crate::output;
+use crate::heatmap::{self, Drawn, Wanted};
+use crate::output::{self, Line, style};
 
 pub(crate) fn show(args: &ShowArgs, json: bool) -> anyhow::Result<()> {
     let (_, snapshot) = open_snapshot(&args.snapshot)?;
@@ -15,6 +18,7 @@ pub(crate) fn show(args: &ShowArgs, json: bool) -> anyhow::Result<()> {
     let states = snapshot.states()?;
     // As `log` has it: if the one it was taken on was forgotten, the nearest ancestor that was not.
     let parent = snapshot.store().resolve(&snapshot.id().to_string())?.parent;
+    let drawn = draw(args, &snapshot, parent)?;
     let tags: Vec<String> = snapshot
         .store()
         .tags()
@@ -26,7 +30,13 @@ pub(crate) fn show(args: &ShowArgs, json: bool) -> anyhow::Result<()> {
         let regions: Vec<Value> = manifest
             .regions
             .iter()
-            .map(|region| json!({"name": region.name, "pages": region.pages, "root": region.root}))
+            .map(|region| {
+                let Sums { contents_pages, changed_pages } = sums(&snapshot, parent, region);
+                json!({
+                    "name": region.name, "pages": region.pages, "root": region.root,
+                    "contents_pages": contents_pages, "changed_pages": changed_pages,
+                })
+            })
             .collect();
         let state: Vec<Value> = states
             .iter()
@@ -35,38 +45,85 @@ pub(crate) fn show(args: &ShowArgs, json: bool) -> anyhow::Result<()> {
         return print_json(&json!({
             "id": snapshot.id(), "parent": parent, "time_unix_ms": manifest.time_unix_ms,
             "vm": manifest.name, "message": manifest.message, "tags": tags,
-            "regions": regions, "state": state, "stats": manifest.stats,
+            "regions": regions, "state": state, "stats": manifest.stats, "heatmap": drawn,
         }));
     }
-    outln!("snapshot  {}", snapshot.id());
-    outln!("parent    {}", parent.map_or_else(|| "none".into(), |parent| parent.to_string()));
-    outln!("time      {}", output::time(manifest.time_unix_ms));
-    outln!("vm        {}", manifest.name);
+    let label = |label: &str| Line::new().paint(style::FAINT, label).pad(10);
+    label("snapshot").paint(style::ID, snapshot.id().to_string()).print();
+    label("parent").text(parent.map_or_else(|| "none".into(), |parent| parent.to_string())).print();
+    label("time").text(output::time(manifest.time_unix_ms)).print();
+    label("vm").paint(style::NAME, &manifest.name).print();
     if !manifest.message.is_empty() {
-        outln!("message   {}", manifest.message);
+        label("message").text(&manifest.message).print();
     }
     if !tags.is_empty() {
-        outln!("tags      {}", tags.join(", "));
+        label("tags").paint(style::CHANGED, tags.join(", ")).print();
     }
-    show_regions(snapshot.store(), manifest);
+    show_regions(&snapshot, parent);
     show_stats(&manifest.stats);
     states.iter().for_each(show_chunk);
+    if let Some(drawn) = drawn {
+        drawn.tell();
+    }
     Ok(())
 }
 
-fn show_regions(store: &Store, manifest: &Manifest) {
-    outln!("\nregions in {}", store.describe());
-    for region in &manifest.regions {
-        let root = region
-            .root
-            .map_or_else(|| "all zero".to_owned(), |root| format!("root {}", root.hash.short()));
-        outln!("  {:<8} {} pages, {root}", region.name, output::count(region.pages));
+/// Draws the snapshot, if that is wanted.
+fn draw(
+    args: &ShowArgs,
+    snapshot: &Snapshot,
+    parent: Option<SnapshotId>,
+) -> anyhow::Result<Option<Drawn>> {
+    let Some(wanted) = Wanted::of(&args.picture)? else { return Ok(None) };
+    let parent = parent.map(|parent| snapshot.store().snapshot(parent)).transpose()?;
+    heatmap::draw_snapshot(&wanted, snapshot, parent.as_ref()).map(Some)
+}
+
+/// What a region's tree tells of it; none of what cannot be read.
+struct Sums {
+    contents_pages: Option<u64>,
+    /// Since the parent; none without one.
+    changed_pages: Option<u64>,
+}
+
+fn sums(snapshot: &Snapshot, parent: Option<SnapshotId>, region: &RegionManifest) -> Sums {
+    let contents = snapshot.region(&region.name).and_then(|region| region.contents_pages());
+    let changed = parent.and_then(|parent| {
+        let parent = snapshot.store().snapshot(parent).ok()?;
+        let options = DiffOptions::default();
+        Some(diff_region(&parent, snapshot, &region.name, options).ok()?.changed_pages)
+    });
+    Sums { contents_pages: contents.ok(), changed_pages: changed }
+}
+
+fn show_regions(snapshot: &Snapshot, parent: Option<SnapshotId>) {
+    outln!("");
+    let store = snapshot.store().describe();
+    Line::new().paint(style::HEADING, "regions").text(format!(" in {store}")).print();
+    for region in &snapshot.manifest().regions {
+        let size = |pages: u64| output::bytes(pages.saturating_mul(PAGE_SIZE as u64));
+        let line = Line::new().text("  ").paint(style::NAME, &region.name).pad(12);
+        let Some(root) = region.root else {
+            line.text(format!("{}, all zero", size(region.pages))).print();
+            continue;
+        };
+        let Sums { contents_pages, changed_pages } = sums(snapshot, parent, region);
+        let contents = contents_pages
+            .map_or_else(|| "damaged".to_owned(), |pages| format!("{} not zero", size(pages)));
+        let changed = changed_pages.map_or_else(String::new, |pages| {
+            format!(", {} changed since the parent", size(pages))
+        });
+        line.text(format!("{}, {contents}{changed}", size(region.pages)))
+            .paint(style::FAINT, format!("  root {}", root.hash.short()))
+            .print();
     }
 }
 
 fn show_stats(stats: &Value) {
     let Some(stats) = stats.as_object() else { return };
-    outln!("\ncheckpoint");
+    outln!("");
+    let imported = stats.get("imported").is_some();
+    Line::new().paint(style::HEADING, if imported { "import" } else { "checkpoint" }).print();
     for (name, value) in stats {
         let text = match (name.rsplit('_').next(), value.as_u64()) {
             (Some("us"), Some(us)) => output::micros(us),
@@ -85,7 +142,11 @@ fn show_stats(stats: &Value) {
 const LONGEST_VALUE: usize = 100;
 
 fn show_chunk(chunk: &StateChunk) {
-    outln!("\n{} ({} version {})", chunk.name, chunk.kind, chunk.version);
+    outln!("");
+    Line::new()
+        .paint(style::HEADING, &chunk.name)
+        .paint(style::FAINT, format!(" ({} version {})", chunk.kind, chunk.version))
+        .print();
     show_value(&chunk.body, "  ");
 }
 

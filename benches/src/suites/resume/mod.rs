@@ -119,6 +119,10 @@ fn measure_size(bench: &mut Bench, frazil: &Path, ram_bytes: u64) -> anyhow::Res
     Ok(())
 }
 
+/// The `frazil` to measure: that beside this program, if none is given.
+///
+/// # Errors
+/// If it is not there.
 pub(crate) fn find_frazil(given: Option<PathBuf>) -> anyhow::Result<PathBuf> {
     let path = match given {
         Some(path) => path,

@@ -1,8 +1,10 @@
 //! What must not grow with the region: committing 1,000 pages, and telling what they were.
 
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use frazil_snapstore::{DiffOptions, PAGE_SIZE, PageSet, SnapshotId, StoreOptions, diff};
 
 use super::bed::Bed;
@@ -10,6 +12,7 @@ use super::pages::{Pool, scattered};
 use crate::bench::Bench;
 use crate::metric::Metric;
 use crate::samples::Samples;
+use crate::suites::resume::find_frazil;
 
 const DIRTY_PAGES: u64 = 1000;
 /// Of so many pages ...
@@ -37,7 +40,55 @@ pub(super) fn measure(bench: &mut Bench, pool: &Pool) -> anyhow::Result<()> {
     for _ in 0..bench.runs(20) {
         times.add_time(diff_from(&mut large, before)?);
     }
-    bench.emit(Metric::new("store.diff_16g_ms", times.ms(0.5), "ms", times.n()))
+    bench.emit(Metric::new("store.diff_16g_ms", times.ms(0.5), "ms", times.n()))?;
+    large.close();
+    match find_frazil(None) {
+        Ok(frazil) => as_processes(bench, &frazil, &large, before),
+        Err(missing) => {
+            bench.say(&format!("diffs as processes: left out: {missing}"));
+            Ok(())
+        }
+    }
+}
+
+/// The same as people do it: `frazil diff` from its start to its end, everything printed, and drawing
+/// what changed; against a process that only starts.
+fn as_processes(
+    bench: &mut Bench,
+    frazil: &Path,
+    bed: &Bed,
+    parent: SnapshotId,
+) -> anyhow::Result<()> {
+    let at = |id: SnapshotId| format!("{}@{id}", bed.folder().join("store").display());
+    let (a, b) = (at(parent), at(bed.head()?));
+    let picture = bed.folder().join("diff.png").display().to_string();
+    let diff = ["diff", &a, &b, "--ranges", "all"];
+    let runs: [(&str, &[&str]); 2] = [
+        ("store.diff_process_16g_ms", &diff),
+        ("store.heatmap_process_16g_ms", &[&diff[..], &["--heatmap", &picture]].concat()),
+    ];
+    for (name, args) in runs {
+        let (mut times, mut floor) = (Samples::new(), Samples::new());
+        for _ in 0..bench.runs(20) {
+            floor.add_time(run(frazil, &["--version"])?);
+            times.add_time(run(frazil, args)?);
+        }
+        let metric = Metric::new(name, times.ms(0.5), "ms", times.n());
+        bench.emit(metric.against(floor.ms(0.5)))?;
+    }
+    Ok(())
+}
+
+/// Runs `frazil` to its end; returns the time.
+fn run(frazil: &Path, args: &[&str]) -> anyhow::Result<Duration> {
+    let mut command = Command::new(frazil);
+    command.args(args).stdin(Stdio::null());
+    let started = Instant::now();
+    let output = command.output().context("cannot run frazil")?;
+    let took = started.elapsed();
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success() && !output.stdout.is_empty(), "frazil {args:?}: {said}");
+    Ok(took)
 }
 
 /// A region of `bytes` with a quarter of its pages written, all over it.

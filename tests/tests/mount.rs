@@ -1,0 +1,419 @@
+//! `frazil mount`, through the kernel: what everyday tools make of it, and how it ends.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+
+use frazil_snapstore::{PAGE_SIZE, PruneOptions, PruneProgress, Store, StoreOptions};
+use frazil_tests::oracle::{Edit, Model, content, take};
+use frazil_tests::vm_harness::{Finished, Host, finish, number, text, wait_for};
+use rustix::fs::SeekFrom;
+use rustix::process::{Pid, Signal, kill_process};
+
+/// True if this user can mount here; says why not otherwise.
+fn fuse_or_skip() -> bool {
+    let device = fs::OpenOptions::new().read(true).write(true).open("/dev/fuse");
+    let why = match device {
+        Err(error) => format!("/dev/fuse cannot be opened ({error})"),
+        // Containers may have the device, and no right to mount.
+        Ok(_) if rustix::process::geteuid().is_root() && !may_mount() => {
+            "root may not mount here (CAP_SYS_ADMIN is missing)".to_owned()
+        }
+        Ok(_) if !rustix::process::geteuid().is_root() && !has_helper() => {
+            "neither root nor fusermount3".to_owned()
+        }
+        Ok(_) => return true,
+    };
+    eprintln!("SKIPPED: {why}, and this test mounts");
+    false
+}
+
+fn may_mount() -> bool {
+    const CAP_SYS_ADMIN: u64 = 21;
+    let status = fs::read_to_string("/proc/self/status").expect("there is always one");
+    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:")).expect("it is there");
+    let caps = u64::from_str_radix(line.trim(), 16).expect("hex digits");
+    caps >> CAP_SYS_ADMIN & 1 == 1
+}
+
+fn has_helper() -> bool {
+    Command::new("fusermount3").arg("-V").output().is_ok()
+}
+
+/// A store with one region of memory and a disk, and what is in it.
+struct Bed {
+    host: Host,
+    store: Arc<Store>,
+    model: Model,
+    steps: u64,
+}
+
+const PAGES: usize = 6000;
+
+impl Bed {
+    fn new() -> Self {
+        let host = Host::new();
+        let store = Store::open_or_create(&host.store_path(), StoreOptions::default());
+        let regions = [("disk".to_owned(), vec![0; 40]), ("ram".to_owned(), vec![0; PAGES])];
+        let model = Model { regions: regions.into() };
+        Self { store: store.expect("a store"), host, model, steps: 0 }
+    }
+
+    /// Takes a snapshot in which these pages of memory are changed.
+    fn take(&mut self, pages: impl IntoIterator<Item = (u64, u8)>) -> String {
+        let parent = self.store.latest().map(|info| info.id);
+        let rounds = vec![("ram".to_owned(), pages.into_iter().collect())];
+        let edit = Edit { rounds, step: self.steps };
+        self.steps += 1;
+        let taken = take(&self.store, parent, &mut self.model, &edit).expect("it works");
+        taken.id.short()
+    }
+
+    /// Every seventh page and a long stretch, of text, noise and others.
+    fn take_first(&mut self) -> String {
+        let pages = (0..PAGES as u64).step_by(7).chain(2_000..2_600);
+        self.take(pages.map(|page| (page, 1 + (page % 30) as u8)).collect::<Vec<_>>())
+    }
+
+    fn memory(&self) -> Vec<u8> {
+        self.model.regions["ram"].iter().flat_map(|id| content(*id)).copied().collect()
+    }
+
+    fn mount(&self) -> Mounted {
+        let folder = self.host.path("mnt");
+        if !folder.exists() {
+            fs::create_dir(&folder).expect("a folder");
+        }
+        Mounted::new(&self.host, &folder)
+    }
+}
+
+/// A `frazil mount` in another process; unmounted and killed when dropped.
+struct Mounted {
+    child: Child,
+    folder: PathBuf,
+    stdout: BufReader<std::process::ChildStdout>,
+}
+
+impl Mounted {
+    fn new(host: &Host, folder: &Path) -> Self {
+        let store = host.store_path();
+        let mut command = host.command(&["mount", "--json"]);
+        command.arg(&store).arg(folder).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("it starts");
+        let mut stdout = BufReader::new(child.stdout.take().expect("a pipe"));
+        let mut line = String::new();
+        stdout.read_line(&mut line).expect("it says something");
+        if line.is_empty() {
+            let output = child.wait_with_output().expect("it ended");
+            panic!("{}", String::from_utf8_lossy(&output.stderr));
+        }
+        let said: serde_json::Value = serde_json::from_str(&line).expect("JSON");
+        assert_eq!(number(&said, "pid"), u64::from(child.id()));
+        assert_eq!(text(&said, "folder"), folder.canonicalize().expect("it").to_str().expect("it"));
+        Self { child, folder: folder.to_owned(), stdout }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).expect("it is there");
+    }
+
+    /// Waits for its end; returns its exit code and what it said.
+    fn end(&mut self) -> (Option<i32>, String) {
+        let status = wait_for("the end of frazil mount", || self.child.try_wait().expect("ours"));
+        let mut said = String::new();
+        let mut stderr = self.child.stderr.take().expect("a pipe");
+        stderr.read_to_string(&mut said).expect("UTF-8");
+        let mut rest = String::new();
+        self.stdout.read_to_string(&mut rest).expect("UTF-8");
+        assert_eq!(rest, "", "one object and no more");
+        (status.code(), said)
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ended_already = self.child.kill();
+        let _reaped = self.child.wait();
+        let _unmounted_already =
+            Command::new("umount").args(["-l", "-q"]).arg(&self.folder).status();
+    }
+}
+
+fn run(program: &str, args: &[&str]) -> Finished {
+    let mut command = Command::new(program);
+    command.args(args);
+    finish(command, frazil_tests::vm_harness::PATIENCE)
+}
+
+fn is_mounted(folder: &Path) -> bool {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").expect("there is always one");
+    let folder = folder.to_str().expect("UTF-8");
+    mounts.lines().any(|line| line.split(' ').nth(4) == Some(folder))
+}
+
+#[test]
+fn everyday_tools_find_what_is_there() {
+    if !fuse_or_skip() {
+        return;
+    }
+    let mut bed = Bed::new();
+    let id = bed.take_first();
+    let mounted = bed.mount();
+    let memory = bed.memory();
+    let ram = mounted.path("latest/memory/ram");
+    assert!(fs::read(&ram).expect("it reads") == memory);
+    let plain = bed.host.path("plain");
+    fs::write(&plain, &memory).expect("a file");
+    let (ram, plain) = (ram.to_str().expect("it"), plain.to_str().expect("it"));
+    run("cmp", &[ram, plain]).expect_code(0);
+    // A part from the middle, in blocks that are no pages.
+    let part = bed.host.path("part").display().to_string();
+    let of = format!("of={part}");
+    let args = [&format!("if={ram}"), &of, "bs=1000", "skip=2500", "count=700", "status=none"];
+    run("dd", &args).expect_code(0);
+    assert!(fs::read(&part).expect("it") == memory[2_500_000..3_200_000]);
+    // Content 11 is nothing but words of 11.
+    let grep = |path: &str, pattern: &str| run("grep", &["-c", "-a", "-P", pattern, path]);
+    for pattern in [r"\x0b{8}", r"\x25\x25\x25"] {
+        assert_eq!(grep(ram, pattern).stdout, grep(plain, pattern).stdout, "{pattern}");
+    }
+    let listed = run("ls", &["-R", mounted.folder.to_str().expect("it")]);
+    for part in [id.as_str(), "manifest.json", "ram", "disk", "each.json", "latest"] {
+        assert!(listed.stdout.contains(part), "{part} in {}", listed.stdout);
+    }
+    let state = fs::read(mounted.path("latest/state/each.json")).expect("it reads");
+    let state: serde_json::Value = serde_json::from_slice(&state).expect("JSON");
+    assert_eq!((text(&state, "kind"), number(&state["body"], "step")), ("test", 0));
+    let refused = File::create(mounted.path("latest/memory/new")).expect_err("it is read-only");
+    assert_eq!(refused.kind(), std::io::ErrorKind::ReadOnlyFilesystem);
+    assert!(File::options().write(true).open(ram).is_err());
+}
+
+#[test]
+fn files_are_sparse_where_memory_is_zero() {
+    if !fuse_or_skip() {
+        return;
+    }
+    let mut bed = Bed::new();
+    let _id = bed.take_first();
+    let mounted = bed.mount();
+    let path = mounted.path("latest/memory/ram");
+    let contents = &bed.model.regions["ram"];
+    let set = contents.iter().filter(|id| **id != 0).count();
+    let file = File::open(&path).expect("it opens");
+    let stat = file.metadata().expect("it is there");
+    assert_eq!(stat.len(), (PAGES * PAGE_SIZE) as u64);
+    assert_eq!(stat.blocks() * 512, (set * PAGE_SIZE) as u64);
+    let seek = |whence| rustix::fs::seek(&file, whence).map(|at| at as usize / PAGE_SIZE);
+    for from in [0, 1, 6, 7, 2_000, 2_300, 2_600, 5_990] {
+        let at = (from * PAGE_SIZE) as u64;
+        let next = |data: bool| (from..PAGES).find(|page| (contents[*page] != 0) == data);
+        assert_eq!(seek(SeekFrom::Data(at)).ok(), next(true), "{from}");
+        assert_eq!(seek(SeekFrom::Hole(at)).expect("there is one"), next(false).unwrap_or(PAGES));
+    }
+    let copy = bed.host.path("copy").display().to_string();
+    run("cp", &["--sparse=auto", path.to_str().expect("it"), &copy]).expect_code(0);
+    assert!(fs::read(&copy).expect("it") == bed.memory());
+    let taken = fs::metadata(&copy).expect("it").blocks() * 512;
+    assert!(taken < stat.len() / 2, "{taken} bytes of {}", stat.len());
+}
+
+#[test]
+fn many_read_at_once() {
+    if !fuse_or_skip() {
+        return;
+    }
+    let mut bed = Bed::new();
+    let _id = bed.take_first();
+    let mounted = bed.mount();
+    let (memory, path) = (&bed.memory(), &mounted.path("latest/memory/ram"));
+    std::thread::scope(|scope| {
+        for reader in 0..8_usize {
+            scope.spawn(move || {
+                let file = File::open(path).expect("it opens");
+                let mut buf = vec![0; 70_001];
+                for turn in 0..60 {
+                    let at = (reader * 977 + turn * 7919) * 61 % (memory.len() - buf.len());
+                    file.read_exact_at(&mut buf, at as u64).expect("it reads");
+                    assert!(buf == memory[at..at + buf.len()], "{reader}, {turn}");
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn snapshots_come_and_go_while_it_is_mounted() {
+    if !fuse_or_skip() {
+        return;
+    }
+    let mut bed = Bed::new();
+    let first = bed.take_first();
+    let mounted = bed.mount();
+    let latest = |mounted: &Mounted| {
+        let target = fs::read_link(mounted.path("latest")).expect("a link");
+        target.file_name().expect("a name").to_str().expect("UTF-8").to_owned()
+    };
+    assert_eq!(latest(&mounted), first);
+    let before = bed.memory();
+    let open = File::open(mounted.path("latest/memory/ram")).expect("it opens");
+    let second = bed.take((0..600).map(|page| (page, 5)).collect::<Vec<_>>());
+    assert_eq!(latest(&mounted), second);
+    assert!(fs::read(mounted.path("latest/memory/ram")).expect("it reads") == bed.memory());
+    bed.store.set_tag("later", bed.store.latest().map(|info| info.id)).expect("it works");
+    assert!(mounted.path("tags/later/memory/ram").exists());
+    bed.store.set_tag("later", None).expect("it works");
+    assert!(!mounted.path("tags/later").exists());
+
+    let id = bed.store.snapshots()[0].id;
+    bed.store.forget(&[id]).expect("it works");
+    let all = PruneOptions { max_unused: 0.0, ..PruneOptions::default() };
+    bed.store.prune(&all, &PruneProgress::default()).expect("it works");
+    let names: Vec<_> = fs::read_dir(mounted.path("ids"))
+        .expect("it")
+        .map(|e| e.expect("it").file_name())
+        .collect();
+    assert_eq!(names, [second.as_str()]);
+    assert!(fs::metadata(mounted.path("ids").join(&first).join("memory/ram")).is_err());
+    // Of what was forgotten the open file has everything, though nobody had read it yet.
+    let mut all_of_it = vec![0; before.len()];
+    open.read_exact_at(&mut all_of_it, 0).expect("it reads");
+    assert!(all_of_it == before);
+}
+
+#[test]
+fn a_damaged_block_is_an_io_error_and_is_named() {
+    if !fuse_or_skip() {
+        return;
+    }
+    let mut bed = Bed::new();
+    // Content 3 is noise, stored as it is.
+    let _id = bed.take([(10, 3), (5_000, 4)]);
+    let segments = bed.host.store_path().join("segments");
+    let segment = fs::read_dir(&segments).expect("it").next().expect("one").expect("it").path();
+    let mut bytes = fs::read(&segment).expect("it");
+    let noise = &content(3)[..64];
+    let at = bytes.windows(64).position(|window| window == noise).expect("it is there");
+    bytes[at + 17] ^= 0x20;
+    fs::write(&segment, bytes).expect("it");
+    let mut mounted = bed.mount();
+    let file = File::open(mounted.path("latest/memory/ram")).expect("it opens");
+    let mut page = [1; PAGE_SIZE];
+    let error = file.read_exact_at(&mut page, 10 * PAGE_SIZE as u64).expect_err("it is damaged");
+    assert_eq!(error.raw_os_error(), Some(rustix::io::Errno::IO.raw_os_error()));
+    // What is beside it is read all the same.
+    file.read_exact_at(&mut page, 9 * PAGE_SIZE as u64).expect("it is zero");
+    assert_eq!(page, [0; PAGE_SIZE]);
+    drop(file);
+    mounted.signal(Signal::INT);
+    let (code, said) = mounted.end();
+    assert_eq!(code, Some(0), "{said}");
+    for part in ["memory/ram", "segments/", "offset", "damaged"] {
+        assert!(said.contains(part), "{part} in {said}");
+    }
+}
+
+#[test]
+fn it_ends_when_it_is_told_to_and_when_it_is_unmounted() {
+    if !fuse_or_skip() {
+        return;
+    }
+    let mut bed = Bed::new();
+    let _id = bed.take([(0, 5)]);
+    for signal in [Signal::INT, Signal::TERM, Signal::HUP] {
+        let mut mounted = bed.mount();
+        assert!(is_mounted(&mounted.folder));
+        mounted.signal(signal);
+        assert_eq!(mounted.end(), (Some(0), String::new()), "{signal:?}");
+        assert!(!is_mounted(&mounted.folder));
+    }
+    let mut mounted = bed.mount();
+    if rustix::process::geteuid().is_root() {
+        run("umount", &[mounted.folder.to_str().expect("it")]).expect_code(0);
+        assert_eq!(mounted.end(), (Some(0), String::new()));
+    } else {
+        mounted.signal(Signal::INT);
+        let _ended = mounted.end();
+    }
+}
+
+#[test]
+fn a_folder_in_use_goes_out_of_sight_and_serves_those_who_are_there() {
+    if !fuse_or_skip() {
+        return;
+    }
+    let mut bed = Bed::new();
+    let _id = bed.take_first();
+    let mut mounted = bed.mount();
+    let memory = bed.memory();
+    let open = File::open(mounted.path("latest/memory/ram")).expect("it opens");
+    mounted.signal(Signal::TERM);
+    wait_for("out of sight", || (!is_mounted(&mounted.folder)).then_some(()));
+    let mut all = vec![0; memory.len()];
+    open.read_exact_at(&mut all, 0).expect("it still reads");
+    assert!(all == memory);
+    assert!(mounted.child.try_wait().expect("ours").is_none(), "it goes on");
+    drop(open);
+    let (code, said) = mounted.end();
+    assert_eq!(code, Some(0), "{said}");
+    if rustix::process::geteuid().is_root() {
+        assert!(said.contains("in use"), "{said}");
+    }
+}
+
+#[test]
+fn what_a_kill_leaves_is_cleared_away_by_the_next() {
+    if !fuse_or_skip() {
+        return;
+    }
+    let mut bed = Bed::new();
+    let _id = bed.take([(0, 5)]);
+    let mut mounted = bed.mount();
+    mounted.signal(Signal::KILL);
+    let (code, _) = mounted.end();
+    assert_eq!(code, None);
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let gone = fs::metadata(mounted.path("latest")).expect_err("nobody answers");
+    assert_eq!(gone.raw_os_error(), Some(rustix::io::Errno::NOTCONN.raw_os_error()));
+    let mut again = bed.mount();
+    assert!(again.path("latest/memory/ram").exists());
+    again.signal(Signal::INT);
+    let (code, said) = again.end();
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("had died"), "{said}");
+}
+
+#[test]
+fn where_it_cannot_be_mounted_it_says_why() {
+    let mut bed = Bed::new();
+    let _id = bed.take([(0, 5)]);
+    let store = bed.host.store_path().display().to_string();
+    let at = |name: &str| bed.host.path(name).display().to_string();
+    bed.host.frazil(&["mount", &at("nothing"), &at("x")]).expect_code(1).expect_says(&["nothing"]);
+    bed.host.frazil(&["mount", &store]).expect_code(2);
+    if !fuse_or_skip() {
+        bed.host.frazil(&["mount", &store, &at("x")]).expect_code(1);
+        return;
+    }
+    let refused = bed.host.frazil(&["mount", &store, &at("x")]);
+    refused.expect_code(1).expect_says(&["expected a folder", "mkdir"]);
+    fs::write(bed.host.path("file"), "x").expect("a file");
+    let refused = bed.host.frazil(&["mount", &store, &at("file")]);
+    refused.expect_code(1).expect_says(&["expected a folder"]);
+    // The scratch folder: with files, and with the store in it.
+    let refused = bed.host.frazil(&["mount", &store, &at("")]);
+    refused.expect_code(1).expect_says(&["empty"]);
+    fs::create_dir(bed.host.store_path().join("inside")).expect("a folder");
+    let refused = bed.host.frazil(&["mount", &store, &format!("{store}/inside")]);
+    refused.expect_code(1).expect_says(&["apart from the store"]);
+}

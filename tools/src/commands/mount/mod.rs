@@ -1,0 +1,198 @@
+//! `frazil mount`: a store as a read-only file system, over FUSE.
+
+mod files;
+mod fuse;
+mod node;
+#[cfg(test)]
+mod tests;
+mod view;
+
+use std::ffi::OsStr;
+use std::fs::OpenOptions;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use frazil_snapstore::Store;
+use fuser::{Config, MountOption, Session, SessionACL, SessionUnmounter};
+use rustix::mount::{UnmountFlags, unmount};
+use serde_json::json;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use self::fuse::Fuse;
+use self::view::View;
+use super::{open_store, print_json};
+use crate::cli::MountArgs;
+
+/// The device that FUSE is spoken over.
+const DEVICE: &str = "/dev/fuse";
+/// What mounts for users other than root.
+const HELPERS: [&str; 2] = ["fusermount3", "fusermount"];
+/// Requests served at once: some wait for the disk while others decompress.
+const THREADS_MIN: usize = 4;
+const THREADS_MAX: usize = 16;
+/// Signals that come so soon after the first are the same one.
+const SIGNAL_ECHO: Duration = Duration::from_millis(500);
+
+pub(crate) fn mount(args: &MountArgs, json: bool) -> anyhow::Result<()> {
+    let store = open_store(Some(&args.store))?;
+    check_device()?;
+    let folder = check_folder(&args.folder, &store)?;
+    let mut session =
+        Session::new(Fuse::new(View::new(Arc::clone(&store))), &folder, &config(args, &store))
+            .with_context(|| format!("cannot mount on {}", folder.display()))?;
+    let asked_to_end = Arc::new(AtomicBool::new(false));
+    unmount_on_signals(session.unmount_callable(), &folder, &asked_to_end)?;
+    announce(args, &store, &folder, json)?;
+    let served = session.run();
+    // What comes when it is cut off is no news to who asked for it.
+    if !asked_to_end.load(Ordering::Relaxed) {
+        served.context("cannot serve the mounted store any more")?;
+    }
+    Ok(())
+}
+
+fn config(args: &MountArgs, store: &Store) -> Config {
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let mut config = Config::default();
+    let store = store.folder().and_then(|folder| folder.canonicalize().ok());
+    let source = store.unwrap_or_default().display().to_string();
+    // A comma would end the option.
+    let source = source.replace(|c: char| c == ',' || c.is_control(), "?");
+    config.mount_options = vec![
+        MountOption::RO,
+        MountOption::NoSuid,
+        MountOption::NoDev,
+        MountOption::NoExec,
+        MountOption::NoAtime,
+        MountOption::DefaultPermissions,
+        MountOption::FSName(source),
+        MountOption::Subtype("frazil".to_owned()),
+    ];
+    config.acl = if args.allow_other { SessionACL::All } else { SessionACL::Owner };
+    config.n_threads = Some(cores.clamp(THREADS_MIN, THREADS_MAX));
+    config.clone_fd = true;
+    config
+}
+
+fn announce(args: &MountArgs, store: &Store, folder: &Path, json: bool) -> anyhow::Result<()> {
+    if json {
+        return print_json(&json!({
+            "store": args.store, "folder": folder, "pid": std::process::id(),
+            "snapshots": store.snapshots().len(),
+        }));
+    }
+    outln!(
+        "{} is mounted on {}: Ctrl-C, or `umount {1}`, ends it",
+        store.describe(),
+        folder.display()
+    );
+    Ok(())
+}
+
+/// Checks that there is FUSE, and that this user may mount, before anything is tried that says less.
+fn check_device() -> anyhow::Result<()> {
+    match OpenOptions::new().read(true).write(true).open(DEVICE) {
+        Ok(_) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => bail!(
+            "mount needs {DEVICE}, and there is none: load the kernel's module (`modprobe fuse`), or \
+             give the container the device (`--device {DEVICE} --cap-add SYS_ADMIN`); `frazil export` \
+             needs neither"
+        ),
+        Err(error) => bail!(
+            "mount needs {DEVICE}, and it cannot be opened ({error}): expected it to be readable and \
+             writable for this user, as it is for all (mode 0666) where the package `fuse3` is installed"
+        ),
+    }
+    let root = rustix::process::geteuid().is_root();
+    if !root && !HELPERS.iter().any(|name| is_in_path(OsStr::new(name))) {
+        bail!(
+            "only root may mount without help: expected {} in $PATH, found none: install the package \
+             `fuse3`",
+            HELPERS.join(" or ")
+        );
+    }
+    Ok(())
+}
+
+fn is_in_path(name: &OsStr) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|folder| folder.join(name).is_file())
+}
+
+/// The folder to mount on, as an absolute path.
+fn check_folder(folder: &Path, store: &Store) -> anyhow::Result<PathBuf> {
+    let given = folder;
+    let what = given.display();
+    if is_left_over(given) {
+        // Nobody answers there any more, and nobody will.
+        let _still_there = unmount(given, UnmountFlags::DETACH);
+        if is_left_over(given) {
+            bail!(
+                "{what}: what was mounted there has died: `umount {what}`, or `fusermount3 -u {what}`, \
+                 and try again"
+            );
+        }
+        eprintln!("frazil: {what}: what was mounted there had died, and was unmounted");
+    }
+    let folder = given
+        .canonicalize()
+        .with_context(|| format!("{what}: expected a folder to mount on (`mkdir` makes one)"))?;
+    let mut entries =
+        folder.read_dir().with_context(|| format!("{what}: expected a folder to mount on"))?;
+    if entries.next().is_some() {
+        bail!("{what}: expected an empty folder, found one with files, which would be hidden");
+    }
+    // A store below the folder would be hidden from who serves it, who would wait for itself.
+    let store = store.folder().and_then(|store| store.canonicalize().ok());
+    if let Some(store) =
+        store.filter(|store| store.starts_with(&folder) || folder.starts_with(store))
+    {
+        bail!("{what}: expected a folder apart from the store, {}", store.display());
+    }
+    Ok(folder)
+}
+
+/// True if `folder` is the place of a file system whose process is gone.
+fn is_left_over(folder: &Path) -> bool {
+    let error = folder.metadata().err().and_then(|error| error.raw_os_error());
+    error == Some(rustix::io::Errno::NOTCONN.raw_os_error())
+}
+
+/// Ctrl-C and `kill` unmount. While somebody uses the folder, it is taken out of sight and goes on
+/// for them; a second signal ends it at once.
+fn unmount_on_signals(
+    mut unmounter: SessionUnmounter,
+    folder: &Path,
+    asked: &Arc<AtomicBool>,
+) -> anyhow::Result<()> {
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("cannot handle signals")?;
+    let (folder, asked) = (folder.to_owned(), Arc::clone(asked));
+    std::thread::Builder::new().name("frazil-signals".into()).spawn(move || {
+        let mut first: Option<Instant> = None;
+        for signal in signals.forever() {
+            if first.is_some_and(|first| first.elapsed() > SIGNAL_ECHO) {
+                std::process::exit(128 + signal);
+            }
+            if first.is_some() {
+                continue;
+            }
+            first = Some(Instant::now());
+            asked.store(true, Ordering::Relaxed);
+            let Err(error) = unmounter.unmount() else { continue };
+            let what = folder.display();
+            match unmount(&folder, UnmountFlags::DETACH) {
+                Ok(()) => eprintln!(
+                    "frazil: {what} is in use ({error}): nobody gets in any more, and this ends when \
+                     the last file there is closed; another Ctrl-C ends it at once"
+                ),
+                Err(error) => eprintln!("frazil: cannot unmount {what} ({error}): `umount {what}`"),
+            }
+        }
+    })?;
+    Ok(())
+}

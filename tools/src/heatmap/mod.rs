@@ -1,0 +1,182 @@
+//! Pictures of guest memory: one snapshot by what each part of it is, two by what differs, a history
+//! by what changed when.
+//!
+//! All of it is told from page trees: no page is read, and a large guest costs what its tree does.
+
+mod colors;
+mod grid;
+mod history;
+mod layout;
+mod picture;
+mod png;
+mod snapshots;
+mod survey;
+mod svg;
+
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use frazil_snapstore::{PAGE_SIZE, RegionReader, Snapshot};
+use frazil_vmm::SavedMachine;
+use frazil_vmm::memory::{HOLE_END, HOLE_START, RAM_REGION};
+use frazil_vmm::state::Saved;
+use serde::Serialize;
+
+pub(crate) use self::history::draw_history;
+use self::picture::Picture;
+pub(crate) use self::snapshots::{draw_diff, draw_snapshot};
+use crate::cli::HeatmapArgs;
+use crate::output;
+
+/// What was drawn.
+#[derive(Debug, Serialize)]
+pub(crate) struct Drawn {
+    /// Where it is.
+    pub file: PathBuf,
+    /// Of which region.
+    pub region: String,
+    /// What a cell stands for.
+    pub cell_bytes: u64,
+    pub width: u32,
+    pub height: u32,
+}
+
+impl Drawn {
+    /// For people.
+    pub(crate) fn tell(&self) {
+        outln!(
+            "\nheatmap of {} in {}: {} a cell",
+            self.region,
+            self.file.display(),
+            output::bytes(self.cell_bytes)
+        );
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Format {
+    Png,
+    Svg,
+}
+
+/// Where a picture goes, and of what it is.
+#[derive(Debug)]
+pub(crate) struct Wanted {
+    file: PathBuf,
+    format: Format,
+    region: String,
+}
+
+impl Wanted {
+    /// The picture that `args` ask for, if they do.
+    ///
+    /// # Errors
+    /// If the file's name does not say which kind of picture it is to be.
+    pub(crate) fn of(args: &HeatmapArgs) -> anyhow::Result<Option<Self>> {
+        let Some(file) = &args.heatmap else { return Ok(None) };
+        let format = format(file)?;
+        Ok(Some(Self { file: file.clone(), format, region: args.heatmap_region.clone() }))
+    }
+
+    fn write(&self, picture: &Picture, cell_bytes: u64) -> anyhow::Result<Drawn> {
+        self.try_write(picture).with_context(|| format!("cannot draw {}", self.file.display()))?;
+        let Picture { width, height, .. } = *picture;
+        Ok(Drawn {
+            file: self.file.clone(),
+            region: self.region.clone(),
+            cell_bytes,
+            width,
+            height,
+        })
+    }
+
+    /// Beside the file first: a picture that is there is replaced by a whole one.
+    fn try_write(&self, picture: &Picture) -> anyhow::Result<()> {
+        let folder = self.file.parent().filter(|folder| !folder.as_os_str().is_empty());
+        let file = tempfile::Builder::new()
+            // As any other file that a command writes.
+            .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666))
+            .tempfile_in(folder.unwrap_or_else(|| Path::new(".")))?;
+        let mut out = BufWriter::new(file);
+        match self.format {
+            Format::Png => png::write(picture, &mut out)?,
+            Format::Svg => svg::write(picture, &mut out)?,
+        }
+        out.flush()?;
+        out.into_inner().map_err(std::io::IntoInnerError::into_error)?.persist(&self.file)?;
+        Ok(())
+    }
+}
+
+fn format(file: &Path) -> anyhow::Result<Format> {
+    let extension = file.extension().map(|extension| extension.to_ascii_lowercase());
+    match extension.as_ref().and_then(|extension| extension.to_str()) {
+        Some("png") => Ok(Format::Png),
+        Some("svg") => Ok(Format::Svg),
+        _ => bail!("--heatmap {}: expected a file whose name ends in .png or .svg", file.display()),
+    }
+}
+
+/// The region of `snapshot` that is to be drawn.
+fn region(snapshot: &Snapshot, wanted: &Wanted) -> anyhow::Result<RegionReader> {
+    snapshot.region(&wanted.region).context("--heatmap-region")
+}
+
+/// Pages of a region where the machine has no memory: the hole for devices below 4 GiB.
+fn hole(snapshot: &Snapshot, region: &RegionReader) -> std::ops::Range<u64> {
+    let page = PAGE_SIZE as u64;
+    let has_machine =
+        snapshot.manifest().state.iter().any(|chunk| chunk.kind == SavedMachine::KIND);
+    if region.name() == RAM_REGION && has_machine && region.pages() > HOLE_END / page {
+        HOLE_START / page..HOLE_END / page
+    } else {
+        0..0
+    }
+}
+
+/// "12 %", and what is little and not nothing as such.
+fn percent(part: u64, whole: u64) -> String {
+    match 100.0 * part as f64 / whole.max(1) as f64 {
+        0.0 => "0 %".to_owned(),
+        share if share < 0.1 => "< 0.1 %".to_owned(),
+        share if share < 10.0 => format!("{share:.1} %"),
+        share => format!("{share:.0} %"),
+    }
+}
+
+/// What a snapshot is, on one line.
+fn describe(snapshot: &Snapshot) -> String {
+    let manifest = snapshot.manifest();
+    let message = manifest.message.lines().next().unwrap_or_default();
+    let line = format!(
+        "{}  {}  {}  {message}",
+        snapshot.id().short(),
+        output::time(manifest.time_unix_ms),
+        manifest.name
+    );
+    line.trim_end().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_name_says_which_kind_of_picture() {
+        assert_eq!(format(Path::new("a/b.png")).unwrap(), Format::Png);
+        assert_eq!(format(Path::new("x.SVG")).unwrap(), Format::Svg);
+        for other in ["x.jpg", "png", ".png", "x"] {
+            let error = format(Path::new(other)).unwrap_err().to_string();
+            assert!(error.contains(".png or .svg"), "{error}");
+        }
+    }
+
+    #[test]
+    fn shares_are_neither_nothing_nor_all_by_rounding() {
+        assert_eq!(
+            [(0, 9), (1, 100_000), (1, 20), (1, 2), (2, 2)].map(|(part, of)| percent(part, of)),
+            ["0 %", "< 0.1 %", "5.0 %", "50 %", "100 %"]
+        );
+    }
+}
