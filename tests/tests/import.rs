@@ -233,6 +233,9 @@ fn archives_have_everything_and_are_sparse() {
     host.frazil(&["export", &host.at("latest"), &archive, "--format", "tar"])
         .expect_code(1)
         .expect_says(&["--force"]);
+    host.frazil(&["export", &host.at("latest"), "x.tar", "--format", "tar", "--region", "disk0"])
+        .expect_code(2)
+        .expect_says(&["all regions"]);
     let piped = host.command(&["export", &host.at("latest"), "-", "--format", "tar"]).output();
     assert!(piped.expect("it runs").stdout == fs::read(&archive).expect("it"));
 

@@ -6,14 +6,20 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use frazil_snapstore::{ExportProgress, PAGE_SIZE, RegionReader, Snapshot};
+use frazil_vmm::memory::RAM_REGION;
 use serde_json::json;
 
 use super::{export_tar, open_snapshot, print_json};
-use crate::cli::{ExportArgs, ExportFormat};
+use crate::cli::{ExportArgs, ExportFormat, usage_error};
 use crate::output;
 use crate::snapshot_files::region_len_bytes;
 
 pub(crate) fn export(args: &ExportArgs, json: bool) -> anyhow::Result<()> {
+    if args.format == ExportFormat::Tar && args.region != RAM_REGION {
+        let wrong =
+            format!("--format tar is of all regions: --region {} has no part in it", args.region);
+        return Err(usage_error("export", &wrong).into());
+    }
     let is_file = args.file.as_os_str() != "-" || args.format == ExportFormat::Raw;
     if is_file && !args.force && args.file.symlink_metadata().is_ok() {
         bail!("{}: expected no such file, found one: --force replaces it", args.file.display());

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::io::Write;
 
-use noto_sans_mono_bitmap::{FontWeight, RasterHeight, get_raster};
+use noto_sans_mono_bitmap::{FontWeight, RasterHeight, RasterizedChar, get_raster};
 use png::{BitDepth, ColorType, Compression, Encoder, Filter};
 
 use super::picture::{Picture, Rect, Rgb, Size, Text};
@@ -81,8 +81,8 @@ impl Canvas {
         }
         let at = (y as usize * self.width as usize + x as usize) * 3;
         let below = Rgb(self.bytes[at], self.bytes[at + 1], self.bytes[at + 2]);
-        let Rgb(r, g, b) = below.towards(color, f64::from(cover) / 255.0);
-        self.bytes[at..at + 3].copy_from_slice(&[r, g, b]);
+        let Rgb(red, green, blue) = below.towards(color, f64::from(cover) / 255.0);
+        self.bytes[at..at + 3].copy_from_slice(&[red, green, blue]);
     }
 
     fn write(&mut self, text: &Text) {
@@ -94,7 +94,7 @@ impl Canvas {
             let left = text.left() + index * text.size.advance();
             // What the font does not have is seen to be missing.
             let glyph = get_raster(c, weight, height).or_else(|| get_raster('?', weight, height));
-            for (y, row) in (text.y..).zip(glyph.iter().flat_map(|glyph| glyph.rows())) {
+            for (y, row) in (text.y..).zip(glyph.iter().flat_map(RasterizedChar::rows)) {
                 for (x, cover) in (left..).zip(row.iter()) {
                     // In 16 shades: more are not seen, and take space.
                     self.pixel(x, y, text.color, cover / 17 * 17);

@@ -113,9 +113,8 @@ impl Fuse {
     /// For how long the kernel may go by what it was told of `node`.
     fn lasting(node: Node) -> Duration {
         match node {
-            // It goes when the snapshot is forgotten.
-            Node::In(_, Part::Folder) => Duration::ZERO,
-            Node::In(..) => FOR_EVER,
+            // The folder itself goes when the snapshot is forgotten.
+            Node::In(_, part) if part != Part::Folder => FOR_EVER,
             _ => Duration::ZERO,
         }
     }

@@ -97,12 +97,16 @@ impl Entry {
 
 fn kind_of(node: Node) -> Kind {
     match node {
-        Node::Root | Node::Ids | Node::Tags | Node::Vms | Node::Vm(_) => Kind::Folder,
+        Node::Root
+        | Node::Ids
+        | Node::Tags
+        | Node::Vms
+        | Node::Vm(_)
+        | Node::In(_, Part::Folder | Part::Memory | Part::Disks | Part::State) => Kind::Folder,
+        Node::In(_, Part::Manifest | Part::Region(_) | Part::Chunk(_)) => Kind::File,
         Node::Latest | Node::Tag(_) | Node::VmLatest(_) | Node::VmEntry(_) | Node::Alias(_) => {
             Kind::Link
         }
-        Node::In(_, Part::Folder | Part::Memory | Part::Disks | Part::State) => Kind::Folder,
-        Node::In(_, Part::Manifest | Part::Region(_) | Part::Chunk(_)) => Kind::File,
     }
 }
 
