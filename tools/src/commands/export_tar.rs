@@ -21,6 +21,8 @@ use crate::cli::ExportArgs;
 use crate::output;
 use crate::snapshot_files::{Folder, MANIFEST_FILE, RegionFile, SnapshotFiles, file_name};
 
+/// Eleven octal digits.
+const HEADER_SIZE_MAX: u64 = (1 << 33) - 1;
 const PAGE_BYTES: u64 = PAGE_SIZE as u64;
 /// Blocks of an archive.
 const BLOCK_BYTES: usize = 512;
@@ -156,14 +158,16 @@ impl Archive {
         let size = map.len() as u64 + extents.data_bytes();
         let real = [len_bytes.to_string(), size.to_string()];
         let full = format!("{}/{path}", self.top);
-        out.append_pax_extensions([
+        // Of what fits the header itself there must be no other size: Python's tarfile takes it for the
+        // size of the file.
+        let beyond = (size > HEADER_SIZE_MAX).then_some(("size", real[1].as_bytes()));
+        let sparse = [
             ("GNU.sparse.major", &b"1"[..]),
             ("GNU.sparse.minor", &b"0"[..]),
             ("GNU.sparse.name", full.as_bytes()),
             ("GNU.sparse.realsize", real[0].as_bytes()),
-            // Nothing of more than 8 GiB fits the header itself.
-            ("size", real[1].as_bytes()),
-        ])?;
+        ];
+        out.append_pax_extensions(beyond.into_iter().chain(sparse))?;
         let mut header = self.header(size);
         // What those see who know nothing of sparse files. Names that are too long for the header are
         // in the extension.
