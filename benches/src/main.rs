@@ -36,7 +36,7 @@ struct Cli {
     /// Print one JSON object a metric: suite, metric, value, unit, floor, ratio, n.
     #[arg(long)]
     json: bool,
-    /// Guest memory sizes. Default: 1GiB for floors, clone and rewind, 4GiB for store, 1GiB,4GiB for
+    /// Guest memory sizes. Default: 1GiB for floors, clone, rewind and tools, 4GiB for store, 1GiB,4GiB for
     /// checkpoint and resume, 64MiB for endurance, and 4GiB or 1GiB for pause, as its figures are called. Of
     /// several, store takes the last, for what it writes and reads in full; so do pause and
     /// endurance.
@@ -82,6 +82,8 @@ enum Suite {
     Rewind,
     /// The store by itself, without KVM: throughput, overhead, history, verifying, pruning.
     Store,
+    /// What the tools do with a snapshot's memory, without KVM: searching it.
+    Tools,
     /// Stores with other frame and segment sizes: the measurement behind the defaults.
     StoreFrames,
     /// The store on dumps of a real guest's RAM: what each kind of elision saves.
@@ -99,7 +101,7 @@ impl Suite {
             | Self::Resume
             | Self::Clone
             | Self::Rewind => true,
-            Self::Store | Self::StoreFrames | Self::StoreImages => false,
+            Self::Store | Self::Tools | Self::StoreFrames | Self::StoreImages => false,
         }
     }
 }
@@ -143,6 +145,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Suite::Clone => suites::clone::run(&mut bench),
         Suite::Rewind => suites::rewind::run(&mut bench),
         Suite::Store => suites::store::run(&mut bench),
+        Suite::Tools => suites::store::run_tools(&mut bench),
         Suite::StoreFrames => suites::store::run_frames(&mut bench),
         Suite::StoreImages => suites::store::run_images(&mut bench, &images),
     }?;
