@@ -1,5 +1,6 @@
 //! The command line, as a person types it.
 
+mod inspect;
 mod parse;
 
 use std::path::PathBuf;
@@ -14,6 +15,8 @@ use frazil_vmm::disk::DiskConfig;
 use frazil_vmm::scheduler::Every;
 use frazil_vmm::workload::WorkloadSpec;
 use frazil_vmm::{NetConfig, VsockConfig};
+pub(crate) use inspect::InspectArgs;
+pub(crate) use parse::Span;
 use parse::{
     a_few, disk, elide, every, how_many, interval, net, percent, serial, size, tracker, vsock,
     within, workload,
@@ -59,7 +62,11 @@ pub(crate) enum Command {
     Show(ShowArgs),
     /// Show what differs between two snapshots of a store: memory, registers, devices.
     Diff(DiffArgs),
-    /// Write a snapshot's memory, or one of its disks, to a file.
+    /// Look into a snapshot's memory: what it is made of, dumps, searches, page tables, code, stacks.
+    ///
+    /// Without options: what each region is made of. Nothing is run, and nothing is changed.
+    Inspect(InspectArgs),
+    /// Write a snapshot's memory, or one of its disks, to a file, or all of it for a debugger.
     Export(ExportArgs),
     /// Read everything that snapshots refer to and check it.
     Verify(VerifyArgs),
@@ -412,6 +419,8 @@ pub(crate) struct ExportArgs {
 pub(crate) enum ExportFormat {
     /// The contents and nothing else.
     Raw,
+    /// Memory and vCPUs as an ELF core file, which gdb opens, and crash and drgn if the guest is Linux.
+    ElfCore,
 }
 
 /// What of guest memory `verify` compares with the built-in workload's oracle.

@@ -56,6 +56,7 @@ fn run(cli: Cli, started: commands::Started) -> anyhow::Result<ExitCode> {
         Command::Log(args) => commands::log::log(&args, json).map(done),
         Command::Show(args) => commands::show::show(&args, json).map(done),
         Command::Diff(args) => commands::diff::diff(&args, json).map(done),
+        Command::Inspect(args) => commands::inspect::inspect(&args, json).map(done),
         Command::Export(args) => commands::export::export(&args, json).map(done),
         Command::Verify(args) => commands::verify::verify(&args, json),
         Command::Forget(args) => commands::retention::forget(&args, json).map(done),

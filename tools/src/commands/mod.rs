@@ -5,6 +5,7 @@ pub(crate) mod control;
 pub(crate) mod diff;
 pub(crate) mod export;
 mod graph;
+pub(crate) mod inspect;
 pub(crate) mod log;
 pub(crate) mod pager;
 pub(crate) mod retention;
