@@ -44,7 +44,7 @@ pub struct Pattern {
 
 #[derive(Debug)]
 enum Engine {
-    Bytes(Finder<'static>),
+    Bytes(Box<Finder<'static>>),
     Regex(Box<Regex>),
 }
 
@@ -59,7 +59,7 @@ impl Pattern {
             let found = bytes.len();
             return Err(invalid(format!("expected 1 to {MATCH_BYTES_MAX} bytes, found {found}")));
         }
-        let engine = Engine::Bytes(Finder::new(bytes).into_owned());
+        let engine = Engine::Bytes(Box::new(Finder::new(bytes).into_owned()));
         Self { engine, longest: bytes.len(), looks_around: false }.checked()
     }
 
@@ -183,13 +183,15 @@ pub fn search(
     tell: &mut dyn FnMut(Match<'_>) -> ControlFlow<()>,
 ) -> Result<SearchReport> {
     let end = range.end.min(region.pages() * PAGE_SIZE as u64);
+    let bytes = range.start.min(end)..end;
+    let first = bytes.start / PART_BYTES;
     let job = Job {
         region,
         pattern,
         context: context.min(PAGE_SIZE),
-        bytes: range.start.min(end)..end,
-        next: AtomicU64::new(range.start / PART_BYTES),
-        told: Mutex::new(range.start / PART_BYTES),
+        bytes,
+        next: AtomicU64::new(first),
+        told: Mutex::new(first),
         one_told: Condvar::new(),
         over: AtomicBool::new(false),
         threads: std::thread::available_parallelism().map_or(1, usize::from) as u64,
@@ -210,7 +212,7 @@ pub fn search(
         drop(sender);
         let mut teller = Teller { job: &job, tell, end: 0, report: SearchReport::default() };
         let mut waiting = BTreeMap::new();
-        let mut next = job.bytes.start / PART_BYTES;
+        let mut next = first;
         let mut outcome = Ok(ControlFlow::Continue(()));
         // Until the last thread is gone: even if this one has had enough.
         for (number, part) in receiver {
@@ -409,28 +411,28 @@ impl Pattern {
 struct Spans {
     limits: Range<usize>,
     reach: usize,
-    spans: Vec<Range<usize>>,
+    found: Vec<Range<usize>>,
 }
 
 impl Spans {
     fn new(limits: Range<usize>, reach: usize) -> Self {
-        Self { limits, reach, spans: Vec::new() }
+        Self { limits, reach, found: Vec::new() }
     }
 
     fn add(&mut self, contents: Range<usize>) {
         let start = contents.start.saturating_sub(self.reach).max(self.limits.start);
         let end = (contents.end + self.reach).min(self.limits.end);
-        match self.spans.last_mut() {
+        match self.found.last_mut() {
             Some(last) if last.end >= start => last.end = last.end.max(end),
-            _ if start < end => self.spans.push(start..end),
+            _ if start < end => self.found.push(start..end),
             _ => {}
         }
     }
 
     /// Those that begin before `end`.
     fn until(mut self, end: usize) -> Vec<Range<usize>> {
-        self.spans.retain(|span| span.start < end);
-        self.spans
+        self.found.retain(|span| span.start < end);
+        self.found
     }
 }
 

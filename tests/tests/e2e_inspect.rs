@@ -146,7 +146,8 @@ fn memory_is_dumped_as_it_is() {
 fn what_cannot_be_read_is_an_error_that_says_so() {
     let Some(bed) = bed() else { return };
     bed.refused(1, &["--gpa", "0x4000000"], &["0x4000000", "0x0 to 0x3ffffff"]);
-    bed.refused(1, &["--gpa", "0x3ffff00,16EiB"], &["expected"]);
+    bed.refused(2, &["--gpa", "0x3ffff00,16EiB"], &["expected a size"]);
+    bed.refused(1, &["--gpa", "0x3ffff00,15EiB"], &["at most 256"]);
     bed.refused(1, &["--gpa", "0x3ffff00,64GiB"], &["at most 256"]);
     bed.refused(1, &["--gva", "0x800000000000"], &["canonical", "4-level"]);
     bed.refused(1, &["--gva", "0xffff888000000000"], &["not mapped", "PML4"]);
@@ -254,7 +255,9 @@ fn stacks_are_shown_with_and_without_the_guest_s_file() {
     bed.refused(1, &["--stack", "--vmlinux", &stripped], &["stripped"]);
     let symbols = ["all_of_it=.text:0,function,global", "beyond=.text:0x100000,function,global"];
     let mut objcopy = Command::new("objcopy");
-    symbols.iter().for_each(|symbol| drop(objcopy.args(["--add-symbol", symbol])));
+    for symbol in symbols {
+        objcopy.args(["--add-symbol", symbol]);
+    }
     let status = objcopy.args([&stripped, &named]).status().expect("objcopy, of binutils, runs");
     assert!(status.success());
     let one = bed.inspect(&["--stack", "--vcpu", "1", "--vmlinux", &named]);
@@ -296,7 +299,9 @@ fn gdb_reads_registers_and_memory_of_a_core_file() {
     ];
     let mut gdb = Command::new("gdb");
     gdb.args(["-nx", "-batch", "-ex"]).arg(format!("core-file {}", path.display()));
-    commands.iter().for_each(|command| drop(gdb.args(["-ex", command])));
+    for command in commands {
+        gdb.args(["-ex", command]);
+    }
     let output = match gdb.output() {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             eprintln!("SKIPPED: there is no gdb here; `make setup-tests` brings it");

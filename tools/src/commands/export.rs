@@ -93,17 +93,15 @@ fn elf_core(args: &ExportArgs, snapshot: &Snapshot) -> anyhow::Result<Exported> 
     let report = write_file(&args.file, pages, &progress.pages_done, |file| {
         Ok(write_core(&view, file, &SearchProgress::default(), &progress)?)
     })?;
-    let CoreReport { file_bytes, loads, loads_left_out, kernel, direct_map } = report;
+    let CoreReport { file_bytes, loads, all_mapped, kernel, direct_map } = report;
     let map = direct_map.map(|base| format!("{base:#x}"));
     let mut notes = vec![match &kernel {
         Some(kernel) => format!("Linux {}, for crash, drgn and gdb", kernel.info.release()),
         None => "no Linux kernel was found in memory: for gdb".to_owned(),
     }];
-    if loads_left_out > 0 {
-        let count = output::count(loads_left_out as u64);
-        notes.push(format!(
-            "{count} ranges of virtual addresses are left out: gdb does not see them"
-        ));
+    if !all_mapped {
+        let what = "too much is mapped: gdb sees some of it, and by physical address all";
+        notes.push(what.to_owned());
     }
     let cpus = view.vcpus().len();
     Ok(Exported {
@@ -112,7 +110,7 @@ fn elf_core(args: &ExportArgs, snapshot: &Snapshot) -> anyhow::Result<Exported> 
         what: format!(", {cpus} vCPUs"),
         notes,
         more: json!({
-            "format": "elf-core", "cpus": cpus, "loads": loads, "loads_left_out": loads_left_out,
+            "format": "elf-core", "cpus": cpus, "loads": loads, "all_mapped": all_mapped,
             "kernel": kernel.map(|kernel| json!({
                 "release": kernel.info.release(), "offset_bytes": kernel.offset_bytes,
                 "vmcoreinfo_gpa": format!("{:#x}", kernel.note_gpa),

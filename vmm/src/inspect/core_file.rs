@@ -19,14 +19,16 @@ use frazil_snapstore::{ExportError, ExportProgress, PAGE_SIZE, export_at};
 
 use super::linux::LinuxKernel;
 use super::notes;
-use super::{AddressSpace, Found, GuestView, InspectError, Joining, PagingMode};
+use super::{
+    AddressSpace, Found, GuestView, InspectError, Joining, MappedRange, PagingMode, TABLES_MAX,
+};
 use crate::memory::RamRange;
 
 /// Size of the header of an ELF64 file.
 const HEADER_BYTES: u64 = 64;
 /// Size of a program header of one.
 const PROGRAM_HEADER_BYTES: u64 = 56;
-/// The most PT_LOADs: more than 65,534 would have to be counted elsewhere, which not all readers know.
+/// About the most PT_LOADs: more than 65,534 would have to be counted elsewhere, which not all readers know.
 const LOADS_MAX: usize = 60_000;
 /// A map of all memory has at least this share of it.
 const MAPS_ALL_SHARE: u64 = 2;
@@ -58,9 +60,9 @@ pub struct CoreReport {
     pub file_bytes: u64,
     /// PT_LOADs: ranges of RAM, and of virtual addresses.
     pub loads: usize,
-    /// Ranges of virtual addresses that are not in the file, since there are too many. Debuggers that read
-    /// page tables (crash, drgn) do not need them.
-    pub loads_left_out: usize,
+    /// All that is mapped is there by its virtual address. If not, there is too much of it; debuggers that
+    /// read page tables (crash, drgn) do without.
+    pub all_mapped: bool,
     /// The Linux kernel that was found.
     pub kernel: Option<LinuxKernel>,
     /// The virtual address of guest physical 0 in the map of all memory, if there is one.
@@ -88,9 +90,9 @@ pub fn write_core(
     let kernel = LinuxKernel::find(view, searching)?;
     let spaces = spaces(view, kernel.as_ref());
     let ranges = view.memory().ranges();
-    let mapped = mapped(view, &spaces)?;
+    let (mapped, all_mapped) = mapped(view, &spaces)?;
     let direct_map = direct_map(&mapped, ranges, view, kernel.as_ref());
-    let (loads, loads_left_out) = layout(ranges, &mapped, direct_map);
+    let loads = layout(ranges, &mapped, direct_map);
     let notes = notes::all(view, kernel.as_ref());
     let notes_at = HEADER_BYTES + (loads.len() as u64 + 1) * PROGRAM_HEADER_BYTES;
     let data_at = (notes_at + notes.len() as u64).next_multiple_of(PAGE_SIZE as u64);
@@ -119,7 +121,7 @@ pub fn write_core(
             writing,
         )?;
     }
-    Ok(CoreReport { file_bytes, loads: loads.len(), loads_left_out, kernel, direct_map })
+    Ok(CoreReport { file_bytes, loads: loads.len(), all_mapped, kernel, direct_map })
 }
 
 /// Whose virtual addresses are in the file: the kernel's, and those of each vCPU, whichever first maps an
@@ -138,29 +140,30 @@ fn spaces(view: &GuestView, kernel: Option<&LinuxKernel>) -> Vec<AddressSpace> {
 /// What is mapped to RAM, by virtual address: its end, and where it leads.
 type Mapped = BTreeMap<u64, Load>;
 
-fn mapped(view: &GuestView, spaces: &[AddressSpace]) -> Result<Mapped, InspectError> {
-    let mut all = Mapped::new();
+/// What `spaces` map, and whether that is all.
+fn mapped(view: &GuestView, spaces: &[AddressSpace]) -> Result<(Mapped, bool), InspectError> {
+    let ranges = view.memory().ranges();
+    let (mut all, mut tables) = (Mapped::new(), 0);
     for space in spaces.iter().filter(|space| space.mode != PagingMode::Off) {
-        let found = space.mapped(view.memory(), 0..=u64::MAX, Joining::Contiguous, &mut |found| {
-            if let Found::Range(range) = found
-                && let Some(gpa) = range.gpa
-            {
-                for part in in_ram(
-                    view.memory().ranges(),
-                    Load { gva: range.gva, gpa, len_bytes: range.len_bytes },
-                ) {
-                    add(&mut all, part);
-                }
+        let looked = space.mapped(view.memory(), 0..=u64::MAX, Joining::Contiguous, &mut |found| {
+            if let Found::Range(MappedRange { gva, len_bytes, gpa: Some(gpa), .. }) = found {
+                in_ram(ranges, Load { gva, gpa, len_bytes }).for_each(|part| add(&mut all, part));
             }
-            ControlFlow::Continue(())
+            if all.len() < LOADS_MAX { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
         });
-        match found {
+        match looked {
+            Ok(report) => tables += report.tables,
             // What one vCPU's tables are does not matter to the others.
-            Ok(_) | Err(InspectError::NoTable { .. } | InspectError::TooManyTables) => {}
+            Err(InspectError::NoTable { .. }) => {}
+            Err(InspectError::TooManyTables) => tables = TABLES_MAX,
             Err(error) => return Err(error),
         }
+        // Of all vCPUs together: there may be hundreds.
+        if all.len() >= LOADS_MAX || tables >= TABLES_MAX {
+            return Ok((all, false));
+        }
     }
-    Ok(all)
+    Ok((all, true))
 }
 
 /// The parts of `load` that are RAM.
@@ -188,17 +191,13 @@ fn add(all: &mut Mapped, load: Load) {
         let end = all.range(gva..=last).next().map_or(last, |(next, _)| next - 1);
         let gpa = load.gpa + (gva - load.gva);
         let part = Load { gva, gpa, len_bytes: end - gva + 1 };
-        match before.filter(|before| {
+        let goes_on = |before: &Load| {
             before.gva + before.len_bytes == gva && before.gpa + before.len_bytes == gpa
-        }) {
-            Some(before) => {
-                let joined = Load { len_bytes: before.len_bytes + part.len_bytes, ..before };
-                all.insert(before.gva, joined);
-            }
-            None => {
-                all.insert(gva, part);
-            }
-        }
+        };
+        let joined = before
+            .filter(goes_on)
+            .map_or(part, |before| Load { len_bytes: before.len_bytes + part.len_bytes, ..before });
+        all.insert(joined.gva, joined);
         let Some(next) = end.checked_add(1) else { return };
         gva = next;
     }
@@ -231,23 +230,20 @@ fn direct_map(
     (bytes >= ram_bytes / MAPS_ALL_SHARE).then_some(offset)
 }
 
-/// The PT_LOADs in order, and how many are left out.
-fn layout(ranges: &[RamRange], mapped: &Mapped, direct_map: Option<u64>) -> (Vec<Load>, usize) {
+/// The PT_LOADs in order.
+fn layout(ranges: &[RamRange], mapped: &Mapped, direct_map: Option<u64>) -> Vec<Load> {
     let ram = ranges.iter().map(|range| Load {
         gva: direct_map.map_or(0, |base| base.wrapping_add(range.gpa)),
         gpa: range.gpa,
         len_bytes: range.len_bytes,
     });
     let is_direct = |load: &Load| Some(load.gva.wrapping_sub(load.gpa)) == direct_map;
-    let others: Vec<Load> = mapped.values().copied().filter(|load| !is_direct(load)).collect();
-    let room = LOADS_MAX - ranges.len();
-    let left_out = others.len().saturating_sub(room);
-    let others = others.into_iter().take(room);
-    let loads = match direct_map {
+    // The last range may have come in pieces.
+    let others = mapped.values().copied().filter(|load| !is_direct(load)).take(LOADS_MAX);
+    match direct_map {
         Some(_) => ram.chain(others).collect(),
         None => others.chain(ram).collect(),
-    };
-    (loads, left_out)
+    }
 }
 
 /// Where guest physical address `gpa` is behind the beginning of memory in the file.

@@ -1,6 +1,9 @@
 //! The ELF file of a guest's kernel, and where in the guest it is.
 
-use object::{Object, ObjectSection, ObjectSymbol, SectionKind};
+use std::fs::File;
+use std::path::Path;
+
+use object::{Object, ObjectSection, ObjectSymbol, ReadCache, SectionKind};
 
 use super::linux::LinuxKernel;
 use super::memory::PhysicalMemory;
@@ -14,10 +17,24 @@ const SAMPLE_BYTES: usize = 256;
 /// Text that every Linux kernel has, with its release and when it was built: it is never patched.
 const BANNER: &str = "linux_banner";
 
+/// A file that is read where it is looked at: with debug information, kernels' have half a GiB and more.
+#[derive(Debug)]
+pub struct KernelBytes(ReadCache<File>);
+
+impl KernelBytes {
+    /// Opens it.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn open(path: &Path) -> std::io::Result<Self> {
+        Ok(Self(ReadCache::new(File::open(path)?)))
+    }
+}
+
 /// An ELF file with symbols.
+#[derive(Debug)]
 pub struct KernelFile<'a> {
-    bytes: &'a [u8],
-    file: object::File<'a>,
+    file: object::File<'a, &'a ReadCache<File>>,
 }
 
 impl<'a> KernelFile<'a> {
@@ -25,13 +42,13 @@ impl<'a> KernelFile<'a> {
     ///
     /// # Errors
     /// A message, if it is no ELF file, or has no symbols.
-    pub fn parse(bytes: &'a [u8]) -> Result<Self, String> {
-        let file = object::File::parse(bytes)
+    pub fn parse(bytes: &'a KernelBytes) -> Result<Self, String> {
+        let file = object::File::parse(&bytes.0)
             .map_err(|error| format!("expected an ELF file, such as a vmlinux: {error}"))?;
         if file.symbols().next().is_none() {
             return Err("expected an ELF file with symbols, found one that was stripped".into());
         }
-        Ok(Self { bytes, file })
+        Ok(Self { file })
     }
 
     /// How far beyond where it was linked it is in the guest, in bytes: as a Linux kernel tells, or where its
@@ -66,16 +83,15 @@ impl<'a> KernelFile<'a> {
     /// An address, and what is there as long as the kernel runs.
     fn sample(&self) -> Option<(u64, &'a [u8])> {
         let banner = self.file.symbols().find(|symbol| symbol.name() == Ok(BANNER));
-        let (address, len) = match banner {
-            Some(symbol) => (symbol.address(), (symbol.size() as usize).min(SAMPLE_BYTES)),
+        let (address, len) = if let Some(symbol) = banner {
+            (symbol.address(), symbol.size())
+        } else {
             // Of any other program, its code: the most there is of it, since what is small may be tables.
-            None => {
-                let texts =
-                    self.file.sections().filter(|section| section.kind() == SectionKind::Text);
-                let text = texts.max_by_key(|section| section.size())?;
-                (text.address(), (text.size() as usize).min(SAMPLE_BYTES))
-            }
+            let texts = self.file.sections().filter(|section| section.kind() == SectionKind::Text);
+            let text = texts.max_by_key(ObjectSection::size)?;
+            (text.address(), text.size())
         };
+        let len = (len as usize).min(SAMPLE_BYTES);
         let section = self.file.sections().find(|section| {
             section.address() <= address && address < section.address() + section.size()
         })?;
@@ -88,7 +104,7 @@ impl<'a> KernelFile<'a> {
     /// Its symbols, in a guest that has it `offset_bytes` beyond where it was linked.
     #[must_use]
     pub fn symbols(&self, offset_bytes: u64) -> Symbols {
-        Symbols::of_elf(self.bytes, offset_bytes).unwrap_or_default()
+        Symbols::of_file(&self.file, offset_bytes)
     }
 
     /// Its unwind table, likewise; its layout is that of `kernel`'s release, or else of the newest.

@@ -19,7 +19,7 @@ mod view;
 mod tests;
 
 pub use core_file::{CoreError, CoreReport, write_core};
-pub use kernel_file::KernelFile;
+pub use kernel_file::{KernelBytes, KernelFile};
 pub use linux::{LinuxKernel, VmCoreInfo};
 pub use memory::{PhysicalMemory, SnapshotMemory};
 pub use space::{AddressSpace, PagingMode, Step, Translation};

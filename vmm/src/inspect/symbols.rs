@@ -1,6 +1,6 @@
 //! Names of addresses.
 
-use object::{Object, ObjectSection, ObjectSymbol, SectionKind, SymbolKind};
+use object::{Object, ObjectSection, ObjectSymbol, ReadRef, SectionKind, SymbolKind};
 
 /// A symbol.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,13 +30,12 @@ impl Symbols {
         Self { by_address: symbols }
     }
 
-    /// Those of an ELF file whose contents lie `offset_bytes` beyond where they were linked to be.
-    ///
-    /// # Errors
-    /// A message, if it is no such file.
-    pub fn of_elf(file: &[u8], offset_bytes: u64) -> Result<Self, String> {
-        let file = object::File::parse(file).map_err(|error| error.to_string())?;
-        let is_code = |symbol: &object::Symbol<'_, '_>| {
+    /// Those of a file whose contents lie `offset_bytes` beyond where they were linked to be.
+    pub(super) fn of_file<'a, R: ReadRef<'a>>(
+        file: &object::File<'a, R>,
+        offset_bytes: u64,
+    ) -> Self {
+        let is_code = |symbol: &object::Symbol<'a, '_, R>| {
             symbol.kind() == SymbolKind::Text
                 || symbol
                     .section_index()
@@ -53,7 +52,7 @@ impl Symbols {
                 name,
             })
         });
-        Ok(Self::new(symbols.collect()))
+        Self::new(symbols.collect())
     }
 
     /// How many there are.

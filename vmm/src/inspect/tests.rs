@@ -322,6 +322,10 @@ proptest! {
         });
         prop_assert_eq!(part, clipped.collect::<Vec<_>>());
     }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
 
     /// Whatever is in memory, a look ends, and tells what is wrong.
     #[test]

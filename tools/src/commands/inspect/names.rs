@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
-use frazil_vmm::inspect::{AddressSpace, GuestView, KernelFile, LinuxKernel, OrcTable, Symbols};
+use frazil_vmm::inspect::{
+    AddressSpace, GuestView, KernelBytes, KernelFile, LinuxKernel, OrcTable, Symbols,
+};
 
 /// What tells names.
 pub(super) struct Names {
@@ -53,7 +55,7 @@ impl Names {
         kernel: Option<&LinuxKernel>,
         path: &Path,
     ) -> anyhow::Result<Self> {
-        let bytes = std::fs::read(path)?;
+        let bytes = KernelBytes::open(path)?;
         let file = KernelFile::parse(&bytes).map_err(anyhow::Error::msg)?;
         let spaces: Vec<AddressSpace> =
             (0..view.vcpus().len()).map(|index| view.space(index)).collect::<Result<_, _>>()?;

@@ -10,6 +10,8 @@ use crate::inspect::{InspectError, Result};
 const SYMBOLS_MAX: u64 = 4 << 20;
 /// The longest a name may be (`KSYM_NAME_LEN`), with room for longer ones.
 const NAME_BYTES_MAX: usize = 4096;
+/// More than all names of any kernel take.
+const NAMES_BYTES_MAX: usize = 256 << 20;
 const TOKENS: usize = 256;
 
 /// Reads the table; none if it is not told of, or makes no sense.
@@ -90,9 +92,14 @@ impl<'a> Table<'a> {
         let mut bytes = vec![0; self.count as usize * width];
         self.kernel.space.read(self.memory, at, &mut bytes)?;
         let mut stream = Stream::new(self.kernel, self.memory, self.names);
+        let mut names_bytes = 0;
         let mut raw = Vec::with_capacity(self.count as usize);
         for place in bytes.chunks_exact(width) {
             let Some((kind, name)) = self.name(&mut stream)? else { return Ok(None) };
+            names_bytes += name.len();
+            if names_bytes > NAMES_BYTES_MAX {
+                return Ok(None);
+            }
             raw.push((number(place), kind, name));
         }
         // Since Linux 6.14 or so offsets have no sign; before, those of processors' own variables were

@@ -27,7 +27,9 @@ const NOTE_NAME: &[u8; 12] = b"VMCOREINFO\0\0";
 const NOTE_BYTES_MAX: u64 = 64 << 10;
 
 /// More than any kernel's unwind table takes.
-const ORC_BYTES_MAX: u64 = 256 << 20;
+const ORC_BYTES_MAX: u64 = 64 << 20;
+/// Notes that are looked at: a guest may have its memory full of them.
+const NOTES_MAX: usize = 256;
 
 /// A Linux kernel that was found in a guest's memory.
 #[derive(Clone, Debug)]
@@ -52,18 +54,16 @@ impl LinuxKernel {
         let memory = view.memory();
         let region = memory.region();
         let pattern = Pattern::bytes(NOTE_NAME)?;
-        let mut found = Ok(None);
+        let (mut found, mut notes) = (Ok(None), 0);
         let all = 0..region.pages() * PAGE_SIZE as u64;
         search(region, all, &pattern, 0, progress, &mut |place| {
             found = place
                 .offset
                 .checked_sub(NOTE_HEADER_BYTES)
                 .map_or(Ok(None), |note_gpa| Self::at(memory, note_gpa));
-            if matches!(found, Ok(None)) {
-                ControlFlow::Continue(())
-            } else {
-                ControlFlow::Break(())
-            }
+            notes += 1;
+            let goes_on = matches!(found, Ok(None)) && notes < NOTES_MAX;
+            if goes_on { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
         })?;
         found
     }

@@ -103,6 +103,8 @@ pub struct Stack<'a> {
     pub orc: Option<&'a OrcTable>,
 }
 
+/// The most frames of a walk: registers that were saved where they were saved have no end.
+const FRAMES_MAX: usize = 10_000;
 /// The halves of the addresses in long mode: programs have the lower one.
 const KERNEL_HALF: u64 = 1 << 63;
 
@@ -128,7 +130,7 @@ impl Stack<'_> {
         let kernel = state.ip & KERNEL_HALF != 0;
         let mut frames = vec![Frame { ip: state.ip, sp: state.sp, how: By::Registers }];
         loop {
-            if frames.len() >= most {
+            if frames.len() >= most.min(FRAMES_MAX) {
                 return Ok((frames, End::Enough));
             }
             let sp = state.sp;
