@@ -3,8 +3,8 @@
 # this is Debian and we may, else it prints the list and stops.
 #
 # usage: setup.sh [--tests]    also what only tests want: an emulator, and a stock kernel for guests
-#                              in it. Without the emulator those tests are skipped, so that one may
-#                              be missing.
+#                              in it, and debuggers. Without the emulator those tests are skipped, so
+#                              that one may be missing, and so may the debuggers.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -66,6 +66,29 @@ unpack_kernel() {
 anywhere() { # anywhere COMMAND..., which only root's PATH may lead to
     PATH=$PATH:/usr/sbin:/sbin "$@"
 }
+# The debug information of that kernel, for what debuggers see in a core file: 280 MB to fetch, of which
+# one file of 590 MB is unpacked.
+debug=${CARGO_TARGET_DIR:-target}/debian-debug
+kernel_release() { # that of the newest
+    local file
+    for file in /boot/vmlinuz-*-cloud-amd64 "$kernels"/boot/vmlinuz-*-cloud-amd64; do
+        [ ! -e "$file" ] || echo "${file##*/vmlinuz-}"
+    done | sort -V | tail -n 1
+}
+unpack_debug() {
+    local release temp=$debug.part
+    release=$(kernel_release)
+    [ -n "$release" ] || return 1
+    [ ! -e "/usr/lib/debug/boot/vmlinux-$release" ] || return 0
+    [ ! -e "$debug/usr/lib/debug/boot/vmlinux-$release" ] || return 0
+    echo "unpacking: linux-image-$release-dbg, to $debug" >&2
+    rm -rf "$debug" "$temp"
+    mkdir -p "$temp"
+    (cd "$temp" && apt-get download -qq -o APT::Sandbox::User=root "linux-image-$release-dbg" >&2) || return 1
+    dpkg-deb --fsys-tarfile "$temp"/*.deb |
+        tar -x -C "$temp" "./usr/lib/debug/boot/vmlinux-$release" || return 1
+    rm "$temp"/*.deb && mv "$temp" "$debug"
+}
 is_static() { # is_static PROGRAM
     command -v "$1" && ! ldd "$(command -v "$1")"
 }
@@ -79,12 +102,18 @@ if [ "${1:-}" = --tests ]; then
     need e2fsprogs anywhere mkfs.ext4 -V
     need binutils command -v strip
     need kmod anywhere depmod -V
+    need gdb command -v gdb
+    need python3-drgn /usr/bin/python3 -c 'import drgn'
     if [ ${#missing[@]} -gt 0 ] && { ! may_install || ! install "${missing[@]}"; }; then
         echo "missing, by their names in Debian: ${missing[*]}" >&2
         echo "tests with stock Linux guests want them, and are skipped where there is no QEMU" >&2
     fi
     if ! has_kernel >/dev/null && ! unpack_kernel; then
         echo "missing: the kernel of the Debian package linux-image-cloud-amd64, for those tests" >&2
+    fi
+    if ! unpack_debug; then
+        rm -rf "$debug.part"
+        echo "missing: debug information of that kernel: what drgn sees in a core file is not tested" >&2
     fi
 fi
 

@@ -40,7 +40,7 @@ struct Cli {
     /// Write all figures with budgets, pictures and what they were measured on to this file, too.
     #[arg(long, value_name = "FILE.html|FILE.md")]
     report: Option<PathBuf>,
-    /// Guest memory sizes. Default: 1GiB for floors, clone and rewind, 4GiB for store, 1GiB,4GiB for
+    /// Guest memory sizes. Default: 1GiB for floors, clone, rewind and tools, 4GiB for store, 1GiB,4GiB for
     /// checkpoint and resume, 64MiB for endurance, and 4GiB or 1GiB for pause, as its figures are called. Of
     /// several, store takes the last, for what it writes and reads in full; so do pause and
     /// endurance.
@@ -90,6 +90,8 @@ enum Suite {
     Peers,
     /// The store by itself, without KVM: throughput, overhead, history, verifying, pruning.
     Store,
+    /// What the tools do with a snapshot's memory, without KVM: searching it.
+    Tools,
     /// Stores with other frame and segment sizes: the measurement behind the defaults.
     StoreFrames,
     /// The store on dumps of a real guest's RAM: what each kind of elision saves.
@@ -109,7 +111,7 @@ impl Suite {
             | Self::Clone
             | Self::Rewind
             | Self::Peers => true,
-            Self::Store | Self::StoreFrames | Self::StoreImages => false,
+            Self::Store | Self::Tools | Self::StoreFrames | Self::StoreImages => false,
         }
     }
 }
@@ -155,6 +157,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Suite::Rewind => suites::rewind::run(&mut bench),
         Suite::Peers => suites::peers::run(&mut bench, frazil),
         Suite::Store => suites::store::run(&mut bench),
+        Suite::Tools => suites::store::run_tools(&mut bench),
         Suite::StoreFrames => suites::store::run_frames(&mut bench),
         Suite::StoreImages => suites::store::run_images(&mut bench, &images),
     }?;

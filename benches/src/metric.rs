@@ -186,6 +186,7 @@ peers  the floor of QEMU's is what frazil needs for the same guest's first snaps
 store  the floor is, of commit_scale: at 1 GiB; of depth: at depth 1; of delta and elide: switched
        off; of prune: a new store of just that snapshot; of overhead (%): bytes of zstd on the
        same pages; of heap: the budget; of frame_pages: the default size
+tools  the floor is, of search: decompressing the same frames on all cores, and nothing else
 images means of n snapshots, a changed page; the floor is, of bytes: everything off; of n_: pages
        written; of step_: pages changed; of edit_: zstd on the pages instead of the differences
 1g 4g  bytes of guest memory (m: MiB); p1000: 1,000 pages written per checkpoint; dirty10: 10 %

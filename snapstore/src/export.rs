@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -49,53 +50,90 @@ pub fn export(
     progress: &ExportProgress,
 ) -> Result<(), ExportError> {
     let pages = len_bytes.div_ceil(PAGE_SIZE as u64);
-    if pages > region.pages() {
-        let short = StoreError::Invalid(format!(
-            "{len_bytes} bytes are more than region `{}` has, {} pages",
-            region.name(),
-            region.pages()
-        ));
-        return Err(short.into());
-    }
+    check(region, pages)?;
     file.set_len(len_bytes).map_err(ExportError::File)?;
-    (0..pages.div_ceil(PART_PAGES)).into_par_iter().try_for_each(|part| {
-        let first = part * PART_PAGES;
-        let count = PART_PAGES.min(pages - first);
-        export_part(region, file, len_bytes, first..first + count, progress)?;
-        progress.pages_done.fetch_add(count, Ordering::Relaxed);
-        Ok(())
-    })
+    let part = Part { region, file, first: 0, start: 0, end: len_bytes, progress };
+    part.write(0..pages)
 }
 
-/// Writes the pages `pages`, neighbours together.
-fn export_part(
+/// Writes the pages `pages` of `region` to `file`, the first at byte `start` and the others behind it, on
+/// all cores. Pages that are zero are left out: there is nothing in that part of `file`, and it is long
+/// enough.
+///
+/// # Errors
+/// As [`export`].
+pub fn export_at(
     region: &RegionReader,
+    pages: Range<u64>,
     file: &File,
-    len_bytes: u64,
-    pages: std::ops::Range<u64>,
+    start: u64,
     progress: &ExportProgress,
 ) -> Result<(), ExportError> {
-    let mut at = pages.start;
-    let mut contents = Vec::new();
-    let write = |at: u64, contents: &mut Vec<u8>| {
-        let offset = at * PAGE_SIZE as u64;
-        let len = (contents.len() as u64).min(len_bytes - offset) as usize;
-        file.write_all_at(&contents[..len], offset).map_err(ExportError::File)?;
+    check(region, pages.end)?;
+    let end = start + (pages.end - pages.start) * PAGE_SIZE as u64;
+    Part { region, file, first: pages.start, start, end, progress }.write(pages)
+}
+
+fn check(region: &RegionReader, end_page: u64) -> Result<(), ExportError> {
+    if end_page <= region.pages() {
+        return Ok(());
+    }
+    let (name, pages) = (region.name(), region.pages());
+    let short = format!("{end_page} pages are more than region `{name}` has, {pages} pages");
+    Err(StoreError::Invalid(short).into())
+}
+
+/// A part of a region that becomes a part of a file.
+struct Part<'a> {
+    region: &'a RegionReader,
+    file: &'a File,
+    /// The page at byte `start` of the file.
+    first: u64,
+    start: u64,
+    /// The byte of the file behind the part.
+    end: u64,
+    progress: &'a ExportProgress,
+}
+
+impl Part<'_> {
+    fn write(&self, pages: Range<u64>) -> Result<(), ExportError> {
+        let parts = (pages.end - pages.start).div_ceil(PART_PAGES);
+        (0..parts).into_par_iter().try_for_each(|part| {
+            let first = pages.start + part * PART_PAGES;
+            let end = (first + PART_PAGES).min(pages.end);
+            self.write_some(first..end)?;
+            self.progress.pages_done.fetch_add(end - first, Ordering::Relaxed);
+            Ok(())
+        })
+    }
+
+    /// Writes the pages `pages`, neighbours together.
+    fn write_some(&self, pages: Range<u64>) -> Result<(), ExportError> {
+        let mut at = pages.start;
+        let mut contents = Vec::new();
+        for run in self.region.runs(pages.start, pages.end - pages.start)? {
+            let end = at + (contents.len() / PAGE_SIZE) as u64;
+            if !contents.is_empty()
+                && (run.first != end || contents.len() as u64 >= WRITE_BYTES_MAX)
+            {
+                self.flush(at, &mut contents)?;
+            }
+            if contents.is_empty() {
+                at = run.first;
+            }
+            let start = contents.len();
+            contents.resize(start + run.count as usize * PAGE_SIZE, 0);
+            self.region.read_run(&run, &mut contents[start..])?;
+            self.progress.pages_written.fetch_add(run.count, Ordering::Relaxed);
+        }
+        if contents.is_empty() { Ok(()) } else { self.flush(at, &mut contents) }
+    }
+
+    fn flush(&self, page: u64, contents: &mut Vec<u8>) -> Result<(), ExportError> {
+        let offset = self.start + (page - self.first) * PAGE_SIZE as u64;
+        let len = (contents.len() as u64).min(self.end - offset) as usize;
+        self.file.write_all_at(&contents[..len], offset).map_err(ExportError::File)?;
         contents.clear();
         Ok(())
-    };
-    for run in region.runs(pages.start, pages.end - pages.start)? {
-        let end = at + (contents.len() / PAGE_SIZE) as u64;
-        if !contents.is_empty() && (run.first != end || contents.len() as u64 >= WRITE_BYTES_MAX) {
-            write(at, &mut contents)?;
-        }
-        if contents.is_empty() {
-            at = run.first;
-        }
-        let start = contents.len();
-        contents.resize(start + run.count as usize * PAGE_SIZE, 0);
-        region.read_run(&run, &mut contents[start..])?;
-        progress.pages_written.fetch_add(run.count, Ordering::Relaxed);
     }
-    if contents.is_empty() { Ok(()) } else { write(at, &mut contents) }
 }

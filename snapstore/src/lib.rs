@@ -29,6 +29,7 @@ mod journal;
 mod journal_entry;
 mod layout;
 mod manifest;
+mod map;
 mod mark;
 mod node;
 mod numbered;
@@ -44,6 +45,7 @@ mod record;
 pub mod reference;
 mod repack;
 pub mod retention;
+pub mod search;
 mod segment;
 mod sift;
 mod snapshot;
@@ -60,13 +62,14 @@ mod writer;
 pub use catalog::SnapshotInfo;
 pub use diff::{DiffOptions, PageRange, RegionDiff, SnapshotDiff, StateDiff, diff, diff_region};
 pub use error::{Result, StoreError};
-pub use export::{ExportError, ExportProgress, export};
+pub use export::{ExportError, ExportProgress, export, export_at};
 pub use format::{
     FORMAT_VERSION, JOURNAL_FILE, MAX_FRAME_PAGES, SEGMENT_FOLDER, STORE_FILE, pack_name,
     segment_name,
 };
 pub use id::{BlockRef, Hash, SnapshotId};
 pub use manifest::{Manifest, RegionManifest, StateChunk, StateRef};
+pub use map::{MapRange, PageKind, RegionMap, map};
 pub use node::{Location, MAX_REGION_PAGES, Run};
 pub use page::{PAGE_SIZE, Page, PageSource, is_zero};
 pub use page_set::PageSet;

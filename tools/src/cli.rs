@@ -2,6 +2,7 @@
 
 mod files;
 mod help;
+mod inspect;
 mod parse;
 
 use std::path::PathBuf;
@@ -17,6 +18,8 @@ use frazil_vmm::scheduler::Every;
 use frazil_vmm::workload::WorkloadSpec;
 use frazil_vmm::{NetConfig, VsockConfig};
 pub(crate) use help::{command, usage_error, visible};
+pub(crate) use inspect::InspectArgs;
+pub(crate) use parse::Span;
 use parse::{
     a_few, disk, elide, every, how_many, interval, net, percent, serial, size, tracker, vsock,
     within, workload,
@@ -73,7 +76,11 @@ pub(crate) enum Command {
     Show(ShowArgs),
     /// Show what changed between two snapshots: memory, disks, registers, devices.
     Diff(DiffArgs),
-    /// Copy a snapshot's memory, one of its disks, or all of it, to a file.
+    /// Look into a snapshot's memory: what it is made of, dumps, searches, page tables, code, stacks.
+    ///
+    /// Without options: what each region is made of. Nothing is run, and nothing is changed.
+    Inspect(InspectArgs),
+    /// Copy a snapshot's memory, one of its disks, or all of it, to a file, also for a debugger.
     Export(ExportArgs),
     /// Make a snapshot of raw memory files, such as Firecracker writes, or of disk images.
     ///
@@ -443,6 +450,8 @@ pub(crate) enum ExportFormat {
     /// All regions, state and manifest as an archive, sparse for tar programs of today; FILE may be `-`
     /// for standard output.
     Tar,
+    /// Memory and vCPUs as an ELF core file, which gdb opens, and crash and drgn if the guest is Linux.
+    ElfCore,
 }
 
 /// What of guest memory `verify` compares with the built-in workload's oracle.

@@ -62,6 +62,7 @@ fn run(cli: Cli, started: commands::Started) -> anyhow::Result<ExitCode> {
         Command::Log(args) => commands::log::log(&args, json).map(done),
         Command::Show(args) => commands::show::show(&args, json).map(done),
         Command::Diff(args) => commands::diff::diff(&args, json).map(done),
+        Command::Inspect(args) => commands::inspect::inspect(&args, json).map(done),
         Command::Export(args) => commands::export::export(&args, json).map(done),
         Command::Import(args) => commands::import::import(&args, json).map(done),
         Command::Mount(args) => commands::mount::mount(&args, json).map(done),

@@ -15,6 +15,7 @@ pub mod devices;
 pub mod dirty;
 pub mod disk;
 mod error;
+pub mod inspect;
 pub mod keeper;
 pub mod kvm;
 mod line;

@@ -13,6 +13,8 @@ use super::parts::Parts;
 const QUIET_MAX: Duration = Duration::from_secs(75);
 /// No run may take longer.
 const RUN_MAX: Duration = Duration::from_mins(12);
+/// The most that a script can keep, in bytes.
+const KEPT_BYTES_MAX: u64 = 1 << 30;
 /// How much of a log a failure shows.
 const TAIL_LINES: usize = 60;
 
@@ -46,11 +48,18 @@ impl Drop for Qemu {
     }
 }
 
+/// The file of a machine's disk, on which a script leaves an archive.
+pub(super) fn kept(folder: &Path) -> PathBuf {
+    folder.join("kept.tar")
+}
+
 /// Runs `initrd` in a machine that has AMD-V in software, to its end. The script talks on the second
 /// serial port. Files in `folder` get what it says, what the kernel says on the first, and QEMU's own
 /// words: `script.log`, `kernel.log`, `qemu.log`.
 pub(super) fn run(parts: &Parts, initrd: &Path, folder: &Path) -> Run {
     let kernel_log = folder.join("kernel.log");
+    let disk = File::create(kept(folder)).expect("the folder is writable");
+    disk.set_len(KEPT_BYTES_MAX).expect("files may have holes");
     let errors = File::create(folder.join("qemu.log")).expect("the folder is writable");
     let mut command = Command::new(&parts.qemu);
     // One processor, which guests' vCPUs share. With two, QEMU 7.2 now and then lets an interrupt in
@@ -62,6 +71,9 @@ pub(super) fn run(parts: &Parts, initrd: &Path, folder: &Path) -> Run {
         .arg(format!("file:{}", kernel_log.display()))
         .args(["-serial", "stdio", "-append"])
         .arg("console=ttyS0 quiet panic=-1 mitigations=off")
+        // What the script keeps for the test.
+        .arg("-drive")
+        .arg(format!("file={},if=virtio,format=raw", kept(folder).display()))
         .arg("-kernel")
         .arg(&parts.kernel)
         .arg("-initrd")

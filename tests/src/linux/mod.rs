@@ -19,6 +19,7 @@
 use std::fmt::Write as _;
 use std::fs;
 use std::io::Write as _;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::str::FromStr;
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -41,7 +42,7 @@ const KNOWN_BYTES: usize = 1 << 20;
 const KNOWN_SEED: u64 = 6;
 
 /// Modules of the machine around the guests.
-const OUTER_MODULES: [&str; 2] = ["kvm_amd", "tun"];
+const OUTER_MODULES: [&str; 4] = ["kvm_amd", "tun", "virtio_pci", "virtio_blk"];
 /// Programs of it, besides busybox and `frazil`.
 const OUTER_PROGRAMS: [&str; 2] = ["mkfs.ext4", "e2fsck"];
 /// Modules of guests.
@@ -61,6 +62,7 @@ pub struct Outcome {
     pub stalls: usize,
     /// How long the run took that came to its end.
     pub took: Duration,
+    folder: PathBuf,
 }
 
 /// Runs `script` in a machine with KVM, `frazil`, and a kernel with an initrd for guests. `name` is
@@ -92,7 +94,7 @@ pub fn run(name: &str, script: &str) -> Option<Outcome> {
         match end {
             End::Done => {
                 tell(&format!("{name}: {:.1} s, {stalls} stalls", took.as_secs_f64()));
-                return Some(Outcome { lines, stalls, took });
+                return Some(Outcome { lines, stalls, took, folder });
             }
             End::Stalled(why) if stalls < AGAIN_MAX => {
                 stalls += 1;
@@ -169,6 +171,17 @@ pub fn known_sum() -> String {
 }
 
 impl Outcome {
+    /// Puts the folder that the script kept into `folder`.
+    ///
+    /// # Panics
+    /// If it kept none, or there is no `tar`.
+    pub fn unpack_kept(&self, folder: &Path) {
+        let archive = machine::kept(&self.folder);
+        let mut tar = Command::new("tar");
+        let status = tar.arg("-xf").arg(&archive).arg("-C").arg(folder).status().expect("tar runs");
+        assert!(status.success(), "{}: {status}", archive.display());
+    }
+
     /// The words of each line `TEST key word…`, in order.
     #[must_use]
     pub fn told(&self, key: &str) -> Vec<Vec<&str>> {

@@ -16,6 +16,7 @@
 #   end VM                    waits for the end of the process; tells its exit status
 #   crash VM                  ends the process as a power cut would
 #   halt VM                   `frazil stop`, and waits
+#   keep FOLDER               keeps a folder, for the test to unpack on its own machine
 #   clock VM                  tells the date here and the guest's, at a tick
 #   try COMMAND…              what must succeed
 #
@@ -169,6 +170,11 @@ crash() {
 halt() {
     try frazil stop "$1" >/dev/null
     end "$1"
+}
+
+keep() {
+    try tar -c -f /dev/vda -C "${1%/*}" "${1##*/}"
+    sync
 }
 
 for module in /modules/*.ko; do

@@ -14,7 +14,7 @@ const GROUPS: [(&str, &[&str]); 5] = [
     ("freeze a running guest, and go back to any moment", &["checkpoint", "resume", "rewind"]),
     (
         "find out what happened: when, how much, what changed, and whether all is intact",
-        &["log", "show", "diff", "verify"],
+        &["log", "show", "diff", "inspect", "verify"],
     ),
     ("get memory and disks out as files, or in", &["export", "mount", "import"]),
     ("free space", &["forget", "prune"]),

@@ -127,6 +127,38 @@ pub(super) fn serial(text: &str) -> Result<SerialArg, String> {
     })
 }
 
+/// Bytes from an address on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Span {
+    /// The first.
+    pub address: u64,
+    /// How many, if that was said.
+    pub len_bytes: Option<u64>,
+}
+
+/// `0x…` or decimal digits.
+pub(super) fn address(text: &str) -> Result<u64, String> {
+    let digits = text.trim();
+    let parsed = match digits.strip_prefix("0x").or_else(|| digits.strip_prefix("0X")) {
+        Some(digits) => u64::from_str_radix(&digits.replace('_', ""), 16),
+        None => digits.parse(),
+    };
+    parsed.map_err(|_| format!("expected an address such as 0x1000, found `{text}`"))
+}
+
+/// An address, and a length if there is one: as a number, `0x…`, or a size such as 4KiB.
+pub(super) fn span(text: &str) -> Result<Span, String> {
+    let (at, len) = match text.split_once(',') {
+        Some((at, len)) => (at, Some(len)),
+        None => (text, None),
+    };
+    let len_bytes = len.map(|len| address(len).or_else(|_| size(len))).transpose()?;
+    if len_bytes == Some(0) {
+        return Err("expected a length of 1 or more".into());
+    }
+    Ok(Span { address: address(at)?, len_bytes })
+}
+
 pub(super) fn size(text: &str) -> Result<u64, String> {
     parse_size::Config::new()
         .with_binary()

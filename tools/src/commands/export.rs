@@ -1,13 +1,16 @@
 //! `frazil export`.
 
+use std::fs::File;
 use std::path::Path;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use frazil_snapstore::search::SearchProgress;
 use frazil_snapstore::{ExportProgress, PAGE_SIZE, RegionReader, Snapshot};
+use frazil_vmm::inspect::{CoreReport, GuestView, write_core};
 use frazil_vmm::memory::RAM_REGION;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{export_tar, open_snapshot, print_json};
 use crate::cli::{ExportArgs, ExportFormat, usage_error};
@@ -15,45 +18,110 @@ use crate::output;
 use crate::snapshot_files::region_len_bytes;
 
 pub(crate) fn export(args: &ExportArgs, json: bool) -> anyhow::Result<()> {
-    if args.format == ExportFormat::Tar && args.region != RAM_REGION {
-        let wrong =
-            format!("--format tar is of all regions: --region {} has no part in it", args.region);
+    let all = match args.format {
+        ExportFormat::Raw => None,
+        ExportFormat::Tar => Some("--format tar is of all regions"),
+        ExportFormat::ElfCore => Some("--format elf-core is of the whole machine"),
+    };
+    if let Some(all) = all.filter(|_| args.region != RAM_REGION) {
+        let wrong = format!("{all}: --region {} has no part in it", args.region);
         return Err(usage_error("export", &wrong).into());
     }
-    let is_file = args.file.as_os_str() != "-" || args.format == ExportFormat::Raw;
+    let is_file = args.file.as_os_str() != "-" || args.format != ExportFormat::Tar;
     if is_file && !args.force && args.file.symlink_metadata().is_ok() {
         bail!("{}: expected no such file, found one: --force replaces it", args.file.display());
     }
-    match args.format {
-        ExportFormat::Raw => export_raw(args, json),
-        ExportFormat::Tar => export_tar::export(args, json),
-    }
-}
-
-fn export_raw(args: &ExportArgs, json: bool) -> anyhow::Result<()> {
+    let make = match args.format {
+        ExportFormat::Raw => raw,
+        ExportFormat::ElfCore => elf_core,
+        ExportFormat::Tar => return export_tar::export(args, json),
+    };
     let (_, snapshot) = open_snapshot(&args.snapshot)?;
-    let region = find_region(&snapshot, &args.region)?;
-    let len_bytes = region_len_bytes(&snapshot, &region)?;
     let started = Instant::now();
-    let progress = ExportProgress::default();
-    write_file(&args.file, &region, len_bytes, &progress)
-        .with_context(|| format!("cannot export to {}", args.file.display()))?;
-    let written = progress.pages_written.load(Ordering::Relaxed);
+    let exported = make(args, &snapshot)?;
     if json {
-        return print_json(&json!({
-            "snapshot": snapshot.id(), "region": region.name(), "file": args.file, "bytes": len_bytes,
-            "pages_written": written, "duration_us": started.elapsed().as_micros() as u64,
-        }));
+        let mut object = json!({
+            "snapshot": snapshot.id(), "region": args.region, "file": args.file, "bytes": exported.bytes,
+            "pages_written": exported.pages_written, "duration_us": started.elapsed().as_micros() as u64,
+        });
+        if let (Some(object), Some(more)) = (object.as_object_mut(), exported.more.as_object()) {
+            object.extend(more.clone());
+        }
+        return print_json(&object);
     }
     outln!(
-        "{}: {} of `{}`, {} pages that are not zero, in {:.2} s",
+        "{}: {}{}, {} pages that are not zero, in {:.2} s",
         args.file.display(),
-        output::bytes(len_bytes),
-        region.name(),
-        output::count(written),
+        output::bytes(exported.bytes),
+        exported.what,
+        output::count(exported.pages_written),
         started.elapsed().as_secs_f64()
     );
+    exported.notes.iter().for_each(|note| outln!("  {note}"));
     Ok(())
+}
+
+/// What a file came to.
+struct Exported {
+    bytes: u64,
+    pages_written: u64,
+    /// For people, behind the size.
+    what: String,
+    /// For people, a line each.
+    notes: Vec<String>,
+    /// What JSON says besides.
+    more: Value,
+}
+
+fn raw(args: &ExportArgs, snapshot: &Snapshot) -> anyhow::Result<Exported> {
+    let region = find_region(snapshot, &args.region)?;
+    let bytes = region_len_bytes(snapshot, &region)?;
+    let progress = ExportProgress::default();
+    let pages = bytes.div_ceil(PAGE_SIZE as u64);
+    write_file(&args.file, pages, &progress.pages_done, |file| {
+        Ok(frazil_snapstore::export(&region, file, bytes, &progress)?)
+    })?;
+    Ok(Exported {
+        bytes,
+        pages_written: progress.pages_written.load(Ordering::Relaxed),
+        what: format!(" of `{}`", region.name()),
+        notes: Vec::new(),
+        more: Value::Null,
+    })
+}
+
+fn elf_core(args: &ExportArgs, snapshot: &Snapshot) -> anyhow::Result<Exported> {
+    let view = GuestView::open(snapshot)?;
+    let progress = ExportProgress::default();
+    let pages = view.machine().ram_bytes / PAGE_SIZE as u64;
+    let report = write_file(&args.file, pages, &progress.pages_done, |file| {
+        Ok(write_core(&view, file, &SearchProgress::default(), &progress)?)
+    })?;
+    let CoreReport { file_bytes, loads, all_mapped, kernel, direct_map } = report;
+    let map = direct_map.map(|base| format!("{base:#x}"));
+    let mut notes = vec![match &kernel {
+        Some(kernel) => format!("Linux {}, for crash, drgn and gdb", kernel.info.release()),
+        None => "no Linux kernel was found in memory: for gdb".to_owned(),
+    }];
+    if !all_mapped {
+        let what = "too much is mapped: gdb sees some of it, and by physical address all";
+        notes.push(what.to_owned());
+    }
+    let cpus = view.vcpus().len();
+    Ok(Exported {
+        bytes: file_bytes,
+        pages_written: progress.pages_written.load(Ordering::Relaxed),
+        what: format!(", {cpus} vCPUs"),
+        notes,
+        more: json!({
+            "format": "elf-core", "cpus": cpus, "loads": loads, "all_mapped": all_mapped,
+            "kernel": kernel.map(|kernel| json!({
+                "release": kernel.info.release(), "offset_bytes": kernel.offset_bytes,
+                "vmcoreinfo_gpa": format!("{:#x}", kernel.note_gpa),
+            })),
+            "direct_map": map,
+        }),
+    })
 }
 
 fn find_region(snapshot: &Snapshot, name: &str) -> anyhow::Result<RegionReader> {
@@ -65,28 +133,30 @@ fn find_region(snapshot: &Snapshot, name: &str) -> anyhow::Result<RegionReader> 
     Ok(snapshot.region(name)?)
 }
 
-/// Writes beside the file and puts it in its place when it is whole.
-fn write_file(
+/// Has a file written beside `path`, and puts it there when it is whole.
+fn write_file<T: Send>(
     path: &Path,
-    region: &RegionReader,
-    len_bytes: u64,
-    progress: &ExportProgress,
-) -> anyhow::Result<()> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-    let file = tempfile::NamedTempFile::new_in(folder.unwrap_or_else(|| Path::new(".")))?;
-    let bar = output::progress_bar("export", "pages");
-    bar.set_length(len_bytes.div_ceil(PAGE_SIZE as u64));
-    std::thread::scope(|scope| {
-        let write =
-            scope.spawn(|| frazil_snapstore::export(region, file.as_file(), len_bytes, progress));
-        while !write.is_finished() {
-            bar.set_position(progress.pages_done.load(Ordering::Relaxed));
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        bar.finish_and_clear();
-        write.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-    })?;
-    file.as_file().sync_all()?;
-    file.persist(path)?;
-    Ok(())
+    pages: u64,
+    pages_done: &AtomicU64,
+    write: impl FnOnce(&File) -> anyhow::Result<T> + Send,
+) -> anyhow::Result<T> {
+    let attempt = || {
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+        let file = tempfile::NamedTempFile::new_in(folder.unwrap_or_else(|| Path::new(".")))?;
+        let bar = output::progress_bar("export", "pages");
+        bar.set_length(pages);
+        let written = std::thread::scope(|scope| {
+            let write = scope.spawn(|| write(file.as_file()));
+            while !write.is_finished() {
+                bar.set_position(pages_done.load(Ordering::Relaxed));
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            bar.finish_and_clear();
+            write.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })?;
+        file.as_file().sync_all()?;
+        file.persist(path)?;
+        anyhow::Ok(written)
+    };
+    attempt().with_context(|| format!("cannot export to {}", path.display()))
 }

@@ -7,6 +7,7 @@ pub(crate) mod export;
 mod export_tar;
 mod graph;
 pub(crate) mod import;
+pub(crate) mod inspect;
 pub(crate) mod log;
 pub(crate) mod manual;
 pub(crate) mod mount;

@@ -18,6 +18,7 @@ mod pages;
 mod prune;
 mod read;
 mod scale;
+mod search;
 mod segments;
 mod verify;
 mod write;
@@ -87,6 +88,11 @@ pub(crate) fn run_frames(bench: &mut Bench) -> anyhow::Result<()> {
     frames::measure(bench, &pool)?;
     bench.say("segments of other sizes");
     segments::measure(bench, &pool)
+}
+
+/// What the tools do with a snapshot's memory.
+pub(crate) fn run_tools(bench: &mut Bench) -> anyhow::Result<()> {
+    search::measure(bench, &Pool::text())
 }
 
 /// On dumps of a guest's RAM, in the order in which they were taken.

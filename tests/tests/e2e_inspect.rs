@@ -1,0 +1,376 @@
+//! `frazil inspect`, and core files, of the built-in guest on real KVM: against the memory that `export` writes
+//! and the registers that `show` prints.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::OnceLock;
+
+use frazil_snapstore::{Description, PAGE_SIZE, Page, PageSet};
+use frazil_tests::vm_harness::{Host, kvm_or_skip, number, text};
+use frazil_vmm::workload::GUEST_ELF;
+use frazil_vmm::workload::control::{CONTROL_GPA, MAGIC};
+use serde_json::{Value, json};
+
+/// A snapshot of the built-in guest with two vCPUs, its RAM as a file, and what `show` says.
+struct Bed {
+    host: Host,
+    at: String,
+    ram: Vec<u8>,
+    vcpus: Vec<Value>,
+}
+
+/// Made once: nothing here changes it.
+fn bed() -> Option<&'static Bed> {
+    static BED: OnceLock<Option<Bed>> = OnceLock::new();
+    let make = || {
+        if !kvm_or_skip() {
+            return None;
+        }
+        let host = Host::new();
+        let vm = host.run(
+            "looked-at",
+            "touch=24MiB,rate=2000,content=text,report=0",
+            &["--memory", "64MiB", "--cpus", "2"],
+        );
+        vm.wait_populated();
+        let _first = host.json(&["checkpoint", "looked-at"]);
+        vm.wait_beyond(vm.turns() + 500);
+        let _second = host.json(&["checkpoint", "looked-at", "--exit", "--tag", "gold"]);
+        vm.expect_ended("suspended");
+        let (at, file) = (host.at("gold"), host.path("ram.raw"));
+        let _exported = host.json(&["export", &at, &file.display().to_string()]);
+        let ram = std::fs::read(&file).expect("it was written");
+        let show = host.json(&["show", &at]);
+        let chunks = show["state"].as_array().expect("chunks");
+        let vcpu = |name: &str| {
+            chunks.iter().find(|chunk| chunk["name"] == name).expect("a vCPU")["body"].clone()
+        };
+        let vcpus = vec![vcpu("vcpu0"), vcpu("vcpu1")];
+        Some(Bed { host, at, ram, vcpus })
+    };
+    BED.get_or_init(make).as_ref()
+}
+
+impl Bed {
+    fn inspect(&self, args: &[&str]) -> Vec<Value> {
+        self.host.ok(&[&["inspect", &self.at, "--json"], args].concat()).json_lines()
+    }
+
+    fn refused(&self, code: i32, args: &[&str], says: &[&str]) {
+        let refused = self.host.frazil(&[&["inspect", &self.at], args].concat());
+        refused.expect_code(code).expect_says(says);
+        assert!(refused.stdout.len() < 1000, "{refused:?}");
+    }
+
+    fn register(&self, vcpu: usize, name: &str) -> u64 {
+        hex(text(&self.vcpus[vcpu]["regs"], name))
+    }
+
+    /// RAM at `gpa`, as hex digits.
+    fn ram_hex(&self, gpa: u64, len: usize) -> String {
+        let bytes = &self.ram[gpa as usize..][..len];
+        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+}
+
+fn hex(text: &str) -> u64 {
+    u64::from_str_radix(text.strip_prefix("0x").expect("0x"), 16).expect("hex digits")
+}
+
+#[test]
+fn regions_are_told_by_what_they_are_made_of() {
+    let Some(bed) = bed() else { return };
+    let map = bed.inspect(&[]).remove(0);
+    let ram = &map["regions"][0];
+    assert_eq!((text(ram, "name"), number(ram, "pages")), ("ram", (64 << 20) / 4096));
+    let mut at = 0;
+    let mut counts = [0_u64; 3];
+    for range in ram["ranges"].as_array().expect("ranges") {
+        let (first, count) =
+            (range[0].as_u64().expect("a page"), range[1].as_u64().expect("a count"));
+        assert_eq!(first, at);
+        at += count;
+        let kind = range[2].as_str().expect("a kind");
+        let bytes = &bed.ram[first as usize * PAGE_SIZE..at as usize * PAGE_SIZE];
+        if kind == "zero" {
+            assert!(bytes.iter().all(|byte| *byte == 0), "{range}");
+        }
+        counts[["zero", "data", "delta"].iter().position(|name| *name == kind).expect("a kind")] +=
+            count;
+        assert_eq!(range[3].as_u64().expect("bytes") > 0, kind != "zero", "{range}");
+    }
+    assert_eq!(at, number(ram, "pages"));
+    let told = ["zero_pages", "data_pages", "delta_pages"].map(|name| number(ram, name));
+    assert_eq!(counts, told);
+    let zero_pages =
+        bed.ram.chunks(PAGE_SIZE).filter(|page| page.iter().all(|byte| *byte == 0)).count();
+    assert_eq!(counts[0], zero_pages as u64);
+    let shown = bed.host.ok(&["inspect", &bed.at]).stdout;
+    assert!(shown.contains("region ram: 64.00 MiB") && shown.contains("zero"), "{shown}");
+}
+
+#[test]
+fn memory_is_dumped_as_it_is() {
+    let Some(bed) = bed() else { return };
+    let dump = bed.inspect(&["--gpa", &format!("{CONTROL_GPA:#x},8")]).remove(0);
+    assert_eq!(text(&dump, "hex"), MAGIC.to_le_bytes().map(|byte| format!("{byte:02x}")).concat());
+    // Across pages, by physical and by virtual address: the guest maps its memory one to one.
+    for (option, place) in [("--gpa", "gpa"), ("--gva", "gva")] {
+        let from = CONTROL_GPA - 3000;
+        let pages = bed.inspect(&[option, &format!("{from:#x},20000")]);
+        assert_eq!(hex(text(&pages[0], place)), from);
+        let all: String = pages.iter().map(|page| text(page, "hex")).collect();
+        assert_eq!(all, bed.ram_hex(from, 20_000), "{option}");
+    }
+    let shown = bed.host.ok(&["inspect", &bed.at, "--gpa", "0x100003,40"]).stdout;
+    let lines: Vec<&str> = shown.lines().collect();
+    assert_eq!(lines.len(), 3, "{shown}");
+    assert!(
+        lines[0].starts_with("0000000000100000  ") && lines[2].starts_with("0000000000100020  ")
+    );
+    let dump =
+        bed.host.ok(&["inspect", &bed.at, "--gva", &format!("{CONTROL_GPA:#x},16"), "--vcpu", "1"]);
+    assert!(
+        dump.stdout.contains("4-level paging") && dump.stdout.contains("page directory"),
+        "{dump:?}"
+    );
+    // All of it, and a reader that goes away.
+    let all = bed.host.ok(&["inspect", &bed.at, "--gpa", "0,64MiB"]).stdout;
+    assert!(
+        all.lines().count() > 1 << 20 && all.ends_with("0000000004000000\n")
+            || all.contains("03fffff0")
+    );
+}
+
+#[test]
+fn what_cannot_be_read_is_an_error_that_says_so() {
+    let Some(bed) = bed() else { return };
+    bed.refused(1, &["--gpa", "0x4000000"], &["0x4000000", "0x0 to 0x3ffffff"]);
+    bed.refused(2, &["--gpa", "0x3ffff00,16EiB"], &["expected a size"]);
+    bed.refused(1, &["--gpa", "0x3ffff00,15EiB"], &["at most 256"]);
+    bed.refused(1, &["--gpa", "0x3ffff00,64GiB"], &["at most 256"]);
+    bed.refused(1, &["--gva", "0x800000000000"], &["canonical", "4-level"]);
+    bed.refused(1, &["--gva", "0xffff888000000000"], &["not mapped", "PML4"]);
+    bed.refused(1, &["--gva", "0x1000", "--vcpu", "2"], &["vCPU 2", "0 to 1"]);
+    bed.refused(1, &["--region", "disk0"], &["disk0", "ram"]);
+    bed.refused(1, &["--search", "hex:123"], &["hex digits"]);
+    bed.refused(1, &["--search", "hex:0000"], &["zero"]);
+    bed.refused(1, &["--regex", "("], &["regular expression"]);
+    bed.refused(1, &["--stack", "--vmlinux", "/dev/null"], &["ELF"]);
+    let this = std::env::current_exe().expect("a file").display().to_string();
+    bed.refused(1, &["--stack", "--vmlinux", &this], &["another"]);
+    bed.refused(2, &["--gpa", "0x10", "--gva", "0x10"], &["--gva"]);
+    bed.refused(2, &["--gpa", "zero"], &["0x1000"]);
+    bed.refused(2, &["--gpa", "0x10,0"], &["1 or more"]);
+    bed.refused(2, &["--gpa", "0x10", "--vcpu", "1"], &["--vcpu"]);
+    bed.refused(2, &["--gpa", "0x10", "--vmlinux", "x"], &["--vmlinux"]);
+    bed.refused(2, &["--page-tables", "--region", "ram"], &["--region"]);
+}
+
+#[test]
+fn matches_are_where_they_are_in_the_raw_file() {
+    let Some(bed) = bed() else { return };
+    let offsets =
+        |found: &[Value]| found.iter().map(|one| hex(text(one, "gpa"))).collect::<Vec<_>>();
+    // Words of the built-in guest's text.
+    let needle = b"the ";
+    let mut expected = Vec::new();
+    let mut at = 0;
+    while let Some(found) = bed.ram[at..].windows(needle.len()).position(|window| window == needle)
+    {
+        expected.push((at + found) as u64);
+        at += found + needle.len();
+        if expected.len() == 2000 {
+            break;
+        }
+    }
+    assert!(expected.len() > 100, "the built-in guest writes text: {}", expected.len());
+    let most = expected.len().to_string();
+    for search in ["the ", "text:the ", "hex:74 68_65:20"] {
+        let found = bed.inspect(&["--search", search, "-n", &most, "--context", "3"]);
+        assert_eq!(offsets(&found), expected, "{search}");
+        assert_eq!((text(&found[0], "text"), text(&found[0], "match")), ("the ", "74686520"));
+        let before = bed.ram_hex(expected[0] - 3, 3);
+        assert_eq!(text(&found[0], "before"), before);
+    }
+    let found = bed.inspect(&["--regex", "t[h]e\\x20", "-n", &most]);
+    assert_eq!(offsets(&found), expected);
+    let said = bed.host.ok(&["inspect", &bed.at, "--search", "the ", "-n", "3"]);
+    assert_eq!(said.stdout.lines().count(), 3);
+    assert!(said.stdout.contains("[the ]") && said.stderr.contains("3 matches"), "{said:?}");
+    assert!(bed.inspect(&["--search", "utf16:nobody wrote this"]).is_empty());
+}
+
+#[test]
+fn code_and_page_tables_are_those_of_the_registers() {
+    let Some(bed) = bed() else { return };
+    for vcpu in 0..2 {
+        let number = vcpu.to_string();
+        let rip = bed.register(vcpu, "rip");
+        let code = bed.inspect(&["--disassemble", "--vcpu", &number, "-n", "4"]);
+        assert_eq!((code.len(), hex(text(&code[0], "gva"))), (4, rip));
+        assert_eq!(code[0]["next"], true);
+        for one in &code {
+            let (at, bytes) = (hex(text(one, "gva")), text(one, "hex"));
+            assert_eq!(bytes, bed.ram_hex(at, bytes.len() / 2));
+            assert_ne!(text(one, "text"), "(bad)", "the guest's own code");
+        }
+        let next = hex(text(&code[1], "gva"));
+        let from_there =
+            bed.inspect(&["--disassemble", &format!("{next:#x}"), "--vcpu", &number, "-n", "1"]);
+        assert_eq!(
+            (text(&from_there[0], "text"), &from_there[0]["next"]),
+            (text(&code[1], "text"), &json!(false))
+        );
+
+        let tables = bed.inspect(&["--page-tables", "--vcpu", &number]);
+        let holds = |range: &&Value| {
+            let first = hex(text(range, "gva"));
+            (first..first + range["bytes"].as_u64().expect("bytes")).contains(&rip)
+        };
+        let range = tables.iter().find(holds).expect("its code is mapped");
+        assert_eq!(
+            (&range["execute"], &range["user"]),
+            (&json!(true), &json!(true)),
+            "it runs in ring 3"
+        );
+        let part = bed.inspect(&["--page-tables", &format!("{rip:#x},1"), "--vcpu", &number]);
+        assert_eq!((part.len(), hex(text(&part[0], "gpa"))), (1, rip));
+    }
+}
+
+#[test]
+fn stacks_are_shown_with_and_without_the_guest_s_file() {
+    let Some(bed) = bed() else { return };
+    let stacks = bed.inspect(&["--stack"]);
+    assert_eq!(stacks.len(), 2);
+    for (vcpu, stack) in stacks.iter().enumerate() {
+        assert_eq!(number(stack, "vcpu"), vcpu as u64);
+        assert_eq!(hex(text(&stack["frames"][0], "ip")), bed.register(vcpu, "rip"));
+    }
+    // It was stripped; here it gets two names.
+    let [stripped, named] = ["guest.elf", "named.elf"].map(|name| bed.host.path(name));
+    std::fs::write(&stripped, GUEST_ELF).expect("a file");
+    let [stripped, named] = [stripped, named].map(|path| path.display().to_string());
+    bed.refused(1, &["--stack", "--vmlinux", &stripped], &["stripped"]);
+    let symbols = ["all_of_it=.text:0,function,global", "beyond=.text:0x100000,function,global"];
+    let mut objcopy = Command::new("objcopy");
+    for symbol in symbols {
+        objcopy.args(["--add-symbol", symbol]);
+    }
+    let status = objcopy.args([&stripped, &named]).status().expect("objcopy, of binutils, runs");
+    assert!(status.success());
+    let one = bed.inspect(&["--stack", "--vcpu", "1", "--vmlinux", &named]);
+    assert_eq!(one.len(), 1);
+    assert_eq!(one[0]["frames"][0]["function"], "all_of_it", "{one:#?}");
+}
+
+fn core(bed: &Bed) -> PathBuf {
+    static CORE: OnceLock<PathBuf> = OnceLock::new();
+    let make = || {
+        let path = bed.host.path("core");
+        let report = bed.host.json(&[
+            "export",
+            &bed.at,
+            &path.display().to_string(),
+            "--format",
+            "elf-core",
+        ]);
+        assert_eq!((number(&report, "cpus"), &report["kernel"]), (2, &Value::Null), "{report}");
+        assert_eq!(text(&report, "direct_map"), "0x0", "memory is mapped one to one");
+        path
+    };
+    CORE.get_or_init(make).clone()
+}
+
+#[test]
+fn gdb_reads_registers_and_memory_of_a_core_file() {
+    let Some(bed) = bed() else { return };
+    let path = core(bed);
+    let metadata = std::fs::metadata(&path).expect("it");
+    assert!(metadata.len() > 64 << 20);
+    let taken = std::os::unix::fs::MetadataExt::blocks(&metadata) * 512;
+    assert!(taken < 40 << 20, "what is zero takes no space: {taken}");
+    let commands = [
+        "info threads",
+        "thread apply all -q print/x $rip",
+        "thread apply all -q print/x $rsp",
+        "thread apply all -q x/16xb $rip",
+    ];
+    let mut gdb = Command::new("gdb");
+    gdb.args(["-nx", "-batch", "-ex"]).arg(format!("core-file {}", path.display()));
+    for command in commands {
+        gdb.args(["-ex", command]);
+    }
+    let output = match gdb.output() {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            eprintln!("SKIPPED: there is no gdb here; `make setup-tests` brings it");
+            return;
+        }
+        output => output.expect("gdb runs"),
+    };
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    for vcpu in 0..2 {
+        for register in ["rip", "rsp"] {
+            let value = format!("= {:#x}\n", bed.register(vcpu, register));
+            assert!(said.contains(&value), "{register} of {vcpu}, {value} in\n{said}");
+        }
+        let rip = bed.register(vcpu, "rip") as usize;
+        let bytes: Vec<String> =
+            bed.ram[rip..rip + 8].iter().map(|byte| format!("0x{byte:02x}")).collect();
+        assert!(said.contains(&bytes.join("\t")), "{bytes:?} in\n{said}");
+    }
+    assert!(!said.contains("Cannot access memory"), "{said}");
+}
+
+#[test]
+fn a_core_file_is_of_the_machine_and_replaces_nothing() {
+    let Some(bed) = bed() else { return };
+    let path = core(bed).display().to_string();
+    let again = bed.host.frazil(&["export", &bed.at, &path, "--format", "elf-core"]);
+    again.expect_code(1).expect_says(&["--force"]);
+    let region = ["export", &bed.at, "x", "--format", "elf-core", "--region", "disk0"];
+    bed.host.frazil(&region).expect_code(2).expect_says(&["disk0"]);
+}
+
+/// A guest can write into its page tables what it likes.
+#[test]
+fn tables_that_make_no_sense_are_told_and_end() {
+    let Some(bed) = bed() else { return };
+    let root = hex(text(&bed.vcpus[0]["sregs"], "cr3")) & !0xfff;
+    // Each leads to itself; to nowhere; two take turns, each with the other.
+    let fills: [&dyn Fn(u64) -> u64; 3] = [&|_| root | 7, &|_| 0xdead_beef_f007, &|index| {
+        if index % 2 == 0 { root | 7 } else { (root + 0x1000) | 7 }
+    }];
+    for (turn, fill) in fills.into_iter().enumerate() {
+        let tag = format!("bad-{turn}");
+        let mut pages = vec![[0; PAGE_SIZE]; bed.ram.len() / PAGE_SIZE];
+        let mut dirty = PageSet::new(pages.len() as u64);
+        for page in [root / 4096, root / 4096 + 1] {
+            dirty.insert(page);
+            let table: &mut Page = &mut pages[page as usize];
+            for (index, entry) in (0..).zip(table.chunks_exact_mut(8)) {
+                entry.copy_from_slice(&fill(index).to_le_bytes());
+            }
+        }
+        let store = bed.host.store();
+        let gold = store.resolve("gold").expect("it").id;
+        let state = store.snapshot(gold).expect("it").states().expect("chunks");
+        let mut transaction = store.begin(Some(gold)).expect("nobody writes");
+        let region = transaction.region("ram", pages.len() as u64).expect("it");
+        transaction.write_pages(region, &dirty, &pages).expect("written");
+        let description = Description { state, message: tag.clone(), ..Description::default() };
+        let id = transaction.commit(description).expect("published").id;
+        let at = bed.host.at(&id.to_string());
+        for look in [&["--page-tables"][..], &["--gva", "0x1000"], &["--disassemble"], &["--stack"]]
+        {
+            let looked = bed.host.frazil(&[&["inspect", &at], look].concat());
+            assert!(matches!(looked.status.code(), Some(0 | 1)), "{tag} {look:?}: {looked:?}");
+            assert!(!looked.stderr.contains("panicked"), "{tag} {look:?}: {looked:?}");
+            assert!(looked.stdout.len() < 10_000, "{tag} {look:?}");
+        }
+        let file = bed.host.path(&tag).display().to_string();
+        let report = bed.host.json(&["export", &at, &file, "--format", "elf-core"]);
+        assert_eq!(number(&report, "cpus"), 2, "memory and registers are there all the same");
+    }
+}

@@ -1,0 +1,201 @@
+//! A snapshot of a stock Linux guest, as those see it who want to know what the guest was doing: `frazil
+//! inspect`, and debuggers that open its core file. The guest runs where `frazil_tests::linux` tells; what is
+//! made of its snapshot is made here.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use frazil_tests::linux::run;
+use frazil_tests::vm_harness::{Host, number, text};
+use serde_json::Value;
+
+const SCRIPT: &str = r"
+boot a 'load'
+ticks a 2
+checkpoint a one
+crash a
+keep /run/store
+";
+
+/// A host whose store is the guest's, or none if there is no QEMU. Made once.
+fn host() -> Option<&'static Host> {
+    static HOST: OnceLock<Option<Host>> = OnceLock::new();
+    let make = || {
+        let outcome = run("core", SCRIPT)?;
+        let host = Host::new();
+        let _none_yet = std::fs::remove_dir_all(host.store_path());
+        outcome.unpack_kept(host.store_path().parent().expect("it is in a folder"));
+        Some(host)
+    };
+    HOST.get_or_init(make).as_ref()
+}
+
+/// The core file, made once.
+fn core(host: &Host) -> &'static (PathBuf, Value) {
+    static CORE: OnceLock<(PathBuf, Value)> = OnceLock::new();
+    CORE.get_or_init(|| {
+        let path = host.path("vmcore");
+        let export =
+            ["export", &host.at("one"), &path.display().to_string(), "--format", "elf-core"];
+        (path, host.json(&export))
+    })
+}
+
+/// What a debugger says, if it is installed.
+fn debugger(program: &str, arguments: &[&str]) -> Option<String> {
+    let found = Command::new(program).args(arguments).output();
+    let output = match found {
+        Ok(output) => output,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            eprintln!("SKIPPED: there is no {program} here; `make setup` brings it");
+            return None;
+        }
+        Err(error) => panic!("{program}: {error}"),
+    };
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{program}: {output:#?}");
+    Some(said)
+}
+
+/// Where `make setup` unpacks a kernel's debug information, or where Debian installs it.
+fn debug_information(release: &str) -> Option<PathBuf> {
+    let this = std::env::current_exe().expect("a test knows its file");
+    let target = this.ancestors().nth(3).expect("tests are in TARGET/PROFILE/deps");
+    let name = format!("usr/lib/debug/boot/vmlinux-{release}");
+    let roots = [Path::new("/"), &target.join("debian-debug")].map(|root| root.join(&name));
+    let found = roots.into_iter().find(|path| path.is_file());
+    if found.is_none() {
+        eprintln!(
+            "SKIPPED: there is no debug information of Linux {release}; `make setup-tests` brings it"
+        );
+    }
+    found
+}
+
+#[test]
+fn stacks_have_names_without_any_file() {
+    let Some(host) = host() else { return };
+    let stacks = host.ok(&["inspect", &host.at("one"), "--stack", "--json"]).json_lines();
+    assert_eq!(stacks.len(), 2, "{stacks:#?}");
+    for stack in &stacks {
+        let frames = stack["frames"].as_array().expect("frames");
+        let mut expected = vec!["bottom", "user_mode"];
+        for frame in frames {
+            match text(frame, "ip") {
+                // Modules have tables of their own.
+                ip if ip > "0xffffffffc0000000" => expected = vec!["no_way_up"],
+                // A program was running: of it nothing is known.
+                ip if ip < "0xffff" => expected.extend(["no_way_up", "damaged"]),
+                _ => assert!(frame["function"].is_string(), "{stack:#}"),
+            }
+        }
+        assert!(expected.contains(&text(stack, "end")), "{stack:#}");
+        // Whatever a vCPU does in the kernel begins in one of these.
+        let roots = [
+            "secondary_startup_64",
+            "ret_from_fork",
+            "entry_SYSCALL_64_after_hwframe",
+            "asm_exc_",
+            "asm_sysvec_",
+            "asm_common_interrupt",
+            "start_kernel",
+            "x86_64_start_kernel",
+        ];
+        let last = frames.last().and_then(|frame| frame["function"].as_str());
+        assert!(
+            expected.len() != 2
+                || last.is_some_and(|last| roots.iter().any(|root| last.starts_with(root))),
+            "{stack:#}"
+        );
+    }
+}
+
+#[test]
+fn memory_is_found_and_read_by_virtual_address() {
+    let Some(host) = host() else { return };
+    let at = host.at("one");
+    let banner = host.ok(&[
+        "inspect",
+        &at,
+        "--regex",
+        r"Linux version 6\.[0-9.]+-[^\x00]+#1[^\x00]+",
+        "--json",
+    ]);
+    let banner = banner.json_lines();
+    assert!(!banner.is_empty());
+    let (_, report) = core(host);
+    let release = text(&report["kernel"], "release");
+    assert!(banner.iter().any(|found| text(found, "text").contains(release)), "{banner:#?}");
+    // What is found by physical address is there by virtual address too, in the map of all memory.
+    let found = &banner[0];
+    let hex = |text: &str| u64::from_str_radix(text.trim_start_matches("0x"), 16).expect("hex");
+    let direct = hex(text(report, "direct_map"));
+    let (gpa, len) = (hex(text(found, "gpa")), number(found, "len"));
+    let gva = format!("{:#x},{len}", direct + gpa);
+    let dump = host.ok(&["inspect", &at, "--gva", &gva, "--json"]).json_lines();
+    let bytes: String = dump.iter().map(|page| text(page, "hex")).collect();
+    assert_eq!(bytes, text(found, "match"));
+    assert_eq!(text(&dump[0], "gpa"), text(found, "gpa"));
+}
+
+#[test]
+fn gdb_opens_the_core_file() {
+    let Some(host) = host() else { return };
+    let (path, report) = core(host);
+    let path = path.display().to_string();
+    assert_eq!(number(report, "cpus"), 2);
+    let show = host.json(&["show", &host.at("one")]);
+    let states = show["state"].as_array().expect("chunks");
+    let command = "thread apply all -q print/x $rip";
+    let Some(said) =
+        debugger("gdb", &["-nx", "-batch", "-ex", &format!("core-file {path}"), "-ex", command])
+    else {
+        return;
+    };
+    for name in ["vcpu0", "vcpu1"] {
+        let vcpu = states.iter().find(|chunk| chunk["name"] == name).expect("a vCPU");
+        let rip = text(&vcpu["body"]["regs"], "rip");
+        assert!(said.contains(&format!("= {rip}\n")), "{name}: {rip} in\n{said}");
+    }
+}
+
+/// With the kernel's debug information: tasks, as the kernel has them.
+#[test]
+fn drgn_lists_the_tasks() {
+    let Some(host) = host() else { return };
+    let (path, report) = core(host);
+    let release = text(&report["kernel"], "release");
+    let Some(vmlinux) = debug_information(release) else { return };
+    let script = host.path("tasks.py");
+    std::fs::write(
+        &script,
+        "import sys, drgn\n\
+         from drgn.helpers.linux.sched import task_state_to_char\n\
+         from drgn.helpers.linux.pid import for_each_task\n\
+         prog = drgn.Program()\n\
+         prog.set_core_dump(sys.argv[1])\n\
+         prog.load_debug_info([sys.argv[2]])\n\
+         print('release', prog['init_uts_ns'].name.release.string_().decode())\n\
+         for task in for_each_task(prog):\n    \
+             print('task', task.pid.value_(), task.comm.string_().decode())\n",
+    )
+    .expect("a file");
+    let [script, path, vmlinux] = [&script, path, &vmlinux].map(|path| path.display().to_string());
+    let python = "/usr/bin/python3";
+    if !Command::new(python)
+        .args(["-c", "import drgn"])
+        .status()
+        .is_ok_and(|status| status.success())
+    {
+        eprintln!("SKIPPED: {python} has no drgn; `make setup-tests` brings it");
+        return;
+    }
+    let Some(said) = debugger(python, &[&script, &path, &vmlinux]) else { return };
+    assert!(said.contains(&format!("release {release}\n")), "{said}");
+    let tasks: Vec<&str> = said.lines().filter_map(|line| line.strip_prefix("task ")).collect();
+    // The guest's first program, the kernel's first thread, and the loads that it runs.
+    assert!(tasks.iter().any(|task| task.starts_with("1 ")), "{said}");
+    assert!(tasks.contains(&"2 kthreadd"), "{said}");
+    assert!(tasks.len() > 20, "{said}");
+}

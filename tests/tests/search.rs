@@ -1,0 +1,192 @@
+//! Searching regions, against one search of all their bytes from the beginning to the end.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use frazil_snapstore::search::{Pattern, SearchProgress, search};
+use frazil_snapstore::{
+    Description, PAGE_SIZE, Page, PageSet, RegionReader, SnapshotId, Store, StoreOptions,
+};
+use frazil_tests::oracle::small_options;
+use frazil_tests::storage_sim::SimStorage;
+use proptest::prelude::*;
+use regex_automata::meta::Regex;
+use regex_automata::util::syntax;
+
+/// Three parts of what a core takes at once, and a bit.
+const PAGES: usize = 3 * 512 + 70;
+
+/// A region, and all its bytes.
+struct Bed {
+    store: Arc<Store>,
+    head: Option<SnapshotId>,
+    memory: Vec<Page>,
+}
+
+impl Bed {
+    fn new(options: StoreOptions) -> Self {
+        let storage = Arc::new(SimStorage::default());
+        let store = Store::open_or_create_storage(storage, options).expect("a store");
+        Self { store, head: None, memory: vec![[0; PAGE_SIZE]; PAGES] }
+    }
+
+    /// Writes each text at its place, in one snapshot on the last.
+    fn write(&mut self, texts: &[(usize, Vec<u8>)]) {
+        let mut dirty = PageSet::new(PAGES as u64);
+        let bytes = self.memory.as_flattened_mut();
+        for (at, text) in texts {
+            let len = text.len().min(bytes.len() - at);
+            bytes[*at..at + len].copy_from_slice(&text[..len]);
+            (at / PAGE_SIZE..(at + len).div_ceil(PAGE_SIZE)).for_each(|page| {
+                dirty.insert(page as u64);
+            });
+        }
+        let mut transaction = self.store.begin(self.head).expect("a transaction");
+        let region = transaction.region("ram", PAGES as u64).expect("a region");
+        transaction.write_pages(region, &dirty, &self.memory).expect("they are written");
+        let message = format!("{:?}", self.head);
+        let description = Description { message, ..Description::default() };
+        self.head = Some(transaction.commit(description).expect("a snapshot").id);
+    }
+
+    fn region(&self) -> RegionReader {
+        let snapshot = self.store.snapshot(self.head.expect("one")).expect("it");
+        snapshot.region("ram").expect("it")
+    }
+
+    /// Offset and bytes of what is found, with what is around it checked.
+    fn found(&self, pattern: &Pattern, context: usize) -> Vec<(u64, Vec<u8>)> {
+        let memory = self.memory.as_flattened();
+        let mut all = Vec::new();
+        let report = search(
+            &self.region(),
+            0..u64::MAX,
+            pattern,
+            context,
+            &SearchProgress::default(),
+            &mut |found| {
+                let (start, len) = (found.offset as usize, found.bytes.len());
+                assert_eq!(found.bytes, &memory[start..start + len]);
+                assert_eq!(found.before, &memory[start.saturating_sub(context)..start]);
+                let end = (start + len + context).min(memory.len());
+                assert_eq!(found.after, &memory[start + len..end]);
+                all.push((found.offset, found.bytes.to_vec()));
+                ControlFlow::Continue(())
+            },
+        )
+        .expect("a search");
+        assert_eq!(report.matches, all.len() as u64);
+        all
+    }
+}
+
+/// Places near the borders of pages and of parts, where matches could be missed.
+fn place() -> impl Strategy<Value = usize> {
+    let border = prop_oneof![
+        (0..PAGES).prop_map(|page| page * PAGE_SIZE),
+        (0_usize..4).prop_map(|part| part * 512 * PAGE_SIZE),
+        Just(PAGES * PAGE_SIZE - 8),
+    ];
+    (border, 0_usize..12).prop_map(|(border, before)| border.saturating_sub(before))
+}
+
+fn texts() -> impl Strategy<Value = Vec<(usize, Vec<u8>)>> {
+    let byte = prop_oneof![4 => Just(b'a'), 3 => Just(b'b'), 1 => Just(b'\n'), 1 => Just(0), 1 => Just(b'B')];
+    let text = (place(), proptest::collection::vec(byte, 1..24));
+    proptest::collection::vec(text, 1..40)
+}
+
+const EXPRESSIONS: [&str; 9] = [
+    "ab+a",
+    "(?s)a.b",
+    r"\bab",
+    "b$",
+    "^ab",
+    "a[ab]{2,9}b",
+    "(?i)ab",
+    r"b\x00{1,9}a",
+    "a.{0,6}b|ba",
+];
+const BYTES: [&[u8]; 6] = [b"ab", b"aa", b"b", b"ba\nb", b"\0a", b"abababab"];
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+
+    #[test]
+    fn what_is_found_is_what_one_search_finds(
+        first in texts(), second in texts(), expression in 0..EXPRESSIONS.len(), bytes in 0..BYTES.len(),
+    ) {
+        let mut bed = Bed::new(small_options());
+        bed.write(&first);
+        bed.write(&second);
+        let memory = bed.memory.as_flattened();
+
+        let mut expected = Vec::new();
+        let (needle, mut at) = (BYTES[bytes], 0);
+        while let Some(found) = memory[at..].windows(needle.len()).position(|window| window == needle) {
+            expected.push(((at + found) as u64, needle.to_vec()));
+            at += found + needle.len();
+        }
+        let pattern = Pattern::bytes(needle).expect("a pattern");
+        prop_assert_eq!(bed.found(&pattern, 5), expected);
+
+        let syntax = syntax::Config::new().unicode(false).utf8(false).multi_line(true);
+        let expression = EXPRESSIONS[expression];
+        let oracle = Regex::builder().syntax(syntax).build(expression).expect("an expression");
+        let expected: Vec<_> = oracle
+            .find_iter(memory)
+            .map(|found| (found.start() as u64, memory[found.range()].to_vec()))
+            .collect();
+        let pattern = Pattern::regex(expression).expect("a pattern");
+        prop_assert_eq!(bed.found(&pattern, 100), expected, "{}", expression);
+    }
+}
+
+#[test]
+fn only_what_is_not_zero_is_read_and_a_search_can_be_ended() {
+    let mut bed = Bed::new(StoreOptions::default());
+    let texts: Vec<_> =
+        (0..20).map(|number| (number * 60 * PAGE_SIZE, b"needle".to_vec())).collect();
+    bed.write(&texts);
+    let pattern = Pattern::bytes(b"needle").expect("a pattern");
+    let mut count = 0;
+    let mut run = |most: u64, range| {
+        count = 0;
+        let progress = SearchProgress::default();
+        let report = search(&bed.region(), range, &pattern, 4, &progress, &mut |_| {
+            count += 1;
+            if count == most { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        });
+        report.expect("a search")
+    };
+    let all = run(u64::MAX, 0..u64::MAX);
+    assert_eq!((all.matches, all.pages_read), (20, 20));
+    assert_eq!(run(3, 0..u64::MAX).matches, 3);
+    // Only matches that lie in the range: one at its first byte, none that reaches beyond its last.
+    let page = 60 * PAGE_SIZE as u64;
+    assert_eq!(run(u64::MAX, page..3 * page + 5).matches, 2);
+    assert_eq!(run(u64::MAX, page..3 * page + 6).matches, 3);
+    assert_eq!(run(u64::MAX, page + 1..2 * page).matches, 0);
+    assert_eq!(run(u64::MAX, u64::MAX - 1..u64::MAX).matches, 0);
+}
+
+#[test]
+fn patterns_that_say_nothing_are_refused() {
+    let bytes = |bytes: &[u8]| Pattern::bytes(bytes).map(|_| ()).expect_err("refused").to_string();
+    assert!(bytes(b"").contains("1 to"));
+    assert!(bytes(&[0; 9]).contains("zero"));
+    assert!(bytes(&vec![1; 1 << 20]).contains("65536"));
+    for (expression, says) in [
+        ("(", "regular expression"),
+        ("a*", "nothing at all"),
+        (r"\b", "nothing at all"),
+        (r"\x00+", "zeros alone"),
+        ("(?s).", "zeros alone"),
+        (r"\Afoo", "no beginning"),
+        ("a{70000}", "65536"),
+        ("((a{500}){500}){500}", "expression"),
+    ] {
+        let error = Pattern::regex(expression).map(|_| ()).expect_err(expression).to_string();
+        assert!(error.contains(says), "{expression}: {error}");
+    }
+}

@@ -1,0 +1,60 @@
+//! What `frazil inspect` is asked.
+
+use std::path::PathBuf;
+
+use clap::{ArgGroup, Args};
+
+use super::parse::{Span, address, how_many, span};
+
+#[derive(Debug, Args)]
+#[command(group = ArgGroup::new("look"))]
+pub(crate) struct InspectArgs {
+    /// STORE@REF.
+    #[arg(default_value = "latest")]
+    pub snapshot: String,
+    /// Dump guest memory at this guest physical address, LEN bytes (256 if it does not say).
+    #[arg(long, value_name = "ADDR[,LEN]", value_parser = span, group = "look")]
+    pub gpa: Option<Span>,
+    /// Dump guest memory at this virtual address, as the vCPU's page tables have it.
+    #[arg(long, value_name = "ADDR[,LEN]", value_parser = span, group = "look")]
+    pub gva: Option<Span>,
+    /// Find text, or bytes with `hex:DEADBEEF`, or text of two bytes a character with `utf16:TEXT`.
+    /// (`text:` stands before text that begins like that.)
+    #[arg(long, value_name = "WHAT", group = "look")]
+    pub search: Option<String>,
+    /// Find what a regular expression matches. It is about bytes: `.` is any but a line feed, \xff is
+    /// one, \w is ASCII; `^` and `$` are at the ends of lines. Matches of up to 4 KiB are found whole.
+    #[arg(long, value_name = "RE", group = "look")]
+    pub regex: Option<String>,
+    /// List what the vCPU's page tables map, ranges that are mapped alike together; of all addresses, or
+    /// of LEN bytes from ADDR on.
+    #[arg(long, value_name = "ADDR[,LEN]", num_args = 0..=1, value_parser = span, group = "look")]
+    #[allow(clippy::option_option)] // absent, without a value, with one
+    pub page_tables: Option<Option<Span>>,
+    /// Disassemble at this virtual address, or at the vCPU's next instruction.
+    #[arg(long, value_name = "ADDR", num_args = 0..=1, value_parser = address, group = "look")]
+    #[allow(clippy::option_option)] // absent, without a value, with one
+    pub disassemble: Option<Option<u64>>,
+    /// Show what called what: the stack of every vCPU, or of one. Names come from --vmlinux, or from a
+    /// Linux guest's own table of symbols; without either it is what lies on the stack.
+    #[arg(long, group = "look")]
+    pub stack: bool,
+    /// Of this vCPU.
+    #[arg(long, value_name = "N")]
+    pub vcpu: Option<usize>,
+    /// The guest kernel's file, with symbols; functions and lines come from its debug information.
+    #[arg(long, value_name = "FILE")]
+    pub vmlinux: Option<PathBuf>,
+    /// The region to search, or to show alone. Default: `ram` to search, all to show.
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["gpa", "gva", "page_tables", "disassemble", "stack"])]
+    pub region: Option<String>,
+    /// Stop after so many matches, instructions (default: 16) or frames of a stack (64).
+    #[arg(long, short = 'n', value_name = "N", visible_alias = "limit", value_parser = clap::value_parser!(u64).range(1..))]
+    pub max_count: Option<u64>,
+    /// Bytes to show before and behind what was found, up to 4096.
+    #[arg(long, value_name = "BYTES", default_value_t = 16, value_parser = clap::value_parser!(u16).range(0..=4096))]
+    pub context: u16,
+    /// Show at most so many ranges of a region, or `all`. With --json it is always all.
+    #[arg(long, value_name = "N|all", default_value = "20", value_parser = how_many)]
+    pub ranges: usize,
+}

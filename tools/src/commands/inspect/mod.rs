@@ -1,0 +1,79 @@
+//! `frazil inspect`: a look into a snapshot.
+
+mod code;
+mod dump;
+mod find;
+mod map;
+mod names;
+mod stack;
+mod tables;
+
+use std::io;
+use std::ops::ControlFlow;
+
+use frazil_vmm::inspect::GuestView;
+
+use super::open_snapshot;
+use crate::cli::{InspectArgs, usage_error};
+
+pub(crate) fn inspect(args: &InspectArgs, json: bool) -> anyhow::Result<()> {
+    check(args)?;
+    let (_, snapshot) = open_snapshot(&args.snapshot)?;
+    if args.search.is_some() || args.regex.is_some() {
+        return find::find(args, &snapshot, json);
+    }
+    let view = || GuestView::open(&snapshot);
+    let vcpu = args.vcpu.unwrap_or(0);
+    if let Some(span) = args.gpa {
+        return dump::physical(&view()?, span, json);
+    }
+    if let Some(span) = args.gva {
+        return dump::virtually(&view()?, vcpu, span, json);
+    }
+    if let Some(span) = args.page_tables {
+        return tables::tables(&view()?, vcpu, span, json);
+    }
+    if let Some(address) = args.disassemble {
+        return code::disassemble(&view()?, vcpu, address, args, json);
+    }
+    if args.stack {
+        return stack::stacks(&view()?, args, json);
+    }
+    map::map(args, &snapshot, json)
+}
+
+/// Options that are about another look than the one that is asked for.
+fn check(args: &InspectArgs) -> anyhow::Result<()> {
+    let searches = args.search.is_some() || args.regex.is_some();
+    let code = args.disassemble.is_some() || args.stack;
+    let wrong =
+        if args.vcpu.is_some() && !(code || args.gva.is_some() || args.page_tables.is_some()) {
+            Some("--vcpu is for --gva, --page-tables, --disassemble and --stack")
+        } else if args.vmlinux.is_some() && !code {
+            Some("--vmlinux is for --disassemble and --stack")
+        } else if args.max_count.is_some() && !(code || searches) {
+            Some("--max-count is for --search, --regex, --disassemble and --stack")
+        } else {
+            None
+        };
+    wrong.map_or(Ok(()), |wrong| Err(usage_error("inspect", wrong).into()))
+}
+
+/// Who prints a lot stops when nobody listens any more (`frazil inspect … | head`).
+fn listened(printed: io::Result<()>) -> ControlFlow<()> {
+    match printed {
+        Ok(()) => ControlFlow::Continue(()),
+        Err(_) => ControlFlow::Break(()),
+    }
+}
+
+/// Hex digits.
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// As a dump shows bytes: what can be printed, and dots.
+fn printable(bytes: &[u8]) -> String {
+    let shown = |byte: &u8| if (0x20..0x7f).contains(byte) { char::from(*byte) } else { '.' };
+    bytes.iter().map(shown).collect()
+}

@@ -1,0 +1,115 @@
+//! What page tables map.
+
+use frazil_vmm::inspect::{
+    Access, Caching, Found, GuestView, Joining, MappedRange, PagingMode, TablesReport,
+};
+use serde_json::json;
+
+use super::listened;
+use crate::cli::Span;
+use crate::output;
+
+pub(super) fn tables(
+    view: &GuestView,
+    vcpu: usize,
+    span: Option<Span>,
+    json: bool,
+) -> anyhow::Result<()> {
+    let space = view.space(vcpu)?;
+    if space.mode == PagingMode::Off {
+        anyhow::bail!(
+            "vCPU {vcpu}: expected page tables, found none, as paging is off: virtual addresses are guest physical ones"
+        );
+    }
+    let addresses = match span {
+        None => 0..=u64::MAX,
+        Some(Span { address, len_bytes }) => {
+            address..=address.saturating_add(len_bytes.unwrap_or(1) - 1)
+        }
+    };
+    if !json {
+        outln!("vCPU {vcpu}, {}, tables from guest physical {:#x} on", space.mode, space.root_gpa);
+        outln!("{:<38}{:>12}  {:<6}{:>8}  guest physical", "virtual", "size", "access", "pages");
+    }
+    let report = space.mapped(view.memory(), addresses, Joining::Alike, &mut |found| {
+        listened(match (found, json) {
+            (Found::Range(range), true) => output::try_line(format_args!("{}", object(&range))),
+            (Found::Again { gva, span_bytes, times }, true) => output::try_line(format_args!(
+                "{}",
+                json!({"again": format!("{gva:#x}"), "span_bytes": span_bytes, "times": times})
+            )),
+            (Found::Range(range), false) => output::try_line(format_args!("{}", line(&range))),
+            (Found::Again { span_bytes, times, .. }, false) => output::try_line(format_args!(
+                "  … and the {} before {} times more, right behind",
+                output::bytes(span_bytes),
+                output::count(times)
+            )),
+        })
+    })?;
+    tell_bad(&report);
+    Ok(())
+}
+
+fn tell_bad(report: &TablesReport) {
+    for bad in &report.bad {
+        eprintln!(
+            "frazil: virtual {:#x}: expected a {} in RAM, found one at guest physical {:#x}",
+            bad.gva, bad.level, bad.table_gpa
+        );
+    }
+    let more = report.bad_entries - report.bad.len() as u64;
+    if more > 0 {
+        eprintln!("frazil: {} more tables are not in RAM", output::count(more));
+    }
+}
+
+/// "urwx", as `ls` has it: what is not allowed is a dash.
+fn access(access: Access) -> String {
+    let flag = |on: bool, name: char| if on { name } else { '-' };
+    [flag(access.user, 'u'), 'r', flag(access.write, 'w'), flag(access.execute, 'x')]
+        .iter()
+        .collect()
+}
+
+fn caching(caching: Caching) -> &'static str {
+    match caching {
+        Caching::WriteBack => "",
+        Caching::WriteThrough => " write-through",
+        Caching::Uncached => " uncached",
+    }
+}
+
+fn line(range: &MappedRange) -> String {
+    let gpa = range.gpa.map_or_else(|| "here and there".to_owned(), |gpa| format!("{gpa:#x}"));
+    format!(
+        "{:#018x}-{:#018x} {:>12}  {:<6}{:>8}  {gpa}{}{}",
+        range.gva,
+        range.gva.wrapping_add(range.len_bytes - 1),
+        output::bytes(range.len_bytes),
+        access(range.access),
+        page_size(range.page_bytes),
+        if range.global { " global" } else { "" },
+        caching(range.caching),
+    )
+}
+
+fn page_size(bytes: u64) -> String {
+    match bytes {
+        0x4000_0000.. => format!("{}G", bytes >> 30),
+        0x10_0000.. => format!("{}M", bytes >> 20),
+        _ => format!("{}K", bytes >> 10),
+    }
+}
+
+fn object(range: &MappedRange) -> serde_json::Value {
+    json!({
+        "gva": format!("{:#x}", range.gva), "bytes": range.len_bytes, "page_bytes": range.page_bytes,
+        "gpa": range.gpa.map(|gpa| format!("{gpa:#x}")), "write": range.access.write,
+        "execute": range.access.execute, "user": range.access.user, "global": range.global,
+        "caching": match range.caching {
+            Caching::WriteBack => "write_back",
+            Caching::WriteThrough => "write_through",
+            Caching::Uncached => "uncached",
+        },
+    })
+}

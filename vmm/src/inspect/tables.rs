@@ -1,0 +1,368 @@
+//! All that page tables map, as ranges.
+
+use std::ops::{ControlFlow, RangeInclusive};
+
+use super::memory::{PhysicalMemory, number};
+use super::space::{
+    AddressSpace, Entry, GLOBAL, Level, NO_EXECUTE, UNCACHED, USER, WRITABLE, WRITE_THROUGH,
+};
+use super::{InspectError, Result};
+
+/// The most tables that are read for one look. Those of a guest with 1 TiB in pages of 4 KiB are half
+/// as many.
+pub const TABLES_MAX: u64 = 1 << 20;
+/// Bits of an entry that the processor sets when it goes by it: accessed and dirty.
+const TOUCHED: u64 = 0x60;
+/// Entries that lead nowhere which a report names.
+const BAD_MAX: usize = 16;
+
+/// What may be done with a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Access {
+    /// Written.
+    pub write: bool,
+    /// Executed.
+    pub execute: bool,
+    /// All that by user mode.
+    pub user: bool,
+}
+
+/// How a page is cached, as far as entries say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Caching {
+    /// As usual.
+    WriteBack,
+    /// Writes go through.
+    WriteThrough,
+    /// Not at all.
+    Uncached,
+}
+
+/// Neighbouring addresses that are mapped alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MappedRange {
+    /// The first virtual address.
+    pub gva: u64,
+    /// Length in bytes.
+    pub len_bytes: u64,
+    /// Where it begins in guest physical memory, if it is in one piece there.
+    pub gpa: Option<u64>,
+    /// Size of the pages, in bytes.
+    pub page_bytes: u64,
+    /// What may be done.
+    pub access: Access,
+    /// It stays in the TLB when tables change.
+    pub global: bool,
+    /// How it is cached.
+    pub caching: Caching,
+}
+
+/// What is found on the way through page tables, by ascending address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// A range that is mapped.
+    Range(MappedRange),
+    /// The same tables again: what lies in the `span_bytes` before `gva` is mapped `times` times more,
+    /// one right behind the other.
+    Again {
+        /// The first address of the first repetition.
+        gva: u64,
+        /// Addresses of one, in bytes.
+        span_bytes: u64,
+        /// How many.
+        times: u64,
+    },
+}
+
+/// When neighbours are one range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Joining {
+    /// If they are mapped alike.
+    Alike,
+    /// If they are mapped alike, and are neighbours in guest physical memory too.
+    Contiguous,
+}
+
+/// An entry that leads to a table where there is no RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BadEntry {
+    /// The first address that it is for.
+    pub gva: u64,
+    /// The table that should be there.
+    pub level: &'static str,
+    /// Where that would be, a guest physical address.
+    pub table_gpa: u64,
+}
+
+/// What a look at page tables came to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TablesReport {
+    /// Tables read.
+    pub tables: u64,
+    /// Entries that lead nowhere.
+    pub bad_entries: u64,
+    /// The first of them.
+    pub bad: Vec<BadEntry>,
+}
+
+impl AddressSpace {
+    /// Finds all that is mapped among `addresses`, by ascending address, until `visit` has had enough.
+    /// Without paging there is nothing to find.
+    ///
+    /// # Errors
+    /// [`InspectError::NoTable`] if the first table is not in RAM; [`InspectError::TooManyTables`];
+    /// those of the memory. Other tables that are not in RAM are in the report.
+    pub fn mapped(
+        &self,
+        memory: &dyn PhysicalMemory,
+        addresses: RangeInclusive<u64>,
+        joining: Joining,
+        visit: &mut dyn FnMut(Found) -> ControlFlow<()>,
+    ) -> Result<TablesReport> {
+        let levels = self.levels();
+        let mut walk = Walk {
+            space: *self,
+            memory,
+            addresses,
+            joining,
+            visit,
+            pending: None,
+            report: TablesReport::default(),
+            emitted: 0,
+        };
+        if let Some(first) = levels.first() {
+            let bytes = (self.entry_bytes() << first.bits) as u64;
+            if !memory.has(self.root_gpa, bytes) {
+                let (gva, level) = (*walk.addresses.start(), first.name);
+                return Err(InspectError::NoTable { gva, level, table_gpa: self.root_gpa });
+            }
+            let all = Rights { access: ALL, caching: Caching::WriteBack };
+            let stopped = walk.table(levels, self.root_gpa, 0, all)?;
+            if stopped.is_continue() {
+                let _the_last = walk.flush();
+            }
+        }
+        Ok(walk.report)
+    }
+}
+
+const ALL: Access = Access { write: true, execute: true, user: true };
+
+/// What the entries so far allow.
+#[derive(Clone, Copy)]
+struct Rights {
+    access: Access,
+    caching: Caching,
+}
+
+struct Walk<'a> {
+    space: AddressSpace,
+    memory: &'a dyn PhysicalMemory,
+    addresses: RangeInclusive<u64>,
+    joining: Joining,
+    visit: &'a mut dyn FnMut(Found) -> ControlFlow<()>,
+    pending: Option<MappedRange>,
+    report: TablesReport,
+    /// Ranges begun, so that a caller can tell how many came of a table.
+    emitted: u64,
+}
+
+/// Whether to go on.
+type Flow = Result<ControlFlow<()>>;
+
+impl Walk<'_> {
+    /// The table at `gpa`, of the first of `levels`, for addresses from `base` on. The levels end, so
+    /// this does, even if a table leads to itself.
+    fn table(&mut self, levels: &[Level], gpa: u64, base: u64, rights: Rights) -> Flow {
+        let Some((level, below)) = levels.split_first() else {
+            return Ok(ControlFlow::Continue(()));
+        };
+        self.report.tables += 1;
+        if self.report.tables > TABLES_MAX {
+            return Err(InspectError::TooManyTables);
+        }
+        let size = self.space.entry_bytes();
+        let mut bytes = [0; 4096];
+        let bytes = &mut bytes[..size << level.bits];
+        self.memory.read(gpa, bytes)?;
+        let entries: Vec<u64> = bytes.chunks_exact(size).map(number).collect();
+        let span = 1_u64 << level.shift;
+        let mut index = 0;
+        while index < entries.len() {
+            let first = base + index as u64 * span;
+            let entry = entries[index];
+            // Of the same table again and again only the first is looked at.
+            let like = |other: &&u64| **other | TOUCHED == entry | TOUCHED;
+            let same = entries[index..].iter().take_while(like).count();
+            index += 1;
+            if !self.wants(first, span) {
+                continue;
+            }
+            let rights = rights.with(&self.space, level, entry);
+            match self.space.decode(level, below.is_empty(), entry) {
+                Entry::Absent => {}
+                Entry::Page(page_gpa) => {
+                    let flow = self.page(first, page_gpa, span, rights, entry & GLOBAL != 0);
+                    if flow.is_break() {
+                        return Ok(flow);
+                    }
+                }
+                Entry::Table(next) => {
+                    let again = self.wanted_whole(first, span, same);
+                    if self.below(below, next, first, rights, again)?.is_break() {
+                        return Ok(ControlFlow::Break(()));
+                    }
+                    index += again as usize - 1;
+                }
+            }
+        }
+        Ok(ControlFlow::Continue(()))
+    }
+
+    /// The table at `gpa` for `times` spans from `first` on.
+    fn below(
+        &mut self,
+        levels: &[Level],
+        gpa: u64,
+        first: u64,
+        rights: Rights,
+        times: u64,
+    ) -> Flow {
+        let Some(level) = levels.first() else { return Ok(ControlFlow::Continue(())) };
+        let span = 1_u64 << (level.shift + level.bits);
+        let table_bytes = (self.space.entry_bytes() << level.bits) as u64;
+        if !self.memory.has(gpa, table_bytes) {
+            self.report.bad_entries += times;
+            if self.report.bad.len() < BAD_MAX {
+                let gva = self.space.canonical(first);
+                self.report.bad.push(BadEntry { gva, level: level.name, table_gpa: gpa });
+            }
+            return Ok(ControlFlow::Continue(()));
+        }
+        if times == 1 {
+            return self.table(levels, gpa, first, rights);
+        }
+        let before = self.emitted;
+        // What comes of it is not to be joined with what was before.
+        if self.flush().is_break() || self.table(levels, gpa, first, rights)?.is_break() {
+            return Ok(ControlFlow::Break(()));
+        }
+        let gva = self.space.canonical(first);
+        match &mut self.pending {
+            // All of it alike: as much again is more of the same.
+            Some(range)
+                if self.emitted == before + 1
+                    && (range.gva, range.len_bytes) == (gva, span)
+                    && self.joining == Joining::Alike =>
+            {
+                range.len_bytes = span * times;
+                range.gpa = None;
+                Ok(ControlFlow::Continue(()))
+            }
+            None if self.emitted == before => Ok(ControlFlow::Continue(())),
+            _ => {
+                if self.flush().is_break() {
+                    return Ok(ControlFlow::Break(()));
+                }
+                let gva = self.space.canonical(first + span);
+                Ok((self.visit)(Found::Again { gva, span_bytes: span, times: times - 1 }))
+            }
+        }
+    }
+
+    /// True if some of the `span` addresses from `first` on are to be looked at.
+    fn wants(&self, first: u64, span: u64) -> bool {
+        let gva = self.space.canonical(first);
+        gva <= *self.addresses.end() && gva + (span - 1) >= *self.addresses.start()
+    }
+
+    /// Of `count` spans from `first` on, how many are to be looked at and are alike: 1 if the first
+    /// is to be looked at only in part.
+    fn wanted_whole(&self, first: u64, span: u64, count: usize) -> u64 {
+        let whole = |index: u64| {
+            let gva = self.space.canonical(first + index * span);
+            self.addresses.contains(&gva) && self.addresses.contains(&(gva + (span - 1)))
+        };
+        // The halves of the addresses do not follow each other.
+        let follows = |index: u64| {
+            let step = self.space.canonical(first + index * span);
+            step == self.space.canonical(first).wrapping_add(index * span)
+        };
+        (0..count as u64).take_while(|index| whole(*index) && follows(*index)).count().max(1) as u64
+    }
+
+    fn page(
+        &mut self,
+        first: u64,
+        gpa: u64,
+        span: u64,
+        rights: Rights,
+        global: bool,
+    ) -> ControlFlow<()> {
+        let gva = self.space.canonical(first);
+        // Only the part that was asked for.
+        let start = gva.max(*self.addresses.start());
+        let last = (gva + (span - 1)).min(*self.addresses.end());
+        let range = MappedRange {
+            gva: start,
+            len_bytes: last - start + 1,
+            gpa: Some(gpa + (start - gva)),
+            page_bytes: span,
+            access: rights.access,
+            global,
+            caching: rights.caching,
+        };
+        if let Some(pending) = &mut self.pending
+            && pending.is_followed_by(&range)
+        {
+            let contiguous =
+                pending.gpa.is_some_and(|gpa| Some(gpa + pending.len_bytes) == range.gpa);
+            if contiguous || self.joining == Joining::Alike {
+                pending.len_bytes += range.len_bytes;
+                pending.gpa = pending.gpa.filter(|_| contiguous);
+                return ControlFlow::Continue(());
+            }
+        }
+        let flow = self.flush();
+        self.pending = Some(range);
+        self.emitted += 1;
+        flow
+    }
+
+    fn flush(&mut self) -> ControlFlow<()> {
+        match self.pending.take() {
+            Some(range) => (self.visit)(Found::Range(range)),
+            None => ControlFlow::Continue(()),
+        }
+    }
+}
+
+impl MappedRange {
+    fn is_followed_by(&self, next: &Self) -> bool {
+        self.gva.checked_add(self.len_bytes) == Some(next.gva)
+            && self.page_bytes == next.page_bytes
+            && (self.access, self.global, self.caching) == (next.access, next.global, next.caching)
+    }
+}
+
+impl Rights {
+    fn with(self, space: &AddressSpace, level: &Level, entry: u64) -> Self {
+        let Self { access, caching } = self;
+        if !level.has_rights {
+            return self;
+        }
+        // The caching bits of entries above a page are about the next table.
+        let caching = match (entry & UNCACHED != 0, entry & WRITE_THROUGH != 0) {
+            _ if !level.maps_pages => caching,
+            (true, _) => Caching::Uncached,
+            (false, true) => Caching::WriteThrough,
+            (false, false) => Caching::WriteBack,
+        };
+        let access = Access {
+            write: access.write && entry & WRITABLE != 0,
+            execute: access.execute && (!space.has_no_execute || entry & NO_EXECUTE == 0),
+            user: access.user && entry & USER != 0,
+        };
+        Self { access, caching }
+    }
+}

@@ -1,0 +1,445 @@
+//! The walker against page tables that are built from a list of what is to be mapped, and against tables
+//! that make no sense.
+
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+
+use proptest::prelude::*;
+
+use super::memory::not_ram;
+use super::*;
+use crate::memory::RamRange;
+
+/// Memory from guest physical 0 on.
+pub(super) struct Ram(pub(super) Vec<u8>);
+
+impl PhysicalMemory for Ram {
+    fn read(&self, gpa: u64, out: &mut [u8]) -> Result<()> {
+        let all = RamRange { gpa: 0, len_bytes: self.0.len() as u64, file_offset: 0 };
+        if !self.has(gpa, out.len() as u64) {
+            return Err(not_ram(gpa, out.len() as u64, &[all]));
+        }
+        out.copy_from_slice(&self.0[gpa as usize..][..out.len()]);
+        Ok(())
+    }
+
+    fn has(&self, gpa: u64, len_bytes: u64) -> bool {
+        gpa.checked_add(len_bytes).is_some_and(|end| end <= self.0.len() as u64)
+    }
+}
+
+/// A mode, as the manuals draw it: the lowest bit of each level's index and its width, from the root on;
+/// bytes of an entry; which levels can map a page.
+struct Shape {
+    mode: PagingMode,
+    levels: &'static [(u32, u32)],
+    entry_bytes: usize,
+    leaves: &'static [usize],
+    /// Levels whose entries have no rights.
+    without_rights: usize,
+}
+
+const SHAPES: [Shape; 5] = [
+    Shape {
+        mode: PagingMode::FourLevel,
+        levels: &[(39, 9), (30, 9), (21, 9), (12, 9)],
+        entry_bytes: 8,
+        leaves: &[1, 2, 3],
+        without_rights: 0,
+    },
+    Shape {
+        mode: PagingMode::FiveLevel,
+        levels: &[(48, 9), (39, 9), (30, 9), (21, 9), (12, 9)],
+        entry_bytes: 8,
+        leaves: &[2, 3, 4],
+        without_rights: 0,
+    },
+    Shape {
+        mode: PagingMode::Pae,
+        levels: &[(30, 2), (21, 9), (12, 9)],
+        entry_bytes: 8,
+        leaves: &[1, 2],
+        without_rights: 1,
+    },
+    Shape {
+        mode: PagingMode::Bits32 { large_pages: true },
+        levels: &[(22, 10), (12, 10)],
+        entry_bytes: 4,
+        leaves: &[0, 1],
+        without_rights: 0,
+    },
+    Shape {
+        mode: PagingMode::Bits32 { large_pages: false },
+        levels: &[(22, 10), (12, 10)],
+        entry_bytes: 4,
+        leaves: &[1],
+        without_rights: 0,
+    },
+];
+
+/// What may be done: written, by user mode, executed.
+type Rights = (bool, bool, bool);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Page {
+    gpa: u64,
+    bytes: u64,
+    rights: Rights,
+}
+
+/// Tables under construction, and what they are to map.
+struct Builder {
+    shape: &'static Shape,
+    ram: Ram,
+    next_table: u64,
+    root_gpa: u64,
+    /// By level and by the address's bits from there on up: the table below, and the rights of its entry.
+    tables: BTreeMap<(usize, u64), (u64, Rights)>,
+    pages: BTreeMap<u64, Page>,
+}
+
+const TABLE_PAGES: u64 = 96;
+
+impl Builder {
+    fn new(shape: &'static Shape) -> Self {
+        let ram = Ram(vec![0; (TABLE_PAGES * 4096) as usize]);
+        // Not at 0, so that a table that is missed is not found by chance.
+        let (root_gpa, next_table) = (0x3000, 0x4000);
+        let (tables, pages) = (BTreeMap::new(), BTreeMap::new());
+        Self { shape, ram, next_table, root_gpa, tables, pages }
+    }
+
+    fn space(&self) -> AddressSpace {
+        let has_no_execute = self.shape.entry_bytes == 8;
+        AddressSpace { mode: self.shape.mode, root_gpa: self.root_gpa, has_no_execute }
+    }
+
+    fn bits(&self) -> u32 {
+        let (shift, width) = self.shape.levels[0];
+        shift + width
+    }
+
+    /// The address as the processor has it.
+    fn canonical(&self, gva: u64) -> u64 {
+        let bits = self.bits();
+        let low = gva & (u64::MAX >> (64 - bits));
+        let long = self.shape.levels.len() > 3;
+        if long && low >> (bits - 1) == 1 { low | u64::MAX << bits } else { low }
+    }
+
+    fn flags(&self, (write, user, execute): Rights) -> u64 {
+        let no_execute = if self.shape.entry_bytes == 8 && !execute { 1 << 63 } else { 0 };
+        1 | u64::from(write) << 1 | u64::from(user) << 2 | no_execute
+    }
+
+    fn put(&mut self, table_gpa: u64, index: u64, entry: u64) {
+        let bytes = self.shape.entry_bytes;
+        let at = table_gpa as usize + index as usize * bytes;
+        self.ram.0[at..at + bytes].copy_from_slice(&entry.to_le_bytes()[..bytes]);
+    }
+
+    /// Maps a page of level `leaf` at `gva`, unless something is there.
+    fn map(&mut self, gva: u64, leaf: usize, gpa: u64, rights: [Rights; 5]) {
+        let (shift, _) = self.shape.levels[leaf];
+        let size = 1_u64 << shift;
+        let base = self.canonical(gva) & !(size - 1);
+        let overlaps = |(start, page): (&u64, &Page)| {
+            let (first, last) = (*start, start + (page.bytes - 1));
+            first <= base + (size - 1) && base <= last
+        };
+        if self.pages.iter().any(overlaps) {
+            return;
+        }
+        let mut table = self.root_gpa;
+        let mut allowed = (true, true, true);
+        let and = |a: Rights, b: Rights| (a.0 && b.0, a.1 && b.1, a.2 && b.2);
+        for level in 0..=leaf {
+            let (shift, width) = self.shape.levels[level];
+            let index = base >> shift & ((1 << width) - 1);
+            let own =
+                if level < self.shape.without_rights { (true, true, true) } else { rights[level] };
+            if level == leaf {
+                allowed = and(allowed, own);
+                let address_bits = if self.shape.entry_bytes == 4 { 32 } else { 46 };
+                let gpa = gpa & !(size - 1) & (u64::MAX >> (64 - address_bits));
+                let large = if level + 1 < self.shape.levels.len() { 1 << 7 } else { 0 };
+                self.put(table, index, gpa | self.flags(own) | large);
+                self.pages.insert(base, Page { gpa, bytes: size, rights: allowed });
+                return;
+            }
+            let key = (level, base >> shift);
+            let (next, own) = match self.tables.get(&key) {
+                Some(found) => *found,
+                None if self.next_table >= TABLE_PAGES * 4096 => return,
+                None => {
+                    let next = self.next_table;
+                    self.next_table += 4096;
+                    // What PAE keeps for itself in its first level is 0.
+                    let flags = if level < self.shape.without_rights { 1 } else { self.flags(own) };
+                    self.put(table, index, next | flags);
+                    self.tables.insert(key, (next, own));
+                    (next, own)
+                }
+            };
+            allowed = and(allowed, own);
+            table = next;
+        }
+    }
+
+    fn page(&self, gva: u64) -> Option<(u64, Page)> {
+        let (start, page) = self.pages.range(..=gva).next_back()?;
+        (gva - start < page.bytes).then_some((*start, *page))
+    }
+
+    fn expected_rights(&self, page: &Page) -> Rights {
+        let (write, user, execute) = page.rights;
+        (write, user, execute || self.shape.entry_bytes == 4)
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Wish {
+    gva: u64,
+    leaf: usize,
+    gpa: u64,
+    rights: [Rights; 5],
+}
+
+/// Addresses near each other and near the ends, so that pages become neighbours.
+fn addresses() -> impl Strategy<Value = u64> {
+    let near = (0_u64..6, 0_u64..3, 0_u64..6, 0_u64..5)
+        .prop_map(|(a, b, c, d)| a << 39 | b << 30 | c << 21 | d << 12);
+    prop_oneof![near.clone(), near.prop_map(|gva| !gva), any::<u64>()]
+}
+
+fn wishes() -> impl Strategy<Value = Vec<Wish>> {
+    let rights = any::<[Rights; 5]>();
+    let wish = (addresses(), 0_usize..3, any::<u64>(), rights)
+        .prop_map(|(gva, leaf, gpa, rights)| Wish { gva, leaf, gpa, rights });
+    proptest::collection::vec(wish, 1..30)
+}
+
+fn built(shape: &'static Shape, wishes: &[Wish]) -> Builder {
+    let mut builder = Builder::new(shape);
+    for wish in wishes {
+        let leaf = shape.leaves[wish.leaf % shape.leaves.len()];
+        builder.map(wish.gva, leaf, wish.gpa, wish.rights);
+    }
+    builder
+}
+
+fn all_of(builder: &Builder, joining: Joining) -> Vec<Found> {
+    let mut all = Vec::new();
+    builder
+        .space()
+        .mapped(&builder.ram, 0..=u64::MAX, joining, &mut |found| {
+            all.push(found);
+            ControlFlow::Continue(())
+        })
+        .expect("tables that make sense");
+    all
+}
+
+proptest! {
+    #[test]
+    fn addresses_lead_where_they_were_mapped_to(
+        shape in 0..SHAPES.len(), wishes in wishes(), probes in proptest::collection::vec(addresses(), 20),
+    ) {
+        let builder = built(&SHAPES[shape], &wishes);
+        let space = builder.space();
+        let inside = builder.pages.iter().flat_map(|(start, page)| {
+            [*start, start + page.bytes / 3, start + (page.bytes - 1), start.wrapping_sub(1), start.wrapping_add(page.bytes)]
+        });
+        for gva in inside.chain(probes).map(|gva| builder.canonical(gva)) {
+            match (space.translate(&builder.ram, gva), builder.page(gva)) {
+                (Ok(found), Some((start, page))) => {
+                    prop_assert_eq!(found.gpa, page.gpa + (gva - start), "{:#x}", gva);
+                    let rights = (found.writable, found.user, found.executable);
+                    prop_assert_eq!((found.page_bytes, rights), (page.bytes, builder.expected_rights(&page)));
+                }
+                (Err(InspectError::NotMapped { gva: told, .. }), None) => prop_assert_eq!(told, gva),
+                (found, expected) => prop_assert!(false, "{gva:#x}: {found:?}, expected {expected:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn ranges_are_what_was_mapped(shape in 0..SHAPES.len(), wishes in wishes()) {
+        let builder = built(&SHAPES[shape], &wishes);
+        for joining in [Joining::Alike, Joining::Contiguous] {
+            let mut bytes = 0;
+            let mut last = None;
+            for found in all_of(&builder, joining) {
+                let Found::Range(range) = found else { panic!("nothing is there twice: {found:?}") };
+                prop_assert!(last.is_none_or(|last| last < range.gva), "ascending");
+                last = Some(range.gva + (range.len_bytes - 1));
+                bytes += range.len_bytes;
+                // Each page of it.
+                let mut at = range.gva;
+                loop {
+                    let (start, page) = builder.page(at).expect("mapped");
+                    prop_assert_eq!(start, at);
+                    let rights = (range.access.write, range.access.user, range.access.execute);
+                    prop_assert_eq!(rights, builder.expected_rights(&page));
+                    prop_assert_eq!(range.page_bytes, page.bytes);
+                    if let Some(gpa) = range.gpa {
+                        prop_assert_eq!(page.gpa, gpa + (at - range.gva));
+                    }
+                    prop_assert!(range.gpa.is_some() || joining == Joining::Alike);
+                    if at + (page.bytes - 1) == range.gva + (range.len_bytes - 1) {
+                        break;
+                    }
+                    at += page.bytes;
+                }
+            }
+            prop_assert_eq!(bytes, builder.pages.values().map(|page| page.bytes).sum::<u64>());
+        }
+    }
+
+    #[test]
+    fn a_part_is_that_part_of_the_whole(
+        shape in 0..SHAPES.len(), wishes in wishes(), first in addresses(), len in 0_u64..1 << 31,
+    ) {
+        let builder = built(&SHAPES[shape], &wishes);
+        let first = builder.canonical(first);
+        let last = first.saturating_add(len);
+        let mut part = Vec::new();
+        let report = builder.space().mapped(&builder.ram, first..=last, Joining::Contiguous, &mut |found| {
+            part.push(found);
+            ControlFlow::Continue(())
+        });
+        prop_assert!(report.is_ok());
+        let clipped = all_of(&builder, Joining::Contiguous).into_iter().filter_map(|found| {
+            let Found::Range(range) = found else { return None };
+            let start = range.gva.max(first);
+            let end = (range.gva + (range.len_bytes - 1)).min(last);
+            (start <= end).then(|| Found::Range(MappedRange {
+                gva: start,
+                len_bytes: end - start + 1,
+                gpa: range.gpa.map(|gpa| gpa + (start - range.gva)),
+                ..range
+            }))
+        });
+        prop_assert_eq!(part, clipped.collect::<Vec<_>>());
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+
+    /// Whatever is in memory, a look ends, and tells what is wrong.
+    #[test]
+    fn nonsense_ends(
+        shape in 0..SHAPES.len(),
+        entries in proptest::collection::vec((0_u64..8 * 512, any::<u64>(), 0_u64..9), 0..2000),
+        fill in prop_oneof![Just(0_u64), 1_u64..8],
+    ) {
+        let shape = &SHAPES[shape];
+        let mut builder = Builder::new(shape);
+        builder.ram.0.truncate(8 * 4096);
+        if fill > 0 {
+            // Every entry of every table leads to the same one.
+            let (entry, bytes) = (fill << 12 | 7, shape.entry_bytes);
+            for place in builder.ram.0.chunks_exact_mut(bytes) {
+                place.copy_from_slice(&entry.to_le_bytes()[..bytes]);
+            }
+        }
+        for (place, noise, page) in entries {
+            let entry = if page == 8 { noise } else { page << 12 | noise & 0x1e7 };
+            builder.ram.0[place as usize * 8..][..8].copy_from_slice(&entry.to_le_bytes());
+        }
+        let mut found = 0_u64;
+        let looked = builder.space().mapped(&builder.ram, 0..=u64::MAX, Joining::Alike, &mut |_| {
+            found += 1;
+            if found == 100_000 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        });
+        match looked {
+            Ok(report) => prop_assert!(report.tables <= TABLES_MAX && report.bad.len() <= 16),
+            Err(error) => prop_assert!(matches!(error, InspectError::TooManyTables), "{error}"),
+        }
+        let _whatever = builder.space().translate(&builder.ram, 0x1234_5678);
+    }
+}
+
+#[test]
+fn a_table_that_leads_to_itself_is_told_in_a_few_words() {
+    let mut builder = Builder::new(&SHAPES[0]);
+    for index in 0..512 {
+        builder.put(builder.root_gpa, index, builder.root_gpa | 3);
+    }
+    let mut all = Vec::new();
+    let report = builder
+        .space()
+        .mapped(&builder.ram, 0..=u64::MAX, Joining::Alike, &mut |found| {
+            all.push(found);
+            ControlFlow::Continue(())
+        })
+        .expect("it ends");
+    assert!(report.tables <= 8, "{report:?}");
+    // Both halves of the addresses, all of them.
+    let [Found::Range(low), Found::Range(high)] = all[..] else { panic!("{all:?}") };
+    assert_eq!((low.gva, low.len_bytes), (0, 1 << 47));
+    assert_eq!((high.gva, high.len_bytes), (0xffff_8000_0000_0000, 1 << 47));
+}
+
+#[test]
+fn tables_that_take_turns_with_each_other_are_too_many() {
+    let mut builder = Builder::new(&SHAPES[1]);
+    for table in [0x3000, 0x5000] {
+        for index in 0..512 {
+            builder.put(table, index, if index % 2 == 0 { 0x3003 } else { 0x5003 });
+        }
+    }
+    let all = |_| ControlFlow::Continue(());
+    let looked = builder.space().mapped(&builder.ram, 0..=u64::MAX, Joining::Alike, &mut { all });
+    assert!(matches!(looked, Err(InspectError::TooManyTables)), "{looked:?}");
+}
+
+#[test]
+fn tables_outside_ram_are_told() {
+    let mut builder = Builder::new(&SHAPES[0]);
+    builder.map(0x1000, 3, 0x9000, [(true, true, true); 5]);
+    builder.put(builder.root_gpa, 1, 0xdead_beef_f003);
+    let mut found = 0;
+    let report = builder
+        .space()
+        .mapped(&builder.ram, 0..=u64::MAX, Joining::Alike, &mut |_| {
+            found += 1;
+            ControlFlow::Continue(())
+        })
+        .expect("the rest is read");
+    assert_eq!((found, report.bad_entries), (1, 1));
+    assert_eq!((report.bad[0].gva, report.bad[0].table_gpa), (1 << 39, 0xdead_beef_f000));
+    let looked = builder.space().translate(&builder.ram, 1 << 39);
+    let Err(InspectError::NoTable { table_gpa: 0xdead_beef_f000, .. }) = looked else {
+        panic!("{looked:?}");
+    };
+    let nowhere = AddressSpace { root_gpa: 1 << 40, ..builder.space() };
+    assert!(matches!(nowhere.translate(&builder.ram, 0), Err(InspectError::NoTable { .. })));
+    let looked =
+        nowhere.mapped(&builder.ram, 0..=9, Joining::Alike, &mut |_| ControlFlow::Continue(()));
+    assert!(matches!(looked, Err(InspectError::NoTable { .. })));
+}
+
+#[test]
+fn large_pages_beyond_4_gib_and_odd_addresses() {
+    let mut builder = Builder::new(&SHAPES[3]);
+    // PSE-36: bits 13 to 20 of the entry are bits 32 to 39 of the address.
+    builder.put(builder.root_gpa, 3, 0x1040_0000 | 5 << 13 | 0x83);
+    let found = builder.space().translate(&builder.ram, 0x00c0_1234).expect("mapped");
+    assert_eq!((found.gpa, found.page_bytes), (0x5_1040_1234, 4 << 20));
+    let space = builder.space();
+    for (mode, gva) in [
+        (PagingMode::FourLevel, 0x0000_8000_0000_0000),
+        (PagingMode::FiveLevel, 0x0100_0000_0000_0000),
+        (PagingMode::Pae, 1 << 32),
+    ] {
+        let looked = AddressSpace { mode, ..space }.translate(&builder.ram, gva);
+        assert!(matches!(looked, Err(InspectError::NoSuchAddress { .. })), "{mode:?}: {looked:?}");
+    }
+    let off = AddressSpace { mode: PagingMode::Off, ..space };
+    assert_eq!(
+        off.translate(&builder.ram, 0x1234_5678_9abc).expect("itself").gpa,
+        0x1234_5678_9abc
+    );
+}

@@ -1,0 +1,282 @@
+//! Linux's unwind table: for every instruction, where the caller's stack pointer, return address and frame
+//! pointer are (arch/x86/include/asm/orc_types.h, arch/x86/kernel/unwind_orc.c).
+
+use super::{By, End, Saved, Stack, State, Step};
+use crate::inspect::Result;
+
+/// Bytes of an entry.
+const ENTRY_BYTES: usize = 6;
+/// Of a kernel's code: what is above belongs to modules, which have tables of their own.
+const KERNEL_CODE: std::ops::Range<u64> = 0xffff_ffff_8000_0000..0xffff_ffff_c000_0000;
+
+/// How entries' flags are laid out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OrcFormat {
+    /// Before Linux 6.3: two bits of kind, then whether it is the end.
+    Old,
+    /// 6.3: two bits of kind, then whether it was interrupted, then whether it is the end.
+    Signal,
+    /// Since 6.4: three bits of kind, of which one is the end, then whether it was interrupted.
+    New,
+}
+
+impl OrcFormat {
+    /// That of a kernel's release.
+    #[must_use]
+    pub fn of_version(version: (u32, u32)) -> Self {
+        match version {
+            (0..=5, _) | (6, 0..=2) => Self::Old,
+            (6, 3) => Self::Signal,
+            _ => Self::New,
+        }
+    }
+}
+
+/// The table.
+#[derive(Clone, Debug)]
+pub struct OrcTable {
+    /// First instruction of each entry, ascending, and which entry that is.
+    by_ip: Vec<(u64, u32)>,
+    entries: Vec<u8>,
+    format: OrcFormat,
+}
+
+/// An entry, decoded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Entry {
+    sp_offset: i64,
+    bp_offset: i64,
+    sp_reg: u8,
+    bp_reg: u8,
+    kind: Kind,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Undefined,
+    End,
+    Call,
+    Regs,
+    RegsPartial,
+}
+
+impl OrcTable {
+    /// The table of instructions' addresses `ips`, each a 32-bit offset from where it is itself, the
+    /// first at `ips_gva`, and as many `entries`. A part of an entry at the end is left out.
+    #[must_use]
+    pub fn new(ips: &[u8], ips_gva: u64, entries: &[u8], format: OrcFormat) -> Self {
+        let address = |(index, offset): (usize, &[u8])| {
+            let offset = i32::from_le_bytes([offset[0], offset[1], offset[2], offset[3]]);
+            let here = ips_gva.wrapping_add(index as u64 * 4);
+            (here.wrapping_add(i64::from(offset) as u64), index as u32)
+        };
+        let count = (entries.len() / ENTRY_BYTES).min(ips.len() / 4);
+        let mut by_ip: Vec<_> = ips.chunks_exact(4).take(count).enumerate().map(address).collect();
+        // Sorted when the kernel is built, or when it starts; that of a file may not be.
+        by_ip.sort_by_key(|(ip, _)| *ip);
+        Self { by_ip, entries: entries.to_vec(), format }
+    }
+
+    /// The entry of the instruction at `ip`.
+    pub(super) fn find(&self, ip: u64) -> Option<Entry> {
+        let position = self.by_ip.partition_point(|(first, _)| *first <= ip).checked_sub(1)?;
+        // Behind the last one there is no code, or a module's.
+        if position + 1 == self.by_ip.len() || !is_kernel(ip) {
+            return None;
+        }
+        // Of several for one instruction, those that say something come before the ends of sections.
+        let (first, _) = self.by_ip[position];
+        let same = self.by_ip[..=position].iter().rev().take_while(|(other, _)| *other == first);
+        let decoded = same.map(|(_, index)| self.entry(*index));
+        decoded.reduce(|last, before| if last.kind == Kind::Undefined { before } else { last })
+    }
+
+    fn entry(&self, index: u32) -> Entry {
+        let bytes = &self.entries[index as usize * ENTRY_BYTES..][..ENTRY_BYTES];
+        let word = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
+        let offset = |at: usize| i64::from(word(at) as i16);
+        let flags = word(4);
+        let bit = |number: u16| flags >> number & 1 != 0;
+        let registers = ((flags & 15) as u8, (flags >> 4 & 15) as u8);
+        let old_kind = |end: bool| match flags >> 8 & 3 {
+            _ if end => Kind::End,
+            0 if registers.0 == UNDEFINED => Kind::Undefined,
+            0 => Kind::Call,
+            1 => Kind::Regs,
+            _ => Kind::RegsPartial,
+        };
+        let kind = match self.format {
+            OrcFormat::Old => old_kind(bit(10)),
+            OrcFormat::Signal => old_kind(bit(11)),
+            OrcFormat::New => match flags >> 8 & 7 {
+                1 => Kind::End,
+                2 => Kind::Call,
+                3 => Kind::Regs,
+                4 => Kind::RegsPartial,
+                _ => Kind::Undefined,
+            },
+        };
+        let (sp_reg, bp_reg) = registers;
+        Entry { sp_offset: offset(0), bp_offset: offset(2), sp_reg, bp_reg, kind }
+    }
+}
+
+/// True if `ip` is where the kernel's own code may be.
+pub(super) fn is_kernel(ip: u64) -> bool {
+    KERNEL_CODE.contains(&ip)
+}
+
+const UNDEFINED: u8 = 0;
+const PREV_SP: u8 = 1;
+const DX: u8 = 2;
+const DI: u8 = 3;
+const BP: u8 = 4;
+const SP: u8 = 5;
+const R10: u8 = 6;
+const R13: u8 = 7;
+const BP_INDIRECT: u8 = 8;
+const SP_INDIRECT: u8 = 9;
+
+/// Where registers are in those that an interrupt saves (`struct pt_regs`), in bytes.
+mod saved_at {
+    pub(super) const R13: u64 = 16;
+    pub(super) const BP: u64 = 32;
+    pub(super) const R10: u64 = 56;
+    pub(super) const DX: u64 = 96;
+    pub(super) const DI: u64 = 112;
+    pub(super) const IP: u64 = 128;
+    pub(super) const SP: u64 = 152;
+}
+
+/// From a function to what called it, or was interrupted by it.
+pub(super) fn step(stack: &Stack<'_>, entry: Entry, state: &mut State) -> Result<Step> {
+    match entry.kind {
+        Kind::Undefined => return Ok(Step::End(End::NoWay { ip: state.ip })),
+        Kind::End => return Ok(Step::End(End::Bottom)),
+        Kind::Call | Kind::Regs | Kind::RegsPartial => {}
+    }
+    let Some(sp) = caller_sp(stack, entry, state)? else {
+        let what = format!(
+            "the unwind table wants register {} at {:#x}, which is not known",
+            entry.sp_reg, state.ip
+        );
+        return Ok(Step::End(End::Damaged { what }));
+    };
+    let missing =
+        |gva: u64| Ok(Step::End(End::Damaged { what: format!("there is no stack at {gva:#x}") }));
+    let regs = match entry.kind {
+        Kind::Regs => Some(sp),
+        Kind::RegsPartial => Some(sp.wrapping_sub(saved_at::IP)),
+        _ => None,
+    };
+    let (mut next, found) = if let Some(regs) = regs {
+        let [ip, above] = [saved_at::IP, saved_at::SP].map(|at| stack.word(regs.wrapping_add(at)));
+        let (Some(ip), Some(above)) = (ip?, above?) else { return missing(regs) };
+        let saved = if entry.kind == Kind::Regs { Some(saved(stack, regs)?) } else { None };
+        (State { ip, sp: above, bp: state.bp, saved, interrupted: true }, By::OrcInterrupted)
+    } else {
+        let at = sp.wrapping_sub(8);
+        let Some(ip) = stack.word(at)? else { return missing(at) };
+        (State { ip, sp, bp: state.bp, saved: None, interrupted: false }, By::Orc)
+    };
+    let bp_at = match entry.bp_reg {
+        PREV_SP => Some(sp.wrapping_add(entry.bp_offset as u64)),
+        BP => Some(state.bp.wrapping_add(entry.bp_offset as u64)),
+        _ => None,
+    };
+    match (bp_at, next.saved) {
+        (Some(at), _) => match stack.word(at)? {
+            Some(bp) => next.bp = bp,
+            None => return missing(at),
+        },
+        (None, Some(saved)) => next.bp = saved.bp,
+        (None, None) => {}
+    }
+    *state = next;
+    Ok(Step::Up(found))
+}
+
+/// The stack pointer of the caller.
+fn caller_sp(stack: &Stack<'_>, entry: Entry, state: &State) -> Result<Option<u64>> {
+    let offset = entry.sp_offset as u64;
+    let saved = |register: fn(Saved) -> u64| state.saved.map(register);
+    Ok(match entry.sp_reg {
+        SP => Some(state.sp.wrapping_add(offset)),
+        BP => Some(state.bp.wrapping_add(offset)),
+        SP_INDIRECT => stack.word(state.sp)?.map(|sp| sp.wrapping_add(offset)),
+        BP_INDIRECT => stack.word(state.bp.wrapping_add(offset))?,
+        R10 => saved(|saved| saved.r10),
+        R13 => saved(|saved| saved.r13),
+        DI => saved(|saved| saved.di),
+        DX => saved(|saved| saved.dx),
+        _ => None,
+    })
+}
+
+/// Registers that an interrupt saved at `regs`; what cannot be read is 0.
+fn saved(stack: &Stack<'_>, regs: u64) -> Result<Saved> {
+    let word = |at: u64| stack.word(regs.wrapping_add(at)).map(Option::unwrap_or_default);
+    Ok(Saved {
+        bp: word(saved_at::BP)?,
+        dx: word(saved_at::DX)?,
+        di: word(saved_at::DI)?,
+        r10: word(saved_at::R10)?,
+        r13: word(saved_at::R13)?,
+    })
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// A call, saved registers, the end, nothing: in the old layouts and in the new one.
+    pub(in super::super) const ENTRY_KINDS: [(u16, u16); 4] = [(0, 2), (1, 3), (0, 1), (0, 0)];
+    const END: (u16, u16) = ENTRY_KINDS[2];
+
+    /// An entry to be.
+    pub(in super::super) struct Line {
+        pub(in super::super) ip: u64,
+        pub(in super::super) sp_reg: u16,
+        pub(in super::super) sp_offset: i16,
+        pub(in super::super) bp_reg: u16,
+        pub(in super::super) bp_offset: i16,
+        pub(in super::super) kind: (u16, u16),
+    }
+
+    /// The table of these, as a kernel of that age has it, and an end behind.
+    pub(in super::super) fn table(lines: &[Line], format: OrcFormat) -> OrcTable {
+        const AT: u64 = 0xffff_ffff_8200_0000;
+        let last = lines.iter().map(|line| line.ip).max().unwrap_or_default() + 0x100;
+        let (mut ips, mut entries) = (Vec::new(), Vec::new());
+        let behind = Line { ip: last, sp_reg: 0, sp_offset: 0, bp_reg: 0, bp_offset: 0, kind: END };
+        for (index, line) in lines.iter().chain([&behind]).enumerate() {
+            let offset = line.ip.wrapping_sub(AT + index as u64 * 4) as u32;
+            ips.extend_from_slice(&offset.to_le_bytes());
+            let end = u16::from(line.kind == END);
+            let flags = line.sp_reg
+                | line.bp_reg << 4
+                | match format {
+                    OrcFormat::Old => line.kind.0 << 8 | end << 10,
+                    OrcFormat::Signal => line.kind.0 << 8 | end << 11,
+                    OrcFormat::New => line.kind.1 << 8,
+                };
+            [line.sp_offset as u16, line.bp_offset as u16, flags]
+                .iter()
+                .for_each(|word| entries.extend_from_slice(&word.to_le_bytes()));
+        }
+        OrcTable::new(&ips, AT, &entries, format)
+    }
+
+    #[test]
+    fn layouts_follow_releases() {
+        let of = |major, minor| OrcFormat::of_version((major, minor));
+        assert_eq!((of(5, 10), of(6, 2)), (OrcFormat::Old, OrcFormat::Old));
+        assert_eq!(
+            (of(6, 3), of(6, 4), of(7, 0)),
+            (OrcFormat::Signal, OrcFormat::New, OrcFormat::New)
+        );
+        // Fewer addresses than entries, or the other way round: as many as both have.
+        let table = OrcTable::new(&[0; 10], 0, &[0; 20], OrcFormat::Old);
+        assert!(table.find(0xffff_ffff_8000_0000).is_none());
+    }
+}

@@ -1,0 +1,121 @@
+//! Stacks that are laid out by hand, in each layout of the table.
+
+use super::orc::tests::{ENTRY_KINDS, Line, table};
+use super::*;
+use crate::inspect::PagingMode;
+use crate::inspect::tests::Ram;
+
+/// Where kernels' code is.
+const CODE: u64 = 0xffff_ffff_8100_0000;
+
+fn space() -> AddressSpace {
+    AddressSpace { mode: PagingMode::Off, root_gpa: 0, has_no_execute: true }
+}
+
+fn put(ram: &mut Ram, at: u64, value: u64) {
+    ram.0[at as usize..][..8].copy_from_slice(&value.to_le_bytes());
+}
+
+fn registers(rip: u64, rsp: u64, rbp: u64) -> SavedRegs {
+    let regs = kvm_bindings::kvm_regs { rip, rsp, rbp, ..Default::default() };
+    SavedRegs::from(&regs)
+}
+
+#[test]
+fn callers_are_found_by_the_table() {
+    let [call, regs, end, undefined] = ENTRY_KINDS;
+    let lines = [
+        // sp + 16, nothing saved; bp + 16, bp saved below; registers at sp; the end.
+        Line { ip: CODE, sp_reg: 5, sp_offset: 16, bp_reg: 0, bp_offset: 0, kind: call },
+        Line { ip: CODE + 0x100, sp_reg: 4, sp_offset: 16, bp_reg: 1, bp_offset: -16, kind: call },
+        Line { ip: CODE + 0x200, sp_reg: 5, sp_offset: 0, bp_reg: 0, bp_offset: 0, kind: regs },
+        Line { ip: CODE + 0x300, sp_reg: 5, sp_offset: 8, bp_reg: 0, bp_offset: 0, kind: end },
+        Line {
+            ip: CODE + 0x400,
+            sp_reg: 0,
+            sp_offset: 0,
+            bp_reg: 0,
+            bp_offset: 0,
+            kind: undefined,
+        },
+    ];
+    let mut ram = Ram(vec![0; 0x4000]);
+    put(&mut ram, 0x1008, CODE + 0x105);
+    put(&mut ram, 0x1108, CODE + 0x205);
+    put(&mut ram, 0x1100, 0x1234);
+    // As an interrupt saves them: the instruction, the stack pointer.
+    put(&mut ram, 0x1110 + 128, CODE + 0x300);
+    put(&mut ram, 0x1110 + 152, 0x2000);
+    for format in [OrcFormat::Old, OrcFormat::Signal, OrcFormat::New] {
+        let table = table(&lines, format);
+        let stack = Stack { space: space(), memory: &ram, orc: Some(&table) };
+        let (frames, why) =
+            stack.walk(&registers(CODE + 0x50, 0x1000, 0x1100), 10).expect("readable");
+        assert_eq!(why, End::Bottom, "{format:?}");
+        let found: Vec<_> =
+            frames.iter().map(|frame| (frame.ip - CODE, frame.sp, frame.how)).collect();
+        assert_eq!(
+            found,
+            [
+                (0x50, 0x1000, By::Registers),
+                (0x105, 0x1010, By::Orc),
+                (0x205, 0x1110, By::Orc),
+                (0x300, 0x2000, By::OrcInterrupted),
+            ],
+            "{format:?}"
+        );
+        // One that was interrupted is looked up where it is, others before.
+        assert_eq!((frames[2].lookup_ip(), frames[3].lookup_ip()), (CODE + 0x204, CODE + 0x300));
+        let (frames, why) =
+            stack.walk(&registers(CODE + 0x50, 0x1000, 0x1100), 2).expect("readable");
+        assert_eq!((frames.len(), why), (2, End::Enough));
+        // Nothing is known of it; a stack that is not there; a program.
+        let walk = |rip, rsp| stack.walk(&registers(rip, rsp, 0), 10).expect("readable").1;
+        assert_eq!(walk(CODE + 0x410, 0x1000), End::NoWay { ip: CODE + 0x410 });
+        assert!(matches!(walk(CODE, 0x9000), End::Damaged { .. }));
+        assert_eq!(walk(CODE + 0x9000, 0x1000), End::NoWay { ip: CODE + 0x9000 });
+    }
+}
+
+#[test]
+fn a_stack_that_goes_round_ends() {
+    let [call, regs, ..] = ENTRY_KINDS;
+    let line =
+        |ip, sp_reg, sp_offset, kind| Line { ip, sp_reg, sp_offset, bp_reg: 0, bp_offset: 0, kind };
+    let lines =
+        [line(CODE, 5, 0, call), line(CODE + 0x100, 5, 0, regs), line(CODE + 0x200, 5, 8, call)];
+    let mut ram = Ram(vec![0; 0x4000]);
+    put(&mut ram, 0xff8, CODE + 0x10);
+    // Registers that were saved where they were saved.
+    put(&mut ram, 0x2000 + 128, CODE + 0x110);
+    put(&mut ram, 0x2000 + 152, 0x2000);
+    let table = table(&lines, OrcFormat::New);
+    let stack = Stack { space: space(), memory: &ram, orc: Some(&table) };
+    let (_, why) = stack.walk(&registers(CODE + 0x50, 0x1000, 0), 1000).expect("readable");
+    assert!(matches!(why, End::Damaged { .. }), "{why:?}");
+    let (frames, why) = stack.walk(&registers(CODE + 0x150, 0x2000, 0), 100).expect("readable");
+    assert_eq!((frames.len(), why), (100, End::Enough), "as many as were wanted");
+}
+
+#[test]
+fn frame_pointers_lead_up_while_they_make_sense() {
+    let mut ram = Ram(vec![0; 0x4000]);
+    for (bp, next, ip) in [(0x1000, 0x1100, 0x3010), (0x1100, 0x1200, 0x3020), (0x1200, 0, 0x3030)]
+    {
+        put(&mut ram, bp, next);
+        put(&mut ram, bp + 8, ip);
+    }
+    let stack = Stack { space: space(), memory: &ram, orc: None };
+    let (frames, why) = stack.walk(&registers(0x3000, 0xff0, 0x1000), 10).expect("readable");
+    let ips: Vec<u64> = frames.iter().map(|frame| frame.ip).collect();
+    assert_eq!((ips, why), (vec![0x3000, 0x3010, 0x3020, 0x3030], End::Bottom));
+    for (at, value) in [(0x1100, 0x1000), (0x1100, 0x1101)] {
+        let mut bad = Ram(ram.0.clone());
+        put(&mut bad, at, value);
+        let stack = Stack { space: space(), memory: &bad, orc: None };
+        let (frames, why) = stack.walk(&registers(0x3000, 0xff0, 0x1000), 10).expect("readable");
+        assert!(frames.len() <= 3 && matches!(why, End::NoWay { .. }), "{frames:?} {why:?}");
+    }
+    let (frames, _) = stack.walk(&registers(0x3000, 0x2000, 0x1000), 10).expect("readable");
+    assert_eq!(frames.len(), 1, "a frame pointer below the stack is none");
+}

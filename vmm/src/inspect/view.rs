@@ -1,0 +1,149 @@
+//! A snapshot's machine, to be looked at.
+
+use frazil_snapstore::{PAGE_SIZE, Snapshot};
+
+use super::memory::SnapshotMemory;
+use super::{AddressSpace, InspectError, Result};
+use crate::error::VmmError;
+use crate::machine::{MACHINE_CHUNK, SavedMachine};
+use crate::memory::{RAM_MAX_BYTES, RAM_REGION, ram_ranges};
+use crate::state::ChunkSet;
+use crate::vcpu::saved::SavedVcpu;
+use crate::vm::vcpu_chunk;
+
+/// How a vCPU reads instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CodeMode {
+    /// Real mode, virtual-8086 mode, or a 16-bit segment.
+    Bits16,
+    /// A 32-bit segment.
+    Bits32,
+    /// Long mode.
+    Bits64,
+}
+
+impl CodeMode {
+    /// 16, 32 or 64.
+    #[must_use]
+    pub fn bits(self) -> u32 {
+        match self {
+            Self::Bits16 => 16,
+            Self::Bits32 => 32,
+            Self::Bits64 => 64,
+        }
+    }
+}
+
+/// The machine in a snapshot: its memory and its vCPUs.
+#[derive(Debug)]
+pub struct GuestView {
+    memory: SnapshotMemory,
+    machine: SavedMachine,
+    vcpus: Vec<SavedVcpu>,
+}
+
+const RFLAGS_VM: u64 = 1 << 17;
+const EFER_LMA: u64 = 1 << 10;
+
+impl GuestView {
+    /// Reads what `snapshot` says of its machine. Chunks of devices are left alone.
+    ///
+    /// # Errors
+    /// [`InspectError::Machine`] if a chunk that is needed is missing, too new, or does not fit its
+    /// memory; the store's.
+    pub fn open(snapshot: &Snapshot) -> Result<Self> {
+        let mut chunks = ChunkSet::new(snapshot.states()?)?;
+        let machine: SavedMachine = chunks.take(MACHINE_CHUNK)?;
+        let vcpus = (0..machine.cpus)
+            .map(|index| chunks.take(&vcpu_chunk(index)))
+            .collect::<Result<Vec<_>, _>>()?;
+        let region = snapshot.region(RAM_REGION)?;
+        let ram_bytes = machine.ram_bytes;
+        let ranges = ram_ranges(ram_bytes.min(RAM_MAX_BYTES));
+        let end_page =
+            ranges.last().map_or(0, |last| (last.gpa + last.len_bytes) / PAGE_SIZE as u64);
+        let fits = (1..=RAM_MAX_BYTES).contains(&ram_bytes) && end_page == region.pages();
+        if !fits {
+            let found = format!("{ram_bytes} bytes of RAM");
+            let expected =
+                format!("as much as region `{RAM_REGION}` has, {} pages", region.pages());
+            return Err(VmmError::State { chunk: MACHINE_CHUNK.into(), expected, found }.into());
+        }
+        Ok(Self { memory: SnapshotMemory::new(region, ranges), machine, vcpus })
+    }
+
+    /// Its memory.
+    #[must_use]
+    pub fn memory(&self) -> &SnapshotMemory {
+        &self.memory
+    }
+
+    /// What the machine is.
+    #[must_use]
+    pub fn machine(&self) -> &SavedMachine {
+        &self.machine
+    }
+
+    /// Its vCPUs.
+    #[must_use]
+    pub fn vcpus(&self) -> &[SavedVcpu] {
+        &self.vcpus
+    }
+
+    /// The state of vCPU `index`.
+    ///
+    /// # Errors
+    /// [`InspectError::NoSuchVcpu`].
+    pub fn vcpu(&self, index: usize) -> Result<&SavedVcpu> {
+        let cpus = self.vcpus.len();
+        self.vcpus.get(index).ok_or(InspectError::NoSuchVcpu { index, cpus })
+    }
+
+    /// The virtual addresses of vCPU `index`.
+    ///
+    /// # Errors
+    /// [`InspectError::NoSuchVcpu`].
+    pub fn space(&self, index: usize) -> Result<AddressSpace> {
+        Ok(AddressSpace::of(&self.vcpu(index)?.sregs))
+    }
+
+    /// How vCPU `index` reads instructions.
+    ///
+    /// # Errors
+    /// [`InspectError::NoSuchVcpu`].
+    pub fn code_mode(&self, index: usize) -> Result<CodeMode> {
+        let SavedVcpu { sregs, regs, .. } = self.vcpu(index)?;
+        let protected = u64::from(sregs.cr0) & 1 != 0 && u64::from(regs.rflags) & RFLAGS_VM == 0;
+        Ok(match (u64::from(sregs.efer) & EFER_LMA != 0, sregs.cs.l != 0, sregs.cs.db != 0) {
+            (true, true, _) => CodeMode::Bits64,
+            (_, _, true) if protected => CodeMode::Bits32,
+            _ => CodeMode::Bits16,
+        })
+    }
+
+    /// The virtual address of the next instruction of vCPU `index`, its code segment's base included.
+    ///
+    /// # Errors
+    /// [`InspectError::NoSuchVcpu`].
+    pub fn next_instruction(&self, index: usize) -> Result<u64> {
+        let vcpu = self.vcpu(index)?;
+        self.linear(index, vcpu.sregs.cs.base.into(), vcpu.regs.rip.into())
+    }
+
+    /// The virtual address of the top of the stack of vCPU `index`, its stack segment's base included.
+    ///
+    /// # Errors
+    /// [`InspectError::NoSuchVcpu`].
+    pub fn stack_top(&self, index: usize) -> Result<u64> {
+        let vcpu = self.vcpu(index)?;
+        self.linear(index, vcpu.sregs.ss.base.into(), vcpu.regs.rsp.into())
+    }
+
+    /// Segments begin at 0 in long mode; elsewhere addresses have 32 bits.
+    fn linear(&self, index: usize, base: u64, offset: u64) -> Result<u64> {
+        Ok(match self.code_mode(index)? {
+            CodeMode::Bits64 => offset,
+            CodeMode::Bits16 | CodeMode::Bits32 => base.wrapping_add(offset) & 0xffff_ffff,
+        })
+    }
+}
