@@ -89,7 +89,7 @@ impl SnapshotFiles {
         let state =
             manifest.state.iter().map(|chunk| file_name(&format!("{}.json", chunk.name)).into());
         let state = state.collect();
-        Ok(Self { regions, state, snapshot })
+        Ok(Self { snapshot, regions, state })
     }
 
     /// What is in [`MANIFEST_FILE`].
@@ -153,7 +153,7 @@ pub(crate) fn file_name(name: &str) -> Cow<'_, str> {
         }
     }
     if out.is_empty() {
-        out.push_str("%");
+        out.push('%');
     }
     if out.len() > NAME_LEN_MAX {
         // As much as there is room for, and what tells it from others that begin like it.

@@ -53,7 +53,7 @@ impl Page {
             anchor: Anchor::Start,
             size: Size::Title,
             color: Rgb::INK,
-            text: cut(title, room),
+            line: cut(title, room),
         });
         page.top += 30;
         for line in lines {

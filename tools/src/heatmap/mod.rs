@@ -13,6 +13,7 @@ mod snapshots;
 mod survey;
 mod svg;
 
+use std::ffi::OsStr;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
@@ -110,7 +111,7 @@ impl Wanted {
 }
 
 fn format(file: &Path) -> anyhow::Result<Format> {
-    let extension = file.extension().map(|extension| extension.to_ascii_lowercase());
+    let extension = file.extension().map(OsStr::to_ascii_lowercase);
     match extension.as_ref().and_then(|extension| extension.to_str()) {
         Some("png") => Ok(Format::Png),
         Some("svg") => Ok(Format::Svg),

@@ -63,13 +63,13 @@ pub(super) struct Text {
     pub anchor: Anchor,
     pub size: Size,
     pub color: Rgb,
-    pub text: String,
+    pub line: String,
 }
 
 impl Text {
     /// Its left edge.
     pub(super) fn left(&self) -> u32 {
-        let width = self.text.chars().count() as u32 * self.size.advance();
+        let width = self.line.chars().count() as u32 * self.size.advance();
         match self.anchor {
             Anchor::Start => self.x,
             Anchor::End => self.x.saturating_sub(width),
@@ -95,7 +95,7 @@ impl Picture {
             anchor,
             size: Size::Text,
             color: Rgb::INK,
-            text: text.into(),
+            line: text.into(),
         });
     }
 

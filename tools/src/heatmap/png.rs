@@ -23,16 +23,13 @@ pub(super) fn write(picture: &Picture, out: &mut dyn Write) -> anyhow::Result<()
     encoder.set_compression(Compression::High);
     // Rows are alike and flat: filters would only make noise of them.
     encoder.set_filter(Filter::NoFilter);
-    let pixels = match indexed(&canvas.bytes) {
-        Some((palette, pixels)) => {
-            encoder.set_color(ColorType::Indexed);
-            encoder.set_palette(palette);
-            pixels
-        }
-        None => {
-            encoder.set_color(ColorType::Rgb);
-            canvas.bytes
-        }
+    let pixels = if let Some((palette, pixels)) = indexed(&canvas.bytes) {
+        encoder.set_color(ColorType::Indexed);
+        encoder.set_palette(palette);
+        pixels
+    } else {
+        encoder.set_color(ColorType::Rgb);
+        canvas.bytes
     };
     let mut writer = encoder.write_header()?;
     writer.write_image_data(&pixels)?;
@@ -90,7 +87,7 @@ impl Canvas {
             Size::Text => (FontWeight::Regular, RasterHeight::Size16),
             Size::Title => (FontWeight::Bold, RasterHeight::Size20),
         };
-        for (index, c) in (0_u32..).zip(text.text.chars()) {
+        for (index, c) in (0_u32..).zip(text.line.chars()) {
             let left = text.left() + index * text.size.advance();
             // What the font does not have is seen to be missing.
             let glyph = get_raster(c, weight, height).or_else(|| get_raster('?', weight, height));

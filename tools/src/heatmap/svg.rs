@@ -35,7 +35,7 @@ pub(super) fn write(picture: &Picture, out: &mut dyn Write) -> anyhow::Result<()
             r#"<text x="{}" y="{baseline:.1}" font-size="{size:.1}" font-weight="{weight}" fill="{}" xml:space="preserve">{}</text>"#,
             text.left(),
             hex(text.color),
-            escaped(&text.text)
+            escaped(&text.line)
         )?;
     }
     writeln!(out, "</svg>")?;

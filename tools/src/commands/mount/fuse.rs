@@ -260,7 +260,7 @@ impl Filesystem for Fuse {
         let super::files::Open::Folder(entries) = &*open else {
             return reply.error(Errno::ENOTDIR);
         };
-        let up = Self::node(ino).map_or(Node::Root, |node| self.view.parent(node));
+        let up = Self::node(ino).map_or(Node::Root, Node::parent);
         let dots = [(ino.0, Kind::Folder, "."), (up.ino(), Kind::Folder, "..")];
         let entries =
             entries.iter().map(|entry| (entry.node.ino(), entry.kind, entry.name.as_str()));

@@ -75,6 +75,19 @@ impl Node {
         }
     }
 
+    /// The folder that it is in.
+    pub(super) fn parent(self) -> Self {
+        match self {
+            Self::Tag(_) => Self::Tags,
+            Self::Vm(_) => Self::Vms,
+            Self::In(_, Part::Folder) | Self::Alias(_) => Self::Ids,
+            Self::In(number, Part::Chunk(_)) => Self::In(number, Part::State),
+            Self::In(number, Part::Region(_)) => Self::In(number, Part::Memory),
+            Self::In(number, _) => Self::In(number, Part::Folder),
+            _ => Self::Root,
+        }
+    }
+
     pub(super) fn of(ino: u64) -> Option<Self> {
         let (number, place) = ((ino >> 16) as u32, ino as u16);
         let node = match (ino >> 56, number, place) {

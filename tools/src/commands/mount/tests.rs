@@ -68,7 +68,7 @@ impl Bed {
         let mut node = Node::Root;
         for name in path.split('/').filter(|name| !name.is_empty()) {
             if name == ".." {
-                node = self.view.parent(node);
+                node = node.parent();
                 continue;
             }
             let folder = node;
@@ -79,7 +79,7 @@ impl Bed {
                 let up = target.matches("../").count();
                 let mut at = folder;
                 for _ in 0..up {
-                    at = self.view.parent(at);
+                    at = at.parent();
                 }
                 for name in target.split('/').filter(|name| *name != "..") {
                     at = self.view.lookup(at, name)?.node;

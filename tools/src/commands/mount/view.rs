@@ -231,14 +231,12 @@ impl View {
         }
         self.published()?;
         let listed = self.ids().by_name.get(name).copied();
-        match listed {
-            Some(number) => Ok(Node::In(number, Part::Folder)),
-            // Another unique prefix of one.
-            None => {
-                let id = self.store.resolve(name).map_err(|_unknown| Refused::NotFound)?.id;
-                Ok(Node::Alias(self.ids().number(id)))
-            }
+        if let Some(number) = listed {
+            return Ok(Node::In(number, Part::Folder));
         }
+        // Another unique prefix of one.
+        let id = self.store.resolve(name).map_err(|_unknown| Refused::NotFound)?.id;
+        Ok(Node::Alias(self.ids().number(id)))
     }
 
     /// The published snapshots as of now, oldest first; all of them have numbers.
@@ -413,19 +411,6 @@ impl View {
                 .collect(),
             Part::Manifest | Part::Region(_) | Part::Chunk(_) => return Err(Refused::NotAFolder),
         })
-    }
-
-    /// The folder that `node` is in.
-    pub(super) fn parent(&self, node: Node) -> Node {
-        match node {
-            Node::Tag(_) => Node::Tags,
-            Node::Vm(_) => Node::Vms,
-            Node::In(_, Part::Folder) | Node::Alias(_) => Node::Ids,
-            Node::In(number, Part::Chunk(_)) => Node::In(number, Part::State),
-            Node::In(number, Part::Region(_)) => Node::In(number, Part::Memory),
-            Node::In(number, _) => Node::In(number, Part::Folder),
-            _ => Node::Root,
-        }
     }
 
     /// A snapshot, from memory if it was looked at lately.
