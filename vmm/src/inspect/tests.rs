@@ -153,11 +153,10 @@ impl Builder {
         let mut table = self.root_gpa;
         let mut allowed = (true, true, true);
         let and = |a: Rights, b: Rights| (a.0 && b.0, a.1 && b.1, a.2 && b.2);
-        for level in 0..=leaf {
+        for (level, wished) in rights.into_iter().enumerate().take(leaf + 1) {
             let (shift, width) = self.shape.levels[level];
             let index = base >> shift & ((1 << width) - 1);
-            let own =
-                if level < self.shape.without_rights { (true, true, true) } else { rights[level] };
+            let own = if level < self.shape.without_rights { (true, true, true) } else { wished };
             if level == leaf {
                 allowed = and(allowed, own);
                 let address_bits = if self.shape.entry_bytes == 4 { 32 } else { 46 };

@@ -146,17 +146,14 @@ impl Lines {
 /// "0000000000001000  48 65 …  |He…|"; a line that begins late is indented.
 fn text(at: u64, line: &[u8]) -> String {
     let skip = at as usize % LINE_BYTES;
-    let mut text = format!("{:016x} ", at - skip as u64);
-    for column in 0..LINE_BYTES {
-        if column == LINE_BYTES / 2 {
-            text.push(' ');
-        }
-        match column.checked_sub(skip).and_then(|index| line.get(index)) {
-            Some(byte) => text.push_str(&format!(" {byte:02x}")),
-            None => text.push_str("   "),
-        }
-    }
-    format!("{text}  |{}{}|", " ".repeat(skip), printable(line))
+    let column = |column: usize| {
+        let byte = column.checked_sub(skip).and_then(|index| line.get(index));
+        let gap = if column == LINE_BYTES / 2 { " " } else { "" };
+        byte.map_or_else(|| format!("{gap}   "), |byte| format!("{gap} {byte:02x}"))
+    };
+    let digits: String = (0..LINE_BYTES).map(column).collect();
+    let blanks = " ".repeat(skip);
+    format!("{:016x} {digits}  |{blanks}{}|", at - skip as u64, printable(line))
 }
 
 #[cfg(test)]
