@@ -56,14 +56,20 @@ images: build
 	benches/linux-images.sh target/linux-images
 	target/release/frazil-bench store-images --images target/linux-images/ram-*.raw
 
-# Every parser of the store under a coverage-guided fuzzer, FUZZ_SECONDS each. Needs cargo-fuzz. What
-# it finds worth keeping goes below target; the seeds stay as they are.
+# Every parser of the store, and devices under hostile drivers, under a coverage-guided fuzzer,
+# FUZZ_SECONDS each. Needs cargo-fuzz. What it finds worth keeping goes below target; the seeds stay as
+# they are. Devices have none: whatever the bytes, they are something that a driver does.
 FUZZ_SECONDS ?= 60
 fuzz: setup
 	cd snapstore && for target in header record node delta fingerprints pack_index journal manifest reference; do \
 		mkdir -p fuzz/target/corpus/$$target; \
 		RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run --sanitizer none $$target \
 			fuzz/target/corpus/$$target fuzz/corpus/$$target -- -max_total_time=$(FUZZ_SECONDS) || exit 1; \
+	done
+	cd vmm && for target in buses virtio_block virtio_rng virtio_net virtio_balloon virtio_vsock; do \
+		mkdir -p fuzz/target/corpus/$$target; \
+		RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run --sanitizer none $$target \
+			fuzz/target/corpus/$$target -- -max_total_time=$(FUZZ_SECONDS) -max_len=4096 || exit 1; \
 	done
 
 clean:

@@ -99,6 +99,8 @@ if [ "${1:-}" = --tests ]; then
     need qemu-utils command -v qemu-img
     need busybox-static is_static busybox
     need sqlite3 command -v sqlite3
+    need socat command -v socat
+    need zstd command -v zstd
     need e2fsprogs anywhere mkfs.ext4 -V
     need binutils command -v strip
     need kmod anywhere depmod -V

@@ -2,17 +2,20 @@
 //!
 //! `unsafe` is allowed here for three things: to take a file descriptor that another process sent for the
 //! userfaultfd that it is said to be, to have the kernel copy a page, and to open a userfaultfd by the
-//! system call where the crate knows the device only.
+//! system call, or by a device that is open, where the crate opens the device only.
 #![allow(unsafe_code)]
 
+use std::ffi::c_void;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
-use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
+use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, Updater, ioctl, opcode};
 use rustix::mm::UserfaultfdFlags;
 use userfaultfd::{Event, FeatureFlags, RegisterMode, Uffd, UffdBuilder};
 
@@ -21,6 +24,11 @@ use crate::pager::{Mapping, PagerError};
 
 /// Opens a userfaultfd that has `features`.
 pub(crate) fn open(features: FeatureFlags) -> Result<Uffd, PagerError> {
+    if let Some(device) = DEVICE.get() {
+        return open_by_device(device, features).map_err(|errno| PagerError::Unavailable {
+            reason: format!("/dev/userfaultfd, which is open, gives none: {errno}"),
+        });
+    }
     let opened = UffdBuilder::new()
         .close_on_exec(true)
         .non_blocking(true)
@@ -41,6 +49,17 @@ pub(crate) fn open(features: FeatureFlags) -> Result<Uffd, PagerError> {
         .map_err(|error| PagerError::Unavailable { reason: describe(&error) })
 }
 
+/// The device, where it is [kept](keep_device).
+static DEVICE: OnceLock<File> = OnceLock::new();
+
+/// Keeps /dev/userfaultfd open, if it may be opened: for a process that will have no right to it when
+/// it needs a userfaultfd. Without the device nothing changes.
+pub fn keep_device() {
+    if let Ok(device) = File::options().read(true).write(true).open("/dev/userfaultfd") {
+        let _kept_already = DEVICE.set(device);
+    }
+}
+
 /// `struct uffdio_api`.
 #[repr(C)]
 struct Handshake {
@@ -51,14 +70,54 @@ struct Handshake {
 
 const UFFD_API: u64 = 0xAA;
 const UFFDIO_API: Opcode = opcode::read_write::<Handshake>(0xAA, 0x3F);
+/// `USERFAULTFD_IOC_NEW`: its argument is flags, its answer a descriptor.
+const USERFAULTFD_IOC_NEW: Opcode = opcode::none(0xAA, 0x00);
 
 fn open_by_call(features: FeatureFlags) -> rustix::io::Result<Uffd> {
-    let mut asked = Handshake { api: UFFD_API, features: features.bits(), ioctls: 0 };
     let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
-    // SAFETY: it watches nothing yet. The operation gets the structure that it reads and writes. The
-    // descriptor is a userfaultfd, owned, and given to nobody else.
+    // SAFETY: it watches nothing yet.
+    let fd = unsafe { rustix::mm::userfaultfd(flags) }?;
+    shake_hands(fd, features)
+}
+
+/// `USERFAULTFD_IOC_NEW` on the device.
+struct New(UserfaultfdFlags);
+
+// SAFETY: the operation reads no memory of ours and writes none.
+unsafe impl Ioctl for New {
+    type Output = OwnedFd;
+
+    const IS_MUTATING: bool = false;
+
+    fn opcode(&self) -> Opcode {
+        USERFAULTFD_IOC_NEW
+    }
+
+    fn as_ptr(&mut self) -> *mut c_void {
+        std::ptr::without_provenance_mut(self.0.bits() as usize)
+    }
+
+    unsafe fn output_from_ptr(
+        new: IoctlOutput,
+        _argument: *mut c_void,
+    ) -> rustix::io::Result<OwnedFd> {
+        // SAFETY: where the operation did not fail, it returned a descriptor that nobody else has.
+        Ok(unsafe { OwnedFd::from_raw_fd(new) })
+    }
+}
+
+fn open_by_device(device: &File, features: FeatureFlags) -> rustix::io::Result<Uffd> {
+    let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
+    // SAFETY: the descriptor is the device's, whose operation this is.
+    let fd = unsafe { ioctl(device, New(flags)) }?;
+    shake_hands(fd, features)
+}
+
+fn shake_hands(fd: OwnedFd, features: FeatureFlags) -> rustix::io::Result<Uffd> {
+    let mut asked = Handshake { api: UFFD_API, features: features.bits(), ioctls: 0 };
+    // SAFETY: the operation gets the structure that it reads and writes. The descriptor is a
+    // userfaultfd that watches nothing yet, owned, and given to nobody else.
     unsafe {
-        let fd = rustix::mm::userfaultfd(flags)?;
         ioctl(&fd, Updater::<UFFDIO_API, Handshake>::new(&mut asked))?;
         Ok(Uffd::from_raw_fd(fd.into_raw_fd()))
     }

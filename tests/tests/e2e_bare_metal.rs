@@ -1,10 +1,11 @@
 //! A guest of somebody else: a bare-metal ELF that knows only the Linux boot protocol.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::{Arc, Mutex};
 
-use frazil_tests::vm_harness::{Host, kvm_or_skip};
+use frazil_tests::vm_harness::{Host, frazil, kvm_or_skip, wait_for};
 
 /// Prints "hello", the command line that the zero page (RSI) leads to, and resets the machine.
 /// Ring 0, long mode, no stack.
@@ -116,6 +117,77 @@ fn what_comes_in_is_read_by_the_guest() {
     let expected: String = text.chars().flat_map(|c| [c, c]).collect();
     assert_eq!(String::from_utf8_lossy(&finished.stdout), expected);
     assert!(finished.status.success());
+}
+
+/// A command on a terminal of its own, which `script` makes.
+struct Terminal {
+    child: Child,
+    keys: ChildStdin,
+    shown: Arc<Mutex<String>>,
+}
+
+impl Terminal {
+    fn run(host: &Host, command: &str) -> Self {
+        let mut script = Command::new("script");
+        host.surround(&mut script);
+        script.args(["-qec", command, "/dev/null"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = script.spawn().expect("script, which every Debian has");
+        let (keys, mut screen) = (child.stdin.take(), child.stdout.take().expect("a pipe"));
+        let shown = Arc::<Mutex<String>>::default();
+        let all = Arc::clone(&shown);
+        std::thread::spawn(move || {
+            let mut bytes = [0; 4096];
+            while let Ok(count @ 1..) = screen.read(&mut bytes) {
+                all.lock().expect("no panic").push_str(&String::from_utf8_lossy(&bytes[..count]));
+            }
+        });
+        Self { child, keys: keys.expect("a pipe"), shown }
+    }
+
+    fn wait_shown(&self, text: &str) {
+        wait_for(text, || self.shown.lock().expect("no panic").contains(text).then_some(()));
+    }
+
+    fn press(&mut self, keys: &[u8]) {
+        self.keys.write_all(keys).and_then(|()| self.keys.flush()).expect("somebody reads");
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        let _gone = self.child.kill();
+        let _gone = self.child.wait();
+    }
+}
+
+#[test]
+fn a_terminal_is_the_guests_until_it_is_left() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    let elf = assemble(&host, "echo", ECHO).display().to_string();
+    let run = format!("{} run --kernel {elf} --memory 32MiB --name tty", frazil().display());
+    let mut terminal = Terminal::run(&host, &format!("{run}; echo status $?; stty -a; echo over"));
+    // By then keys are the guest's.
+    terminal.wait_shown("Ctrl-A x ends it");
+    // Neither echoed, nor kept until the line is over, nor a signal.
+    terminal.press(b"ab\x03c");
+    terminal.wait_shown("aabb\x03\x03cc");
+    terminal.press(b"\x01\x01");
+    terminal.wait_shown("\x01\x01");
+    terminal.press(b"\x01h");
+    terminal.wait_shown("Ctrl-A Ctrl-A sends Ctrl-A");
+    terminal.press(b"\x01x");
+    terminal.wait_shown("VM `tty` was stopped");
+    terminal.wait_shown("status 0");
+    terminal.wait_shown("over\r\n");
+    let shown = terminal.shown.lock().expect("no panic").clone();
+    let modes = shown.rsplit("status 0").next().expect("what stty says");
+    for mode in ["icanon", "isig", "echo", "icrnl"] {
+        let is_on = modes.split_whitespace().any(|word| word == mode);
+        assert!(is_on, "`{mode}` is as it was: {modes}");
+    }
 }
 
 #[test]

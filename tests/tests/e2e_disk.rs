@@ -205,6 +205,84 @@ fn resume(store: &Arc<Store>, id: SnapshotId, lazy: bool) -> Vm {
     Vm::resume(&snapshot, "again".into(), host(store), loading).expect("it resumes")
 }
 
+/// The contents of disk 0 in a snapshot.
+fn disk_of(store: &Arc<Store>, id: SnapshotId) -> Vec<u8> {
+    let region = store.snapshot(id).expect("it").region(&disk_name(0)).expect("a disk");
+    let mut contents = vec![0; region.pages() as usize * PAGE_SIZE];
+    region.read_pages(0, &mut contents).expect("pages");
+    contents
+}
+
+#[test]
+fn who_resumes_can_put_another_disk_in() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let store = Store::open_or_create(&folder.path().join("store"), StoreOptions::default())
+        .expect("a store");
+    // Holes, data and zeros, over each other in every way.
+    let image = |name: &str, pages: &[(u64, u8)]| {
+        let path = folder.path().join(name);
+        let file = std::fs::File::create(&path).expect("a file");
+        file.set_len(DISK_BYTES).expect("a length");
+        for (page, value) in pages {
+            let bytes = [*value; PAGE_SIZE];
+            std::os::unix::fs::FileExt::write_all_at(&file, &bytes, page * PAGE_SIZE as u64)
+                .expect("a page");
+        }
+        path
+    };
+    let (one, other) = (
+        image("one", &[(0, 1), (1, 1), (2, 1), (700, 1)]),
+        image("other", &[(1, 2), (2, 1), (3, 0), (900, 2)]),
+    );
+    let config = MachineConfig {
+        disks: vec![DiskConfig { file: one.clone(), read_only: false, serial: None }],
+        ..MachineConfig::new(
+            "disks",
+            48 << 20,
+            1,
+            Guest::Workload("touch=1MiB,rate=100,report=0".parse().expect("a workload")),
+        )
+    };
+    let vm = Vm::boot(&config, host(&store)).expect("it boots");
+    let checkpoint = |vm: &Vm| vm.checkpoint(&CheckpointRequest::default()).expect("one").id;
+    let first = checkpoint(&vm);
+    drop(vm);
+    let resume = |disks| {
+        let snapshot = store.pin(first).expect("the snapshot");
+        let host = HostConfig { disks, ..host(&store) };
+        Vm::resume(&snapshot, "again".into(), host, Loading::Eager)
+    };
+    let bytes = |path: &Path| std::fs::read(path).expect("a file");
+    let vm = resume(vec![(0, other.clone())]).expect("it resumes");
+    let mut page = [0; PAGE_SIZE];
+    for (number, value) in [(0, 0), (1, 2), (2, 1), (700, 0), (900, 2)] {
+        vm.disks()[0].begin().read_at(number * PAGE_SIZE as u64, &mut page).expect("it is read");
+        assert_eq!(page, [value; PAGE_SIZE], "page {number}");
+    }
+    let second = checkpoint(&vm);
+    assert!(disk_of(&store, second) == bytes(&other), "what it has now");
+    assert!(disk_of(&store, first) == bytes(&one), "what it had");
+    // Nothing is left of the other, nor of this one once it is taken back again.
+    vm.rewind_to(Some(&first.to_string())).expect("a rewind");
+    assert!(disk_of(&store, checkpoint(&vm)) == bytes(&one));
+    vm.rewind_to(Some(&second.to_string())).expect("a rewind");
+    assert!(disk_of(&store, checkpoint(&vm)) == bytes(&other));
+    drop(vm);
+
+    let says = |disks, parts: &[&str]| {
+        let error = resume(disks).expect_err("an error").to_string();
+        parts.iter().for_each(|part| assert!(error.contains(part), "`{part}` in: {error}"));
+    };
+    let short = folder.path().join("short");
+    std::fs::write(&short, [1; 512]).expect("a file");
+    says(vec![(0, short)], &["short", "expected 5242880 bytes", "`disk0`", "found 512"]);
+    says(vec![(1, other)], &["disk 1", "one of the machine's 1, counted from 0"]);
+    says(vec![(0, folder.path().join("nowhere"))], &["nowhere"]);
+}
+
 /// Through the command: the region is listed, and a resumed VM needs no file.
 #[test]
 fn the_command_takes_disks_and_says_what_is_wrong_with_them() {
@@ -223,6 +301,10 @@ fn the_command_takes_disks_and_says_what_is_wrong_with_them() {
     run(path(&odd)).expect_code(1).expect_says(&["disk", "odd.img", "512"]);
     run(path(&host.path("nowhere.img"))).expect_code(1).expect_says(&["nowhere.img"]);
     run(",ro").expect_code(2).expect_says(&["FILE,ro"]);
+    for wrong in ["disk0=x", "0=", "odd.img"] {
+        let resume = ["resume", "x@latest", "--disk", wrong];
+        host.frazil(&resume).expect_code(2).expect_says(&["such as 0=FILE"]);
+    }
 }
 
 fn path(path: &Path) -> &str {

@@ -1,6 +1,6 @@
 //! Every parser of the store over its corpus and mutations of it, and virtio devices under drivers
-//! that do anything: what a fuzzer does, a little of it, on every run. For parsers `cargo fuzz run
-//! TARGET` in `snapstore` does it at length.
+//! that do anything: what a fuzzer does, a little of it, on every run. `cargo fuzz run TARGET` in
+//! `snapstore` and `vmm` does it at length.
 //!
 //! `cargo test -p frazil-tests --test fuzz_smoke -- --ignored` makes the corpus anew, from a store
 //! that has everything.

@@ -9,11 +9,14 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
-pub(crate) use files::{CompletionArgs, Gap, HeatmapArgs, ImportArgs, ManArgs, MountArgs};
+pub(crate) use files::{
+    CompletionArgs, ExportArgs, ExportFormat, Gap, HeatmapArgs, ImportArgs, ManArgs, MountArgs,
+};
 use frazil_snapstore::retention::Policy;
 use frazil_snapstore::{Elide, SnapshotId};
 use frazil_vmm::dirty::TrackerKind;
 use frazil_vmm::disk::DiskConfig;
+use frazil_vmm::privileges::User;
 use frazil_vmm::scheduler::Every;
 use frazil_vmm::workload::WorkloadSpec;
 use frazil_vmm::{NetConfig, VsockConfig};
@@ -21,8 +24,8 @@ pub(crate) use help::{command, usage_error, visible};
 pub(crate) use inspect::InspectArgs;
 pub(crate) use parse::Span;
 use parse::{
-    a_few, disk, elide, every, how_many, interval, net, percent, serial, size, tracker, vsock,
-    within, workload,
+    a_few, disk, elide, every, how_many, interval, net, other_disk, percent, serial, size, tracker,
+    vsock, within, workload,
 };
 
 /// Freezes running virtual machines: a checkpoint is taken while the guest goes on and costs what
@@ -256,6 +259,12 @@ pub(crate) struct HostArgs {
     /// terminal all keys are the guest's, Ctrl-C too, but Ctrl-A: then `x` ends the VM, `h` shows more.
     #[arg(long, value_enum, value_name = "WHAT", default_value = "auto")]
     pub serial_input: SerialInput,
+    /// Once what only root may have is open (KVM, taps, userfaultfd, the files of --kernel and --disk),
+    /// go on as this user, with its groups or the one given; as are an external pager and the process
+    /// that has the memory of --clones. For a start as root. The store is that user's, and made for it if
+    /// there is none.
+    #[arg(long, value_name = "NAME|UID[:GROUP|GID]")]
+    pub user: Option<User>,
     /// Do not confine the threads that a guest can reach with seccomp filters, for kernels without.
     #[arg(long)]
     pub no_seccomp: bool,
@@ -300,6 +309,11 @@ pub(crate) struct ResumeArgs {
     /// is right. `snapshot`: from where they were, so that it does not notice.
     #[arg(long, value_enum, default_value = "host")]
     pub clock: ClockArg,
+    /// What disk N has from now on, 0 being the first (/dev/vda to Linux), instead of what the snapshot
+    /// has: the contents of FILE, which is as long and stays as it is. For a disk that the guest does not
+    /// use at that moment. May be repeated. `{n}` in FILE is the number of the VM with --clones.
+    #[arg(long = "disk", value_name = "N=FILE", value_parser = other_disk)]
+    pub disks: Vec<(usize, PathBuf)>,
     /// Leave the guest standing still.
     #[arg(long)]
     pub paused: bool,
@@ -339,6 +353,9 @@ pub(crate) enum WorkingSetArg {
 
 #[derive(Debug, Args)]
 pub(crate) struct PagerArgs {
+    /// Go on as this user.
+    #[arg(long, value_name = "USER")]
+    pub user: Option<User>,
     /// Serve the memory of this snapshot to the VMs that connect, instead of one VM at standard input.
     #[arg(requires = "listen")]
     pub snapshot: Option<String>,
@@ -422,36 +439,6 @@ pub(crate) struct ShowArgs {
     pub snapshot: String,
     #[command(flatten)]
     pub picture: HeatmapArgs,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct ExportArgs {
-    /// STORE@REF.
-    pub snapshot: String,
-    /// The file, which must not be there yet. What is zero takes no space in it.
-    pub file: PathBuf,
-    /// What `raw` writes: `ram`, where byte N of the file is guest physical address N, or a disk: `disk0`
-    /// and so on.
-    #[arg(long, value_name = "NAME", default_value = "ram")]
-    pub region: String,
-    /// How.
-    #[arg(long, value_enum, default_value = "raw")]
-    pub format: ExportFormat,
-    /// Replace the file if it is there.
-    #[arg(long)]
-    pub force: bool,
-}
-
-/// What an exported file looks like.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum ExportFormat {
-    /// The contents of a region and nothing else.
-    Raw,
-    /// All regions, state and manifest as an archive, sparse for tar programs of today; FILE may be `-`
-    /// for standard output.
-    Tar,
-    /// Memory and vCPUs as an ELF core file, which gdb opens, and crash and drgn if the guest is Linux.
-    ElfCore,
 }
 
 /// What of guest memory `verify` compares with the built-in workload's oracle.

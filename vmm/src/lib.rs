@@ -23,6 +23,8 @@ mod machine;
 pub mod memory;
 mod paging;
 mod private_socket;
+pub mod privileges;
+mod rebuild;
 mod rewind;
 pub mod scheduler;
 pub mod state;

@@ -13,6 +13,7 @@ use crate::devices::serial::SerialOutput;
 use crate::dirty::TrackerKind;
 use crate::disk::{DiskConfig, OverlayOptions};
 use crate::error::{Result, VmmError};
+use crate::privileges::User;
 use crate::state::{ChunkSet, Saved, never_written};
 use crate::virtio::bus::lay_out;
 use crate::virtio::net::MacAddress;
@@ -167,6 +168,9 @@ pub struct HostConfig {
     pub rewind_cache_bytes: u64,
     /// Where what the guest writes to its disks is kept until it is in a snapshot, and beyond.
     pub overlay: OverlayOptions,
+    /// For a machine that is resumed: disks by their numbers, and files that they have the contents of
+    /// instead of what the snapshot has. Each is as long as the disk was.
+    pub disks: Vec<(usize, PathBuf)>,
     /// For a machine that is resumed: how its clocks go on.
     pub clock: ClockPolicy,
     /// For a machine that is resumed: what its network cards are on, in their order, and their
@@ -197,6 +201,7 @@ impl HostConfig {
             throttle_max_percent: THROTTLE_MAX_PERCENT,
             rewind_cache_bytes: REWIND_CACHE_BYTES,
             overlay: OverlayOptions::default(),
+            disks: Vec::new(),
             clock: ClockPolicy::default(),
             nets: Vec::new(),
             vsock: None,
@@ -245,7 +250,12 @@ pub enum PagerPlace {
     Here,
     /// In a process of its own: this program is run with the argument `pager`. Another is started if
     /// it dies.
-    Process(PathBuf),
+    Process {
+        /// The program.
+        program: PathBuf,
+        /// The user that it goes on as, by the argument `--user`.
+        user: Option<User>,
+    },
 }
 
 /// The machine, as its snapshots list it: with this and the other chunks it is built again.

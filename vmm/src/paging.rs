@@ -20,6 +20,7 @@ use frazil_snapstore::pager::{
 use crate::error::{Result, VmmError};
 use crate::machine::{Loading, MACHINE_CHUNK, PagerPlace, SavedMachine};
 use crate::memory::{GuestRam, RAM_REGION, ram_extents, ram_memfd};
+use crate::privileges::User;
 use crate::vcpu::{Ended, VcpuSet};
 use crate::workload_memory::saved_machine;
 
@@ -138,13 +139,13 @@ pub(crate) fn bring_memory(
             let pager = Pager::start(region, ram.memfd(), &mappings, options, on_failure)?;
             Some(Paging::Here(pager))
         }
-        Coming::Lazy(options, PagerPlace::Process(program)) => {
+        Coming::Lazy(options, PagerPlace::Process { program, user }) => {
             let folder = snapshot.store().folder().ok_or_else(|| {
                 VmmError::Config("a pager of its own wants a store in a folder".into())
             })?;
             let image = Image::new(region, ram.memfd(), &ram_extents(ram.len_bytes()))?;
             let seat = Seat::take(&ram.mappings())?;
-            let start = start_program(program);
+            let start = start_program(program, user);
             let pager = RemotePager::start(image, &folder, seat, options, start, on_failure)?;
             Some(Paging::Elsewhere(pager))
         }
@@ -172,9 +173,13 @@ fn stop(vcpus: &LateVcpus) -> OnFailure {
 }
 
 /// Runs `program pager` with the socket for standard input.
-fn start_program(program: PathBuf) -> StartPager {
+fn start_program(program: PathBuf, user: Option<User>) -> StartPager {
     Box::new(move |socket| {
         let mut command = Command::new(&program);
-        command.arg("pager").stdin(Stdio::from(socket)).stdout(Stdio::null()).spawn()
+        command.arg("pager");
+        if let Some(user) = &user {
+            command.arg("--user").arg(user.spec());
+        }
+        command.stdin(Stdio::from(socket)).stdout(Stdio::null()).spawn()
     })
 }

@@ -21,11 +21,12 @@ use crate::error::{Result, VmmError};
 use crate::line::{AtRest, Line};
 use crate::machine::{SavedMachine, take_machine};
 use crate::memory::RAM_REGION;
+use crate::rebuild::{try_out, vcpu_chunk};
 use crate::state::ChunkSet;
 use crate::vcpu::Ended;
 use crate::vcpu::saved::SavedVcpu;
 use crate::virtio::{SavedSlot, SavedVirtio};
-use crate::vm::{GoesOn, Vm, vcpu_chunk};
+use crate::vm::{GoesOn, Vm};
 use pages::CachedRegion;
 
 /// So few pages are read in the pause without another thought.
@@ -141,7 +142,10 @@ impl Vm {
         let vcpus = (0..machine.cpus).map(|index| Ok(Arc::new(chunks.take(&vcpu_chunk(index))?)));
         let vcpus = vcpus.collect::<Result<Vec<_>>>()?;
         self.vcpus.check_states(&vcpus)?;
-        let (platform, serial) = (SavedPlatform::take(&mut chunks)?, chunks.take(serial::CHUNK)?);
+        let platform = SavedPlatform::take(&mut chunks)?;
+        try_out(self.hypervisor(), machine.ram_bytes, &vcpus, &platform)?;
+        let serial: SavedSerial = chunks.take(serial::CHUNK)?;
+        serial.check()?;
         let max = self.rewind_cache_pages();
         let ram = snapshot.region(RAM_REGION)?;
         if ram.pages() != self.ram().end_page() {
@@ -163,8 +167,7 @@ impl Vm {
             disks.push(CachedRegion::new(snapshot.region(disk.name())?, max));
         }
         let virtio = self.bus.virtio().take_saved(&mut chunks)?;
-        let rtc = machine.rtc.then(|| chunks.take(rtc::CHUNK)).transpose()?;
-        let generation = machine.generation.then(|| chunks.take(vmgenid::CHUNK)).transpose()?;
+        let (rtc, generation) = self.take_clock_and_generation(&mut chunks)?;
         chunks.finish()?;
         let ram = CachedRegion::new(ram, max);
         Ok(RewindPoint {
@@ -180,6 +183,22 @@ impl Vm {
             disks,
             is_warm: false,
         })
+    }
+
+    fn take_clock_and_generation(
+        &self,
+        chunks: &mut ChunkSet,
+    ) -> Result<(Option<SavedRtc>, Option<SavedVmGenId>)> {
+        let rtc = self.bus.rtc().map(|_ours| {
+            let saved: SavedRtc = chunks.take(rtc::CHUNK)?;
+            saved.check().map(|_bytes| saved)
+        });
+        let rtc = rtc.transpose()?;
+        let generation = self.bus.generation().map(|ours| {
+            let saved: SavedVmGenId = chunks.take(vmgenid::CHUNK)?;
+            ours.check(&saved).map(|()| saved)
+        });
+        Ok((rtc, generation.transpose()?))
     }
 
     fn rewind_store(&self) -> Result<&Arc<Store>> {

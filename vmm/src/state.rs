@@ -129,6 +129,11 @@ impl ChunkSet {
                 format!("version {}: use a newer frazil", chunk.version),
             ));
         }
+        // What upgrades of older ones rely on.
+        if !chunk.body.is_object() {
+            let expected = format!("a body of {} with named fields", T::KIND);
+            return Err(wrong(expected, "none".into()));
+        }
         let body = (chunk.version..T::VERSION).try_fold(chunk.body, |body, version| {
             T::upgrade(version, body)
                 .map_err(|error| wrong(format!("a body of version {version}"), error))
@@ -264,7 +269,10 @@ mod tests {
         refused(set("other", 2, Value::Null).take("t"));
         refused(set("thing", 3, Value::Null).take("t"));
         refused(set("thing", 0, Value::Null).take("t"));
-        refused(set("thing", 2, Value::Null).take("t"));
+        for version in [1, 2] {
+            refused(set("thing", version, Value::Null).take("t"));
+            refused(set("thing", version, serde_json::json!([1])).take("t"));
+        }
         refused(ChunkSet::new(Vec::new()).unwrap().take("t"));
         assert!(set("thing", 2, Value::Null).finish().is_err());
         let twice = set("a", 1, Value::Null).chunks.into_values().next().unwrap();

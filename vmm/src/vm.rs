@@ -11,12 +11,12 @@ use crate::boot::{self, BootSource, GenerationSlot, Hardware, Kernel};
 use crate::checkpoint::{CheckpointProgress, CheckpointTotals};
 use crate::cpuid;
 use crate::devices::platform::{self, SavedPlatform};
-use crate::devices::rtc::{self, HostClock, Rtc, TimeAfterResume};
+use crate::devices::rtc::{HostClock, Rtc};
 use crate::devices::serial::SerialPort;
-use crate::devices::vmgenid::{self, RandomGenerations, SavedVmGenId, VmGenId};
+use crate::devices::vmgenid::{self, RandomGenerations, VmGenId};
 use crate::devices::{Bus, serial};
 use crate::dirty::TrackerKind;
-use crate::disk::{Disk, OverlayOptions, disk_name};
+use crate::disk::Disk;
 use crate::error::{Result, VmmError};
 use crate::keeper::Keeping;
 use crate::kvm::{Hypervisor, VmShell};
@@ -27,11 +27,11 @@ use crate::machine::{
 };
 use crate::memory::GuestRam;
 use crate::paging::{Paging, bring_memory, map_ram};
+use crate::rebuild;
 use crate::rewind::Rewinding;
 use crate::state::ChunkSet;
 use crate::telemetry::Telemetry;
 use crate::turns::Turns;
-use crate::vcpu::saved::SavedVcpu;
 use crate::vcpu::{Ended, ExitCounts, Vcpu, VcpuSet};
 use crate::virtio::bus::{EVENT_GSI, Surroundings, mmio_slots};
 use crate::virtio::{IrqLine, VirtioBus};
@@ -39,6 +39,7 @@ use crate::workload::{ControlView, GUEST_ELF, VerifyReport, WorkloadSpec};
 
 /// What a machine is put together from.
 struct Parts {
+    hypervisor: Hypervisor,
     shell: VmShell,
     bus: Arc<Bus>,
     vcpus: Arc<VcpuSet>,
@@ -54,6 +55,8 @@ pub struct Vm {
     host: HostConfig,
     started: Instant,
     resumed_from: Option<SnapshotId>,
+    /// Opened once: by the time that it is needed again it may not be ours to open.
+    hypervisor: Hypervisor,
     // From here on in the order in which they must go: the pager lets go of memory, so that
     // vCPUs that wait for a page can end; then the vCPUs; then what they use.
     pager: Option<Paging>,
@@ -134,7 +137,7 @@ impl Vm {
         let serial = SerialPort::new(&shell.fd, &host.serial)?;
         let bus = Arc::new(Bus::new(serial, rtc, generation.transpose()?, virtio));
         let vcpus = Arc::new(VcpuSet::start(vcpus, &bus)?);
-        let parts = Parts { shell, bus, vcpus, pager: None, disks };
+        let parts = Parts { hypervisor, shell, bus, vcpus, pager: None, disks };
         Ok(Self::assemble(config.name.clone(), machine, host, parts))
     }
 
@@ -166,14 +169,14 @@ impl Vm {
             ClockPolicy::Host => platform.age(),
             ClockPolicy::Snapshot => Duration::ZERO,
         };
-        let vcpus = restore_vcpus(&hypervisor, &shell, &machine, &mut chunks, later)?;
+        let vcpus = rebuild::vcpus(&hypervisor, &shell, &machine, &mut chunks, later)?;
         platform::restore(&shell.fd, platform, later)?;
         let serial = SerialPort::restore(&shell.fd, &host.serial, chunks.take(serial::CHUNK)?)?;
-        let disks = resume_disks(&machine, snapshot, &mut chunks, &host.overlay)?;
+        let disks = rebuild::disks(&machine, snapshot, &mut chunks, &host)?;
         let around = Surroundings { shell: &shell, disks: &disks, punch };
         let virtio = VirtioBus::resume(&machine.devices, &around, &mut chunks)?;
-        let rtc = resume_rtc(&machine, host.clock, &mut chunks)?;
-        let generation = resume_generation(&machine, &shell, &mut chunks)?;
+        let rtc = rebuild::rtc(&machine, host.clock, &mut chunks)?;
+        let generation = rebuild::generation(&machine, &shell, &mut chunks)?;
         chunks.finish()?;
         let bus = Arc::new(Bus::new(serial, rtc, generation, virtio));
         let vcpus = Arc::new(VcpuSet::start(vcpus, &bus)?);
@@ -182,7 +185,7 @@ impl Vm {
         if let Some(failure) = pager.as_ref().and_then(Paging::failure) {
             return Err(VmmError::NotNow(failure.to_string()));
         }
-        let parts = Parts { shell, bus, vcpus, pager, disks };
+        let parts = Parts { hypervisor, shell, bus, vcpus, pager, disks };
         let mut vm = Self::assemble(name, machine, host, parts);
         vm.resumed_from = Some(snapshot.id());
         // What was never touched since is shared with the snapshot, resident or not.
@@ -192,7 +195,7 @@ impl Vm {
     }
 
     fn assemble(name: String, machine: SavedMachine, host: HostConfig, parts: Parts) -> Self {
-        let Parts { shell, bus, vcpus, pager, disks } = parts;
+        let Parts { hypervisor, shell, bus, vcpus, pager, disks } = parts;
         let line = Line::new(&shell, &disks);
         Self {
             name,
@@ -200,6 +203,7 @@ impl Vm {
             host,
             started: Instant::now(),
             resumed_from: None,
+            hypervisor,
             pager,
             vcpus,
             bus,
@@ -413,6 +417,10 @@ impl Vm {
         self.host.staging_bytes / PAGE_SIZE as u64
     }
 
+    pub(crate) fn hypervisor(&self) -> &Hypervisor {
+        &self.hypervisor
+    }
+
     /// The guest's RAM.
     #[must_use]
     pub fn ram(&self) -> &Arc<GuestRam> {
@@ -509,70 +517,4 @@ fn boot_source(config: &MachineConfig, tsc_khz: u32) -> Result<(BootSource, Save
             Ok((source.clone(), saved))
         }
     }
-}
-
-fn resume_rtc(
-    machine: &SavedMachine,
-    clock: ClockPolicy,
-    chunks: &mut ChunkSet,
-) -> Result<Option<Rtc>> {
-    if !machine.rtc {
-        return Ok(None);
-    }
-    let time = match clock {
-        ClockPolicy::Host => TimeAfterResume::Host,
-        ClockPolicy::Snapshot => TimeAfterResume::Snapshot,
-    };
-    Rtc::restore(Box::new(HostClock), &chunks.take(rtc::CHUNK)?, time).map(Some)
-}
-
-fn resume_generation(
-    machine: &SavedMachine,
-    shell: &VmShell,
-    chunks: &mut ChunkSet,
-) -> Result<Option<VmGenId>> {
-    if !machine.generation {
-        return Ok(None);
-    }
-    let saved: SavedVmGenId = chunks.take(vmgenid::CHUNK)?;
-    let line = Arc::new(IrqLine::wire(&shell.fd, saved.gsi)?);
-    let generations = Box::new(RandomGenerations);
-    VmGenId::restore(Arc::clone(&shell.ram), line, &saved, generations).map(Some)
-}
-
-fn resume_disks(
-    machine: &SavedMachine,
-    snapshot: &Snapshot,
-    chunks: &mut ChunkSet,
-    overlay: &OverlayOptions,
-) -> Result<Vec<Arc<Disk>>> {
-    (0..machine.disks)
-        .map(|index| {
-            let name = disk_name(index);
-            let disk = Disk::resume(chunks.take(&name)?, snapshot.region(&name)?, overlay)?;
-            Ok(Arc::new(disk))
-        })
-        .collect()
-}
-
-/// Name of a vCPU's chunk.
-pub(crate) fn vcpu_chunk(index: usize) -> String {
-    format!("vcpu{index}")
-}
-
-fn restore_vcpus(
-    hypervisor: &Hypervisor,
-    shell: &VmShell,
-    machine: &SavedMachine,
-    chunks: &mut ChunkSet,
-    later: Duration,
-) -> Result<Vec<Vcpu>> {
-    (0..machine.cpus)
-        .map(|index| {
-            let name = vcpu_chunk(index);
-            let mut saved: SavedVcpu = chunks.take(&name)?;
-            saved.advance(later);
-            Vcpu::restore(hypervisor, shell, index, &name, &saved)
-        })
-        .collect()
 }

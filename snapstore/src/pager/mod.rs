@@ -30,6 +30,7 @@ use crate::page::PAGE_SIZE;
 use crate::snapshot::RegionReader;
 use crate::uffd;
 
+pub use crate::uffd::keep_device;
 pub use channel::{accept, connect, listen};
 pub use image::Image;
 pub use remote::{ImageServer, Offer, RemotePager, StartPager, serve_one};

@@ -6,6 +6,7 @@
 #   disk      mount /dev/vda (ext4) and write to a database there, all the time, each row made durable
 #             before it is acknowledged; at every tick all that it holds is checked, the file system
 #             at every other
+#   shell     have a shell at port 1024 of the socket device, for the host to ask: see `ask` in outer.sh
 #   net=A     take the address A and talk to port 7000 of NET_HOST, over one connection as long as it
 #             lasts: what is sent has to come back
 #
@@ -141,6 +142,10 @@ if [ -n "$(word net)" ]; then
     ip link set eth0 up
     client &
     while [ ! -s /mem/echoed ]; do sleep 0.1; done
+fi
+if has shell; then
+    # Whoever asks says nothing more, and waits for the answer.
+    socat -t 60 VSOCK-LISTEN:1024,fork EXEC:/bin/sh &
 fi
 # The kernel stretches what it has for a minute before it asks for more, and this one has no driver for
 # the generation id that would have it ask at once: so the device itself is asked.

@@ -28,10 +28,12 @@ use std::time::{Duration, Instant};
 mod archive;
 mod machine;
 mod parts;
+mod who;
 
 use archive::Archive;
 use machine::{End, Run};
 use parts::Parts;
+pub use who::Who;
 
 use crate::rng::Rng;
 
@@ -44,12 +46,18 @@ const KNOWN_SEED: u64 = 6;
 /// Modules of the machine around the guests.
 const OUTER_MODULES: [&str; 4] = ["kvm_amd", "tun", "virtio_pci", "virtio_blk"];
 /// Programs of it, besides busybox and `frazil`.
-const OUTER_PROGRAMS: [&str; 2] = ["mkfs.ext4", "e2fsck"];
+const OUTER_PROGRAMS: [&str; 4] = ["mkfs.ext4", "e2fsck", "socat", "zstd"];
 /// Modules of guests.
-const GUEST_MODULES: [&str; 5] =
-    ["virtio_mmio", "virtio_blk", "virtio_net", "virtio_rng", "virtio_balloon"];
+const GUEST_MODULES: [&str; 6] = [
+    "virtio_mmio",
+    "virtio_blk",
+    "virtio_net",
+    "virtio_rng",
+    "virtio_balloon",
+    "vmw_vsock_virtio_transport",
+];
 /// Programs of guests, besides busybox.
-const GUEST_PROGRAMS: [&str; 2] = ["sqlite3", "e2fsck"];
+const GUEST_PROGRAMS: [&str; 3] = ["sqlite3", "e2fsck", "socat"];
 
 /// One emulated machine at a time: each takes two cores and 3 GiB.
 static TURN: Mutex<()> = Mutex::new(());

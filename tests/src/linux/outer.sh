@@ -7,11 +7,16 @@
 #   boot VM WORDS ARGUMENT…   starts a new VM with 2 vCPUs; WORDS are for guest.sh
 #   network                   a tap `tap0` with 10.0.0.1 at this end, and a server on port 7000 that sends
 #                             back what it is sent
+#   tap NAME ADDRESS          a tap with this address here
+#   image FILE WORD           a file of 1 MiB, full of lines with WORD
 #   disk FILE                 an ext4 file system of 64 MiB
 #   await VM PATTERN [COUNT]  waits until so many lines of the guest's console match
 #   ticks VM COUNT            waits for so many more ticks
 #   tick VM                   prints the number of the last tick
 #   talks VM                  waits until the guest's connection, or a new one, carries more than it did
+#   ask VM COMMAND            has the guest's shell run it, over the VM's socket /run/VM.sock, and prints what
+#                             that says; VM was given --vsock socket=/run/VM.sock and the word `shell`
+#   whoami VM                 tells what the guest has for its own: see `who` there
 #   checkpoint VM TAG         takes one; tells the tick before and after it, and what frazil says
 #   end VM                    waits for the end of the process; tells its exit status
 #   crash VM                  ends the process as a power cut would
@@ -71,7 +76,7 @@ start() {
     : >"/run/$vm.console"
     frazil "$@" --name "$vm" --serial "/run/$vm.console" >"/run/$vm.log" 2>&1 &
     echo $! >"/run/$vm.pid"
-    tell started "$vm" "$(now)"
+    tell started "$vm" "$(now)" "$(date +%s)"
 }
 boot() {
     local vm=$1 words=$2
@@ -79,13 +84,17 @@ boot() {
     start "$vm" run --kernel /vmlinuz --initrd /guest.cpio --cmdline "$CMDLINE $words" \
         --memory "$MEMORY" --cpus 2 --store /run/store "$@"
 }
+tap() {
+    try tunctl -t "$1" >/dev/null
+    try ip address add "$2/24" dev "$1"
+    try ip link set "$1" up
+}
 network() {
-    try tunctl -t tap0 >/dev/null
-    try ip address add 10.0.0.1/24 dev tap0
-    try ip link set tap0 up
+    tap tap0 10.0.0.1
     ip link set lo up
     nc -ll -p 7000 -e cat &
 }
+image() { yes "$2" | head -c 1048576 >"$1"; }
 disk() {
     truncate -s 64M "$1"
     try mkfs.ext4 -q -F "$1"
@@ -136,6 +145,30 @@ talks() {
         [ "$turns" -lt 30 ] || fail "$vm has no connection any more"
         ticks "$vm" 1
     done
+}
+
+# The line with OK, and the port that the connection is from, comes first.
+ask() {
+    while [ ! -S "/run/$1.sock" ]; do
+        is_up "$1" || fail "$1 cannot be asked: it has ended"
+        sleep 0.1
+    done
+    printf 'CONNECT 1024\n%s\nexit\n' "$2" | socat -t $QUIET_S - "UNIX-CONNECT:/run/$1.sock" | sed 1d
+}
+# A guest without a driver for the generation id reads it where the tables say that it is; the
+# interrupt that tells of another is counted by the kernel's driver for such events. A network card's
+# address is read when its driver starts. `socat` tells which context id it has when it connects, here to
+# nobody.
+WHO='echo date $(date +%s) rtc $(cat /sys/class/rtc/rtc0/since_epoch) uptime $(cut -d" " -f1 /proc/uptime) \
+generation $(dd if=/dev/mem bs=4096 skip=255 count=1 2>/dev/null | head -c 16 | xxd -p) \
+tables $(grep -c VM_Gen_Counter /sys/firmware/acpi/tables/DSDT) \
+events $(awk "/ACPI:Ged/ {print \$2 + \$3}" /proc/interrupts) \
+cid $(timeout 20 socat -d -d -u VSOCK-CONNECT:2:1 - 2>&1 | sed -n "s/.*VSOCK CID=//p") disk $(head -c 8 /dev/vda) mac $(cat /sys/class/net/eth0/address)'
+whoami() {
+    local before
+    before=$(date +%s)
+    # Without quotes: words of one line.
+    tell who "$1" $(ask "$1" "$WHO") between "$before" "$(date +%s)"
 }
 
 checkpoint() {

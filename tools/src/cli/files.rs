@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{ArgGroup, Args};
+use clap::{ArgGroup, Args, ValueEnum};
 use clap_complete::Shell;
 
 use super::parse::size;
@@ -107,4 +107,34 @@ pub(crate) struct ManArgs {
     /// DIR is the man1 of a folder of $MANPATH.
     #[arg(value_name = "DIR")]
     pub folder: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ExportArgs {
+    /// STORE@REF.
+    pub snapshot: String,
+    /// The file, which must not be there yet. What is zero takes no space in it.
+    pub file: PathBuf,
+    /// What `raw` writes: `ram`, where byte N of the file is guest physical address N, or a disk: `disk0`
+    /// and so on.
+    #[arg(long, value_name = "NAME", default_value = "ram")]
+    pub region: String,
+    /// How.
+    #[arg(long, value_enum, default_value = "raw")]
+    pub format: ExportFormat,
+    /// Replace the file if it is there.
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// What an exported file looks like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ExportFormat {
+    /// The contents of a region and nothing else.
+    Raw,
+    /// All regions, state and manifest as an archive, sparse for tar programs of today; FILE may be `-`
+    /// for standard output.
+    Tar,
+    /// Memory and vCPUs as an ELF core file, which gdb opens, and crash and drgn if the guest is Linux.
+    ElfCore,
 }

@@ -1,5 +1,6 @@
 //! Arguments that say more than one thing, as people write them.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::builder::RangedI64ValueParser;
@@ -23,6 +24,15 @@ pub(super) fn disk(text: &str) -> Result<DiskConfig, String> {
         return Err("expected a file, or FILE,ro".into());
     }
     Ok(DiskConfig { file: file.into(), read_only, serial: None })
+}
+
+/// A disk of a machine that is resumed, and what it has instead.
+pub(super) fn other_disk(text: &str) -> Result<(usize, PathBuf), String> {
+    let parts = text.split_once('=').and_then(|(disk, file)| Some((disk.parse().ok()?, file)));
+    match parts {
+        Some((disk, file)) if !file.is_empty() => Ok((disk, file.into())),
+        _ => Err("expected the number of a disk and a file, such as 0=FILE".into()),
+    }
 }
 
 /// What a network card is on, and its address.

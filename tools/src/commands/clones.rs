@@ -1,6 +1,6 @@
 //! `frazil resume --clones N`: many VMs from one snapshot, which share its memory.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -28,6 +28,9 @@ pub(crate) fn share_memory(
     command.arg("pager").arg("--listen").arg(&socket);
     if args.no_fill {
         command.arg("--no-fill");
+    }
+    if let Some(user) = &args.host.user {
+        command.arg("--user").arg(user.spec());
     }
     if let Some(rate) = args.fill_rate {
         command.arg("--fill-rate").arg(rate.to_string());
@@ -76,10 +79,7 @@ pub(crate) fn run(
     let mut clones = Clones(Vec::new());
     for index in 1..=count {
         let mut command = Command::new(&program);
-        command
-            .args(common.iter().map(|argument| numbered(argument, index)))
-            .arg("--name")
-            .arg(format!("{base}-{index}"));
+        command.args(numbered(&common, index)).arg("--name").arg(format!("{base}-{index}"));
         command.arg("--memory-from").arg(&socket).arg("--exactly").arg(id.to_string());
         let child = command.stdin(Stdio::null()).spawn();
         clones.0.push(child.with_context(|| format!("cannot start {base}-{index}"))?);
@@ -169,14 +169,21 @@ fn reference(store: &Path, id: SnapshotId) -> OsString {
     reference
 }
 
-/// An argument of the clone `index`: in the name of a tap or a socket, `{n}` is its number.
-fn numbered(argument: &OsStr, index: u32) -> OsString {
-    match argument.to_str() {
-        Some(text) if text.contains("tap=") || text.contains("socket=") => {
-            text.replace("{n}", &index.to_string()).into()
-        }
-        _ => argument.to_owned(),
-    }
+/// The `common` arguments as those of the clone `index`: in what is said of taps, sockets and disks, `{n}`
+/// is its number.
+fn numbered(common: &[OsString], index: u32) -> Vec<OsString> {
+    const OF_EACH: [&str; 3] = ["--net", "--vsock", "--disk"];
+    let mut value_of_each = false;
+    let number = |argument: &OsString| {
+        let text = argument.to_str()?;
+        let flag = text.split_once('=').map_or(text, |(flag, _)| flag);
+        let is_flag = OF_EACH.contains(&flag);
+        let is_of_each = is_flag || value_of_each;
+        value_of_each = is_flag && flag == text;
+        is_of_each.then(|| text.replace("{n}", &index.to_string()).into())
+    };
+    let numbers: Vec<Option<OsString>> = common.iter().map(number).collect();
+    numbers.into_iter().zip(common).map(|(new, old)| new.unwrap_or_else(|| old.clone())).collect()
 }
 
 /// The arguments of this process without what differs from clone to clone.

@@ -23,7 +23,9 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use anyhow::Context;
 use frazil_snapstore::{Snapshot, SnapshotId, Store, StoreOptions, reference};
+use frazil_vmm::privileges::User;
 use rustix::time::{ClockId, clock_gettime};
 
 /// When this process started to run our code, on the system-wide monotonic clock.
@@ -65,6 +67,17 @@ pub(crate) fn find_snapshot(
     let store = Store::open(&path, options)?;
     let id = store.resolve(reference)?.id;
     Ok((path, store, id))
+}
+
+/// Runs `with`, which opens files, with the rights of `user`, if there is one.
+pub(crate) fn as_user<T>(
+    user: Option<&User>,
+    with: impl FnOnce() -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
+    match user {
+        None => with(),
+        Some(user) => user.act_as(with)?.with_context(|| format!("as user `{}`", user.spec())),
+    }
 }
 
 /// Opens the snapshot that `STORE@REF` names, to look at it.

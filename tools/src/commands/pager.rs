@@ -13,7 +13,7 @@ use frazil_snapstore::StoreOptions;
 use frazil_snapstore::pager::{self, ImageServer, PagerOptions, Replay};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use super::find_snapshot;
+use super::{as_user, find_snapshot};
 use crate::cli::{PagerArgs, WorkingSetArg};
 
 /// How long the memory of a snapshot is kept for VMs to come.
@@ -52,6 +52,9 @@ pub(crate) fn pager(args: &PagerArgs) -> anyhow::Result<()> {
     if let (Some(snapshot), Some(socket)) = (&args.snapshot, &args.listen) {
         return serve_many(args, snapshot, socket);
     }
+    if let Some(user) = &args.user {
+        user.settle()?;
+    }
     let socket = std::io::stdin().as_fd().try_clone_to_owned();
     pager::serve_one(socket.context("standard input is no socket")?)?;
     Ok(())
@@ -61,8 +64,11 @@ pub(crate) fn pager(args: &PagerArgs) -> anyhow::Result<()> {
 fn serve_many(args: &PagerArgs, snapshot: &str, socket: &Path) -> anyhow::Result<()> {
     let Some(place) = Place::take_unless_served(socket)? else { return say_ready() };
     raise_descriptor_limit();
-    let (_, store, id) = find_snapshot(snapshot, StoreOptions::default())?;
-    let image = frazil_vmm::shared_image(&store.pin(id)?)?;
+    let pinned = as_user(args.user.as_ref(), || {
+        let (_, store, id) = find_snapshot(snapshot, StoreOptions::default())?;
+        Ok(store.pin(id)?)
+    })?;
+    let image = frazil_vmm::shared_image(&pinned)?;
     let options = options(args.no_fill, args.fill_rate, args.working_set, args.record_working_set);
     let server = Arc::new(ImageServer::new(image, options)?);
     // Of a server that is no more: the place is ours.
@@ -75,6 +81,9 @@ fn serve_many(args: &PagerArgs, snapshot: &str, socket: &Path) -> anyhow::Result
     let listener = listener?;
     std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600)).with_context(at)?;
     log_to(&place.log())?;
+    if let Some(user) = &args.user {
+        user.settle()?;
+    }
     say_ready()?;
     let mut idle_until = Instant::now() + FIRST_PATIENCE;
     while server.users() > 0 || Instant::now() < idle_until {
@@ -144,7 +153,8 @@ fn serve(server: &Arc<ImageServer>, user: OwnedFd) {
 }
 
 /// Where a server listens, and what is beside its socket. Whoever has it locked is the server there, and
-/// takes all of it away when it goes; after an error all but the log, which says what was wrong.
+/// takes all of it away when it goes; after an error all but the log, which says what was wrong. One that
+/// is not root any more may have to leave that to others: see `frazil_vmm::control::list`.
 struct Place {
     socket: PathBuf,
     _lock: File,

@@ -13,6 +13,7 @@ use frazil_vmm::control::{Registration, Server, memory_socket};
 use frazil_vmm::devices::serial::SerialOutput;
 use frazil_vmm::disk::OverlayOptions;
 use frazil_vmm::keeper::{Keeper, Kept};
+use frazil_vmm::privileges::User;
 use frazil_vmm::scheduler::{Schedule, ScheduleEvent, Scheduler};
 use frazil_vmm::{
     CheckpointReport, ClockPolicy, Ended, Guest, HostConfig, Loading, MachineConfig, PagerPlace, Vm,
@@ -22,7 +23,9 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use super::tell::Teller;
-use super::{Started, clones, default_store, find_snapshot, monotonic_ns, pager, print_json};
+use super::{
+    Started, as_user, clones, default_store, find_snapshot, monotonic_ns, pager, print_json,
+};
 use crate::cli::{
     ClockArg, HostArgs, PagerArg, ResumeArgs, RunArgs, SerialArg, SerialInput, WorkingSetArg,
 };
@@ -52,7 +55,7 @@ pub(crate) fn run(args: RunArgs, json: bool) -> anyhow::Result<ExitCode> {
         || std::env::var_os("FRAZIL_STORE").is_some();
     let store_path = host.store.clone().unwrap_or_else(default_store);
     let store = if wants_store || store_path.exists() {
-        Some(Store::open_or_create(&store_path, store_options(&host))?)
+        Some(open_or_create(&store_path, &host)?)
     } else {
         None
     };
@@ -76,15 +79,22 @@ pub(crate) fn run(args: RunArgs, json: bool) -> anyhow::Result<ExitCode> {
         store_path,
         json,
         paused: false,
+        is_clone: false,
         first_progress: None,
     })
 }
 
 pub(crate) fn resume(args: ResumeArgs, json: bool, started: Started) -> anyhow::Result<ExitCode> {
-    let (path, store, named) = find_snapshot(&args.snapshot, store_options(&args.host))?;
-    let id = args.exactly.unwrap_or(named);
-    // It must not be pruned away under the VM, though it may be forgotten.
-    let snapshot = store.pin(id)?;
+    let (path, store, snapshot) = as_user(args.host.user.as_ref(), || {
+        let (path, store, named) = find_snapshot(&args.snapshot, store_options(&args.host))?;
+        // It must not be pruned away under the VM, though it may be forgotten.
+        let snapshot = store.pin(args.exactly.unwrap_or(named))?;
+        if let Some(user) = &args.host.user {
+            user.check_writable(&path)?;
+        }
+        Ok((path, store, snapshot))
+    })?;
+    let id = snapshot.id();
     if args.clones.is_some() {
         warn_of_ignored_paging(&args, id)?;
     }
@@ -92,7 +102,8 @@ pub(crate) fn resume(args: ResumeArgs, json: bool, started: Started) -> anyhow::
         return clones::run(&args, count, &path, id);
     }
     let loading = loading(&args, &path, id)?;
-    let ResumeArgs { paused, clock, host, .. } = args;
+    let is_clone = args.memory_from.is_some();
+    let ResumeArgs { paused, clock, disks, host, .. } = args;
     let store_path = match &host.store {
         Some(other) if *other != path => anyhow::bail!(
             "--store {}: a resumed VM's checkpoints go on in the store of its snapshot, {}",
@@ -107,7 +118,7 @@ pub(crate) fn resume(args: ResumeArgs, json: bool, started: Started) -> anyhow::
         ClockArg::Host => ClockPolicy::Host,
         ClockArg::Snapshot => ClockPolicy::Snapshot,
     };
-    let config = HostConfig { clock, ..host_config(&host, Some(store), json) };
+    let config = HostConfig { clock, disks, ..host_config(&host, Some(store), json) };
     let vm = Vm::resume(&snapshot, name, config, loading)
         .with_context(|| format!("cannot resume snapshot {}", snapshot.id().short()))?;
     serve(Session {
@@ -117,7 +128,22 @@ pub(crate) fn resume(args: ResumeArgs, json: bool, started: Started) -> anyhow::
         store_path,
         json,
         paused,
+        is_clone,
         first_progress: Some(started),
+    })
+}
+
+/// The store of a VM that is run by the user of `host`: what is made in it is that user's.
+fn open_or_create(path: &Path, host: &HostArgs) -> anyhow::Result<Arc<Store>> {
+    if let Some(user) = &host.user {
+        user.make_folder(path)?;
+    }
+    as_user(host.user.as_ref(), || {
+        let store = Store::open_or_create(path, store_options(host))?;
+        if let Some(user) = &host.user {
+            user.check_writable(path)?;
+        }
+        Ok(store)
     })
 }
 
@@ -147,9 +173,7 @@ fn loading(args: &ResumeArgs, store: &Path, id: SnapshotId) -> anyhow::Result<Lo
         return Ok(Loading::Eager);
     }
     if let Some(socket) = &args.memory_from {
-        // One of several clones, which end with the process that started them.
-        rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM))
-            .context("cannot ask to be told of the end of the process that started this one")?;
+        end_with_parent()?;
         return Ok(Loading::Joined(socket.clone()));
     }
     if args.clones.is_some() {
@@ -159,11 +183,30 @@ fn loading(args: &ResumeArgs, store: &Path, id: SnapshotId) -> anyhow::Result<Lo
         pager::options(args.no_fill, args.fill_rate, args.working_set, args.record_working_set);
     let place = match args.pager {
         PagerArg::Internal => PagerPlace::Here,
-        PagerArg::External => PagerPlace::Process(
-            std::env::current_exe().context("cannot tell where this program is")?,
-        ),
+        PagerArg::External => PagerPlace::Process {
+            // Another user may have no way to where this program is.
+            program: match &args.host.user {
+                Some(_) => PathBuf::from("/proc/self/exe"),
+                None => std::env::current_exe().context("cannot tell where this program is")?,
+            },
+            user: args.host.user.clone(),
+        },
     };
     Ok(Loading::Lazy(options, place))
+}
+
+/// For one of several clones: they end with the process that started them.
+fn end_with_parent() -> anyhow::Result<()> {
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM))
+        .context("cannot ask to be told of the end of the process that started this one")
+}
+
+/// All that only root may have is there: goes on as the user that `host` names.
+fn settle(host: &HostArgs, is_clone: bool) -> anyhow::Result<()> {
+    let Some(user) = &host.user else { return Ok(()) };
+    user.settle()?;
+    // Who becomes another user is not told any more.
+    if is_clone { end_with_parent() } else { Ok(()) }
 }
 
 /// A VM and what surrounds it while this process lives.
@@ -174,18 +217,21 @@ struct Session {
     store_path: PathBuf,
     json: bool,
     paused: bool,
+    is_clone: bool,
     first_progress: Option<Started>,
 }
 
 fn serve(session: Session) -> anyhow::Result<ExitCode> {
-    let Session { vm, registration, host, store_path, json, paused, first_progress } = session;
+    let Session { vm, registration, host, store_path, json, paused, is_clone, first_progress } =
+        session;
     stop_on_signals(&vm)?;
     let console = start_console(&vm, &host, json)?;
     let teller = Teller::new(&vm, json);
     let telling = teller.clone();
     let tell = move |taken: &frazil_vmm::Result<CheckpointReport>| telling.checkpoint(taken);
     let server = Server::start(Arc::clone(&vm), &registration.record().socket, Arc::new(tell))?;
-    announce(&vm, &registration, &store_path, json, console.as_ref())?;
+    settle(&host, is_clone)?;
+    announce(&vm, &registration, &store_path, &host, json, console.as_ref())?;
     if let Some(started) = first_progress {
         watch_first_progress(&vm, started, json);
     }
@@ -325,25 +371,28 @@ fn announce(
     vm: &Vm,
     registration: &Registration,
     store_path: &Path,
+    host: &HostArgs,
     json: bool,
     console: Option<&Console>,
 ) -> anyhow::Result<()> {
+    let user = host.user.as_ref().map(User::spec);
     let record = registration.record();
     let store = vm.store().map(|_| store_path.display().to_string());
     if json {
         return print_json(&json!({
             "event": "started", "vm": record.name, "pid": record.pid, "socket": record.socket,
             "store": store, "ram_bytes": vm.machine().ram_bytes, "cpus": vm.machine().cpus,
-            "resumed_from": vm.resumed_from(),
+            "resumed_from": vm.resumed_from(), "user": user,
         }));
     }
     eprintln!(
-        "frazil: VM `{}` with {} and {} vCPU{}{}; `frazil stop {}` or {} ends it",
+        "frazil: VM `{}` with {} and {} vCPU{}{}{}; `frazil stop {}` or {} ends it",
         record.name,
         output::bytes(vm.machine().ram_bytes),
         vm.machine().cpus,
         if vm.machine().cpus == 1 { "" } else { "s" },
         store.map_or_else(|| ", no store".to_owned(), |store| format!(", checkpoints to {store}")),
+        user.map_or_else(String::new, |user| format!(", as user {user}")),
         record.name,
         if console.is_some_and(Console::is_terminal) { "Ctrl-A x" } else { "Ctrl-C" },
     );

@@ -24,11 +24,12 @@ use crate::error::{Result, VmmError};
 use crate::line::{AtRest, Line};
 use crate::machine::MACHINE_CHUNK;
 use crate::memory::RAM_REGION;
+use crate::rebuild::vcpu_chunk;
 use crate::state::chunk;
 use crate::telemetry::Pause;
 use crate::turns::Turn;
 use crate::vcpu::{CapturedVcpu, Ended};
-use crate::vm::{GoesOn, Vm, vcpu_chunk};
+use crate::vm::{GoesOn, Vm};
 
 pub use progress::{CheckpointProgress, ProgressReport};
 pub use report::{

@@ -52,7 +52,8 @@ pub fn memory_socket(id: SnapshotId) -> Result<PathBuf> {
 pub struct Registration {
     record: VmRecord,
     file: PathBuf,
-    // The lock says that the process lives: the kernel drops it however the process ends.
+    // The lock says that the process lives: the kernel drops it however the process ends. It is for
+    // reading only, since the process may go on as somebody else, who is not to change the record.
     _lock: File,
 }
 
@@ -71,7 +72,8 @@ impl Registration {
         let record = VmRecord { name: name.to_owned(), pid: std::process::id(), socket };
         let json =
             serde_json::to_vec(&record).map_err(|error| VmmError::Config(error.to_string()))?;
-        (&lock).write_all(&json).map_err(VmmError::host(format!("write {}", file.display())))?;
+        let write = || OpenOptions::new().write(true).truncate(true).open(&file)?.write_all(&json);
+        write().map_err(VmmError::host(format!("write {}", file.display())))?;
         Ok(Self { record, file, _lock: lock })
     }
 
@@ -114,18 +116,17 @@ fn make_private_folder(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Opens and locks `file`, emptied. A leftover of a process that is gone is taken over.
+/// Makes `file` if there is none, and locks it. A leftover of a process that is gone is taken over.
 fn lock(file: &Path, name: &str) -> Result<File> {
     let cannot = |error| VmmError::host(format!("create {}", file.display()))(error);
     loop {
-        let lock = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(file)
-            .map_err(cannot)?;
+        let mut make = OpenOptions::new();
+        make.write(true).create(true).truncate(false).mode(0o600).open(file).map_err(cannot)?;
+        let lock = match File::open(file) {
+            // Its last owner has just removed it.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            opened => opened.map_err(cannot)?,
+        };
         match lock.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
@@ -147,7 +148,6 @@ fn lock(file: &Path, name: &str) -> Result<File> {
             _ => false,
         };
         if same {
-            lock.set_len(0).map_err(cannot)?;
             return Ok(lock);
         }
     }
@@ -180,6 +180,24 @@ fn clear_away(file: &Path, record: &VmRecord) {
     let _gone = fs::remove_file(file);
 }
 
+/// Removes what a process that had memory for clones left beside `lock`, its lock, because it was
+/// killed, or was not allowed to. A log that says something stays.
+fn clear_memory_away(lock: &Path) {
+    let Ok(held) = OpenOptions::new().write(true).open(lock) else { return };
+    if held.try_lock().is_err() {
+        return;
+    }
+    let socket = lock.with_extension("");
+    let log = lock.with_extension("log");
+    if fs::metadata(&log).is_ok_and(|found| found.len() == 0) {
+        let _gone = fs::remove_file(&log);
+    }
+    // The lock last: who finds none may begin.
+    for path in [socket.as_path(), lock] {
+        let _gone = fs::remove_file(path);
+    }
+}
+
 /// The VMs that run, by name. What processes that are gone left behind is cleared away.
 ///
 /// # Errors
@@ -194,6 +212,9 @@ pub fn list() -> Result<Vec<VmRecord>> {
     let mut records = Vec::new();
     for entry in entries.flatten() {
         let file = entry.path();
+        if file.extension().is_some_and(|extension| extension == "lock") {
+            clear_memory_away(&file);
+        }
         if file.extension().is_none_or(|extension| extension != "json") {
             continue;
         }

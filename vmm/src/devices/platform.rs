@@ -102,11 +102,17 @@ impl SavedPlatform {
     /// # Errors
     /// [`VmmError::State`].
     pub fn take(chunks: &mut ChunkSet) -> Result<Self> {
-        Ok(Self {
-            irqchip: chunks.take(IRQCHIP)?,
-            pit: chunks.take(PIT)?,
-            clock: chunks.take(CLOCK)?,
-        })
+        let irqchip: SavedIrqchip = chunks.take(IRQCHIP)?;
+        let (inputs, found) =
+            (kvm_ioapic_state::default().redirtbl.len(), irqchip.ioapic.redirtbl.len());
+        if inputs != found {
+            return Err(VmmError::State {
+                chunk: IRQCHIP.into(),
+                expected: format!("an IOAPIC of {inputs} inputs"),
+                found: found.to_string(),
+            });
+        }
+        Ok(Self { irqchip, pit: chunks.take(PIT)?, clock: chunks.take(CLOCK)? })
     }
 
     /// How long ago it was saved by the host's time of day; none if that has gone back since, or nobody
@@ -128,7 +134,7 @@ fn realtime_ns() -> u64 {
 /// gone on for `later` since.
 ///
 /// # Errors
-/// [`VmmError::Kvm`].
+/// [`VmmError::State`] if KVM refuses.
 pub fn restore(vm: &VmFd, saved: SavedPlatform, later: Duration) -> Result<()> {
     let SavedPlatform { irqchip, pit, clock: SavedClock { kvmclock_ns, realtime_ns: _ } } = saved;
     let SavedIrqchip { pics: [master, slave], ioapic } = irqchip;
@@ -137,14 +143,20 @@ pub fn restore(vm: &VmFd, saved: SavedPlatform, later: Duration) -> Result<()> {
         (KVM_IRQCHIP_PIC_SLAVE, kvm_bindings::kvm_irqchip__bindgen_ty_1 { pic: slave.into() }),
         (KVM_IRQCHIP_IOAPIC, kvm_bindings::kvm_irqchip__bindgen_ty_1 { ioapic: ioapic.into() }),
     ];
+    let refuses = |chunk: &'static str| {
+        move |error: kvm_ioctls::Error| VmmError::State {
+            chunk: chunk.into(),
+            expected: "a state that this KVM takes".into(),
+            found: format!("one that it refuses: {error}"),
+        }
+    };
     for (chip_id, chip) in chips {
-        vm.set_irqchip(&kvm_irqchip { chip_id, pad: 0, chip })
-            .map_err(VmmError::kvm("set the interrupt controllers"))?;
+        vm.set_irqchip(&kvm_irqchip { chip_id, pad: 0, chip }).map_err(refuses(IRQCHIP))?;
     }
-    vm.set_pit2(&pit.into()).map_err(VmmError::kvm("set the timer"))?;
+    vm.set_pit2(&pit.into()).map_err(refuses(PIT))?;
     let later = u64::try_from(later.as_nanos()).unwrap_or(u64::MAX);
     let clock = kvm_clock_data { clock: kvmclock_ns.0.saturating_add(later), ..Default::default() };
-    vm.set_clock(&clock).map_err(VmmError::kvm("set the clock"))
+    vm.set_clock(&clock).map_err(refuses(CLOCK))
 }
 
 /// Both 8259As and the I/O APIC.

@@ -148,17 +148,8 @@ impl Rtc {
     /// # Errors
     /// As [`Self::restore`]; it is as it was then.
     pub fn put_back(&mut self, saved: &SavedRtc, time: TimeAfterResume) -> Result<()> {
-        let SavedRtc { unix_seconds, nanoseconds, index, bytes: HexBytes(bytes) } = saved;
-        let wrong = |expected: &str, found: String| VmmError::State {
-            chunk: CHUNK.into(),
-            expected: expected.into(),
-            found,
-        };
-        let found = || format!("{} bytes", bytes.len());
-        let bytes = bytes.as_slice().try_into().map_err(|_| wrong("128 bytes", found()))?;
-        if *nanoseconds >= 1_000_000_000 {
-            return Err(wrong("less than a second", format!("{nanoseconds} ns")));
-        }
+        let bytes = saved.check()?;
+        let SavedRtc { unix_seconds, nanoseconds, index, bytes: _ } = saved;
         self.offset = match time {
             TimeAfterResume::Host => Shift::Ahead(Duration::ZERO),
             TimeAfterResume::Snapshot => {
@@ -279,6 +270,26 @@ pub struct SavedRtc {
     pub index: u8,
     /// All 128 bytes; those of the time are zero.
     pub bytes: HexBytes,
+}
+
+impl SavedRtc {
+    /// Its bytes, if it is the state of a clock.
+    ///
+    /// # Errors
+    /// [`VmmError::State`] if it makes no sense.
+    pub(crate) fn check(&self) -> Result<[u8; BYTES]> {
+        let wrong = |expected: String, found: String| VmmError::State {
+            chunk: CHUNK.into(),
+            expected,
+            found,
+        };
+        let Self { unix_seconds: _, nanoseconds, index: _, bytes: HexBytes(bytes) } = self;
+        if *nanoseconds >= 1_000_000_000 {
+            return Err(wrong("less than a second".into(), format!("{nanoseconds} ns")));
+        }
+        let found = || format!("{} bytes", bytes.len());
+        bytes.as_slice().try_into().map_err(|_| wrong(format!("{BYTES} bytes"), found()))
+    }
 }
 
 impl Saved for SavedRtc {

@@ -193,11 +193,11 @@ impl SerialPort {
     }
 }
 
-fn from_state(
+fn from_state<T: Trigger, W: Write>(
     saved: SavedSerial,
-    irq: Irq,
-    output: QueuedOutput,
-) -> Result<Serial<Irq, NoEvents, QueuedOutput>> {
+    irq: T,
+    output: W,
+) -> Result<Serial<T, NoEvents, W>> {
     Serial::from_state(&saved.into(), irq, NoEvents, output).map_err(|error| VmmError::State {
         chunk: CHUNK.into(),
         expected: "the state of a 16550A".into(),
@@ -242,6 +242,27 @@ saved_twin! {
         modem_status: u8,
         scratch: u8,
         in_buffer: Vec<u8>,
+    }
+}
+
+impl SavedSerial {
+    /// Fails unless a port can be given it.
+    ///
+    /// # Errors
+    /// [`VmmError::State`] if it makes no sense.
+    pub(crate) fn check(&self) -> Result<()> {
+        from_state(self.clone(), NoIrq, io::sink()).map(|_port| ())
+    }
+}
+
+/// The interrupt of a port that no guest has.
+struct NoIrq;
+
+impl Trigger for NoIrq {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        Ok(())
     }
 }
 

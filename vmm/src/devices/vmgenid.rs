@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::rand::{GetRandomFlags, getrandom};
 use serde::{Deserialize, Serialize};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
 
 use super::{Captured, Device};
 use crate::error::{Result, VmmError};
@@ -27,6 +27,9 @@ use frazil_snapstore::StateChunk;
 pub const ADDRESS: u64 = 0xf_f000;
 /// The name of its chunk.
 pub const CHUNK: &str = "vmgenid";
+
+/// Inputs that KVM's IOAPIC has.
+const GSIS_END: u32 = 24;
 
 /// Bytes of a generation.
 const LEN: usize = 16;
@@ -98,7 +101,7 @@ impl VmGenId {
         saved: &SavedVmGenId,
         generations: Box<dyn Generations>,
     ) -> Result<Self> {
-        let place = Mutex::new(saved.place()?);
+        let place = Mutex::new(saved.place(&ram)?);
         let restored = Self { ram, interrupt, generations, place };
         restored.renew()?;
         Ok(restored)
@@ -110,12 +113,21 @@ impl VmGenId {
     /// # Errors
     /// As [`Self::restore`], and [`VmmError::State`] if the tables told another guest of it.
     pub fn put_back(&self, saved: &SavedVmGenId) -> Result<()> {
-        let (saved, ours) = (saved.place()?, *self.place());
-        if (saved.address, saved.gsi) != (ours.address, ours.gsi) {
-            let place = |Place { address, gsi, id: _ }: Place| format!("{address:#x}, input {gsi}");
-            return Err(refuse(&place(ours), place(saved)));
-        }
+        self.check(saved)?;
         self.renew()
+    }
+
+    /// Fails unless `saved` can be [put back](Self::put_back).
+    ///
+    /// # Errors
+    /// As that.
+    pub fn check(&self, saved: &SavedVmGenId) -> Result<()> {
+        let (saved, ours) = (saved.place(&self.ram)?, *self.place());
+        if (saved.address, saved.gsi) == (ours.address, ours.gsi) {
+            return Ok(());
+        }
+        let place = |Place { address, gsi, id: _ }: Place| format!("{address:#x}, input {gsi}");
+        Err(refuse(&place(ours), place(saved)))
     }
 
     /// Makes it a new generation. No vCPU runs.
@@ -176,13 +188,28 @@ pub struct SavedVmGenId {
 }
 
 impl SavedVmGenId {
-    fn place(&self) -> Result<Place> {
+    /// The input of the IOAPIC, if one that is not there or another device's is not asked for.
+    ///
+    /// # Errors
+    /// [`VmmError::State`].
+    pub(crate) fn gsi(&self, is_free: impl Fn(u32) -> bool) -> Result<u32> {
+        if self.gsi < GSIS_END && is_free(self.gsi) {
+            return Ok(self.gsi);
+        }
+        let expected = format!("an input of the IOAPIC below {GSIS_END} that no other device has");
+        Err(refuse(&expected, self.gsi.to_string()))
+    }
+
+    fn place(&self, ram: &GuestRam) -> Result<Place> {
         let Self { address: Reg(address), gsi, id: HexBytes(id) } = self;
         let found = || format!("{} bytes", id.len());
         let id =
             id.as_slice().try_into().map_err(|_| refuse("a generation of 16 bytes", found()))?;
         if !address.is_multiple_of(8) {
             return Err(refuse("an address that is a multiple of 8", format!("{address:#x}")));
+        }
+        if !ram.memory().check_range(GuestAddress(*address), LEN, Permissions::Write) {
+            return Err(refuse("an address in RAM", format!("{address:#x}")));
         }
         Ok(Place { address: *address, gsi: *gsi, id })
     }

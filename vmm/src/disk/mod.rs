@@ -17,7 +17,7 @@ mod state;
 #[cfg(test)]
 mod tests;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use frazil_snapstore::{PAGE_SIZE, PageSet, RegionReader};
 
@@ -39,6 +39,8 @@ pub const SECTOR_BYTES: u64 = 512;
 pub const DISK_MAX_BYTES: u64 = 16 << 40;
 
 const PAGE_BYTES: u64 = PAGE_SIZE as u64;
+/// Pages of a region that are asked for at once, where they are.
+const RUNS_PAGES: u64 = 1 << 16;
 
 /// The name of disk `index` of a machine: of its region in the store, whose page numbers count
 /// 4 KiB from the disk's start, and of its state chunk.
@@ -92,9 +94,7 @@ impl Disk {
         })?;
         let written = file.data.clone();
         let disk = Self::assemble(saved, Base::File(file), options)?;
-        for page in written.iter() {
-            disk.contents.dirty.insert(page / CHUNK_PAGES, pages::mask(page % CHUNK_PAGES, 1));
-        }
+        disk.note_written(&written);
         Ok(disk)
     }
 
@@ -111,6 +111,46 @@ impl Disk {
     ) -> Result<Self> {
         saved.check_region(&region)?;
         Self::assemble(saved, Base::Snapshot(region), options)
+    }
+
+    /// As [`Self::resume`], with the contents of `file` in place of `region`'s. Wherever one of the two
+    /// has something counts as written: the snapshot has something else there.
+    ///
+    /// # Errors
+    /// As [`Self::resume`] and [`Self::open`]; [`VmmError::Config`] if the file is not as long as the
+    /// disk.
+    pub fn resume_with(
+        saved: SavedDisk,
+        region: &RegionReader,
+        file: &Path,
+        options: &OverlayOptions,
+    ) -> Result<Self> {
+        saved.check_region(region)?;
+        let base = BaseFile::open(file)?;
+        if base.len_bytes != saved.len_bytes() {
+            return Err(VmmError::Config(format!(
+                "disk {}: expected {} bytes, as long as `{}` is, which it is to be, found {}",
+                file.display(),
+                saved.len_bytes(),
+                saved.region,
+                base.len_bytes
+            )));
+        }
+        let mut written = base.data.clone();
+        for first in (0..region.pages()).step_by(RUNS_PAGES as usize) {
+            for run in region.runs(first, RUNS_PAGES)? {
+                written.insert_range(run.first, run.count);
+            }
+        }
+        let disk = Self::assemble(saved, Base::File(base), options)?;
+        disk.note_written(&written);
+        Ok(disk)
+    }
+
+    fn note_written(&self, written: &PageSet) {
+        for page in written.iter() {
+            self.contents.dirty.insert(page / CHUNK_PAGES, pages::mask(page % CHUNK_PAGES, 1));
+        }
     }
 
     fn assemble(saved: SavedDisk, base: Base, options: &OverlayOptions) -> Result<Self> {

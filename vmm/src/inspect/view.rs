@@ -7,9 +7,9 @@ use super::{AddressSpace, InspectError, Result};
 use crate::error::VmmError;
 use crate::machine::{MACHINE_CHUNK, SavedMachine};
 use crate::memory::{RAM_MAX_BYTES, RAM_REGION, ram_ranges};
+use crate::rebuild::vcpu_chunk;
 use crate::state::ChunkSet;
 use crate::vcpu::saved::SavedVcpu;
-use crate::vm::vcpu_chunk;
 
 /// How a vCPU reads instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

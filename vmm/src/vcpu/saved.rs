@@ -3,6 +3,8 @@
 use std::time::Duration;
 
 use kvm_bindings::{
+    KVM_MP_STATE_AP_RESET_HOLD, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED,
+    KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_SIPI_RECEIVED, KVM_MP_STATE_UNINITIALIZED,
     kvm_cpuid_entry2, kvm_debugregs, kvm_dtable, kvm_mp_state, kvm_regs, kvm_segment, kvm_sregs,
     kvm_vcpu_events, kvm_xcr, kvm_xcrs,
 };
@@ -356,8 +358,17 @@ impl Saved for SavedVcpu {
     const VERSION: u32 = 1;
 }
 
-pub(super) fn mp_state(saved: u32) -> kvm_mp_state {
-    kvm_mp_state { mp_state: saved }
+/// None if no processor of a PC is ever in that state: KVM takes any number.
+pub(super) fn mp_state(saved: u32) -> Option<kvm_mp_state> {
+    let known = [
+        KVM_MP_STATE_RUNNABLE,
+        KVM_MP_STATE_UNINITIALIZED,
+        KVM_MP_STATE_INIT_RECEIVED,
+        KVM_MP_STATE_HALTED,
+        KVM_MP_STATE_SIPI_RECEIVED,
+        KVM_MP_STATE_AP_RESET_HOLD,
+    ];
+    known.contains(&saved).then_some(kvm_mp_state { mp_state: saved })
 }
 
 #[cfg(test)]

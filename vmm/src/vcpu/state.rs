@@ -259,6 +259,9 @@ fn restore(vcpu: &VcpuFd, chunk: &str, saved: &SavedVcpu, extra_words: usize) ->
         expected: expected.to_owned(),
         found,
     };
+    let refuses = |what: &'static str| {
+        move |error: kvm_ioctls::Error| wrong(what, format!("KVM refuses: {error}"))
+    };
     let host_khz = vcpu.get_tsc_khz().unwrap_or(0);
     if saved.tsc_khz != 0 && saved.tsc_khz != host_khz {
         // Without TSC scaling KVM refuses, and the guest's clocks run at the host's rate.
@@ -266,15 +269,15 @@ fn restore(vcpu: &VcpuFd, chunk: &str, saved: &SavedVcpu, extra_words: usize) ->
             tracing::warn!(saved = saved.tsc_khz, host_khz, %error, "the guest's TSC will run at another rate");
         }
     }
-    vcpu.set_sregs(&(&saved.sregs).into()).map_err(VmmError::kvm("set segment registers"))?;
-    vcpu.set_regs(&(&saved.regs).into()).map_err(VmmError::kvm("set registers"))?;
+    vcpu.set_sregs(&(&saved.sregs).into()).map_err(refuses("segment registers of a processor"))?;
+    vcpu.set_regs(&(&saved.regs).into()).map_err(refuses("registers of a processor"))?;
     restore_xsave(vcpu, &saved.xsave, extra_words)
         .map_err(|found| wrong("an XSAVE area this host can take", found))?;
     let xcrs = SavedXcr::restore(&saved.xcrs)
         .map_err(|found| wrong("extended control registers", found))?;
-    vcpu.set_xcrs(&xcrs).map_err(VmmError::kvm("set extended control registers"))?;
+    vcpu.set_xcrs(&xcrs).map_err(refuses("extended control registers that this host takes"))?;
     vcpu.set_debug_regs(&(&saved.debug_regs).into())
-        .map_err(VmmError::kvm("set debug registers"))?;
+        .map_err(refuses("debug registers of a processor"))?;
     let mut lapic = kvm_lapic_state::default();
     if saved.lapic.0.len() != lapic.regs.len() {
         return Err(wrong(
@@ -283,10 +286,13 @@ fn restore(vcpu: &VcpuFd, chunk: &str, saved: &SavedVcpu, extra_words: usize) ->
         ));
     }
     lapic.regs.iter_mut().zip(&saved.lapic.0).for_each(|(slot, byte)| *slot = *byte as _);
-    vcpu.set_lapic(&lapic).map_err(VmmError::kvm("set the local APIC"))?;
+    vcpu.set_lapic(&lapic).map_err(refuses("the registers of a local APIC"))?;
     restore_msrs(vcpu, chunk, &saved.msrs)?;
-    vcpu.set_vcpu_events(&(&saved.events).into()).map_err(VmmError::kvm("set pending events"))?;
-    vcpu.set_mp_state(mp_state(saved.mp_state)).map_err(VmmError::kvm("set the MP state"))
+    vcpu.set_vcpu_events(&(&saved.events).into())
+        .map_err(refuses("events that a processor can have pending"))?;
+    let mp_state = mp_state(saved.mp_state)
+        .ok_or_else(|| wrong("a state of a processor", saved.mp_state.to_string()))?;
+    vcpu.set_mp_state(mp_state).map_err(refuses("a state of a processor"))
 }
 
 /// `extra_words` is how much longer this VM's area is than the fixed part: KVM reads so many.
@@ -320,14 +326,15 @@ fn restore_msrs(vcpu: &VcpuFd, chunk: &str, saved: &[SavedMsr]) -> Result<()> {
         MSR_IA32_TSC_DEADLINE => 2,
         _ => 0,
     };
-    let mut entries: Vec<_> = saved
-        .iter()
-        .map(|msr| kvm_msr_entry {
-            index: msr.index.0 as u32,
-            data: msr.value.0,
-            ..Default::default()
-        })
-        .collect();
+    let entry = |msr: &SavedMsr| {
+        let index = u32::try_from(msr.index.0).map_err(|_| VmmError::State {
+            chunk: chunk.to_owned(),
+            expected: "numbers of MSRs, of 32 bits".into(),
+            found: format!("{:#x}", msr.index.0),
+        })?;
+        Ok(kvm_msr_entry { index, data: msr.value.0, ..Default::default() })
+    };
+    let mut entries = saved.iter().map(entry).collect::<Result<Vec<_>>>()?;
     entries.sort_by_key(|entry| rank(entry.index));
     let mut rest = entries.as_slice();
     while !rest.is_empty() {

@@ -238,6 +238,13 @@ impl VirtioDevice for Balloon {
         SavedDevice::Balloon { target_pages, actual_pages }
     }
 
+    fn check(&self, saved: &SavedDevice) -> Result<(), Misfit> {
+        match saved {
+            SavedDevice::Balloon { .. } => Ok(()),
+            other => Err(Misfit::new(self.save(), other)),
+        }
+    }
+
     fn put_back(&self, saved: &SavedDevice) -> Result<(), Misfit> {
         let SavedDevice::Balloon { target_pages, actual_pages } = saved else {
             return Err(Misfit::new(self.save(), saved));

@@ -180,7 +180,7 @@ impl VirtioDevice for Block {
         SavedDevice::Block { disk: Arc::clone(&self.name) }
     }
 
-    fn put_back(&self, saved: &SavedDevice) -> Result<(), Misfit> {
+    fn check(&self, saved: &SavedDevice) -> Result<(), Misfit> {
         saved.check_same(&self.save())
     }
 }

@@ -10,10 +10,10 @@ use super::balloon::Balloon;
 use super::block::Block;
 use super::net::{MacAddress, Net, Tap};
 use super::rng::Rng;
-use super::vsock::{UnixSockets, Unreachable, Vsock};
+use super::vsock::{self, UnixSockets, Unreachable, Vsock};
 use super::{IrqLine, SavedVirtio, Still, VirtioDevice, VirtioMmio, WINDOW_BYTES, ZeroedPages};
 use crate::boot::MmioSlot;
-use crate::devices::mmio::MmioBus;
+use crate::devices::mmio::{DEVICES_END, MmioBus};
 use crate::disk::Disk;
 use crate::error::{Result, VmmError};
 use crate::kvm::VmShell;
@@ -239,6 +239,32 @@ fn check(slots: &[SavedSlot]) -> Result<()> {
         if !GSIS.contains(&slot.gsi) || slots[..index].iter().any(taken) {
             let expected = format!("an interrupt of its own, one of {GSIS:?}");
             return wrong(expected, slot.gsi.to_string());
+        }
+        let windows = HOLE_START..=DEVICES_END - WINDOW_BYTES;
+        let base = slot.base.0;
+        let taken = |other: &SavedSlot| other.base == slot.base;
+        if !base.is_multiple_of(WINDOW_BYTES)
+            || !windows.contains(&base)
+            || slots[..index].iter().any(taken)
+        {
+            let expected = format!(
+                "{WINDOW_BYTES:#x} bytes of its own from {HOLE_START:#x} to {DEVICES_END:#x}"
+            );
+            return wrong(expected, format!("{base:#x}"));
+        }
+        let taken = |other: &SavedSlot| {
+            let same_disk =
+                matches!(slot.device, SlotDevice::Block { .. }) && other.device == slot.device;
+            same_disk || other.name == slot.name
+        };
+        if let Some(other) = slots[..index].iter().find(|other| taken(other)) {
+            let expected = "a device with a name, and a disk, of its own".to_owned();
+            return wrong(expected, format!("those of {} as well", other.name));
+        }
+        if let SlotDevice::Vsock { cid, .. } = slot.device
+            && !vsock::is_guest_cid(cid)
+        {
+            return wrong(vsock::expected_cid(), cid.to_string());
         }
     }
     Ok(())

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use frazil_snapstore::PAGE_SIZE;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -19,11 +20,15 @@ use super::balloon::Balloon;
 use super::block::Block;
 use super::free_pages::FreePages;
 use super::link::NEEDS_RESET;
+use super::net::{Net, Tap};
 use super::rng::Rng;
 use super::vsock::{HostSockets, Vsock};
-use super::{Interrupt, VirtioDevice, VirtioMmio};
+use super::{Interrupt, SavedDevice, VirtioDevice, VirtioMmio, WINDOW_BYTES};
+use crate::devices::Device;
+use crate::devices::mmio::MmioBus;
+use crate::devices::rtc::{self, HostClock, Rtc as CmosClock};
 use crate::disk::{Disk, DiskConfig, OverlayOptions};
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, HOLE_START};
 
 /// Bytes of RAM: the least there is.
 const RAM_BYTES: u64 = 2 << 20;
@@ -46,12 +51,24 @@ const ENTRIES: u16 = 8;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// Every target.
-pub const TARGETS: [Target; 4] = [
+pub const TARGETS: [Target; 6] = [
+    ("buses", buses),
     ("virtio_block", |bytes| drive(block(), bytes)),
     ("virtio_rng", |bytes| drive(Arc::new(Rng), bytes)),
+    ("virtio_net", |bytes| drive(net(), bytes)),
     ("virtio_balloon", |bytes| drive(balloon(), bytes)),
     ("virtio_vsock", |bytes| drive(vsock(), bytes)),
 ];
+
+/// The target `name`, for the fuzzer's programs.
+///
+/// # Panics
+/// If there is none.
+#[must_use]
+pub fn target(name: &str) -> fn(&[u8]) {
+    let found = TARGETS.iter().find(|(other, _)| *other == name);
+    found.unwrap_or_else(|| panic!("there is no target {name}")).1
+}
 
 /// Goes nowhere.
 #[derive(Debug)]
@@ -129,6 +146,19 @@ fn vsock() -> Arc<dyn VirtioDevice> {
     Arc::new(Vsock::in_place(CID, neighbours).expect("epoll"))
 }
 
+/// A card for which some frames wait, and whose other end is gone once they were sent.
+fn net() -> Arc<dyn VirtioDevice> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let (ours, theirs) =
+        socketpair(AddressFamily::UNIX, SocketType::DGRAM, flags, None).expect("sockets");
+    for frame in [&[1; 60][..], &[2; 1514], &[3; 14]] {
+        rustix::io::write(&theirs, frame).expect("room");
+    }
+    let mac = "02:00:00:00:00:01".parse().expect("an address");
+    let tap = Tap::from_fd(ours).expect("a socket");
+    Arc::new(Net::in_place(mac, tap).expect("an eventfd"))
+}
+
 fn block() -> Arc<dyn VirtioDevice> {
     let memfd = memfd_create("fuzz-disk", MemfdFlags::CLOEXEC).expect("a memfd");
     let file = File::from(memfd);
@@ -176,6 +206,40 @@ struct Driver<'a> {
     /// Which of it devices may write.
     given: Vec<bool>,
     next_avail: u16,
+}
+
+/// Accesses to any address and port, of any width.
+fn buses(bytes: &[u8]) {
+    let ram = Arc::new(GuestRam::new(RAM_BYTES).expect("memory"));
+    let mut bus = MmioBus::default();
+    let device = |device| {
+        let made = VirtioMmio::new("fuzz", device, Arc::clone(&ram), Arc::new(Unwired));
+        Arc::new(made.expect("a device"))
+    };
+    // Side by side, and with a gap.
+    for (window, device) in
+        [(0, device(Arc::new(Rng))), (1, device(balloon())), (3, device(vsock()))]
+    {
+        let base = HOLE_START + window * WINDOW_BYTES;
+        bus.add(base, WINDOW_BYTES, device).expect("room on the bus");
+    }
+    let mut clock = CmosClock::new(Box::new(HostClock));
+    let mut bytes = Bytestream(bytes);
+    while !bytes.0.is_empty() {
+        let near = HOLE_START + u64::from(bytes.below(5 * WINDOW_BYTES as u32));
+        let far = u64::from(bytes.word()) << 32 | u64::from(bytes.word());
+        let address = bytes.pick(&[near, near, near, far]);
+        let width = 1 + bytes.below(8) as usize;
+        let mut data: Vec<u8> = (0..width).map(|_| bytes.byte()).collect();
+        match bytes.byte() % 4 {
+            0 => bus.read(address, &mut data),
+            1 => bus.write(address, &data),
+            2 => clock.write(rtc::INDEX + u16::from(data[0] & 1), data[width - 1]),
+            _ => drop(clock.read(rtc::INDEX + u16::from(data[0] & 1))),
+        }
+    }
+    let saved = clock.state();
+    clock.put_back(&saved, rtc::TimeAfterResume::Snapshot).expect("its own state");
 }
 
 /// Lets `bytes` drive a device.
@@ -260,13 +324,51 @@ impl Driver<'_> {
             }
             8..=10 if self.mmio.device_id() == VIRTIO_ID_VSOCK => self.put_packets(),
             8..=10 => self.put_request(),
+            _ if self.bytes.byte().is_multiple_of(2) => self.forge(),
             _ => {
                 let saved = self.mmio.save();
+                self.mmio.check(&saved).expect("its own state");
                 self.mmio.put_back(&saved).expect("its own state");
                 assert_eq!(self.mmio.save(), saved);
                 self.mmio.go_on();
             }
         }
+    }
+
+    /// A state that somebody has written by hand: it is taken as it is, or refused and nothing has
+    /// changed.
+    fn forge(&mut self) {
+        let before = self.mmio.save();
+        let mut forged = before.clone();
+        for _ in 0..=self.bytes.byte() % 3 {
+            let byte = self.bytes.byte();
+            let queues = forged.queues.len();
+            let queue = &mut forged.queues[usize::from(byte) % queues];
+            match self.bytes.byte() % 9 {
+                0 => forged.status = byte,
+                1 => forged.interrupt_status = byte,
+                2 => forged.driver_features.0 ^= 1 << (byte % 64),
+                3 => forged.queue_sel = byte.into(),
+                4 => queue.ready = !queue.ready,
+                5 => queue.size = byte.into(),
+                6 => queue.max_size = byte.into(),
+                7 => drop(forged.queues.pop()),
+                _ => forged.device = SavedDevice::Rng {},
+            }
+            if forged.queues.is_empty() {
+                break;
+            }
+        }
+        let checked = self.mmio.check(&forged).is_ok();
+        let taken = self.mmio.put_back(&forged).is_ok();
+        assert_eq!(checked, taken, "{forged:?}");
+        let mut expected = if taken { forged } else { before };
+        // What is ready alone has come anywhere.
+        for queue in expected.queues.iter_mut().filter(|queue| !queue.ready) {
+            (queue.next_avail, queue.next_used) = (0, 0);
+        }
+        assert_eq!(self.mmio.save(), expected);
+        self.mmio.go_on();
     }
 
     fn write_register(&mut self) {

@@ -18,6 +18,8 @@ pub(super) const FAILED: u8 = VIRTIO_CONFIG_S_FAILED as u8;
 
 const USED_BUFFER: u8 = VIRTIO_MMIO_INT_VRING as u8;
 const CONFIG_CHANGE: u8 = VIRTIO_MMIO_INT_CONFIG as u8;
+/// All there are.
+pub(super) const INTERRUPTS: u8 = USED_BUFFER | CONFIG_CHANGE;
 
 /// The part of a device that the transport and the device's own threads share.
 ///

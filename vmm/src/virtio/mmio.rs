@@ -15,7 +15,7 @@ use virtio_bindings::virtio_config::{
 use virtio_bindings::virtio_mmio as register;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::link::{DRIVER_OK, FAILED, Link, NEEDS_RESET};
+use super::link::{DRIVER_OK, FAILED, INTERRUPTS, Link, NEEDS_RESET};
 use super::queue::{COMMON_FEATURES, Nonsense, VirtQueue, bit};
 use super::saved::{CapturedVirtio, SavedQueue, SavedVirtio};
 use super::{Interrupt, Misfit, Still, VirtioDevice};
@@ -383,12 +383,13 @@ impl VirtioMmio {
         Ok(())
     }
 
-    /// Fails if `saved` cannot be [put back](Self::put_back), as far as can be told without doing it.
+    /// Fails unless `saved` can be [put back](Self::put_back).
     ///
     /// # Errors
     /// [`VmmError::State`].
     pub fn check(&self, saved: &SavedVirtio) -> Result<()> {
-        self.queues_of(saved).map(|_queues| ()).map_err(|misfit| self.refuse(misfit))
+        let checked = self.queues_of(saved).and_then(|_queues| self.device.check(&saved.device));
+        checked.map_err(|misfit| self.refuse(misfit))
     }
 
     fn refuse(&self, Misfit { expected, found }: Misfit) -> VmmError {
@@ -401,14 +402,49 @@ impl VirtioMmio {
         if sizes != self.device.queue_sizes() {
             return Err(Misfit::new(self.device.queue_sizes(), sizes));
         }
+        self.check_registers(saved)?;
         let features = saved.driver_features.0;
-        if saved.status & FEATURES_OK != 0 && features & !self.offered() != 0 {
-            let expected = format!("features among {:#x}", self.offered());
-            return Err(Misfit { expected, found: format!("{features:#x}") });
-        }
         let restore = |queue| VirtQueue::restore(queue, features, self.link.memory());
         let nonsense = |Nonsense(found)| Misfit { expected: "virtqueues in RAM".into(), found };
         saved.queues.iter().map(restore).collect::<Result<_, _>>().map_err(nonsense)
+    }
+}
+
+impl VirtioMmio {
+    /// Fails if no driver can have brought the registers to what `saved` says: see
+    /// [`Self::set_status`].
+    fn check_registers(&self, saved: &SavedVirtio) -> Result<(), Misfit> {
+        let wrong =
+            |expected: &str, found: String| Err(Misfit { expected: expected.to_owned(), found });
+        let (status, features) = (saved.status, saved.driver_features.0);
+        let known = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK | FAILED | NEEDS_RESET;
+        // Each bit comes after those that it stands for here.
+        let steps = [(FEATURES_OK, ACKNOWLEDGE | DRIVER), (DRIVER_OK, FEATURES_OK)];
+        let in_order = |(bit, before): (u8, u8)| status & bit == 0 || status & before == before;
+        if status & !known != 0 || !steps.into_iter().all(in_order) {
+            return wrong("a status that a driver can reach", format!("{status:#x}"));
+        }
+        if saved.interrupt_status & !INTERRUPTS != 0 {
+            return wrong(
+                &format!("interrupt status bits among {INTERRUPTS:#x}"),
+                format!("{:#x}", saved.interrupt_status),
+            );
+        }
+        let settled = status & FEATURES_OK != 0;
+        if settled && (features & !self.offered() != 0 || features & bit(VIRTIO_F_VERSION_1) == 0) {
+            let expected = format!(
+                "features among {:#x}, {:#x} with them",
+                self.offered(),
+                bit(VIRTIO_F_VERSION_1)
+            );
+            return wrong(&expected, format!("{features:#x}"));
+        }
+        match saved.queues.iter().position(|queue| queue.ready && !settled) {
+            Some(queue) => {
+                wrong("no queue in use before the features are settled", format!("queue {queue}"))
+            }
+            None => Ok(()),
+        }
     }
 }
 

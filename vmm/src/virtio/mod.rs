@@ -144,9 +144,18 @@ pub trait VirtioDevice: Send + Sync + fmt::Debug {
     /// What it has besides registers and queues. Called while the guest stands still: asks for no memory.
     fn save(&self) -> SavedDevice;
 
-    /// Becomes what `saved` says, or stays as it is.
+    /// Fails unless `saved` can be [put back](Self::put_back).
     ///
     /// # Errors
     /// If that is the state of another device.
-    fn put_back(&self, saved: &SavedDevice) -> Result<(), Misfit>;
+    fn check(&self, saved: &SavedDevice) -> Result<(), Misfit>;
+
+    /// Becomes what `saved` says, or stays as it is. As it stands here, for devices of which nothing
+    /// changes.
+    ///
+    /// # Errors
+    /// As [`Self::check`].
+    fn put_back(&self, saved: &SavedDevice) -> Result<(), Misfit> {
+        self.check(saved)
+    }
 }

@@ -122,6 +122,7 @@ pub struct Net {
     card: Arc<Card>,
     mac: MacAddress,
     doorbell: Arc<EventFd>,
+    in_place: bool,
     worker: OnceLock<Worker>,
 }
 
@@ -133,6 +134,11 @@ struct Card {
     received: AtomicU64,
     sent: AtomicU64,
     dropped: AtomicU64,
+}
+
+/// Room for the longest frame.
+fn room() -> Vec<u8> {
+    vec![0; HEADER.len() + FRAME_BYTES_MAX]
 }
 
 /// What became of an attempt to move a frame.
@@ -158,7 +164,15 @@ impl Net {
             dropped: AtomicU64::new(0),
         };
         let (card, doorbell) = (Arc::new(card), doorbell(EFD_NONBLOCK)?);
-        Ok(Self { card, mac, doorbell, worker: OnceLock::new() })
+        Ok(Self { card, mac, doorbell, in_place: false, worker: OnceLock::new() })
+    }
+
+    /// One without a thread: frames are moved before a notification returns.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub(super) fn in_place(mac: MacAddress, tap: Tap) -> Result<Self> {
+        Ok(Self { in_place: true, ..Self::new(mac, tap)? })
     }
 
     /// What it did since it was made.
@@ -183,7 +197,7 @@ impl Card {
         let event = |fd, set| (fd, EpollEvent::new(set, fd as u64));
         let (bell, bell_event) = event(doorbell.as_raw_fd(), EventSet::IN);
         epoll.ctl(ControlOperation::Add, bell, bell_event)?;
-        let mut frame = vec![0; HEADER.len() + FRAME_BYTES_MAX];
+        let mut frame = room();
         let mut events = [EpollEvent::default(); 2];
         // Whether the tap is among what is waited for: only while there is room for its frames.
         let (mut is_waited_for, mut is_gone) = (false, false);
@@ -203,7 +217,7 @@ impl Card {
             // Where nobody rang there is nothing to read.
             let _rings = doorbell.read();
             while !ending.is_wanted() && self.send_next(link, &mut frame) {}
-            let wants = !is_gone && self.receive_all(link, &mut frame, ending);
+            let wants = !is_gone && self.receive_all(link, &mut frame, || ending.is_wanted());
             if wants != is_waited_for {
                 let change = if wants { ControlOperation::Add } else { ControlOperation::Delete };
                 epoll.ctl(change, tap, tap_event)?;
@@ -214,8 +228,8 @@ impl Card {
     }
 
     /// Takes frames in until there are none, or no room. True if there is room.
-    fn receive_all(&self, link: &Link, frame: &mut [u8], ending: &Ending) -> bool {
-        while !ending.is_wanted() {
+    fn receive_all(&self, link: &Link, frame: &mut [u8], is_over: impl Fn() -> bool) -> bool {
+        while !is_over() {
             match self.receive_next(link, frame) {
                 Moved::One => {}
                 Moved::NoFrame => return true,
@@ -311,6 +325,9 @@ impl VirtioDevice for Net {
     }
 
     fn start(&self, link: &Arc<Link>) -> Result<()> {
+        if self.in_place {
+            return Ok(());
+        }
         let (card, link) = (Arc::clone(&self.card), Arc::clone(link));
         let name = link.name().to_owned();
         let worker =
@@ -322,8 +339,14 @@ impl VirtioDevice for Net {
         Ok(())
     }
 
-    fn notify(&self, _link: &Link, _queue: u16) {
-        ring(&self.doorbell);
+    fn notify(&self, link: &Link, _queue: u16) {
+        if self.in_place {
+            let mut frame = room();
+            while self.card.send_next(link, &mut frame) {}
+            self.card.receive_all(link, &mut frame, || false);
+        } else {
+            ring(&self.doorbell);
+        }
     }
 
     fn doorbell(&self, _queue: u16) -> Option<&EventFd> {
@@ -338,7 +361,7 @@ impl VirtioDevice for Net {
         SavedDevice::Net { mac: self.mac }
     }
 
-    fn put_back(&self, saved: &SavedDevice) -> Result<(), Misfit> {
+    fn check(&self, saved: &SavedDevice) -> Result<(), Misfit> {
         // Its address is this host's choice, as the tap is.
         match saved {
             SavedDevice::Net { .. } => Ok(()),

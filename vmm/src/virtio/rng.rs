@@ -61,7 +61,7 @@ impl VirtioDevice for Rng {
         SavedDevice::Rng {}
     }
 
-    fn put_back(&self, saved: &SavedDevice) -> Result<(), Misfit> {
+    fn check(&self, saved: &SavedDevice) -> Result<(), Misfit> {
         saved.check_same(&self.save())
     }
 }

@@ -76,10 +76,10 @@ impl Vsock {
     /// [`VmmError::Config`] if that is no id for a guest; [`VmmError::Host`] if there are no file
     /// descriptors to be had.
     pub fn new(cid: u32, sockets: Arc<dyn HostSockets>) -> Result<Self> {
-        if u64::from(cid) <= HOST_CID || cid == u32::MAX {
+        if !is_guest_cid(cid) {
             return Err(VmmError::Config(format!(
-                "vsock: expected a context id from 3 to {}, found {cid}",
-                u32::MAX - 1
+                "vsock: expected {}, found {cid}",
+                expected_cid()
             )));
         }
         let listen = || -> io::Result<Arc<Parts>> {
@@ -111,6 +111,16 @@ impl Vsock {
     pub fn connections(&self) -> usize {
         self.parts.table().len()
     }
+}
+
+/// True if a guest may have the context id `cid`: not one with a meaning of its own (5.10.4).
+pub(super) fn is_guest_cid(cid: u32) -> bool {
+    u64::from(cid) > HOST_CID && cid != u32::MAX
+}
+
+/// Which ids those are, in words.
+pub(super) fn expected_cid() -> String {
+    format!("a context id from {} to {}", HOST_CID + 1, u32::MAX - 1)
 }
 
 /// Room for the longest packet.
@@ -303,10 +313,15 @@ impl VirtioDevice for Vsock {
     }
 
     /// The context id stays its own: who restores a device says which one it has.
+    fn check(&self, saved: &SavedDevice) -> Result<(), Misfit> {
+        match saved {
+            SavedDevice::Vsock { guest_cid: _ } => Ok(()),
+            other => Err(Misfit::new(self.save(), other)),
+        }
+    }
+
     fn put_back(&self, saved: &SavedDevice) -> Result<(), Misfit> {
-        let SavedDevice::Vsock { guest_cid: _ } = saved else {
-            return Err(Misfit::new(self.save(), saved));
-        };
+        self.check(saved)?;
         let mut table = self.parts.table();
         table.clear();
         table.owes_event = true;
