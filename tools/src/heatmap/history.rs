@@ -246,17 +246,29 @@ impl Timeline {
     ) {
         let right = left + self.columns as u32 * self.px();
         let every = LABEL_GAP.div_ceil(height) as usize;
+        let [first, last] =
+            [line.first(), line.last()].map(|info| info.map_or(0, |info| info.time_unix_ms));
+        let fast = last.saturating_sub(first) < self.rows as u64 * 1000;
         for row in (0..self.rows).step_by(every) {
             // The first is what the next is compared with.
             let Some(info) = line.get(self.first_of(row) + 1) else { continue };
             let middle = top + row as u32 * height + height / 2;
             let y = middle.saturating_sub(8);
-            let time = output::time(info.time_unix_ms);
-            let time = time.split_once('.').map_or(time.as_str(), |(seconds, _)| seconds);
+            let time = time_label(info.time_unix_ms, fast);
             picture.rect(Rgb::FAINT, Rect(left - 6, middle, 5, 1));
             picture.text(left - 10, y, Anchor::End, time);
             picture.faint(right + 6, y, Anchor::Start, info.id.short());
         }
+    }
+}
+
+/// To the second; where several are of one, to the millisecond and without the date, which stands above.
+fn time_label(unix_ms: u64, fast: bool) -> String {
+    let time = output::time(unix_ms);
+    let (whole, _) = time.split_once('.').unwrap_or((time.as_str(), ""));
+    match time.split_once(' ') {
+        Some((_, clock)) if fast => clock.to_owned(),
+        _ => whole.to_owned(),
     }
 }
 
@@ -278,6 +290,14 @@ mod tests {
                 assert!(first == 0 || timeline.row_of(first - 1) == row - 1, "{snapshots}");
             }
         }
+    }
+
+    #[test]
+    fn times_are_as_exact_as_they_must_be() {
+        let (exact, rough) =
+            (time_label(1_700_000_000_123, true), time_label(1_700_000_000_123, false));
+        assert!(exact.ends_with(":20.123") && exact.len() == 12, "{exact}");
+        assert!(rough.starts_with("2023-11-1") && rough.ends_with(":20"), "{rough}");
     }
 
     #[test]

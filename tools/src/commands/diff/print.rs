@@ -61,9 +61,12 @@ fn print_summary(found: &SnapshotDiff) {
             line.paint(style::FAINT, "the same").print();
             continue;
         }
-        let share = 100.0 * region.changed_pages as f64 / pages.max(1) as f64;
+        let share = match 100.0 * region.changed_pages as f64 / pages.max(1) as f64 {
+            little if little < 0.01 => "less than 0.01".to_owned(),
+            share => format!("{share:.2}"),
+        };
         line.paint(style::CHANGED, format!("{} pages", output::count(region.changed_pages)))
-            .text(format!(" of {}, {share:.2} %, ", output::count(pages)))
+            .text(format!(" of {}, {share} %, ", output::count(pages)))
             .text(output::bytes(changed_bytes(region)))
             .print();
     }

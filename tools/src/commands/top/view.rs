@@ -113,22 +113,22 @@ impl View {
         let last = self.sample.found.last.as_ref().map_or_else(
             || "none yet".to_owned(),
             |last| {
-                format!(
-                    "last: {} pages in {}, {}",
-                    count(last.stats.dirty_pages),
-                    micros(last.duration_us),
-                    last.id.short(),
-                )
+                let stats = &last.stats;
+                format!("last: {} pages in {}", count(stats.dirty_pages), micros(last.duration_us))
             },
         );
-        let now = self.sample.status.checkpoint_in_progress.map_or_else(String::new, |progress| {
-            format!(
+        let progress = self.sample.status.checkpoint_in_progress.as_ref();
+        let head = self.sample.found.last.as_ref();
+        let now = match (progress, head) {
+            (Some(progress), _) => format!(
                 "now: {} of {}, {}",
                 count(progress.pages_done),
                 count(progress.pages_total),
                 micros(progress.since_ms.saturating_mul(1_000))
-            )
-        });
+            ),
+            (None, Some(last)) => format!("snapshot {}", last.id.short()),
+            (None, None) => String::new(),
+        };
         let counts = vec![
             format!("{} taken, {} skipped, ", count(totals.taken), count(totals.skipped)).into(),
             failed,
