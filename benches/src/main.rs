@@ -174,5 +174,6 @@ fn all(bench: &mut Bench, frazil: Option<&Path>) -> anyhow::Result<()> {
     suites::resume::run(bench, frazil())?;
     suites::clone::run(bench)?;
     suites::rewind::run(bench)?;
+    suites::store::run_tools(bench)?;
     suites::peers::run(bench, frazil())
 }

@@ -49,6 +49,9 @@ const BUDGETS: &[(&str, Limit)] = &[
     ("clone.ready", RatioMax(2.0)),
     ("clone.private_mib_100", ValueMax(100.0)),
     ("rewind.latency", RatioMax(1.0)),
+    ("store.diff_process_16g_ms", ValueMax(50.0)),
+    ("tools.search", RatioMin(0.7)),
+    ("tools.search_regex", RatioMin(0.7)),
 ];
 
 /// A figure and what is asked of it.

@@ -222,7 +222,7 @@ struct Session {
 }
 
 fn serve(session: Session) -> anyhow::Result<ExitCode> {
-    let Session { vm, registration, host, store_path, json, paused, is_clone, first_progress } =
+    let Session { vm, mut registration, host, store_path, json, paused, is_clone, first_progress } =
         session;
     stop_on_signals(&vm)?;
     let console = start_console(&vm, &host, json)?;
@@ -230,6 +230,8 @@ fn serve(session: Session) -> anyhow::Result<ExitCode> {
     let telling = teller.clone();
     let tell = move |taken: &frazil_vmm::Result<CheckpointReport>| telling.checkpoint(taken);
     let server = Server::start(Arc::clone(&vm), &registration.record().socket, Arc::new(tell))?;
+    // Now it can be reached, and told to end.
+    registration.announce()?;
     settle(&host, is_clone)?;
     announce(&vm, &registration, &store_path, &host, json, console.as_ref())?;
     if let Some(started) = first_progress {

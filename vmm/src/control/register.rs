@@ -2,13 +2,18 @@
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use frazil_snapstore::SnapshotId;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Result, VmmError};
+
+/// Somebody who lists VMs locks each of their files for a moment. One that is locked for longer than this
+/// belongs to a VM.
+const LOOKED_AT: Duration = Duration::from_millis(200);
 
 /// What is known of a VM that runs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,13 +57,16 @@ pub fn memory_socket(id: SnapshotId) -> Result<PathBuf> {
 pub struct Registration {
     record: VmRecord,
     file: PathBuf,
-    // The lock says that the process lives: the kernel drops it however the process ends. It is for
-    // reading only, since the process may go on as somebody else, who is not to change the record.
+    /// What the record is written by, until it is: the process may go on as somebody else then, who is
+    /// not to change it.
+    unwritten: Option<File>,
+    // The lock says that the process lives: the kernel drops it however the process ends.
     _lock: File,
 }
 
 impl Registration {
-    /// Enters a VM called `name`, with its control socket at `socket` or at the usual place.
+    /// Takes the name `name` for a VM, with its control socket at `socket` or at the usual place. Nobody
+    /// sees it before it is [there](Self::announce).
     ///
     /// # Errors
     /// [`VmmError::Config`] if `name` cannot be one, or a VM of that name runs.
@@ -70,11 +78,22 @@ impl Registration {
         let lock = lock(&file, name)?;
         let socket = socket.unwrap_or_else(|| folder.join(format!("{name}.sock")));
         let record = VmRecord { name: name.to_owned(), pid: std::process::id(), socket };
-        let json =
-            serde_json::to_vec(&record).map_err(|error| VmmError::Config(error.to_string()))?;
-        let write = || OpenOptions::new().write(true).truncate(true).open(&file)?.write_all(&json);
-        write().map_err(VmmError::host(format!("write {}", file.display())))?;
-        Ok(Self { record, file, _lock: lock })
+        let unwritten = OpenOptions::new().write(true).truncate(true).open(&file);
+        let unwritten = unwritten.map_err(VmmError::host(format!("write {}", file.display())))?;
+        Ok(Self { record, file, unwritten: Some(unwritten), _lock: lock })
+    }
+
+    /// Lists the VM: its control socket listens, and signals end it as they should.
+    ///
+    /// # Errors
+    /// [`VmmError::Host`] if that cannot be written down.
+    pub fn announce(&mut self) -> Result<()> {
+        let Some(mut unwritten) = self.unwritten.take() else { return Ok(()) };
+        let json = serde_json::to_vec(&self.record)
+            .map_err(|error| VmmError::Config(error.to_string()))?;
+        // At once: who reads a part of it takes it for none.
+        let failed = VmmError::host(format!("write {}", self.file.display()));
+        unwritten.write_all(&json).map_err(failed)
     }
 
     /// What is known of the VM.
@@ -119,6 +138,7 @@ fn make_private_folder(folder: &Path) -> Result<()> {
 /// Makes `file` if there is none, and locks it. A leftover of a process that is gone is taken over.
 fn lock(file: &Path, name: &str) -> Result<File> {
     let cannot = |error| VmmError::host(format!("create {}", file.display()))(error);
+    let until = Instant::now() + LOOKED_AT;
     loop {
         let mut make = OpenOptions::new();
         make.write(true).create(true).truncate(false).mode(0o600).open(file).map_err(cannot)?;
@@ -129,6 +149,10 @@ fn lock(file: &Path, name: &str) -> Result<File> {
         };
         match lock.try_lock() {
             Ok(()) => {}
+            Err(TryLockError::WouldBlock) if Instant::now() < until => {
+                std::thread::sleep(LOOKED_AT / 20);
+                continue;
+            }
             Err(TryLockError::WouldBlock) => {
                 let pid = read_record(file)
                     .map_or_else(String::new, |record| format!(" (process {})", record.pid));
@@ -141,10 +165,7 @@ fn lock(file: &Path, name: &str) -> Result<File> {
         // Between opening and locking, its last owner may have removed it: then it is no name
         // of the file that we locked.
         let same = match (lock.metadata(), fs::metadata(file)) {
-            (Ok(ours), Ok(named)) => {
-                std::os::unix::fs::MetadataExt::ino(&ours)
-                    == std::os::unix::fs::MetadataExt::ino(&named)
-            }
+            (Ok(ours), Ok(named)) => ours.ino() == named.ino(),
             _ => false,
         };
         if same {
@@ -161,6 +182,16 @@ fn read_record(file: &Path) -> Option<VmRecord> {
 fn is_live(file: &Path) -> bool {
     File::open(file)
         .is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
+}
+
+/// Removes an empty file of a process that ended before it was [announced](Registration::announce).
+fn clear_name_away(file: &Path) {
+    let Ok(lock) = OpenOptions::new().write(true).open(file) else { return };
+    // Under the lock nobody else removes or writes it.
+    let is_empty = |found: fs::Metadata| found.len() == 0 && found.nlink() > 0;
+    if lock.try_lock().is_ok() && lock.metadata().is_ok_and(is_empty) {
+        let _gone = fs::remove_file(file);
+    }
 }
 
 /// Removes what a process that is gone left behind, unless somebody took it over meanwhile.
@@ -184,7 +215,8 @@ fn clear_away(file: &Path, record: &VmRecord) {
 /// killed, or was not allowed to. A log that says something stays.
 fn clear_memory_away(lock: &Path) {
     let Ok(held) = OpenOptions::new().write(true).open(lock) else { return };
-    if held.try_lock().is_err() {
+    // One that has no name any more says nothing of who has it now.
+    if held.try_lock().is_err() || held.metadata().is_ok_and(|found| found.nlink() == 0) {
         return;
     }
     let socket = lock.with_extension("");
@@ -221,8 +253,8 @@ pub fn list() -> Result<Vec<VmRecord>> {
         match read_record(&file) {
             Some(record) if is_live(&file) => records.push(record),
             Some(record) => clear_away(&file, &record),
-            // Being written just now, or not ours.
-            None => {}
+            // Not announced yet or never, or not ours.
+            None => clear_name_away(&file),
         }
     }
     records.sort_by(|a, b| a.name.cmp(&b.name));
