@@ -65,7 +65,7 @@ ask e1 'card=$(basename $(readlink -f /sys/class/net/eth0/device))
     ip address add 10.0.1.2/24 dev eth0
     ip link set eth0 up
     ping -c 1 -w 30 10.0.1.1 >/dev/null && echo answered' >/run/ping
-tell ping "$(cat /run/ping)" from "$(ip neigh show dev tap1)"
+tell ping "$(cat /run/ping)" from "$(grep tap1 /proc/net/arp)"
 whoami e1
 whoami e2
 ticks e1 2

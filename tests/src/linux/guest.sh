@@ -144,8 +144,8 @@ if [ -n "$(word net)" ]; then
     while [ ! -s /mem/echoed ]; do sleep 0.1; done
 fi
 if has shell; then
-    # Whoever asks says nothing more, and waits for the answer.
-    socat -t 60 VSOCK-LISTEN:1024,fork EXEC:/bin/sh &
+    # Whoever asks says nothing more, and waits for the answer. What comes in is noted.
+    socat -t 60 -d -d -lf /run/asked VSOCK-LISTEN:1024,fork EXEC:/bin/sh &
 fi
 # The kernel stretches what it has for a minute before it asks for more, and this one has no driver for
 # the generation id that would have it ask at once: so the device itself is asked.
