@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader};
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -88,8 +88,13 @@ pub(crate) fn run(
         }
     }
     let mut failed = 0;
-    for child in &mut clones.0 {
-        failed += u32::from(!running.wait(child)?.success());
+    for (index, child) in (1..).zip(&mut clones.0) {
+        let status = running.wait(child)?;
+        failed += u32::from(!status.success());
+        // All else it says itself.
+        if let Some(signal) = status.signal() {
+            eprintln!("frazil: VM `{base}-{index}` was ended by signal {signal}");
+        }
     }
     clones.0.clear();
     if failed > 0 {
