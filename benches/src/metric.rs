@@ -182,7 +182,7 @@ resume the floor is, of first_progress: create an empty VM; of fault: raw userfa
 rewind the floor is, of latency: the budget, 1 ms and 1 us for each page put back; of its pause:
        memcpy of as many pages
 peers  the floor of QEMU's is what frazil needs for the same guest's first snapshot, and for its resume;
-       QEMU does not wait for the disk; its savevm stops the guest's clock, so there is no gap to tell
+       QEMU does not wait for the disk; savevm and migrate stop the guest's clock: there is no gap to tell
 store  the floor is, of commit_scale: at 1 GiB; of depth: at depth 1; of delta and elide: switched
        off; of prune: a new store of just that snapshot; of overhead (%): bytes of zstd on the
        same pages; of heap: the budget; of frame_pages: the default size

@@ -47,8 +47,8 @@ struct Costs {
     bytes: Samples,
 }
 
-/// So QEMU's `savevm` does not show: it stops the guest's clock, too.
-const UNFELT: Way = Way::SaveVm;
+/// The only one in which the guest's clock shows how long it stood still: at the others QEMU stops that, too.
+const FELT: Way = Way::Background;
 
 impl Costs {
     fn new() -> Self {
@@ -160,7 +160,7 @@ fn theirs(
         let before = qemu.view()?;
         let saved = qemu.save(way)?;
         let after = view_once_running(|| qemu.view(), &before)?;
-        let gap_us = (way != UNFELT).then(|| largest_gap_us(&before, &after));
+        let gap_us = (way == FELT).then(|| largest_gap_us(&before, &after));
         costs.add(saved.pause, gap_us, saved.duration, saved.bytes);
         drop(qemu);
         resume.add_time(Qemu::resume(folder.path(), way, ram_bytes)?);
