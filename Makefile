@@ -39,7 +39,7 @@ lint: setup
 test: setup-tests lint
 	$(CARGO) test --workspace --locked
 
-# Everything that is measured, against its limits and budgets: an hour.
+# Everything that is measured, against its limits and budgets. Takes long.
 bench: build
 	target/release/frazil-bench all --report target/report.html
 

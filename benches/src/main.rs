@@ -70,7 +70,7 @@ struct Cli {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Suite {
-    /// Everything but endurance, store-frames and store-images. An hour.
+    /// Everything but endurance, store-frames and store-images.
     All,
     /// The limits themselves: memory, compression, hashing, KVM, userfaultfd, disk.
     Floors,

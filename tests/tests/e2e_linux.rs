@@ -397,7 +397,7 @@ fn write_golden_chunks() {
     for chunk in shown["state"].as_array().expect("chunks") {
         let (name, version) = (&chunk["name"], &chunk["version"]);
         let name = format!("{}-v{version}.json", name.as_str().expect("a name"));
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/chunks").join(name);
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden-chunks").join(name);
         if !path.exists() {
             std::fs::write(&path, format!("{chunk:#}\n")).expect("a golden file");
         }

@@ -28,7 +28,7 @@ use serde_json::{Value, json};
 
 /// The golden chunks by the name of their file, without its end.
 fn golden() -> BTreeMap<String, StateChunk> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/chunks");
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden-chunks");
     let entries = fs::read_dir(folder).expect("golden chunks").map(|entry| entry.expect("a file"));
     let read = |path: &Path| -> StateChunk {
         let chunk: Value = serde_json::from_slice(&fs::read(path).expect("a file")).expect("JSON");

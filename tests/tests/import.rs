@@ -265,8 +265,10 @@ fn archives_have_everything_and_are_sparse() {
         for m in tarfile.open(sys.argv[1]): print(m.name.split('/', 1)[1], m.size, m.issparse())";
     let mut list = Command::new("python3");
     list.args(["-c", python, &archive]);
-    if let Ok(listed) = list.output() {
-        let listed = String::from_utf8(listed.stdout).expect("UTF-8");
-        assert!(listed.contains(&format!("memory/ram {} True", 20_000 * PAGE_SIZE)), "{listed}");
-    }
+    let Ok(listed) = list.output() else {
+        eprintln!("SKIPPED: there is no python3, whose tarfile would read the archive too");
+        return;
+    };
+    let listed = String::from_utf8(listed.stdout).expect("UTF-8");
+    assert!(listed.contains(&format!("memory/ram {} True", 20_000 * PAGE_SIZE)), "{listed}");
 }

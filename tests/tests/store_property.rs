@@ -431,3 +431,24 @@ fn deep_trees_agree_with_a_naive_store() {
     check_all(&store, &published);
     check_no_orphans(&storage);
 }
+
+/// Wherever a prune that moves blocks is torn, and whatever comes after, what is left behind is gone once
+/// nothing can be in it.
+#[test]
+fn what_a_torn_prune_leaves_behind_goes() {
+    for after in 0..60 {
+        let elide = Elide { zero: false, equal: false, dedup: false, delta: false };
+        let mut pair =
+            Pair::new(StoreOptions { frame_pages: 3, workers: 1, elide, ..small_options() });
+        // What was overwritten before it was published is nobody's.
+        let pages = |id| (0..12).map(move |page| (page, id)).collect();
+        let rounds = vec![("ram".into(), pages(3)), ("ram".into(), pages(1))];
+        let mut model = Model { regions: [("ram".to_owned(), vec![0; 12])].into() };
+        let store = Arc::clone(&pair.handles[0]);
+        let committed = take(&store, None, &mut model, &Edit { rounds, step: 1 }).unwrap();
+        pair.published.push((committed.id, model));
+        let options = PruneOptions { max_unused: 0.0, max_rewrite_bytes: 3000, dry_run: false };
+        let plan = FaultPlan { after, fault: Fault::Torn, lasting: true };
+        pair.prune(0, &options, &Trouble::Fault(plan));
+    }
+}

@@ -22,6 +22,21 @@
 .set USER_CODE, 0x33
 .set FIRST_TSS, 0x40
 
+# From 32-bit protected mode into long mode with the guest's own page tables, at TARGET.
+.macro LONG_MODE target:vararg
+    mov $0x20, %eax                      # PAE
+    mov %eax, %cr4
+    mov $pml4, %eax
+    mov %eax, %cr3
+    mov $0xc0000080, %ecx                # EFER: LME, SCE
+    xor %edx, %edx
+    mov $0x101, %eax
+    wrmsr
+    mov $0x80000011, %eax
+    mov %eax, %cr0
+    ljmpl $CODE64, \target
+.endm
+
 .section .boot, "awx", @progbits
 BOOT_BASE_LABEL:
 
@@ -122,17 +137,7 @@ pvh_entry:
     add $4, %esi                         # which has nothing more
     dec %edx
     jmp 2b
-3:  mov $0x20, %eax                      # PAE
-    mov %eax, %cr4
-    mov $pml4, %eax
-    mov %eax, %cr3
-    mov $0xc0000080, %ecx                # EFER: LME, SCE
-    xor %edx, %edx
-    mov $0x101, %eax
-    wrmsr
-    mov $0x80000011, %eax
-    mov %eax, %cr0
-    ljmpl $CODE64, $pvh64
+3:  LONG_MODE $pvh64
 .code64
 pvh64:
     mov $pvh_boot_params, %esi
@@ -151,17 +156,7 @@ trampoline32:
     mov $DATA, %eax
     mov %eax, %ds
     mov %eax, %ss
-    mov $0x20, %eax                      # PAE
-    mov %eax, %cr4
-    mov $pml4, %eax
-    mov %eax, %cr3
-    mov $0xc0000080, %ecx                # EFER: LME, SCE
-    xor %edx, %edx
-    mov $0x101, %eax
-    wrmsr
-    mov $0x80000011, %eax
-    mov %eax, %cr0
-    ljmpl $CODE64, $(TRAMPOLINE + trampoline64 - trampoline)
+    LONG_MODE $(TRAMPOLINE + trampoline64 - trampoline)
 .code64
 trampoline64:
     xor %esi, %esi

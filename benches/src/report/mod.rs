@@ -124,9 +124,9 @@ impl Report {
             String::from("# frazil: what it reaches, and the limits of this machine\n\n");
         text.push_str("| | |\n|---|---|\n");
         for (what, which) in machine::facts(file_system) {
-            row(&mut text, &[what, &which]);
+            row(&mut text, &[what, which.as_str()]);
         }
-        row(&mut text, &["took", &took(self.started.elapsed())]);
+        row(&mut text, &["took", took(self.started.elapsed()).as_str()]);
         text.push_str("\n## Budgets\n\n");
         if self.quick {
             text.push_str("This was a quick run, which shows that everything works. ");
@@ -146,18 +146,7 @@ impl Report {
                 "| metric | value | unit | floor | ratio | n |\n|---|--:|---|--:|--:|--:|\n",
             );
             for metric in metrics.iter().filter(|metric| metric.suite() == suite) {
-                let number = |value: Option<f64>| value.map_or_else(String::new, plain);
-                row(
-                    &mut text,
-                    &[
-                        &format!("`{}`", metric.name()),
-                        &plain(metric.value()),
-                        metric.unit(),
-                        &number(metric.floor()),
-                        &number(metric.ratio()),
-                        &metric.n().to_string(),
-                    ],
-                );
+                row(&mut text, &figures(metric));
             }
         }
         let _infallible = write!(text, "\n## What the columns mean\n\n```text\n{LEGEND}\n```\n");
@@ -302,28 +291,31 @@ fn budget_table(text: &mut String, metrics: &[Metric]) {
     text.push_str("|---|---|--:|---|--:|--:|--:|---|\n");
     for metric in metrics {
         for judged in budgets::judge(metric) {
-            let number = |value: Option<f64>| value.map_or_else(String::new, plain);
-            row(
-                text,
-                &[
-                    if judged.met { "met" } else { "**missed**" },
-                    &format!("`{}`", metric.name()),
-                    &plain(metric.value()),
-                    metric.unit(),
-                    &number(metric.floor()),
-                    &number(metric.ratio()),
-                    &metric.n().to_string(),
-                    &judged.budget,
-                ],
-            );
+            let verdict = if judged.met { "met" } else { "**missed**" };
+            let [name, value, unit, floor, ratio, n] = figures(metric);
+            row(text, &[verdict.to_owned(), name, value, unit, floor, ratio, n, judged.budget]);
         }
     }
 }
 
+/// Name, value, unit, floor, ratio and n.
+fn figures(metric: &Metric) -> [String; 6] {
+    let number = |value: Option<f64>| value.map_or_else(String::new, plain);
+    [
+        format!("`{}`", metric.name()),
+        plain(metric.value()),
+        metric.unit().to_owned(),
+        number(metric.floor()),
+        number(metric.ratio()),
+        metric.n().to_string(),
+    ]
+}
+
 /// A row of a table: what stands in a cell must not end it.
-fn row(text: &mut String, cells: &[&str]) {
+fn row(text: &mut String, cells: &[impl AsRef<str>]) {
     for cell in cells {
-        let _infallible = write!(text, "| {} ", cell.replace('|', "\\|").replace('<', "&lt;"));
+        let _infallible =
+            write!(text, "| {} ", cell.as_ref().replace('|', "\\|").replace('<', "&lt;"));
     }
     text.push_str("|\n");
 }

@@ -357,6 +357,10 @@ impl<'a> Checkpoint<'a> {
         self.stats.quiesce_us = us(pause_started.elapsed());
         let cut_started = Instant::now();
         let cut = quiesced.and_then(|()| self.cut(&mut room));
+        // Before the guest goes on, also after a cut that failed.
+        if cut.is_err() || !self.request.exit {
+            room.at_rest.let_go();
+        }
         self.stats.cut_us = us(cut_started.elapsed());
         if self.request.exit && cut.is_ok() {
             // It stands still until the commit is done, and nobody may let it go on.
@@ -392,9 +396,6 @@ impl<'a> Checkpoint<'a> {
         self.vm.bus.capture(&mut cut.devices);
         self.vm.vcpus.take_captured(&mut cut.vcpus)?;
         cut.time_unix_ms = unix_ms();
-        if !self.request.exit {
-            cut.at_rest.let_go();
-        }
         Ok(())
     }
 

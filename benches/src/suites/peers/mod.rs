@@ -22,12 +22,8 @@ use crate::metric::Metric;
 use crate::samples::Samples;
 use crate::series::{checkpoint, largest_gap_us, view_once_running};
 use crate::suites::resume::{find_frazil, resume_once};
+pub(crate) use qemu::version as qemu_version;
 use qemu::{Qemu, Way};
-
-/// The version of QEMU, if there is one.
-pub(crate) fn qemu_version() -> Option<String> {
-    qemu::version()
-}
 
 /// A guest that has something to do, and writes a thousand pages a second.
 const SPEC: &str = "rate=1000,pattern=uniform,content=text,report=0,gap_us=50";
@@ -91,7 +87,7 @@ pub(crate) fn run(bench: &mut Bench, frazil: Option<PathBuf>) -> anyhow::Result<
     let label = size_label(ram_bytes);
     bench.say(&format!("frazil, {label}"));
     let ours = ours(bench, &frazil, ram_bytes, &label)?;
-    let Some(version) = qemu::version() else {
+    let Some(version) = qemu_version() else {
         bench.say("QEMU is left out: there is no qemu-system-x86_64 (package qemu-system-x86)");
         return Ok(());
     };

@@ -65,7 +65,7 @@ pub(super) struct Saved {
 }
 
 /// The version of the QEMU on this machine, if there is one.
-pub(super) fn version() -> Option<String> {
+pub(crate) fn version() -> Option<String> {
     let output = Command::new(QEMU).arg("--version").output().ok()?;
     let said = String::from_utf8_lossy(&output.stdout);
     said.lines().next().map(|line| line.trim_start_matches("QEMU emulator version ").to_owned())
