@@ -146,11 +146,21 @@ impl Bench {
         }
     }
 
+    /// Says that `suite` could not be measured, here and in the report.
+    pub(crate) fn fail(&mut self, suite: &str, error: &anyhow::Error) {
+        self.say(&format!("{suite}: failed, and is left out: {error:#}"));
+        if let Some(report) = &mut self.report {
+            report.add_failure(format!("{suite}: {error:#}"));
+        }
+    }
+
     /// Prints what is still to be printed, writes the report, and removes what else was written.
     pub(crate) fn finish(self) -> anyhow::Result<()> {
-        self.output.finish()?;
-        if let Some(report) = &self.report {
-            report.write(self.output.rows(), &self.file_system)?;
+        if !self.output.rows().is_empty() {
+            self.output.finish()?;
+            if let Some(report) = &self.report {
+                report.write(self.output.rows(), &self.file_system)?;
+            }
         }
         let path = self.scratch.path().to_path_buf();
         self.scratch.close().with_context(|| format!("cannot remove {}", path.display()))

@@ -23,6 +23,7 @@ mod suites;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use anyhow::ensure;
 use clap::builder::PossibleValuesParser;
 use clap::{Parser, ValueEnum};
 
@@ -146,7 +147,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     let runs = runs.map(|runs| runs as usize);
     let settings = Settings { memory_bytes: memory, runs, quick, only };
     let mut bench = Bench::new(settings, json, store_dir.as_deref(), report)?;
-    match suite {
+    let measured = match suite {
         Suite::All => all(&mut bench, frazil.as_deref()),
         Suite::Floors => suites::floors::run(&mut bench),
         Suite::Checkpoint => suites::checkpoint::run(&mut bench),
@@ -160,20 +161,35 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Suite::Tools => suites::store::run_tools(&mut bench),
         Suite::StoreFrames => suites::store::run_frames(&mut bench),
         Suite::StoreImages => suites::store::run_images(&mut bench, &images),
-    }?;
-    bench.finish()
+    };
+    // What was measured is told in any case.
+    let finished = bench.finish();
+    measured.and(finished)
 }
 
-/// One after the other: each has the machine to itself.
+/// One after the other: each has the machine to itself. One that fails does not take the figures of the
+/// others with it, which took an hour.
 fn all(bench: &mut Bench, frazil: Option<&Path>) -> anyhow::Result<()> {
+    type Run<'a> = &'a dyn Fn(&mut Bench) -> anyhow::Result<()>;
     let frazil = || frazil.map(Path::to_owned);
-    suites::floors::run(bench)?;
-    suites::store::run(bench)?;
-    suites::checkpoint::run(bench)?;
-    suites::pause::run(bench)?;
-    suites::resume::run(bench, frazil())?;
-    suites::clone::run(bench)?;
-    suites::rewind::run(bench)?;
-    suites::store::run_tools(bench)?;
-    suites::peers::run(bench, frazil())
+    let suites: [(&str, Run<'_>); 9] = [
+        ("floors", &suites::floors::run),
+        ("store", &suites::store::run),
+        ("checkpoint", &suites::checkpoint::run),
+        ("pause", &suites::pause::run),
+        ("resume", &|bench| suites::resume::run(bench, frazil())),
+        ("clone", &suites::clone::run),
+        ("rewind", &suites::rewind::run),
+        ("tools", &suites::store::run_tools),
+        ("peers", &|bench| suites::peers::run(bench, frazil())),
+    ];
+    let mut failed = Vec::new();
+    for (name, run) in suites {
+        if let Err(error) = run(bench) {
+            bench.fail(name, &error);
+            failed.push(name);
+        }
+    }
+    ensure!(failed.is_empty(), "not measured: {}", failed.join(", "));
+    Ok(())
 }

@@ -158,6 +158,23 @@ impl Series {
         Ok(())
     }
 
+    /// Prints the median of the pause, of what the guest felt, and of the time until the publication, as
+    /// `NAME_pause_us`, `NAME_gap_us` and `NAME_duration_us`.
+    pub(crate) fn emit_step(
+        &self,
+        bench: &mut Bench,
+        name: &str,
+        stop_and_copy_us: f64,
+    ) -> anyhow::Result<()> {
+        for (what, times) in
+            [("pause", &self.pause), ("gap", &self.gap), ("duration", &self.duration)]
+        {
+            let metric = Metric::new(format!("{name}_{what}_us"), times.us(0.5), "us", times.n());
+            bench.emit(metric.against(stop_and_copy_us))?;
+        }
+        Ok(())
+    }
+
     /// Prints how long checkpoints took from request to publication, and what they wrote.
     pub(crate) fn emit_writes(&self, bench: &mut Bench, name: &str) -> anyhow::Result<()> {
         let n = self.duration.n();

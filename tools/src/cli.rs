@@ -206,13 +206,13 @@ pub(crate) struct HostArgs {
     pub overlay: Option<PathBuf>,
     /// A network card on the host's tap interface NAME, or `none` for one without a cable. May be
     /// repeated. A resumed machine has the cards it had: this says what they are on now, in their
-    /// order; without it, on what they were. `{n}` in NAME is the number of the VM with --clones.
+    /// order; without it, on what they were. `{clone}` in NAME is the number of the VM with --clones.
     #[arg(long = "net", value_name = "tap=NAME[,mac=ADDRESS]|none", value_parser = net)]
     pub nets: Vec<NetConfig>,
     /// A socket device that leads to the host: who connects to the Unix socket PATH and says
     /// `CONNECT PORT` reaches that port of the guest's; port N of the host's, to the guest, is the Unix
     /// socket PATH_N. CID is the guest's context id, 3 if none is given. A resumed machine that has
-    /// one: where it leads to now, or nowhere with `none`; `{n}` in PATH is the number of the VM with
+    /// one: where it leads to now, or nowhere with `none`; `{clone}` in PATH is the number of the VM with
     /// --clones.
     #[arg(long, value_name = "[cid=CID,]socket=PATH|none", value_parser = vsock)]
     pub vsock: Option<VsockConfig>,
@@ -305,13 +305,13 @@ pub(crate) struct ResumeArgs {
     /// Take note anew of what is touched, for so long, and keep that with the snapshot.
     #[arg(long, value_name = "TIME", value_parser = interval, conflicts_with_all = ["eager", "working_set"])]
     pub record_working_set: Option<Duration>,
-    /// How the guest's clocks go on. `host`: as if it had stood still meanwhile, so that its time of day
-    /// is right. `snapshot`: from where they were, so that it does not notice.
+    /// How the guest's clocks go on. `host`: by as much as has passed since the checkpoint, so that its time
+    /// of day is right. `snapshot`: from where they were, so that it does not notice.
     #[arg(long, value_enum, default_value = "host")]
     pub clock: ClockArg,
     /// What disk N has from now on, 0 being the first (/dev/vda to Linux), instead of what the snapshot
     /// has: the contents of FILE, which is as long and stays as it is. For a disk that the guest does not
-    /// use at that moment. May be repeated. `{n}` in FILE is the number of the VM with --clones.
+    /// use at that moment. May be repeated. `{clone}` in FILE is the number of the VM with --clones.
     #[arg(long = "disk", value_name = "N=FILE", value_parser = other_disk)]
     pub disks: Vec<(usize, PathBuf)>,
     /// Leave the guest standing still.

@@ -47,6 +47,7 @@ pub(crate) struct Report {
     started: Instant,
     quick: bool,
     curves: Vec<(Picture, Curve)>,
+    failures: Vec<String>,
 }
 
 /// A picture that is finished.
@@ -66,9 +67,21 @@ impl Report {
             "md" => Format::Markdown,
             _ => bail!("{}: expected a report's name to end in .html or .md", path.display()),
         };
-        // Better now than after an hour.
-        fs::write(&path, "").with_context(|| format!("cannot write {}", path.display()))?;
-        Ok(Self { path, format, started: Instant::now(), quick, curves: Vec::new() })
+        // Better now than after an hour; and what is there stays until there is something better.
+        let folder = match path.parent() {
+            Some(folder) if folder != Path::new("") => folder,
+            _ => Path::new("."),
+        };
+        tempfile::NamedTempFile::new_in(folder)
+            .with_context(|| format!("cannot write {}", path.display()))?;
+        Ok(Self {
+            path,
+            format,
+            started: Instant::now(),
+            quick,
+            curves: Vec::new(),
+            failures: Vec::new(),
+        })
     }
 
     /// Adds the distribution of `samples`, which are times, to a picture.
@@ -81,6 +94,11 @@ impl Report {
         points.push((1.0 - 1.0 / (n as f64 + 1.0), samples.us(1.0)));
         let name = format!("{name} (n = {n})");
         self.curves.push((picture, Curve { name, points }));
+    }
+
+    /// Adds what could not be measured, and why.
+    pub(crate) fn add_failure(&mut self, failure: String) {
+        self.failures.push(failure);
     }
 
     /// Writes it.
@@ -127,6 +145,13 @@ impl Report {
             row(&mut text, &[what, which.as_str()]);
         }
         row(&mut text, &["took", took(self.started.elapsed()).as_str()]);
+        if !self.failures.is_empty() {
+            text.push_str("\n## Not measured\n\n| suite | why |\n|---|---|\n");
+            for failure in &self.failures {
+                let (suite, why) = failure.split_once(": ").unwrap_or((failure, ""));
+                row(&mut text, &[suite, why]);
+            }
+        }
         text.push_str("\n## Budgets\n\n");
         if self.quick {
             text.push_str("This was a quick run, which shows that everything works. ");
@@ -166,6 +191,12 @@ impl Report {
                 drawn.push(Drawn { name, title, svg: plots::curves(title, axis, &curves)? });
             }
         }
+        let steps = steps(metrics);
+        if !steps.is_empty() {
+            let title = "A checkpoint, by what was changed since the one before (medians)";
+            let svg = plots::lines(title, ("pages written since", "µs"), &steps)?;
+            drawn.push(Drawn { name: "steps", title, svg });
+        }
         for chart in CHARTS {
             let mut bars: Vec<Bar> = metrics.iter().filter_map(chart.bar).collect();
             // What is of one kind stands together; all else stays in its order.
@@ -177,6 +208,36 @@ impl Report {
         }
         Ok(drawn)
     }
+}
+
+/// What a checkpoint takes by how many pages were written since the one before, of the metrics
+/// `pause.after_PAGES_SIZE_…`.
+fn steps(metrics: &[Metric]) -> Vec<Curve> {
+    const LINES: [(&str, &str); 3] = [
+        ("_pause_us", "the guest stands still"),
+        ("_gap_us", "the guest feels it stand still"),
+        ("_duration_us", "until it is published"),
+    ];
+    let step = |metric: &Metric, end: &str| {
+        let rest = metric.name().strip_prefix("pause.after_")?.strip_suffix(end)?;
+        rest.split('_').next()?.parse::<f64>().ok()
+    };
+    let of = |end: &str, value: fn(&Metric) -> Option<f64>| -> Vec<(f64, f64)> {
+        metrics.iter().filter_map(|metric| Some((step(metric, end)?, value(metric)?))).collect()
+    };
+    let mut curves: Vec<Curve> = LINES
+        .iter()
+        .map(|(end, name)| Curve {
+            name: (*name).to_owned(),
+            points: of(end, |metric| Some(metric.value())),
+        })
+        .collect();
+    curves.push(Curve {
+        name: "others: stop, and copy it all".to_owned(),
+        points: of(LINES[0].0, Metric::floor),
+    });
+    curves.retain(|curve| !curve.points.is_empty());
+    curves
 }
 
 /// A picture of bars: which metrics have one, and how long.
@@ -370,6 +431,9 @@ mod tests {
             Metric::new("resume.first_progress_1g_ms", 8.0, "ms", 9).against(3.0),
             Metric::new("peers.qemu_savevm_1g_pause_ms", 3000.0, "ms", 3).against(2.0),
             Metric::new("pause.guest_work_10hz", 95.0, "pages/s", 3).against(100.0),
+            Metric::new("pause.after_10_1g_pause_us", 150.0, "us", 3).against(90_000.0),
+            Metric::new("pause.after_1000_1g_pause_us", 160.0, "us", 3).against(90_000.0),
+            Metric::new("pause.after_1000_1g_duration_us", 30_000.0, "us", 3).against(90_000.0),
         ]
     }
 
@@ -395,7 +459,9 @@ mod tests {
             )
         );
         assert!(text.contains("| **missed** | `store.commit_scale_16g_1g` |"), "{text}");
-        for picture in ["pauses", "roofline", "scaling", "first-progress", "guest-work", "peers"] {
+        for picture in
+            ["pauses", "steps", "roofline", "scaling", "first-progress", "guest-work", "peers"]
+        {
             let name = format!("out-{picture}.svg");
             assert!(
                 text.contains(&format!("({name})")) && names.contains(&name),
@@ -411,9 +477,36 @@ mod tests {
     fn html_is_one_file() {
         let (_folder, text, names) = report("out.html");
         assert_eq!(names, ["out.html"]);
-        assert_eq!(text.matches("<svg").count(), 6);
+        assert_eq!(text.matches("<svg").count(), 7);
         assert!(text.contains("<td><strong>missed</strong></td>"), "{text}");
         assert!(!text.contains("<guest>"), "names are text");
+    }
+
+    #[test]
+    fn what_was_not_measured_is_said_and_an_older_report_stays_until_then() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("out.md");
+        fs::write(&path, "older").unwrap();
+        let mut report = Report::new(path.clone(), false).unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "older");
+        report.add_failure("peers: QEMU is gone: no | such file".to_owned());
+        report.write(&metrics(), "ext4").unwrap();
+        let text = fs::read_to_string(&path).unwrap();
+        assert!(text.contains("| peers | QEMU is gone: no \\| such file |"), "{text}");
+    }
+
+    #[test]
+    fn steps_are_lines_over_the_pages_written() {
+        let curves = steps(&metrics());
+        let named: Vec<_> = curves.iter().map(|curve| curve.points.clone()).collect();
+        assert_eq!(
+            named,
+            [
+                vec![(10.0, 150.0), (1000.0, 160.0)],
+                vec![(1000.0, 30_000.0)],
+                vec![(10.0, 90_000.0), (1000.0, 90_000.0)],
+            ]
+        );
     }
 
     #[test]

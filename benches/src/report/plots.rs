@@ -141,9 +141,7 @@ fn draw_names(area: &DrawingArea<SVGBackend<'_>, Shift>, bars: &[Bar]) -> anyhow
 /// Distributions, as the share of values that lies below: both ends of a share are of interest, so it is
 /// drawn as nines.
 pub(super) fn curves(title: &str, axis: &str, curves: &[Curve]) -> anyhow::Result<String> {
-    let values = || curves.iter().flat_map(|curve| &curve.points).map(|(_, value)| *value);
-    let (least, most) =
-        (values().fold(f64::INFINITY, f64::min).max(1e-3), values().fold(1e-3, f64::max));
+    let reach = reach_of(curves.iter().flat_map(|curve| &curve.points).map(|(_, value)| *value));
     let last = curves.iter().flat_map(|curve| &curve.points).map(|(share, _)| nines(*share));
     let nines_max = last.fold(1.0, f64::max);
     drawn(CURVES_HEIGHT, |area| {
@@ -153,7 +151,7 @@ pub(super) fn curves(title: &str, axis: &str, curves: &[Curve]) -> anyhow::Resul
             .margin(10)
             .x_label_area_size(44)
             .y_label_area_size(72)
-            .build_cartesian_2d(Nines(nines_max), (least * 0.7..most * 1.5).log_scale())
+            .build_cartesian_2d(Nines(nines_max), (reach.start * 0.7..reach.end * 1.5).log_scale())
             .map_err(cannot)?;
         chart
             .configure_mesh()
@@ -169,14 +167,71 @@ pub(super) fn curves(title: &str, axis: &str, curves: &[Curve]) -> anyhow::Resul
             let points = curve.points.iter().map(|(share, value)| (nines(*share), *value));
             let line = LineSeries::new(points, colour.stroke_width(3));
             chart.draw_series(line).map_err(cannot)?;
-            let y = 60 + 24 * row as i32;
-            let line = PathElement::new([(4, y), (26, y)], colour.stroke_width(3));
-            legend.draw(&line).map_err(cannot)?;
-            let style = text_style(Pos::new(HPos::Left, VPos::Center));
-            legend.draw(&Text::new(curve.name.clone(), (34, y), style)).map_err(cannot)?;
+            draw_key(&legend, row, &curve.name, *colour)?;
         }
         Ok(())
     })
+}
+
+/// Lines over an axis, both logarithmic: what grows with what.
+pub(super) fn lines(
+    title: &str,
+    (x_axis, y_axis): (&str, &str),
+    curves: &[Curve],
+) -> anyhow::Result<String> {
+    let points = || curves.iter().flat_map(|curve| &curve.points);
+    let (xs, ys) = (reach_of(points().map(|(x, _)| *x)), reach_of(points().map(|(_, y)| *y)));
+    drawn(CURVES_HEIGHT, |area| {
+        let (area, legend) = area.split_horizontally(WIDTH - LEGEND_WIDTH);
+        let mut chart = ChartBuilder::on(&area)
+            .caption(title, (FONT, 19))
+            .margin(10)
+            .x_label_area_size(44)
+            .y_label_area_size(72)
+            .build_cartesian_2d(
+                (xs.start * 0.8..xs.end * 1.2).log_scale(),
+                (ys.start * 0.6..ys.end * 1.7).log_scale(),
+            )
+            .map_err(cannot)?;
+        chart
+            .configure_mesh()
+            .x_desc(x_axis)
+            .y_desc(y_axis)
+            .x_label_formatter(&|value| number(*value))
+            .y_label_formatter(&|value| number(*value))
+            .label_style((FONT, 13))
+            .light_line_style(TRANSPARENT)
+            .draw()
+            .map_err(cannot)?;
+        for (row, (curve, colour)) in curves.iter().zip(COLOURS.iter().cycle()).enumerate() {
+            let line = LineSeries::new(curve.points.iter().copied(), colour.stroke_width(3));
+            chart.draw_series(line).map_err(cannot)?;
+            let dots = curve.points.iter().map(|point| Circle::new(*point, 4, colour.filled()));
+            chart.draw_series(dots).map_err(cannot)?;
+            draw_key(&legend, row, &curve.name, *colour)?;
+        }
+        Ok(())
+    })
+}
+
+/// From the least to the most, both above nothing.
+fn reach_of(values: impl Iterator<Item = f64> + Clone) -> Range<f64> {
+    let least = values.clone().fold(f64::INFINITY, f64::min).max(1e-3);
+    least..values.fold(least, f64::max)
+}
+
+/// What a line of a colour is.
+fn draw_key(
+    legend: &DrawingArea<SVGBackend<'_>, Shift>,
+    row: usize,
+    name: &str,
+    colour: RGBColor,
+) -> anyhow::Result<()> {
+    let y = 60 + 24 * row as i32;
+    let line = PathElement::new([(4, y), (26, y)], colour.stroke_width(3));
+    legend.draw(&line).map_err(cannot)?;
+    let style = text_style(Pos::new(HPos::Left, VPos::Center));
+    legend.draw(&Text::new(name.to_owned(), (34, y), style)).map_err(cannot)
 }
 
 /// Shares of up to so many nines, with lines where people look for them.

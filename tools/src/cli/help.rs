@@ -144,6 +144,21 @@ mod tests {
         assert_eq!(grouped.len(), there.len(), "none is in two");
     }
 
+    /// Clap makes a new line of `{n}`.
+    #[test]
+    fn no_help_means_something_else_to_clap() {
+        let mut all = Cli::command();
+        all.build();
+        for command in all.get_subcommands() {
+            for argument in command.get_arguments() {
+                for help in [argument.get_help(), argument.get_long_help()].into_iter().flatten() {
+                    let help = help.to_string();
+                    assert!(!help.contains("{n}"), "{}: {help}", command.get_name());
+                }
+            }
+        }
+    }
+
     /// What a person looks for in `frazil help`, and the command that it must lead to.
     #[test]
     fn help_alone_leads_to_the_command() {

@@ -174,8 +174,8 @@ fn reference(store: &Path, id: SnapshotId) -> OsString {
     reference
 }
 
-/// The `common` arguments as those of the clone `index`: in what is said of taps, sockets and disks, `{n}`
-/// is its number.
+/// The `common` arguments as those of the clone `index`: in what is said of taps, sockets and disks,
+/// `{clone}` is its number.
 fn numbered(common: &[OsString], index: u32) -> Vec<OsString> {
     const OF_EACH: [&str; 3] = ["--net", "--vsock", "--disk"];
     let mut value_of_each = false;
@@ -185,7 +185,7 @@ fn numbered(common: &[OsString], index: u32) -> Vec<OsString> {
         let is_flag = OF_EACH.contains(&flag);
         let is_of_each = is_flag || value_of_each;
         value_of_each = is_flag && flag == text;
-        is_of_each.then(|| text.replace("{n}", &index.to_string()).into())
+        is_of_each.then(|| text.replace("{clone}", &index.to_string()).into())
     };
     let numbers: Vec<Option<OsString>> = common.iter().map(number).collect();
     numbers.into_iter().zip(common).map(|(new, old)| new.unwrap_or_else(|| old.clone())).collect()
@@ -210,4 +210,39 @@ fn common_arguments() -> Vec<OsString> {
         common.extend(["--serial", "null"].map(OsString::from));
     }
     common
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_clone_has_its_own_number_where_taps_sockets_and_disks_are_named() {
+        let common = [
+            "resume",
+            "st@{clone}",
+            "--net",
+            "tap=t{clone}",
+            "--vsock=socket=/run/{clone}.sock",
+            "--disk",
+            "0=other{clone}.img",
+            "--overlay",
+            "{clone}",
+        ];
+        let numbered = numbered(&common.map(OsString::from), 7);
+        assert_eq!(
+            numbered,
+            [
+                "resume",
+                "st@{clone}",
+                "--net",
+                "tap=t7",
+                "--vsock=socket=/run/7.sock",
+                "--disk",
+                "0=other7.img",
+                "--overlay",
+                "{clone}",
+            ]
+        );
+    }
 }

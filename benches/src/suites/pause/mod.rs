@@ -11,6 +11,7 @@ mod bed;
 mod cpus;
 mod floor;
 mod scale;
+mod steps;
 mod storm;
 mod tenth;
 mod thousand;
@@ -27,7 +28,7 @@ struct Measurement {
     measure: fn(&mut Bench) -> anyhow::Result<()>,
 }
 
-const MEASUREMENTS: [Measurement; 7] = [
+const MEASUREMENTS: [Measurement; 8] = [
     Measurement {
         name: "p1000",
         what: "1,000 pages a checkpoint, ten a second",
@@ -39,6 +40,12 @@ const MEASUREMENTS: [Measurement; 7] = [
         what: "a tenth of memory a checkpoint",
         touched_bytes: |bench| bench.memory_size(4 * GIB),
         measure: tenth::measure,
+    },
+    Measurement {
+        name: "steps",
+        what: "from ten to 100,000 writes between two checkpoints",
+        touched_bytes: |bench| bench.memory_size(GIB),
+        measure: steps::measure,
     },
     Measurement {
         name: "storm",

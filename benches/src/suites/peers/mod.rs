@@ -2,19 +2,21 @@
 //! one run.
 //!
 //! The other VMM is QEMU, if it is installed: `savevm`, migration to a file, and that as a
-//! background snapshot. Nothing else runs meanwhile, and both run on the same KVM. How others'
-//! formats fare, without their programs, is measured beside frazil's own: stop-and-copy in `pause`,
-//! raw files mapped or copied page by page in `resume`.
+//! background snapshot. Nothing else runs meanwhile, and both run on the same KVM. How others
+//! fare, without their programs, is measured with frazil's own guest: a dump of all memory while it
+//! stands still here, raw files mapped or copied page by page in `resume`.
 
 mod qemu;
 mod qmp;
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use frazil_vmm::workload::WorkloadSpec;
 use kvm_ioctls::Kvm;
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::bench::{Bench, GIB, size_label};
 use crate::machine::{Machine, create_store};
@@ -87,6 +89,8 @@ pub(crate) fn run(bench: &mut Bench, frazil: Option<PathBuf>) -> anyhow::Result<
     let label = size_label(ram_bytes);
     bench.say(&format!("frazil, {label}"));
     let ours = ours(bench, &frazil, ram_bytes, &label)?;
+    bench.say(&format!("a dump of all memory, {label}"));
+    dumps(bench, ram_bytes, &label, &ours)?;
     let Some(version) = qemu_version() else {
         bench.say("QEMU is left out: there is no qemu-system-x86_64 (package qemu-system-x86)");
         return Ok(());
@@ -137,6 +141,35 @@ fn take(machine: &Machine, costs: &mut Costs) -> anyhow::Result<()> {
     let (pause, duration) =
         (Duration::from_micros(report.stats.pause_us), Duration::from_micros(report.duration_us));
     costs.add(pause, Some(largest_gap_us(&before, &after)), duration, report.stored_bytes);
+    Ok(())
+}
+
+/// All memory written to a file, as it is, while the guest stands still, and not waited for until the disk
+/// has it: what a monitor does that has nothing better. No state, no devices.
+fn dumps(bench: &mut Bench, ram_bytes: u64, label: &str, ours: &Ours) -> anyhow::Result<()> {
+    let machine = Machine::boot(SPEC, ram_bytes, None)?;
+    let mut costs = Costs::new();
+    for _ in 0..bench.runs(3) {
+        let folder = bench.scratch()?;
+        let mut file = File::create(folder.path().join("memory")).context("cannot dump memory")?;
+        let before = machine.view()?;
+        let started = Instant::now();
+        machine.vm.while_paused(|| dump(&machine, &mut file))??;
+        let pause = started.elapsed();
+        let after = view_once_running(|| machine.view(), &before)?;
+        costs.add(pause, Some(largest_gap_us(&before, &after)), pause, file.metadata()?.len());
+    }
+    costs.emit(bench, &format!("peers.dump_{label}"), Some(&ours.first))
+}
+
+fn dump(machine: &Machine, file: &mut File) -> anyhow::Result<()> {
+    let ram = machine.vm.ram();
+    for (range, _) in ram.mapped_ranges() {
+        let len = usize::try_from(range.len_bytes)?;
+        ram.memory()
+            .write_all_volatile_to(GuestAddress(range.gpa), file, len)
+            .context("cannot dump memory")?;
+    }
     Ok(())
 }
 
