@@ -101,6 +101,7 @@ if [ "${1:-}" = --tests ]; then
     need sqlite3 command -v sqlite3
     need socat command -v socat
     need zstd command -v zstd
+    need lz4 command -v lz4
     need e2fsprogs anywhere mkfs.ext4 -V
     need binutils command -v strip
     need kmod anywhere depmod -V

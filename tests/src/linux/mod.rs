@@ -81,6 +81,19 @@ pub struct Outcome {
 /// `make setup` brings.
 #[must_use]
 pub fn run(name: &str, script: &str) -> Option<Outcome> {
+    run_with(name, script, |_parts| Vec::new())
+}
+
+/// As [`run`], in a machine that has some more files, by their paths there.
+///
+/// # Panics
+/// As [`run`].
+#[must_use]
+pub fn run_with(
+    name: &str,
+    script: &str,
+    files: impl FnOnce(&Parts) -> Vec<(&'static str, Vec<u8>)>,
+) -> Option<Outcome> {
     let parts = Parts::find()?;
     let base = base(&parts);
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
@@ -88,6 +101,9 @@ pub fn run(name: &str, script: &str) -> Option<Outcome> {
     // The kernel unpacks archives that follow each other.
     let mut more = Archive::new();
     more.data("/test.sh", script.as_bytes());
+    for (path, contents) in files(&parts) {
+        more.data(path, &contents);
+    }
     initrd.extend(more.finish());
     let folder = parts::target_folder().join("tmp/linux").join(name);
     fs::create_dir_all(&folder).expect("cargo's folder is writable");

@@ -28,6 +28,7 @@
 # A guest that says nothing for QUIET_S seconds has stalled, and ends the script.
 QUIET_S=40
 MEMORY=256MiB
+KERNEL=/vmlinuz
 # The first three keep the emulated AMD-V from losing interrupts of one-shot timers.
 CMDLINE="nohz=off highres=off lapic=notscdeadline console=ttyS0 quiet mitigations=off panic=-1 reboot=k"
 
@@ -81,7 +82,7 @@ start() {
 boot() {
     local vm=$1 words=$2
     shift 2
-    start "$vm" run --kernel /vmlinuz --initrd /guest.cpio --cmdline "$CMDLINE $words" \
+    start "$vm" run --kernel "$KERNEL" --initrd /guest.cpio --cmdline "$CMDLINE $words" \
         --memory "$MEMORY" --cpus 2 --store /run/store "$@"
 }
 tap() {

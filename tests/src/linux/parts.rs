@@ -92,6 +92,38 @@ impl Parts {
         }
     }
 
+    /// The ELF file that is compressed in the kernel (Linux boot protocol 2.08, payload_offset).
+    ///
+    /// # Panics
+    /// If there is none, or the program that unpacks it is missing.
+    #[must_use]
+    pub fn vmlinux(&self) -> Vec<u8> {
+        let image = read(&self.kernel);
+        let word = |at: usize| -> [u8; 4] { image[at..at + 4].try_into().expect("four bytes") };
+        let [offset, len] = [0x248, 0x24c].map(|at| u32::from_le_bytes(word(at)) as usize);
+        let from = (usize::from(image[0x1f1]) + 1) * 512 + offset;
+        // The last four bytes are the size of what is compressed.
+        let payload = &image[from..from + len - 4];
+        let tool = match payload {
+            [0x02, 0x21, 0x4c, 0x18, ..] => "lz4",
+            [0xfd, b'7', b'z', ..] => "xz",
+            [0x28, 0xb5, 0x2f, 0xfd, ..] => "zstd",
+            _ => panic!("{}: not compressed by lz4, xz or zstd", self.kernel.display()),
+        };
+        let mut packed = tempfile::NamedTempFile::new().expect("a scratch file");
+        packed.write_all(payload).expect("a scratch file");
+        let packed = packed.reopen().expect("a scratch file");
+        let output = Command::new(tool).arg("-dc").stdin(packed).output();
+        let output = output.unwrap_or_else(|error| {
+            panic!(
+                "{tool}, which {} wants: {error}; `make setup-tests` brings it",
+                self.kernel.display()
+            )
+        });
+        assert!(output.stdout.starts_with(b"\x7fELF"), "{tool}: {}", output.status);
+        output.stdout
+    }
+
     fn text(&self, name: &str) -> String {
         let path = self.modules.join(name);
         fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))

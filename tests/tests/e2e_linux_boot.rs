@@ -1,0 +1,81 @@
+//! How a stock Linux guest begins and ends, and what it gives back while it runs. `frazil_tests::linux`
+//! tells where it runs.
+
+use frazil_tests::linux::{run_with, value};
+use serde_json::Value;
+
+/// What the guest fills and frees again, in bytes.
+const FILLED_BYTES: u64 = 100_000_000;
+const PAGE_BYTES: u64 = 4096;
+
+/// As distributions ship it and as it is unpacked; ended by `reboot`, and by a crash (`panic=`).
+const SCRIPT: &str = r#"
+boot a shell --vsock socket=/run/a.sock
+await a '^GUEST tick'
+checkpoint a before
+ask a 'mkdir /big; mount -t tmpfs tmpfs /big'
+# In parts, because a machine that says nothing for long counts as stalled. Much, because Linux tells only of
+# what is free in pieces of 2 MiB.
+for part in 1 2 3 4 5; do
+    tell filled $part "$(ask a 'yes | head -c 20000000 >>/big/file; stat -c %s /big/file')"
+done
+checkpoint a filled
+# Linux tells of free memory after two seconds, and of a part at a time.
+ask a 'rm /big/file; sleep 12; echo freed' >/run/freed
+tell freed "$(cat /run/freed)"
+checkpoint a freed
+# Nobody answers, and who asks would ask again: the next one at that socket.
+ask a 'reboot -f' >/dev/null &
+asking=$!
+end a
+kill $asking
+tell reason a "$(grep -c 'reset its machine' /run/a.log)" "$(tail -n 1 /run/a.log)"
+
+start b resume /run/store@freed
+ticks b 2
+halt b
+
+KERNEL=/vmlinux
+boot c 'shell until=1000' --vsock socket=/run/c.sock --no-balloon
+await c '^GUEST tick'
+ask c 'echo c >/proc/sysrq-trigger' >/dev/null &
+asking=$!
+end c
+kill $asking
+tell reason c "$(grep -c 'reset its machine' /run/c.log)" "$(tail -n 1 /run/c.log)"
+"#;
+
+#[test]
+fn kernels_begin_and_end_and_give_memory_back() {
+    let outcome = run_with("boot", SCRIPT, |parts| vec![("/vmlinux", parts.vmlinux())]);
+    let Some(outcome) = outcome else { return };
+    let report = |tag: &str| -> Value {
+        let told = outcome.told("checkpoint");
+        let words = told.iter().find(|words| words[0] == tag).expect("a checkpoint");
+        serde_json::from_str(&words[3..].join(" ")).expect("JSON")
+    };
+    assert_eq!(outcome.told("filled").pop().expect("the last part"), ["5", "100000000"]);
+    assert_eq!(outcome.only("freed"), ["freed"]);
+
+    let number = |report: &Value, key: &str| {
+        report[key].as_u64().unwrap_or_else(|| panic!("{key}: {report:#}"))
+    };
+    // What was freed is zero from then on, for frazil has been told.
+    let (filled, freed) = (report("filled"), report("freed"));
+    let pages = FILLED_BYTES / PAGE_BYTES;
+    let written = number(&filled, "dirty_pages") - number(&filled, "zero_pages");
+    assert!(written > pages, "{written} pages that are not zero: {filled:#}");
+    let zero = number(&freed, "zero_pages");
+    assert!(zero > pages / 2, "{zero} zero pages: {freed:#}");
+
+    for vm in ["a", "c"] {
+        let told = outcome.told("reason");
+        let reason = told.iter().find(|words| words[0] == vm).expect("a reason");
+        assert_eq!(value::<u64>(reason[1]), 1, "{reason:?}");
+        let bad: Vec<_> =
+            outcome.console(vm).into_iter().filter(|line| line.contains("GUEST bad")).collect();
+        assert!(bad.is_empty(), "{bad:#?}");
+    }
+    assert!(outcome.ticks("b").len() >= 2);
+    assert_eq!(outcome.guest("c", "up")[0][1..3], ["cpus", "2"], "{:#?}", outcome.console("c"));
+}
