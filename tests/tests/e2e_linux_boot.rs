@@ -10,7 +10,7 @@ const PAGE_BYTES: u64 = 4096;
 
 /// As distributions ship it and as it is unpacked; ended by `reboot`, and by a crash (`panic=`).
 const SCRIPT: &str = r#"
-boot a shell --vsock socket=/run/a.sock
+boot a 'load shell' --vsock socket=/run/a.sock
 await a '^GUEST tick'
 checkpoint a before
 ask a 'mkdir /big; mount -t tmpfs tmpfs /big'
@@ -36,7 +36,7 @@ ticks b 2
 halt b
 
 KERNEL=/vmlinux
-boot c 'shell until=1000' --vsock socket=/run/c.sock --no-balloon
+boot c 'load shell' --vsock socket=/run/c.sock --no-balloon
 await c '^GUEST tick'
 ask c 'echo c >/proc/sysrq-trigger' >/dev/null &
 asking=$!
