@@ -14,6 +14,7 @@ use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{Captured, Device};
+use crate::confine::{self, Role};
 use crate::error::{Result, VmmError};
 use crate::state::{Saved, chunk, saved_twin};
 use frazil_snapstore::StateChunk;
@@ -78,20 +79,17 @@ impl QueuedOutput {
         // Not a bounded one, which has room for all from the start: 2 MiB in each of many clones.
         let (queue, waiting) = crossbeam_channel::unbounded::<Vec<u8>>();
         let (writing, written) = crossbeam_channel::bounded::<()>(0);
-        std::thread::Builder::new()
-            .name("frazil-serial".into())
-            .spawn(move || {
-                let _until_done = writing;
-                while let Ok(first) = waiting.recv() {
-                    let bytes: Vec<u8> =
-                        std::iter::once(first).chain(waiting.try_iter()).flatten().collect();
-                    // A reader that is gone must not stop the guest.
-                    if output.write_all(&bytes).and_then(|()| output.flush()).is_err() {
-                        return;
-                    }
+        confine::spawn("frazil-serial".into(), Role::Output, move || {
+            let _until_done = writing;
+            while let Ok(first) = waiting.recv() {
+                let bytes: Vec<u8> =
+                    std::iter::once(first).chain(waiting.try_iter()).flatten().collect();
+                // A reader that is gone must not stop the guest.
+                if output.write_all(&bytes).and_then(|()| output.flush()).is_err() {
+                    return;
                 }
-            })
-            .map_err(VmmError::host("start the serial thread"))?;
+            }
+        })?;
         Ok(Self { queue: Some(queue), written, dropped: Arc::default() })
     }
 

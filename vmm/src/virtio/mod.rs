@@ -158,4 +158,7 @@ pub trait VirtioDevice: Send + Sync + fmt::Debug {
     fn put_back(&self, saved: &SavedDevice) -> Result<(), Misfit> {
         self.check(saved)
     }
+
+    /// The guest runs from here on. It is [notified](Self::notify) of each queue behind that.
+    fn go_on(&self) {}
 }

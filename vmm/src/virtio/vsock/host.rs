@@ -58,8 +58,10 @@ impl UnixSockets {
                 path.display()
             ))
         })?;
-        let listener = private_socket::listen(path)
-            .map_err(VmmError::host(format!("listen on {}", path.display())))?;
+        let listener = private_socket::listen(path).map_err(VmmError::host(format!(
+            "listen on {} for the guest's sockets (--vsock has them elsewhere, or nowhere)",
+            path.display()
+        )))?;
         Ok(Self { listener, path: path.to_owned() })
     }
 }
