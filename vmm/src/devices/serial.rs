@@ -17,6 +17,7 @@ use super::{Captured, Device};
 use crate::confine::{self, Role};
 use crate::error::{Result, VmmError};
 use crate::state::{Saved, chunk, saved_twin};
+use crate::virtio::event;
 use frazil_snapstore::StateChunk;
 
 /// COM1's ports.
@@ -204,7 +205,7 @@ fn from_state<T: Trigger, W: Write>(
 }
 
 fn irq(vm: &VmFd) -> Result<Irq> {
-    let event = EventFd::new(EFD_NONBLOCK).map_err(VmmError::host("create an eventfd"))?;
+    let event = event(EFD_NONBLOCK)?;
     vm.register_irqfd(&event, GSI).map_err(VmmError::kvm("wire the serial interrupt"))?;
     Ok(Irq(event))
 }

@@ -200,11 +200,15 @@ impl Parts {
     /// True if something came of it.
     fn tell_news(&self, link: &Link) -> bool {
         let _work = self.gate.begin();
-        let news = self.table().news;
-        if news == News::Known {
+        if self.table().news == News::Known {
             return false;
         }
         let came = link.with_queue(EVENTS, |queue, memory| {
+            // Once more: a driver that was reset meanwhile knows.
+            let news = self.table().news;
+            if news == News::Known {
+                return Ok(false);
+            }
             if let News::Told { waiting } = news {
                 let knows = queue.waiting(memory)? > waiting;
                 if knows {

@@ -6,8 +6,9 @@ use std::thread::JoinHandle;
 
 use vmm_sys_util::eventfd::EventFd;
 
+use super::event;
 use crate::confine::{self, Role};
-use crate::error::{Result, VmmError};
+use crate::error::Result;
 
 /// A thread that ends when this is dropped.
 #[derive(Debug)]
@@ -32,7 +33,7 @@ impl Worker {
     /// `doorbell` tells it.
     ///
     /// # Errors
-    /// [`VmmError::Host`] if there is no thread to be had, or it cannot be confined to its `role`.
+    /// [`VmmError::Host`](crate::VmmError::Host) if there is no thread to be had, or it cannot be confined to its `role`.
     pub(super) fn start(
         name: &str,
         role: Role,
@@ -66,9 +67,9 @@ pub(super) fn ring(doorbell: &EventFd) {
 /// A doorbell that whoever hears it waits for, or, with `EFD_NONBLOCK`, polls.
 ///
 /// # Errors
-/// [`VmmError::Host`].
+/// [`VmmError::Host`](crate::VmmError::Host).
 pub(super) fn doorbell(flags: i32) -> Result<Arc<EventFd>> {
-    Ok(Arc::new(EventFd::new(flags).map_err(VmmError::host("create an eventfd"))?))
+    event(flags).map(Arc::new)
 }
 
 /// Waits for the doorbell of `device` again and again, and serves what there is then.

@@ -408,6 +408,11 @@ fn a_driver_that_hears_nothing_is_not_waited_for_for_ever() {
     caller.write_all(b"CONNECT 5\n").unwrap();
     assert_eq!(guest.received_one().kind().0, REQUEST);
     let mut host = guest.connected(7, 70);
+    // What has begun is not held up again where the guest is stopped and goes on.
+    guest.vsock.set_patience(PATIENCE);
+    host.write_all(b"on").unwrap();
+    assert_eq!(guest.received_one().data, b"on");
+    guest.vsock.set_patience(Duration::ZERO);
     assert_eq!(guest.vsock.connections(), 2);
     // It heard after all, and has dropped them.
     assert!(guest.events.used(&guest.bed).is_some());

@@ -107,9 +107,11 @@ impl Table {
         self.news = News::Owed;
     }
 
-    /// The guest runs from here on, and has time to hear the news.
+    /// The guest runs from here on, and has time to hear the news; unless that is over.
     pub(super) fn go_on(&mut self) {
-        self.patience_until = Some(Instant::now() + self.patience);
+        if !self.connections.values().any(|(_, connection)| connection.has_begun()) {
+            self.patience_until = Some(Instant::now() + self.patience);
+        }
     }
 
     /// The driver gets the news now, while so many other buffers for news wait.
