@@ -7,6 +7,7 @@ pub mod linux;
 pub mod memory_copy;
 pub mod oracle;
 pub mod pager_bed;
+pub mod populated;
 pub mod rng;
 pub mod storage_sim;
 pub mod vm_harness;

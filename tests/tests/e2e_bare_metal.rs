@@ -119,6 +119,45 @@ fn what_comes_in_is_read_by_the_guest() {
     assert!(finished.status.success());
 }
 
+/// Says "string\n" and what the scratch register of the serial port reads as, four times, by string
+/// instructions, and resets the machine.
+const STRINGS: &str = r#"
+    .text
+    .globl _start
+_start:
+    cld
+    mov $0x3ff, %edx
+    mov $0x78, %al
+    outb %al, %dx
+    lea found(%rip), %rdi
+    mov $4, %ecx
+    rep insb
+    mov $0x3f8, %edx
+    lea string(%rip), %rsi
+    mov $12, %ecx
+    rep outsb
+    movb $0xfe, %al
+    outb %al, $0x64
+    hlt
+string:
+    .ascii "string
+"
+found:
+    .ascii "....
+"
+"#;
+
+#[test]
+fn string_instructions_stay_at_one_port() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    let elf = assemble(&host, "strings", STRINGS).display().to_string();
+    let finished = host.ok(&["run", "--kernel", &elf, "--memory", "32MiB"]);
+    assert_eq!(finished.stdout, "string\nxxxx\n", "{finished:#?}");
+}
+
 /// A command on a terminal of its own, which `script` makes.
 struct Terminal {
     child: Child,

@@ -320,6 +320,47 @@ fn a_pager_is_replaced_though_its_snapshot_was_forgotten() {
     vm.expect_ended("stopped");
 }
 
+/// The devices of a VM, as the snapshot lists them that is taken of it now.
+fn devices(host: &Host, name: &str) -> Value {
+    let report = host.json(&["checkpoint", name]);
+    let shown = host.json(&["show", &host.at(text(&report, "id"))]);
+    let state = shown["state"].as_array().expect("chunks");
+    let machine = state.iter().find(|chunk| chunk["name"] == "machine").expect("the machine's");
+    machine["body"]["devices"].clone()
+}
+
+#[test]
+fn each_clone_is_given_what_is_its_own() {
+    if !uffd_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    let socket = |name: &str| host.path(name).display().to_string();
+    let own = format!("socket={}", socket("v"));
+    let vm = host.run("origin", WORKLOAD, &["--memory", "64MiB", "--net", "none", "--vsock", &own]);
+    vm.wait_populated();
+    let _report = host.json(&["checkpoint", "origin", "--exit"]);
+    vm.expect_ended("suspended");
+    let (at, others) =
+        (host.at("latest"), format!("cid=10{{clone}},socket={}", socket("v{clone}")));
+    let given = ["--net", "none,mac=02:00:00:00:{clone}", "--vsock", &others];
+    for (count, names) in [("2", &["c-1", "c-2"][..]), ("1", &["one"])] {
+        let name = names[0].split('-').next().expect("a name");
+        let resume = ["resume", &at, "--clones", count, "--name", name];
+        let clones = host.start(&[&resume[..], &given].concat());
+        wait_running(&host, names);
+        for (number, name) in (1..).zip(names) {
+            assert!(host.path(&format!("v{number}")).exists(), "{name} listens");
+            let devices = devices(&host, name);
+            assert_eq!(devices[0]["device"]["mac"], format!("02:00:00:00:00:0{number}"));
+            assert_eq!(devices[1]["device"]["cid"], 100 + number, "{devices}");
+            let _stopped = host.ok(&["stop", name]);
+        }
+        clones.wait_end().expect_code(0);
+        assert!(!host.path("v1").exists() && !host.path("v{clone}").exists());
+    }
+}
+
 #[test]
 fn wrong_ways_to_clone_are_refused() {
     if !uffd_or_skip() {

@@ -7,16 +7,14 @@
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use frazil_snapstore::{Store, StoreOptions};
-use frazil_tests::vm_harness::{kvm_or_skip, uffd_or_skip, wait_populated};
+use frazil_tests::populated::populated;
+use frazil_tests::vm_harness::{kvm_or_skip, uffd_or_skip};
 use frazil_vmm::checkpoint::PAUSE_SPAN;
-use frazil_vmm::devices::serial::SerialOutput;
 use frazil_vmm::dirty::TrackerKind;
 use frazil_vmm::disk::DiskConfig;
-use frazil_vmm::{CheckpointRequest, CheckpointStats, Guest, HostConfig, MachineConfig, Vm};
+use frazil_vmm::{CheckpointRequest, CheckpointStats};
 use tracing::span;
 
 thread_local! {
@@ -87,25 +85,13 @@ impl tracing::Subscriber for Pauses {
 
 /// Takes checkpoints of a guest with two vCPUs and every device that needs nothing of the host.
 fn checkpoints(load: &str, tracker: TrackerKind, staging_bytes: u64) -> Vec<CheckpointStats> {
-    let folder = tempfile::tempdir().expect("a folder");
-    let disk = folder.path().join("disk.img");
-    std::fs::File::create(&disk).and_then(|file| file.set_len(8 << 20)).expect("a disk");
-    let store = Store::open_or_create(&folder.path().join("store"), StoreOptions::default())
-        .expect("a store");
-    let guest = Guest::Workload(format!("{load},report=0").parse().expect("a workload"));
-    let config = MachineConfig {
-        disks: vec![DiskConfig { file: disk, read_only: false, serial: None }],
-        ..MachineConfig::new("still", 96 << 20, 2, guest)
-    };
-    let host = HostConfig {
-        tracker: Some(tracker),
-        staging_bytes,
-        ..HostConfig::new(SerialOutput::Null, Some(Arc::clone(&store)))
-    };
-    let vm = Vm::boot(&config, host).expect("it boots");
-    vm.go().expect("it runs");
-    wait_populated(&vm);
-    let take = |_| vm.checkpoint(&CheckpointRequest::default()).expect("a checkpoint").stats;
+    let guest = populated(load, 2, |folder, config, host| {
+        let file = folder.join("disk.img");
+        std::fs::File::create(&file).and_then(|disk| disk.set_len(8 << 20)).expect("a disk");
+        config.disks = vec![DiskConfig { file, read_only: false, serial: None }];
+        (host.tracker, host.staging_bytes) = (Some(tracker), staging_bytes);
+    });
+    let take = |_| guest.vm.checkpoint(&CheckpointRequest::default()).expect("a checkpoint").stats;
     (0..4).map(take).collect()
 }
 

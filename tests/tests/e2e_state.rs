@@ -191,6 +191,7 @@ fn forgeries() -> Vec<(&'static str, &'static str, Value, &'static str)> {
         ("vcpu1", "/mp_state", 77.into(), "a state of a processor"),
         ("vcpu1", "/msrs/0/index", "0x100000010".into(), "MSRs, of 32 bits"),
         ("vcpu1", "/msrs/0/index", "0xdead".into(), "MSR 0xdead"),
+        ("vcpu1", "/msrs", json!(vec![json!({"index": "0x10", "value": "0x0"}); 1000]), "MSRs"),
     ]
 }
 

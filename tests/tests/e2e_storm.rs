@@ -4,38 +4,21 @@
 use std::sync::Arc;
 
 use frazil_snapstore::pager::PagerOptions;
-use frazil_snapstore::{Store, StoreOptions};
-use frazil_tests::vm_harness::{kvm_or_skip, uffd_or_skip, wait_populated};
+use frazil_tests::populated::{Populated, populated};
+use frazil_tests::vm_harness::{kvm_or_skip, uffd_or_skip};
 use frazil_vmm::devices::serial::SerialOutput;
 use frazil_vmm::dirty::TrackerKind;
-use frazil_vmm::{
-    CheckpointRequest, CheckpointStats, Guest, HostConfig, Loading, MachineConfig, Vm,
-    verify_snapshot,
-};
+use frazil_vmm::{CheckpointRequest, CheckpointStats, HostConfig, Loading, Vm, verify_snapshot};
 
 /// Much less than storms make dirty.
 const SMALL_STAGING_BYTES: u64 = 2 << 20;
 
 /// Takes checkpoints of a guest on two vCPUs that writes as fast as it can to 64 MiB; proves each.
 fn storm(pattern: &str, tracker: TrackerKind, staging_bytes: u64) -> Vec<CheckpointStats> {
-    let folder = tempfile::tempdir().expect("a folder");
-    let store = Store::open_or_create(&folder.path().join("store"), StoreOptions::default())
-        .expect("a store");
-    let spec = format!("touch=64MiB,rate=max,pattern={pattern},content=text,report=0");
-    let config = MachineConfig::new(
-        "storm",
-        96 << 20,
-        2,
-        Guest::Workload(spec.parse().expect("a workload")),
-    );
-    let host = HostConfig {
-        tracker: Some(tracker),
-        staging_bytes,
-        ..HostConfig::new(SerialOutput::Null, Some(Arc::clone(&store)))
-    };
-    let vm = Vm::boot(&config, host).expect("it boots");
-    vm.go().expect("it runs");
-    wait_populated(&vm);
+    let load = format!("touch=64MiB,rate=max,pattern={pattern},content=text");
+    let Populated { folder: _folder, store, vm } = populated(&load, 2, |_, _, host| {
+        (host.tracker, host.staging_bytes) = (Some(tracker), staging_bytes);
+    });
     let mut all = Vec::new();
     for round in 0..4 {
         let report = vm.checkpoint(&CheckpointRequest::default()).expect("a checkpoint");
@@ -78,23 +61,18 @@ fn a_guest_whose_pages_cannot_be_left_in_place_is_slowed_down() {
     if !kvm_or_skip() || !uffd_or_skip() {
         return;
     }
-    let folder = tempfile::tempdir().expect("a folder");
-    let store = Store::open_or_create(&folder.path().join("store"), StoreOptions::default())
-        .expect("a store");
-    let host = || HostConfig {
-        staging_bytes: SMALL_STAGING_BYTES,
-        ..HostConfig::new(SerialOutput::Null, Some(Arc::clone(&store)))
-    };
-    let spec = "touch=64MiB,rate=max,pattern=seq,content=edit,report=0";
-    let guest = Guest::Workload(spec.parse().expect("a workload"));
-    let vm = Vm::boot(&MachineConfig::new("storm", 96 << 20, 1, guest), host()).expect("it boots");
-    vm.go().expect("it runs");
-    wait_populated(&vm);
+    let load = "touch=64MiB,rate=max,pattern=seq,content=edit";
+    let Populated { folder: _folder, store, vm } =
+        populated(load, 1, |_, _, host| host.staging_bytes = SMALL_STAGING_BYTES);
     let taken = vm.checkpoint(&CheckpointRequest { exit: true, ..Default::default() });
     let snapshot = store.snapshot(taken.expect("a checkpoint").id).expect("the snapshot");
     drop(vm);
     let options = PagerOptions { background_fill: false, ..PagerOptions::default() };
-    let vm = Vm::resume(&snapshot, "lazy".into(), host(), Loading::lazy(options)).expect("resumes");
+    let host = HostConfig {
+        staging_bytes: SMALL_STAGING_BYTES,
+        ..HostConfig::new(SerialOutput::Null, Some(Arc::clone(&store)))
+    };
+    let vm = Vm::resume(&snapshot, "lazy".into(), host, Loading::lazy(options)).expect("resumes");
     vm.go().expect("it runs");
     for round in 0..3 {
         std::thread::sleep(std::time::Duration::from_millis(500));

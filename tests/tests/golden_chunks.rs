@@ -9,20 +9,26 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use frazil_snapstore::StateChunk;
+use frazil_tests::rng::Rng;
 use frazil_tests::vm_harness::kvm_or_skip;
 use frazil_vmm::devices::Device;
 use frazil_vmm::devices::platform::{self, SavedPlatform};
 use frazil_vmm::devices::rtc::{HostClock, Rtc, SavedRtc, TimeAfterResume};
 use frazil_vmm::devices::serial::SavedSerial;
 use frazil_vmm::devices::vmgenid::SavedVmGenId;
-use frazil_vmm::disk::SavedDisk;
+use frazil_vmm::disk::{Disk, DiskConfig, OverlayOptions, SavedDisk};
 use frazil_vmm::kvm::{Hypervisor, VmShell};
 use frazil_vmm::memory::GuestRam;
 use frazil_vmm::state::{ChunkSet, Saved, chunk};
 use frazil_vmm::vcpu::saved::SavedVcpu;
-use frazil_vmm::virtio::{Interrupt, SavedVirtio, VirtioMmio};
+use frazil_vmm::virtio::balloon::Balloon;
+use frazil_vmm::virtio::block::Block;
+use frazil_vmm::virtio::net::{MacAddress, Net, Tap};
+use frazil_vmm::virtio::vsock::{Unreachable, Vsock};
+use frazil_vmm::virtio::{Interrupt, SavedVirtio, VirtioDevice, VirtioMmio, ZeroedPages, rng};
 use frazil_vmm::{SavedGuest, SavedMachine};
 use serde_json::{Value, json};
 
@@ -145,7 +151,7 @@ fn kvms_own_devices_take_their_states_and_give_them_back() {
         assert_eq!(saved.age().is_zero(), clock == "clock-v1");
         let ram = Arc::new(GuestRam::new(2 << 20).expect("memory"));
         let shell = VmShell::new(&Hypervisor::open().expect("KVM"), ram, None).expect("a VM");
-        platform::restore(&shell.fd, saved, std::time::Duration::ZERO).expect("KVM takes them");
+        platform::restore(&shell.fd, saved, Duration::ZERO).expect("KVM takes them");
         let again = platform::capture(&shell.fd).expect("they are read");
         let again = again.save().expect("they are saved");
         let (golden, found) = (golden()["irqchip-v1"].clone(), &again[0]);
@@ -181,7 +187,7 @@ fn devices_are_built_from_their_states() {
     let rng: SavedVirtio = take(&golden["rng-v1"]);
     assert!(rng.status & 4 != 0 && rng.queues[0].ready, "its driver was there");
     let ram = Arc::new(GuestRam::new(256 << 20).expect("memory"));
-    let device = Arc::new(frazil_vmm::virtio::rng::Rng);
+    let device = Arc::new(rng::Rng);
     let built = VirtioMmio::restore("rng", device, ram, Arc::new(Unwired), &rng).expect("it fits");
     assert_eq!(built.save(), rng);
 }
@@ -223,4 +229,116 @@ fn chunks_that_are_not_what_they_say_are_refused_by_name() {
         let error = chunks.finish().expect_err("it is left over").to_string();
         assert!(error.contains(&good.name), "{error}");
     }
+}
+
+/// Writes something else somewhere into `value`.
+fn scribble(rng: &mut Rng, value: &mut Value) {
+    let inside = match value {
+        Value::Object(fields) if rng.below(8) > 0 => {
+            let at = rng.below(fields.len().max(1) as u64) as usize;
+            fields.values_mut().nth(at)
+        }
+        Value::Array(items) if rng.below(8) > 0 => {
+            let at = rng.below(items.len().max(1) as u64) as usize;
+            items.get_mut(at)
+        }
+        _ => None,
+    };
+    if let Some(inside) = inside {
+        return scribble(rng, inside);
+    }
+    let number = rng.bits() >> rng.below(64);
+    *value = match (rng.below(9), &mut *value) {
+        (0 | 1, Value::Array(items)) => {
+            let item = items.first().cloned().unwrap_or(json!(0));
+            Value::Array(vec![item; rng.below(300) as usize])
+        }
+        (0 | 1, Value::String(text)) => {
+            let half = rng.below(text.len() as u64 + 1) as usize;
+            json!(text.get(half..).unwrap_or_default())
+        }
+        (0..=2, _) => json!(number),
+        (3, _) => json!(format!("{number:#x}")),
+        (4, _) => json!(u64::MAX >> rng.below(2)),
+        (5, _) => json!(-1),
+        (6, _) => json!(null),
+        (7, _) => json!([]),
+        (_, _) => json!(rng.below(2) == 0),
+    };
+}
+
+/// A device of the kind that a chunk says it is of.
+fn device(kind: &str, file: &Path, ram: &Arc<GuestRam>) -> Arc<dyn VirtioDevice> {
+    match kind {
+        "balloon" => {
+            let free = ZeroedPages::new(Arc::clone(ram), true);
+            Arc::new(Balloon::new(Arc::new(free)).expect("a balloon"))
+        }
+        "block" => {
+            let config = DiskConfig { file: file.to_owned(), read_only: false, serial: None };
+            let disk = Disk::open(0, &config, &OverlayOptions::default()).expect("a disk");
+            Arc::new(Block::new(Arc::new(disk)).expect("a block device"))
+        }
+        "net" => {
+            let tap = Tap::unplugged().expect("sockets");
+            Arc::new(Net::new(MacAddress([2, 0, 0, 0, 0, 1]), tap).expect("a card"))
+        }
+        "rng" => Arc::new(rng::Rng),
+        "vsock" => {
+            let nobody = Unreachable::new().expect("an eventfd");
+            Arc::new(Vsock::new(3, Arc::new(nobody)).expect("sockets"))
+        }
+        other => panic!("nobody knows {other}"),
+    }
+}
+
+/// Whatever is written into them, nothing panics; a device that takes its state goes on with it, and can be
+/// saved again.
+#[test]
+fn chunks_that_anybody_has_written_into_are_refused_or_understood() {
+    let disk = tempfile::NamedTempFile::new().expect("a file");
+    disk.as_file().set_len(1 << 20).expect("room");
+    let mut any = Rng::new(6);
+    let (mut taken, mut refused) = (0, 0);
+    let mut note = |is_taken: bool| if is_taken { taken += 1 } else { refused += 1 };
+    for good in golden().into_values() {
+        let ram = Arc::new(GuestRam::new(256 << 20).expect("memory"));
+        for _ in 0..150 {
+            let mut bad = good.clone();
+            (0..=any.below(3)).for_each(|_| scribble(&mut any, &mut bad.body));
+            let mut chunks = ChunkSet::new(vec![bad]).expect("one");
+            let name = good.name.as_str();
+            match good.kind.as_str() {
+                SavedMachine::KIND => note(chunks.take::<SavedMachine>(name).is_ok()),
+                SavedVcpu::KIND => note(chunks.take::<SavedVcpu>(name).is_ok()),
+                SavedDisk::KIND => note(chunks.take::<SavedDisk>(name).is_ok()),
+                SavedSerial::KIND => note(chunks.take::<SavedSerial>(name).is_ok()),
+                SavedVmGenId::KIND => note(chunks.take::<SavedVmGenId>(name).is_ok()),
+                SavedRtc::KIND => {
+                    let clock = chunks.take(name).and_then(|saved| {
+                        let clock = Box::new(HostClock);
+                        Rtc::restore(clock, &saved, TimeAfterResume::Snapshot)
+                    });
+                    note(clock.map(|clock| clock.state()).is_ok());
+                }
+                SavedVirtio::KIND => {
+                    let kind = good.body["device"]["kind"].as_str().expect("a kind");
+                    let device = device(kind, disk.path(), &ram);
+                    let built = chunks.take(name).and_then(|saved| {
+                        let (ram, line) = (Arc::clone(&ram), Arc::new(Unwired));
+                        VirtioMmio::restore(name, device, ram, line, &saved)
+                    });
+                    note(built.is_ok());
+                    if let Ok(device) = built {
+                        device.go_on();
+                        drop(device.drain(Duration::from_mins(1)).expect("it can be still"));
+                        let again = chunk(name, &device.save()).expect("it can be saved");
+                        assert_eq!(again.kind, SavedVirtio::KIND);
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+    assert!(taken > 50 && refused > 500, "{taken} were taken, {refused} refused");
 }

@@ -3,7 +3,7 @@
 mod files;
 mod help;
 mod inspect;
-mod parse;
+pub(crate) mod parse;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -206,14 +206,15 @@ pub(crate) struct HostArgs {
     pub overlay: Option<PathBuf>,
     /// A network card on the host's tap interface NAME, or `none` for one without a cable. May be
     /// repeated. A resumed machine has the cards it had: this says what they are on now, in their
-    /// order; without it, on what they were. `{clone}` in NAME is the number of the VM with --clones.
+    /// order; without it, on what they were. `{clone}` is the number of the VM with --clones, 1 without: as it is
+    /// in NAME, as two bytes in ADDRESS (02:00:00:00:{clone}).
     #[arg(long = "net", value_name = "tap=NAME[,mac=ADDRESS]|none", value_parser = net)]
     pub nets: Vec<NetConfig>,
     /// A socket device that leads to the host: who connects to the Unix socket PATH and says
     /// `CONNECT PORT` reaches that port of the guest's; port N of the host's, to the guest, is the Unix
     /// socket PATH_N. CID is the guest's context id, 3 if none is given. A resumed machine that has
-    /// one: where it leads to now, or nowhere with `none`; `{clone}` in PATH is the number of the VM with
-    /// --clones.
+    /// one: where it leads to now, or nowhere with `none`; `{clone}` is the number of the VM with --clones, 1
+    /// without.
     #[arg(long, value_name = "[cid=CID,]socket=PATH|none", value_parser = vsock)]
     pub vsock: Option<VsockConfig>,
     /// What keeps track of the pages the guest writes. Default: what suits the machine and this KVM.
@@ -311,7 +312,7 @@ pub(crate) struct ResumeArgs {
     pub clock: ClockArg,
     /// What disk N has from now on, 0 being the first (/dev/vda to Linux), instead of what the snapshot
     /// has: the contents of FILE, which is as long and stays as it is. For a disk that the guest does not
-    /// use at that moment. May be repeated. `{clone}` in FILE is the number of the VM with --clones.
+    /// use at that moment. May be repeated. `{clone}` is the number of the VM with --clones, 1 without.
     #[arg(long = "disk", value_name = "N=FILE", value_parser = other_disk)]
     pub disks: Vec<(usize, PathBuf)>,
     /// Leave the guest standing still.

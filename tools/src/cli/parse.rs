@@ -14,6 +14,28 @@ use frazil_vmm::{NetConfig, VsockConfig};
 
 use super::SerialArg;
 
+/// What stands for the number of a clone.
+const NUMBER: &str = "{clone}";
+
+/// What is said of a tap, a socket or a disk, for the clone `index`.
+pub(crate) fn numbered(text: &str, index: u32) -> String {
+    text.replace(NUMBER, &index.to_string())
+}
+
+/// The same of a network card, in whose address the number takes two bytes.
+pub(crate) fn numbered_net(text: &str, index: u32) -> String {
+    match text.split_once(MAC) {
+        Some((on, mac)) => {
+            let bytes = format!("{:02x}:{:02x}", index >> 8 & 0xff, index & 0xff);
+            format!("{}{MAC}{}", numbered(on, index), mac.replace(NUMBER, &bytes))
+        }
+        None => numbered(text, index),
+    }
+}
+
+/// What is before the address of a network card.
+const MAC: &str = ",mac=";
+
 /// The file of a disk, and `,ro` if it is only read.
 pub(super) fn disk(text: &str) -> Result<DiskConfig, String> {
     let (file, read_only) = match text.strip_suffix(",ro") {
@@ -28,6 +50,8 @@ pub(super) fn disk(text: &str) -> Result<DiskConfig, String> {
 
 /// A disk of a machine that is resumed, and what it has instead.
 pub(super) fn other_disk(text: &str) -> Result<(usize, PathBuf), String> {
+    // One of several clones is given what is its own by another process.
+    let text = numbered(text, 1);
     let parts = text.split_once('=').and_then(|(disk, file)| Some((disk.parse().ok()?, file)));
     match parts {
         Some((disk, file)) if !file.is_empty() => Ok((disk, file.into())),
@@ -37,9 +61,10 @@ pub(super) fn other_disk(text: &str) -> Result<(usize, PathBuf), String> {
 
 /// What a network card is on, and its address.
 pub(super) fn net(text: &str) -> Result<NetConfig, String> {
-    let (on, mac) = match text.split_once(",mac=") {
+    let text = numbered_net(text, 1);
+    let (on, mac) = match text.split_once(MAC) {
         Some((on, mac)) => (on, Some(mac.parse()?)),
-        None => (text, None),
+        None => (text.as_str(), None),
     };
     let tap = match on.strip_prefix("tap=") {
         Some(name) if !name.is_empty() => Some(name.to_owned()),
@@ -52,9 +77,10 @@ pub(super) fn net(text: &str) -> Result<NetConfig, String> {
 /// What a socket device leads to, and its address.
 pub(super) fn vsock(text: &str) -> Result<VsockConfig, String> {
     const EXPECTED: &str = "expected socket=PATH, cid=N,socket=PATH or `none`";
+    let text = numbered(text, 1);
     let (cid, on) = match text.strip_prefix("cid=").and_then(|rest| rest.split_once(',')) {
         Some((cid, on)) => (Some(cid.parse().map_err(|_| EXPECTED.to_owned())?), on),
-        None => (None, text),
+        None => (None, text.as_str()),
     };
     let socket = match on.strip_prefix("socket=") {
         Some(path) if !path.is_empty() => Some(path.into()),
@@ -191,4 +217,30 @@ pub(super) fn within(text: &str) -> Result<Duration, String> {
 
 pub(super) fn workload(text: &str) -> Result<WorkloadSpec, String> {
     text.parse::<WorkloadSpec>().map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_clone_has_its_number_in_what_is_its_own() {
+        assert_eq!(
+            numbered("cid=10{clone},socket=/run/{clone}.sock", 12),
+            "cid=1012,socket=/run/12.sock"
+        );
+        assert_eq!(numbered("0=disk{clone}.img", 3), "0=disk3.img");
+        let card = "tap=t{clone},mac=02:00:00:00:{clone}";
+        assert_eq!(numbered_net(card, 1), "tap=t1,mac=02:00:00:00:00:01");
+        assert_eq!(numbered_net(card, 10_000), "tap=t10000,mac=02:00:00:00:27:10");
+        assert_eq!(numbered_net("tap=t{clone}", 7), "tap=t7");
+        // Where there is one VM it is the first.
+        let NetConfig { tap, mac } = net(card).expect("a card");
+        let address = mac.expect("an address").to_string();
+        assert_eq!((tap.as_deref(), address.as_str()), (Some("t1"), "02:00:00:00:00:01"));
+        assert_eq!(vsock("cid=10{clone},socket=s{clone}").expect("sockets").cid, Some(101));
+        assert_eq!(other_disk("0=d{clone}"), Ok((0, "d1".into())));
+        assert!(net("tap=t,mac=02:00:00:00:00:{clone}").is_err(), "seven bytes");
+        assert!(vsock("cid=x{clone},socket=s").is_err());
+    }
 }

@@ -14,6 +14,7 @@ use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
+use crate::cli::parse::{self, numbered_net};
 use crate::cli::{ResumeArgs, WorkingSetArg};
 
 /// Sees to it that a process has the memory of the snapshot, for this VM and others; returns its
@@ -174,18 +175,27 @@ fn reference(store: &Path, id: SnapshotId) -> OsString {
     reference
 }
 
-/// The `common` arguments as those of the clone `index`: in what is said of taps, sockets and disks,
-/// `{clone}` is its number.
+/// The `common` arguments as those of the clone `index`: in what is said of taps, sockets and disks, `{clone}`
+/// is its number.
 fn numbered(common: &[OsString], index: u32) -> Vec<OsString> {
-    const OF_EACH: [&str; 3] = ["--net", "--vsock", "--disk"];
-    let mut value_of_each = false;
+    type Number = fn(&str, u32) -> String;
+    const OF_EACH: [(&str, Number); 3] =
+        [("--net", numbered_net), ("--vsock", parse::numbered), ("--disk", parse::numbered)];
+    // Of a flag whose value is the next argument.
+    let mut of_next: Option<Number> = None;
     let number = |argument: &OsString| {
+        let of_this = of_next.take();
         let text = argument.to_str()?;
-        let flag = text.split_once('=').map_or(text, |(flag, _)| flag);
-        let is_flag = OF_EACH.contains(&flag);
-        let is_of_each = is_flag || value_of_each;
-        value_of_each = is_flag && flag == text;
-        is_of_each.then(|| text.replace("{clone}", &index.to_string()).into())
+        if let Some(number) = of_this {
+            return Some(number(text, index).into());
+        }
+        let (flag, value) =
+            text.split_once('=').map_or((text, None), |(flag, value)| (flag, Some(value)));
+        let (_, number) = OF_EACH.into_iter().find(|(other, _)| *other == flag)?;
+        if value.is_none() {
+            of_next = Some(number);
+        }
+        value.map(|value| format!("{flag}={}", number(value, index)).into())
     };
     let numbers: Vec<Option<OsString>> = common.iter().map(number).collect();
     numbers.into_iter().zip(common).map(|(new, old)| new.unwrap_or_else(|| old.clone())).collect()
@@ -217,32 +227,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_clone_has_its_own_number_where_taps_sockets_and_disks_are_named() {
-        let common = [
-            "resume",
-            "st@{clone}",
-            "--net",
-            "tap=t{clone}",
-            "--vsock=socket=/run/{clone}.sock",
-            "--disk",
-            "0=other{clone}.img",
-            "--overlay",
-            "{clone}",
-        ];
-        let numbered = numbered(&common.map(OsString::from), 7);
-        assert_eq!(
-            numbered,
-            [
-                "resume",
-                "st@{clone}",
-                "--net",
-                "tap=t7",
-                "--vsock=socket=/run/7.sock",
-                "--disk",
-                "0=other7.img",
-                "--overlay",
-                "{clone}",
-            ]
-        );
+    fn only_what_is_each_clones_own_is_numbered() {
+        let of = |arguments: &str, index| {
+            let arguments: Vec<OsString> = arguments.split(' ').map(OsString::from).collect();
+            numbered(&arguments, index).join(OsString::from(" ").as_os_str()).into_string()
+        };
+        let given = "resume {clone}@{clone} --net tap=t{clone},mac=02:00:00:00:{clone} --net=none --vsock=cid=9{clone},socket={clone} \
+                     --disk 0={clone} --serial {clone}";
+        let expected = "resume {clone}@{clone} --net tap=t2,mac=02:00:00:00:00:02 --net=none \
+                        --vsock=cid=92,socket=2 --disk 0=2 --serial {clone}";
+        assert_eq!(of(given, 2), Ok(expected.to_owned()));
     }
 }

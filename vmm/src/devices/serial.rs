@@ -14,8 +14,10 @@ use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{Captured, Device};
+use crate::confine::{self, Role};
 use crate::error::{Result, VmmError};
 use crate::state::{Saved, chunk, saved_twin};
+use crate::virtio::event;
 use frazil_snapstore::StateChunk;
 
 /// COM1's ports.
@@ -78,20 +80,17 @@ impl QueuedOutput {
         // Not a bounded one, which has room for all from the start: 2 MiB in each of many clones.
         let (queue, waiting) = crossbeam_channel::unbounded::<Vec<u8>>();
         let (writing, written) = crossbeam_channel::bounded::<()>(0);
-        std::thread::Builder::new()
-            .name("frazil-serial".into())
-            .spawn(move || {
-                let _until_done = writing;
-                while let Ok(first) = waiting.recv() {
-                    let bytes: Vec<u8> =
-                        std::iter::once(first).chain(waiting.try_iter()).flatten().collect();
-                    // A reader that is gone must not stop the guest.
-                    if output.write_all(&bytes).and_then(|()| output.flush()).is_err() {
-                        return;
-                    }
+        confine::spawn("frazil-serial".into(), Role::Output, move || {
+            let _until_done = writing;
+            while let Ok(first) = waiting.recv() {
+                let bytes: Vec<u8> =
+                    std::iter::once(first).chain(waiting.try_iter()).flatten().collect();
+                // A reader that is gone must not stop the guest.
+                if output.write_all(&bytes).and_then(|()| output.flush()).is_err() {
+                    return;
                 }
-            })
-            .map_err(VmmError::host("start the serial thread"))?;
+            }
+        })?;
         Ok(Self { queue: Some(queue), written, dropped: Arc::default() })
     }
 
@@ -206,7 +205,7 @@ fn from_state<T: Trigger, W: Write>(
 }
 
 fn irq(vm: &VmFd) -> Result<Irq> {
-    let event = EventFd::new(EFD_NONBLOCK).map_err(VmmError::host("create an eventfd"))?;
+    let event = event(EFD_NONBLOCK)?;
     vm.register_irqfd(&event, GSI).map_err(VmmError::kvm("wire the serial interrupt"))?;
     Ok(Irq(event))
 }

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
+use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, kvm_run};
 use kvm_ioctls::VcpuExit;
 
 /// Counters that all vCPUs of a machine share.
@@ -28,6 +28,17 @@ pub struct ExitCounts {
     pub ring_full: u64,
     /// For anything else.
     pub other: u64,
+}
+
+/// Bytes of one access to a port. What a string instruction (`rep insb`) reads or writes comes in one exit:
+/// many accesses, all of them to the same port. No wrapper tells how wide they are.
+///
+/// # Safety
+/// `run` is that of a vCPU that has just left KVM_RUN for port I/O.
+pub(super) unsafe fn port_access_bytes(run: *const kvm_run) -> usize {
+    // SAFETY: the caller's; this is the member of the union that such an exit fills.
+    let size = unsafe { (&raw const (*run).__bindgen_anon_1.io.size).read_volatile() };
+    usize::from(size).max(1)
 }
 
 impl ExitCounters {

@@ -1,7 +1,8 @@
 //! vCPUs: a thread each, that can be stopped at an instruction boundary and read.
 //!
 //! `unsafe` is allowed here for the signal that kicks a thread out of KVM_RUN: its handler sets
-//! `immediate_exit` in the thread's own `kvm_run`, which no wrapper can do from outside.
+//! `immediate_exit` in the thread's own `kvm_run`, which no wrapper can do from outside; and for what
+//! wrappers leave out of that of port I/O.
 #![allow(unsafe_code)]
 
 mod exits;
@@ -27,8 +28,8 @@ use crate::devices::Bus;
 use crate::dirty::DirtyRings;
 use crate::error::{Result, VmmError};
 use crate::kvm::{Hypervisor, VmShell};
-use exits::ExitCounters;
 pub use exits::ExitCounts;
+use exits::{ExitCounters, port_access_bytes};
 pub use gate::Ended;
 use gate::{Gate, Goal, Task};
 use saved::SavedVcpu;
@@ -105,7 +106,7 @@ impl Vcpu {
         chunk: &str,
         saved: &SavedVcpu,
     ) -> Result<Self> {
-        let cpuid = state::restore_cpuid(&saved.cpuid)?;
+        let cpuid = state::restore_cpuid(chunk, &saved.cpuid)?;
         // The others' are no different.
         if index == 0 {
             cpuid::check(hypervisor, chunk, &cpuid)?;
@@ -507,14 +508,21 @@ impl RunningVcpu {
 
     fn enter(&mut self) -> Turn {
         self.settled = false;
+        let run: *const _ = self.fd.get_kvm_run();
         let exit = self.fd.run();
         self.exits.count(&exit);
         match exit {
             Ok(VcpuExit::IoOut(port, data)) => {
-                self.bus.pio_write(port, data).map_or(Turn::Again, Turn::End)
+                // SAFETY: it has just left for port I/O.
+                let accesses = data.chunks(unsafe { port_access_bytes(run) });
+                let ends = accesses.filter_map(|access| self.bus.pio_write(port, access));
+                // All of them are done, also behind one that ends the machine.
+                ends.reduce(|first, _| first).map_or(Turn::Again, Turn::End)
             }
             Ok(VcpuExit::IoIn(port, data)) => {
-                self.bus.pio_read(port, data);
+                // SAFETY: as above.
+                let accesses = data.chunks_mut(unsafe { port_access_bytes(run) });
+                accesses.for_each(|access| self.bus.pio_read(port, access));
                 Turn::Again
             }
             Ok(VcpuExit::MmioRead(address, data)) => {

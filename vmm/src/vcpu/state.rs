@@ -241,10 +241,18 @@ fn msr_list(indices: &[u32]) -> Result<Msrs> {
 }
 
 /// The CPUID leaves of a saved vCPU.
-pub(super) fn restore_cpuid(saved: &[SavedCpuid]) -> Result<CpuId> {
+pub(super) fn restore_cpuid(chunk: &str, saved: &[SavedCpuid]) -> Result<CpuId> {
     let entries: Vec<_> = saved.iter().map(Into::into).collect();
-    CpuId::from_entries(&entries)
-        .map_err(|error| VmmError::Config(format!("cannot use the saved CPUID: {error:?}")))
+    CpuId::from_entries(&entries).map_err(|_| too_many(chunk, "CPUID leaves", saved.len()))
+}
+
+/// Of a list that is longer than KVM takes.
+fn too_many(chunk: &str, what: &str, found: usize) -> VmmError {
+    VmmError::State {
+        chunk: chunk.to_owned(),
+        expected: format!("as many {what} as KVM takes"),
+        found: found.to_string(),
+    }
 }
 
 /// Puts `saved` into a new vCPU whose CPUID is set already. Where the order matters:
@@ -338,8 +346,7 @@ fn restore_msrs(vcpu: &VcpuFd, chunk: &str, saved: &[SavedMsr]) -> Result<()> {
     entries.sort_by_key(|entry| rank(entry.index));
     let mut rest = entries.as_slice();
     while !rest.is_empty() {
-        let msrs = Msrs::from_entries(rest)
-            .map_err(|error| VmmError::Config(format!("cannot make a list of MSRs: {error:?}")))?;
+        let msrs = Msrs::from_entries(rest).map_err(|_| too_many(chunk, "MSRs", rest.len()))?;
         let set = vcpu.set_msrs(&msrs).map_err(VmmError::kvm("set MSRs"))?;
         if set == rest.len() {
             break;

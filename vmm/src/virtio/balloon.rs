@@ -4,8 +4,8 @@
 //! Queues are numbered as Linux numbers them behind MMIO, without gaps: inflate, deflate, reports.
 //! A page that the guest takes back is zero, as new memory is; deflating needs nothing to be done.
 //!
-//! Its thread frees a piece at a time. While somebody waits for it to be still, what is left of a chain
-//! stays as it is: to free pages is only ever a favour.
+//! Its thread frees a piece at a time. While somebody waits for it to be still, or a vCPU for one of its queues,
+//! what is left of a chain stays as it is: to free pages is only ever a favour.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -124,9 +124,9 @@ impl Parts {
                 return Ok(false);
             };
             match index {
-                INFLATE => self.inflate(memory, &mut readable)?,
+                INFLATE => self.inflate(link, memory, &mut readable)?,
                 REPORTS => writable.parts().for_each(|(start, len)| {
-                    self.free_inside(start.raw_value(), u64::from(len));
+                    self.free_inside(link, start.raw_value(), u64::from(len));
                 }),
                 _ => {}
             }
@@ -137,7 +137,12 @@ impl Parts {
     }
 
     /// Frees the pages whose numbers a chain has (5.5.6), neighbours together.
-    fn inflate(&self, memory: &GuestMemory, numbers: &mut Buffers) -> Result<(), Nonsense> {
+    fn inflate(
+        &self,
+        link: &Link,
+        memory: &GuestMemory,
+        numbers: &mut Buffers,
+    ) -> Result<(), Nonsense> {
         let (mut first, mut count) = (0, 0);
         for _ in 0..(numbers.len() / 4).min(PAGES_MAX) {
             let mut number = [0; 4];
@@ -149,20 +154,20 @@ impl Parts {
                 continue;
             }
             if page != first + count {
-                self.free_inside(first * PAGE_BYTES, count * PAGE_BYTES);
+                self.free_inside(link, first * PAGE_BYTES, count * PAGE_BYTES);
                 (first, count) = (page, 0);
             }
             count += 1;
         }
-        self.free_inside(first * PAGE_BYTES, count * PAGE_BYTES);
+        self.free_inside(link, first * PAGE_BYTES, count * PAGE_BYTES);
         Ok(())
     }
 
-    /// Frees the whole pages in a range of RAM, as long as nobody waits.
-    fn free_inside(&self, start: u64, len_bytes: u64) {
+    /// Frees the whole pages in a range of RAM, as long as nobody waits for the device or its queues.
+    fn free_inside(&self, link: &Link, start: u64, len_bytes: u64) {
         let end = (start + len_bytes) / PAGE_BYTES * PAGE_BYTES;
         let mut at = start.next_multiple_of(PAGE_BYTES);
-        while at < end && !self.gate.is_wanted() {
+        while at < end && !self.gate.is_wanted() && !link.is_awaited() {
             let len = PIECE_BYTES.min(end - at);
             if let Err(error) = self.free.free(GuestAddress(at), len) {
                 tracing::debug!(%error, "free pages are kept");
@@ -203,9 +208,11 @@ impl VirtioDevice for Balloon {
             return Ok(());
         }
         let (parts, link) = (Arc::clone(&self.parts), Arc::clone(link));
+        let name = link.name().to_owned();
         let worker =
-            Worker::start("balloon", Role::Device, &self.doorbell, move |doorbell, ending| {
-                serve_when_rung(doorbell, ending, || parts.serve(&link, || ending.is_wanted()));
+            Worker::start(&name, Role::Device, &self.doorbell, move |doorbell, ending| {
+                let serve = || parts.serve(&link, || ending.is_wanted());
+                serve_when_rung(link.name(), doorbell, ending, serve);
             })?;
         // The link is set once, and so is this.
         let _first = self.worker.set(worker);
@@ -230,7 +237,7 @@ impl VirtioDevice for Balloon {
     }
 
     fn drain(&self, patience: Duration) -> Result<Still> {
-        self.parts.gate.shut("the balloon", patience)
+        self.parts.gate.shut(patience)
     }
 
     fn save(&self) -> SavedDevice {

@@ -6,7 +6,7 @@
 
 mod request;
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use virtio_bindings::virtio_blk as blk;
@@ -33,6 +33,10 @@ const SEGMENT_BYTES_MAX: u32 = 64 << 10;
 const RANGES_MAX: u32 = 8;
 /// Sectors in each of them: 256 MiB, of which each 256 KiB is looked at.
 const RANGE_SECTORS_MAX: u32 = (256 << 20) / SECTOR_BYTES as u32;
+/// What drivers are told of these two: a checkpoint waits for the request that is being done, with the guest
+/// standing still. Drivers that were told more, and are in snapshots, may do more.
+const RANGES_TOLD: u32 = 1;
+const RANGE_SECTORS_TOLD: u32 = (32 << 20) / SECTOR_BYTES as u32;
 /// Physical blocks are pages of 8 sectors, 2 to the power of this: a write of less reads first.
 const PHYSICAL_BLOCK_EXP: u8 = 3;
 
@@ -43,8 +47,8 @@ pub struct Block {
     /// The disk's.
     name: Arc<str>,
     doorbell: Arc<EventFd>,
-    /// Requests are done where they are notified, for tests that want one thing after the other.
-    in_place: bool,
+    /// For requests that are done where they are notified, for tests that want one thing after the other.
+    in_place: Option<Mutex<Scratch>>,
     worker: OnceLock<Worker>,
 }
 
@@ -55,7 +59,7 @@ impl Block {
     /// [`VmmError::Host`](crate::VmmError::Host) if there is no eventfd to be had.
     pub fn new(disk: Arc<Disk>) -> Result<Self> {
         let (name, doorbell) = (disk.name().into(), doorbell(0)?);
-        Ok(Self { disk, name, doorbell, in_place: false, worker: OnceLock::new() })
+        Ok(Self { disk, name, doorbell, in_place: None, worker: OnceLock::new() })
     }
 
     /// One without a thread: requests are done before a notification returns.
@@ -63,7 +67,7 @@ impl Block {
     /// # Errors
     /// As [`Self::new`].
     pub(super) fn in_place(disk: Arc<Disk>) -> Result<Self> {
-        Ok(Self { in_place: true, ..Self::new(disk)? })
+        Ok(Self { in_place: Some(Mutex::default()), ..Self::new(disk)? })
     }
 
     /// Its disk.
@@ -129,18 +133,18 @@ impl VirtioDevice for Block {
         config.extend((1_u16 << PHYSICAL_BLOCK_EXP).to_le_bytes());
         // No optimal length, no cache to switch, one queue that is not told of.
         config.extend([0; 8]);
-        config.extend(RANGE_SECTORS_MAX.to_le_bytes());
-        config.extend(RANGES_MAX.to_le_bytes());
+        config.extend(RANGE_SECTORS_TOLD.to_le_bytes());
+        config.extend(RANGES_TOLD.to_le_bytes());
         config.extend((1_u32 << PHYSICAL_BLOCK_EXP).to_le_bytes());
-        config.extend(RANGE_SECTORS_MAX.to_le_bytes());
-        config.extend(RANGES_MAX.to_le_bytes());
+        config.extend(RANGE_SECTORS_TOLD.to_le_bytes());
+        config.extend(RANGES_TOLD.to_le_bytes());
         // Zeros may be holes, and are.
         config.extend([1, 0, 0, 0]);
         config
     }
 
     fn start(&self, link: &Arc<Link>) -> Result<()> {
-        if self.in_place {
+        if self.in_place.is_some() {
             return Ok(());
         }
         let (link, disk) = (Arc::clone(link), Arc::clone(&self.disk));
@@ -150,7 +154,7 @@ impl VirtioDevice for Block {
             &self.doorbell,
             move |doorbell, ending| {
                 let mut scratch = Scratch::default();
-                serve_when_rung(doorbell, ending, || {
+                serve_when_rung(link.name(), doorbell, ending, || {
                     serve(&link, &disk, &mut scratch, || ending.is_wanted());
                 });
             },
@@ -161,11 +165,9 @@ impl VirtioDevice for Block {
     }
 
     fn notify(&self, link: &Link, _queue: u16) {
-        if self.in_place {
-            serve(link, &self.disk, &mut Scratch::default(), || false);
-        } else {
-            ring(&self.doorbell);
-        }
+        let Some(scratch) = &self.in_place else { return ring(&self.doorbell) };
+        let mut scratch = scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        serve(link, &self.disk, &mut scratch, || false);
     }
 
     fn doorbell(&self, _queue: u16) -> Option<&EventFd> {

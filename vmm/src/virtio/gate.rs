@@ -36,11 +36,11 @@ impl WorkGate {
     /// Waits until no work is under way, and has none begin until the answer is dropped.
     ///
     /// # Errors
-    /// [`VmmError::NotNow`] if that takes longer than `patience`.
-    pub(super) fn shut(&self, device: &str, patience: Duration) -> Result<Still> {
+    /// [`VmmError::NotNow`] if that takes longer than `patience`. Whose gate it is, its transport says.
+    pub(super) fn shut(&self, patience: Duration) -> Result<Still> {
         match self.0.drain(patience) {
             0 => Ok(Still::Shut(Shut(Arc::clone(&self.0)))),
-            _ => Err(VmmError::NotNow(format!("{device} is still busy after {patience:?}"))),
+            _ => Err(VmmError::NotNow(format!("it is still busy after {patience:?}"))),
         }
     }
 }

@@ -1,7 +1,8 @@
 //! What the transport and a device have in common: status, interrupt, queues.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::Duration;
 
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_NEEDS_RESET,
@@ -21,6 +22,9 @@ const CONFIG_CHANGE: u8 = VIRTIO_MMIO_INT_CONFIG as u8;
 /// All there are.
 pub(super) const INTERRUPTS: u8 = USED_BUFFER | CONFIG_CHANGE;
 
+/// How long a device's thread keeps away from queues that a vCPU wants.
+const GIVES_WAY_FOR: Duration = Duration::from_micros(50);
+
 /// The part of a device that the transport and the device's own threads share.
 ///
 /// Whoever works on a queue has its lock, and a device gives chains back, or gives up, only under one:
@@ -36,6 +40,8 @@ pub struct Link {
     /// What the driver accepted, as far as it has said.
     pub(super) driver_features: AtomicU64,
     pub(super) queues: Vec<Mutex<VirtQueue>>,
+    /// How many vCPUs wait for a queue that its device works on.
+    awaited: AtomicU32,
     /// A guest that breaks the rules is told of once, or it could fill the host's log.
     told: AtomicBool,
 }
@@ -56,6 +62,7 @@ impl Link {
             config_generation: AtomicU32::new(0),
             driver_features: AtomicU64::new(0),
             queues: queue_sizes.iter().map(|size| Mutex::new(VirtQueue::new(*size))).collect(),
+            awaited: AtomicU32::new(0),
             told: AtomicBool::new(false),
         }
     }
@@ -77,8 +84,24 @@ impl Link {
         status & (DRIVER_OK | NEEDS_RESET | FAILED) == DRIVER_OK
     }
 
+    /// A queue, for the transport. Whoever works on it is done soon: see [`Self::is_awaited`].
     pub(super) fn lock(&self, index: usize) -> Option<MutexGuard<'_, VirtQueue>> {
-        self.queues.get(index).map(|queue| queue.lock().unwrap_or_else(PoisonError::into_inner))
+        let queue = self.queues.get(index)?;
+        Some(match queue.try_lock() {
+            Ok(queue) => queue,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => {
+                self.awaited.fetch_add(1, Ordering::AcqRel);
+                let queue = queue.lock().unwrap_or_else(PoisonError::into_inner);
+                self.awaited.fetch_sub(1, Ordering::AcqRel);
+                queue
+            }
+        })
+    }
+
+    /// True while a vCPU waits for a queue. It cannot be stopped meanwhile, so what may be left out is.
+    pub(super) fn is_awaited(&self) -> bool {
+        self.awaited.load(Ordering::Acquire) > 0
     }
 
     /// Works on a queue, if the device is live and the queue ready; nobody else does meanwhile. What
@@ -88,7 +111,12 @@ impl Link {
         index: u16,
         work: impl FnOnce(&mut VirtQueue, &GuestMemory) -> Result<T, Nonsense>,
     ) -> Option<T> {
-        let mut queue = self.lock(usize::from(index))?;
+        let queue = self.queues.get(usize::from(index))?;
+        if self.is_awaited() {
+            // A lock goes to who is there first, and this thread would be, again and again.
+            std::thread::sleep(GIVES_WAY_FOR);
+        }
+        let mut queue = queue.lock().unwrap_or_else(PoisonError::into_inner);
         if !self.is_live() || !queue.is_ready() {
             return None;
         }

@@ -129,15 +129,19 @@ impl VirtioMmio {
     /// dropped. The vCPUs have stopped.
     ///
     /// # Errors
-    /// [`VmmError::NotNow`] if that takes longer than `patience`; the device goes on then.
+    /// [`VmmError::NotNow`], naming the device, if that takes longer than `patience`; it goes on then.
     pub fn drain(&self, patience: Duration) -> Result<Still> {
-        self.device.drain(patience)
+        self.device.drain(patience).map_err(|error| match error {
+            VmmError::NotNow(why) => VmmError::NotNow(format!("{}: {why}", self.name())),
+            other => other,
+        })
     }
 
     /// Takes up work that was under way when the state was saved that the device was given: what waits
     /// in its queues, and an interrupt that may not have arrived. Of no harm at any other time.
     pub fn go_on(&self) {
         self.link.interrupt_again();
+        self.device.go_on();
         (0..self.link.queues.len() as u16).for_each(|queue| self.notify(u32::from(queue)));
     }
 

@@ -31,7 +31,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kvm_ioctls::VmFd;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::disk::Drained;
 use crate::error::{Result, VmmError};
@@ -42,6 +42,15 @@ pub use link::Link;
 pub use mmio::{VirtioMmio, WINDOW_BYTES};
 pub use queue::Nonsense;
 pub use saved::{CapturedVirtio, SavedDevice, SavedQueue, SavedVirtio};
+
+/// A counter that somebody waits for, or, with `EFD_NONBLOCK`, polls. Programs that are started, such as
+/// pagers, do not have it: it may be an interrupt of the guest's.
+///
+/// # Errors
+/// [`VmmError::Host`].
+pub(crate) fn event(flags: i32) -> Result<EventFd> {
+    EventFd::new(flags | EFD_CLOEXEC).map_err(VmmError::host("create an eventfd"))
+}
 
 /// How a device interrupts its guest.
 pub trait Interrupt: Send + Sync + fmt::Debug {
@@ -59,7 +68,7 @@ impl IrqLine {
     /// # Errors
     /// [`VmmError::Host`] or [`VmmError::Kvm`] if it cannot be had.
     pub fn wire(vm: &VmFd, gsi: u32) -> Result<Self> {
-        let event = EventFd::new(EFD_NONBLOCK).map_err(VmmError::host("create an eventfd"))?;
+        let event = event(EFD_NONBLOCK)?;
         vm.register_irqfd(&event, gsi).map_err(VmmError::kvm("wire a virtio interrupt"))?;
         Ok(Self(event))
     }
@@ -158,4 +167,7 @@ pub trait VirtioDevice: Send + Sync + fmt::Debug {
     fn put_back(&self, saved: &SavedDevice) -> Result<(), Misfit> {
         self.check(saved)
     }
+
+    /// The guest runs from here on. It is [notified](Self::notify) of each queue behind that.
+    fn go_on(&self) {}
 }

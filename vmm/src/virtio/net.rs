@@ -14,7 +14,7 @@ use std::io;
 use std::os::fd::AsRawFd as _;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use rustix::rand::{GetRandomFlags, getrandom};
@@ -40,6 +40,8 @@ const TRANSMIT: u16 = 1;
 
 /// `struct virtio_net_hdr` (5.1.6): no flags, no segmentation, one buffer.
 const HEADER: [u8; 12] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0];
+/// Frames that are sent before it is looked whether some arrived: who sends without end is sent to as well.
+const SENT_AT_ONCE: usize = 8;
 /// The longest frame: 64 KiB and an Ethernet header with a VLAN tag.
 const FRAME_BYTES_MAX: usize = (64 << 10) + 18;
 
@@ -122,7 +124,8 @@ pub struct Net {
     card: Arc<Card>,
     mac: MacAddress,
     doorbell: Arc<EventFd>,
-    in_place: bool,
+    /// Room for a frame, where frames are moved before a notification returns.
+    in_place: Option<Mutex<Vec<u8>>>,
     worker: OnceLock<Worker>,
 }
 
@@ -164,7 +167,7 @@ impl Net {
             dropped: AtomicU64::new(0),
         };
         let (card, doorbell) = (Arc::new(card), doorbell(EFD_NONBLOCK)?);
-        Ok(Self { card, mac, doorbell, in_place: false, worker: OnceLock::new() })
+        Ok(Self { card, mac, doorbell, in_place: None, worker: OnceLock::new() })
     }
 
     /// One without a thread: frames are moved before a notification returns.
@@ -172,7 +175,7 @@ impl Net {
     /// # Errors
     /// As [`Self::new`].
     pub(super) fn in_place(mac: MacAddress, tap: Tap) -> Result<Self> {
-        Ok(Self { in_place: true, ..Self::new(mac, tap)? })
+        Ok(Self { in_place: Some(Mutex::new(room())), ..Self::new(mac, tap)? })
     }
 
     /// What it did since it was made.
@@ -200,10 +203,10 @@ impl Card {
         let mut frame = room();
         let mut events = [EpollEvent::default(); 2];
         // Whether the tap is among what is waited for: only while there is room for its frames.
-        let (mut is_waited_for, mut is_gone) = (false, false);
+        let (mut is_waited_for, mut is_gone, mut has_more) = (false, false, false);
         let (tap, tap_event) = event(self.tap.as_raw_fd(), EventSet::IN);
         while !ending.is_wanted() {
-            let count = match epoll.wait(-1, &mut events) {
+            let count = match epoll.wait(if has_more { 0 } else { -1 }, &mut events) {
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(error),
@@ -216,7 +219,7 @@ impl Card {
             }
             // Where nobody rang there is nothing to read.
             let _rings = doorbell.read();
-            while !ending.is_wanted() && self.send_next(link, &mut frame) {}
+            has_more = self.send_some(link, &mut frame);
             let wants = !is_gone && self.receive_all(link, &mut frame, || ending.is_wanted());
             if wants != is_waited_for {
                 let change = if wants { ControlOperation::Add } else { ControlOperation::Delete };
@@ -277,6 +280,11 @@ impl Card {
         moved.unwrap_or(Moved::NoChain)
     }
 
+    /// Sends what waits, but not too many at once. True if there may be more.
+    fn send_some(&self, link: &Link, frame: &mut [u8]) -> bool {
+        (0..SENT_AT_ONCE).all(|_| self.send_next(link, frame))
+    }
+
     /// Sends the next frame. False if there is none.
     fn send_next(&self, link: &Link, frame: &mut [u8]) -> bool {
         let _work = self.gate.begin();
@@ -325,7 +333,7 @@ impl VirtioDevice for Net {
     }
 
     fn start(&self, link: &Arc<Link>) -> Result<()> {
-        if self.in_place {
+        if self.in_place.is_some() {
             return Ok(());
         }
         let (card, link) = (Arc::clone(&self.card), Arc::clone(link));
@@ -340,12 +348,12 @@ impl VirtioDevice for Net {
     }
 
     fn notify(&self, link: &Link, _queue: u16) {
-        if self.in_place {
-            let mut frame = room();
-            while self.card.send_next(link, &mut frame) {}
+        let Some(frame) = &self.in_place else { return ring(&self.doorbell) };
+        let mut frame = frame.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut has_more = true;
+        while has_more {
+            has_more = self.card.send_some(link, &mut frame);
             self.card.receive_all(link, &mut frame, || false);
-        } else {
-            ring(&self.doorbell);
         }
     }
 
@@ -354,7 +362,7 @@ impl VirtioDevice for Net {
     }
 
     fn drain(&self, patience: Duration) -> Result<Still> {
-        self.card.gate.shut("a network card", patience)
+        self.card.gate.shut(patience)
     }
 
     fn save(&self) -> SavedDevice {

@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
-use vm_memory::{GuestMemory as _, Permissions};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemory as _, Permissions};
 
 use super::buffers::Buffers;
 use super::saved::SavedQueue;
@@ -268,6 +268,23 @@ impl VirtQueue {
     /// Asks the driver not to say that it added a chain. Only advice.
     pub(super) fn mute(&mut self, memory: &GuestMemory) -> Result<(), Nonsense> {
         Ok(self.ring()?.disable_notification(memory)?)
+    }
+
+    /// Asks it to say so of the next chain it adds, though others wait: by event indices it says so only of the
+    /// one that was asked for, which as a rule is the next that is looked at.
+    pub(super) fn ask_for_next(&mut self, memory: &GuestMemory) -> Result<(), Nonsense> {
+        let ring = self.ring()?;
+        if !ring.event_idx_enabled() {
+            return Ok(());
+        }
+        let next = ring.avail_idx(memory, Ordering::Acquire)?;
+        // `avail_event`, behind all entries (2.7.8).
+        let place = GuestAddress(ring.used_ring())
+            .checked_add(4 + 8 * u64::from(ring.size()))
+            .ok_or_else(|| Nonsense::new("a virtqueue that is not in RAM"))?;
+        memory
+            .store(next.0.to_le(), place, Ordering::Release)
+            .map_err(|error| Nonsense::new(error.to_string()))
     }
 
     /// Asks it to say so again. True if it added one since the last look, of which it may not say so.

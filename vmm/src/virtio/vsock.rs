@@ -6,6 +6,10 @@
 //! other ends are not: a machine that goes on after a checkpoint keeps them, one that is resumed or
 //! rewound begins without any, and its driver is told so by the event that is there for this (5.10.6.7).
 //! It then looks up its context id again, so a clone may have another.
+//!
+//! What a driver takes in before it hears of the event it drops with the rest, without a word. So nothing new
+//! is begun, by either side, until it has given the event's buffer back, which it does behind that; a
+//! driver that never does is waited for a few seconds.
 
 mod connection;
 mod host;
@@ -32,7 +36,7 @@ use crate::error::{Result, VmmError};
 use connection::BUFFER_BYTES;
 pub use host::{HostSockets, UnixSockets, Unreachable};
 use packet::{HEADER_BYTES, HOST_CID, Header, Op};
-use table::Table;
+use table::{News, Table};
 
 const QUEUE_SIZE: u16 = 256;
 const QUEUES: [u16; 3] = [QUEUE_SIZE; 3];
@@ -52,12 +56,14 @@ const EVENTS_AT_ONCE: usize = 32;
 /// A socket device.
 #[derive(Debug)]
 pub struct Vsock {
+    /// Goes first: what the thread has of the rest goes with it, and it may not take away the host's socket.
+    worker: OnceLock<Worker>,
     parts: Arc<Parts>,
     cid: u32,
     doorbell: Arc<EventFd>,
-    /// Packets are moved where they are notified, for tests that want one thing after the other.
-    in_place: bool,
-    worker: OnceLock<Worker>,
+    /// Room for a packet, where packets are moved before a notification returns, for tests that want one thing
+    /// after the other.
+    in_place: Option<Mutex<Vec<u8>>>,
 }
 
 /// What the thread works with.
@@ -89,7 +95,7 @@ impl Vsock {
         };
         let parts = listen().map_err(VmmError::host("listen to sockets"))?;
         let doorbell = doorbell(EFD_NONBLOCK)?;
-        Ok(Self { parts, cid, doorbell, in_place: false, worker: OnceLock::new() })
+        Ok(Self { parts, cid, doorbell, in_place: None, worker: OnceLock::new() })
     }
 
     /// One without a thread: packets are moved, and sockets looked at, before a notification returns.
@@ -97,7 +103,14 @@ impl Vsock {
     /// # Errors
     /// As [`Self::new`].
     pub(super) fn in_place(cid: u32, sockets: Arc<dyn HostSockets>) -> Result<Self> {
-        Ok(Self { in_place: true, ..Self::new(cid, sockets)? })
+        Ok(Self { in_place: Some(Mutex::new(scratch())), ..Self::new(cid, sockets)? })
+    }
+
+    /// Has it wait no longer than `patience` for a driver that does not show that it heard of the end of all
+    /// connections.
+    #[cfg(test)]
+    pub(super) fn set_patience(&self, patience: Duration) {
+        self.parts.table().set_patience(patience);
     }
 
     /// The guest's context id.
@@ -147,7 +160,7 @@ impl Parts {
         // A device that is given a state does nothing until it is told to go on, whoever calls.
         let (mut rang, mut is_done) = (false, true);
         while !ending.is_wanted() {
-            if let Err(error) = self.look(if is_done { -1 } else { 0 })
+            if let Err(error) = self.look(if is_done { self.wait_ms() } else { 0 })
                 && error.kind() != io::ErrorKind::Interrupted
             {
                 return Err(error);
@@ -156,6 +169,13 @@ impl Parts {
             is_done = !rang || self.serve(link, &mut scratch);
         }
         Ok(())
+    }
+
+    /// For how long there is nothing to do if nothing happens, in milliseconds; -1 is for ever.
+    fn wait_ms(&self) -> i32 {
+        // Not a moment less, or it would look again and again for that long.
+        let rounded_up = |left: Duration| i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX);
+        self.table().holds_for().map_or(-1, rounded_up)
     }
 
     /// Waits for sockets and the doorbell, for so many milliseconds or for ever. True if there were any.
@@ -169,30 +189,45 @@ impl Parts {
     /// Moves packets in both directions. True if nothing is left to be moved.
     fn serve(&self, link: &Link, scratch: &mut [u8]) -> bool {
         (0..PACKETS_AT_ONCE).any(|_| {
-            let told = self.tell_reset(link);
+            let told = self.tell_news(link);
             let received = self.receive_next(link, scratch);
             let sent = self.transmit_next(link, scratch);
             !(told || received || sent)
         })
     }
 
-    /// Tells the driver that its connections are gone, if it does not know. True if it was told.
-    fn tell_reset(&self, link: &Link) -> bool {
+    /// Tells the driver that its connections are gone, if it does not know, and looks whether it does.
+    /// True if something came of it.
+    fn tell_news(&self, link: &Link) -> bool {
         let _work = self.gate.begin();
-        if !self.table().owes_event {
+        if self.table().news == News::Known {
             return false;
         }
-        let told = link.with_queue(EVENTS, |queue, memory| {
-            // Never muted: it is told of when it comes.
-            let Some(Chain { head, readable: _, mut writable }) = queue.pop(memory)? else {
+        let came = link.with_queue(EVENTS, |queue, memory| {
+            // Once more: a driver that was reset meanwhile knows.
+            let news = self.table().news;
+            if news == News::Known {
                 return Ok(false);
+            }
+            if let News::Told { waiting } = news {
+                let knows = queue.waiting(memory)? > waiting;
+                if knows {
+                    self.table().is_known();
+                }
+                return Ok(knows);
+            }
+            let Some(Chain { head, readable: _, mut writable }) = queue.pop(memory)? else {
+                // One that came meanwhile is found by trying again.
+                return queue.unmute(memory);
             };
             writable.write(memory, &TRANSPORT_RESET)?;
-            self.table().owes_event = false;
+            // It cannot give back what it has not got yet, so none is missed.
+            queue.ask_for_next(memory)?;
+            self.table().tell(queue.waiting(memory)?);
             link.give_back(queue, head, TRANSPORT_RESET.len() as u32)?;
             Ok(true)
         });
-        told.unwrap_or(false)
+        came.unwrap_or(false)
     }
 
     /// Gives the guest a packet. False if there is none, or no room for it.
@@ -272,7 +307,7 @@ impl VirtioDevice for Vsock {
     }
 
     fn start(&self, link: &Arc<Link>) -> Result<()> {
-        if self.in_place {
+        if self.in_place.is_some() {
             return Ok(());
         }
         let (parts, link) = (Arc::clone(&self.parts), Arc::clone(link));
@@ -287,10 +322,8 @@ impl VirtioDevice for Vsock {
     }
 
     fn notify(&self, link: &Link, _queue: u16) {
-        if !self.in_place {
-            return ring(&self.doorbell);
-        }
-        let mut scratch = scratch();
+        let Some(scratch) = &self.in_place else { return ring(&self.doorbell) };
+        let mut scratch = scratch.lock().unwrap_or_else(PoisonError::into_inner);
         // Each may lead to the other.
         while self.parts.look(0).unwrap_or(false) || !self.parts.serve(link, &mut scratch) {}
     }
@@ -305,7 +338,7 @@ impl VirtioDevice for Vsock {
     }
 
     fn drain(&self, patience: Duration) -> Result<Still> {
-        self.parts.gate.shut("a socket device", patience)
+        self.parts.gate.shut(patience)
     }
 
     fn save(&self) -> SavedDevice {
@@ -322,9 +355,11 @@ impl VirtioDevice for Vsock {
 
     fn put_back(&self, saved: &SavedDevice) -> Result<(), Misfit> {
         self.check(saved)?;
-        let mut table = self.parts.table();
-        table.clear();
-        table.owes_event = true;
+        self.parts.table().forget();
         Ok(())
+    }
+
+    fn go_on(&self) {
+        self.parts.table().go_on();
     }
 }

@@ -6,8 +6,9 @@ use std::thread::JoinHandle;
 
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::confine::{Role, confine};
-use crate::error::{Result, VmmError};
+use super::event;
+use crate::confine::{self, Role};
+use crate::error::Result;
 
 /// A thread that ends when this is dropped.
 #[derive(Debug)]
@@ -32,7 +33,7 @@ impl Worker {
     /// `doorbell` tells it.
     ///
     /// # Errors
-    /// [`VmmError::Host`] if there is no thread to be had.
+    /// [`VmmError::Host`](crate::VmmError::Host) if there is no thread to be had, or it cannot be confined to its `role`.
     pub(super) fn start(
         name: &str,
         role: Role,
@@ -41,14 +42,8 @@ impl Worker {
     ) -> Result<Self> {
         let ending = Arc::new(AtomicBool::new(false));
         let (own_doorbell, own_ending) = (Arc::clone(doorbell), Ending(Arc::clone(&ending)));
-        let thread = std::thread::Builder::new()
-            // Linux shows 15 bytes of it. A disk's is what a snapshot says, and a thread's has no zeros.
-            .name(format!("fz-{name}").replace('\0', ""))
-            .spawn(move || match confine(role) {
-                Ok(()) => work(&own_doorbell, &own_ending),
-                Err(error) => tracing::error!(%error, "a virtio device stands still"),
-            })
-            .map_err(VmmError::host(format!("start the thread of {name}")))?;
+        let thread =
+            confine::spawn(format!("fz-{name}"), role, move || work(&own_doorbell, &own_ending))?;
         Ok(Self { doorbell: Arc::clone(doorbell), ending, thread: Some(thread) })
     }
 }
@@ -72,19 +67,24 @@ pub(super) fn ring(doorbell: &EventFd) {
 /// A doorbell that whoever hears it waits for, or, with `EFD_NONBLOCK`, polls.
 ///
 /// # Errors
-/// [`VmmError::Host`].
+/// [`VmmError::Host`](crate::VmmError::Host).
 pub(super) fn doorbell(flags: i32) -> Result<Arc<EventFd>> {
-    Ok(Arc::new(EventFd::new(flags).map_err(VmmError::host("create an eventfd"))?))
+    event(flags).map(Arc::new)
 }
 
-/// Waits for the doorbell again and again, and serves what there is then.
-pub(super) fn serve_when_rung(doorbell: &EventFd, ending: &Ending, mut serve: impl FnMut()) {
+/// Waits for the doorbell of `device` again and again, and serves what there is then.
+pub(super) fn serve_when_rung(
+    device: &str,
+    doorbell: &EventFd,
+    ending: &Ending,
+    mut serve: impl FnMut(),
+) {
     loop {
         match doorbell.read() {
             Ok(_rings) => {}
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
             Err(error) => {
-                tracing::error!(%error, "a virtio device does not hear its doorbell");
+                tracing::error!(device, %error, "a virtio device does not hear its doorbell");
                 return;
             }
         }

@@ -123,13 +123,17 @@ impl Data<'_> {
     /// Where `sector` is, if data of this length lies in the disk from there on: all of a request is
     /// refused or none.
     fn place(&self, sector: u64, data_bytes: u64) -> Result<u64, Failure> {
-        let offset = sector.checked_mul(SECTOR_BYTES).ok_or(Failure::Io)?;
-        let end = offset.checked_add(data_bytes).ok_or(Failure::Io)?;
-        let whole = data_bytes.is_multiple_of(SECTOR_BYTES);
-        if !whole || data_bytes > DATA_BYTES_MAX || end > self.disk.len_bytes() {
+        if !data_bytes.is_multiple_of(SECTOR_BYTES) || data_bytes > DATA_BYTES_MAX {
             return Err(Failure::Io);
         }
-        Ok(offset)
+        Ok(self.part(sector, data_bytes)?.0)
+    }
+
+    /// So many bytes from `sector` on, if they lie in the disk: where they begin, and how many.
+    fn part(&self, sector: u64, len_bytes: u64) -> Result<(u64, u64), Failure> {
+        let offset = sector.checked_mul(SECTOR_BYTES).ok_or(Failure::Io)?;
+        let end = offset.checked_add(len_bytes).ok_or(Failure::Io)?;
+        if end > self.disk.len_bytes() { Err(Failure::Io) } else { Ok((offset, len_bytes)) }
     }
 
     fn read_disk(&mut self, sector: u64) -> Result<(), Failure> {
@@ -173,18 +177,22 @@ impl Data<'_> {
         if !len.is_multiple_of(RANGE_LEN as u64) || len > u64::from(RANGES_MAX) * RANGE_LEN as u64 {
             return Err(Failure::Io);
         }
-        while self.readable.len() > 0 {
-            let mut range = [0; RANGE_LEN];
-            self.readable.read(self.memory, &mut range)?;
-            let (sector, sectors, flags) = (le64(&range, 0), le32(&range, 8), le32(&range, 12));
+        let count = (len / RANGE_LEN as u64) as usize;
+        let mut ranges = [(0, 0); RANGES_MAX as usize];
+        for range in &mut ranges[..count] {
+            let mut bytes = [0; RANGE_LEN];
+            self.readable.read(self.memory, &mut bytes)?;
+            let (sector, sectors, flags) = (le64(&bytes, 0), le32(&bytes, 8), le32(&bytes, 12));
             if flags & !allowed_flags != 0 {
                 return Err(Failure::Unsupported);
             }
             if sectors > RANGE_SECTORS_MAX {
                 return Err(Failure::Io);
             }
-            let offset = sector.checked_mul(SECTOR_BYTES).ok_or(Failure::Io)?;
-            self.request.write_zeroes(offset, u64::from(sectors) * SECTOR_BYTES)?;
+            *range = self.part(sector, u64::from(sectors) * SECTOR_BYTES)?;
+        }
+        for (offset, len_bytes) in &ranges[..count] {
+            self.request.write_zeroes(*offset, *len_bytes)?;
         }
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! A tap: the host's end of a network card.
 //!
-//! `unsafe` is allowed here for the one ioctl that gives an open /dev/net/tun its interface, which no
-//! library here wraps.
+//! `unsafe` is allowed here for the ioctls that give an open /dev/net/tun its interface and say what is done
+//! with its frames, which no library here wraps.
 #![allow(unsafe_code)]
 
 use std::fs::{File, OpenOptions};
@@ -44,6 +44,14 @@ impl Tap {
                 "use the tap interface `{name}` (--net puts the card on another, or on none)"
             ));
             return Err(refused(io::Error::last_os_error()));
+        }
+        // An interface that stays keeps what its last user could do: checksums and cutting frames to their
+        // length would be left to us.
+        let no_offloads: libc::c_ulong = 0;
+        // SAFETY: the descriptor is open, and TUNSETOFFLOAD takes a number.
+        if unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETOFFLOAD as _, no_offloads) } < 0 {
+            let error = io::Error::last_os_error();
+            return Err(VmmError::host(format!("turn off offloads of the tap `{name}`"))(error));
         }
         Ok(Self { file, _other_end: None })
     }
@@ -106,6 +114,52 @@ fn interface_request(name: &str) -> Result<libc::ifreq> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Does what a number says to an open /dev/net/tun.
+    fn set(file: &File, what: libc::Ioctl, value: libc::c_uint) {
+        // SAFETY: the descriptor is open, and both that are used here take a number.
+        let done = unsafe { libc::ioctl(file.as_raw_fd(), what, libc::c_ulong::from(value)) };
+        assert_eq!(done, 0, "{}", io::Error::last_os_error());
+    }
+
+    /// True if the host leaves checksums of frames to whoever reads them from interface `name`.
+    fn leaves_checksums(name: &str) -> bool {
+        const ETHTOOL_GTXCSUM: u32 = 0x16;
+        // `struct ethtool_value`.
+        let mut value = [ETHTOOL_GTXCSUM, u32::MAX];
+        let mut request = interface_request(name).unwrap();
+        request.ifr_ifru.ifru_data = value.as_mut_ptr().cast();
+        let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        // SAFETY: the request leads to two words, the second of which is written.
+        let done =
+            unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL as _, &raw mut request) };
+        assert_eq!(done, 0, "{}", io::Error::last_os_error());
+        value[1] != 0
+    }
+
+    #[test]
+    fn what_the_last_user_of_an_interface_could_do_is_left_to_the_host_again() {
+        let name = format!("fz{}", std::process::id());
+        let tap = match Tap::open(&name) {
+            Ok(tap) => tap,
+            Err(error) => {
+                let is_root = rustix::process::geteuid().is_root();
+                assert!(!is_root || !std::path::Path::new(DEVICE).exists(), "{error}");
+                eprintln!(
+                    "SKIPPED: only root makes interfaces, where there is a {DEVICE}: {error}"
+                );
+                return;
+            }
+        };
+        set(&tap.file, libc::TUNSETPERSIST, 1);
+        set(&tap.file, libc::TUNSETOFFLOAD, libc::TUN_F_CSUM);
+        assert!(leaves_checksums(&name));
+        drop(tap);
+        assert!(leaves_checksums(&name), "else nothing is shown");
+        let tap = Tap::open(&name).unwrap();
+        assert!(!leaves_checksums(&name));
+        set(&tap.file, libc::TUNSETPERSIST, 0);
+    }
 
     #[test]
     fn names_that_are_none_are_refused() {

@@ -90,6 +90,9 @@ fn discarded_sectors_and_zeros_read_as_zeros() {
         (DISCARD, range(64, 1, 0), IOERR),
         (DISCARD, range(u64::MAX, 1, 0), IOERR),
         (DISCARD, range(0, u32::MAX, 0), IOERR),
+        // All of it or nothing.
+        (DISCARD, [range(0, 1, 0), range(63, 2, 0)].concat(), IOERR),
+        (WRITE_ZEROES, [range(0, 1, 0), range(0, 1, 2)].concat(), UNSUPP),
         (DISCARD, vec![0; 15], IOERR),
         (WRITE_ZEROES, vec![0; 16 * 9], IOERR),
     ];
@@ -98,6 +101,23 @@ fn discarded_sectors_and_zeros_read_as_zeros() {
         let data = [(DATA, bytes.len() as u32, false)];
         assert_eq!(request(&bed, &mut ring, kind, 0, &data), (status, 1), "{bytes:?}");
     }
+    assert_eq!(request(&bed, &mut ring, IN, 0, &[(DATA, 32_768, true)]), (OK, 32_769));
+    assert_eq!(bed.read(DATA, disk.len()), disk);
+}
+
+#[test]
+fn drivers_are_told_to_ask_for_less_than_is_done() {
+    let (bed, _file) = block_on(&noise(64 * SECTOR, 1), false);
+    bed.set_up(0);
+    // Of discards and of zeros: sectors in a range, ranges.
+    for at in [0x124, 0x130] {
+        let told = u64::from(bed.get(at)) * u64::from(bed.get(at + 4)) * SECTOR as u64;
+        assert!((1 << 20..=32 << 20).contains(&told), "{told} bytes, while a guest stands still");
+    }
+    // As a guest may that was told more before it was saved.
+    bed.write(DATA, &vec![range(0, 64, 0); 8].concat());
+    let data = [(DATA, 16 * 8, false)];
+    assert_eq!(request(&bed, &mut Ring::new(0), DISCARD, 0, &data), (OK, 1));
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! The entropy device and the balloon.
 
 use std::sync::Mutex;
+use std::sync::atomic::AtomicUsize;
+use std::sync::mpsc::{Receiver, channel};
 
 use super::*;
 use crate::virtio::balloon::Balloon;
@@ -116,4 +118,50 @@ fn a_balloon_with_a_thread_is_still_when_it_must_be() {
     drop(still);
     ring.wait_used(&bed);
     assert_eq!(*freed.0.lock().unwrap(), [(0x10_0000, 0x1000)]);
+}
+
+/// Frees a piece each time it is let.
+#[derive(Debug)]
+struct Slow {
+    begun: AtomicUsize,
+    lets: Mutex<Receiver<()>>,
+}
+
+impl FreePages for Slow {
+    fn free(&self, _address: GuestAddress, _len_bytes: u64) -> std::io::Result<()> {
+        self.begun.fetch_add(1, Ordering::SeqCst);
+        // Nobody is left who would.
+        let _over = self.lets.lock().unwrap().recv();
+        Ok(())
+    }
+}
+
+#[test]
+fn a_vcpu_does_not_wait_until_all_pages_are_freed() {
+    const PIECES: usize = 12;
+    let (let_one, lets) = channel();
+    let slow = Arc::new(Slow { begun: AtomicUsize::new(0), lets: Mutex::new(lets) });
+    let bed = Bed::new(Arc::new(Balloon::new(Arc::clone(&slow) as _).unwrap()));
+    bed.set_up(1 << 5);
+    let mut ring = Ring::new(2);
+    ring.add(&bed, &[(DATA, PIECES as u32 * (256 << 10), true)]);
+    ring.kick(&bed);
+    let begun = || slow.begun.load(Ordering::SeqCst);
+    let until = Instant::now() + PATIENCE;
+    while begun() == 0 {
+        assert!(Instant::now() < until, "nothing is freed");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let busy = bed.mmio.drain(Duration::ZERO).unwrap_err().to_string();
+    assert!(busy.contains("virtio0: it is still busy"), "{busy}");
+    std::thread::scope(|scope| {
+        let reset = scope.spawn(|| bed.set(0x70, 0));
+        // Each takes long.
+        while !reset.is_finished() && begun() < PIECES {
+            std::thread::sleep(Duration::from_millis(100));
+            let_one.send(()).unwrap();
+        }
+        drop(let_one);
+    });
+    assert!(begun() < PIECES, "all of them were freed first");
 }

@@ -1,5 +1,7 @@
 //! A device in a bare KVM guest: notified by an ioeventfd, looked at through exits, interrupting.
 
+use std::path::Path;
+
 use kvm_bindings::kvm_segment;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
@@ -53,7 +55,7 @@ fn requests(shell: &VmShell) -> u64 {
 
 #[test]
 fn a_guest_notifies_and_is_interrupted_without_our_help() {
-    if !std::path::Path::new("/dev/kvm").exists() {
+    if !Path::new("/dev/kvm").exists() {
         eprintln!("SKIPPED: there is no /dev/kvm on this machine, and this test runs a guest");
         return;
     }
@@ -89,4 +91,26 @@ fn a_guest_notifies_and_is_interrupted_without_our_help() {
         assert!(Instant::now() < until, "no interrupt");
         std::thread::sleep(Duration::from_millis(1));
     }
+}
+
+#[test]
+fn programs_that_are_started_get_no_interrupts_and_doorbells() {
+    let (disk, _file) = disk_of(&noise(8192, 2), false);
+    let _bed = Bed::new(Arc::new(Block::new(disk).unwrap()));
+    let mut events = 0;
+    // Also those of other tests.
+    for entry in std::fs::read_dir("/proc/self/fd").unwrap() {
+        let path = entry.unwrap().path();
+        let is_event =
+            std::fs::read_link(&path).is_ok_and(|to| to.ends_with("anon_inode:[eventfd]"));
+        let info = Path::new("/proc/self/fdinfo").join(path.file_name().unwrap());
+        // Others come and go.
+        if let (true, Ok(info)) = (is_event, std::fs::read_to_string(info)) {
+            let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).unwrap();
+            let flags = i32::from_str_radix(flags.trim(), 8).unwrap();
+            assert_eq!(flags & libc::O_CLOEXEC, libc::O_CLOEXEC, "{}: {info}", path.display());
+            events += 1;
+        }
+    }
+    assert!(events > 0);
 }

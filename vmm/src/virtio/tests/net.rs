@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
+use std::sync::{Mutex, PoisonError};
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
@@ -12,18 +13,25 @@ const RX: u16 = 0;
 const TX: u16 = 1;
 const HEADER: [u8; 12] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0];
 
-/// A card that is set up, and the host's end of its tap.
-fn card() -> (Bed, Arc<Net>, File) {
+const MAC: MacAddress = MacAddress([2, 0, 0, 0, 0, 1]);
+
+/// A tap and the host's end of it.
+fn tap() -> (Tap, File) {
     let (host, tap) =
         socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
-    let mac = MacAddress([2, 0, 0, 0, 0, 1]);
-    let net = Arc::new(Net::new(mac, Tap::from_fd(tap).unwrap()).unwrap());
+    (Tap::from_fd(tap).unwrap(), File::from(host))
+}
+
+/// A card that is set up, and the host's end of its tap.
+fn card() -> (Bed, Arc<Net>, File) {
+    let (tap, host) = tap();
+    let net = Arc::new(Net::new(MAC, tap).unwrap());
     let bed = Bed::new(Arc::clone(&net) as _);
     let mut address = [0; 6];
     bed.mmio.read(0x100, &mut address);
-    assert_eq!(address, mac.0);
+    assert_eq!(address, MAC.0);
     bed.set_up(1 << 5 | EVENT_IDX);
-    (bed, net, File::from(host))
+    (bed, net, host)
 }
 
 #[test]
@@ -54,6 +62,50 @@ fn frames_go_both_ways() {
         assert_eq!(found, [&HEADER[..], &noise(60 + round, round as u64)].concat());
     }
     assert_eq!(net.stats(), NetStats { received: 5, sent: 1, dropped: 0 });
+}
+
+/// Takes note of the queues that chains come back to, in their order.
+#[derive(Debug)]
+struct Order {
+    ram: Arc<GuestRam>,
+    /// The queues, and how many each has got back.
+    seen: Mutex<(Vec<u16>, [u16; 2])>,
+}
+
+impl Interrupt for Order {
+    fn raise(&self) {
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        for queue in [RX, TX] {
+            let index = GuestAddress(queue_address(queue)[2] + 2);
+            let used: u16 = self.ram.memory().read_obj(index).unwrap();
+            if std::mem::replace(&mut seen.1[usize::from(queue)], used) != used {
+                seen.0.push(queue);
+            }
+        }
+    }
+}
+
+#[test]
+fn who_sends_without_end_is_sent_to_as_well() {
+    let (tap, mut host) = tap();
+    let ram = Arc::new(GuestRam::new(RAM_BYTES).unwrap());
+    let order = Arc::new(Order { ram: Arc::clone(&ram), seen: Mutex::default() });
+    let net = Arc::new(Net::in_place(MAC, tap).unwrap());
+    let mmio = VirtioMmio::new("net0", net, Arc::clone(&ram), Arc::clone(&order) as _).unwrap();
+    let bed = Bed { ram, interrupts: Arc::default(), mmio };
+    // An interrupt for each chain.
+    bed.set_up(1 << 5);
+    let (mut rx, mut tx) = (Ring::new(RX), Ring::new(TX));
+    host.write_all(&[7; 60]).unwrap();
+    rx.add(&bed, &[(DATA, 100, true)]);
+    for _ in 0..ENTRIES {
+        tx.add(&bed, &[(DATA + 0x1000, 100, false)]);
+    }
+    tx.kick(&bed);
+    let seen = order.seen.lock().unwrap();
+    let place = seen.0.iter().position(|queue| *queue == RX).expect("it arrives");
+    assert!(place < usize::from(ENTRIES) - 1, "behind {place} that were sent");
+    assert_eq!(seen.0.len(), usize::from(ENTRIES) + 1);
 }
 
 #[test]

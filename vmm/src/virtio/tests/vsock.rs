@@ -363,9 +363,89 @@ fn connections_end_where_a_snapshot_is_restored() {
     // The event waits for a driver that has no room for it.
     guest.bed.mmio.put_back(&guest.bed.mmio.save()).unwrap();
     guest.bed.mmio.go_on();
-    guest.events.add(&guest.bed, &[(EVENT, 4, true)]);
-    guest.events.kick(&guest.bed);
+    guest.offer_event();
     assert!(guest.events.used(&guest.bed).is_some());
+}
+
+#[test]
+fn nothing_new_begins_before_the_driver_knows_that_all_is_gone() {
+    let mut guest = Guest::new();
+    // One more than is needed: others wait when the event's comes back.
+    guest.offer_event();
+    let mut lost = guest.connected(7, 70);
+    guest.bed.mmio.put_back(&guest.bed.mmio.save()).unwrap();
+    assert!(is_over(&mut lost));
+    let mut caller = guest.call();
+    caller.write_all(b"CONNECT 5\nhello").unwrap();
+    let server = guest.serve(80);
+    guest.bed.mmio.go_on();
+    assert!(guest.events.used(&guest.bed).is_some(), "it is told");
+    guest.send(&packet(REQUEST, 8, 80));
+    let mut host = server.accept().unwrap().0;
+    assert_eq!(guest.received(), [], "it would drop them with the rest");
+    // What is over may be said: there is nothing to drop.
+    guest.send(&packet(RW, 7, 70).with(b"?"));
+    assert_eq!(guest.received_one().kind(), (RST, 7, 70));
+    let asked_for = queue_address(2)[2] + 4 + 8 * u64::from(ENTRIES);
+    assert_eq!(guest.bed.read_u16(asked_for), guest.events.next_avail, "it says so of the next");
+    guest.offer_event();
+    let begun = guest.received();
+    let [request, response] = &begun[..] else { panic!("{begun:?}") };
+    assert_eq!((request.op, request.guest_port), (REQUEST, 5));
+    assert_eq!(response.kind(), (RESPONSE, 8, 80));
+    guest.send(&packet(RESPONSE, 5, request.host_port));
+    assert_eq!(guest.received_one().data, b"hello");
+    guest.send(&packet(RW, 8, 80).with(b"there"));
+    assert_eq!(read(&mut host, 5), b"there");
+}
+
+#[test]
+fn a_driver_that_hears_nothing_is_not_waited_for_for_ever() {
+    let mut guest = Guest::new();
+    guest.vsock.set_patience(Duration::ZERO);
+    guest.bed.mmio.put_back(&guest.bed.mmio.save()).unwrap();
+    let mut caller = guest.call();
+    caller.write_all(b"CONNECT 5\n").unwrap();
+    assert_eq!(guest.received_one().kind().0, REQUEST);
+    let mut host = guest.connected(7, 70);
+    // What has begun is not held up again where the guest is stopped and goes on.
+    guest.vsock.set_patience(PATIENCE);
+    host.write_all(b"on").unwrap();
+    assert_eq!(guest.received_one().data, b"on");
+    guest.vsock.set_patience(Duration::ZERO);
+    assert_eq!(guest.vsock.connections(), 2);
+    // It heard after all, and has dropped them.
+    assert!(guest.events.used(&guest.bed).is_some());
+    guest.offer_event();
+    assert!(guest.received().iter().all(|packet| packet.op == RST));
+    assert_eq!(guest.vsock.connections(), 0);
+    assert!(is_over(&mut host) && is_over(&mut caller));
+    drop(guest.connected(8, 80));
+    // As well if it gets the event only then.
+    guest.bed.mmio.put_back(&guest.bed.mmio.save()).unwrap();
+    guest.look();
+    assert!(guest.events.used(&guest.bed).is_some());
+    guest.bed.mmio.put_back(&guest.bed.mmio.save()).unwrap();
+    let mut host = guest.connected(9, 90);
+    guest.offer_event();
+    assert!(guest.events.used(&guest.bed).is_some());
+    assert_eq!((guest.vsock.connections(), is_over(&mut host)), (0, true));
+}
+
+#[test]
+fn a_device_with_a_thread_notices_by_itself_that_it_waited_long_enough() {
+    let mut guest = Guest::without_buffers(Vsock::new);
+    guest.vsock.set_patience(Duration::from_millis(1));
+    let still = guest.bed.mmio.drain(PATIENCE).unwrap();
+    guest.bed.mmio.put_back(&guest.bed.mmio.save()).unwrap();
+    let mut caller = guest.call();
+    caller.write_all(b"CONNECT 5\n").unwrap();
+    guest.offer(RX_BYTES);
+    drop(still);
+    guest.bed.mmio.go_on();
+    let (slot, len) = guest.rx.wait_used(&guest.bed);
+    let bytes = guest.bed.read(RX + u64::from(slot) * 0x2000, len as usize);
+    assert_eq!(Packet::parse(CID, &bytes).op, REQUEST);
 }
 
 #[test]
@@ -384,6 +464,7 @@ fn a_clone_may_have_another_context_id() {
     let mut guest = Guest { bed, vsock: clone, rx, tx, events, folder };
     guest.bed.mmio.go_on();
     assert!(guest.events.used(&guest.bed).is_some());
+    guest.offer_event();
     assert_eq!(guest.bed.get(0x100), 99);
     let _server = guest.serve(70);
     guest.send(&packet(REQUEST, 1, 70));

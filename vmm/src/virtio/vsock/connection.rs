@@ -106,7 +106,12 @@ impl Connection {
 
     /// True if the guest has heard of it, or it of the guest.
     pub(super) fn is_known_to_guest(&self) -> bool {
-        self.phase == Phase::Open || !self.owes_opening
+        self.phase == Phase::Open || self.has_begun()
+    }
+
+    /// True once the guest was told of it: that it is wanted, or agreed to.
+    pub(super) fn has_begun(&self) -> bool {
+        !self.owes_opening
     }
 
     /// Bytes that the guest may be sent.

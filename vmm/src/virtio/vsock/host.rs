@@ -17,6 +17,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connec
 
 use crate::error::{Result, VmmError};
 use crate::private_socket;
+use crate::virtio::event;
 
 /// Where connections of a guest's lead to and come from. Sockets do not wait.
 pub trait HostSockets: Send + Sync + fmt::Debug {
@@ -58,8 +59,10 @@ impl UnixSockets {
                 path.display()
             ))
         })?;
-        let listener = private_socket::listen(path)
-            .map_err(VmmError::host(format!("listen on {}", path.display())))?;
+        let listener = private_socket::listen(path).map_err(VmmError::host(format!(
+            "listen on {} for the guest's sockets (--vsock has them elsewhere, or nowhere)",
+            path.display()
+        )))?;
         Ok(Self { listener, path: path.to_owned() })
     }
 }
@@ -107,8 +110,7 @@ impl Unreachable {
     /// # Errors
     /// [`VmmError::Host`] if there is no eventfd to be had, which nobody ever writes to.
     pub fn new() -> Result<Self> {
-        let silent = EventFd::new(EFD_NONBLOCK).map_err(VmmError::host("create an eventfd"))?;
-        Ok(Self(silent))
+        event(EFD_NONBLOCK).map(Self)
     }
 }
 

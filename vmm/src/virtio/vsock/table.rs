@@ -8,6 +8,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use rustix::rand::{GetRandomFlags, getrandom};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -25,9 +26,26 @@ pub(super) const RESETS_MAX: usize = 256;
 /// Ports of the host's ends that come from callers; those below are for servers.
 const CALLERS_PORTS: u32 = 1 << 30;
 
+/// How long nothing new is begun with a driver that does not show that it knows of the end of all
+/// connections. Less than any program waits for a connection, more than a guest takes whose memory comes
+/// back page by page.
+const NEWS_PATIENCE: Duration = Duration::from_secs(5);
+
 /// What epoll says of the socket that is listened to; everything else has a number above, which no other
 /// ever had.
 const LISTENER: u64 = 1;
+
+/// Whether the driver knows that all connections of the time before are gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum News {
+    /// It does, or there were none.
+    Known,
+    /// It is to be told, as soon as it has a buffer for that.
+    Owed,
+    /// It was told, while so many other buffers waited. It drops its connections and then gives the
+    /// buffer back, so once there are more it has.
+    Told { waiting: u16 },
+}
 
 /// See the module's text.
 #[derive(Debug)]
@@ -45,8 +63,11 @@ pub(super) struct Table {
     next_port: u32,
     /// Somebody may want to be let in.
     may_accept: bool,
-    /// The guest is to be told that all connections are gone.
-    pub owes_event: bool,
+    /// While they are not known nothing new is begun: the driver would drop it too.
+    pub news: News,
+    /// But no longer than until then; None until the guest runs.
+    patience_until: Option<Instant>,
+    patience: Duration,
 }
 
 impl Table {
@@ -69,7 +90,9 @@ impl Table {
             next_number: LISTENER + 1,
             next_port: any_port(),
             may_accept: true,
-            owes_event: false,
+            news: News::Known,
+            patience_until: None,
+            patience: NEWS_PATIENCE,
         })
     }
 
@@ -78,13 +101,65 @@ impl Table {
         self.connections.len()
     }
 
+    /// Ends all connections, of which the driver does not know yet.
+    pub(super) fn forget(&mut self) {
+        self.clear();
+        self.news = News::Owed;
+    }
+
+    /// The guest runs from here on, and has time to hear the news; unless that is over.
+    pub(super) fn go_on(&mut self) {
+        if !self.connections.values().any(|(_, connection)| connection.has_begun()) {
+            self.patience_until = Some(Instant::now() + self.patience);
+        }
+    }
+
+    /// The driver gets the news now, while so many other buffers for news wait.
+    pub(super) fn tell(&mut self, waiting: u16) {
+        self.end_begun();
+        self.news = News::Told { waiting };
+        self.go_on();
+    }
+
+    /// The driver knows the news.
+    pub(super) fn is_known(&mut self) {
+        self.end_begun();
+        self.news = News::Known;
+    }
+
+    /// Ends what was begun with a driver that was waited for in vain: it drops that with the rest.
+    fn end_begun(&mut self) {
+        let begun = |(number, (_, connection)): (&u64, &(Ports, Connection))| {
+            connection.has_begun().then_some(*number)
+        };
+        let begun: Vec<u64> = self.connections.iter().filter_map(begun).collect();
+        begun.into_iter().for_each(|number| self.settle(number, Fate::Ends));
+    }
+
+    /// Has it wait no longer than `patience` for a driver that does not hear the news, for tests.
+    #[cfg(test)]
+    pub(super) fn set_patience(&mut self, patience: Duration) {
+        self.patience = patience;
+    }
+
+    /// For how long nothing new is begun yet, unless the driver shows sooner that it knows the news; None
+    /// if that is over.
+    pub(super) fn holds_for(&self) -> Option<Duration> {
+        if self.news == News::Known {
+            return None;
+        }
+        let Some(until) = self.patience_until else { return Some(self.patience) };
+        until.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())
+    }
+
     /// Ends all connections, without a word to the guest.
     pub(super) fn clear(&mut self) {
         self.connections.clear();
         self.ports.clear();
         self.line.clear();
         self.resets.clear();
-        self.owes_event = false;
+        self.news = News::Known;
+        self.patience_until = None;
         // A guest that has not heard of it yet may take the same ports for the same connections.
         self.next_port = any_port();
     }
@@ -96,7 +171,7 @@ impl Table {
 
     /// True if [`Self::outgoing`] may have something.
     pub(super) fn has_outgoing(&self) -> bool {
-        !self.resets.is_empty() || !self.line.is_empty()
+        !self.resets.is_empty() || !self.line.is_empty() && self.holds_for().is_none()
     }
 
     /// Takes note of what epoll said.
@@ -273,6 +348,10 @@ impl Table {
     pub(super) fn outgoing(&mut self, data: &mut [u8]) -> Option<Header> {
         if let Some(reset) = self.resets.pop_front() {
             return Some(reset);
+        }
+        // All in the line were begun since, and each of them begins with what the driver would drop.
+        if self.holds_for().is_some() {
+            return None;
         }
         while let Some(number) = self.line.pop_front() {
             let Some((ports, connection)) = self.connections.get_mut(&number) else { continue };

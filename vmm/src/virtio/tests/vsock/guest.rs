@@ -114,9 +114,14 @@ impl Guest {
         bed.set_up(EVENT_IDX);
         let [rx, tx, events] = [0, 1, 2].map(Ring::new);
         let mut guest = Self { bed, vsock, rx, tx, events, folder };
-        guest.events.add(&guest.bed, &[(EVENT, 4, true)]);
-        guest.events.kick(&guest.bed);
+        guest.offer_event();
         guest
+    }
+
+    /// Gives the device a buffer for an event.
+    pub fn offer_event(&mut self) {
+        self.events.add(&self.bed, &[(EVENT, 4, true)]);
+        self.events.kick(&self.bed);
     }
 
     /// Gives the device a buffer to put a packet into, each at a place of its own.
