@@ -105,6 +105,9 @@ if [ "${1:-}" = --tests ]; then
     need binutils command -v strip
     need kmod anywhere depmod -V
     need gdb command -v gdb
+    need fuse3 command -v fusermount3
+    need zsh command -v zsh
+    need fish command -v fish
     need python3-drgn /usr/bin/python3 -c 'import drgn'
     if [ ${#missing[@]} -gt 0 ] && { ! may_install || ! install "${missing[@]}"; }; then
         echo "missing, by their names in Debian: ${missing[*]}" >&2
