@@ -3,8 +3,8 @@
 # this is Debian and we may, else it prints the list and stops.
 #
 # usage: setup.sh [--tests]    also what only tests want: an emulator, and a stock kernel for guests
-#                              in it, and debuggers. Without the emulator those tests are skipped, so
-#                              that one may be missing, and so may the debuggers.
+#                              in it, debuggers, what mounts for others than root, and shells. Tests of
+#                              what is missing are skipped, and say so.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -28,8 +28,8 @@ impl Bed {
         let store = store.expect("a store");
         let regions = [("ram".to_owned(), vec![0; PAGES]), ("second".to_owned(), vec![0; 40])];
         let mut model = Model { regions: regions.into() };
-        let ram = (0..PAGES as u64).step_by(3).map(|page| (page, 1 + (page % 30) as u8)).collect();
-        let rounds = vec![("ram".to_owned(), ram), ("second".to_owned(), vec![(7, 21)])];
+        let ram = (0..PAGES as u64).step_by(3).map(|page| (page, 1 + (page % 29) as u8)).collect();
+        let rounds = vec![("ram".to_owned(), ram), ("second".to_owned(), vec![(7, 30)])];
         let _taken = take(&store, None, &mut model, &Edit { rounds, step: 0 }).expect("it works");
         Self { host, store, model }
     }
@@ -81,9 +81,10 @@ fn damage_is_named_and_no_file_is_left() {
     // Content 3 is noise, stored as it is.
     bed.damage(|payload| has(payload, &content(3)[..64]));
     fs::write(bed.host.path("old"), "what was there").expect("a file");
+    let at = bed.at();
     for (file, more) in [("new", &[][..]), ("old", &["--force"])] {
         for format in ["raw", "tar"] {
-            let args = [&["export", &bed.at(), file, "--format", format], more].concat();
+            let args = [&["export", &at, file, "--format", format], more].concat();
             let refused = bed.host.frazil(&args);
             refused.expect_code(1).expect_says(&["segments/", "offset", file]);
             assert_eq!(bed.leavings(), ["old"]);
@@ -190,6 +191,7 @@ fn a_full_disk_is_an_error_and_so_is_a_full_standard_output() {
 fn only_files_are_replaced_and_only_those_that_may_be() {
     let bed = Bed::new();
     let at = |name: &str| bed.host.path(name);
+    let latest = bed.at();
     rustix::fs::mknodat(
         rustix::fs::CWD,
         at("pipe"),
@@ -204,7 +206,7 @@ fn only_files_are_replaced_and_only_those_that_may_be() {
         for (name, says) in
             [("pipe", "a pipe"), ("folder", "a folder"), ("null", "a character device")]
         {
-            let args = ["export", &bed.at(), name, "--force", "--format", format];
+            let args = ["export", &latest, name, "--force", "--format", format];
             let refused = bed.host.frazil(&args);
             // The oracle's snapshots have no machine, and that may come first.
             refused.expect_code(1);

@@ -229,8 +229,8 @@ fn a_file_that_is_written_meanwhile_is_refused() {
     let mut child = import.stderr(std::process::Stdio::piped()).spawn().expect("it starts");
     let mut id = 0;
     while child.try_wait().expect("ours").is_none() {
-        file.write_all_at(content(id % 30), 39_999 * 4096).expect("it is written");
-        id += 1;
+        file.write_all_at(content(id), 39_999 * 4096).expect("it is written");
+        id = (id + 1) % 30;
         std::thread::sleep(std::time::Duration::from_millis(1));
     }
     let output = child.wait_with_output().expect("it ended");
@@ -322,4 +322,25 @@ fn archives_have_everything_and_are_sparse() {
     };
     let listed = String::from_utf8(listed.stdout).expect("UTF-8");
     assert!(listed.contains(&format!("memory/ram {} True", 20_000 * PAGE_SIZE)), "{listed}");
+}
+
+#[test]
+fn an_archive_of_a_vm_with_any_name_can_be_unpacked() {
+    let host = Host::new();
+    write_sparse(&host.path("memory"), 300, &[(1, 5), (299, 8)]);
+    for (turn, name) in ["../../up", &"a long name ".repeat(30), "漢字", " "].iter().enumerate() {
+        let _done = import(&host, &["--memory", &path(&host, "memory"), "--name", name]);
+        let archive = path(&host, &format!("{turn}.tar"));
+        let _done = host.ok(&["export", &host.at("latest"), &archive, "--format", "tar"]);
+        let unpacked = host.path(&format!("unpacked {turn}"));
+        fs::create_dir(&unpacked).expect("a folder");
+        let mut tar = Command::new("tar");
+        tar.args(["-x", "-f", &archive, "-C"]).arg(&unpacked);
+        finish(tar, PATIENCE).expect_code(0);
+        let mut tops = fs::read_dir(&unpacked).expect("it").map(|top| top.expect("it").path());
+        let top = tops.next().expect("one folder");
+        assert!(tops.next().is_none());
+        let memory = fs::read(top.join("memory/ram")).expect("it is there");
+        assert!(memory == fs::read(host.path("memory")).expect("it"), "{name}");
+    }
 }

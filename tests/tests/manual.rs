@@ -55,7 +55,7 @@ fn man_pages_are_written_for_every_command() {
         .as_array()
         .expect("a list")
         .iter()
-        .flat_map(|page| page.as_str())
+        .filter_map(serde_json::Value::as_str)
         .collect();
     listed.sort_unstable();
     expected.sort();
@@ -170,9 +170,12 @@ fn fish_completes_what_people_may_use() {
 fn files(folder: &Path, from: &Path) -> Vec<String> {
     let entries = fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("it").path());
     let mut found: Vec<String> = entries
-        .flat_map(|path| match path.is_dir() {
-            true => files(&path, from),
-            false => vec![path.strip_prefix(from).expect("below").display().to_string()],
+        .flat_map(|path| {
+            if path.is_dir() {
+                files(&path, from)
+            } else {
+                vec![path.strip_prefix(from).expect("below").display().to_string()]
+            }
         })
         .collect();
     found.sort();

@@ -78,7 +78,8 @@ fn fish_positionals(command: &Command) -> String {
     for command in command.get_subcommands() {
         let name = command.get_name();
         for values in command.get_positionals().map(clap::Arg::get_possible_values) {
-            let values: Vec<&str> = values.iter().map(|value| value.get_name()).collect();
+            let values: Vec<&str> =
+                values.iter().map(clap::builder::PossibleValue::get_name).collect();
             if !values.is_empty() {
                 let _to_memory = writeln!(
                     lines,

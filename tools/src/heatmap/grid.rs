@@ -200,14 +200,14 @@ mod tests {
                 _ => Some(Rgb((cell / 1000 % 200) as u8, 0, 0)),
             };
             let mut picture = Picture::default();
-            grid.draw(&mut picture, (0, 0), &color_of);
+            grid.draw(&mut picture, (200, 0), &color_of);
             let mut found = vec![None; grid.cells()];
             let px = grid.cell_px();
             for (color, rects) in picture.rects.iter().filter(|(color, _)| *color != Rgb::FAINT) {
                 for Rect(x, y, width, _) in rects {
                     for step in 0..width.div_ceil(px) {
                         let row = (y - 22) / px;
-                        let cell = (row * grid.columns + x / px + step) as usize;
+                        let cell = (row * grid.columns + (x - 200) / px + step) as usize;
                         assert_eq!(found[cell].replace(*color), None, "{cell} of {pages}");
                     }
                 }
