@@ -19,13 +19,14 @@ build: setup
 # The command, its man pages, and what shells complete it by; DESTDIR is for who packages it.
 PREFIX ?= /usr/local
 share = $(DESTDIR)$(PREFIX)/share
+release = $(or $(CARGO_TARGET_DIR),target)/release
 install: build
-	install -D -m 755 target/release/frazil $(DESTDIR)$(PREFIX)/bin/frazil
-	target/release/frazil man $(share)/man/man1
-	install -d $(share)/bash-completion/completions $(share)/zsh/site-functions $(share)/fish/vendor_completions.d
-	target/release/frazil completion bash > $(share)/bash-completion/completions/frazil
-	target/release/frazil completion zsh > $(share)/zsh/site-functions/_frazil
-	target/release/frazil completion fish > $(share)/fish/vendor_completions.d/frazil.fish
+	install -D -m 755 "$(release)/frazil" "$(DESTDIR)$(PREFIX)/bin/frazil"
+	"$(release)/frazil" man "$(share)/man/man1"
+	install -d "$(share)/bash-completion/completions" "$(share)/zsh/site-functions" "$(share)/fish/vendor_completions.d"
+	"$(release)/frazil" completion bash > "$(share)/bash-completion/completions/frazil"
+	"$(release)/frazil" completion zsh > "$(share)/zsh/site-functions/_frazil"
+	"$(release)/frazil" completion fish > "$(share)/fish/vendor_completions.d/frazil.fish"
 
 demo: setup
 	$(CARGO) run --release --locked --quiet -p frazil-tools -- demo

@@ -3,8 +3,8 @@
 # this is Debian and we may, else it prints the list and stops.
 #
 # usage: setup.sh [--tests]    also what only tests want: an emulator, and a stock kernel for guests
-#                              in it, and debuggers. Without the emulator those tests are skipped, so
-#                              that one may be missing, and so may the debuggers.
+#                              in it, debuggers, what mounts for others than root, and shells. Tests of
+#                              what is missing are skipped, and say so.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -106,6 +106,9 @@ if [ "${1:-}" = --tests ]; then
     need binutils command -v strip
     need kmod anywhere depmod -V
     need gdb command -v gdb
+    need fuse3 command -v fusermount3
+    need zsh command -v zsh
+    need fish command -v fish
     need python3-drgn /usr/bin/python3 -c 'import drgn'
     if [ ${#missing[@]} -gt 0 ] && { ! may_install || ! install "${missing[@]}"; }; then
         echo "missing, by their names in Debian: ${missing[*]}" >&2

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::error::{Result, StoreError};
 use crate::format::{
@@ -9,15 +10,20 @@ use crate::format::{
     SEGMENT_FOLDER, STORE_FILE,
 };
 use crate::journal::{self, Cursor};
-use crate::storage::{Storage, StoreFile};
+use crate::storage::{Storage, StoreFile, WriterLock};
 use crate::store::{lock, unix_ms};
+
+/// How long another process may take to make a store: a few syncs, on a disk that is busy.
+const CREATION_PATIENCE: Duration = Duration::from_secs(30);
+/// How often it is looked at meanwhile.
+const CREATION_LOOK: Duration = Duration::from_millis(10);
 
 /// Makes what is missing of the store's files, if anything is.
 pub(crate) fn create_if_missing(storage: &dyn Storage) -> Result<()> {
     if unfinished(storage)?.is_none() {
         return Ok(());
     }
-    let _lock = lock(storage)?;
+    let _lock = lock_to_create(storage)?;
     // Looked at again: another process may have made the store before the lock was ours.
     match unfinished(storage)? {
         Some(Unfinished::Nothing) => create(storage),
@@ -26,6 +32,22 @@ pub(crate) fn create_if_missing(storage: &dyn Storage) -> Result<()> {
             put_header(storage, STORE_FILE, file, &header)
         }
         None => Ok(()),
+    }
+}
+
+/// Takes the lock of a store that is to be made; if somebody else has it, who makes the same store just now,
+/// or has made it by then and writes to it, waits for a while.
+fn lock_to_create(storage: &dyn Storage) -> Result<Option<Box<dyn WriterLock>>> {
+    let until = Instant::now() + CREATION_PATIENCE;
+    loop {
+        match lock(storage) {
+            Err(StoreError::Busy { .. }) if Instant::now() < until => {}
+            locked => return locked.map(Some),
+        }
+        std::thread::sleep(CREATION_LOOK);
+        if unfinished(storage)?.is_none() {
+            return Ok(None);
+        }
     }
 }
 

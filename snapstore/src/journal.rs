@@ -48,6 +48,11 @@ impl Cursor {
         }
     }
 
+    /// A hash of all that was read.
+    pub fn chain(&self) -> Hash {
+        self.chain
+    }
+
     /// True if `file` is the journal that was read so far: the same header, and the same check at
     /// the end of what was read.
     pub fn goes_on_in(&self, file: &dyn StoreFile) -> Result<bool> {

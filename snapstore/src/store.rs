@@ -309,6 +309,12 @@ impl Store {
         self.catalog().snapshots().to_vec()
     }
 
+    /// A hash of all of the journal that was read: as long as it stays the same, so do snapshots and tags.
+    #[must_use]
+    pub fn journal_hash(&self) -> Hash {
+        self.catalog().cursor.chain()
+    }
+
     /// The newest published snapshot.
     #[must_use]
     pub fn latest(&self) -> Option<SnapshotInfo> {

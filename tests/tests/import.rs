@@ -190,6 +190,57 @@ fn what_cannot_be_imported_is_refused_with_a_reason() {
 }
 
 #[test]
+fn what_is_no_file_is_refused_and_nothing_is_waited_for() {
+    let host = Host::new();
+    let store = host.store_path().display().to_string();
+    let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+    let kind = rustix::fs::FileType::Fifo;
+    rustix::fs::mknodat(rustix::fs::CWD, host.path("pipe"), kind, mode, 0).expect("a pipe");
+    fs::create_dir(host.path("folder")).expect("a folder");
+    for which in ["--memory", "--disk"] {
+        for (name, says) in
+            [("pipe", "a pipe"), ("folder", "a folder"), ("/dev/zero", "a character device")]
+        {
+            let refused = host.frazil(&["import", "--store", &store, which, name]);
+            refused.expect_code(1).expect_says(&["expected a file", says]);
+        }
+    }
+    write_sparse(&host.path("small"), 10, &[(1, 3)]);
+    let gap = ["import", "--store", &store, "--memory", "small", "--gap", "4KiB..1000TiB"];
+    host.frazil(&gap).expect_code(1).expect_says(&["--gap", "16.00 TiB"]);
+    assert!(!host.store_path().exists());
+    // A guest may have written that; people seldom mean it.
+    fs::write(host.path("disk"), [&b"QFI\xfb"[..], &[0; 4092]].concat()).expect("a file");
+    let warned = host.ok(&["import", "--store", &store, "--disk", "disk"]);
+    warned.expect_says(&["disk", "qcow2", "raw"]);
+    let silent = host.ok(&["import", "--store", &store, "--memory", "small"]);
+    assert_eq!(silent.stderr, "");
+}
+
+#[test]
+fn a_file_that_is_written_meanwhile_is_refused() {
+    let host = Host::new();
+    // Noise takes its time.
+    let contents: Vec<(u64, u8)> = (0..40_000).map(|page| (page, 3 * (page % 8) as u8)).collect();
+    write_sparse(&host.path("memory"), 40_000, &contents);
+    let file = File::options().write(true).open(host.path("memory")).expect("it");
+    let store = host.store_path().display().to_string();
+    let mut import = host.command(&["import", "--store", &store, "--memory", "memory"]);
+    let mut child = import.stderr(std::process::Stdio::piped()).spawn().expect("it starts");
+    let mut id = 0;
+    while child.try_wait().expect("ours").is_none() {
+        file.write_all_at(content(id), 39_999 * 4096).expect("it is written");
+        id = (id + 1) % 30;
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    let output = child.wait_with_output().expect("it ended");
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("memory") && said.contains("written while it was read"), "{said}");
+    assert_eq!(host.store().snapshots().len(), 0);
+}
+
+#[test]
 fn memory_that_was_changed_outside_runs_again() {
     if !kvm_or_skip() {
         return;
@@ -271,4 +322,25 @@ fn archives_have_everything_and_are_sparse() {
     };
     let listed = String::from_utf8(listed.stdout).expect("UTF-8");
     assert!(listed.contains(&format!("memory/ram {} True", 20_000 * PAGE_SIZE)), "{listed}");
+}
+
+#[test]
+fn an_archive_of_a_vm_with_any_name_can_be_unpacked() {
+    let host = Host::new();
+    write_sparse(&host.path("memory"), 300, &[(1, 5), (299, 8)]);
+    for (turn, name) in ["../../up", &"a long name ".repeat(30), "漢字", " "].iter().enumerate() {
+        let _done = import(&host, &["--memory", &path(&host, "memory"), "--name", name]);
+        let archive = path(&host, &format!("{turn}.tar"));
+        let _done = host.ok(&["export", &host.at("latest"), &archive, "--format", "tar"]);
+        let unpacked = host.path(&format!("unpacked {turn}"));
+        fs::create_dir(&unpacked).expect("a folder");
+        let mut tar = Command::new("tar");
+        tar.args(["-x", "-f", &archive, "-C"]).arg(&unpacked);
+        finish(tar, PATIENCE).expect_code(0);
+        let mut tops = fs::read_dir(&unpacked).expect("it").map(|top| top.expect("it").path());
+        let top = tops.next().expect("one folder");
+        assert!(tops.next().is_none());
+        let memory = fs::read(top.join("memory/ram")).expect("it is there");
+        assert!(memory == fs::read(host.path("memory")).expect("it"), "{name}");
+    }
 }

@@ -1,11 +1,13 @@
 //! What people read of the command before they use it: help, man pages, completion; and its colours.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::process::Command;
 
 use frazil_snapstore::{Store, StoreOptions};
 use frazil_tests::oracle::{Edit, Model, take};
-use frazil_tests::vm_harness::Host;
+use frazil_tests::vm_harness::{Host, PATIENCE, finish, frazil};
 
 /// Everything that `frazil help` lists, as its lines have it.
 fn commands(help: &str) -> Vec<&str> {
@@ -35,35 +37,183 @@ fn help_is_the_same_however_it_is_asked_for_and_every_command_has_its_own() {
 #[test]
 fn man_pages_are_written_for_every_command() {
     let host = Host::new();
-    let folder = host.path("man/man1").display().to_string();
-    let written = host.json(&["man", &folder]);
+    let folder = host.path("man/man1");
+    fs::create_dir_all(&folder).expect("a folder");
+    fs::write(folder.join("frazil-else.1"), "somebody else's").expect("a file");
+    let written = host.json(&["man", folder.to_str().expect("UTF-8")]);
     let help = host.ok(&["help"]).stdout;
+    let mut expected = vec!["frazil.1".to_owned()];
     for command in commands(&help).into_iter().filter(|command| *command != "help") {
         let page = format!("frazil-{command}.1");
-        let text = fs::read_to_string(host.path("man/man1").join(&page)).expect("it is there");
-        assert!(text.contains(".TH ") && text.contains(command), "{page}");
-        let listed = written["pages"].as_array().expect("a list");
-        assert!(listed.iter().any(|listed| *listed == page), "{written}");
+        let text = fs::read_to_string(folder.join(&page)).expect("it is there");
+        let title = format!(".TH \"FRAZIL-{}\" \"1\"", command.to_uppercase());
+        assert!(text.contains(&title) && text.contains("SEE ALSO"), "{page}");
+        expected.push(page);
     }
-    assert!(!host.path("man/man1/frazil-pager.1").exists());
+    assert!(!folder.join("frazil-pager.1").exists());
+    let mut listed: Vec<&str> = written["pages"]
+        .as_array()
+        .expect("a list")
+        .iter()
+        .filter_map(serde_json::Value::as_str)
+        .collect();
+    listed.sort_unstable();
+    expected.sort();
+    assert_eq!(listed, expected, "what was written, and nothing that was there");
+    let all = fs::read_to_string(folder.join("frazil.1")).expect("it is there");
+    for part in ["ENVIRONMENT", "FRAZIL_STORE", "NO_COLOR", "EXIT STATUS", "SNAP"] {
+        assert!(all.contains(part), "{part}");
+    }
+    for page in expected {
+        let Some(said) = shell("man", &["-l", folder.join(&page).to_str().expect("UTF-8")]) else {
+            return;
+        };
+        assert!(said.contains("frazil manual") && said.contains("frazil 0"), "{page}: {said}");
+    }
+}
+
+/// What `program` says; none if it is not installed.
+fn shell(program: &str, args: &[&str]) -> Option<String> {
+    let mut command = Command::new(program);
+    command.args(args).env("MANWIDTH", "80").env("MANPAGER", "cat");
+    if Command::new(program).arg("--version").output().is_err() {
+        eprintln!("SKIPPED: there is no {program} here; `make setup-tests` brings the shells");
+        return None;
+    }
+    let finished = finish(command, PATIENCE);
+    finished.expect_code(0);
+    assert_eq!(finished.stderr, "", "{program}");
+    Some(finished.stdout)
+}
+
+/// Command lines, and what each is with a tab behind it.
+const COMPLETIONS: [(&str, &str); 5] = [
+    ("mo", "mount"),
+    ("export x y --format e", "export x y --format elf-core"),
+    ("help ex", "help export"),
+    ("completion z", "completion zsh"),
+    ("show x --heatmap-", "show x --heatmap-region"),
+];
+
+/// Types command lines into a zsh of its own, a tab behind each, and has it print what has become of them.
+const ZSH: &str = r#"
+zmodload zsh/zpty
+zpty z zsh -f -i
+said=
+until_line() { while zpty -r z said; do [[ $said == $1* ]] && return; done }
+zpty -w z "PS1=; fpath=($1 \$fpath); autoload -Uz compinit; compinit -u -D; print -r -- rea''dy"
+until_line ready
+shift
+for typed in $@; do
+    zpty -w -n z "frazil $typed"$'\t\C-aprint -r -- ok: \n'
+    until_line ok:
+    print -r -- ${${said#ok: frazil }%%[[:space:]]#}
+done
+zpty -d z
+"#;
+
+fn script(host: &Host, shell: &str, name: &str) -> String {
+    let path = host.path(name);
+    fs::create_dir_all(path.parent().expect("a folder")).expect("a folder");
+    let script = host.ok(&["completion", shell]).stdout;
+    assert!(script.contains("checkpoint") && script.contains("heatmap"), "{shell}");
+    assert!(!script.contains("memory-from"), "{shell}: hidden options are not for people");
+    fs::write(&path, script).expect("a file");
+    path.display().to_string()
 }
 
 #[test]
-fn shells_complete_what_people_may_use() {
+fn bash_completes_what_people_may_use() {
     let host = Host::new();
-    for shell in ["bash", "zsh", "fish"] {
-        let script = host.ok(&["completion", shell]).stdout;
-        assert!(script.contains("checkpoint") && script.contains("heatmap"), "{shell}");
-        assert!(!script.contains("memory-from"), "{shell}: hidden options are not for people");
+    let script = script(&host, "bash", "frazil.bash");
+    let asked = "source \"$1\"; COMP_WORDS=(frazil ${@:2}); COMP_CWORD=$(($# - 1)); \
+                 _frazil frazil \"${COMP_WORDS[-1]}\" \"${COMP_WORDS[-2]}\"; echo \"${COMPREPLY[@]}\"";
+    for (typed, completed) in COMPLETIONS {
+        let words: Vec<&str> = typed.split(' ').collect();
+        let Some(said) = shell("bash", &[&["-c", asked, "-", &script], &words[..]].concat()) else {
+            return;
+        };
+        let last = completed.split(' ').next_back().expect("a word");
+        assert_eq!(said.trim(), last, "{typed}");
     }
-    let script = host.path("frazil.bash");
-    fs::write(&script, host.ok(&["completion", "bash"]).stdout).expect("a file");
-    let asked = "source \"$1\"; COMP_WORDS=(frazil mo); COMP_CWORD=1; _frazil frazil mo frazil; \
-                 echo \"${COMPREPLY[@]}\"";
-    let answer = Command::new("bash").args(["-c", asked, "-"]).arg(&script).output();
-    let answer = answer.expect("there is a bash");
-    assert_eq!(String::from_utf8_lossy(&answer.stdout).trim(), "mount", "{answer:?}");
     host.frazil(&["completion", "tcsh"]).expect_code(2).expect_says(&["bash"]);
+}
+
+#[test]
+fn zsh_completes_what_people_may_use() {
+    let host = Host::new();
+    let script = script(&host, "zsh", "functions/_frazil");
+    let folder = script.trim_end_matches("/_frazil");
+    let typed = COMPLETIONS.map(|(typed, _)| typed);
+    let args = [&["-f", "-c", ZSH, "-", folder], &typed[..]].concat();
+    let Some(said) = shell("zsh", &args) else { return };
+    let completed: Vec<&str> =
+        said.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    assert_eq!(completed, COMPLETIONS.map(|(_, completed)| completed));
+}
+
+#[test]
+fn fish_completes_what_people_may_use() {
+    let host = Host::new();
+    let script = script(&host, "fish", "frazil.fish");
+    for (typed, completed) in COMPLETIONS {
+        let asked = format!("source {script}; complete -C 'frazil {typed}'");
+        let Some(said) = shell("fish", &["--no-config", "-c", &asked]) else { return };
+        let offered: Vec<&str> =
+            said.lines().map(|line| line.split('\t').next().expect("a word")).collect();
+        let last = completed.split(' ').next_back().expect("a word");
+        assert_eq!(offered, [last], "{typed}");
+    }
+}
+
+/// Everything in `folder`, by its path from there.
+fn files(folder: &Path, from: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("it").path());
+    let mut found: Vec<String> = entries
+        .flat_map(|path| {
+            if path.is_dir() {
+                files(&path, from)
+            } else {
+                vec![path.strip_prefix(from).expect("below").display().to_string()]
+            }
+        })
+        .collect();
+    found.sort();
+    found
+}
+
+#[test]
+fn make_install_puts_everything_in_place() {
+    let host = Host::new();
+    // As if it had been built: a program, a folder of the release, and a make that has nothing to do before.
+    let release = host.path("target dir/release");
+    fs::create_dir_all(&release).expect("a folder");
+    fs::copy(frazil(), release.join("frazil")).expect("it is copied");
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace");
+    let mut make = Command::new("make");
+    make.args(["-s", "-o", "build", "install", "PREFIX=/usr"])
+        .arg(format!("DESTDIR={}", host.path("root dir").display()))
+        .env("CARGO_TARGET_DIR", host.path("target dir"))
+        .env_remove("MAKEFLAGS")
+        .current_dir(source);
+    if Command::new("make").arg("--version").output().is_err() {
+        eprintln!("SKIPPED: there is no make here");
+        return;
+    }
+    finish(make, PATIENCE).expect_code(0);
+    let root = host.path("root dir");
+    let installed = files(&root, &root);
+    for file in [
+        "usr/bin/frazil",
+        "usr/share/man/man1/frazil.1",
+        "usr/share/man/man1/frazil-export.1",
+        "usr/share/bash-completion/completions/frazil",
+        "usr/share/zsh/site-functions/_frazil",
+        "usr/share/fish/vendor_completions.d/frazil.fish",
+    ] {
+        assert!(installed.iter().any(|installed| installed == file), "{file} in {installed:?}");
+    }
+    assert_eq!(fs::metadata(root.join("usr/bin/frazil")).expect("it").mode() & 0o777, 0o755);
 }
 
 #[test]

@@ -8,6 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
 use frazil_snapstore::{PAGE_SIZE, PruneOptions, PruneProgress, Store, StoreOptions};
+use frazil_tests::format_reader::{BLOCK_HEADER_LEN, Record, payload_of, read_segment};
 use frazil_tests::oracle::{Edit, Model, content, take};
 use frazil_tests::vm_harness::{Finished, Host, finish, number, text, wait_for};
 use rustix::fs::SeekFrom;
@@ -415,4 +416,38 @@ fn where_it_cannot_be_mounted_it_says_why() {
     fs::create_dir(bed.host.store_path().join("inside")).expect("a folder");
     let refused = bed.host.frazil(&["mount", &store, &format!("{store}/inside")]);
     refused.expect_code(1).expect_says(&["apart from the store"]);
+    let mounted = bed.mount();
+    let refused = bed.host.frazil(&["mount", &store, mounted.folder.to_str().expect("UTF-8")]);
+    refused.expect_code(1).expect_says(&["mounted already"]);
+}
+
+#[test]
+fn damage_to_what_says_how_long_a_disk_is_is_of_that_disk() {
+    if !fuse_or_skip() {
+        return;
+    }
+    let host = Host::new();
+    fs::write(host.path("memory"), content(5)).expect("a file");
+    fs::write(host.path("disk"), content(8)).expect("a file");
+    let store = host.store_path().display().to_string();
+    let _done = host.ok(&["import", "--store", &store, "--memory", "memory", "--disk", "disk"]);
+    let segments = host.store_path().join("segments");
+    let segment = fs::read_dir(&segments).expect("it").next().expect("one").expect("it").path();
+    let mut bytes = fs::read(&segment).expect("it");
+    let records = read_segment(&bytes);
+    let is_disk = |record: &&Record| {
+        let payload = payload_of(&bytes[record.offset..record.end()]);
+        payload.windows(9).any(|window| window == b"\"sectors\"")
+    };
+    let record = *records.iter().find(is_disk).expect("there is one");
+    bytes[record.offset + BLOCK_HEADER_LEN + 5] ^= 0x10;
+    fs::write(&segment, bytes).expect("it");
+    fs::create_dir(host.path("mnt")).expect("a folder");
+    let mounted = Mounted::new(&host, &host.path("mnt"));
+    assert!(fs::read(mounted.path("latest/memory/ram")).expect("it reads") == content(5));
+    assert!(fs::read_dir(mounted.path("latest/disks")).expect("it is listed").count() == 1);
+    for damaged in ["latest/disks/disk0", "latest/state/disk0.json"] {
+        let error = fs::read(mounted.path(damaged)).expect_err("nobody knows how long it is");
+        assert_eq!(error.raw_os_error(), Some(rustix::io::Errno::IO.raw_os_error()), "{damaged}");
+    }
 }

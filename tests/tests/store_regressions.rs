@@ -549,3 +549,17 @@ fn a_number_that_is_used_again_is_not_looked_for_in_an_open_file() {
     first.refresh().unwrap();
     compare(&first, id, &contents).unwrap();
 }
+
+#[test]
+fn many_make_one_store_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    for turn in 0..10 {
+        let path = folder.path().join(turn.to_string());
+        let made: Vec<_> = std::thread::scope(|scope| {
+            let make = || Store::open_or_create(&path, small_options()).map(|_| ());
+            let all: Vec<_> = (0..8).map(|_| scope.spawn(make)).collect();
+            all.into_iter().map(|one| one.join().unwrap()).collect()
+        });
+        assert!(made.iter().all(Result::is_ok), "{made:?}");
+    }
+}

@@ -144,7 +144,7 @@ fn feed(vm: &Weak<Vm>, is_terminal: bool) {
                     false
                 }
                 Meaning::Help => {
-                    eprint!("{HELP}");
+                    let _nobody_listens = io::Write::write_all(&mut io::stderr(), HELP.as_bytes());
                     true
                 }
             };

@@ -10,6 +10,7 @@ mod commands;
 mod console;
 mod demo;
 mod heatmap;
+mod new_file;
 mod snapshot_files;
 
 use std::io::IsTerminal;
@@ -32,15 +33,23 @@ fn main() -> ExitCode {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(output::color_on(std::io::stderr().is_terminal()))
+        // It would be told on standard error, where nobody listens.
+        .log_internal_errors(false)
         .init();
     match run(cli, started) {
-        Ok(code) => code,
+        Ok(code) => match output::not_printed() {
+            None => code,
+            Some(error) => {
+                errln!("frazil: cannot write to standard output: {error}");
+                ExitCode::FAILURE
+            }
+        },
         Err(error) => {
             if let Some(usage) = error.downcast_ref::<clap::Error>() {
                 usage.exit();
             }
             // Part of it may be what somebody else sent: a name, a message of a guest.
-            eprintln!("frazil: {}", output::plain(&output::error(&error)));
+            errln!("frazil: {}", output::plain(&output::error(&error)));
             ExitCode::FAILURE
         }
     }

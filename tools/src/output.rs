@@ -3,7 +3,8 @@
 use std::borrow::Cow;
 use std::fmt::{Arguments, Write as _};
 use std::io::{IsTerminal, Write};
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use comfy_table::{CellAlignment, Table, presets};
@@ -20,6 +21,18 @@ macro_rules! outln {
     };
 }
 
+/// As `eprintln!`, but that nobody can read standard error is no reason to panic.
+macro_rules! errln {
+    ($($arg:tt)*) => {
+        $crate::output::error_line(format_args!($($arg)*))
+    };
+}
+
+/// Prints a line on standard error, if anybody listens.
+pub(crate) fn error_line(text: Arguments<'_>) {
+    let _nobody_listens = writeln!(std::io::stderr(), "{text}");
+}
+
 /// Prints a line on standard output, if anybody listens.
 pub(crate) fn line(text: Arguments<'_>) {
     let _nobody_listens = try_line(text);
@@ -27,7 +40,26 @@ pub(crate) fn line(text: Arguments<'_>) {
 
 /// As [`line()`], for those who stop when nobody listens any more.
 pub(crate) fn try_line(text: Arguments<'_>) -> std::io::Result<()> {
-    writeln!(std::io::stdout(), "{}", plain(&text.to_string()))
+    noted(writeln!(std::io::stdout(), "{}", plain(&text.to_string())))
+}
+
+/// Why something could not be printed.
+static NOT_PRINTED: Mutex<Option<std::io::Error>> = Mutex::new(None);
+
+/// Remembers why something could not be printed, unless it is that nobody listens: a command goes on, and
+/// does not end as if all had been well.
+fn noted(printed: std::io::Result<()>) -> std::io::Result<()> {
+    let Err(error) = printed else { return Ok(()) };
+    let kind = error.kind();
+    if kind != std::io::ErrorKind::BrokenPipe {
+        NOT_PRINTED.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+    }
+    Err(kind.into())
+}
+
+/// Why something that was printed is not where it was to go, a full disk say.
+pub(crate) fn not_printed() -> Option<std::io::Error> {
+    NOT_PRINTED.lock().unwrap_or_else(PoisonError::into_inner).take()
 }
 
 /// `text` without anything that a terminal would obey rather than show: names and messages may
@@ -130,7 +162,7 @@ impl Line {
     pub(crate) fn print(&self) {
         let mut out = std::io::stdout();
         let line = if color_on(out.is_terminal()) { &self.painted } else { &self.plain };
-        let _nobody_listens = writeln!(out, "{}", line.trim_end());
+        let _nobody_listens = noted(writeln!(out, "{}", line.trim_end()));
     }
 }
 
@@ -161,6 +193,12 @@ pub(crate) fn bytes(bytes: u64) -> String {
 /// "1,234,567".
 pub(crate) fn count(count: u64) -> String {
     indicatif::HumanCount(count).to_string()
+}
+
+/// "1 page", "1,234 pages".
+pub(crate) fn counted(count: u64, what: &str) -> String {
+    let s = if count == 1 { "" } else { "s" };
+    format!("{} {what}{s}", self::count(count))
 }
 
 /// "843 µs", "12.3 ms", "1.20 s".
@@ -211,6 +249,27 @@ pub(crate) fn progress_bar(what: &'static str, unit: &str) -> ProgressBar {
     bar.set_prefix(what);
     bar.enable_steady_tick(Duration::from_millis(100));
     bar
+}
+
+/// Does `work`, with a bar on the terminal that shows how far of `total` it is.
+pub(crate) fn with_progress_bar<T: Send>(
+    what: &'static str,
+    unit: &str,
+    total: u64,
+    done: &AtomicU64,
+    work: impl FnOnce() -> T + Send,
+) -> T {
+    let bar = progress_bar(what, unit);
+    bar.set_length(total);
+    std::thread::scope(|scope| {
+        let work = scope.spawn(work);
+        while !work.is_finished() {
+            bar.set_position(done.load(Ordering::Relaxed));
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        bar.finish_and_clear();
+        work.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
 
 #[cfg(test)]

@@ -51,8 +51,6 @@ pub(crate) struct RegionFile {
     pub name: String,
     /// The name of the region.
     pub region: String,
-    /// Length of the file in bytes.
-    pub len_bytes: u64,
 }
 
 /// The files of one snapshot.
@@ -66,9 +64,7 @@ pub(crate) struct SnapshotFiles {
 }
 
 impl SnapshotFiles {
-    /// # Errors
-    /// Those of the store, if what says how long a disk is cannot be read.
-    pub(crate) fn new(snapshot: Snapshot) -> anyhow::Result<Self> {
+    pub(crate) fn new(snapshot: Snapshot) -> Self {
         let manifest = snapshot.manifest();
         let regions = manifest
             .regions
@@ -78,18 +74,25 @@ impl SnapshotFiles {
                     .state
                     .iter()
                     .any(|chunk| chunk.name == region.name && chunk.kind == SavedDisk::KIND);
-                Ok(RegionFile {
+                RegionFile {
                     folder: if is_disk { Folder::Disks } else { Folder::Memory },
                     name: file_name(&region.name).into_owned(),
                     region: region.name.clone(),
-                    len_bytes: region_len_bytes(&snapshot, &snapshot.region(&region.name)?)?,
-                })
+                }
             })
-            .collect::<anyhow::Result<Vec<_>>>()?;
+            .collect();
         let state =
             manifest.state.iter().map(|chunk| file_name(&format!("{}.json", chunk.name)).into());
         let state = state.collect();
-        Ok(Self { snapshot, regions, state })
+        Self { snapshot, regions, state }
+    }
+
+    /// The length of a region's file in bytes.
+    ///
+    /// # Errors
+    /// Those of the store, if what says how long a disk is cannot be read.
+    pub(crate) fn len_bytes(&self, file: &RegionFile) -> anyhow::Result<u64> {
+        region_len_bytes(&self.snapshot, &self.snapshot.region(&file.region)?)
     }
 
     /// What is in [`MANIFEST_FILE`].

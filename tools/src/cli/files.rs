@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{ArgGroup, Args, ValueEnum};
+use clap::{ArgGroup, Args, ValueEnum, ValueHint};
 use clap_complete::Shell;
 
 use super::parse::size;
@@ -10,9 +10,10 @@ use super::parse::size;
 #[derive(Debug, Args)]
 pub(crate) struct MountArgs {
     /// The store.
+    #[arg(value_hint = ValueHint::DirPath)]
     pub store: PathBuf,
     /// Where: an empty folder.
-    #[arg(value_name = "DIR")]
+    #[arg(value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub folder: PathBuf,
     /// Let other users look at it too. Without root, /etc/fuse.conf must allow that
     /// (`user_allow_other`).
@@ -87,7 +88,7 @@ fn gap(text: &str) -> Result<Gap, String> {
     const PAGE_BYTES: u64 = frazil_snapstore::PAGE_SIZE as u64;
     let (start, end) = text.split_once("..").ok_or("expected START..END, such as 3GiB..4GiB")?;
     let (start, end) = (size(start)?, size(end)?);
-    let in_order = 0 < start && start < end && end <= 1 << 50;
+    let in_order = 0 < start && start < end;
     if !in_order || !start.is_multiple_of(PAGE_BYTES) || !end.is_multiple_of(PAGE_BYTES) {
         return Err("expected two multiples of 4 KiB, the first less than the second".into());
     }
@@ -105,7 +106,7 @@ pub(crate) struct CompletionArgs {
 pub(crate) struct ManArgs {
     /// Where, made if it is missing: `man -l DIR/frazil.1` shows them, and so does `man frazil` where
     /// DIR is the man1 of a folder of $MANPATH.
-    #[arg(value_name = "DIR")]
+    #[arg(value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub folder: PathBuf,
 }
 
@@ -113,7 +114,8 @@ pub(crate) struct ManArgs {
 pub(crate) struct ExportArgs {
     /// STORE@REF.
     pub snapshot: String,
-    /// The file, which must not be there yet. What is zero takes no space in it.
+    /// The file, which must not be there yet, or `-` for standard output (raw and tar). What is zero takes
+    /// no space in a file.
     pub file: PathBuf,
     /// What `raw` writes: `ram`, where byte N of the file is guest physical address N, or a disk: `disk0`
     /// and so on.
@@ -122,9 +124,16 @@ pub(crate) struct ExportArgs {
     /// How.
     #[arg(long, value_enum, default_value = "raw")]
     pub format: ExportFormat,
-    /// Replace the file if it is there.
+    /// Replace the file if it is there, once the new one is whole.
     #[arg(long)]
     pub force: bool,
+}
+
+impl ExportArgs {
+    /// True if there is no file.
+    pub(crate) fn to_stdout(&self) -> bool {
+        self.file.as_os_str() == "-"
+    }
 }
 
 /// What an exported file looks like.
@@ -132,8 +141,7 @@ pub(crate) struct ExportArgs {
 pub(crate) enum ExportFormat {
     /// The contents of a region and nothing else.
     Raw,
-    /// All regions, state and manifest as an archive, sparse for tar programs of today; FILE may be `-`
-    /// for standard output.
+    /// All regions, state and manifest as an archive, sparse for tar programs of today.
     Tar,
     /// Memory and vCPUs as an ELF core file, which gdb opens, and crash and drgn if the guest is Linux.
     ElfCore,

@@ -103,6 +103,8 @@ fn strip(command: &Command, name: &str) -> Command {
         command
             .get_subcommands()
             .filter(|inner| !inner.is_hide_set())
+            // Nobody needs help with it, and fish would offer nothing behind it.
+            .filter(|inner| (name, inner.get_name()) != ("help", "help"))
             .map(|inner| strip(inner, inner.get_name())),
     )
 }

@@ -94,12 +94,12 @@ pub(crate) fn run(
         failed += u32::from(!status.success());
         // All else it says itself.
         if let Some(signal) = status.signal() {
-            eprintln!("frazil: VM `{base}-{index}` was ended by signal {signal}");
+            errln!("frazil: VM `{base}-{index}` was ended by signal {signal}");
         }
     }
     clones.0.clear();
     if failed > 0 {
-        eprintln!("frazil: {failed} of {count} VMs failed");
+        errln!("frazil: {failed} of {count} VMs failed");
     }
     Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

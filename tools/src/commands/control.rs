@@ -60,7 +60,7 @@ pub(crate) fn checkpoint(args: CheckpointArgs, json: bool) -> anyhow::Result<()>
         wait_gone(&vm)?;
     }
     if let Some(failure) = &report.tag_failure {
-        eprintln!("frazil: {} is published, its tag is not set: {failure}", report.id.short());
+        errln!("frazil: {} is published, its tag is not set: {failure}", report.id.short());
     }
     if json {
         return print_json(&report);

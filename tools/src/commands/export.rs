@@ -1,9 +1,9 @@
 //! `frazil export`.
 
 use std::fs::File;
-use std::path::Path;
+use std::io::{self, BufWriter, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, bail};
 use frazil_snapstore::search::SearchProgress;
@@ -12,8 +12,10 @@ use frazil_vmm::inspect::{CoreReport, GuestView, write_core};
 use frazil_vmm::memory::RAM_REGION;
 use serde_json::{Value, json};
 
+use super::export_stream::{self, Contents, Extents, WRITE_BYTES};
 use super::{export_tar, open_snapshot, print_json};
 use crate::cli::{ExportArgs, ExportFormat, usage_error};
+use crate::new_file::NewFile;
 use crate::output;
 use crate::snapshot_files::region_len_bytes;
 
@@ -27,11 +29,13 @@ pub(crate) fn export(args: &ExportArgs, json: bool) -> anyhow::Result<()> {
         let wrong = format!("{all}: --region {} has no part in it", args.region);
         return Err(usage_error("export", &wrong).into());
     }
-    let is_file = args.file.as_os_str() != "-" || args.format != ExportFormat::Tar;
-    if is_file && !args.force && args.file.symlink_metadata().is_ok() {
-        bail!("{}: expected no such file, found one: --force replaces it", args.file.display());
-    }
     let make = match args.format {
+        ExportFormat::Raw if args.to_stdout() => return raw_to_stdout(args),
+        ExportFormat::ElfCore if args.to_stdout() => {
+            let wrong = "--format elf-core: a core file has holes, and is written in any order: \
+                         expected a file, found `-`";
+            return Err(usage_error("export", wrong).into());
+        }
         ExportFormat::Raw => raw,
         ExportFormat::ElfCore => elf_core,
         ExportFormat::Tar => return export_tar::export(args, json),
@@ -50,11 +54,11 @@ pub(crate) fn export(args: &ExportArgs, json: bool) -> anyhow::Result<()> {
         return print_json(&object);
     }
     outln!(
-        "{}: {}{}, {} pages that are not zero, in {:.2} s",
+        "{}: {}{}, {} not zero, in {:.2} s",
         args.file.display(),
         output::bytes(exported.bytes),
         exported.what,
-        output::count(exported.pages_written),
+        output::counted(exported.pages_written, "page"),
         started.elapsed().as_secs_f64()
     );
     exported.notes.iter().for_each(|note| outln!("  {note}"));
@@ -78,7 +82,7 @@ fn raw(args: &ExportArgs, snapshot: &Snapshot) -> anyhow::Result<Exported> {
     let bytes = region_len_bytes(snapshot, &region)?;
     let progress = ExportProgress::default();
     let pages = bytes.div_ceil(PAGE_SIZE as u64);
-    write_file(&args.file, pages, &progress.pages_done, |file| {
+    write_file(args, pages, &progress.pages_done, |file| {
         Ok(frazil_snapstore::export(&region, file, bytes, &progress)?)
     })?;
     Ok(Exported {
@@ -94,7 +98,7 @@ fn elf_core(args: &ExportArgs, snapshot: &Snapshot) -> anyhow::Result<Exported> 
     let view = GuestView::open(snapshot)?;
     let progress = ExportProgress::default();
     let pages = view.machine().ram_bytes / PAGE_SIZE as u64;
-    let report = write_file(&args.file, pages, &progress.pages_done, |file| {
+    let report = write_file(args, pages, &progress.pages_done, |file| {
         Ok(write_core(&view, file, &SearchProgress::default(), &progress)?)
     })?;
     let CoreReport { file_bytes, loads, all_mapped, kernel, direct_map } = report;
@@ -111,7 +115,7 @@ fn elf_core(args: &ExportArgs, snapshot: &Snapshot) -> anyhow::Result<Exported> 
     Ok(Exported {
         bytes: file_bytes,
         pages_written: progress.pages_written.load(Ordering::Relaxed),
-        what: format!(", {cpus} vCPUs"),
+        what: format!(", {}", output::counted(cpus as u64, "vCPU")),
         notes,
         more: json!({
             "format": "elf-core", "cpus": cpus, "loads": loads, "all_mapped": all_mapped,
@@ -133,30 +137,35 @@ fn find_region(snapshot: &Snapshot, name: &str) -> anyhow::Result<RegionReader> 
     Ok(snapshot.region(name)?)
 }
 
-/// Has a file written beside `path`, and puts it there when it is whole.
+/// Has a file written, and puts it where it is to be when it is whole.
 fn write_file<T: Send>(
-    path: &Path,
+    args: &ExportArgs,
     pages: u64,
     pages_done: &AtomicU64,
     write: impl FnOnce(&File) -> anyhow::Result<T> + Send,
 ) -> anyhow::Result<T> {
-    let attempt = || {
-        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-        let file = tempfile::NamedTempFile::new_in(folder.unwrap_or_else(|| Path::new(".")))?;
-        let bar = output::progress_bar("export", "pages");
-        bar.set_length(pages);
-        let written = std::thread::scope(|scope| {
-            let write = scope.spawn(|| write(file.as_file()));
-            while !write.is_finished() {
-                bar.set_position(pages_done.load(Ordering::Relaxed));
-                std::thread::sleep(Duration::from_millis(20));
-            }
-            bar.finish_and_clear();
-            write.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        })?;
-        file.as_file().sync_all()?;
-        file.persist(path)?;
-        anyhow::Ok(written)
-    };
-    attempt().with_context(|| format!("cannot export to {}", path.display()))
+    let file = NewFile::create(&args.file, args.force, NewFile::PRIVATE)?;
+    let written = output::with_progress_bar("export", "pages", pages, pages_done, || {
+        write(file.file()).with_context(|| format!("cannot export to {}", args.file.display()))
+    })?;
+    file.publish()?;
+    Ok(written)
+}
+
+/// A region as bytes in a row, zeros too: a pipe has no holes.
+fn raw_to_stdout(args: &ExportArgs) -> anyhow::Result<()> {
+    let (_, snapshot) = open_snapshot(&args.snapshot)?;
+    let region = find_region(&snapshot, &args.region)?;
+    let mut out = BufWriter::with_capacity(WRITE_BYTES, export_stream::stdout("a region")?);
+    let extents = Extents::all(region_len_bytes(&snapshot, &region)?);
+    let done = AtomicU64::new(0);
+    output::with_progress_bar("export", "pages", extents.pages(), &done, || {
+        let mut contents = Contents::new(&region, &extents, Vec::new(), &done);
+        let copied = io::copy(&mut contents, &mut out).and_then(|_| out.flush());
+        match (contents.failed, copied) {
+            (Some(error), _) => Err(error.into()),
+            (None, Ok(_)) => Ok(()),
+            (None, Err(error)) => Err(error).context("cannot write to standard output"),
+        }
+    })
 }

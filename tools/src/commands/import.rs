@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -14,16 +14,19 @@ use frazil_snapstore::{
     StoreOptions, Transaction, WriteStats, reference,
 };
 use frazil_vmm::disk::{DISK_MAX_BYTES, SECTOR_BYTES, SavedDisk, disk_name};
-use frazil_vmm::memory::RAM_REGION;
+use frazil_vmm::memory::{HOLE_END, HOLE_START, RAM_MAX_BYTES, RAM_REGION};
 use frazil_vmm::state::{Saved, chunk};
 use rustix::fs::SeekFrom;
 use serde_json::{Value, json};
 
 use super::{default_store, print_json, same_folder};
 use crate::cli::{Gap, ImportArgs};
+use crate::new_file::kind_name;
 use crate::output;
 
 const PAGE_BYTES: u64 = PAGE_SIZE as u64;
+/// The end of memory of the largest machine, which has a hole for devices.
+const MEMORY_MAX_BYTES: u64 = RAM_MAX_BYTES + (HOLE_END - HOLE_START);
 
 pub(crate) fn import(args: &ImportArgs, json: bool) -> anyhow::Result<()> {
     let started = Instant::now();
@@ -36,15 +39,19 @@ pub(crate) fn import(args: &ImportArgs, json: bool) -> anyhow::Result<()> {
         let region = transaction
             .region(&source.region, source.region_pages())
             .with_context(|| format!("cannot import {}", source.path.display()))?;
-        written.push(with_progress(&mut transaction, |transaction| {
+        let stats = with_progress(&mut transaction, |transaction| {
             transaction.write_pages(region, &pages, source)
-        })?);
+        });
+        // One that gets shorter cannot be read, and this says why.
+        source.check_unchanged()?;
+        written.push(stats?);
     }
+    sources.iter().try_for_each(Source::check_unchanged)?;
     let state = state(&mut transaction, base.as_ref(), &sources, args.keep_state)?;
     let described = describe(args, base.as_ref(), &sources, &written, state);
     let committed = transaction.commit(described)?;
     if let Some(failure) = &committed.tag_failure {
-        eprintln!("frazil: the snapshot was published, but has no tag: {failure}");
+        errln!("frazil: the snapshot was published, but has no tag: {failure}");
     }
     tell(&store, base.as_ref(), &sources, &written, &committed, started.elapsed(), json)
 }
@@ -73,6 +80,8 @@ fn open_store(args: &ImportArgs) -> anyhow::Result<(Arc<Store>, Option<Snapshot>
 struct Source {
     path: PathBuf,
     file: File,
+    /// As [`written()`] has it; of a device nobody knows.
+    written: Option<(i64, i64, u64)>,
     len_bytes: u64,
     region: String,
     /// Of memory: where the region goes on further up than the file.
@@ -90,18 +99,46 @@ fn open_sources(args: &ImportArgs) -> anyhow::Result<Vec<Source>> {
         .collect()
 }
 
+/// Bytes that formats are told by.
+const FORMAT_BYTES: u64 = 8;
+/// What disks come in that are not raw.
+const DISK_FORMATS: &[(&[u8], &str)] = &[
+    (b"QFI\xfb", "a qcow2 image (`qemu-img convert -O raw`)"),
+    (b"KDMV", "a VMDK image (`qemu-img convert -O raw`)"),
+    (b"vhdxfile", "a VHDX image (`qemu-img convert -O raw`)"),
+    (b"conectix", "a VHD image (`qemu-img convert -O raw`)"),
+];
+/// And memory.
+const MEMORY_FORMATS: &[(&[u8], &str)] = &[
+    (b"\x7fELF", "an ELF core file"),
+    (b"KDUMP   ", "a kdump file"),
+    (b"QEVM", "a QEMU migration stream"),
+];
+
+/// When a file was written last, and how long it is; none of a device.
+fn written(file: &File) -> io::Result<Option<(i64, i64, u64)>> {
+    let metadata = file.metadata()?;
+    let when = || (metadata.mtime(), metadata.mtime_nsec(), metadata.len());
+    Ok(metadata.is_file().then(when))
+}
+
 impl Source {
     fn open(path: &Path, region: String, gap: Option<Gap>, is_disk: bool) -> anyhow::Result<Self> {
         let what = path.display();
-        let file = File::open(path).with_context(|| format!("cannot import {what}"))?;
+        let failed = || format!("cannot import {what}");
+        // Before it is opened: a pipe that nobody writes to would be waited for.
+        let kind = path.metadata().with_context(failed)?.file_type();
+        ensure!(
+            kind.is_file() || kind.is_block_device(),
+            "{what}: expected a file, or a block device, found {}: what comes from a pipe goes into a file first",
+            kind_name(kind)
+        );
+        let file = File::open(path).with_context(failed)?;
+        let written = written(&file).with_context(failed)?;
         // Of block devices too, whose metadata says nothing.
-        let len_bytes = rustix::fs::seek(&file, SeekFrom::End(0)).map_err(|_no_place| {
-            anyhow::anyhow!(
-                "{what}: expected a file that can be read from any place, found a pipe or the like"
-            )
-        })?;
+        let len_bytes = rustix::fs::seek(&file, SeekFrom::End(0)).with_context(failed)?;
         let (unit, most) =
-            if is_disk { (SECTOR_BYTES, DISK_MAX_BYTES) } else { (PAGE_BYTES, 1 << 50) };
+            if is_disk { (SECTOR_BYTES, DISK_MAX_BYTES) } else { (PAGE_BYTES, MEMORY_MAX_BYTES) };
         ensure!(
             (1..=most).contains(&len_bytes) && len_bytes.is_multiple_of(unit),
             "{what}: expected a multiple of {unit} bytes, at most {most}, found {len_bytes}: is it a raw {}?",
@@ -111,7 +148,43 @@ impl Source {
                 "memory file"
             }
         );
-        Ok(Self { path: path.to_owned(), file, len_bytes, region, gap, is_disk })
+        let source = Self { path: path.to_owned(), file, written, len_bytes, region, gap, is_disk };
+        let end_bytes = source.region_pages().saturating_mul(PAGE_BYTES);
+        ensure!(
+            is_disk || end_bytes <= most,
+            "--gap: expected memory to end at {} at most, found {}",
+            output::bytes(most),
+            output::bytes(end_bytes)
+        );
+        if let Some(format) = source.other_format().with_context(failed)? {
+            errln!(
+                "frazil: {}: begins as {format} does, and is taken for raw bytes all the same",
+                output::plain(&what.to_string())
+            );
+        }
+        Ok(source)
+    }
+
+    /// What this looks like that is not raw: people have such files, and a guest may have written the same
+    /// to its memory or disk.
+    fn other_format(&self) -> io::Result<Option<&'static str>> {
+        let mut start = vec![0; self.len_bytes.min(FORMAT_BYTES) as usize];
+        self.file.read_exact_at(&mut start, 0)?;
+        let known = if self.is_disk { DISK_FORMATS } else { MEMORY_FORMATS };
+        Ok(known.iter().find(|(magic, _)| start.starts_with(magic)).map(|(_, name)| *name))
+    }
+
+    /// # Errors
+    /// If the file was written since it was opened: what was read of it is of no one moment.
+    fn check_unchanged(&self) -> anyhow::Result<()> {
+        let what = self.path.display();
+        let now = written(&self.file).with_context(|| format!("cannot import {what}"))?;
+        ensure!(
+            now == self.written,
+            "{what}: expected a file that stays as it is, found that it was written while it was read: \
+             try again when whoever writes it is done"
+        );
+        Ok(())
     }
 
     fn region_pages(&self) -> u64 {
@@ -142,6 +215,8 @@ impl Source {
     fn pages_to_write(&self, base: Option<&Snapshot>, diff: bool) -> anyhow::Result<PageSet> {
         let mut pages = PageSet::new(self.region_pages());
         let mut holes = false;
+        // Bits that some edge of a hole has.
+        let mut edges = 0;
         let mut at = 0;
         while at < self.len_bytes {
             let Some((start, end)) = self.next_data(at)? else {
@@ -149,6 +224,7 @@ impl Source {
                 break;
             };
             holes |= start > at;
+            edges |= start | if end < self.len_bytes { end } else { 0 };
             let (first, last) = (start / PAGE_BYTES, (end - 1) / PAGE_BYTES);
             // In two parts, if the gap is in between.
             let split = self.gap.map_or(last + 1, |gap| gap.start_page.clamp(first, last + 1));
@@ -167,6 +243,7 @@ impl Source {
                  archives). If all of memory is in it, leave out --diff",
                 self.path.display()
             );
+            self.check_grain(edges)?;
             return Ok(pages);
         }
         let base = base.filter(|base| base.manifest().region(&self.region).is_some());
@@ -180,6 +257,22 @@ impl Source {
             })?;
         }
         Ok(pages)
+    }
+
+    /// # Errors
+    /// If holes are told by more than a page: what lies beside what was written, and was not, would be taken
+    /// for zeros. `edges` has the bits of all places where holes begin or end.
+    fn check_grain(&self, edges: u64) -> anyhow::Result<()> {
+        let what = self.path.display();
+        let metadata = self.file.metadata().with_context(|| format!("cannot import {what}"))?;
+        let block_bytes = metadata.blksize();
+        ensure!(
+            !is_coarse(edges, block_bytes),
+            "{what}: expected holes of single pages, found a file system that keeps track of {} at a time: \
+             pages beside those that changed would become zero; have the file written to ext4, XFS or tmpfs",
+            output::bytes(block_bytes)
+        );
+        Ok(())
     }
 
     /// The next bytes from `at` on that are not a hole, if there are any.
@@ -196,6 +289,12 @@ impl Source {
         ensure!(start >= at && end > start, "{} changes while it is read", self.path.display());
         Ok((start < self.len_bytes).then_some((start, end.min(self.len_bytes))))
     }
+}
+
+/// True if holes that begin and end at places with these bits are of whole blocks of more than a page. Some
+/// file systems say that their blocks are large, and tell holes exactly all the same.
+fn is_coarse(edges: u64, block_bytes: u64) -> bool {
+    block_bytes > PAGE_BYTES && edges != 0 && edges.is_multiple_of(block_bytes)
 }
 
 impl PageSource for Source {
@@ -357,4 +456,18 @@ fn tell(
         took.as_secs_f64()
     );
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn holes_of_large_blocks_are_told_from_those_of_pages() {
+        assert!(!is_coarse(0x3000 | 0x8000, 4096));
+        assert!(!is_coarse(0x3000 | 0x20000, 128 << 10), "told by the page");
+        assert!(is_coarse(0x20000 | 0x60000, 128 << 10));
+        assert!(!is_coarse(0, 128 << 10), "nothing but a hole");
+        assert!(!is_coarse(0x20000, 512));
+    }
 }

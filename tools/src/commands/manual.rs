@@ -1,37 +1,154 @@
 //! `frazil completion` and `frazil man`: what shells and `man` know of the command, from its own
 //! definition.
 
-use std::io;
+use std::fmt::Write as _;
+use std::fs;
+use std::io::{self, Write};
 
 use anyhow::Context;
+use clap::Command;
+use clap_complete::Shell;
+use clap_mangen::Man;
+use clap_mangen::roff::{Inline, Roff, bold, roman};
 use serde_json::json;
 
 use super::print_json;
 use crate::cli::{CompletionArgs, ManArgs, visible};
 
+/// What is to be known of all commands, and of no single one: a name, and what it is.
+const COMMON: &[(&str, &[(&str, &str)])] = &[
+    (
+        "NAMES",
+        &[
+            ("VM", "The name of a running VM, or the path of its control socket."),
+            (
+                "SNAP",
+                "STORE@REF, or REF in the store that is used where none is named. REF is an id, four or more \
+                 of its first digits, a tag, or `latest`; with `~2` behind it, two before that.",
+            ),
+            ("STORE", "A folder. Where none is named: $FRAZIL_STORE, else ./frazil-store."),
+        ],
+    ),
+    (
+        "ENVIRONMENT",
+        &[
+            ("FRAZIL_STORE", "The store that is used where none is named."),
+            (
+                "FRAZIL_RUNTIME_DIR",
+                "Where running VMs have their control sockets. Default: $XDG_RUNTIME_DIR/frazil; where that is \
+                 not set, /run/frazil for root and /tmp/frazil-UID for others.",
+            ),
+            (
+                "FRAZIL_LOG",
+                "What is logged on standard error, as the `tracing` crates filter it: `warn`, `debug`, \
+                 `frazil_vmm=trace`. Default: warn.",
+            ),
+            (
+                "NO_COLOR",
+                "If it is set and not empty, nothing is coloured; see https://no-color.org.",
+            ),
+        ],
+    ),
+    (
+        "EXIT STATUS",
+        &[
+            ("0", "All went well."),
+            ("1", "Something failed, which standard error says; or damage was found."),
+            ("2", "The command line is wrong."),
+        ],
+    ),
+];
+
 pub(crate) fn completion(args: &CompletionArgs) -> anyhow::Result<()> {
     let mut script = Vec::new();
     clap_complete::generate(args.shell, &mut visible(), "frazil", &mut script);
-    match io::Write::write_all(&mut io::stdout(), &script) {
+    if args.shell == Shell::Fish {
+        script.extend_from_slice(fish_positionals(&visible()).as_bytes());
+    }
+    match io::stdout().write_all(&script) {
         // `frazil completion bash | head`.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        written => Ok(written?),
+        written => written.context("cannot write to standard output"),
     }
+}
+
+/// Values of arguments without a name, which `clap_complete` leaves out for fish.
+fn fish_positionals(command: &Command) -> String {
+    let mut lines = String::new();
+    for command in command.get_subcommands() {
+        let name = command.get_name();
+        for values in command.get_positionals().map(clap::Arg::get_possible_values) {
+            let values: Vec<&str> =
+                values.iter().map(clap::builder::PossibleValue::get_name).collect();
+            if !values.is_empty() {
+                let _to_memory = writeln!(
+                    lines,
+                    "complete -c frazil -n \"__fish_frazil_using_subcommand {name}\" -f -a \"{}\"",
+                    values.join(" ")
+                );
+            }
+        }
+    }
+    lines
 }
 
 pub(crate) fn man(args: &ManArgs, json: bool) -> anyhow::Result<()> {
     let failed = || format!("cannot write man pages to {}", args.folder.display());
-    std::fs::create_dir_all(&args.folder).with_context(failed)?;
-    clap_mangen::generate_to(crate::cli::command(), &args.folder).with_context(failed)?;
-    let entries = args.folder.read_dir().with_context(failed)?;
-    let mut pages: Vec<String> = entries
-        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
-        .filter(|name| name.starts_with("frazil") && name.ends_with(".1"))
-        .collect();
-    pages.sort();
+    fs::create_dir_all(&args.folder).with_context(failed)?;
+    let mut all = crate::cli::command().disable_help_subcommand(true);
+    all.build();
+    let commands = all.get_subcommands().filter(|command| !command.is_hide_set());
+    let pages: Vec<(String, Vec<u8>)> = [&all]
+        .into_iter()
+        .chain(commands)
+        .map(|command| page(command, &all))
+        .collect::<io::Result<_>>()
+        .with_context(failed)?;
+    for (name, text) in &pages {
+        fs::write(args.folder.join(name), text).with_context(failed)?;
+    }
     if json {
+        let pages: Vec<&String> = pages.iter().map(|(name, _)| name).collect();
         return print_json(&json!({"folder": args.folder, "pages": pages}));
     }
     outln!("{}: {} man pages, from frazil.1 on", args.folder.display(), pages.len());
     Ok(())
+}
+
+/// The name and the text of the page of `command`, which is `all` or one of its.
+fn page(command: &Command, all: &Command) -> io::Result<(String, Vec<u8>)> {
+    let is_all = command.get_name() == all.get_name();
+    // Pages say nothing of when they were made, so that the same source makes the same pages; an empty
+    // argument in quotes, or the next would be taken for the date.
+    let version = all.get_version().unwrap_or_default();
+    let man = Man::new(command.clone());
+    let name = man.get_filename();
+    let title = name.trim_end_matches(".1").to_uppercase();
+    let mut text =
+        format!(".TH \"{title}\" \"1\" \"\" \"frazil {version}\" \"frazil manual\"\n").into_bytes();
+    man.render_name_section(&mut text)?;
+    man.render_synopsis_section(&mut text)?;
+    man.render_description_section(&mut text)?;
+    man.render_options_section(&mut text)?;
+    let mut more = Roff::default();
+    if is_all {
+        man.render_subcommands_section(&mut text)?;
+        for (heading, entries) in COMMON {
+            more.control("SH", [*heading]);
+            for (name, what) in *entries {
+                more.control("TP", []);
+                more.text([bold(*name)]);
+                more.text([roman(*what)]);
+            }
+        }
+    } else {
+        more.control("SH", ["SEE ALSO"]);
+        let see: Vec<Inline> = vec![
+            bold("frazil"),
+            roman("(1): names of VMs and snapshots, environment, exit status"),
+        ];
+        more.text(see);
+    }
+    more.to_writer(&mut text)?;
+    Ok((name, text))
 }

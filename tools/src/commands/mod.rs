@@ -4,6 +4,7 @@ pub(crate) mod clones;
 pub(crate) mod control;
 pub(crate) mod diff;
 pub(crate) mod export;
+mod export_stream;
 mod export_tar;
 mod graph;
 pub(crate) mod import;

@@ -297,7 +297,7 @@ fn prune_with_bar(store: &Arc<Store>, options: &PruneOptions) -> Result<PruneRep
 fn say_pruned(store: &Store, report: &PruneReport, took: Duration) {
     let PruneReport { snapshots, pinned, bytes_before, bytes_after, .. } = *report;
     if report.segments_skipped > 0 {
-        eprintln!(
+        errln!(
             "frazil: {} files are left as they are, because something in use in them is damaged; \
              `frazil verify` says what",
             output::count(report.segments_skipped)

@@ -157,7 +157,7 @@ fn warn_of_ignored_paging(args: &ResumeArgs, id: SnapshotId) -> anyhow::Result<(
     ];
     let given: Vec<&str> = given.iter().filter(|(_, is)| *is).map(|(name, _)| *name).collect();
     if !given.is_empty() && frazil_snapstore::pager::connect(&memory_socket(id)?).is_ok() {
-        eprintln!(
+        errln!(
             "frazil: ignored: {}: VMs that run have the memory of snapshot {} already, and it comes \
              in as the first of them wanted",
             given.join(", "),
@@ -262,7 +262,7 @@ fn serve(session: Session) -> anyhow::Result<ExitCode> {
     let totals = vm.checkpoint_totals();
     let code = say_ended(&vm, &ended, json)?;
     if !json && totals.taken + totals.failed + totals.cancelled + totals.skipped > 0 {
-        eprintln!(
+        errln!(
             "frazil: VM `{}`: {} checkpoints ({} failed, {} cancelled, {} skipped), {} pages, {} stored, longest pause {}",
             vm.name(),
             totals.taken,
@@ -387,7 +387,7 @@ fn announce(
             "resumed_from": vm.resumed_from(), "user": user,
         }));
     }
-    eprintln!(
+    errln!(
         "frazil: VM `{}` with {} and {} vCPU{}{}{}; `frazil stop {}` or {} ends it",
         record.name,
         output::bytes(vm.machine().ram_bytes),
@@ -422,7 +422,7 @@ fn watch_first_progress(vm: &Arc<Vm>, started: Started, json: bool) {
                         json!({"event": "first_progress", "vm": vm.name(), "ms": ms, "monotonic_ns": now})
                     );
                 } else {
-                    eprintln!(
+                    errln!(
                         "frazil: the guest of VM `{}` made progress {ms:.1} ms after this process started",
                         vm.name()
                     );
@@ -471,7 +471,7 @@ fn say_ended(vm: &Vm, ended: &Ended, json: bool) -> anyhow::Result<ExitCode> {
         }
     };
     if !json || code == ExitCode::FAILURE {
-        eprintln!("frazil: {message}");
+        errln!("frazil: {message}");
     }
     Ok(code)
 }

@@ -43,7 +43,7 @@ impl Teller {
             .is_some_and(|(said, when)| said == error && when.elapsed() < REPEAT_AFTER);
         if !repeated {
             last.insert(what, (error.to_owned(), Instant::now()));
-            eprintln!("frazil: VM `{}`: {what}, the guest goes on: {error}", self.vm.name());
+            errln!("frazil: VM `{}`: {what}, the guest goes on: {error}", self.vm.name());
         }
     }
 
@@ -84,7 +84,7 @@ impl Teller {
             ScheduleEvent::Skipped { count, because } if self.json => {
                 self.event("checkpoints_skipped", json!({"count": count, "because": because}));
             }
-            ScheduleEvent::Skipped { count, because } => eprintln!(
+            ScheduleEvent::Skipped { count, because } => errln!(
                 "frazil: VM `{}`: {} checkpoint{} left out because {}",
                 self.vm.name(),
                 output::count(*count),
@@ -100,7 +100,7 @@ impl Teller {
                 }
             ),
             ScheduleEvent::Died if self.json => self.event("checkpoints_stopped", json!({})),
-            ScheduleEvent::Died => eprintln!(
+            ScheduleEvent::Died => errln!(
                 "frazil: VM `{}`: --checkpoint-every takes no more checkpoints, the guest goes on: \
                  this is a bug",
                 self.vm.name()

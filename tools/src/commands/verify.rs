@@ -42,7 +42,7 @@ pub(crate) fn verify(args: &VerifyArgs, json: bool) -> anyhow::Result<ExitCode> 
     } else {
         for (snapshot, error) in &damage {
             let under = snapshot.map_or_else(String::new, |id| format!("{}: ", id.short()));
-            eprintln!("frazil: {under}{error}");
+            errln!("frazil: {under}{error}");
         }
         print_summary(&store, &report, memory_pages, damage.len(), started.elapsed());
     }

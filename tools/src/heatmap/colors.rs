@@ -16,12 +16,12 @@ const VERMILLION: Rgb = Rgb(0xd5, 0x5e, 0x00);
 
 /// Shared with the parent, by the share of pages that are; some at the least.
 pub(super) fn shared(share: f64) -> Rgb {
-    Rgb(0xd6, 0xe6, 0xf2).towards(BLUE, shade(share))
+    Rgb(0xb9, 0xd5, 0xea).towards(BLUE, shade(share))
 }
 
 /// New, by the share of pages that are; some at the least.
 pub(super) fn new(share: f64) -> Rgb {
-    Rgb(0xf8, 0xc8, 0x9c).towards(VERMILLION, shade(share))
+    Rgb(0xf3, 0xb2, 0x7c).towards(VERMILLION, shade(share))
 }
 
 /// One of 16 shades: more are not told apart.
@@ -41,6 +41,9 @@ const VIRIDIS: [Rgb; 9] = [
     Rgb(0x47, 0x2d, 0x7b),
     Rgb(0x44, 0x01, 0x54),
 ];
+
+/// Where steps begin: the yellow before it is as light as what nothing is said of.
+const PALEST: f64 = 0.2;
 
 fn viridis(share: f64) -> Rgb {
     let at = share.clamp(0.0, 1.0) * (VIRIDIS.len() - 1) as f64;
@@ -81,7 +84,7 @@ impl Steps {
         match self.least.len() {
             // One that is neither the palest nor black.
             1 => viridis(0.5),
-            steps => viridis(step as f64 / (steps - 1) as f64),
+            steps => viridis(PALEST + (1.0 - PALEST) * step as f64 / (steps - 1) as f64),
         }
     }
 
@@ -135,7 +138,11 @@ mod tests {
                 "{colors:?}"
             );
         }
+        // A cell of two pixels is to be seen, too.
+        let palest = [Steps::to(200).color(1), Steps::to(u64::MAX).color(1)].map(lightness);
+        assert!(palest.iter().all(|palest| *palest < lightness(UNCHANGED) - 5.0), "{palest:?}");
         for ramp in [shared, new] {
+            assert!(lightness(ramp(0.0)) < lightness(ZERO) - 10.0);
             assert!(lightness(ramp(0.0)) > lightness(ramp(0.5)) + 10.0);
             assert!(lightness(ramp(0.5)) > lightness(ramp(1.0)) + 10.0);
         }

@@ -106,6 +106,14 @@ impl Grid {
                 Some((color_of(index)?, rect))
             })
             .collect();
+        if side == px {
+            // Without lines between them neighbours of one colour are one rectangle: files get smaller.
+            cells.dedup_by(|(color, next), (before, all)| {
+                let joins = color == before && next.1 == all.1 && next.0 == all.0 + all.2;
+                all.2 += if joins { next.2 } else { 0 };
+                joins
+            });
+        }
         cells.sort_by_key(|(color, _)| *color);
         cells.into_iter().for_each(|(color, rect)| picture.rect(color, rect));
         self.draw_rows(picture, left, grid_top);
@@ -118,6 +126,10 @@ impl Grid {
         for eighth in 0..8 {
             let x = left + self.width_px() * eighth / 8;
             let into = self.row_bytes() / 8 * u64::from(eighth);
+            // Of a region that is less than a row.
+            if into >= self.pages * PAGE_SIZE as u64 {
+                break;
+            }
             picture.faint(x, top, Anchor::Start, format!("+{}", short_bytes(into)));
             picture.rect(Rgb::FAINT, Rect(x, top + 16, 1, 4));
         }
@@ -175,6 +187,32 @@ mod tests {
             assert!(grid.cell_pages <= CELL_PAGES_MAX || grid.cells() > CELLS_MAX as usize / 2);
             assert!(grid.cells() <= CELLS_MAX as usize && grid.width_px() == ROW_WIDTH);
             assert!(grid.rows() * grid.cell_px() <= 1100, "{pages}: {grid:?}");
+        }
+    }
+
+    #[test]
+    fn every_cell_has_its_colour_whether_neighbours_are_joined_or_not() {
+        for pages in [1, 300, 9_000, 20 * GIB, 513 * GIB + 7] {
+            let grid = Grid::of(pages);
+            let color_of = |cell: usize| match cell % 11 {
+                0 => None,
+                1..4 => Some(Rgb(1, 0, 0)),
+                _ => Some(Rgb((cell / 1000 % 200) as u8, 0, 0)),
+            };
+            let mut picture = Picture::default();
+            grid.draw(&mut picture, (200, 0), &color_of);
+            let mut found = vec![None; grid.cells()];
+            let px = grid.cell_px();
+            for (color, rects) in picture.rects.iter().filter(|(color, _)| *color != Rgb::FAINT) {
+                for Rect(x, y, width, _) in rects {
+                    for step in 0..width.div_ceil(px) {
+                        let row = (y - 22) / px;
+                        let cell = (row * grid.columns + (x - 200) / px + step) as usize;
+                        assert_eq!(found[cell].replace(*color), None, "{cell} of {pages}");
+                    }
+                }
+            }
+            assert!((0..grid.cells()).all(|cell| found[cell] == color_of(cell)), "{pages}");
         }
     }
 

@@ -63,9 +63,9 @@ pub(crate) fn draw_history(
         format!("from  {}", describe(&first)),
         format!("to    {}", describe(&last)),
         format!(
-            "{} snapshots after the first changed {} pages, {} each on average",
-            output::count(line.len() as u64 - 1),
-            output::count(sums.changed_pages),
+            "{} after the first changed {}, {} each on average",
+            output::counted(line.len() as u64 - 1, "snapshot"),
+            output::counted(sums.changed_pages, "page"),
             output::bytes(sums.changed_pages * PAGE_SIZE as u64 / (line.len() as u64 - 1))
         ),
     ];
@@ -205,9 +205,14 @@ impl Timeline {
 
     fn draw_addresses(&self, picture: &mut Picture, left: u32, top: u32) -> u32 {
         let width = self.columns as u32 * self.px();
+        let mut before = None;
         for eighth in 0..8 {
             let x = left + width * eighth / 8;
             let address = self.pages * u64::from(eighth) / 8 * PAGE_SIZE as u64;
+            // Where there are fewer than eight pages.
+            if before.replace(address) == Some(address) {
+                continue;
+            }
             picture.faint(x, top, Anchor::Start, format!("{address:#x}"));
             picture.rect(Rgb::FAINT, Rect(x, top + 16, 1, 4));
         }

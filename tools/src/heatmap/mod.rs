@@ -14,7 +14,7 @@ mod survey;
 mod svg;
 
 use std::ffi::OsStr;
-use std::io::{BufWriter, Write};
+use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
@@ -28,6 +28,7 @@ pub(crate) use self::history::draw_history;
 use self::picture::Picture;
 pub(crate) use self::snapshots::{draw_diff, draw_snapshot};
 use crate::cli::HeatmapArgs;
+use crate::new_file::NewFile;
 use crate::output;
 
 /// What was drawn.
@@ -92,21 +93,15 @@ impl Wanted {
         })
     }
 
-    /// Beside the file first: a picture that is there is replaced by a whole one.
     fn try_write(&self, picture: &Picture) -> anyhow::Result<()> {
-        let folder = self.file.parent().filter(|folder| !folder.as_os_str().is_empty());
-        let file = tempfile::Builder::new()
-            // As any other file that a command writes.
-            .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666))
-            .tempfile_in(folder.unwrap_or_else(|| Path::new(".")))?;
-        let mut out = BufWriter::new(file);
+        let file = NewFile::create(&self.file, true, NewFile::SHARED)?;
+        let mut out = BufWriter::new(file.file());
         match self.format {
             Format::Png => png::write(picture, &mut out)?,
             Format::Svg => svg::write(picture, &mut out)?,
         }
-        out.flush()?;
-        out.into_inner().map_err(std::io::IntoInnerError::into_error)?.persist(&self.file)?;
-        Ok(())
+        out.into_inner().map_err(std::io::IntoInnerError::into_error)?;
+        file.publish()
     }
 }
 
@@ -136,12 +131,13 @@ fn hole(snapshot: &Snapshot, region: &RegionReader) -> std::ops::Range<u64> {
     }
 }
 
-/// "12 %", and what is little and not nothing as such.
+/// "12 %", and what is nearly nothing, or nearly all, as such.
 fn percent(part: u64, whole: u64) -> String {
     match 100.0 * part as f64 / whole.max(1) as f64 {
         0.0 => "0 %".to_owned(),
         share if share < 0.1 => "< 0.1 %".to_owned(),
-        share if share < 10.0 => format!("{share:.1} %"),
+        share if share >= 99.95 && part < whole => "> 99.9 %".to_owned(),
+        share if share < 10.0 || (share >= 99.5 && part < whole) => format!("{share:.1} %"),
         share => format!("{share:.0} %"),
     }
 }
@@ -178,6 +174,10 @@ mod tests {
         assert_eq!(
             [(0, 9), (1, 100_000), (1, 20), (1, 2), (2, 2)].map(|(part, of)| percent(part, of)),
             ["0 %", "< 0.1 %", "5.0 %", "50 %", "100 %"]
+        );
+        assert_eq!(
+            [(99_999, 100_000), (997, 1_000), (99, 100)].map(|(part, of)| percent(part, of)),
+            ["> 99.9 %", "99.7 %", "99 %"]
         );
     }
 }

@@ -170,12 +170,12 @@ pub(crate) fn draw_diff(
         format!("A  {}", describe(a)),
         format!("B  {}", describe(b)),
         format!(
-            "{} of {} pages differ, {} ({}), in {} ranges",
+            "{} of {} differ, {} ({}), in {}",
             output::count(diff.changed_pages),
-            output::count(all),
+            output::counted(all, "page"),
             output::bytes(diff.changed_pages * PAGE_SIZE as u64),
             percent(diff.changed_pages, all),
-            output::count(diff.ranges.len() as u64)
+            output::counted(diff.ranges.len() as u64, "range")
         ),
     ];
     let mut page = Page::new(ADDRESSES, grid.width_px(), &title, &lines);

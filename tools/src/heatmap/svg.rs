@@ -2,7 +2,7 @@
 
 use std::io::Write;
 
-use super::picture::{Picture, Rect, Rgb, Size};
+use super::picture::{Anchor, Picture, Rect, Rgb, Size};
 
 /// Writes `picture` to `out`.
 ///
@@ -29,11 +29,16 @@ pub(super) fn write(picture: &Picture, out: &mut dyn Write) -> anyhow::Result<()
             Size::Text => ("normal", f64::from(advance) / 0.6),
             Size::Title => ("bold", f64::from(advance) / 0.6),
         };
+        // Where the font is another, and not as wide, it is at least on the right side.
+        let anchor = match text.anchor {
+            Anchor::Start => "start",
+            Anchor::End => "end",
+        };
         let baseline = f64::from(text.y) + f64::from(text.size.line()) * 0.78;
         writeln!(
             out,
-            r#"<text x="{}" y="{baseline:.1}" font-size="{size:.1}" font-weight="{weight}" fill="{}" xml:space="preserve">{}</text>"#,
-            text.left(),
+            r#"<text x="{}" y="{baseline:.1}" font-size="{size:.1}" font-weight="{weight}" text-anchor="{anchor}" fill="{}" xml:space="preserve">{}</text>"#,
+            text.x,
             hex(text.color),
             escaped(&text.line)
         )?;
@@ -61,7 +66,6 @@ fn escaped(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::picture::Anchor;
     use super::*;
 
     #[test]

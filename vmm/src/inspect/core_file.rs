@@ -2,7 +2,7 @@
 //!
 //! | part | what |
 //! |---|---|
-//! | notes | for each vCPU what a thread's are: NT_PRSTATUS, NT_FPREGSET, NT_X86_XSTATE; of a Linux guest its VMCOREINFO, as /proc/vmcore has it |
+//! | notes | for each vCPU what a thread's are: NT_PRSTATUS, NT_FPREGSET, NT_X86_XSTATE; then for each what QEMU says of it; of a Linux guest its VMCOREINFO, as /proc/vmcore has it |
 //! | first PT_LOADs | RAM by physical address, each range once; its virtual addresses are those of the kernel's map of all memory, if it has one |
 //! | the others | what else is mapped: the kernel's text, modules, stacks; programs, where vCPUs run them. They refer to the same bytes of the file |
 //!

@@ -9,6 +9,7 @@ mod kernel_file;
 mod linux;
 pub mod memory;
 mod notes;
+mod qemu_note;
 mod space;
 mod symbols;
 mod tables;

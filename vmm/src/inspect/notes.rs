@@ -1,8 +1,8 @@
 //! The notes of a core file: what it says of each vCPU, as Linux writes it of threads, and of the kernel
 //! (include/uapi/linux/elfcore.h and arch/x86/include/asm/user_64.h in its sources).
 
-use super::GuestView;
 use super::linux::LinuxKernel;
+use super::{GuestView, qemu_note};
 use crate::vcpu::saved::{SavedRegs, SavedSregs, SavedVcpu};
 
 const NT_PRSTATUS: u32 = 1;
@@ -24,7 +24,8 @@ const CPUID_XSTATE: u32 = 0xd;
 /// The legacy area and the header.
 const XSTATE_BYTES_MIN: usize = 512 + 64;
 
-/// All notes, one after the other. Those of a vCPU follow its NT_PRSTATUS.
+/// All notes, one after the other. Those of a vCPU follow its NT_PRSTATUS; QEMU's come behind those of all
+/// vCPUs, as QEMU has them.
 pub(super) fn all(view: &GuestView, kernel: Option<&LinuxKernel>) -> Vec<u8> {
     let mut out = Vec::new();
     for (index, vcpu) in view.vcpus().iter().enumerate() {
@@ -35,6 +36,9 @@ pub(super) fn all(view: &GuestView, kernel: Option<&LinuxKernel>) -> Vec<u8> {
         if let Some(state) = xstate(vcpu) {
             note(&mut out, "LINUX", NT_X86_XSTATE, &state);
         }
+    }
+    for vcpu in view.vcpus() {
+        note(&mut out, qemu_note::NAME, 0, &qemu_note::contents(vcpu));
     }
     if let Some(kernel) = kernel {
         note(&mut out, "VMCOREINFO", 0, kernel.info.bytes());

@@ -63,9 +63,10 @@ fn print_summary(found: &SnapshotDiff) {
         }
         let share = match 100.0 * region.changed_pages as f64 / pages.max(1) as f64 {
             little if little < 0.01 => "less than 0.01".to_owned(),
+            much if much >= 99.995 && region.changed_pages < pages => "more than 99.99".to_owned(),
             share => format!("{share:.2}"),
         };
-        line.paint(style::CHANGED, format!("{} pages", output::count(region.changed_pages)))
+        line.paint(style::CHANGED, output::counted(region.changed_pages, "page"))
             .text(format!(" of {}, {share} %, ", output::count(pages)))
             .text(output::bytes(changed_bytes(region)))
             .print();
@@ -75,8 +76,7 @@ fn print_summary(found: &SnapshotDiff) {
         let line = match change(state) {
             "changed" => {
                 let count = fields(state).len();
-                let s = if count == 1 { "" } else { "s" };
-                line.paint(style::CHANGED, format!("{} field{s}", output::count(count as u64)))
+                line.paint(style::CHANGED, output::counted(count as u64, "field"))
             }
             change => line.paint(style::CHANGED, change),
         };
@@ -98,20 +98,23 @@ fn print_region(region: &RegionDiff, most: usize, is_disk: bool) {
     }
     let of = match (region.pages_a, region.pages_b) {
         (Some(a), Some(b)) if a != b => {
-            format!("{} pages in A, {} in B", output::count(a), output::count(b))
+            format!("{} in A, {} in B", output::counted(a, "page"), output::count(b))
         }
-        (Some(pages), Some(_)) => format!("{} pages", output::count(pages)),
-        (Some(pages), None) => format!("{} pages, only in A", output::count(pages)),
-        (None, pages) => format!("{} pages, only in B", output::count(pages.unwrap_or(0))),
+        (Some(pages), Some(_)) => output::counted(pages, "page"),
+        (Some(pages), None) => format!("{}, only in A", output::counted(pages, "page")),
+        (None, pages) => {
+            format!("{}, only in B", output::counted(pages.unwrap_or(0), "page"))
+        }
     };
     outln!("");
     Line::new()
         .paint(style::HEADING, &region.name)
         .text(format!(
-            " ({of}): {} pages differ, {}, in {} ranges; {} of frames in B",
-            output::count(region.changed_pages),
+            " ({of}): {} {}, {}, in {}; {} of frames in B",
+            output::counted(region.changed_pages, "page"),
+            if region.changed_pages == 1 { "differs" } else { "differ" },
             output::bytes(changed_bytes(region)),
-            output::count(region.ranges.len() as u64),
+            output::counted(region.ranges.len() as u64, "range"),
             output::bytes(region.stored_bytes)
         ))
         .print();
@@ -124,8 +127,8 @@ fn print_region(region: &RegionDiff, most: usize, is_disk: bool) {
     }
     if region.ranges.len() > most {
         outln!(
-            "  and {} ranges more: --ranges all prints them, --heatmap draws them",
-            output::count((region.ranges.len() - most) as u64)
+            "  and {} more: --ranges all prints them, --heatmap draws them",
+            output::counted((region.ranges.len() - most) as u64, "range")
         );
     }
 }

@@ -23,7 +23,7 @@ pub(super) fn find(args: &InspectArgs, snapshot: &Snapshot, json: bool) -> anyho
     let started = Instant::now();
     let report = run(args, &region, &pattern, json)?;
     if !json {
-        eprintln!(
+        errln!(
             "{} matches; {} of `{}` looked at in {}",
             output::count(report.matches),
             output::bytes(report.pages_read * PAGE_SIZE as u64),

@@ -52,14 +52,16 @@ pub(super) fn tables(
 
 fn tell_bad(report: &TablesReport) {
     for bad in &report.bad {
-        eprintln!(
+        errln!(
             "frazil: virtual {:#x}: expected a {} in RAM, found one at guest physical {:#x}",
-            bad.gva, bad.level, bad.table_gpa
+            bad.gva,
+            bad.level,
+            bad.table_gpa
         );
     }
     let more = report.bad_entries - report.bad.len() as u64;
     if more > 0 {
-        eprintln!("frazil: {} more tables are not in RAM", output::count(more));
+        errln!("frazil: {} more tables are not in RAM", output::count(more));
     }
 }
 

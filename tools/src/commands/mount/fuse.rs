@@ -49,7 +49,8 @@ impl Fuse {
     fn attr(&self, attr: &Attr) -> FileAttr {
         let time = SystemTime::UNIX_EPOCH + Duration::from_millis(attr.time_unix_ms);
         let (kind, perm, nlink) = match attr.kind {
-            Kind::Folder => (FileType::Directory, 0o555, 2),
+            // One link: how many folders are in it is not told, and `find` looks itself.
+            Kind::Folder => (FileType::Directory, 0o555, 1),
             Kind::File => (FileType::RegularFile, 0o444, 1),
             Kind::Link => (FileType::Symlink, 0o777, 1),
         };
@@ -85,9 +86,9 @@ impl Fuse {
                 let error = output::error(&error);
                 let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
                 if told.len() < DAMAGE_TOLD_MAX && told.insert(error.clone()) {
-                    eprintln!("frazil: {}: {}", place(), output::plain(&error));
+                    errln!("frazil: {}: {}", place(), output::plain(&error));
                     if told.len() == DAMAGE_TOLD_MAX {
-                        eprintln!("frazil: there may be more: `frazil verify` finds all of it");
+                        errln!("frazil: there may be more: `frazil verify` finds all of it");
                     }
                 }
                 Errno::EIO

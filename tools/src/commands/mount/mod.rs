@@ -10,7 +10,9 @@ mod view;
 use std::ffi::OsStr;
 use std::fs::OpenOptions;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -19,6 +21,7 @@ use anyhow::{Context, bail};
 use frazil_snapstore::Store;
 use fuser::{Config, MountOption, Session, SessionACL, SessionUnmounter};
 use rustix::mount::{UnmountFlags, unmount};
+use rustix::process::geteuid;
 use serde_json::json;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -37,16 +40,20 @@ const THREADS_MIN: usize = 4;
 const THREADS_MAX: usize = 16;
 /// Signals that come so soon after the first are the same one.
 const SIGNAL_ECHO: Duration = Duration::from_millis(500);
+/// If it has not ended so long after it was unmounted, somebody uses it.
+const IN_USE_AFTER: Duration = Duration::from_secs(2);
 
 pub(crate) fn mount(args: &MountArgs, json: bool) -> anyhow::Result<()> {
     let store = open_store(Some(&args.store))?;
     check_device()?;
     let folder = check_folder(&args.folder, &store)?;
+    // Before anything is mounted, or one that comes just then would leave a dead mount.
+    let signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("cannot handle signals")?;
     let mut session =
         Session::new(Fuse::new(View::new(Arc::clone(&store))), &folder, &config(args, &store))
-            .with_context(|| format!("cannot mount on {}", folder.display()))?;
+            .map_err(|error| cannot_mount(&error, &folder))?;
     let asked_to_end = Arc::new(AtomicBool::new(false));
-    unmount_on_signals(session.unmount_callable(), &folder, &asked_to_end)?;
+    unmount_on_signals(signals, session.unmount_callable(), &folder, &asked_to_end)?;
     announce(args, &store, &folder, json)?;
     let served = session.run();
     // What comes when it is cut off is no news to who asked for it.
@@ -108,7 +115,7 @@ fn check_device() -> anyhow::Result<()> {
              writable for this user, as it is for all (mode 0666) where the package `fuse3` is installed"
         ),
     }
-    let root = rustix::process::geteuid().is_root();
+    let root = geteuid().is_root();
     if !root && !HELPERS.iter().any(|name| is_in_path(OsStr::new(name))) {
         bail!(
             "only root may mount without help: expected {} in $PATH, found none: install the package \
@@ -130,14 +137,21 @@ fn check_folder(folder: &Path, store: &Store) -> anyhow::Result<PathBuf> {
     let what = given.display();
     if is_left_over(given) {
         // Nobody answers there any more, and nobody will.
-        let _still_there = unmount(given, UnmountFlags::DETACH);
+        if unmount(given, UnmountFlags::DETACH).is_err() {
+            // Others than root have it done.
+            HELPERS.iter().any(|helper| {
+                let mut command = Command::new(helper);
+                command.args(["-u", "-z", "-q", "--"]).arg(given).stderr(Stdio::null());
+                command.status().is_ok()
+            });
+        }
         if is_left_over(given) {
             bail!(
                 "{what}: what was mounted there has died: `umount {what}`, or `fusermount3 -u {what}`, \
                  and try again"
             );
         }
-        eprintln!("frazil: {what}: what was mounted there had died, and was unmounted");
+        errln!("frazil: {what}: what was mounted there had died, and was unmounted");
     }
     let folder = given
         .canonicalize()
@@ -145,6 +159,9 @@ fn check_folder(folder: &Path, store: &Store) -> anyhow::Result<PathBuf> {
     let mut entries =
         folder.read_dir().with_context(|| format!("{what}: expected a folder to mount on"))?;
     if entries.next().is_some() {
+        if is_mount_point(&folder) {
+            bail!("{what}: expected an empty folder, found one where something is mounted already");
+        }
         bail!("{what}: expected an empty folder, found one with files, which would be hidden");
     }
     // A store below the folder would be hidden from who serves it, who would wait for itself.
@@ -157,6 +174,25 @@ fn check_folder(folder: &Path, store: &Store) -> anyhow::Result<PathBuf> {
     Ok(folder)
 }
 
+/// What the kernel or its helper said, and what to do where that is known.
+fn cannot_mount(error: &io::Error, folder: &Path) -> anyhow::Error {
+    let said = error.to_string();
+    let advice = if said.contains("user_allow_other") {
+        ": without root, --allow-other wants a line `user_allow_other` in /etc/fuse.conf"
+    } else if error.kind() == io::ErrorKind::PermissionDenied && !geteuid().is_root() {
+        ": expected a folder of this user's own"
+    } else {
+        ""
+    };
+    anyhow::anyhow!("cannot mount on {}: {}{advice}", folder.display(), said.trim_end())
+}
+
+/// True if `folder` is of another file system than what it is in.
+fn is_mount_point(folder: &Path) -> bool {
+    let device = |path: &Path| path.metadata().ok().map(|metadata| metadata.dev());
+    folder.parent().is_some_and(|parent| device(parent) != device(folder))
+}
+
 /// True if `folder` is the place of a file system whose process is gone.
 fn is_left_over(folder: &Path) -> bool {
     let error = folder.metadata().err().and_then(|error| error.raw_os_error());
@@ -166,11 +202,11 @@ fn is_left_over(folder: &Path) -> bool {
 /// Ctrl-C and `kill` unmount. While somebody uses the folder, it is taken out of sight and goes on
 /// for them; a second signal ends it at once.
 fn unmount_on_signals(
+    mut signals: Signals,
     mut unmounter: SessionUnmounter,
     folder: &Path,
     asked: &Arc<AtomicBool>,
 ) -> anyhow::Result<()> {
-    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("cannot handle signals")?;
     let (folder, asked) = (folder.to_owned(), Arc::clone(asked));
     std::thread::Builder::new().name("frazil-signals".into()).spawn(move || {
         let mut first: Option<Instant> = None;
@@ -183,16 +219,32 @@ fn unmount_on_signals(
             }
             first = Some(Instant::now());
             asked.store(true, Ordering::Relaxed);
-            let Err(error) = unmounter.unmount() else { continue };
-            let what = folder.display();
-            match unmount(&folder, UnmountFlags::DETACH) {
-                Ok(()) => eprintln!(
-                    "frazil: {what} is in use ({error}): nobody gets in any more, and this ends when \
-                     the last file there is closed; another Ctrl-C ends it at once"
-                ),
-                Err(error) => eprintln!("frazil: cannot unmount {what} ({error}): `umount {what}`"),
+            match unmounter.unmount() {
+                // Whoever is not root has it detached by the helper in any case, and hears nothing.
+                Ok(()) => {
+                    let folder = folder.clone();
+                    std::thread::spawn(move || {
+                        std::thread::sleep(IN_USE_AFTER);
+                        tell_in_use(&folder, "");
+                    });
+                }
+                Err(error) => match unmount(&folder, UnmountFlags::DETACH) {
+                    Ok(()) => tell_in_use(&folder, &format!(" ({error})")),
+                    Err(error) => errln!(
+                        "frazil: cannot unmount {} ({error}): `umount {0}`",
+                        folder.display()
+                    ),
+                },
             }
         }
     })?;
     Ok(())
+}
+
+fn tell_in_use(folder: &Path, why: &str) {
+    errln!(
+        "frazil: {} is in use{why}: nobody gets in any more, and this ends when the last file there is \
+         closed; another Ctrl-C ends it at once",
+        folder.display()
+    );
 }

@@ -234,6 +234,28 @@ fn damage_is_an_error_of_what_is_damaged_and_of_nothing_else() {
 }
 
 #[test]
+fn folders_are_made_once_for_all_that_look_until_something_happens() {
+    let bed = Bed::new();
+    let first = bed.take("web", &[page(1)], None).id;
+    let mut before = bed.view.listing().unwrap();
+    let mut expect_new = |what: &str| {
+        let now = bed.view.listing().unwrap();
+        assert!(!Arc::ptr_eq(&before, &now), "{what}");
+        assert!(Arc::ptr_eq(&now, &bed.view.listing().unwrap()), "{what}");
+        before = now;
+    };
+    let _second = bed.take("web", &[page(2)], Some(first));
+    expect_new("a snapshot");
+    bed.store.set_tag("good", Some(first)).unwrap();
+    expect_new("a tag");
+    bed.store.forget(&[first]).unwrap();
+    expect_new("one less");
+    bed.store.prune(&PruneOptions::default(), &PruneProgress::default()).unwrap();
+    assert_eq!((bed.names("ids").len(), bed.names("tags").len()), (1, 0));
+    assert_eq!(bed.names("vms/web").len(), 2, "one, and the link to the latest");
+}
+
+#[test]
 fn what_is_no_folder_and_no_file_is_told_apart() {
     let bed = Bed::new();
     bed.take("web", &[page(1)], None);

@@ -13,10 +13,10 @@
 //! is looked up anew each time.
 
 use std::borrow::Cow;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use frazil_snapstore::{PAGE_SIZE, SnapshotId, SnapshotInfo, Store, StoreError};
+use frazil_snapstore::{Hash, PAGE_SIZE, SnapshotId, SnapshotInfo, Store, StoreError};
 use jiff::{Timestamp, tz::TimeZone};
 use quick_cache::sync::Cache;
 
@@ -115,7 +115,8 @@ pub(super) struct Known {
     pub(super) files: SnapshotFiles,
     manifest: OnceLock<Arc<[u8]>>,
     state: Vec<OnceLock<Arc<[u8]>>>,
-    /// Of each region, without holes.
+    /// Of each region, with holes and without.
+    len_bytes: Vec<OnceLock<u64>>,
     data_bytes: Vec<OnceLock<u64>>,
 }
 
@@ -136,6 +137,15 @@ impl Known {
         }
         .into();
         Ok(Arc::clone(slot.get_or_init(|| text)))
+    }
+
+    fn len_bytes(&self, place: usize) -> Result<u64> {
+        let slot = self.len_bytes.get(place).ok_or(Refused::NotFound)?;
+        if let Some(bytes) = slot.get() {
+            return Ok(*bytes);
+        }
+        let bytes = self.files.len_bytes(&self.files.regions[place])?;
+        Ok(*slot.get_or_init(|| bytes))
     }
 
     fn data_bytes(&self, place: usize) -> Result<u64> {
@@ -174,6 +184,44 @@ impl Ids {
     }
 }
 
+/// What is in a folder, to be listed and to be looked up.
+#[derive(Default)]
+struct Names {
+    entries: Vec<Entry>,
+    nodes: HashMap<String, Node>,
+}
+
+impl Names {
+    fn add(&mut self, node: Node, name: impl Into<String>) {
+        let entry = Entry::new(node, name);
+        self.nodes.insert(entry.name.clone(), node);
+        self.entries.push(entry);
+    }
+
+    fn find(&self, name: &str) -> Result<Node> {
+        self.nodes.get(name).copied().ok_or(Refused::NotFound)
+    }
+}
+
+/// Which snapshots and tags there are, as of one state of the journal. Made once for each, or looking up
+/// every entry of a folder would cost its square.
+pub(super) struct Listing {
+    journal: Hash,
+    /// Oldest first.
+    published: Vec<SnapshotInfo>,
+    ids: Names,
+    tags: Names,
+    /// Made when it is wanted: it takes every manifest.
+    by_vm: OnceLock<ByVm>,
+}
+
+#[derive(Default)]
+struct ByVm {
+    vms: Names,
+    /// The folder of each VM, without the link to its newest, and that.
+    of: HashMap<u32, (Names, SnapshotInfo)>,
+}
+
 /// A store as a tree of files.
 pub(super) struct View {
     pub(super) store: Arc<Store>,
@@ -182,6 +230,7 @@ pub(super) struct View {
     vms: Numbers<String>,
     /// The VM of each snapshot that somebody asked for by VM; none if its manifest is damaged.
     vm_of: Mutex<HashMap<SnapshotId, Option<u32>>>,
+    listing: Mutex<Option<Arc<Listing>>>,
     known: Cache<u32, Arc<Known>>,
     zone: TimeZone,
 }
@@ -194,6 +243,7 @@ impl View {
             tags: Numbers::default(),
             vms: Numbers::default(),
             vm_of: Mutex::default(),
+            listing: Mutex::default(),
             known: Cache::new(KNOWN_MAX),
             zone: TimeZone::system(),
         }
@@ -210,12 +260,14 @@ impl View {
                 _ => return Err(Refused::NotFound),
             },
             Node::Ids => self.find_id(name)?,
-            Node::Tags => {
-                self.store.refresh()?;
-                let tag = self.store.tags().into_keys().find(|tag| file_name(tag) == name);
-                Node::Tag(self.tags.number(&tag.ok_or(Refused::NotFound)?))
+            Node::Tags => self.listing()?.tags.find(name)?,
+            Node::Vms => self.by_vm(&self.listing()?).vms.find(name)?,
+            Node::Vm(vm) if name == LATEST => Node::VmLatest(vm),
+            Node::Vm(vm) => {
+                let listing = self.listing()?;
+                self.by_vm(&listing).of.get(&vm).ok_or(Refused::NotFound)?.0.find(name)?
             }
-            Node::Vms | Node::Vm(_) | Node::In(..) => {
+            Node::In(..) => {
                 let entries = self.list(parent)?;
                 entries.into_iter().find(|entry| entry.name == name).ok_or(Refused::NotFound)?.node
             }
@@ -229,26 +281,59 @@ impl View {
         if !digits {
             return Err(Refused::NotFound);
         }
-        self.published()?;
-        let listed = self.ids().by_name.get(name).copied();
-        if let Some(number) = listed {
-            return Ok(Node::In(number, Part::Folder));
+        if let Ok(node) = self.listing()?.ids.find(name) {
+            return Ok(node);
         }
         // Another unique prefix of one.
         let id = self.store.resolve(name).map_err(|_unknown| Refused::NotFound)?.id;
         Ok(Node::Alias(self.ids().number(id)))
     }
 
-    /// The published snapshots as of now, oldest first; all of them have numbers.
-    fn published(&self) -> Result<Vec<SnapshotInfo>> {
+    /// What there is as of now.
+    pub(super) fn listing(&self) -> Result<Arc<Listing>> {
         self.store.refresh()?;
-        let snapshots = self.store.snapshots();
-        let mut ids = self.ids();
-        for info in &snapshots {
-            ids.number(info.id);
+        // Before what it is of: if more comes in between, the next look finds another one.
+        let journal = self.store.journal_hash();
+        let mut listing = self.listing.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(listing) = listing.as_ref().filter(|listing| listing.journal == journal) {
+            return Ok(Arc::clone(listing));
         }
-        drop(ids);
-        Ok(snapshots)
+        let published = self.store.snapshots();
+        let (mut ids, mut tags) = (Names::default(), Names::default());
+        let mut numbers = self.ids();
+        for info in &published {
+            let number = numbers.number(info.id);
+            ids.add(Node::In(number, Part::Folder), &*numbers.listed[number as usize].1);
+        }
+        drop(numbers);
+        for tag in self.store.tags().into_keys() {
+            tags.add(Node::Tag(self.tags.number(&tag)), file_name(&tag));
+        }
+        let made = Listing { journal, published, ids, tags, by_vm: OnceLock::new() };
+        Ok(Arc::clone(listing.insert(Arc::new(made))))
+    }
+
+    /// The snapshots of each VM.
+    fn by_vm<'a>(&self, listing: &'a Listing) -> &'a ByVm {
+        listing.by_vm.get_or_init(|| {
+            let mut by_vm = ByVm::default();
+            let mut vm_of = self.vm_of.lock().unwrap_or_else(PoisonError::into_inner);
+            for info in &listing.published {
+                let vm = vm_of.entry(info.id).or_insert_with(|| {
+                    // One that cannot be read is nobody's; its folder in `ids` says what is wrong.
+                    let snapshot = self.store.snapshot(info.id).ok()?;
+                    Some(self.vms.number(&snapshot.manifest().name))
+                });
+                let Some(vm) = *vm else { continue };
+                let (names, newest) = by_vm.of.entry(vm).or_insert_with(|| {
+                    by_vm.vms.add(Node::Vm(vm), file_name(&self.vms.get(vm).unwrap_or_default()));
+                    (Names::default(), *info)
+                });
+                names.add(Node::VmEntry(self.ids().number(info.id)), self.dated(info));
+                *newest = *info;
+            }
+            by_vm
+        })
     }
 
     fn ids(&self) -> std::sync::MutexGuard<'_, Ids> {
@@ -312,7 +397,10 @@ impl View {
                 let id = self.store.tags().get(&tag).copied();
                 ("../ids/", id.and_then(|id| self.store.find(id)))
             }
-            Node::VmLatest(vm) => ("../../ids/", self.snapshots_of(vm)?.pop()),
+            Node::VmLatest(vm) => {
+                let listing = self.listing()?;
+                ("../../ids/", self.by_vm(&listing).of.get(&vm).map(|(_, newest)| *newest))
+            }
             Node::VmEntry(number) => ("../../ids/", self.store.find(self.id(number)?.0)),
             Node::Alias(number) => ("", self.store.find(self.id(number)?.0)),
             _ => return Err(Refused::NotFound),
@@ -333,38 +421,13 @@ impl View {
                     entries.push(Entry::new(Node::Latest, LATEST));
                 }
             }
-            Node::Ids => {
-                let published = self.published()?;
-                let mut ids = self.ids();
-                for info in published {
-                    let number = ids.number(info.id);
-                    let name = ids.listed[number as usize].1.clone();
-                    entries.push(Entry::new(Node::In(number, Part::Folder), name));
-                }
-            }
-            Node::Tags => {
-                self.store.refresh()?;
-                for tag in self.store.tags().into_keys() {
-                    let node = Node::Tag(self.tags.number(&tag));
-                    entries.push(Entry::new(node, file_name(&tag)));
-                }
-            }
-            Node::Vms => {
-                let mut seen = HashSet::new();
-                let vms = self.by_vm()?.into_iter().map(|(vm, _)| vm);
-                for vm in vms.filter(|vm| seen.insert(*vm)) {
-                    let name = self.vms.get(vm).unwrap_or_default();
-                    entries.push(Entry::new(Node::Vm(vm), file_name(&name)));
-                }
-            }
+            Node::Ids => entries.clone_from(&self.listing()?.ids.entries),
+            Node::Tags => entries.clone_from(&self.listing()?.tags.entries),
+            Node::Vms => entries.clone_from(&self.by_vm(&self.listing()?).vms.entries),
             Node::Vm(vm) => {
-                for info in self.snapshots_of(vm)? {
-                    let number = self.ids().number(info.id);
-                    entries.push(Entry::new(Node::VmEntry(number), self.dated(&info)));
-                }
-                if entries.is_empty() {
-                    return Err(Refused::NotFound);
-                }
+                let listing = self.listing()?;
+                let (names, _) = self.by_vm(&listing).of.get(&vm).ok_or(Refused::NotFound)?;
+                entries.clone_from(&names.entries);
                 entries.push(Entry::new(Node::VmLatest(vm), LATEST));
             }
             Node::In(number, part) => entries = self.list_in(number, part)?,
@@ -417,35 +480,15 @@ impl View {
     pub(super) fn known(&self, number: u32) -> Result<Arc<Known>> {
         self.known.get_or_insert_with(&number, || {
             let (id, _) = self.id(number)?;
-            let files = SnapshotFiles::new(self.store.snapshot(id)?)?;
+            let files = SnapshotFiles::new(self.store.snapshot(id)?);
             Ok(Arc::new(Known {
                 manifest: OnceLock::new(),
                 state: files.state.iter().map(|_| OnceLock::new()).collect(),
+                len_bytes: files.regions.iter().map(|_| OnceLock::new()).collect(),
                 data_bytes: files.regions.iter().map(|_| OnceLock::new()).collect(),
                 files,
             }))
         })
-    }
-
-    /// Every published snapshot and the VM it is of, oldest first.
-    fn by_vm(&self) -> Result<Vec<(u32, SnapshotInfo)>> {
-        let published = self.published()?;
-        let mut vm_of = self.vm_of.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut out = Vec::with_capacity(published.len());
-        for info in published {
-            let vm = vm_of.entry(info.id).or_insert_with(|| {
-                // One that cannot be read is nobody's; its folder in `ids` says what is wrong.
-                let snapshot = self.store.snapshot(info.id).ok()?;
-                Some(self.vms.number(&snapshot.manifest().name))
-            });
-            out.extend(vm.map(|vm| (vm, info)));
-        }
-        Ok(out)
-    }
-
-    fn snapshots_of(&self, vm: u32) -> Result<Vec<SnapshotInfo>> {
-        let all = self.by_vm()?.into_iter().filter(|(of, _)| *of == vm);
-        Ok(all.map(|(_, info)| info).collect())
     }
 
     /// What a snapshot is called in the folder of its VM: sorted by name is sorted by time.
@@ -465,8 +508,7 @@ fn lengths(known: &Known, part: Part) -> Result<(u64, u64)> {
     Ok(match part {
         Part::Region(place) => {
             let place = usize::from(place);
-            let file = known.files.regions.get(place).ok_or(Refused::NotFound)?;
-            (file.len_bytes, known.data_bytes(place)?)
+            (known.len_bytes(place)?, known.data_bytes(place)?)
         }
         Part::Manifest | Part::Chunk(_) => {
             let len = known.text(part)?.len() as u64;

@@ -165,7 +165,7 @@ fn print_lines(
                 previous = Some(sample);
                 lines += 1;
             }
-            Look::Silent(error) => eprintln!("frazil: {}", output::plain(&error)),
+            Look::Silent(error) => errln!("frazil: {}", output::plain(&error)),
             Look::Ended(why) => return Ok(Outcome::Ended(why)),
         }
         if args.count == Some(lines) {

@@ -1,0 +1,166 @@
+//! `frazil mount` by a user who is not root: by way of `fusermount3`, which may mount for others.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use frazil_snapstore::{Store, StoreOptions};
+use frazil_tests::oracle::{Edit, Model, content, take};
+use frazil_tests::vm_harness::{Finished, Host, PATIENCE, finish, frazil, wait_for};
+use rustix::process::{Pid, Signal, kill_process};
+
+/// `nobody`, as on most systems: the helper wants a user that has a name.
+const UID: u32 = 65_534;
+
+/// True if this test can be somebody else who can mount; says why not otherwise.
+fn helper_or_skip() -> bool {
+    let why = if !rustix::process::geteuid().is_root() {
+        "not root, who alone can be somebody else"
+    } else if Command::new("fusermount3").arg("-V").output().is_err() {
+        "there is no fusermount3 (package fuse3; `make setup-tests` brings it)"
+    } else if fs::metadata("/dev/fuse").map_or(0, |device| device.permissions().mode()) & 6 != 6 {
+        "/dev/fuse is not for all"
+    } else {
+        return true;
+    };
+    eprintln!("SKIPPED: {why}, and this test mounts as nobody");
+    false
+}
+
+struct Bed {
+    host: Host,
+    /// A copy that nobody has a way to.
+    program: PathBuf,
+    memory: Vec<u8>,
+}
+
+impl Bed {
+    /// A host whose store is nobody's, with one snapshot.
+    fn new() -> Self {
+        let host = Host::new();
+        let store = Store::open_or_create(&host.store_path(), StoreOptions::default());
+        let mut model = Model { regions: [("ram".to_owned(), vec![0; 500])].into() };
+        let pages = (0..500).step_by(3).map(|page| (page, 1 + (page % 30) as u8)).collect();
+        let edit = Edit { rounds: vec![("ram".to_owned(), pages)], step: 0 };
+        let _taken = take(&store.expect("a store"), None, &mut model, &edit).expect("it works");
+        let memory = model.regions["ram"].iter().flat_map(|id| content(*id)).copied().collect();
+        let program = host.path("frazil");
+        fs::copy(frazil(), &program).expect("it is copied");
+        fs::create_dir(host.path("mnt")).expect("a folder");
+        give(&host.path(""));
+        Self { host, program, memory }
+    }
+
+    /// `program` as nobody would start it.
+    fn command(&self, program: &Path) -> Command {
+        let mut command = Command::new(program);
+        self.host.surround(&mut command);
+        command.uid(UID).gid(UID);
+        command
+    }
+
+    fn read(&self, name: &str) -> Vec<u8> {
+        let output = self.command(Path::new("cat")).arg(self.host.path(name)).output();
+        let output = output.expect("it runs");
+        assert!(output.status.success(), "{output:?}");
+        output.stdout
+    }
+
+    fn mount(&self) -> Mounted {
+        let mut command = self.command(&self.program);
+        command.args(["mount", "store", "mnt", "--json"]);
+        let spawned = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+        let mut child = spawned.expect("it starts");
+        let mut line = String::new();
+        let mut stdout = BufReader::new(child.stdout.take().expect("a pipe"));
+        stdout.read_line(&mut line).expect("it says something");
+        if line.is_empty() {
+            let output = child.wait_with_output().expect("it ended");
+            panic!("{}", String::from_utf8_lossy(&output.stderr));
+        }
+        Mounted { child, folder: self.host.path("mnt") }
+    }
+
+    fn refused(&self, args: &[&str]) -> Finished {
+        let mut command = self.command(&self.program);
+        command.args(args);
+        finish(command, PATIENCE)
+    }
+}
+
+/// Makes `path`, and what is in it, nobody's.
+fn give(path: &Path) {
+    chown(path, Some(UID), Some(UID)).expect("root may");
+    if path.is_dir() {
+        fs::read_dir(path).expect("a folder").flatten().for_each(|entry| give(&entry.path()));
+    }
+}
+
+/// A `frazil mount` of nobody's; killed and unmounted when dropped.
+struct Mounted {
+    child: Child,
+    folder: PathBuf,
+}
+
+impl Mounted {
+    fn end(&mut self, signal: Signal) -> (Option<i32>, String) {
+        kill_process(Pid::from_child(&self.child), signal).expect("it is there");
+        let status = wait_for("the end of frazil mount", || self.child.try_wait().expect("ours"));
+        let mut said = String::new();
+        let mut stderr = self.child.stderr.take().expect("a pipe");
+        stderr.read_to_string(&mut said).expect("UTF-8");
+        (status.code(), said)
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ended_already = self.child.kill();
+        let _reaped = self.child.wait();
+        let _unmounted_already =
+            Command::new("umount").args(["-l", "-q"]).arg(&self.folder).status();
+    }
+}
+
+#[test]
+fn nobody_mounts_and_reads_and_unmounts() {
+    if !helper_or_skip() {
+        return;
+    }
+    let bed = Bed::new();
+    let mut mounted = bed.mount();
+    assert!(bed.read("mnt/latest/memory/ram") == bed.memory);
+    let (code, said) = mounted.end(Signal::TERM);
+    assert_eq!(code, Some(0), "{said}");
+    let left = fs::read_dir(bed.host.path("mnt")).expect("it is unmounted").count();
+    assert_eq!(left, 0);
+    // What a kill leaves is cleared away by the next, without root.
+    let mut killed = bed.mount();
+    let (code, _) = killed.end(Signal::KILL);
+    assert_eq!(code, None);
+    let mut again = bed.mount();
+    assert!(bed.read("mnt/latest/memory/ram") == bed.memory);
+    let (code, said) = again.end(Signal::INT);
+    assert_eq!(code, Some(0), "{said}");
+}
+
+#[test]
+fn what_nobody_may_not_do_is_said() {
+    if !helper_or_skip() {
+        return;
+    }
+    let bed = Bed::new();
+    fs::create_dir(bed.host.path("roots")).expect("a folder");
+    let refused = bed.refused(&["mount", "store", "roots"]);
+    refused.expect_code(1).expect_says(&["cannot mount on", "roots"]);
+    let conf = fs::read_to_string("/etc/fuse.conf").unwrap_or_default();
+    if conf.lines().any(|line| line.trim() == "user_allow_other") {
+        eprintln!("SKIPPED: /etc/fuse.conf lets everybody use --allow-other");
+        return;
+    }
+    let refused = bed.refused(&["mount", "store", "mnt", "--allow-other"]);
+    refused.expect_code(1).expect_says(&["--allow-other", "/etc/fuse.conf", "user_allow_other"]);
+}
