@@ -33,7 +33,11 @@ fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .with_ansi(output::color_on(std::io::stderr().is_terminal()))
         .init();
-    match run(cli, started) {
+    let ended = run(cli, started).and_then(|code| match output::failure() {
+        None => Ok(code),
+        Some(error) => Err(anyhow::anyhow!("cannot write to standard output: {error}")),
+    });
+    match ended {
         Ok(code) => code,
         Err(error) => {
             if let Some(usage) = error.downcast_ref::<clap::Error>() {

@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::fmt::{Arguments, Write as _};
 use std::io::{IsTerminal, Write};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
@@ -27,7 +28,26 @@ pub(crate) fn line(text: Arguments<'_>) {
 
 /// As [`line()`], for those who stop when nobody listens any more.
 pub(crate) fn try_line(text: Arguments<'_>) -> std::io::Result<()> {
-    writeln!(std::io::stdout(), "{}", plain(&text.to_string()))
+    noted(writeln!(std::io::stdout(), "{}", plain(&text.to_string())))
+}
+
+/// Why something could not be printed, though somebody may have listened: the disk is full, say.
+static FAILURE: OnceLock<std::io::Error> = OnceLock::new();
+
+/// Keeps what went wrong, unless it is that a reader or a terminal went away.
+fn noted(printed: std::io::Result<()>) -> std::io::Result<()> {
+    printed.map_err(|error| {
+        let kind = error.kind();
+        if kind != std::io::ErrorKind::BrokenPipe && !std::io::stdout().is_terminal() {
+            let _only_the_first = FAILURE.set(error);
+        }
+        kind.into()
+    })
+}
+
+/// What went wrong with printing: a command whose output is not all there has failed, whatever else it did.
+pub(crate) fn failure() -> Option<&'static std::io::Error> {
+    FAILURE.get()
 }
 
 /// `text` without anything that a terminal would obey rather than show: names and messages may
@@ -130,7 +150,7 @@ impl Line {
     pub(crate) fn print(&self) {
         let mut out = std::io::stdout();
         let line = if color_on(out.is_terminal()) { &self.painted } else { &self.plain };
-        let _nobody_listens = writeln!(out, "{}", line.trim_end());
+        let _nobody_listens = noted(writeln!(out, "{}", line.trim_end()));
     }
 }
 
