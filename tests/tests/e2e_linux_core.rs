@@ -83,11 +83,18 @@ fn stacks_have_names_without_any_file() {
         let mut expected = vec!["bottom", "user_mode"];
         for frame in frames {
             match text(frame, "ip") {
-                // Modules have tables of their own.
-                ip if ip > "0xffffffffc0000000" => expected = vec!["no_way_up"],
+                // Modules have symbols and tables of their own.
+                ip if ip > "0xffffffffc0000000" => {
+                    assert!(
+                        frame["module"].is_string() && frame["function"].is_string(),
+                        "{stack:#}"
+                    );
+                }
                 // A program was running: of it nothing is known.
                 ip if ip < "0xffff" => expected.extend(["no_way_up", "damaged"]),
-                _ => assert!(frame["function"].is_string(), "{stack:#}"),
+                _ => {
+                    assert!(frame["function"].is_string() && frame["module"].is_null(), "{stack:#}")
+                }
             }
         }
         assert!(expected.contains(&text(stack, "end")), "{stack:#}");
@@ -109,6 +116,55 @@ fn stacks_have_names_without_any_file() {
             "{stack:#}"
         );
     }
+}
+
+/// The guest has loaded some modules: all of them are found, by what its kernel tells of itself.
+#[test]
+fn modules_are_found_without_any_file() {
+    let Some(host) = host() else { return };
+    let shown = host.ok(&["inspect", &host.at("one"), "--stack"]).stdout;
+    let said = shown.lines().next().expect("where names are from");
+    let count = said.split(", ").find_map(|part| part.strip_suffix(" modules among it"));
+    let count: usize =
+        count.and_then(|count| count.parse().ok()).unwrap_or_else(|| panic!("{said}"));
+    assert!((2..200).contains(&count), "{said}");
+}
+
+/// The kernel's file names the same functions as its memory, and tells lines if it is asked to.
+#[test]
+fn a_kernel_s_file_agrees_with_its_memory() {
+    let Some(host) = host() else { return };
+    let at = host.at("one");
+    let (_, report) = core(host);
+    let Some(vmlinux) = debug_information(text(&report["kernel"], "release")) else { return };
+    let vmlinux = vmlinux.display().to_string();
+    let inspect = |more: &[&str]| {
+        let look = ["inspect", &at, "--stack", "--json"];
+        host.ok(&[&look[..], more].concat()).json_lines()
+    };
+    let (without, with) = (inspect(&[]), inspect(&["--vmlinux", &vmlinux]));
+    let with_lines = inspect(&["--vmlinux", &vmlinux, "--lines"]);
+    let (mut frames, mut lines) = (0, 0);
+    for ((without, with), with_lines) in without.iter().zip(&with).zip(&with_lines) {
+        let each =
+            [without, with, with_lines].map(|stack| stack["frames"].as_array().expect("frames"));
+        assert!(each.iter().all(|frames| frames.len() == each[0].len()), "{without:#} {with:#}");
+        for ((without, with), with_lines) in each[0].iter().zip(each[1]).zip(each[2]) {
+            assert_eq!(without["ip"], with["ip"]);
+            assert_eq!(with["lines"].as_array().map(Vec::len), Some(0), "{with:#}");
+            if text(with, "ip") < "0xffff" || with["module"].is_string() {
+                continue;
+            }
+            frames += 1;
+            assert_eq!(without["offset"], with["offset"], "{without:#} {with:#}");
+            let told = with_lines["lines"].as_array().expect("lines");
+            lines += usize::from(
+                told.iter().any(|line| line.as_str().is_some_and(|line| line.contains(':'))),
+            );
+        }
+    }
+    // What is written in assembly has lines too; of the few frames all should.
+    assert!(lines == frames, "{lines} of {frames} have lines: {with_lines:#?}");
 }
 
 #[test]
