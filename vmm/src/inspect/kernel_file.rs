@@ -161,21 +161,6 @@ impl<'a> KernelFile<'a> {
         Symbols::new(symbols.collect())
     }
 
-    /// Its unwind table, likewise; its layout is that of `kernel`'s release, or else of the newest.
-    #[must_use]
-    pub fn orc(&self, offset_bytes: u64, kernel: Option<&LinuxKernel>) -> Option<OrcTable> {
-        let section = |name| self.file.section_by_name(name);
-        let (ips, entries) = (section(".orc_unwind_ip")?, section(".orc_unwind")?);
-        let format = match kernel.and_then(|kernel| kernel.info.version()) {
-            Some(version) => OrcFormat::of_version(version),
-            None => OrcFormat::New,
-        };
-        let at = ips.address().wrapping_add(offset_bytes);
-        Some(OrcTable::new(ips.data().ok()?, at, entries.data().ok()?, format))
-    }
-}
-
-impl<'a> KernelFile<'a> {
     /// The contents of section `name`, if there is such a one.
     ///
     /// # Errors
@@ -188,6 +173,19 @@ impl<'a> KernelFile<'a> {
             CompressionFormat::None => Ok(Some(contents.data)),
             format => Err(wrong(format!("one that is compressed ({format:?})"))),
         }
+    }
+
+    /// Its unwind table, likewise; its layout is that of `kernel`'s release, or else of the newest.
+    #[must_use]
+    pub fn orc(&self, offset_bytes: u64, kernel: Option<&LinuxKernel>) -> Option<OrcTable> {
+        let section = |name| self.file.section_by_name(name);
+        let (ips, entries) = (section(".orc_unwind_ip")?, section(".orc_unwind")?);
+        let format = match kernel.and_then(|kernel| kernel.info.version()) {
+            Some(version) => OrcFormat::of_version(version),
+            None => OrcFormat::New,
+        };
+        let at = ips.address().wrapping_add(offset_bytes);
+        Some(OrcTable::new(ips.data().ok()?, at, entries.data().ok()?, format))
     }
 }
 

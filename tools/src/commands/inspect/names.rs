@@ -141,7 +141,7 @@ impl<'a> Names<'a> {
         let modules = match (&self.from, self.modules) {
             (Source::Nobody, _) => String::new(),
             (_, Some(modules)) => {
-                format!(", {} modules among it", crate::output::count(modules as u64))
+                format!(", and those of {} modules", crate::output::count(modules as u64))
             }
             (_, None) => ", without modules: the kernel does not tell where those are".to_owned(),
         };
