@@ -46,8 +46,8 @@ pub(crate) struct InspectArgs {
     /// The guest kernel's file, whose symbols name functions.
     #[arg(long, value_name = "FILE")]
     pub vmlinux: Option<PathBuf>,
-    /// Show source lines too, and functions that were inlined, from the debug information of --vmlinux: with
-    /// that of a whole kernel it takes some seconds.
+    /// With --stack, show source lines too, and functions that were inlined, from the debug information of
+    /// --vmlinux: with that of a whole kernel it takes a second or more.
     #[arg(long, requires = "vmlinux")]
     pub lines: bool,
     /// The region to search, or to show alone. Default: `ram` to search, all to show.
