@@ -145,7 +145,9 @@ impl Scanner {
                 dfa.next_state(sc, *c),
                 dfa.next_state(sd, *d),
             ];
-            if next.iter().any(|state| dfa.is_special_state(*state)) {
+            // All of them whatever the first says: one branch, not four.
+            let [a, b, c, d] = next.map(|state| dfa.is_special_state(state));
+            if a | b | c | d {
                 break;
             }
             [sa, sb, sc, sd] = next;
