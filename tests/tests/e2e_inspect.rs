@@ -1,11 +1,13 @@
 //! `frazil inspect`, and core files, of the built-in guest on real KVM: against the memory that `export` writes
 //! and the registers that `show` prints.
 
+use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::OnceLock;
 
-use frazil_snapstore::{Description, PAGE_SIZE, Page, PageSet};
+use frazil_snapstore::{Description, PAGE_SIZE, Page, PageSet, PageSource};
 use frazil_tests::vm_harness::{Host, kvm_or_skip, number, text};
 use frazil_vmm::workload::GUEST_ELF;
 use frazil_vmm::workload::control::{CONTROL_GPA, MAGIC};
@@ -165,6 +167,191 @@ fn what_cannot_be_read_is_an_error_that_says_so() {
     bed.refused(2, &["--gpa", "0x10", "--vcpu", "1"], &["--vcpu"]);
     bed.refused(2, &["--gpa", "0x10", "--vmlinux", "x"], &["--vmlinux"]);
     bed.refused(2, &["--page-tables", "--region", "ram"], &["--region"]);
+    // What would have no effect is not taken for granted.
+    bed.refused(2, &["--gpa", "0x10", "--context", "3"], &["--context"]);
+    bed.refused(2, &["--stack", "--ranges", "3"], &["--ranges"]);
+    bed.refused(2, &["--stack", "--lines"], &["--vmlinux"]);
+    bed.refused(2, &["--disassemble", "--lines", "--vmlinux", &this], &["--lines"]);
+}
+
+/// Up to the last address that there is, and not one further.
+#[test]
+fn addresses_end() {
+    let Some(bed) = bed() else { return };
+    let last = "0xffffffffffffffff";
+    for look in [&["--gpa", last][..], &["--gpa", "0xffffffffffffffff,2"]] {
+        bed.refused(1, look, &["expected RAM"]);
+    }
+    for look in
+        [&["--gva", last][..], &["--gva", "0xffffffffffffff00,0x1000"], &["--disassemble", last]]
+    {
+        bed.refused(1, look, &["not mapped"]);
+    }
+    bed.refused(1, &["--page-tables", "0x800000000000"], &["canonical"]);
+    bed.refused(1, &["--page-tables", "0x8000_0000_0000,0x1000"], &["canonical"]);
+    // The end of that is an address.
+    assert!(bed.inspect(&["--page-tables", "0xffff7fffffff0000,0x20000"]).is_empty());
+    let nothing = bed.host.ok(&["inspect", &bed.at, "--page-tables", "0xffffffff80000000,1GiB"]);
+    assert!(nothing.stdout.contains("nothing is mapped"), "{nothing:?}");
+    // All that is mapped is in RAM; without a length as much is shown as there is.
+    let tables = bed.inspect(&["--page-tables"]);
+    let end_of = |range: &Value| hex(text(range, "gva")) + range["bytes"].as_u64().expect("bytes");
+    let end = tables.iter().map(end_of).max().expect("something is mapped").min(64 << 20);
+    let dump = bed.inspect(&["--gva", &format!("{:#x}", end - 48)]);
+    assert_eq!((dump.len(), text(&dump[0], "hex").len()), (1, 96));
+    bed.refused(1, &["--gva", &format!("{:#x},49", end - 48), "--json"], &["virtual address"]);
+    // And how it was found.
+    let steps = dump[0]["steps"].as_array().expect("steps");
+    assert_eq!(text(&steps[0], "table"), "PML4");
+    let entry = hex(text(&steps[0], "gpa"));
+    assert_eq!(entry & !0xfff, hex(text(&bed.vcpus[0]["sregs"], "cr3")) & !0xfff);
+    let bytes: String = bed.ram_hex(entry, 8);
+    let read = u64::from_str_radix(&bytes, 16).expect("hex").swap_bytes();
+    assert_eq!(read, hex(text(&steps[0], "entry")));
+}
+
+/// Readers that go away are none of its business; a full disk is.
+#[test]
+fn what_cannot_be_printed_is_told_unless_nobody_listens() {
+    let Some(bed) = bed() else { return };
+    let looks = [
+        &["--gpa", "0,32MiB"][..],
+        &["--gpa", "0,32MiB", "--json"],
+        &["--search", "the "],
+        &["--json"],
+        &["--ranges", "all"],
+        &["--disassemble", "-n", "100000"],
+    ];
+    for look in looks {
+        let run = |out: std::process::Stdio| {
+            let mut command = bed.host.command(&[&["inspect", &bed.at], look].concat());
+            command.stdout(out).stderr(std::process::Stdio::piped());
+            command.spawn().expect("it runs").wait_with_output().expect("it ends")
+        };
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        let gone = run(writer.into());
+        let said = String::from_utf8_lossy(&gone.stderr).into_owned();
+        // Further than the code goes there may be nothing to disassemble.
+        let ended = gone.status.success() || said.contains("not mapped");
+        assert!(ended && !said.contains("panicked"), "{look:?}: {gone:?}");
+        let full = std::fs::File::options().write(true).open("/dev/full").expect("it is there");
+        let full = run(full.into());
+        let said = String::from_utf8_lossy(&full.stderr).into_owned();
+        assert_eq!(full.status.code(), Some(1), "{look:?}: {full:?}");
+        assert!(said.contains("No space left"), "{look:?}: {said}");
+    }
+}
+
+/// Pages of a region of which most are zero.
+struct Sparse(BTreeMap<u64, Page>);
+
+impl PageSource for Sparse {
+    fn read_page(&self, page: u64, out: &mut Page) -> std::io::Result<()> {
+        *out = self.0.get(&page).copied().unwrap_or([0; PAGE_SIZE]);
+        Ok(())
+    }
+}
+
+/// Where machines have no RAM.
+const HOLE: Range<u64> = 3 << 30..4 << 30;
+
+/// A machine with RAM on both sides of the hole below 4 GiB.
+#[test]
+fn there_is_no_memory_in_the_hole() {
+    let Some(bed) = bed() else { return };
+    let ram_bytes = HOLE.start + (64 << 20);
+    let pages = (HOLE.end + (64 << 20)) / PAGE_SIZE as u64;
+    let (below, above) = (HOLE.start / PAGE_SIZE as u64 - 1, HOLE.end / PAGE_SIZE as u64);
+    let mut contents = BTreeMap::from([(below, [0; PAGE_SIZE]), (above, [0; PAGE_SIZE])]);
+    contents.get_mut(&below).expect("it")[PAGE_SIZE - 6..].copy_from_slice(b"border");
+    contents.get_mut(&above).expect("it")[..6].copy_from_slice(b"beyond");
+    let mut dirty = PageSet::new(pages);
+    contents.keys().for_each(|page| {
+        dirty.insert(*page);
+    });
+    let store = bed.host.store();
+    let gold = store.resolve("gold").expect("it").id;
+    let mut state = store.snapshot(gold).expect("it").states().expect("chunks");
+    let machine = state.iter_mut().find(|chunk| chunk.name == "machine").expect("it");
+    machine.body["ram_bytes"] = json!(ram_bytes);
+    let mut transaction = store.begin(None).expect("nobody writes");
+    let region = transaction.region("ram", pages).expect("it");
+    transaction.write_pages(region, &dirty, &Sparse(contents)).expect("written");
+    let description = Description { state, message: "hole".into(), ..Description::default() };
+    let id = transaction.commit(description).expect("published").id;
+    let at = bed.host.at(&id.to_string());
+    let inspect =
+        |args: &[&str]| bed.host.ok(&[&["inspect", &at, "--json"], args].concat()).json_lines();
+
+    let map = inspect(&[]).remove(0);
+    let ram = &map["regions"][0];
+    let hole_pages = (HOLE.end - HOLE.start) / PAGE_SIZE as u64;
+    let ranges: Vec<(u64, u64, &str)> = ram["ranges"]
+        .as_array()
+        .expect("ranges")
+        .iter()
+        .map(|range| {
+            (range[0].as_u64().unwrap(), range[1].as_u64().unwrap(), range[2].as_str().unwrap())
+        })
+        .collect();
+    assert_eq!(
+        ranges,
+        [
+            (0, below, "zero"),
+            (below, 1, "data"),
+            (below + 1, hole_pages, "hole"),
+            (above, 1, "data"),
+            (above + 1, pages - above - 1, "zero"),
+        ]
+    );
+    assert_eq!(number(ram, "hole_pages"), hole_pages);
+    assert_eq!(number(ram, "zero_pages"), pages - hole_pages - 2);
+    let shown = bed.host.ok(&["inspect", &at]).stdout;
+    assert!(shown.contains("region ram: 3.06 GiB") && shown.contains("hole"), "{shown}");
+    // Only the part of it that was asked for is there, without what the hole would be if it was memory.
+    let found = inspect(&["--search", "border", "--context", "8"]);
+    assert_eq!((found.len(), text(&found[0], "after")), (1, ""));
+    let found = inspect(&["--search", "beyond", "--context", "8"]);
+    assert_eq!((text(&found[0], "gpa"), text(&found[0], "before")), ("0x100000000", ""));
+    assert!(inspect(&["--search", "hex:626f7264657200"]).is_empty(), "behind it is no memory");
+    assert!(inspect(&["--regex", r"\x00beyond"]).is_empty());
+    for gpa in ["0xc0000000", "0xfee00000", "0xffffffff"] {
+        bed.host
+            .frazil(&["inspect", &at, "--gpa", gpa])
+            .expect_code(1)
+            .expect_says(&["0x0 to 0xbfffffff", "0x100000000 to 0x103ffffff"]);
+    }
+    let refused = bed.host.frazil(&["inspect", &at, "--gpa", "0xbffffff0,32"]);
+    refused.expect_code(1).expect_says(&["at most 16"]);
+}
+
+/// Memory without a machine has physical addresses, and nothing else.
+#[test]
+fn imported_memory_is_looked_at_as_far_as_there_is_some() {
+    let Some(bed) = bed() else { return };
+    let file = bed.host.path("imported.raw");
+    let mut bytes = vec![0; 1 << 20];
+    bytes[0x1234..0x1234 + 6].copy_from_slice(b"needle");
+    std::fs::write(&file, &bytes).expect("a file");
+    let other = bed.host.path("imported");
+    let import = [
+        "import",
+        "--memory",
+        &file.display().to_string(),
+        "--store",
+        &other.display().to_string(),
+    ];
+    let _report = bed.host.json(&import);
+    let at = format!("{}@latest", other.display());
+    let found = bed.host.json(&["inspect", &at, "--search", "needle"]);
+    assert_eq!(text(&found, "gpa"), "0x1234");
+    let dump = bed.host.json(&["inspect", &at, "--gpa", "0x1234,6"]);
+    assert_eq!(text(&dump, "hex"), "6e6565646c65");
+    for look in ["--stack", "--disassemble", "--page-tables"] {
+        let refused = bed.host.frazil(&["inspect", &at, look]);
+        refused.expect_code(1).expect_says(&["frazil import", "no vCPUs", "--gpa"]);
+    }
 }
 
 #[test]
@@ -246,6 +433,14 @@ fn stacks_are_shown_with_and_without_the_guest_s_file() {
     assert_eq!(stacks.len(), 2);
     for (vcpu, stack) in stacks.iter().enumerate() {
         assert_eq!(number(stack, "vcpu"), vcpu as u64);
+        // Where nothing tells more, what lies on the stack.
+        let words = stack["words"].as_array().expect("words");
+        assert_eq!(words.is_empty(), stack["frames"].as_array().expect("frames").len() > 1);
+        for word in words {
+            let (gva, value) = (hex(text(word, "gva")), hex(text(word, "value")));
+            let bytes: String = value.to_le_bytes().map(|byte| format!("{byte:02x}")).concat();
+            assert_eq!(bytes, bed.ram_hex(gva, 8));
+        }
         assert_eq!(hex(text(&stack["frames"][0], "ip")), bed.register(vcpu, "rip"));
     }
     // It was stripped; here it gets two names.

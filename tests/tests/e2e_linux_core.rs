@@ -6,8 +6,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
+use frazil_snapstore::Description;
+use frazil_snapstore::search::SearchProgress;
 use frazil_tests::linux::run;
 use frazil_tests::vm_harness::{Host, number, text};
+use frazil_vmm::inspect::{GuestView, LinuxKernel, Symbol};
 use serde_json::Value;
 
 const SCRIPT: &str = r"
@@ -18,14 +21,24 @@ crash a
 keep /run/store
 ";
 
-/// A host whose store is the guest's, or none if there is no QEMU. Made once.
+/// A host whose store is the guest's, or none if there is no QEMU. Made once; `FRAZIL_LINUX_KEPT` names what an
+/// earlier run has left (`target/tmp/linux/core/kept.tar`), for who works on what is made of it.
 fn host() -> Option<&'static Host> {
     static HOST: OnceLock<Option<Host>> = OnceLock::new();
     let make = || {
-        let outcome = run("core", SCRIPT)?;
+        let kept = std::env::var_os("FRAZIL_LINUX_KEPT");
+        let outcome = if kept.is_some() { None } else { Some(run("core", SCRIPT)?) };
         let host = Host::new();
         let _none_yet = std::fs::remove_dir_all(host.store_path());
-        outcome.unpack_kept(host.store_path().parent().expect("it is in a folder"));
+        let folder = host.store_path().parent().expect("it is in a folder").to_owned();
+        match (kept, outcome) {
+            (Some(kept), _) => {
+                let mut tar = Command::new("tar");
+                let status = tar.arg("-xf").arg(kept).arg("-C").arg(folder).status();
+                assert!(status.expect("tar runs").success());
+            }
+            (None, outcome) => outcome?.unpack_kept(&folder),
+        }
         Some(host)
     };
     HOST.get_or_init(make).as_ref()
@@ -83,11 +96,21 @@ fn stacks_have_names_without_any_file() {
         let mut expected = vec!["bottom", "user_mode"];
         for frame in frames {
             match text(frame, "ip") {
-                // Modules have tables of their own.
-                ip if ip > "0xffffffffc0000000" => expected = vec!["no_way_up"],
+                // Modules have symbols and tables of their own.
+                ip if ip > "0xffffffffc0000000" => {
+                    assert!(
+                        frame["module"].is_string() && frame["function"].is_string(),
+                        "{stack:#}"
+                    );
+                }
                 // A program was running: of it nothing is known.
                 ip if ip < "0xffff" => expected.extend(["no_way_up", "damaged"]),
-                _ => assert!(frame["function"].is_string(), "{stack:#}"),
+                _ => {
+                    assert!(
+                        frame["function"].is_string() && frame["module"].is_null(),
+                        "{stack:#}"
+                    );
+                }
             }
         }
         assert!(expected.contains(&text(stack, "end")), "{stack:#}");
@@ -109,6 +132,102 @@ fn stacks_have_names_without_any_file() {
             "{stack:#}"
         );
     }
+}
+
+/// The guest has loaded some modules: all of them are found, by what its kernel tells of itself.
+#[test]
+fn modules_are_found_without_any_file() {
+    let Some(host) = host() else { return };
+    let shown = host.ok(&["inspect", &host.at("one"), "--stack"]).stdout;
+    let said = shown.lines().next().expect("where names are from");
+    let count =
+        said.split_once("and those of ").and_then(|(_, rest)| rest.strip_suffix(" modules"));
+    let count: usize =
+        count.and_then(|count| count.parse().ok()).unwrap_or_else(|| panic!("{said}"));
+    assert!((2..200).contains(&count), "{said}");
+}
+
+/// As if a vCPU had been stopped at the beginning of a function of each module, called by what is on its stack.
+#[test]
+fn stacks_go_through_modules() {
+    let Some(host) = host() else { return };
+    let stacks = host.ok(&["inspect", &host.at("one"), "--stack", "--json"]).json_lines();
+    let hex = |text: &str| u64::from_str_radix(text.trim_start_matches("0x"), 16).expect("hex");
+    // A frame that was found by a return address on the stack of a vCPU in the kernel.
+    let called = stacks.iter().find_map(|stack| {
+        let frames = stack["frames"].as_array()?;
+        let place = frames.iter().position(|frame| frame["by"] == "orc")?;
+        Some((number(stack, "vcpu"), frames[place..].to_vec()))
+    });
+    let (vcpu, above) = called.expect("a vCPU in the kernel");
+    let return_gva = hex(text(&above[0], "sp")) - 8;
+
+    let store = host.store();
+    let one = store.snapshot(store.resolve("one").expect("it").id).expect("it");
+    let view = GuestView::open(&one).expect("a machine");
+    let memory = view.memory();
+    let kernel = LinuxKernel::find(&view, &SearchProgress::default()).expect("readable");
+    let kernel = kernel.expect("a kernel");
+    let symbols = kernel.symbols(memory).expect("readable").expect("symbols");
+    let modules = kernel.modules(memory, &symbols).expect("readable").expect("modules");
+    assert!(modules.len() > 1);
+    for module in modules {
+        let function = |symbol: &&Symbol| symbol.is_code && module.code.contains(&symbol.address);
+        let Some(function) = module.symbols.iter().find(function) else { continue };
+        let mut state = one.states().expect("chunks");
+        let name = format!("vcpu{vcpu}");
+        let chunk = state.iter_mut().find(|chunk| chunk.name == name).expect("a vCPU");
+        chunk.body["regs"]["rip"] = format!("{:#x}", function.address).into();
+        chunk.body["regs"]["rsp"] = format!("{return_gva:#x}").into();
+        let mut transaction = store.begin(Some(one.id())).expect("nobody writes");
+        let _as_it_is = transaction.region("ram", memory.region().pages()).expect("it");
+        let message = format!("in {}", module.name);
+        let description = Description { state, message, ..Description::default() };
+        let id = transaction.commit(description).expect("published").id;
+        let at = host.at(&id.to_string());
+        let stack = host.json(&["inspect", &at, "--stack", "--vcpu", &vcpu.to_string()]);
+        let frames = stack["frames"].as_array().expect("frames");
+        assert_eq!(frames[0]["module"], *module.name, "{stack:#}");
+        assert_eq!(frames[0]["offset"], 0, "{stack:#}");
+        assert_eq!(frames[1..], above, "{}: {stack:#}", module.name);
+    }
+}
+
+/// The kernel's file names the same functions as its memory, and tells lines if it is asked to.
+#[test]
+fn a_kernel_s_file_agrees_with_its_memory() {
+    let Some(host) = host() else { return };
+    let at = host.at("one");
+    let (_, report) = core(host);
+    let Some(vmlinux) = debug_information(text(&report["kernel"], "release")) else { return };
+    let vmlinux = vmlinux.display().to_string();
+    let inspect = |more: &[&str]| {
+        let look = ["inspect", &at, "--stack", "--json"];
+        host.ok(&[&look[..], more].concat()).json_lines()
+    };
+    let (without, with) = (inspect(&[]), inspect(&["--vmlinux", &vmlinux]));
+    let with_lines = inspect(&["--vmlinux", &vmlinux, "--lines"]);
+    let (mut frames, mut lines) = (0, 0);
+    for ((without, with), with_lines) in without.iter().zip(&with).zip(&with_lines) {
+        let each =
+            [without, with, with_lines].map(|stack| stack["frames"].as_array().expect("frames"));
+        assert!(each.iter().all(|frames| frames.len() == each[0].len()), "{without:#} {with:#}");
+        for ((without, with), with_lines) in each[0].iter().zip(each[1]).zip(each[2]) {
+            assert_eq!(without["ip"], with["ip"]);
+            assert_eq!(with["lines"].as_array().map(Vec::len), Some(0), "{with:#}");
+            if text(with, "ip") < "0xffff" || with["module"].is_string() {
+                continue;
+            }
+            frames += 1;
+            assert_eq!(without["offset"], with["offset"], "{without:#} {with:#}");
+            let told = with_lines["lines"].as_array().expect("lines");
+            lines += usize::from(
+                told.iter().any(|line| line.as_str().is_some_and(|line| line.contains(':'))),
+            );
+        }
+    }
+    // What is written in assembly has lines too; of the few frames all should.
+    assert!(lines == frames, "{lines} of {frames} have lines: {with_lines:#?}");
 }
 
 #[test]

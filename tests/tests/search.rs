@@ -96,7 +96,7 @@ fn texts() -> impl Strategy<Value = Vec<(usize, Vec<u8>)>> {
     proptest::collection::vec(text, 1..40)
 }
 
-const EXPRESSIONS: [&str; 9] = [
+const EXPRESSIONS: [&str; 15] = [
     "ab+a",
     "(?s)a.b",
     r"\bab",
@@ -106,6 +106,15 @@ const EXPRESSIONS: [&str; 9] = [
     "(?i)ab",
     r"b\x00{1,9}a",
     "a.{0,6}b|ba",
+    // What looks at zeros from outside them, and the other way round.
+    r"\b\x00",
+    r"\x00{3}\b",
+    // No byte of it is known beforehand.
+    r"\w{3}",
+    r"\w[^ab]\w?",
+    // Matches may be of any length.
+    r"[ab]+\n",
+    r"[^a\x00]+a",
 ];
 const BYTES: [&[u8]; 6] = [b"ab", b"aa", b"b", b"ba\nb", b"\0a", b"abababab"];
 
@@ -170,6 +179,118 @@ fn only_what_is_not_zero_is_read_and_a_search_can_be_ended() {
     assert_eq!(run(u64::MAX, u64::MAX - 1..u64::MAX).matches, 0);
 }
 
+/// Many more matches than are found ahead of what is told, which reach from part to part.
+#[test]
+fn memory_full_of_matches_is_told_match_by_match() {
+    let mut bed = Bed::new(StoreOptions::default());
+    let text: Vec<u8> =
+        (0..PAGES * PAGE_SIZE).map(|at| if at % 1000 == 999 { b'.' } else { b'a' }).collect();
+    bed.write(&[(0, text)]);
+    let memory = bed.memory.as_flattened();
+    for (pattern, len) in [
+        (Pattern::bytes(b"aaa"), 3),
+        (Pattern::bytes(b"aaaaaaa"), 7),
+        (Pattern::regex(r"\w{5}"), 5),
+        (Pattern::regex("aa[abc]{5}"), 7),
+    ] {
+        let mut expected = 0;
+        let mut at = 0;
+        while at + len <= memory.len() {
+            let dot = memory[at..at + len].iter().rposition(|byte| *byte == b'.');
+            expected += u64::from(dot.is_none());
+            at += dot.map_or(len, |dot| dot + 1);
+        }
+        let (mut count, mut last) = (0, None);
+        let pattern = pattern.expect("a pattern");
+        search(&bed.region(), 0..u64::MAX, &pattern, 0, &SearchProgress::default(), &mut |found| {
+            assert!(last.is_none_or(|end| found.offset >= end), "none covers another");
+            assert!(found.bytes.len() == len && !found.bytes.contains(&b'.'));
+            last = Some(found.offset + len as u64);
+            count += 1;
+            ControlFlow::Continue(())
+        })
+        .expect("a search");
+        assert_eq!(count, expected, "{pattern:?}");
+    }
+}
+
+/// Where a part is cut is no end of a line.
+#[test]
+fn what_is_cut_off_for_a_core_ends_nothing() {
+    let mut bed = Bed::new(StoreOptions::default());
+    bed.write(&[(0, vec![b'a'; PAGES * PAGE_SIZE - 1])]);
+    for expression in ["a+$", r"a+\b", r"[a-z]+$", r"\b[a-z]{7}\b"] {
+        let pattern = Pattern::regex(expression).expect("a pattern");
+        for (offset, bytes) in bed.found(&pattern, 1) {
+            // The only place where it can end.
+            assert_eq!(offset as usize + bytes.len(), PAGES * PAGE_SIZE - 1, "{expression}");
+        }
+    }
+}
+
+/// Zeros that nothing but what is beside them makes a match of.
+#[test]
+fn zeros_are_found_where_something_is_beside_them() {
+    let mut bed = Bed::new(StoreOptions::default());
+    let page = |number: usize| number * PAGE_SIZE;
+    bed.write(&[
+        (page(6) - 2, b"x\n".to_vec()),
+        (page(9), b"\ny".to_vec()),
+        (page(512), b"z".to_vec()),
+    ]);
+    for (expression, expected) in [
+        (r"^\x00{2}", vec![page(6)]),
+        (r"^\x00{5000}y?", vec![page(6)]),
+        (r"\x00{2}$", vec![page(9) - 2]),
+        (r"\x00{3}\b", vec![page(6) - 5, page(512) - 3]),
+        (r"\b\x00{4}", vec![page(9) + 2, page(512) + 1]),
+    ] {
+        let pattern = Pattern::regex(expression).expect("a pattern");
+        let found: Vec<usize> =
+            bed.found(&pattern, 3).into_iter().map(|(offset, _)| offset as usize).collect();
+        assert_eq!(found, expected, "{expression}");
+    }
+}
+
+/// As around a hole between two pieces of memory.
+#[test]
+fn a_range_is_searched_as_if_there_was_nothing_else() {
+    let mut bed = Bed::new(StoreOptions::default());
+    let border = 600 * PAGE_SIZE;
+    bed.write(&[(border - 5, b"aaaaabbbbb".to_vec())]);
+    let region = bed.region();
+    let look = |pattern: &Pattern, range: std::ops::Range<u64>| {
+        let mut all = Vec::new();
+        let progress = SearchProgress::default();
+        search(&region, range, pattern, 8, &progress, &mut |found| {
+            let [before, bytes, after] =
+                [found.before, found.bytes, found.after].map(<[u8]>::to_vec);
+            all.push((found.offset, before, bytes, after));
+            ControlFlow::Continue(())
+        })
+        .expect("a search");
+        all
+    };
+    let border = border as u64;
+    let bytes = |text: &[u8]| Pattern::bytes(text).expect("a pattern");
+    assert!(look(&bytes(b"ab"), 0..border).is_empty());
+    assert!(look(&bytes(b"ab"), border..u64::MAX).is_empty());
+    assert_eq!(look(&bytes(b"ab"), 0..u64::MAX).len(), 1);
+    let below = look(&bytes(b"aaa"), 0..border);
+    let [(offset, before, _, after)] = &below[..] else { panic!("{below:?}") };
+    assert_eq!((*offset, &before[..], &after[..]), (border - 5, &[0; 8][..], &b"aa"[..]));
+    let above = look(&bytes(b"bbb"), border..u64::MAX);
+    let [(offset, before, _, after)] = &above[..] else { panic!("{above:?}") };
+    assert_eq!((*offset, &before[..], &after[..]), (border, &b""[..], &b"bb\0\0\0\0\0\0"[..]));
+    // One after the other with the same counters: each says what it read.
+    let progress = SearchProgress::default();
+    for _ in 0..2 {
+        let all = |_: frazil_snapstore::search::Match<'_>| ControlFlow::Continue(());
+        let report = search(&region, 0..u64::MAX, &bytes(b"ab"), 0, &progress, &mut { all });
+        assert_eq!(report.expect("a search").pages_read, 2);
+    }
+}
+
 #[test]
 fn patterns_that_say_nothing_are_refused() {
     let bytes = |bytes: &[u8]| Pattern::bytes(bytes).map(|_| ()).expect_err("refused").to_string();
@@ -184,6 +305,13 @@ fn patterns_that_say_nothing_are_refused() {
         ("(?s).", "zeros alone"),
         (r"\Afoo", "no beginning"),
         ("a{70000}", "65536"),
+        ("a{5000,}", "4096"),
+        // Empty at some places only, which zeros do not show.
+        (r"a*\b", "nothing at all"),
+        (r"(?:foo)?\b|bar", "nothing at all"),
+        ("[a&&b]", "nothing does"),
+        (r"(?-m)foo$", "no beginning"),
+        (r"\x00{4}\B", "zeros alone"),
         ("((a{500}){500}){500}", "expression"),
     ] {
         let error = Pattern::regex(expression).map(|_| ()).expect_err(expression).to_string();

@@ -46,12 +46,12 @@ pub(crate) fn try_line(text: Arguments<'_>) -> std::io::Result<()> {
 /// Why something could not be printed.
 static NOT_PRINTED: Mutex<Option<std::io::Error>> = Mutex::new(None);
 
-/// Remembers why something could not be printed, unless it is that nobody listens: a command goes on, and
-/// does not end as if all had been well.
+/// Remembers why something could not be printed, unless it is that a reader or a terminal went away: a
+/// command goes on, and does not end as if all had been well.
 fn noted(printed: std::io::Result<()>) -> std::io::Result<()> {
     let Err(error) = printed else { return Ok(()) };
     let kind = error.kind();
-    if kind != std::io::ErrorKind::BrokenPipe {
+    if kind != std::io::ErrorKind::BrokenPipe && !std::io::stdout().is_terminal() {
         NOT_PRINTED.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
     }
     Err(kind.into())

@@ -23,11 +23,12 @@ pub(crate) struct InspectArgs {
     #[arg(long, value_name = "WHAT", group = "look")]
     pub search: Option<String>,
     /// Find what a regular expression matches. It is about bytes: `.` is any but a line feed, \xff is
-    /// one, \w is ASCII; `^` and `$` are at the ends of lines. Matches of up to 4 KiB are found whole.
+    /// one, \w is ASCII; `^` and `$` are at the ends of lines. Matches of up to 4 KiB are found whole; of
+    /// an expression that says how long they can be, all, up to 64 KiB.
     #[arg(long, value_name = "RE", group = "look")]
     pub regex: Option<String>,
     /// List what the vCPU's page tables map, ranges that are mapped alike together; of all addresses, or
-    /// of LEN bytes from ADDR on.
+    /// of LEN bytes from ADDR on (1 if it does not say).
     #[arg(long, value_name = "ADDR[,LEN]", num_args = 0..=1, value_parser = span, group = "look")]
     #[allow(clippy::option_option)] // absent, without a value, with one
     pub page_tables: Option<Option<Span>>,
@@ -42,19 +43,23 @@ pub(crate) struct InspectArgs {
     /// Of this vCPU.
     #[arg(long, value_name = "N")]
     pub vcpu: Option<usize>,
-    /// The guest kernel's file, with symbols; functions and lines come from its debug information.
+    /// The guest kernel's file, whose symbols name functions.
     #[arg(long, value_name = "FILE")]
     pub vmlinux: Option<PathBuf>,
+    /// With --stack, show source lines too, and functions that were inlined, from the debug information of
+    /// --vmlinux: with that of a whole kernel it takes a second or more.
+    #[arg(long, requires = "vmlinux")]
+    pub lines: bool,
     /// The region to search, or to show alone. Default: `ram` to search, all to show.
     #[arg(long, value_name = "NAME", conflicts_with_all = ["gpa", "gva", "page_tables", "disassemble", "stack"])]
     pub region: Option<String>,
     /// Stop after so many matches, instructions (default: 16) or frames of a stack (64).
     #[arg(long, short = 'n', value_name = "N", visible_alias = "limit", value_parser = clap::value_parser!(u64).range(1..))]
     pub max_count: Option<u64>,
-    /// Bytes to show before and behind what was found, up to 4096.
-    #[arg(long, value_name = "BYTES", default_value_t = 16, value_parser = clap::value_parser!(u16).range(0..=4096))]
-    pub context: u16,
-    /// Show at most so many ranges of a region, or `all`. With --json it is always all.
-    #[arg(long, value_name = "N|all", default_value = "20", value_parser = how_many)]
-    pub ranges: usize,
+    /// Bytes to show before and behind what was found, up to 4096 [default: 16].
+    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(0..=4096))]
+    pub context: Option<u16>,
+    /// Show at most so many ranges of a region, or `all` [default: 20]. With --json it is always all.
+    #[arg(long, value_name = "N|all", value_parser = how_many)]
+    pub ranges: Option<usize>,
 }

@@ -127,7 +127,7 @@ pub fn write_core(
 /// Whose virtual addresses are in the file: the kernel's, and those of each vCPU, whichever first maps an
 /// address.
 fn spaces(view: &GuestView, kernel: Option<&LinuxKernel>) -> Vec<AddressSpace> {
-    let vcpus = view.vcpus().iter().map(|vcpu| AddressSpace::of(&vcpu.sregs));
+    let vcpus = view.vcpus().iter().map(AddressSpace::of);
     let mut all: Vec<AddressSpace> = Vec::new();
     for space in kernel.map(|kernel| kernel.space).into_iter().chain(vcpus) {
         if !all.contains(&space) {
@@ -143,12 +143,14 @@ type Mapped = BTreeMap<u64, Load>;
 /// What `spaces` map, and whether that is all.
 fn mapped(view: &GuestView, spaces: &[AddressSpace]) -> Result<(Mapped, bool), InspectError> {
     let ranges = view.memory().ranges();
-    let (mut all, mut tables) = (Mapped::new(), 0);
+    let (mut all, mut tables, mut again) = (Mapped::new(), 0, false);
     for space in spaces.iter().filter(|space| space.mode != PagingMode::Off) {
         let looked = space.mapped(view.memory(), 0..=u64::MAX, Joining::Contiguous, &mut |found| {
             if let Found::Range(MappedRange { gva, len_bytes, gpa: Some(gpa), .. }) = found {
                 in_ram(ranges, Load { gva, gpa, len_bytes }).for_each(|part| add(&mut all, part));
             }
+            // Such as a shadow area, where the same page is all over terabytes.
+            again |= matches!(found, Found::Again { .. });
             if all.len() < LOADS_MAX { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
         });
         match looked {
@@ -163,7 +165,7 @@ fn mapped(view: &GuestView, spaces: &[AddressSpace]) -> Result<(Mapped, bool), I
             return Ok((all, false));
         }
     }
-    Ok((all, true))
+    Ok((all, !again))
 }
 
 /// The parts of `load` that are RAM.
@@ -211,9 +213,7 @@ fn direct_map(
     view: &GuestView,
     kernel: Option<&LinuxKernel>,
 ) -> Option<u64> {
-    let off = |vcpu: &crate::vcpu::saved::SavedVcpu| {
-        AddressSpace::of(&vcpu.sregs).mode == PagingMode::Off
-    };
+    let off = |vcpu| AddressSpace::of(vcpu).mode == PagingMode::Off;
     if kernel.is_none() && view.vcpus().first().is_some_and(off) {
         return Some(0);
     }

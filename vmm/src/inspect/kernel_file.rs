@@ -1,13 +1,21 @@
 //! The ELF file of a guest's kernel, and where in the guest it is.
+//!
+//! With debug information, kernels' files have half a GiB and more. Nothing of that is read here: headers, the
+//! table of symbols and the names, each in one piece, and the sections that are asked for.
 
 use std::fs::File;
+use std::ops::Range;
 use std::path::Path;
 
-use object::{Object, ObjectSection, ObjectSymbol, ReadCache, SectionKind};
+use object::elf::{STT_FILE, STT_FUNC, STT_GNU_IFUNC, STT_SECTION};
+use object::read::elf::{ElfFile, FileHeader, Sym};
+use object::{
+    CompressionFormat, Endianness, Object, ObjectSection, ReadCache, ReadRef, SectionKind,
+};
 
 use super::linux::LinuxKernel;
 use super::memory::PhysicalMemory;
-use super::{AddressSpace, InspectError, OrcFormat, OrcTable, Result, Symbols};
+use super::{AddressSpace, InspectError, OrcFormat, OrcTable, Result, Symbol, Symbols};
 
 /// Linux is put at multiples of so many bytes (CONFIG_PHYSICAL_ALIGN), this far at the most.
 const OFFSET_STEP_BYTES: u64 = 2 << 20;
@@ -15,9 +23,11 @@ const OFFSETS: u64 = 512;
 /// Bytes that are compared.
 const SAMPLE_BYTES: usize = 256;
 /// Text that every Linux kernel has, with its release and when it was built: it is never patched.
-const BANNER: &str = "linux_banner";
+const BANNER: &[u8] = b"linux_banner";
+/// More than any table of any kernel takes: what a file says of itself need not be so.
+const PIECE_BYTES_MAX: u64 = 512 << 20;
 
-/// A file that is read where it is looked at: with debug information, kernels' have half a GiB and more.
+/// A file that is read where it is looked at.
 #[derive(Debug)]
 pub struct KernelBytes(ReadCache<File>);
 
@@ -31,24 +41,63 @@ impl KernelBytes {
     }
 }
 
+impl<'a> ReadRef<'a> for &'a KernelBytes {
+    fn len(self) -> Result<u64, ()> {
+        (&self.0).len()
+    }
+
+    fn read_bytes_at(self, offset: u64, size: u64) -> Result<&'a [u8], ()> {
+        if size > PIECE_BYTES_MAX {
+            return Err(());
+        }
+        (&self.0).read_bytes_at(offset, size)
+    }
+
+    fn read_bytes_at_until(self, range: Range<u64>, delimiter: u8) -> Result<&'a [u8], ()> {
+        (&self.0).read_bytes_at_until(range, delimiter)
+    }
+}
+
 /// An ELF file with symbols.
 #[derive(Debug)]
 pub struct KernelFile<'a> {
-    file: object::File<'a, &'a ReadCache<File>>,
+    file: object::File<'a, &'a KernelBytes>,
+    symbols: Vec<FileSymbol<'a>>,
+}
+
+/// A symbol where it was linked to be.
+#[derive(Debug)]
+struct FileSymbol<'a> {
+    address: u64,
+    len_bytes: u64,
+    is_code: bool,
+    name: &'a [u8],
 }
 
 impl<'a> KernelFile<'a> {
-    /// Reads its headers.
+    /// Reads its headers and its symbols.
     ///
     /// # Errors
     /// A message, if it is no ELF file, or has no symbols.
     pub fn parse(bytes: &'a KernelBytes) -> Result<Self, String> {
-        let file = object::File::parse(&bytes.0)
+        let file = object::File::parse(bytes)
             .map_err(|error| format!("expected an ELF file, such as a vmlinux: {error}"))?;
-        if file.symbols().next().is_none() {
+        let symbols = match &file {
+            object::File::Elf32(file) => table(file),
+            object::File::Elf64(file) => table(file),
+            other => {
+                let found = other.format();
+                return Err(format!(
+                    "expected an ELF file, such as a vmlinux, found one in format {found:?}"
+                ));
+            }
+        };
+        let symbols =
+            symbols.map_err(|error| format!("expected an ELF file with symbols: {error}"))?;
+        if symbols.is_empty() {
             return Err("expected an ELF file with symbols, found one that was stripped".into());
         }
-        Ok(Self { file })
+        Ok(Self { file, symbols })
     }
 
     /// How far beyond where it was linked it is in the guest, in bytes: as a Linux kernel tells, or where its
@@ -82,29 +131,48 @@ impl<'a> KernelFile<'a> {
 
     /// An address, and what is there as long as the kernel runs.
     fn sample(&self) -> Option<(u64, &'a [u8])> {
-        let banner = self.file.symbols().find(|symbol| symbol.name() == Ok(BANNER));
+        let banner = self.symbols.iter().find(|symbol| symbol.name == BANNER);
         let (address, len) = if let Some(symbol) = banner {
-            (symbol.address(), symbol.size())
+            (symbol.address, symbol.len_bytes)
         } else {
             // Of any other program, its code: the most there is of it, since what is small may be tables.
             let texts = self.file.sections().filter(|section| section.kind() == SectionKind::Text);
             let text = texts.max_by_key(ObjectSection::size)?;
             (text.address(), text.size())
         };
-        let len = (len as usize).min(SAMPLE_BYTES);
-        let section = self.file.sections().find(|section| {
-            section.address() <= address && address < section.address() + section.size()
-        })?;
-        let data = section.data().ok()?;
-        let start = (address - section.address()) as usize;
-        let sample = data.get(start..)?;
+        let len = len.min(SAMPLE_BYTES as u64) as usize;
+        let offset_in = |section: &object::Section<'a, '_, &'a KernelBytes>| {
+            address.checked_sub(section.address()).filter(|offset| *offset < section.size())
+        };
+        let section = self.file.sections().find(|section| offset_in(section).is_some())?;
+        let sample = section.data().ok()?.get(offset_in(&section)? as usize..)?;
         Some((address, &sample[..len.min(sample.len())])).filter(|(_, sample)| !sample.is_empty())
     }
 
     /// Its symbols, in a guest that has it `offset_bytes` beyond where it was linked.
     #[must_use]
     pub fn symbols(&self, offset_bytes: u64) -> Symbols {
-        Symbols::of_file(&self.file, offset_bytes)
+        let symbols = self.symbols.iter().filter_map(|symbol| {
+            let FileSymbol { address, len_bytes, is_code, name } = *symbol;
+            let name = str::from_utf8(name).ok()?.to_owned();
+            let address = address.wrapping_add(offset_bytes);
+            Some(Symbol { address, len_bytes, is_code, name, module: None })
+        });
+        Symbols::new(symbols.collect())
+    }
+
+    /// The contents of section `name`, if there is such a one.
+    ///
+    /// # Errors
+    /// [`InspectError::Section`] if it is compressed, or is not all there.
+    pub fn section(&self, name: &'static str) -> Result<Option<&'a [u8]>> {
+        let Some(section) = self.file.section_by_name(name) else { return Ok(None) };
+        let wrong = |found: String| InspectError::Section { name, found };
+        let contents = section.compressed_data().map_err(|error| wrong(error.to_string()))?;
+        match contents.format {
+            CompressionFormat::None => Ok(Some(contents.data)),
+            format => Err(wrong(format!("one that is compressed ({format:?})"))),
+        }
     }
 
     /// Its unwind table, likewise; its layout is that of `kernel`'s release, or else of the newest.
@@ -119,4 +187,40 @@ impl<'a> KernelFile<'a> {
         let at = ips.address().wrapping_add(offset_bytes);
         Some(OrcTable::new(ips.data().ok()?, at, entries.data().ok()?, format))
     }
+}
+
+/// The symbols of `file`. Names are looked up in the section that has them, which is read as a whole: one by one
+/// would be three system calls each, and there are two hundred thousand.
+fn table<'a, Elf: FileHeader<Endian = Endianness>>(
+    file: &ElfFile<'a, Elf, &'a KernelBytes>,
+) -> Result<Vec<FileSymbol<'a>>, object::Error> {
+    let (endian, table) = (file.endian(), file.elf_symbol_table());
+    if table.is_empty() {
+        return Ok(Vec::new());
+    }
+    let names = file.section_by_index(table.string_section())?.data()?;
+    let texts: Vec<usize> = file
+        .sections()
+        .filter(|section| section.kind() == SectionKind::Text)
+        .map(|section| section.index().0)
+        .collect();
+    let mut symbols = Vec::new();
+    for (index, symbol) in table.enumerate() {
+        let kind = symbol.st_type();
+        if symbol.is_undefined(endian) || kind == STT_SECTION || kind == STT_FILE {
+            continue;
+        }
+        let name = names.get(symbol.st_name(endian) as usize..).unwrap_or_default();
+        let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
+        if name.is_empty() {
+            continue;
+        }
+        let section = table.symbol_section(endian, symbol, index).ok().flatten();
+        let is_code = kind == STT_FUNC
+            || kind == STT_GNU_IFUNC
+            || section.is_some_and(|section| texts.contains(&section.0));
+        let (address, len_bytes) = (symbol.st_value(endian).into(), symbol.st_size(endian).into());
+        symbols.push(FileSymbol { address, len_bytes, is_code, name });
+    }
+    Ok(symbols)
 }

@@ -21,13 +21,11 @@ mod tests;
 
 pub use core_file::{CoreError, CoreReport, write_core};
 pub use kernel_file::{KernelBytes, KernelFile};
-pub use linux::{LinuxKernel, VmCoreInfo};
+pub use linux::{LinuxKernel, Module, VmCoreInfo};
 pub use memory::{PhysicalMemory, SnapshotMemory};
-pub use space::{AddressSpace, PagingMode, Step, Translation};
+pub use space::{AddressSpace, Caching, PagingMode, Step, Translation};
 pub use symbols::{Symbol, Symbols};
-pub use tables::{
-    Access, BadEntry, Caching, Found, Joining, MappedRange, TABLES_MAX, TablesReport,
-};
+pub use tables::{Access, BadEntry, Found, Joining, MappedRange, TABLES_MAX, TablesReport};
 pub use unwind::{By, End, Frame, OrcFormat, OrcTable, Stack};
 pub use view::{CodeMode, GuestView};
 
@@ -72,6 +70,22 @@ pub enum InspectError {
         /// The entry.
         entry: u64,
     },
+    /// An address that is mapped in a way which the processor does not accept.
+    #[error(
+        "virtual address {gva:#x} is not mapped: the {level} entry at guest physical {entry_gpa:#x} is {entry:#x}, where {bits:#x} is reserved, so that the processor faults"
+    )]
+    Reserved {
+        /// The address.
+        gva: u64,
+        /// The table whose entry ends the walk.
+        level: &'static str,
+        /// Where the entry is.
+        entry_gpa: u64,
+        /// The entry.
+        entry: u64,
+        /// What of it should be 0.
+        bits: u64,
+    },
     /// Page tables that are not where memory is.
     #[error(
         "virtual address {gva:#x}: expected a {level} in RAM, found one at guest physical {table_gpa:#x}; the page tables are damaged, or not in use"
@@ -89,6 +103,21 @@ pub enum InspectError {
         "page tables: expected at most {TABLES_MAX} of them to be reached, found more: they refer to each other; look at a part of the addresses"
     )]
     TooManyTables,
+    /// A part of a kernel's file that cannot be read.
+    #[error(
+        "section {name}: expected it uncompressed and all there (`objcopy --decompress-debug-sections` helps with the first), found {found}"
+    )]
+    Section {
+        /// The section.
+        name: &'static str,
+        /// What is there.
+        found: String,
+    },
+    /// A snapshot without a machine.
+    #[error(
+        "expected a snapshot of a machine, found one of memory or disks alone, as `frazil import` makes them: it has no vCPUs, so there are no virtual addresses, no code and no stacks to look at. --gpa, --search, --regex, and the map of its regions, show what is in it"
+    )]
+    NoMachine,
     /// A vCPU that the machine does not have.
     #[error("vCPU {index}: expected one of the machine's {cpus}, 0 to {last}", last = cpus.saturating_sub(1))]
     NoSuchVcpu {

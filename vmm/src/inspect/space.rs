@@ -5,7 +5,7 @@ use std::fmt;
 
 use super::memory::{PhysicalMemory, number};
 use super::{InspectError, Result};
-use crate::vcpu::saved::SavedSregs;
+use crate::vcpu::saved::SavedVcpu;
 
 const CR0_PAGING: u64 = 1 << 31;
 const CR4_PSE: u64 = 1 << 4;
@@ -24,9 +24,20 @@ pub(super) const UNCACHED: u64 = 1 << 4;
 const LARGE: u64 = 1 << 7;
 pub(super) const GLOBAL: u64 = 1 << 8;
 pub(super) const NO_EXECUTE: u64 = 1 << 63;
-/// The address in an entry of 8 bytes. Bits beyond what the processor has are reserved; a guest that
-/// sets them points outside RAM.
+/// The address in an entry of 8 bytes.
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+/// In an entry that maps a page, how it is cached: the third bit of three, in the last level and above it.
+const PAT_LAST: u64 = LARGE;
+const PAT_LARGE: u64 = 1 << 12;
+
+/// What CPUID says of the size of addresses: the leaf, and what it would say if it is not there.
+const CPUID_ADDRESSES: u32 = 0x8000_0008;
+const PHYSICAL_BITS: u32 = 36;
+/// The most bits that there can be.
+const PHYSICAL_BITS_MAX: u32 = 52;
+/// The register with the eight ways of caching, and what is in it when a processor starts.
+const MSR_IA32_PAT: u64 = 0x277;
+const PAT_AT_RESET: u64 = 0x0007_0406_0007_0406;
 
 /// How a vCPU turns virtual addresses into physical ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,6 +115,28 @@ pub struct AddressSpace {
     pub root_gpa: u64,
     /// Entries can forbid execution.
     pub has_no_execute: bool,
+    /// Bits of a physical address that the processor has; those above are reserved in entries.
+    pub physical_bits: u32,
+    /// The processor's page attribute table: eight ways of caching, a byte each.
+    pub pat: u64,
+}
+
+/// How a page is cached, as its entry and the page attribute table say; what memory type range registers
+/// say besides is not looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Caching {
+    /// As usual.
+    WriteBack,
+    /// Writes go through.
+    WriteThrough,
+    /// Writes go through, and what others have cached of it is dropped.
+    WriteProtected,
+    /// Not at all, but writes are gathered.
+    WriteCombining,
+    /// Not at all, unless range registers have writes gathered.
+    UncachedMinus,
+    /// Not at all.
+    Uncached,
 }
 
 /// One entry on the way to a page.
@@ -142,12 +175,22 @@ pub(super) enum Entry {
     Table(u64),
     /// A page begins at this guest physical address.
     Page(u64),
+    /// These bits have to be 0: the processor faults.
+    Reserved(u64),
 }
 
 impl AddressSpace {
-    /// The one that a vCPU with these registers is in.
+    /// One of a processor that has all that there is, as it was when it started.
     #[must_use]
-    pub fn of(sregs: &SavedSregs) -> Self {
+    pub fn new(mode: PagingMode, root_gpa: u64) -> Self {
+        let (physical_bits, pat) = (PHYSICAL_BITS_MAX, PAT_AT_RESET);
+        Self { mode, root_gpa, has_no_execute: true, physical_bits, pat }
+    }
+
+    /// The one that a vCPU is in.
+    #[must_use]
+    pub fn of(vcpu: &SavedVcpu) -> Self {
+        let SavedVcpu { sregs, cpuid, msrs, .. } = vcpu;
         let (cr0, cr3) = (u64::from(sregs.cr0), u64::from(sregs.cr3));
         let (cr4, efer) = (u64::from(sregs.cr4), u64::from(sregs.efer));
         let mode = if cr0 & CR0_PAGING == 0 {
@@ -168,7 +211,12 @@ impl AddressSpace {
             PagingMode::FourLevel | PagingMode::FiveLevel => cr3 & ADDRESS,
         };
         let has_no_execute = efer & EFER_NXE != 0 && !matches!(mode, PagingMode::Bits32 { .. });
-        Self { mode, root_gpa, has_no_execute }
+        let leaf = cpuid.iter().find(|leaf| leaf.function == CPUID_ADDRESSES);
+        let physical_bits = leaf.map_or(PHYSICAL_BITS, |leaf| leaf.eax & 0xff);
+        let msr = msrs.iter().find(|msr| u64::from(msr.index) == MSR_IA32_PAT);
+        let pat = msr.map_or(PAT_AT_RESET, |msr| msr.value.into());
+        let physical_bits = physical_bits.clamp(32, PHYSICAL_BITS_MAX);
+        Self { mode, root_gpa, has_no_execute, physical_bits, pat }
     }
 
     pub(super) fn levels(&self) -> &'static [Level] {
@@ -189,8 +237,8 @@ impl AddressSpace {
     /// Bits that an address has; in long mode, those above repeat the highest.
     pub(super) fn address_bits(&self) -> u32 {
         match self.mode {
-            PagingMode::Off => 64,
-            PagingMode::Bits32 { .. } | PagingMode::Pae => 32,
+            // Without paging there is no long mode.
+            PagingMode::Off | PagingMode::Bits32 { .. } | PagingMode::Pae => 32,
             PagingMode::FourLevel => 48,
             PagingMode::FiveLevel => 57,
         }
@@ -229,11 +277,16 @@ impl AddressSpace {
         if entry & PRESENT == 0 {
             return Entry::Absent;
         }
+        let is_large = !is_last && level.maps_pages && entry & LARGE != 0;
+        let reserved = entry & self.reserved(level, is_last, is_large);
+        if reserved != 0 {
+            return Entry::Reserved(reserved);
+        }
         let address = if self.entry_bytes() == 4 { entry & 0xffff_f000 } else { entry & ADDRESS };
         if is_last {
             return Entry::Page(address);
         }
-        if !level.maps_pages || entry & LARGE == 0 {
+        if !is_large {
             return Entry::Table(address);
         }
         if self.entry_bytes() == 4 {
@@ -243,11 +296,55 @@ impl AddressSpace {
         Entry::Page(address & !((1 << level.shift) - 1))
     }
 
+    /// The bits that have to be 0 in an entry of `level` which is present.
+    fn reserved(&self, level: &Level, is_last: bool, is_large: bool) -> u64 {
+        let bits = |bits: std::ops::Range<u32>| {
+            (bits.start..bits.end).fold(0_u64, |mask, bit| mask | 1 << bit)
+        };
+        if self.entry_bytes() == 4 {
+            // PSE-36 again: bits of the address that the processor does not have, and one of no use.
+            let missing = 13 + self.physical_bits.min(40) - 32..22;
+            return if is_large { bits(missing) } else { 0 };
+        }
+        let mut reserved = bits(self.physical_bits..52);
+        if !self.has_no_execute {
+            reserved |= NO_EXECUTE;
+        }
+        match self.mode {
+            // Its four first entries have neither rights nor what else there is in others.
+            PagingMode::Pae if !level.has_rights => {
+                reserved |= bits(1..3) | bits(5..9) | bits(52..64);
+            }
+            PagingMode::Pae => reserved |= bits(52..63),
+            _ if !level.maps_pages => reserved |= LARGE,
+            _ => {}
+        }
+        if is_large && !is_last {
+            reserved |= bits(13..level.shift);
+        }
+        reserved
+    }
+
+    /// How the page is cached that `entry` maps.
+    pub(super) fn caching(&self, is_last: bool, entry: u64) -> Caching {
+        let third = entry & if is_last { PAT_LAST } else { PAT_LARGE } != 0;
+        let [first, second] = [WRITE_THROUGH, UNCACHED].map(|bit| u64::from(entry & bit != 0));
+        let index = u64::from(third) << 2 | second << 1 | first;
+        match self.pat >> (index * 8) & 7 {
+            1 => Caching::WriteCombining,
+            4 => Caching::WriteThrough,
+            5 => Caching::WriteProtected,
+            6 => Caching::WriteBack,
+            7 => Caching::UncachedMinus,
+            _ => Caching::Uncached,
+        }
+    }
+
     /// Where `gva` leads.
     ///
     /// # Errors
-    /// [`InspectError::NotMapped`] if nowhere; [`InspectError::NoSuchAddress`],
-    /// [`InspectError::NoTable`]; those of the memory.
+    /// [`InspectError::NotMapped`] or [`InspectError::Reserved`] if nowhere;
+    /// [`InspectError::NoSuchAddress`], [`InspectError::NoTable`]; those of the memory.
     pub fn translate(&self, memory: &dyn PhysicalMemory, gva: u64) -> Result<Translation> {
         self.check(gva)?;
         let mut found = Translation {
@@ -284,6 +381,10 @@ impl AddressSpace {
                         entry,
                     });
                 }
+                Entry::Reserved(bits) => {
+                    let level = level.name;
+                    return Err(InspectError::Reserved { gva, level, entry_gpa, entry, bits });
+                }
                 Entry::Table(next) => table_gpa = next,
                 Entry::Page(page_gpa) => {
                     found.page_bytes = 1 << level.shift;
@@ -306,9 +407,33 @@ impl AddressSpace {
             let left = found.page_bytes - (found.gpa & (found.page_bytes - 1));
             let (part, more) = rest.split_at_mut(left.min(rest.len() as u64) as usize);
             memory.read(found.gpa, part)?;
-            at = at.wrapping_add(part.len() as u64);
             rest = more;
+            match at.checked_add(part.len() as u64) {
+                Some(next) => at = next,
+                // Nothing follows the last address.
+                None if rest.is_empty() => {}
+                None => {
+                    let expected = format!("{} bytes more before the last address", rest.len());
+                    return Err(InspectError::NoSuchAddress { gva, expected, mode: self.mode });
+                }
+            }
         }
         Ok(())
+    }
+
+    /// The last address that there is.
+    #[must_use]
+    pub fn last(&self) -> u64 {
+        if self.is_long() { u64::MAX } else { (1 << self.address_bits()) - 1 }
+    }
+
+    /// Refuses addresses of which this mode has none.
+    ///
+    /// # Errors
+    /// [`InspectError::NoSuchAddress`].
+    pub fn check_some(&self, addresses: &std::ops::RangeInclusive<u64>) -> Result<()> {
+        // Those that there are not follow each other.
+        self.check(*addresses.start())
+            .or_else(|wrong| self.check(*addresses.end()).map_err(|_| wrong))
     }
 }

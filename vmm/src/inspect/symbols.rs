@@ -1,6 +1,6 @@
 //! Names of addresses.
 
-use object::{Object, ObjectSection, ObjectSymbol, ReadRef, SectionKind, SymbolKind};
+use std::sync::Arc;
 
 /// A symbol.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -13,6 +13,8 @@ pub struct Symbol {
     pub is_code: bool,
     /// Its name.
     pub name: String,
+    /// The module that it is of; none if it is of the kernel itself, or of a program.
+    pub module: Option<Arc<str>>,
 }
 
 /// Symbols, to be looked up.
@@ -30,31 +32,6 @@ impl Symbols {
         Self { by_address: symbols }
     }
 
-    /// Those of a file whose contents lie `offset_bytes` beyond where they were linked to be.
-    pub(super) fn of_file<'a, R: ReadRef<'a>>(
-        file: &object::File<'a, R>,
-        offset_bytes: u64,
-    ) -> Self {
-        let is_code = |symbol: &object::Symbol<'a, '_, R>| {
-            symbol.kind() == SymbolKind::Text
-                || symbol
-                    .section_index()
-                    .and_then(|index| file.section_by_index(index).ok())
-                    .is_some_and(|section| section.kind() == SectionKind::Text)
-        };
-        let symbols = file.symbols().filter(|symbol| !symbol.is_undefined()).filter_map(|symbol| {
-            let name = symbol.name().ok().filter(|name| !name.is_empty())?.to_owned();
-            let kinds = [SymbolKind::Section, SymbolKind::File];
-            (!kinds.contains(&symbol.kind())).then(|| Symbol {
-                address: symbol.address().wrapping_add(offset_bytes),
-                len_bytes: symbol.size(),
-                is_code: is_code(&symbol),
-                name,
-            })
-        });
-        Self::new(symbols.collect())
-    }
-
     /// How many there are.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -67,15 +44,29 @@ impl Symbols {
         self.by_address.is_empty()
     }
 
+    /// These too.
+    #[must_use]
+    pub fn with(self, more: Vec<Symbol>) -> Self {
+        let mut symbols = self.by_address;
+        symbols.extend(more);
+        Self::new(symbols)
+    }
+
     /// The address of the symbol `name`.
     #[must_use]
     pub fn address(&self, name: &str) -> Option<u64> {
         self.by_address.iter().find(|symbol| symbol.name == name).map(|symbol| symbol.address)
     }
 
+    /// The addresses of all symbols `name`, ascending.
+    pub fn addresses(&self, name: &str) -> impl Iterator<Item = u64> {
+        let named = self.by_address.iter().filter(move |symbol| symbol.name == name);
+        named.map(|symbol| symbol.address)
+    }
+
     /// The function that `address` is in, and how far from its beginning, in bytes.
     #[must_use]
-    pub fn function(&self, address: u64) -> Option<(&str, u64)> {
+    pub fn function(&self, address: u64) -> Option<(&Symbol, u64)> {
         let end = self.by_address.partition_point(|symbol| symbol.address <= address);
         let before = &self.by_address[..end];
         let nearest = before.iter().rev().find(|symbol| symbol.is_code)?;
@@ -89,6 +80,6 @@ impl Symbols {
         // The first of those at that address.
         let same = before.partition_point(|symbol| symbol.address < nearest.address);
         let first = before[same..].iter().find(|symbol| symbol.is_code)?;
-        inside.then_some((first.name.as_str(), offset))
+        inside.then_some((first, offset))
     }
 }

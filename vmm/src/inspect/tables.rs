@@ -3,9 +3,7 @@
 use std::ops::{ControlFlow, RangeInclusive};
 
 use super::memory::{PhysicalMemory, number};
-use super::space::{
-    AddressSpace, Entry, GLOBAL, Level, NO_EXECUTE, UNCACHED, USER, WRITABLE, WRITE_THROUGH,
-};
+use super::space::{AddressSpace, Caching, Entry, GLOBAL, Level, NO_EXECUTE, USER, WRITABLE};
 use super::{InspectError, Result};
 
 /// The most tables that are read for one look. Those of a guest with 1 TiB in pages of 4 KiB are half
@@ -25,17 +23,6 @@ pub struct Access {
     pub execute: bool,
     /// All that by user mode.
     pub user: bool,
-}
-
-/// How a page is cached, as far as entries say.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Caching {
-    /// As usual.
-    WriteBack,
-    /// Writes go through.
-    WriteThrough,
-    /// Not at all.
-    Uncached,
 }
 
 /// Neighbouring addresses that are mapped alike.
@@ -83,15 +70,29 @@ pub enum Joining {
     Contiguous,
 }
 
-/// An entry that leads to a table where there is no RAM.
+/// An entry by which the processor could not go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BadEntry {
-    /// The first address that it is for.
-    pub gva: u64,
-    /// The table that should be there.
-    pub level: &'static str,
-    /// Where that would be, a guest physical address.
-    pub table_gpa: u64,
+pub enum BadEntry {
+    /// It leads to a table where there is no RAM.
+    NoTable {
+        /// The first address that it is for.
+        gva: u64,
+        /// The table that should be there.
+        level: &'static str,
+        /// Where that would be, a guest physical address.
+        table_gpa: u64,
+    },
+    /// Some of it is reserved, and not 0.
+    Reserved {
+        /// The first address that it is for.
+        gva: u64,
+        /// The table that it is in.
+        level: &'static str,
+        /// The entry.
+        entry: u64,
+        /// What of it should be 0.
+        bits: u64,
+    },
 }
 
 /// What a look at page tables came to.
@@ -99,7 +100,7 @@ pub struct BadEntry {
 pub struct TablesReport {
     /// Tables read.
     pub tables: u64,
-    /// Entries that lead nowhere.
+    /// Entries by which the processor could not go.
     pub bad_entries: u64,
     /// The first of them.
     pub bad: Vec<BadEntry>,
@@ -136,8 +137,7 @@ impl AddressSpace {
                 let (gva, level) = (*walk.addresses.start(), first.name);
                 return Err(InspectError::NoTable { gva, level, table_gpa: self.root_gpa });
             }
-            let all = Rights { access: ALL, caching: Caching::WriteBack };
-            let stopped = walk.table(levels, self.root_gpa, 0, all)?;
+            let stopped = walk.table(levels, self.root_gpa, 0, ALL)?;
             if stopped.is_continue() {
                 let _the_last = walk.flush();
             }
@@ -147,13 +147,6 @@ impl AddressSpace {
 }
 
 const ALL: Access = Access { write: true, execute: true, user: true };
-
-/// What the entries so far allow.
-#[derive(Clone, Copy)]
-struct Rights {
-    access: Access,
-    caching: Caching,
-}
 
 struct Walk<'a> {
     space: AddressSpace,
@@ -167,13 +160,22 @@ struct Walk<'a> {
     emitted: u64,
 }
 
+/// A page that an entry maps.
+struct Page {
+    gpa: u64,
+    bytes: u64,
+    access: Access,
+    caching: Caching,
+    global: bool,
+}
+
 /// Whether to go on.
 type Flow = Result<ControlFlow<()>>;
 
 impl Walk<'_> {
     /// The table at `gpa`, of the first of `levels`, for addresses from `base` on. The levels end, so
     /// this does, even if a table leads to itself.
-    fn table(&mut self, levels: &[Level], gpa: u64, base: u64, rights: Rights) -> Flow {
+    fn table(&mut self, levels: &[Level], gpa: u64, base: u64, allowed: Access) -> Flow {
         let Some((level, below)) = levels.split_first() else {
             return Ok(ControlFlow::Continue(()));
         };
@@ -191,25 +193,32 @@ impl Walk<'_> {
         while index < entries.len() {
             let first = base + index as u64 * span;
             let entry = entries[index];
-            // Of the same table again and again only the first is looked at.
-            let like = |other: &&u64| **other | TOUCHED == entry | TOUCHED;
-            let same = entries[index..].iter().take_while(like).count();
             index += 1;
             if !self.wants(first, span) {
                 continue;
             }
-            let rights = rights.with(&self.space, level, entry);
-            match self.space.decode(level, below.is_empty(), entry) {
+            let is_last = below.is_empty();
+            let access = allowed.with(&self.space, level, entry);
+            match self.space.decode(level, is_last, entry) {
                 Entry::Absent => {}
-                Entry::Page(page_gpa) => {
-                    let flow = self.page(first, page_gpa, span, rights, entry & GLOBAL != 0);
-                    if flow.is_break() {
-                        return Ok(flow);
+                Entry::Reserved(bits) => {
+                    let (gva, level) = (self.space.canonical(first), level.name);
+                    self.bad(BadEntry::Reserved { gva, level, entry, bits }, 1);
+                }
+                Entry::Page(gpa) => {
+                    let caching = self.space.caching(is_last, entry);
+                    let global = entry & GLOBAL != 0;
+                    let page = Page { gpa, bytes: span, access, caching, global };
+                    if self.page(first, &page).is_break() {
+                        return Ok(ControlFlow::Break(()));
                     }
                 }
                 Entry::Table(next) => {
+                    // Of the same table again and again only the first is looked at.
+                    let like = |other: &&u64| **other | TOUCHED == entry | TOUCHED;
+                    let same = 1 + entries[index..].iter().take_while(like).count();
                     let again = self.wanted_whole(first, span, same);
-                    if self.below(below, next, first, rights, again)?.is_break() {
+                    if self.below(below, next, first, access, again)?.is_break() {
                         return Ok(ControlFlow::Break(()));
                     }
                     index += again as usize - 1;
@@ -219,32 +228,36 @@ impl Walk<'_> {
         Ok(ControlFlow::Continue(()))
     }
 
+    fn bad(&mut self, entry: BadEntry, times: u64) {
+        self.report.bad_entries += times;
+        if self.report.bad.len() < BAD_MAX {
+            self.report.bad.push(entry);
+        }
+    }
+
     /// The table at `gpa` for `times` spans from `first` on.
     fn below(
         &mut self,
         levels: &[Level],
         gpa: u64,
         first: u64,
-        rights: Rights,
+        allowed: Access,
         times: u64,
     ) -> Flow {
         let Some(level) = levels.first() else { return Ok(ControlFlow::Continue(())) };
         let span = 1_u64 << (level.shift + level.bits);
         let table_bytes = (self.space.entry_bytes() << level.bits) as u64;
         if !self.memory.has(gpa, table_bytes) {
-            self.report.bad_entries += times;
-            if self.report.bad.len() < BAD_MAX {
-                let gva = self.space.canonical(first);
-                self.report.bad.push(BadEntry { gva, level: level.name, table_gpa: gpa });
-            }
+            let gva = self.space.canonical(first);
+            self.bad(BadEntry::NoTable { gva, level: level.name, table_gpa: gpa }, times);
             return Ok(ControlFlow::Continue(()));
         }
         if times == 1 {
-            return self.table(levels, gpa, first, rights);
+            return self.table(levels, gpa, first, allowed);
         }
         let before = self.emitted;
         // What comes of it is not to be joined with what was before.
-        if self.flush().is_break() || self.table(levels, gpa, first, rights)?.is_break() {
+        if self.flush().is_break() || self.table(levels, gpa, first, allowed)?.is_break() {
             return Ok(ControlFlow::Break(()));
         }
         let gva = self.space.canonical(first);
@@ -291,26 +304,20 @@ impl Walk<'_> {
         (0..count as u64).take_while(|index| whole(*index) && follows(*index)).count().max(1) as u64
     }
 
-    fn page(
-        &mut self,
-        first: u64,
-        gpa: u64,
-        span: u64,
-        rights: Rights,
-        global: bool,
-    ) -> ControlFlow<()> {
+    fn page(&mut self, first: u64, page: &Page) -> ControlFlow<()> {
+        let Page { gpa, bytes, access, caching, global } = *page;
         let gva = self.space.canonical(first);
         // Only the part that was asked for.
         let start = gva.max(*self.addresses.start());
-        let last = (gva + (span - 1)).min(*self.addresses.end());
+        let last = (gva + (bytes - 1)).min(*self.addresses.end());
         let range = MappedRange {
             gva: start,
             len_bytes: last - start + 1,
             gpa: Some(gpa + (start - gva)),
-            page_bytes: span,
-            access: rights.access,
+            page_bytes: bytes,
+            access,
             global,
-            caching: rights.caching,
+            caching,
         };
         if let Some(pending) = &mut self.pending
             && pending.is_followed_by(&range)
@@ -345,24 +352,16 @@ impl MappedRange {
     }
 }
 
-impl Rights {
+impl Access {
+    /// What an entry leaves of it.
     fn with(self, space: &AddressSpace, level: &Level, entry: u64) -> Self {
-        let Self { access, caching } = self;
         if !level.has_rights {
             return self;
         }
-        // The caching bits of entries above a page are about the next table.
-        let caching = match (entry & UNCACHED != 0, entry & WRITE_THROUGH != 0) {
-            _ if !level.maps_pages => caching,
-            (true, _) => Caching::Uncached,
-            (false, true) => Caching::WriteThrough,
-            (false, false) => Caching::WriteBack,
-        };
-        let access = Access {
-            write: access.write && entry & WRITABLE != 0,
-            execute: access.execute && (!space.has_no_execute || entry & NO_EXECUTE == 0),
-            user: access.user && entry & USER != 0,
-        };
-        Self { access, caching }
+        Self {
+            write: self.write && entry & WRITABLE != 0,
+            execute: self.execute && (!space.has_no_execute || entry & NO_EXECUTE == 0),
+            user: self.user && entry & USER != 0,
+        }
     }
 }

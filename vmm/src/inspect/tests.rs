@@ -111,7 +111,7 @@ impl Builder {
 
     fn space(&self) -> AddressSpace {
         let has_no_execute = self.shape.entry_bytes == 8;
-        AddressSpace { mode: self.shape.mode, root_gpa: self.root_gpa, has_no_execute }
+        AddressSpace { has_no_execute, ..AddressSpace::new(self.shape.mode, self.root_gpa) }
     }
 
     fn bits(&self) -> u32 {
@@ -408,7 +408,11 @@ fn tables_outside_ram_are_told() {
         })
         .expect("the rest is read");
     assert_eq!((found, report.bad_entries), (1, 1));
-    assert_eq!((report.bad[0].gva, report.bad[0].table_gpa), (1 << 39, 0xdead_beef_f000));
+    let level = "page directory pointer table";
+    assert_eq!(
+        report.bad,
+        [BadEntry::NoTable { gva: 1 << 39, level, table_gpa: 0xdead_beef_f000 }]
+    );
     let looked = builder.space().translate(&builder.ram, 1 << 39);
     let Err(InspectError::NoTable { table_gpa: 0xdead_beef_f000, .. }) = looked else {
         panic!("{looked:?}");
@@ -436,9 +440,123 @@ fn large_pages_beyond_4_gib_and_odd_addresses() {
         let looked = AddressSpace { mode, ..space }.translate(&builder.ram, gva);
         assert!(matches!(looked, Err(InspectError::NoSuchAddress { .. })), "{mode:?}: {looked:?}");
     }
+    // Without paging there is no long mode: addresses have 32 bits.
     let off = AddressSpace { mode: PagingMode::Off, ..space };
-    assert_eq!(
-        off.translate(&builder.ram, 0x1234_5678_9abc).expect("itself").gpa,
-        0x1234_5678_9abc
-    );
+    assert_eq!(off.translate(&builder.ram, 0xfedc_ba98).expect("itself").gpa, 0xfedc_ba98);
+    let looked = off.translate(&builder.ram, 1 << 32);
+    let Err(error @ InspectError::NoSuchAddress { .. }) = looked else { panic!("{looked:?}") };
+    assert!(error.to_string().contains("below 0x100000000"), "{error}");
+}
+
+/// What the manuals say must be 0, in each place where it must: a table's entry, and pages of each size.
+#[test]
+fn entries_that_a_processor_faults_on_map_nothing() {
+    let cases: [(usize, u64, usize, u64); 13] = [
+        // Shape; address; the table on the way whose entry is changed; how.
+        (0, 0x1000, 0, 1 << 7),  // a page of 512 GiB
+        (0, 0x1000, 3, 1 << 45), // beyond the processor's addresses
+        (0, 0x1000, 1, 1 << 51),
+        (0, 0x20_0000, 2, 1 << 13), // a page of 2 MiB that begins elsewhere
+        (0, 0x20_0000, 2, 1 << 20),
+        (0, 0x4000_0000, 1, 1 << 29), // one of 1 GiB
+        (1, 0x1000, 0, 1 << 7),
+        (1, 0x1000, 1, 1 << 7),
+        (2, 0x1000, 0, 1 << 1), // PAE's first table has no rights
+        (2, 0x1000, 0, 1 << 63),
+        (2, 0x1000, 2, 1 << 52),
+        (2, 0x20_0000, 1, 1 << 62),
+        (3, 0x40_0000, 0, 1 << 21), // a page of 4 MiB
+    ];
+    for (shape, gva, at, change) in cases {
+        let shape = &SHAPES[shape];
+        let leaf = match gva {
+            0x1000 => shape.levels.len() - 1,
+            0x4000_0000 => 1,
+            _ => shape.levels.len() - 2,
+        };
+        let mut builder = Builder::new(shape);
+        builder.map(gva, leaf, 0, [(true, true, true); 5]);
+        let space = AddressSpace { physical_bits: 45, ..builder.space() };
+        let found = space.translate(&builder.ram, gva).expect("it is mapped");
+        let step = found.steps[at];
+        let entry_bytes = shape.entry_bytes;
+        let entry = (step.entry | change).to_le_bytes();
+        builder.ram.0[step.entry_gpa as usize..][..entry_bytes]
+            .copy_from_slice(&entry[..entry_bytes]);
+        let looked = space.translate(&builder.ram, gva);
+        let Err(InspectError::Reserved { bits, entry_gpa, level, .. }) = looked else {
+            panic!("{:?} {gva:#x} {change:#x}: {looked:?}", shape.mode);
+        };
+        assert_eq!((bits, entry_gpa, level), (change, step.entry_gpa, step.level));
+        let report = space
+            .mapped(&builder.ram, 0..=u64::MAX, Joining::Alike, &mut |found| {
+                panic!("nothing is mapped: {found:?}")
+            })
+            .expect("tables are read");
+        let [BadEntry::Reserved { bits, .. }] = report.bad[..] else { panic!("{report:?}") };
+        assert_eq!((bits, report.bad_entries), (change, 1));
+    }
+    // What is reserved on one processor is part of an address on another, or forbids execution.
+    let mut builder = Builder::new(&SHAPES[0]);
+    builder.map(0x1000, 3, 1 << 45, [(true, true, false); 5]);
+    let space = builder.space();
+    assert_eq!(space.translate(&builder.ram, 0x1000).expect("mapped").gpa, 1 << 45);
+    let narrow = AddressSpace { physical_bits: 45, ..space };
+    assert!(matches!(narrow.translate(&builder.ram, 0x1000), Err(InspectError::Reserved { .. })));
+    let old = AddressSpace { has_no_execute: false, ..space };
+    let looked = old.translate(&builder.ram, 0x1000);
+    assert!(matches!(looked, Err(InspectError::Reserved { bits, .. }) if bits == 1 << 63));
+}
+
+#[test]
+fn pages_are_cached_as_the_attribute_table_says() {
+    use Caching::{
+        Uncached, UncachedMinus, WriteBack, WriteCombining, WriteProtected, WriteThrough,
+    };
+
+    // Linux's, and the one of processors that were just started.
+    let linux = 0x0407_0506_0007_0106;
+    let reset = AddressSpace::new(PagingMode::FourLevel, 0).pat;
+    let all = |pat, shape: usize, leaf: usize| {
+        let mut builder = Builder::new(&SHAPES[shape]);
+        let (shift, _) = SHAPES[shape].levels[leaf];
+        for way in 0_u64..8 {
+            let gva = way << shift;
+            builder.map(gva, leaf, gva, [(true, true, true); 5]);
+            let space = builder.space();
+            let step =
+                *space.translate(&builder.ram, gva).expect("mapped").steps.last().expect("a step");
+            let third = if leaf + 1 == SHAPES[shape].levels.len() { 7 } else { 12 };
+            let entry = step.entry | (way & 3) << 3 | (way >> 2) << third;
+            builder.ram.0[step.entry_gpa as usize..][..4]
+                .copy_from_slice(&(entry as u32).to_le_bytes());
+        }
+        let space = AddressSpace { pat, ..builder.space() };
+        let mut ways = Vec::new();
+        let looked = space.mapped(&builder.ram, 0..=u64::MAX, Joining::Alike, &mut |found| {
+            let Found::Range(range) = found else { panic!("{found:?}") };
+            let spans = range.len_bytes >> shift;
+            ways.extend((0..spans).map(|_| range.caching));
+            ControlFlow::Continue(())
+        });
+        assert!(looked.is_ok());
+        ways
+    };
+    for (shape, leaf) in [(0, 3), (0, 2), (2, 2), (3, 1), (3, 0)] {
+        assert_eq!(
+            all(linux, shape, leaf),
+            [
+                WriteBack,
+                WriteCombining,
+                UncachedMinus,
+                Uncached,
+                WriteBack,
+                WriteProtected,
+                UncachedMinus,
+                WriteThrough,
+            ]
+        );
+        let once = [WriteBack, WriteThrough, UncachedMinus, Uncached];
+        assert_eq!(all(reset, shape, leaf), [once, once].concat());
+    }
 }

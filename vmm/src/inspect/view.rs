@@ -1,12 +1,12 @@
 //! A snapshot's machine, to be looked at.
 
-use frazil_snapstore::{PAGE_SIZE, Snapshot};
+use frazil_snapstore::{PAGE_SIZE, RegionReader, Snapshot};
 
 use super::memory::SnapshotMemory;
 use super::{AddressSpace, InspectError, Result};
 use crate::error::VmmError;
 use crate::machine::{MACHINE_CHUNK, SavedMachine};
-use crate::memory::{RAM_MAX_BYTES, RAM_REGION, ram_ranges};
+use crate::memory::{RAM_MAX_BYTES, RAM_REGION, RamRange, ram_ranges};
 use crate::rebuild::vcpu_chunk;
 use crate::state::ChunkSet;
 use crate::vcpu::saved::SavedVcpu;
@@ -32,6 +32,12 @@ impl CodeMode {
             Self::Bits64 => 64,
         }
     }
+
+    /// Bytes of what it pushes on its stack.
+    #[must_use]
+    pub fn word_bytes(self) -> usize {
+        self.bits() as usize / 8
+    }
 }
 
 /// The machine in a snapshot: its memory and its vCPUs.
@@ -45,30 +51,56 @@ pub struct GuestView {
 const RFLAGS_VM: u64 = 1 << 17;
 const EFER_LMA: u64 = 1 << 10;
 
+impl SnapshotMemory {
+    /// The RAM in `snapshot`: where its machine has some, or, if it is of memory alone, all of the region.
+    ///
+    /// # Errors
+    /// [`InspectError::Machine`] if it does not fit what the machine is said to have; the store's, as when
+    /// there is no RAM.
+    pub fn open(snapshot: &Snapshot) -> Result<Self> {
+        let region = snapshot.region(RAM_REGION)?;
+        let chunk = snapshot.manifest().state.iter().find(|chunk| chunk.name == MACHINE_CHUNK);
+        let ranges = if let Some(chunk) = chunk {
+            let mut chunks = ChunkSet::new(vec![snapshot.state(chunk)?])?;
+            ranges_of(&chunks.take(MACHINE_CHUNK)?, &region)?
+        } else {
+            let len_bytes = region.pages() * PAGE_SIZE as u64;
+            vec![RamRange { gpa: 0, len_bytes, file_offset: 0 }]
+        };
+        Ok(Self::new(region, ranges))
+    }
+}
+
+/// Where `machine` has RAM, which `region` is.
+fn ranges_of(machine: &SavedMachine, region: &RegionReader) -> Result<Vec<RamRange>> {
+    let ram_bytes = machine.ram_bytes;
+    let ranges = ram_ranges(ram_bytes.min(RAM_MAX_BYTES));
+    let end_page = ranges.last().map_or(0, |last| (last.gpa + last.len_bytes) / PAGE_SIZE as u64);
+    if (1..=RAM_MAX_BYTES).contains(&ram_bytes) && end_page == region.pages() {
+        return Ok(ranges);
+    }
+    let found = format!("{ram_bytes} bytes of RAM");
+    let expected = format!("as much as region `{RAM_REGION}` has, {} pages", region.pages());
+    Err(VmmError::State { chunk: MACHINE_CHUNK.into(), expected, found }.into())
+}
+
 impl GuestView {
     /// Reads what `snapshot` says of its machine. Chunks of devices are left alone.
     ///
     /// # Errors
-    /// [`InspectError::Machine`] if a chunk that is needed is missing, too new, or does not fit its
-    /// memory; the store's.
+    /// [`InspectError::NoMachine`] if it is of none; [`InspectError::Machine`] if a chunk that is needed is
+    /// missing, too new, or does not fit its memory; the store's.
     pub fn open(snapshot: &Snapshot) -> Result<Self> {
         let mut chunks = ChunkSet::new(snapshot.states()?)?;
+        if !chunks.has(MACHINE_CHUNK) {
+            return Err(InspectError::NoMachine);
+        }
         let machine: SavedMachine = chunks.take(MACHINE_CHUNK)?;
         let vcpus = (0..machine.cpus)
             .map(|index| chunks.take(&vcpu_chunk(index)))
             .collect::<Result<Vec<_>, _>>()?;
         let region = snapshot.region(RAM_REGION)?;
-        let ram_bytes = machine.ram_bytes;
-        let ranges = ram_ranges(ram_bytes.min(RAM_MAX_BYTES));
-        let end_page =
-            ranges.last().map_or(0, |last| (last.gpa + last.len_bytes) / PAGE_SIZE as u64);
-        let fits = (1..=RAM_MAX_BYTES).contains(&ram_bytes) && end_page == region.pages();
-        if !fits {
-            let found = format!("{ram_bytes} bytes of RAM");
-            let expected =
-                format!("as much as region `{RAM_REGION}` has, {} pages", region.pages());
-            return Err(VmmError::State { chunk: MACHINE_CHUNK.into(), expected, found }.into());
-        }
+        let ranges = ranges_of(&machine, &region)?;
         Ok(Self { memory: SnapshotMemory::new(region, ranges), machine, vcpus })
     }
 
@@ -104,7 +136,7 @@ impl GuestView {
     /// # Errors
     /// [`InspectError::NoSuchVcpu`].
     pub fn space(&self, index: usize) -> Result<AddressSpace> {
-        Ok(AddressSpace::of(&self.vcpu(index)?.sregs))
+        Ok(AddressSpace::of(self.vcpu(index)?))
     }
 
     /// How vCPU `index` reads instructions.
@@ -137,6 +169,15 @@ impl GuestView {
     pub fn stack_top(&self, index: usize) -> Result<u64> {
         let vcpu = self.vcpu(index)?;
         self.linear(index, vcpu.sregs.ss.base.into(), vcpu.regs.rsp.into())
+    }
+
+    /// What is added to an instruction's offset to make a virtual address of it, on vCPU `index`.
+    ///
+    /// # Errors
+    /// [`InspectError::NoSuchVcpu`].
+    pub fn code_base(&self, index: usize) -> Result<u64> {
+        let base = self.vcpu(index)?.sregs.cs.base.into();
+        Ok(if self.code_mode(index)? == CodeMode::Bits64 { 0 } else { base })
     }
 
     /// Segments begin at 0 in long mode; elsewhere addresses have 32 bits.

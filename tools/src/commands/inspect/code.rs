@@ -4,10 +4,12 @@ use std::ops::ControlFlow;
 
 use frazil_snapstore::search::SearchProgress;
 use frazil_vmm::inspect::{CodeMode, GuestView, LinuxKernel};
-use iced_x86::{Decoder, DecoderOptions, FlowControl, Formatter, Instruction, IntelFormatter};
+use iced_x86::{
+    Decoder, DecoderError, DecoderOptions, FlowControl, Formatter, Instruction, IntelFormatter,
+};
 use serde_json::json;
 
-use super::names::Names;
+use super::names::{Names, Vmlinux};
 use super::{hex, listened};
 use crate::cli::InspectArgs;
 use crate::output;
@@ -25,18 +27,19 @@ pub(super) fn disassemble(
     json: bool,
 ) -> anyhow::Result<()> {
     let (space, mode) = (view.space(vcpu)?, view.code_mode(vcpu)?);
-    let next = view.next_instruction(vcpu)?;
+    let (next, base) = (view.next_instruction(vcpu)?, view.code_base(vcpu)?);
     let mut at = address.unwrap_or(next);
     // Only a file is worth looking for the kernel.
-    let names = match args.vmlinux.as_deref() {
-        Some(file) => {
+    let vmlinux = args.vmlinux.as_deref().map(Vmlinux::open).transpose()?;
+    let names = match &vmlinux {
+        Some(vmlinux) => {
             let kernel = LinuxKernel::find(view, &SearchProgress::default())?;
-            Names::find(view, kernel.as_ref(), Some(file))?
+            Names::find(view, kernel.as_ref(), Some(vmlinux), false)?
         }
         None => Names::nobody(),
     };
     let mut printer =
-        Printer { formatter: IntelFormatter::new(), names, next, json, function: None };
+        Printer { formatter: IntelFormatter::new(), names, next, base, json, function: None };
     printer.formatter.options_mut().set_hex_prefix("0x");
     printer.formatter.options_mut().set_hex_suffix("");
     if !json {
@@ -45,50 +48,73 @@ pub(super) fn disassemble(
     for _ in 0..args.max_count.unwrap_or(COUNT) {
         let mut buffer = [0; INSTRUCTION_BYTES_MAX];
         let bytes = readable(view, vcpu, at, &mut buffer)?;
-        let decoded = Decoder::with_ip(mode.bits(), bytes, at, DecoderOptions::NONE).decode();
-        let len = if decoded.is_invalid() { 1 } else { decoded.len() };
-        if printer.print(at, &bytes[..len], &decoded).is_break() {
+        // Branches are about offsets in the segment.
+        let ip = at.wrapping_sub(base);
+        let mut decoder = Decoder::with_ip(mode.bits(), bytes, ip, DecoderOptions::NONE);
+        let decoded = decoder.decode();
+        let is_cut = decoder.last_error() == DecoderError::NoMoreBytes;
+        let len = match (is_cut, decoded.is_invalid()) {
+            (true, _) => bytes.len(),
+            (false, true) => 1,
+            (false, false) => decoded.len(),
+        };
+        let text = match (is_cut, decoded.is_invalid()) {
+            (true, _) => Err("(goes on where nothing is mapped)"),
+            (false, true) => Err("(bad)"),
+            (false, false) => Ok(&decoded),
+        };
+        if printer.print(at, &bytes[..len], text).is_break() {
             break;
         }
-        at = wrap(at, len as u64, mode);
+        // Nothing follows the last address.
+        let Some(following) = after(at, len as u64, mode) else { break };
+        at = following;
     }
     Ok(())
 }
 
 /// Prints instructions.
-struct Printer {
+struct Printer<'a> {
     formatter: IntelFormatter,
-    names: Names,
+    names: Names<'a>,
     /// The vCPU's next one.
     next: u64,
+    /// Where its code segment begins.
+    base: u64,
     json: bool,
     /// What the last one was in.
     function: Option<String>,
 }
 
-impl Printer {
-    fn print(&mut self, at: u64, bytes: &[u8], decoded: &Instruction) -> ControlFlow<()> {
+impl Printer<'_> {
+    /// An instruction, or what is there instead.
+    fn print(
+        &mut self,
+        at: u64,
+        bytes: &[u8],
+        decoded: Result<&Instruction, &str>,
+    ) -> ControlFlow<()> {
         let mut text = String::new();
-        if decoded.is_invalid() {
-            text.push_str("(bad)");
-        } else {
-            self.formatter.format(decoded, &mut text);
+        match decoded {
+            Ok(instruction) => self.formatter.format(instruction, &mut text),
+            Err(instead) => text.push_str(instead),
         }
         let place = self.names.function(at);
-        let target = self.target(decoded);
+        let target = decoded.ok().and_then(|instruction| self.target(instruction));
         if self.json {
             let object = json!({
                 "gva": format!("{at:#x}"), "hex": hex(bytes), "text": text, "next": at == self.next,
-                "function": place.as_ref().map(|(name, _)| name),
-                "offset": place.as_ref().map(|(_, offset)| offset), "target": target,
+                "function": place.as_ref().map(|place| &place.name),
+                "module": place.as_ref().and_then(|place| place.module.as_ref()),
+                "offset": place.as_ref().map(|place| place.offset), "target": target,
             });
             return listened(output::try_line(format_args!("{object}")));
         }
-        if let Some((name, offset)) = place
-            && self.function.as_ref() != Some(&name)
+        if let Some(place) = place
+            && self.function.as_ref() != Some(&place.name)
         {
-            listened(output::try_line(format_args!("{name}+{offset:#x}:")))?;
-            self.function = Some(name);
+            listened(output::try_line(format_args!("{place}:")))?;
+            self.function = Some(place.name);
         }
         let mark = if at == self.next { "->" } else { "  " };
         let target = target.map_or_else(String::new, |target| format!("  ; {target}"));
@@ -103,15 +129,16 @@ impl Printer {
         if !branches.contains(&decoded.flow_control()) {
             return None;
         }
-        let (name, offset) = self.names.function(decoded.near_branch_target())?;
-        Some(if offset == 0 { name } else { format!("{name}+{offset:#x}") })
+        let target = self.base.wrapping_add(decoded.near_branch_target());
+        Some(self.names.function(target)?.to_string())
     }
 }
 
-fn wrap(at: u64, len: u64, mode: CodeMode) -> u64 {
+/// The address behind `len` bytes from `at` on.
+fn after(at: u64, len: u64, mode: CodeMode) -> Option<u64> {
     match mode {
-        CodeMode::Bits64 => at.wrapping_add(len),
-        CodeMode::Bits16 | CodeMode::Bits32 => at.wrapping_add(len) & 0xffff_ffff,
+        CodeMode::Bits64 => at.checked_add(len),
+        CodeMode::Bits16 | CodeMode::Bits32 => u32::try_from(at + len).ok().map(u64::from),
     }
 }
 

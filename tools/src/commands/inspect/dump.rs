@@ -2,7 +2,8 @@
 
 use std::ops::ControlFlow;
 
-use frazil_vmm::inspect::{AddressSpace, GuestView, InspectError, PhysicalMemory};
+use anyhow::Context;
+use frazil_vmm::inspect::{AddressSpace, GuestView, PhysicalMemory, SnapshotMemory, Translation};
 use serde_json::json;
 
 use super::{hex, listened, printable};
@@ -17,8 +18,7 @@ const LINE_BYTES: usize = 16;
 const PART_BYTES: u64 = 4096;
 
 /// At a guest physical address.
-pub(super) fn physical(view: &GuestView, span: Span, json: bool) -> anyhow::Result<()> {
-    let memory = view.memory();
+pub(super) fn physical(memory: &SnapshotMemory, span: Span, json: bool) -> anyhow::Result<()> {
     // Before anything is printed, and whatever the length.
     memory.read(span.address, &mut [0])?;
     let most = memory.ram_behind(span.address);
@@ -30,7 +30,7 @@ pub(super) fn physical(view: &GuestView, span: Span, json: bool) -> anyhow::Resu
         Some(len) => len,
         None => LEN_BYTES.min(most),
     };
-    dump(Span { len_bytes: Some(len), ..span }, json, &mut |at, bytes| {
+    dump(span.address, len, json, &mut |at, bytes| {
         memory.read(at, bytes)?;
         Ok(json!({"gpa": format!("{at:#x}")}))
     })
@@ -43,40 +43,64 @@ pub(super) fn virtually(
     span: Span,
     json: bool,
 ) -> anyhow::Result<()> {
-    let space = view.space(vcpu)?;
-    let memory = view.memory();
-    if !json {
-        explain(&space, memory, span.address, vcpu)?;
-    }
-    let len = span.len_bytes.unwrap_or(LEN_BYTES);
-    dump(Span { len_bytes: Some(len), ..span }, json, &mut |at, bytes| {
+    let (space, memory, gva) = (view.space(vcpu)?, view.memory(), span.address);
+    let read = |at: u64, bytes: &mut [u8]| -> anyhow::Result<Translation> {
         let found = space.translate(memory, at)?;
-        space.read(memory, at, bytes)?;
-        Ok(json!({"gva": format!("{at:#x}"), "gpa": format!("{:#x}", found.gpa), "vcpu": vcpu}))
+        // A part of a page: it is in one piece.
+        memory
+            .read(found.gpa, bytes)
+            .with_context(|| format!("virtual address {at:#x} of vCPU {vcpu}"))?;
+        Ok(found)
+    };
+    // Before anything is printed.
+    let found = read(gva, &mut [0])?;
+    let most = (space.last() - gva).saturating_add(1);
+    let len = match span.len_bytes {
+        Some(len) if len > most => anyhow::bail!(
+            "virtual address {gva:#x}, {len} bytes: expected at most {most}, to the last address"
+        ),
+        Some(len) => len,
+        // As much as there is, if nobody said how much that should be.
+        None => {
+            let here = (PART_BYTES - gva % PART_BYTES).min(LEN_BYTES).min(most);
+            let goes_on = here < LEN_BYTES.min(most) && read(gva + here, &mut [0]).is_ok();
+            if goes_on { LEN_BYTES.min(most) } else { here }
+        }
+    };
+    if !json {
+        explain(&space, &found, gva, vcpu);
+    }
+    dump(gva, len, json, &mut |at, bytes| {
+        let Translation { gpa, page_bytes, writable, user, executable, steps } = read(at, bytes)?;
+        let steps: Vec<_> = steps
+            .iter()
+            .map(|step| {
+                let [gpa, entry] =
+                    [step.entry_gpa, step.entry].map(|number| format!("{number:#x}"));
+                json!({"table": step.level, "gpa": gpa, "entry": entry})
+            })
+            .collect();
+        Ok(json!({
+            "gva": format!("{at:#x}"), "gpa": format!("{gpa:#x}"), "vcpu": vcpu,
+            "page_bytes": page_bytes, "write": writable, "execute": executable, "user": user,
+            "steps": steps,
+        }))
     })
 }
 
 /// How the first address was found.
-fn explain(
-    space: &AddressSpace,
-    memory: &dyn PhysicalMemory,
-    gva: u64,
-    vcpu: usize,
-) -> Result<(), InspectError> {
-    let found = space.translate(memory, gva)?;
+fn explain(space: &AddressSpace, found: &Translation, gva: u64, vcpu: usize) {
     outln!("vCPU {vcpu}, {}: virtual {gva:#x} is guest physical {:#x}", space.mode, found.gpa);
     for step in &found.steps {
         outln!("  {:<28} entry at {:#x}: {:#018x}", step.level, step.entry_gpa, step.entry);
     }
-    Ok(())
 }
 
 /// Reads bytes from an address on; returns what JSON says of the place.
-type Read<'a> = dyn FnMut(u64, &mut [u8]) -> Result<serde_json::Value, InspectError> + 'a;
+type Read<'a> = dyn FnMut(u64, &mut [u8]) -> anyhow::Result<serde_json::Value> + 'a;
 
-/// Prints `span`, read a page at a time: what cannot be read ends it where it begins.
-fn dump(span: Span, json: bool, read: &mut Read<'_>) -> anyhow::Result<()> {
-    let (mut at, mut left) = (span.address, span.len_bytes.unwrap_or(LEN_BYTES));
+/// Prints `left` bytes from `at` on, read a page at a time: what cannot be read ends it where it begins.
+fn dump(mut at: u64, mut left: u64, json: bool, read: &mut Read<'_>) -> anyhow::Result<()> {
     let mut lines = Lines::default();
     let mut buffer = [0; PART_BYTES as usize];
     while left > 0 {

@@ -1,17 +1,23 @@
 //! Searching.
 
+use std::cell::Cell;
+use std::ops::{ControlFlow, Range};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use frazil_snapstore::search::{Match, Pattern, SearchProgress, SearchReport, search};
-use frazil_snapstore::{PAGE_SIZE, RegionReader, Snapshot};
+use frazil_snapstore::{PAGE_SIZE, RegionReader, Snapshot, StoreError};
+use frazil_vmm::inspect::SnapshotMemory;
 use frazil_vmm::memory::RAM_REGION;
 use serde_json::json;
 
 use super::{hex, listened, printable};
 use crate::cli::InspectArgs;
 use crate::output;
+
+/// Bytes that are shown before and behind a match if nobody says how many.
+const CONTEXT_BYTES: u16 = 16;
 
 pub(super) fn find(args: &InspectArgs, snapshot: &Snapshot, json: bool) -> anyhow::Result<()> {
     let pattern = match (&args.search, &args.regex) {
@@ -21,7 +27,7 @@ pub(super) fn find(args: &InspectArgs, snapshot: &Snapshot, json: bool) -> anyho
     };
     let region = snapshot.region(args.region.as_deref().unwrap_or(RAM_REGION))?;
     let started = Instant::now();
-    let report = run(args, &region, &pattern, json)?;
+    let report = run(args, &region, &parts(snapshot, &region)?, &pattern, json)?;
     if !json {
         errln!(
             "{} matches; {} of `{}` looked at in {}",
@@ -32,6 +38,17 @@ pub(super) fn find(args: &InspectArgs, snapshot: &Snapshot, json: bool) -> anyho
         );
     }
     Ok(())
+}
+
+/// What of `region` is searched, in bytes: of memory, each range of RAM by itself. Where there is none, nothing is
+/// found, and no match goes from one to the next.
+fn parts(snapshot: &Snapshot, region: &RegionReader) -> anyhow::Result<Vec<Range<u64>>> {
+    if region.name() != RAM_REGION {
+        return Ok(vec![0..region.pages() * PAGE_SIZE as u64]);
+    }
+    let memory = SnapshotMemory::open(snapshot)?;
+    let ranges = memory.ranges().iter();
+    Ok(ranges.map(|range| range.gpa..range.gpa + range.len_bytes).collect())
 }
 
 /// What `--search` says.
@@ -59,12 +76,13 @@ fn hex_bytes(digits: &str) -> anyhow::Result<Vec<u8>> {
 fn run(
     args: &InspectArgs,
     region: &RegionReader,
+    parts: &[Range<u64>],
     pattern: &Pattern,
     json: bool,
 ) -> anyhow::Result<SearchReport> {
     let progress = SearchProgress::default();
     let bar = output::progress_bar("search", "pages");
-    bar.set_length(region.pages());
+    bar.set_length(parts.iter().map(|part| (part.end - part.start) / PAGE_SIZE as u64).sum());
     let most = args.max_count.unwrap_or(u64::MAX);
     let mut count = 0;
     let (done, wait) = crossbeam_channel::bounded::<()>(0);
@@ -77,17 +95,31 @@ fn run(
                 bar.set_position(progress.pages_done.load(Ordering::Relaxed));
             }
         });
-        let bytes = 0..region.pages() * PAGE_SIZE as u64;
-        let report = search(region, bytes, pattern, args.context.into(), progress, &mut |found| {
+        let context = args.context.unwrap_or(CONTEXT_BYTES).into();
+        let is_over = Cell::new(false);
+        let mut tell = |found: Match<'_>| {
             count += 1;
             let printed = bar.suspend(|| print(region, &found, json));
-            if count >= most { std::ops::ControlFlow::Break(()) } else { listened(printed) }
+            is_over.set(count >= most || listened(printed).is_break());
+            if is_over.get() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        };
+        let report = parts.iter().try_fold(SearchReport::default(), |sum, part| {
+            if is_over.get() {
+                return Ok(sum);
+            }
+            let found = search(region, part.clone(), pattern, context, progress, &mut tell)?;
+            Ok(add(sum, found))
         });
         drop(done);
         report
     });
     bar.finish_and_clear();
-    Ok(report?)
+    report.map_err(|error: StoreError| error.into())
+}
+
+fn add(a: SearchReport, b: SearchReport) -> SearchReport {
+    let (matches, pages_read) = (a.matches + b.matches, a.pages_read + b.pages_read);
+    SearchReport { matches, pages_read }
 }
 
 fn print(region: &RegionReader, found: &Match<'_>, json: bool) -> std::io::Result<()> {

@@ -3,6 +3,7 @@
 mod code;
 mod dump;
 mod find;
+mod lines;
 mod map;
 mod names;
 mod stack;
@@ -11,7 +12,7 @@ mod tables;
 use std::io;
 use std::ops::ControlFlow;
 
-use frazil_vmm::inspect::GuestView;
+use frazil_vmm::inspect::{GuestView, SnapshotMemory};
 
 use super::open_snapshot;
 use crate::cli::{InspectArgs, usage_error};
@@ -25,7 +26,8 @@ pub(crate) fn inspect(args: &InspectArgs, json: bool) -> anyhow::Result<()> {
     let view = || GuestView::open(&snapshot);
     let vcpu = args.vcpu.unwrap_or(0);
     if let Some(span) = args.gpa {
-        return dump::physical(&view()?, span, json);
+        // Imported memory has no machine, and addresses all the same.
+        return dump::physical(&SnapshotMemory::open(&snapshot)?, span, json);
     }
     if let Some(span) = args.gva {
         return dump::virtually(&view()?, vcpu, span, json);
@@ -46,6 +48,7 @@ pub(crate) fn inspect(args: &InspectArgs, json: bool) -> anyhow::Result<()> {
 fn check(args: &InspectArgs) -> anyhow::Result<()> {
     let searches = args.search.is_some() || args.regex.is_some();
     let code = args.disassemble.is_some() || args.stack;
+    let dumps = args.gpa.is_some() || args.gva.is_some() || args.page_tables.is_some();
     let wrong =
         if args.vcpu.is_some() && !(code || args.gva.is_some() || args.page_tables.is_some()) {
             Some("--vcpu is for --gva, --page-tables, --disassemble and --stack")
@@ -53,6 +56,12 @@ fn check(args: &InspectArgs) -> anyhow::Result<()> {
             Some("--vmlinux is for --disassemble and --stack")
         } else if args.max_count.is_some() && !(code || searches) {
             Some("--max-count is for --search, --regex, --disassemble and --stack")
+        } else if args.lines && !args.stack {
+            Some("--lines is for --stack")
+        } else if args.context.is_some() && !searches {
+            Some("--context is for --search and --regex")
+        } else if args.ranges.is_some() && (code || searches || dumps) {
+            Some("--ranges is for the map of regions, without another look")
         } else {
             None
         };

@@ -1,5 +1,6 @@
 //! Names of guest addresses, from the kernel's file or from what a Linux guest says of itself.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
@@ -7,13 +8,36 @@ use frazil_vmm::inspect::{
     AddressSpace, GuestView, KernelBytes, KernelFile, LinuxKernel, OrcTable, Symbols,
 };
 
+use super::lines::Lines;
+
+/// The file of a kernel.
+pub(super) struct Vmlinux {
+    path: PathBuf,
+    bytes: KernelBytes,
+}
+
+impl Vmlinux {
+    pub(super) fn open(path: &Path) -> anyhow::Result<Self> {
+        let path = path.to_owned();
+        let bytes =
+            KernelBytes::open(&path).with_context(|| format!("--vmlinux {}", path.display()))?;
+        Ok(Self { path, bytes })
+    }
+
+    fn argument(&self) -> String {
+        format!("--vmlinux {}", self.path.display())
+    }
+}
+
 /// What tells names.
-pub(super) struct Names {
+pub(super) struct Names<'a> {
     symbols: Symbols,
     orc: Option<OrcTable>,
-    lines: Option<addr2line::Loader>,
+    lines: Option<Lines<'a>>,
     /// How far addresses are from where the file has them.
     offset_bytes: u64,
+    /// Modules that are loaded, if the kernel tells.
+    modules: Option<usize>,
     from: Source,
 }
 
@@ -26,37 +50,58 @@ enum Source {
     Nobody,
 }
 
-impl Names {
-    /// From `vmlinux`, or else from the guest.
+/// Where an address is.
+pub(super) struct Place {
+    /// The function.
+    pub name: String,
+    /// The module that is of.
+    pub module: Option<String>,
+    /// How far behind its beginning, in bytes.
+    pub offset: u64,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { name, module, offset } = self;
+        match offset {
+            0 => write!(f, "{name}")?,
+            _ => write!(f, "{name}+{offset:#x}")?,
+        }
+        module.iter().try_for_each(|module| write!(f, " [{module}]"))
+    }
+}
+
+impl<'a> Names<'a> {
+    /// From `vmlinux`, or else from the guest. With source lines, if `lines`.
     pub(super) fn find(
         view: &GuestView,
         kernel: Option<&LinuxKernel>,
-        vmlinux: Option<&Path>,
+        vmlinux: Option<&'a Vmlinux>,
+        lines: bool,
     ) -> anyhow::Result<Self> {
-        if let Some(path) = vmlinux {
-            return Self::of_file(view, kernel, path)
-                .with_context(|| format!("--vmlinux {}", path.display()));
+        if let Some(vmlinux) = vmlinux {
+            return Self::of_file(view, kernel, vmlinux, lines).with_context(|| vmlinux.argument());
         }
         let Some(kernel) = kernel else { return Ok(Self::nobody()) };
         let Some(symbols) = kernel.symbols(view.memory())? else { return Ok(Self::nobody()) };
         let orc = kernel.orc(view.memory(), &symbols)?;
         let from = Source::Guest(kernel.info.release().to_owned());
-        Ok(Self { symbols, orc, lines: None, offset_bytes: 0, from })
+        Self { symbols, orc, from, ..Self::nobody() }.with_modules(view, kernel)
     }
 
     /// None at all.
     pub(super) fn nobody() -> Self {
-        let symbols = Symbols::default();
-        Self { symbols, orc: None, lines: None, offset_bytes: 0, from: Source::Nobody }
+        let (symbols, from) = (Symbols::default(), Source::Nobody);
+        Self { symbols, orc: None, lines: None, offset_bytes: 0, modules: None, from }
     }
 
     fn of_file(
         view: &GuestView,
         kernel: Option<&LinuxKernel>,
-        path: &Path,
+        vmlinux: &'a Vmlinux,
+        lines: bool,
     ) -> anyhow::Result<Self> {
-        let bytes = KernelBytes::open(path)?;
-        let file = KernelFile::parse(&bytes).map_err(anyhow::Error::msg)?;
+        let file = KernelFile::parse(&vmlinux.bytes).map_err(anyhow::Error::msg)?;
         let spaces: Vec<AddressSpace> =
             (0..view.vcpus().len()).map(|index| view.space(index)).collect::<Result<_, _>>()?;
         let Some(offset_bytes) = file.offset_in(view.memory(), &spaces, kernel)? else {
@@ -68,15 +113,39 @@ impl Names {
                 ))
             );
         };
-        let lines = addr2line::Loader::new(path).ok();
+        let lines = lines.then(|| Lines::of(&file)).transpose()?;
         let orc = file.orc(offset_bytes, kernel);
-        let from = Source::File(path.to_owned());
-        Ok(Self { symbols: file.symbols(offset_bytes), orc, lines, offset_bytes, from })
+        let symbols = file.symbols(offset_bytes);
+        let from = Source::File(vmlinux.path.clone());
+        let names = Self { symbols, orc, lines, offset_bytes, modules: None, from };
+        match kernel {
+            Some(kernel) => names.with_modules(view, kernel),
+            None => Ok(names),
+        }
+    }
+
+    /// With the modules of `kernel`, if it tells of them.
+    fn with_modules(mut self, view: &GuestView, kernel: &LinuxKernel) -> anyhow::Result<Self> {
+        let Some(modules) = kernel.modules(view.memory(), &self.symbols)? else { return Ok(self) };
+        if let Some(orc) = &mut self.orc {
+            modules.iter().for_each(|module| module.add_to(orc));
+        }
+        self.modules = Some(modules.len());
+        let symbols = modules.into_iter().flat_map(|module| module.symbols).collect();
+        self.symbols = self.symbols.with(symbols);
+        Ok(self)
     }
 
     /// Where they come from.
     pub(super) fn describe(&self) -> String {
-        match &self.from {
+        let modules = match (&self.from, self.modules) {
+            (Source::Nobody, _) => String::new(),
+            (_, Some(modules)) => {
+                format!(", and those of {} modules", crate::output::count(modules as u64))
+            }
+            (_, None) => ", without modules: the kernel does not tell where those are".to_owned(),
+        };
+        let source = match &self.from {
             Source::File(path) => {
                 let count = crate::output::count(self.symbols.len() as u64);
                 let at = self.offset_bytes;
@@ -93,36 +162,30 @@ impl Names {
                 "no symbols: the guest has none that can be found, and no --vmlinux was given"
                     .to_owned()
             }
-        }
+        };
+        source + &modules
+    }
+
+    /// True if it is told where the kernel's modules are.
+    pub(super) fn has_modules(&self) -> bool {
+        self.modules.is_some()
     }
 
     pub(super) fn orc(&self) -> Option<&OrcTable> {
         self.orc.as_ref()
     }
 
-    /// The function that `address` is in, and how far.
-    pub(super) fn function(&self, address: u64) -> Option<(String, u64)> {
-        let (name, offset) = self.symbols.function(address)?;
-        Some((addr2line::demangle_auto(name.into(), None).into_owned(), offset))
+    /// The function that `address` is in.
+    pub(super) fn function(&self, address: u64) -> Option<Place> {
+        let (symbol, offset) = self.symbols.function(address)?;
+        let name = addr2line::demangle_auto(symbol.name.as_str().into(), None).into_owned();
+        Some(Place { name, module: symbol.module.as_deref().map(str::to_owned), offset })
     }
 
     /// `function at file:line`, of functions that were inlined there the innermost first.
     pub(super) fn lines(&self, address: u64) -> Vec<String> {
-        let Some(loader) = &self.lines else { return Vec::new() };
-        let Ok(mut frames) = loader.find_frames(address.wrapping_sub(self.offset_bytes)) else {
-            return Vec::new();
-        };
-        let mut lines = Vec::new();
-        while let Ok(Some(frame)) = frames.next() {
-            let Some(place) = frame.location else { continue };
-            let function = frame.function.as_ref().and_then(|function| function.demangle().ok());
-            lines.push(format!(
-                "{}{}:{}",
-                function.map_or_else(String::new, |name| format!("{name} at ")),
-                place.file.unwrap_or("?"),
-                place.line.unwrap_or(0)
-            ));
-        }
-        lines
+        let found =
+            self.lines.as_ref().map(|lines| lines.find(address.wrapping_sub(self.offset_bytes)));
+        found.unwrap_or_default()
     }
 }

@@ -1,13 +1,16 @@
 //! Stacks: what called what.
 
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, RangeInclusive};
 
 use frazil_snapstore::search::SearchProgress;
-use frazil_vmm::inspect::{By, End, Frame, GuestView, LinuxKernel, PhysicalMemory, Stack};
+use frazil_vmm::inspect::{
+    By, CodeMode, End, Frame, GuestView, LinuxKernel, PhysicalMemory, Stack, Translation,
+};
+use frazil_vmm::vcpu::saved::SavedVcpu;
 use serde_json::{Value, json};
 
 use super::listened;
-use super::names::Names;
+use super::names::{Names, Place, Vmlinux};
 use crate::cli::InspectArgs;
 use crate::output;
 
@@ -15,10 +18,13 @@ use crate::output;
 const FRAMES: u64 = 64;
 /// Words of the stack that are shown where nothing tells what they are.
 const WORDS: u64 = 16;
+/// Where Linux has modules, and code that it makes.
+const MODULES: RangeInclusive<u64> = 0xffff_ffff_c000_0000..=0xffff_ffff_feff_ffff;
 
 pub(super) fn stacks(view: &GuestView, args: &InspectArgs, json: bool) -> anyhow::Result<()> {
     let kernel = LinuxKernel::find(view, &SearchProgress::default())?;
-    let names = Names::find(view, kernel.as_ref(), args.vmlinux.as_deref())?;
+    let vmlinux = args.vmlinux.as_deref().map(Vmlinux::open).transpose()?;
+    let names = Names::find(view, kernel.as_ref(), vmlinux.as_ref(), args.lines)?;
     if !json {
         outln!("{}", names.describe());
     }
@@ -26,116 +32,180 @@ pub(super) fn stacks(view: &GuestView, args: &InspectArgs, json: bool) -> anyhow
         Some(index) => index..index + 1,
         None => 0..view.vcpus().len(),
     };
+    let mut has_lines = false;
     for index in vcpus {
-        let regs = &view.vcpu(index)?.regs;
-        let mut space = view.space(index)?;
+        let walked = Walked::of(view, index, args, kernel.as_ref(), &names)?;
+        has_lines |= walked.frames.iter().any(|(_, lines)| !lines.is_empty());
+        let flow = if json {
+            listened(output::try_line(format_args!("{}", walked.object(&names))))
+        } else {
+            walked.show(&names)
+        };
+        if flow.is_break() {
+            return Ok(());
+        }
+    }
+    if args.lines && !has_lines {
+        errln!(
+            "frazil: --lines: expected lines for at least one of these addresses in the debug information of --vmlinux, found none; is it that of this kernel, and not stripped?"
+        );
+    }
+    Ok(())
+}
+
+/// The stack of a vCPU.
+struct Walked {
+    vcpu: usize,
+    /// Each with its source lines.
+    frames: Vec<(Frame, Vec<String>)>,
+    end: End,
+    /// What lies on the stack, where nothing tells more.
+    words: Vec<Word>,
+}
+
+/// A word of a stack.
+struct Word {
+    gva: u64,
+    value: u64,
+    /// It is the address of something that can be executed.
+    could_be_code: bool,
+}
+
+impl Walked {
+    fn of(
+        view: &GuestView,
+        vcpu: usize,
+        args: &InspectArgs,
+        kernel: Option<&LinuxKernel>,
+        names: &Names<'_>,
+    ) -> anyhow::Result<Self> {
+        let SavedVcpu { regs, sregs, .. } = view.vcpu(vcpu)?;
+        let mut space = view.space(vcpu)?;
         // With page-table isolation a vCPU in user mode has no tables for the kernel; here it is the
         // kernel's stack that is asked for only if the vCPU is in the kernel.
-        if let Some(kernel) = &kernel
+        if let Some(kernel) = kernel
             && u64::from(regs.rip) >> 63 == 1
             && space.translate(view.memory(), regs.rip.into()).is_err()
         {
             space = kernel.space;
         }
-        let stack = Stack { space, memory: view.memory(), orc: names.orc() };
+        let mode = match view.code_mode(vcpu)? {
+            // Segments that begin elsewhere are as good as 16-bit code: nothing is known of its frames.
+            CodeMode::Bits32 if u64::from(sregs.ss.base) | view.code_base(vcpu)? != 0 => {
+                CodeMode::Bits16
+            }
+            mode => mode,
+        };
+        let stack = Stack { space, memory: view.memory(), orc: names.orc(), mode };
         let most = args.max_count.unwrap_or(FRAMES) as usize;
         let (frames, end) = stack.walk(regs, most)?;
-        let flow = if json {
-            let frames: Vec<Value> = frames.iter().map(|frame| object(frame, &names)).collect();
-            let (why, detail) = end_words(&end);
-            let stack = json!({"vcpu": index, "frames": frames, "end": why, "detail": detail});
-            listened(output::try_line(format_args!("{stack}")))
-        } else {
-            show(view, index, &frames, &end, &names)?
-        };
-        if flow.is_break() {
-            break;
+        let words = if frames.len() == 1 { words(view, vcpu)? } else { Vec::new() };
+        let with_lines = |frame: Frame| (frame, names.lines(frame.lookup_ip()));
+        let frames = frames.into_iter().map(with_lines).collect();
+        Ok(Self { vcpu, frames, end, words })
+    }
+
+    fn show(&self, names: &Names<'_>) -> ControlFlow<()> {
+        let print = |line: std::fmt::Arguments<'_>| listened(output::try_line(line));
+        print(format_args!("\nvCPU {}", self.vcpu))?;
+        for (number, (frame, lines)) in self.frames.iter().enumerate() {
+            let name =
+                place(frame, names).map_or_else(|| "?".to_owned(), |place| place.to_string());
+            let how = match frame.how {
+                By::OrcInterrupted => "  (interrupted)",
+                By::FramePointer => "  (by frame pointer)",
+                By::Registers | By::Orc => "",
+            };
+            print(format_args!("{number:>3}  {:#018x}  {name}{how}", frame.ip))?;
+            for line in lines {
+                print(format_args!("                            {line}"))?;
+            }
+        }
+        let (why, detail) = self.end_words(names);
+        let detail = detail.map_or_else(String::new, |detail| format!(": {detail}"));
+        print(format_args!("     {}{detail}", why.replace('_', " ")))?;
+        for Word { gva, value, could_be_code } in &self.words {
+            let what = if *could_be_code { "  could be code" } else { "" };
+            print(format_args!("     {gva:#018x}  {value:#018x}{what}"))?;
+        }
+        ControlFlow::Continue(())
+    }
+
+    fn object(&self, names: &Names<'_>) -> Value {
+        let frames: Vec<Value> =
+            self.frames.iter().map(|(frame, lines)| object(frame, lines, names)).collect();
+        let words: Vec<Value> = self
+            .words
+            .iter()
+            .map(|Word { gva, value, could_be_code }| {
+                let [gva, value] = [gva, value].map(|number| format!("{number:#x}"));
+                json!({"gva": gva, "value": value, "could_be_code": could_be_code})
+            })
+            .collect();
+        let (why, detail) = self.end_words(names);
+        json!({"vcpu": self.vcpu, "frames": frames, "end": why, "detail": detail, "words": words})
+    }
+
+    /// Why the walk ended: a word, and what there is to say besides.
+    fn end_words(&self, names: &Names<'_>) -> (&'static str, Option<String>) {
+        match &self.end {
+            End::Bottom => ("bottom", None),
+            End::User => ("user_mode", None),
+            End::Enough => ("more", None),
+            End::NoWay { ip } => {
+                let why = if !MODULES.contains(ip) {
+                    ""
+                } else if names.has_modules() {
+                    ": it is in no module, but where code is made while the kernel runs (BPF, tracing), or the module has no unwind table"
+                } else {
+                    ": it is in a module, or code that is made while the kernel runs, and the kernel does not tell where modules' unwind tables are (it was built without CONFIG_DEBUG_INFO_BTF)"
+                };
+                let detail = format!("nothing tells where {ip:#x} was called from{why}");
+                ("no_way_up", Some(detail))
+            }
+            End::Damaged { what } => ("damaged", Some(what.clone())),
         }
     }
-    Ok(())
 }
 
-fn show(
-    view: &GuestView,
-    vcpu: usize,
-    frames: &[Frame],
-    end: &End,
-    names: &Names,
-) -> anyhow::Result<ControlFlow<()>> {
-    outln!("\nvCPU {vcpu}");
-    for (number, frame) in frames.iter().enumerate() {
-        let name = names.function(frame.lookup_ip());
-        let name = name.map_or_else(
-            || "?".to_owned(),
-            |(name, offset)| {
-                // As seen from the frame's own instruction.
-                let offset = offset + (frame.ip - frame.lookup_ip());
-                format!("{name}+{offset:#x}")
-            },
-        );
-        let how = match frame.how {
-            By::OrcInterrupted => "  (interrupted)",
-            By::FramePointer => "  (by frame pointer)",
-            By::Registers | By::Orc => "",
-        };
-        let lines = names.lines(frame.lookup_ip());
-        if listened(output::try_line(format_args!("{number:>3}  {:#018x}  {name}{how}", frame.ip)))
-            .is_break()
-        {
-            return Ok(ControlFlow::Break(()));
-        }
-        lines.iter().for_each(|line| outln!("                            {line}"));
-    }
-    let (why, detail) = end_words(end);
-    outln!(
-        "     {}{}",
-        why.replace('_', " "),
-        detail.map_or_else(String::new, |detail| format!(": {detail}"))
-    );
-    if frames.len() == 1 {
-        words(view, vcpu)?;
-    }
-    Ok(ControlFlow::Continue(()))
-}
-
-/// What lies on the stack, where nothing tells more.
-fn words(view: &GuestView, vcpu: usize) -> anyhow::Result<()> {
+/// What lies on the stack of `vcpu`.
+fn words(view: &GuestView, vcpu: usize) -> anyhow::Result<Vec<Word>> {
     let (space, memory, top) = (view.space(vcpu)?, view.memory(), view.stack_top(vcpu)?);
-    let mut word = [0; 8];
+    let mode = view.code_mode(vcpu)?;
+    let word_bytes = mode.word_bytes();
+    let mut words = Vec::new();
     for index in 0..WORDS {
-        let at = top.wrapping_add(index * 8);
-        if space.read(memory, at, &mut word).is_err() {
+        let Some(gva) = top.checked_add(index * word_bytes as u64) else { break };
+        let mut word = [0; 8];
+        if space.read(memory, gva, &mut word[..word_bytes]).is_err() {
             break;
         }
         let value = u64::from_le_bytes(word);
-        let runs = space
-            .translate(memory, value)
-            .is_ok_and(|found| found.executable && memory.has(found.gpa, 1) && value >= 4096);
-        outln!("     {at:#018x}  {value:#018x}{}", if runs { "  could be code" } else { "" });
+        let runs = |found: Translation| found.executable && memory.has(found.gpa, 1);
+        // In 16-bit code every word could be.
+        let could_be_code = mode != CodeMode::Bits16
+            && value >= 4096
+            && space.translate(memory, value).is_ok_and(runs);
+        words.push(Word { gva, value, could_be_code });
     }
-    Ok(())
+    Ok(words)
 }
 
-/// Why a walk ended: a word, and what there is to say besides.
-fn end_words(end: &End) -> (&'static str, Option<String>) {
-    match end {
-        End::Bottom => ("bottom", None),
-        End::User => ("user_mode", None),
-        End::Enough => ("more", None),
-        End::NoWay { ip } => {
-            ("no_way_up", Some(format!("nothing tells where {ip:#x} was called from")))
-        }
-        End::Damaged { what } => ("damaged", Some(what.clone())),
-    }
+/// Where a frame is, as seen from its own instruction.
+fn place(frame: &Frame, names: &Names<'_>) -> Option<Place> {
+    let mut place = names.function(frame.lookup_ip())?;
+    place.offset += frame.ip - frame.lookup_ip();
+    Some(place)
 }
 
-fn object(frame: &Frame, names: &Names) -> Value {
-    let function = names.function(frame.lookup_ip());
+fn object(frame: &Frame, lines: &[String], names: &Names<'_>) -> Value {
+    let place = place(frame, names);
     json!({
         "ip": format!("{:#x}", frame.ip), "sp": format!("{:#x}", frame.sp),
-        "function": function.as_ref().map(|(name, _)| name),
-        "offset": function.as_ref().map(|(_, offset)| offset + (frame.ip - frame.lookup_ip())),
-        "lines": names.lines(frame.lookup_ip()),
+        "function": place.as_ref().map(|place| &place.name),
+        "module": place.as_ref().and_then(|place| place.module.as_ref()),
+        "offset": place.as_ref().map(|place| place.offset),
+        "lines": lines,
         "by": match frame.how {
             By::Registers => "registers",
             By::Orc => "orc",

@@ -1,7 +1,7 @@
 //! What page tables map.
 
 use frazil_vmm::inspect::{
-    Access, Caching, Found, GuestView, Joining, MappedRange, PagingMode, TablesReport,
+    Access, BadEntry, Caching, Found, GuestView, Joining, MappedRange, PagingMode, TablesReport,
 };
 use serde_json::json;
 
@@ -27,11 +27,14 @@ pub(super) fn tables(
             address..=address.saturating_add(len_bytes.unwrap_or(1) - 1)
         }
     };
+    space.check_some(&addresses)?;
     if !json {
         outln!("vCPU {vcpu}, {}, tables from guest physical {:#x} on", space.mode, space.root_gpa);
         outln!("{:<38}{:>12}  {:<6}{:>8}  guest physical", "virtual", "size", "access", "pages");
     }
+    let mut is_nothing = true;
     let report = space.mapped(view.memory(), addresses, Joining::Alike, &mut |found| {
+        is_nothing = false;
         listened(match (found, json) {
             (Found::Range(range), true) => output::try_line(format_args!("{}", object(&range))),
             (Found::Again { gva, span_bytes, times }, true) => output::try_line(format_args!(
@@ -46,22 +49,27 @@ pub(super) fn tables(
             )),
         })
     })?;
+    if is_nothing && !json {
+        outln!("nothing is mapped");
+    }
     tell_bad(&report);
     Ok(())
 }
 
 fn tell_bad(report: &TablesReport) {
     for bad in &report.bad {
-        errln!(
-            "frazil: virtual {:#x}: expected a {} in RAM, found one at guest physical {:#x}",
-            bad.gva,
-            bad.level,
-            bad.table_gpa
-        );
+        match bad {
+            BadEntry::NoTable { gva, level, table_gpa } => errln!(
+                "frazil: virtual {gva:#x}: expected a {level} in RAM, found one at guest physical {table_gpa:#x}"
+            ),
+            BadEntry::Reserved { gva, level, entry, bits } => errln!(
+                "frazil: virtual {gva:#x}: expected a {level} entry that the processor goes by, found {entry:#x}, where {bits:#x} is reserved"
+            ),
+        }
     }
     let more = report.bad_entries - report.bad.len() as u64;
     if more > 0 {
-        errln!("frazil: {} more tables are not in RAM", output::count(more));
+        errln!("frazil: {} more entries are like that", output::count(more));
     }
 }
 
@@ -77,6 +85,9 @@ fn caching(caching: Caching) -> &'static str {
     match caching {
         Caching::WriteBack => "",
         Caching::WriteThrough => " write-through",
+        Caching::WriteProtected => " write-protected cache",
+        Caching::WriteCombining => " write-combining",
+        Caching::UncachedMinus => " uncached-",
         Caching::Uncached => " uncached",
     }
 }
@@ -111,6 +122,9 @@ fn object(range: &MappedRange) -> serde_json::Value {
         "caching": match range.caching {
             Caching::WriteBack => "write_back",
             Caching::WriteThrough => "write_through",
+            Caching::WriteProtected => "write_protected",
+            Caching::WriteCombining => "write_combining",
+            Caching::UncachedMinus => "uncached_minus",
             Caching::Uncached => "uncached",
         },
     })

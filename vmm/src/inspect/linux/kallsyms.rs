@@ -10,8 +10,8 @@ use crate::inspect::{InspectError, Result};
 const SYMBOLS_MAX: u64 = 4 << 20;
 /// The longest a name may be (`KSYM_NAME_LEN`), with room for longer ones.
 const NAME_BYTES_MAX: usize = 4096;
-/// More than all names of any kernel take.
-const NAMES_BYTES_MAX: usize = 256 << 20;
+/// More than all names of any kernel take, and the tokens that they are made of.
+const NAMES_BYTES_MAX: usize = 64 << 20;
 const TOKENS: usize = 256;
 
 /// Reads the table; none if it is not told of, or makes no sense.
@@ -74,7 +74,7 @@ impl<'a> Table<'a> {
         let mut tokens = Vec::with_capacity(TOKENS);
         for start in starts {
             let mut token = Vec::new();
-            let mut stream = Stream::new(kernel, memory, table + start);
+            let mut stream = Stream::new(kernel, memory, table.wrapping_add(start));
             while let byte @ 1.. = stream.byte()? {
                 if token.len() == NAME_BYTES_MAX {
                     return Ok(None);
@@ -95,8 +95,9 @@ impl<'a> Table<'a> {
         let mut names_bytes = 0;
         let mut raw = Vec::with_capacity(self.count as usize);
         for place in bytes.chunks_exact(width) {
-            let Some((kind, name)) = self.name(&mut stream)? else { return Ok(None) };
-            names_bytes += name.len();
+            let Some((kind, name, tokens)) = self.name(&mut stream)? else { return Ok(None) };
+            // Of tokens too: those that stand for nothing cost time all the same.
+            names_bytes += name.len() + tokens;
             if names_bytes > NAMES_BYTES_MAX {
                 return Ok(None);
             }
@@ -120,6 +121,7 @@ impl<'a> Table<'a> {
                     len_bytes: 0,
                     is_code: matches!(kind, b't' | b'T' | b'w' | b'W'),
                     name,
+                    module: None,
                 });
                 return Ok(Some(Symbols::new(symbols.collect())));
             }
@@ -127,8 +129,8 @@ impl<'a> Table<'a> {
         Ok(None)
     }
 
-    /// The next name, and the letter that says what it is of.
-    fn name(&self, stream: &mut Stream<'_>) -> Result<Option<(u8, String)>> {
+    /// The next name, the letter that says what it is of, and how many tokens it was made of.
+    fn name(&self, stream: &mut Stream<'_>) -> Result<Option<(u8, String, usize)>> {
         let mut tokens = usize::from(stream.byte()?);
         // Long names take two bytes since Linux 6.1.
         if tokens & 0x80 != 0 {
@@ -142,7 +144,7 @@ impl<'a> Table<'a> {
             }
         }
         let Some((kind, name)) = name.split_first() else { return Ok(None) };
-        Ok(String::from_utf8(name.to_vec()).ok().map(|name| (*kind, name)))
+        Ok(String::from_utf8(name.to_vec()).ok().map(|name| (*kind, name, tokens)))
     }
 }
 

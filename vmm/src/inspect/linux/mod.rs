@@ -2,11 +2,14 @@
 //! VMCOREINFO note, and through it page tables, the offset of a kernel that was put at a random place,
 //! and the table of symbols.
 
+mod btf;
 mod kallsyms;
+mod modules;
 #[cfg(test)]
 mod tests;
 mod vmcoreinfo;
 
+pub use modules::Module;
 pub use vmcoreinfo::VmCoreInfo;
 
 use std::ops::ControlFlow;
@@ -54,13 +57,17 @@ impl LinuxKernel {
         let memory = view.memory();
         let region = memory.region();
         let pattern = Pattern::bytes(NOTE_NAME)?;
+        let processor = view
+            .vcpus()
+            .first()
+            .map_or_else(|| AddressSpace::new(PagingMode::FourLevel, 0), AddressSpace::of);
         let (mut found, mut notes) = (Ok(None), 0);
         let all = 0..region.pages() * PAGE_SIZE as u64;
         search(region, all, &pattern, 0, progress, &mut |place| {
             found = place
                 .offset
                 .checked_sub(NOTE_HEADER_BYTES)
-                .map_or(Ok(None), |note_gpa| Self::at(memory, note_gpa));
+                .map_or(Ok(None), |note_gpa| Self::at(memory, note_gpa, &processor));
             notes += 1;
             let goes_on = matches!(found, Ok(None)) && notes < NOTES_MAX;
             if goes_on { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
@@ -68,8 +75,12 @@ impl LinuxKernel {
         found
     }
 
-    /// The kernel whose note is at `note_gpa`, if one is.
-    fn at(memory: &dyn PhysicalMemory, note_gpa: u64) -> Result<Option<Self>> {
+    /// The kernel whose note is at `note_gpa`, if one is; on a processor as in `processor`.
+    fn at(
+        memory: &dyn PhysicalMemory,
+        note_gpa: u64,
+        processor: &AddressSpace,
+    ) -> Result<Option<Self>> {
         let Some(text) = note(memory, note_gpa)? else { return Ok(None) };
         let Some(info) = VmCoreInfo::parse(text) else { return Ok(None) };
         let tables = info.symbol("init_top_pgt").or_else(|| info.symbol("swapper_pg_dir"));
@@ -79,7 +90,7 @@ impl LinuxKernel {
         let root_gpa = tables.wrapping_sub(KERNEL_MAP).wrapping_add(phys_base as u64);
         let five = info.number("pgtable_l5_enabled") == Some(1);
         let mode = if five { PagingMode::FiveLevel } else { PagingMode::FourLevel };
-        let space = AddressSpace { mode, root_gpa, has_no_execute: true };
+        let space = AddressSpace { mode, root_gpa, has_no_execute: true, ..*processor };
         let agrees = space.translate(memory, tables).is_ok_and(|found| found.gpa == root_gpa);
         let offset_bytes = info.hex("KERNELOFFSET").unwrap_or(0);
         Ok(agrees.then_some(Self { info, note_gpa, space, offset_bytes }))
@@ -91,6 +102,19 @@ impl LinuxKernel {
     /// The store's. A table that makes no sense is none.
     pub fn symbols(&self, memory: &dyn PhysicalMemory) -> Result<Option<Symbols>> {
         kallsyms::read(self, memory)
+    }
+
+    /// The modules that the kernel has loaded, which it finds by what is called `modules` among `symbols`. None
+    /// if it does not tell enough: it has to describe its structures (CONFIG_DEBUG_INFO_BTF).
+    ///
+    /// # Errors
+    /// The store's. What makes no sense is left out.
+    pub fn modules(
+        &self,
+        memory: &dyn PhysicalMemory,
+        symbols: &Symbols,
+    ) -> Result<Option<Vec<Module>>> {
+        modules::read(self, memory, symbols)
     }
 
     /// The kernel's unwind table, where `symbols` say that it is.

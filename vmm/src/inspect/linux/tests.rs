@@ -1,6 +1,7 @@
 //! Tables of symbols as kernels of several ages write them, and as none does.
 
 use super::*;
+use crate::inspect::Symbol;
 use crate::inspect::tests::Ram;
 
 const NAMES: usize = 0x4000;
@@ -88,7 +89,7 @@ fn kernel(age: Age) -> LinuxKernel {
     LinuxKernel {
         info: VmCoreInfo::parse(text.into_bytes()).expect("a note"),
         note_gpa: 0,
-        space: AddressSpace { mode: PagingMode::Off, root_gpa: 0, has_no_execute: true },
+        space: AddressSpace::new(PagingMode::Off, 0),
         offset_bytes: 0,
     }
 }
@@ -115,11 +116,15 @@ fn names_are_read_as_they_were_written() {
         for (address, name) in &symbols {
             assert_eq!(found.address(&name[1..]), Some(*address), "{age:?}");
         }
-        assert_eq!(found.function(TEXT + 0x3ff), Some(("first_unwind_function", 0x3ef)));
-        assert_eq!(found.function(TEXT + 0x450), Some((&long[1..], 0x50)));
+        let function = |address| {
+            let found = found.function(address);
+            found.map(|(symbol, offset)| (symbol.name.as_str(), offset))
+        };
+        assert_eq!(function(TEXT + 0x3ff), Some(("first_unwind_function", 0x3ef)));
+        assert_eq!(function(TEXT + 0x450), Some((&long[1..], 0x50)));
         // Data is no function; behind the last one there is none.
-        assert_eq!(found.function(TEXT + 0x510), Some((&long[1..], 0x110)));
-        assert_eq!((found.function(TEXT + 0x700), found.function(TEXT - 1)), (None, None));
+        assert_eq!(function(TEXT + 0x510), Some((&long[1..], 0x110)));
+        assert_eq!((function(TEXT + 0x700), function(TEXT - 1)), (None, None));
     }
 }
 
@@ -139,6 +144,13 @@ fn tables_that_make_no_sense_are_none() {
     // Tokens without an end; a table beyond memory.
     none(&|ram, _| ram.0[TOKEN_TABLE..].fill(b'x'));
     none(&|ram, _| ram.0.truncate(OFFSETS));
+    // One whose end would be beyond all addresses.
+    none(&|_, kernel| {
+        let text = String::from_utf8(kernel.info.bytes().to_vec()).expect("text");
+        let table = format!("SYMBOL(kallsyms_token_table)={TOKEN_TABLE:x}");
+        let text = text.replace(&table, "SYMBOL(kallsyms_token_table)=ffffffffffffffff");
+        kernel.info = VmCoreInfo::parse(text.into_bytes()).expect("a note");
+    });
     none(&|_, kernel| {
         let text = format!("OSRELEASE=6.1.0\nSYMBOL(_stext)={TEXT:x}\n");
         kernel.info = VmCoreInfo::parse(text.into_bytes()).expect("a note");
@@ -160,6 +172,7 @@ fn a_note_counts_if_its_page_tables_agree() {
     let text = format!(
         "OSRELEASE=6.1.0-test\nSYMBOL(init_top_pgt)={tables:x}\nNUMBER(phys_base)=0\nKERNELOFFSET=1200000\n"
     );
+    let processor = AddressSpace::new(PagingMode::Off, 0);
     let mut note = Vec::new();
     [11_u32, text.len() as u32, 0]
         .iter()
@@ -167,7 +180,7 @@ fn a_note_counts_if_its_page_tables_agree() {
     note.extend_from_slice(NOTE_NAME);
     note.extend_from_slice(text.as_bytes());
     ram.0[0x1000..0x1000 + note.len()].copy_from_slice(&note);
-    let found = LinuxKernel::at(&ram, 0x1000).expect("readable").expect("a kernel");
+    let found = LinuxKernel::at(&ram, 0x1000, &processor).expect("readable").expect("a kernel");
     assert_eq!((found.space.root_gpa, found.offset_bytes), (0x5000, 0x120_0000));
     assert_eq!(found.info.release(), "6.1.0-test");
     // Not of these tables; cut off; beyond memory; another note.
@@ -180,7 +193,157 @@ fn a_note_counts_if_its_page_tables_agree() {
     ] {
         let mut changed = Ram(ram.0.clone());
         change(&mut changed);
-        let looked = LinuxKernel::at(&changed, 0x1000).expect("readable");
+        let looked = LinuxKernel::at(&changed, 0x1000, &processor).expect("readable");
         assert!(looked.is_none());
     }
+}
+
+/// Where a kernel has what of its modules; nothing of it is where another has it.
+struct Layout {
+    module: &'static [(&'static str, u32)],
+    arch: &'static [(&'static str, u32)],
+    kallsyms: &'static [(&'static str, u32)],
+    code: (&'static str, &'static [(&'static str, u32)]),
+}
+
+const LAYOUTS: [Layout; 2] = [
+    Layout {
+        module: &[
+            ("state", 0),
+            ("list", 8),
+            ("name", 24),
+            ("core_layout", 0x80),
+            ("arch", 0xc0),
+            ("kallsyms", 0x100),
+        ],
+        arch: &[("num_orcs", 0), ("orc_unwind_ip", 8), ("orc_unwind", 16)],
+        kallsyms: &[("symtab", 0), ("num_symtab", 8), ("strtab", 16), ("typetab", 24)],
+        code: ("module_layout", &[("base", 0), ("size", 8), ("text_size", 12)]),
+    },
+    Layout {
+        module: &[("name", 0), ("list", 0x38), ("kallsyms", 0x50), ("mem", 0x60), ("arch", 0x180)],
+        arch: &[("orc_unwind", 0), ("orc_unwind_ip", 8), ("num_orcs", 24)],
+        kallsyms: &[("typetab", 0), ("strtab", 8), ("symtab", 16), ("num_symtab", 24)],
+        code: ("module_memory", &[("base", 0), ("rw_copy", 8), ("is_rox", 16), ("size", 20)]),
+    },
+];
+
+const MODULE_CODE: u64 = 0xffff_ffff_c010_0000;
+
+impl Layout {
+    fn at(members: &[(&str, u32)], name: &str) -> usize {
+        members.iter().find(|(member, _)| *member == name).expect("a member").1 as usize
+    }
+
+    /// Two modules, on the list at 0x100, and the kernel's symbols.
+    fn guest(&self) -> (Ram, LinuxKernel, Symbols) {
+        let (mut ram, kernel) = memory(Age::Whole, &[(TEXT, "T_stext")]);
+        ram.0.resize(0x2_0000, 0);
+        let structures = [
+            ("mod_arch_specific", self.arch),
+            ("module", self.module),
+            ("mod_kallsyms", self.kallsyms),
+            self.code,
+        ];
+        let description = super::btf::tests::described(&structures);
+        let mut put = |at: usize, bytes: &[u8]| ram.0[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0x1_0000, &description);
+        let list = Self::at(self.module, "list");
+        let nodes = [0x100, 0x1_8000 + list, 0x1_9000 + list];
+        for (index, node) in nodes.iter().enumerate() {
+            put(*node, &(nodes[(index + 1) % 3] as u64).to_le_bytes());
+        }
+        for (index, name) in ["first", "second"].into_iter().enumerate() {
+            let (module, tables) = (0x1_8000 + index * 0x1000, 0x1_8800 + index * 0x1000);
+            let code = MODULE_CODE + index as u64 * 0x1000;
+            put(module + Self::at(self.module, "name"), name.as_bytes());
+            let (place, members) = self.code;
+            let place = if place == "module_layout" { "core_layout" } else { "mem" };
+            let place = module + Self::at(self.module, place);
+            put(place + Self::at(members, "base"), &code.to_le_bytes());
+            put(place + Self::at(members, "size"), &0x1000_u32.to_le_bytes());
+            let arch = module + Self::at(self.module, "arch");
+            put(arch + Self::at(self.arch, "num_orcs"), &2_u32.to_le_bytes());
+            put(arch + Self::at(self.arch, "orc_unwind_ip"), &(tables as u64).to_le_bytes());
+            put(arch + Self::at(self.arch, "orc_unwind"), &(tables as u64 + 8).to_le_bytes());
+            let kallsyms = tables + 0x100;
+            put(module + Self::at(self.module, "kallsyms"), &(kallsyms as u64).to_le_bytes());
+            for (member, offset) in [("symtab", 0x200), ("strtab", 0x300), ("typetab", 0x400)] {
+                let at = kallsyms + Self::at(self.kallsyms, member);
+                put(at, &((tables + offset) as u64).to_le_bytes());
+            }
+            put(kallsyms + Self::at(self.kallsyms, "num_symtab"), &3_u32.to_le_bytes());
+            // None, one that is elsewhere, and a function.
+            for (number, (section, address, len)) in
+                [(0_u16, 0, 0), (0, 5, 0), (1, code + 0x40, 0x20_u64)].into_iter().enumerate()
+            {
+                let at = tables + 0x200 + number * 24;
+                put(at, &(number as u32 * 5).to_le_bytes());
+                put(at + 6, &section.to_le_bytes());
+                put(at + 8, &address.to_le_bytes());
+                put(at + 16, &len.to_le_bytes());
+            }
+            put(tables + 0x300, b"\0abc\0defg\0work\0");
+            put(tables + 0x400, b"ttt");
+        }
+        let end = 0x1_0000 + description.len() as u64;
+        let symbol = |name: &str, address| Symbol {
+            address,
+            len_bytes: 0,
+            is_code: false,
+            name: name.to_owned(),
+            module: None,
+        };
+        // Of two of that name one is something else.
+        let symbols = Symbols::new(vec![
+            symbol("modules", 0x90),
+            symbol("modules", 0x100),
+            symbol("__start_BTF", 0x1_0000),
+            symbol("__stop_BTF", end),
+        ]);
+        (ram, kernel, symbols)
+    }
+}
+
+#[test]
+fn modules_are_found_as_the_kernel_describes_them() {
+    for layout in &LAYOUTS {
+        let (ram, kernel, symbols) = layout.guest();
+        let modules = kernel.modules(&ram, &symbols).expect("readable").expect("a list");
+        let [first, second] = &modules[..] else { panic!("{modules:?}") };
+        assert_eq!((&*first.name, &*second.name), ("first", "second"));
+        assert_eq!(second.code, MODULE_CODE + 0x1000..MODULE_CODE + 0x2000);
+        let all = symbols.with(modules.iter().flat_map(|module| module.symbols.clone()).collect());
+        let (symbol, offset) = all.function(MODULE_CODE + 0x1050).expect("a function");
+        assert_eq!((symbol.name.as_str(), symbol.module.as_deref()), ("work", Some("second")));
+        assert_eq!(offset, 0x10);
+        assert!(all.function(MODULE_CODE + 0x60).is_none(), "behind its end");
+        assert_eq!(modules.iter().map(|module| module.symbols.len()).collect::<Vec<_>>(), [1, 1]);
+    }
+}
+
+#[test]
+fn lists_of_modules_that_make_no_sense_end() {
+    let layout = &LAYOUTS[0];
+    let modules = |change: &dyn Fn(&mut Ram)| {
+        let (mut ram, kernel, symbols) = layout.guest();
+        change(&mut ram);
+        kernel.modules(&ram, &symbols).expect("readable")
+    };
+    // One that goes round without its head; a name that is none; the first is elsewhere.
+    let round =
+        modules(&|ram| ram.0[0x1_9008..0x1_9010].copy_from_slice(&0x1_8008_u64.to_le_bytes()));
+    assert!(round.expect("modules").len() <= 4096);
+    let cut = modules(&|ram| ram.0[0x1_9018] = 0x80).expect("those before it");
+    assert_eq!(cut.len(), 1);
+    assert!(modules(&|ram| ram.0[0x1_8018] = 0).is_none());
+    assert!(modules(&|ram| ram.0[0x100..0x108].fill(0x77)).is_none());
+    // No description, and counts beyond all sense: a module without them is one all the same.
+    assert!(modules(&|ram| ram.0[0x1_0000] = 0).is_none());
+    let huge = modules(&|ram| {
+        ram.0[0x1_80c0..0x1_80c4].fill(0xff);
+        ram.0[0x1_8908..0x1_890c].fill(0xff);
+    });
+    let huge = huge.expect("modules");
+    assert_eq!((huge.len(), huge[0].symbols.len(), huge[1].symbols.len()), (2, 0, 1));
 }

@@ -11,7 +11,7 @@ mod tests;
 pub use orc::{OrcFormat, OrcTable};
 
 use super::memory::{PhysicalMemory, number};
-use super::{AddressSpace, Result};
+use super::{AddressSpace, CodeMode, Result};
 use crate::vcpu::saved::SavedRegs;
 
 /// One function on its way.
@@ -101,6 +101,9 @@ pub struct Stack<'a> {
     pub memory: &'a dyn PhysicalMemory,
     /// Linux's table, if there is one.
     pub orc: Option<&'a OrcTable>,
+    /// What kind of code's it is: words have its size, and 16-bit code's frames are all alike to who does not
+    /// know it, and are not followed.
+    pub mode: CodeMode,
 }
 
 /// The most frames of a walk: registers that were saved where they were saved have no end.
@@ -129,6 +132,9 @@ impl Stack<'_> {
         };
         let kernel = state.ip & KERNEL_HALF != 0;
         let mut frames = vec![Frame { ip: state.ip, sp: state.sp, how: By::Registers }];
+        if self.mode == CodeMode::Bits16 {
+            return Ok((frames, End::NoWay { ip: state.ip }));
+        }
         loop {
             if frames.len() >= most.min(FRAMES_MAX) {
                 return Ok((frames, End::Enough));
@@ -159,7 +165,7 @@ impl Stack<'_> {
     /// The word at `gva`, if there is one.
     fn word(&self, gva: u64) -> Result<Option<u64>> {
         let mut bytes = [0; 8];
-        match self.space.read(self.memory, gva, &mut bytes) {
+        match self.space.read(self.memory, gva, &mut bytes[..self.mode.word_bytes()]) {
             Ok(()) => Ok(Some(number(&bytes))),
             Err(super::InspectError::Store(error)) => Err(error.into()),
             Err(_) => Ok(None),
@@ -169,15 +175,17 @@ impl Stack<'_> {
     /// `push rbp; mov rbp, rsp`: the caller's frame pointer, and above it where to return to.
     fn by_frame_pointer(&self, state: &mut State) -> Result<Step> {
         let no_way = Ok(Step::End(End::NoWay { ip: state.ip }));
-        if (self.orc.is_some() && orc::is_kernel(state.ip)) || !state.bp.is_multiple_of(8) {
+        let word_bytes = self.mode.word_bytes() as u64;
+        let is_known = self.orc.is_some() && orc::is_kernel(state.ip);
+        if is_known || !state.bp.is_multiple_of(word_bytes) {
             return no_way;
         }
         if state.bp == 0 {
             return Ok(Step::End(End::Bottom));
         }
         // In a function's first instructions it may be the caller's still, but is never below the stack.
-        let (Some(bp), Some(ip)) = (self.word(state.bp)?, self.word(state.bp.wrapping_add(8))?)
-        else {
+        let above = state.bp.wrapping_add(word_bytes);
+        let (Some(bp), Some(ip)) = (self.word(state.bp)?, self.word(above)?) else {
             return no_way;
         };
         if state.bp < state.sp || (bp != 0 && bp <= state.bp) {
@@ -192,7 +200,8 @@ impl Stack<'_> {
             Err(super::InspectError::Store(error)) => return Err(error.into()),
             Ok(_) | Err(_) => return no_way,
         }
-        *state = State { ip, sp: state.bp + 16, bp, saved: None, interrupted: false };
+        *state =
+            State { ip, sp: above.wrapping_add(word_bytes), bp, saved: None, interrupted: false };
         Ok(Step::Up(By::FramePointer))
     }
 }

@@ -1,13 +1,16 @@
 //! Linux's unwind table: for every instruction, where the caller's stack pointer, return address and frame
 //! pointer are (arch/x86/include/asm/orc_types.h, arch/x86/kernel/unwind_orc.c).
 
+use std::ops::Range;
+
 use super::{By, End, Saved, Stack, State, Step};
 use crate::inspect::Result;
 
 /// Bytes of an entry.
 const ENTRY_BYTES: usize = 6;
-/// Of a kernel's code: what is above belongs to modules, which have tables of their own.
-const KERNEL_CODE: std::ops::Range<u64> = 0xffff_ffff_8000_0000..0xffff_ffff_c000_0000;
+/// Of a kernel's code: what is above belongs to modules, which have tables of their own, and to code that is
+/// made while the kernel runs, which has none.
+const KERNEL_CODE: Range<u64> = 0xffff_ffff_8000_0000..0xffff_ffff_c000_0000;
 
 /// How entries' flags are laid out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,30 +68,48 @@ impl OrcTable {
     /// first at `ips_gva`, and as many `entries`. A part of an entry at the end is left out.
     #[must_use]
     pub fn new(ips: &[u8], ips_gva: u64, entries: &[u8], format: OrcFormat) -> Self {
+        let mut table = Self { by_ip: Vec::new(), entries: Vec::new(), format };
+        table.add(ips, ips_gva, entries, &(0..u64::MAX));
+        table
+    }
+
+    /// Adds a table of a module, whose code is at `code`: what it has of code elsewhere is of code that is no
+    /// more, where there may be another module by now.
+    pub fn add(&mut self, ips: &[u8], ips_gva: u64, entries: &[u8], code: &Range<u64>) {
+        let count = (entries.len() / ENTRY_BYTES).min(ips.len() / 4);
+        let before = self.entries.len() / ENTRY_BYTES;
+        self.entries.extend_from_slice(&entries[..count * ENTRY_BYTES]);
         let address = |(index, offset): (usize, &[u8])| {
             let offset = i32::from_le_bytes([offset[0], offset[1], offset[2], offset[3]]);
             let here = ips_gva.wrapping_add(index as u64 * 4);
-            (here.wrapping_add(i64::from(offset) as u64), index as u32)
+            (here.wrapping_add(i64::from(offset) as u64), (before + index) as u32)
         };
-        let count = (entries.len() / ENTRY_BYTES).min(ips.len() / 4);
-        let mut by_ip: Vec<_> = ips.chunks_exact(4).take(count).enumerate().map(address).collect();
+        let all = ips.chunks_exact(4).take(count).enumerate().map(address);
+        // One just behind may say that there is the end.
+        let ends = |index| self.entry(index).kind == Kind::Undefined;
+        let own: Vec<_> = all
+            .filter(|(ip, index)| code.contains(ip) || (*ip == code.end && ends(*index)))
+            .collect();
+        self.by_ip.extend(own);
         // Sorted when the kernel is built, or when it starts; that of a file may not be.
-        by_ip.sort_by_key(|(ip, _)| *ip);
-        Self { by_ip, entries: entries.to_vec(), format }
+        self.by_ip.sort_by_key(|(ip, _)| *ip);
     }
 
     /// The entry of the instruction at `ip`.
     pub(super) fn find(&self, ip: u64) -> Option<Entry> {
         let position = self.by_ip.partition_point(|(first, _)| *first <= ip).checked_sub(1)?;
-        // Behind the last one there is no code, or a module's.
-        if position + 1 == self.by_ip.len() || !is_kernel(ip) {
+        // Behind the last one there is no code that it is about.
+        if position + 1 == self.by_ip.len() {
             return None;
         }
         // Of several for one instruction, those that say something come before the ends of sections.
         let (first, _) = self.by_ip[position];
         let same = self.by_ip[..=position].iter().rev().take_while(|(other, _)| *other == first);
         let decoded = same.map(|(_, index)| self.entry(*index));
-        decoded.reduce(|last, before| if last.kind == Kind::Undefined { before } else { last })
+        let entry = decoded
+            .reduce(|last, before| if last.kind == Kind::Undefined { before } else { last })?;
+        // Between modules, and behind them, there is code that it is not about.
+        (is_kernel(ip) || entry.kind != Kind::Undefined).then_some(entry)
     }
 
     fn entry(&self, index: u32) -> Entry {
@@ -243,9 +264,17 @@ pub(super) mod tests {
         pub(in super::super) kind: (u16, u16),
     }
 
+    /// Where tables' addresses of instructions are.
+    pub(in super::super) const AT: u64 = 0xffff_ffff_8200_0000;
+
     /// The table of these, as a kernel of that age has it, and an end behind.
     pub(in super::super) fn table(lines: &[Line], format: OrcFormat) -> OrcTable {
-        const AT: u64 = 0xffff_ffff_8200_0000;
+        let (ips, entries) = encoded(lines, format);
+        OrcTable::new(&ips, AT, &entries, format)
+    }
+
+    /// Its two parts.
+    pub(in super::super) fn encoded(lines: &[Line], format: OrcFormat) -> (Vec<u8>, Vec<u8>) {
         let last = lines.iter().map(|line| line.ip).max().unwrap_or_default() + 0x100;
         let (mut ips, mut entries) = (Vec::new(), Vec::new());
         let behind = Line { ip: last, sp_reg: 0, sp_offset: 0, bp_reg: 0, bp_offset: 0, kind: END };
@@ -264,7 +293,7 @@ pub(super) mod tests {
                 .iter()
                 .for_each(|word| entries.extend_from_slice(&word.to_le_bytes()));
         }
-        OrcTable::new(&ips, AT, &entries, format)
+        (ips, entries)
     }
 
     #[test]

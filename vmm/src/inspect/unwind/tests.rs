@@ -1,6 +1,6 @@
 //! Stacks that are laid out by hand, in each layout of the table.
 
-use super::orc::tests::{ENTRY_KINDS, Line, table};
+use super::orc::tests::{AT, ENTRY_KINDS, Line, encoded, table};
 use super::*;
 use crate::inspect::PagingMode;
 use crate::inspect::tests::Ram;
@@ -9,7 +9,7 @@ use crate::inspect::tests::Ram;
 const CODE: u64 = 0xffff_ffff_8100_0000;
 
 fn space() -> AddressSpace {
-    AddressSpace { mode: PagingMode::Off, root_gpa: 0, has_no_execute: true }
+    AddressSpace::new(PagingMode::Off, 0)
 }
 
 fn put(ram: &mut Ram, at: u64, value: u64) {
@@ -48,7 +48,8 @@ fn callers_are_found_by_the_table() {
     put(&mut ram, 0x1110 + 152, 0x2000);
     for format in [OrcFormat::Old, OrcFormat::Signal, OrcFormat::New] {
         let table = table(&lines, format);
-        let stack = Stack { space: space(), memory: &ram, orc: Some(&table) };
+        let stack =
+            Stack { space: space(), memory: &ram, orc: Some(&table), mode: CodeMode::Bits64 };
         let (frames, why) =
             stack.walk(&registers(CODE + 0x50, 0x1000, 0x1100), 10).expect("readable");
         assert_eq!(why, End::Bottom, "{format:?}");
@@ -90,7 +91,7 @@ fn a_stack_that_goes_round_ends() {
     put(&mut ram, 0x2000 + 128, CODE + 0x110);
     put(&mut ram, 0x2000 + 152, 0x2000);
     let table = table(&lines, OrcFormat::New);
-    let stack = Stack { space: space(), memory: &ram, orc: Some(&table) };
+    let stack = Stack { space: space(), memory: &ram, orc: Some(&table), mode: CodeMode::Bits64 };
     let (_, why) = stack.walk(&registers(CODE + 0x50, 0x1000, 0), 1000).expect("readable");
     assert!(matches!(why, End::Damaged { .. }), "{why:?}");
     let (frames, why) = stack.walk(&registers(CODE + 0x150, 0x2000, 0), 100).expect("readable");
@@ -105,17 +106,82 @@ fn frame_pointers_lead_up_while_they_make_sense() {
         put(&mut ram, bp, next);
         put(&mut ram, bp + 8, ip);
     }
-    let stack = Stack { space: space(), memory: &ram, orc: None };
+    let stack = Stack { space: space(), memory: &ram, orc: None, mode: CodeMode::Bits64 };
     let (frames, why) = stack.walk(&registers(0x3000, 0xff0, 0x1000), 10).expect("readable");
     let ips: Vec<u64> = frames.iter().map(|frame| frame.ip).collect();
     assert_eq!((ips, why), (vec![0x3000, 0x3010, 0x3020, 0x3030], End::Bottom));
     for (at, value) in [(0x1100, 0x1000), (0x1100, 0x1101)] {
         let mut bad = Ram(ram.0.clone());
         put(&mut bad, at, value);
-        let stack = Stack { space: space(), memory: &bad, orc: None };
+        let stack = Stack { space: space(), memory: &bad, orc: None, mode: CodeMode::Bits64 };
         let (frames, why) = stack.walk(&registers(0x3000, 0xff0, 0x1000), 10).expect("readable");
         assert!(frames.len() <= 3 && matches!(why, End::NoWay { .. }), "{frames:?} {why:?}");
     }
     let (frames, _) = stack.walk(&registers(0x3000, 0x2000, 0x1000), 10).expect("readable");
     assert_eq!(frames.len(), 1, "a frame pointer below the stack is none");
+}
+
+#[test]
+fn words_are_as_long_as_the_code_has_them() {
+    let mut ram = Ram(vec![0; 0x4000]);
+    let mut put = |at: usize, value: u32| ram.0[at..at + 4].copy_from_slice(&value.to_le_bytes());
+    for (bp, next, ip) in [(0x1004, 0x1100, 0x3010), (0x1100, 0x120c, 0x3020), (0x120c, 0, 0x3030)]
+    {
+        put(bp, next);
+        put(bp + 4, ip);
+    }
+    let regs = registers(0x3000, 0xff0, 0x1004);
+    let walk = |mode| {
+        let stack = Stack { space: space(), memory: &ram, orc: None, mode };
+        let (frames, why) = stack.walk(&regs, 10).expect("readable");
+        (frames.iter().map(|frame| (frame.ip, frame.sp)).collect::<Vec<_>>(), why)
+    };
+    let all = [(0x3000, 0xff0), (0x3010, 0x100c), (0x3020, 0x1108), (0x3030, 0x1214)];
+    assert_eq!(walk(CodeMode::Bits32), (all.to_vec(), End::Bottom));
+    assert_eq!(walk(CodeMode::Bits16), (all[..1].to_vec(), End::NoWay { ip: 0x3000 }));
+    assert_eq!(walk(CodeMode::Bits64).0, all[..1]);
+}
+
+/// A module's table lies among the kernel's; what it has of code that is no more is not gone by.
+#[test]
+fn modules_have_tables_of_their_own() {
+    const MODULE: u64 = 0xffff_ffff_c000_1000;
+    let [call, _, end, undefined] = ENTRY_KINDS;
+    let line =
+        |ip, sp_reg, sp_offset, kind| Line { ip, sp_reg, sp_offset, bp_reg: 0, bp_offset: 0, kind };
+    let kernel = [
+        line(CODE, 5, 8, end),
+        line(CODE + 0x100, 5, 16, call),
+        line(CODE + 0x200, 0, 0, undefined),
+    ];
+    let module = [
+        line(MODULE, 5, 24, call),
+        line(MODULE + 0x100, 0, 0, undefined),
+        // Of its beginning, which was given back: another module is there by now.
+        line(MODULE + 0x1000, 5, 8, end),
+    ];
+    let other = [line(MODULE + 0x1000, 5, 8, call), line(MODULE + 0x1100, 0, 0, undefined)];
+    let mut ram = Ram(vec![0; 0x4000]);
+    put(&mut ram, 0x1010, MODULE + 0x1010);
+    put(&mut ram, 0x1018, CODE + 0x110);
+    put(&mut ram, 0x1028, CODE + 0x10);
+    for format in [OrcFormat::Old, OrcFormat::Signal, OrcFormat::New] {
+        let mut all = table(&kernel, format);
+        for (lines, first) in [(&module[..], MODULE), (&other[..], MODULE + 0x1000)] {
+            let (ips, entries) = encoded(lines, format);
+            all.add(&ips, AT, &entries, &(first..first + 0x1000));
+        }
+        let stack = Stack { space: space(), memory: &ram, orc: Some(&all), mode: CodeMode::Bits64 };
+        let (frames, why) = stack.walk(&registers(MODULE + 0x20, 0x1000, 0), 10).expect("readable");
+        let ips: Vec<u64> = frames.iter().map(|frame| frame.ip).collect();
+        assert_eq!(
+            (ips, why),
+            (vec![MODULE + 0x20, MODULE + 0x1010, CODE + 0x110, CODE + 0x10], End::Bottom),
+            "{format:?}"
+        );
+        // Behind them is code that is made while the kernel runs: it keeps frame pointers, or nothing is known.
+        let (frames, why) =
+            stack.walk(&registers(MODULE + 0x5000, 0x1000, 0), 10).expect("readable");
+        assert_eq!((frames.len(), why), (1, End::Bottom), "no frame pointer");
+    }
 }

@@ -6,6 +6,11 @@
 //! What is found is what one search from the beginning to the end would find, matches that overlap
 //! an earlier one left out.
 
+mod pattern;
+mod scan;
+#[cfg(test)]
+mod tests;
+
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::{ControlFlow, Range};
@@ -13,130 +18,21 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
 
 use crossbeam_channel::{Sender, bounded};
-use memchr::memmem::Finder;
-use regex_automata::Input;
-use regex_automata::meta::{self, Regex};
-use regex_automata::util::syntax;
-use regex_syntax::hir::Look;
+
+pub use pattern::{MATCH_BYTES_MAX, OPEN_MATCH_BYTES, Pattern};
 
 use crate::error::{Result, StoreError};
 use crate::page::PAGE_SIZE;
 use crate::snapshot::RegionReader;
+use pattern::Found;
 
 /// Pages that a core takes at once: 2 MiB, a multiple of what frames are cut at.
 const PART_PAGES: u64 = 512;
-/// Of an expression without a longest match, so many bytes of a match are found for certain.
-pub const OPEN_MATCH_BYTES: usize = PAGE_SIZE;
-/// The longest match that can be searched for.
-pub const MATCH_BYTES_MAX: usize = 64 << 10;
 /// Parts that may be done before the one that is next to be told, for each thread.
 const AHEAD: u64 = 4;
-
-/// What is searched for.
-#[derive(Debug)]
-pub struct Pattern {
-    engine: Engine,
-    /// The longest match, in bytes.
-    longest: usize,
-    /// It looks at what is before a match, and behind it.
-    looks_around: bool,
-}
-
-#[derive(Debug)]
-enum Engine {
-    Bytes(Box<Finder<'static>>),
-    Regex(Box<Regex>),
-}
-
-impl Pattern {
-    /// These bytes.
-    ///
-    /// # Errors
-    /// [`StoreError::Invalid`] if there are none, too many, or only zeros: pages that are zero are not
-    /// looked at.
-    pub fn bytes(bytes: &[u8]) -> Result<Self> {
-        if bytes.is_empty() || bytes.len() > MATCH_BYTES_MAX {
-            let found = bytes.len();
-            return Err(invalid(format!("expected 1 to {MATCH_BYTES_MAX} bytes, found {found}")));
-        }
-        let engine = Engine::Bytes(Box::new(Finder::new(bytes).into_owned()));
-        Self { engine, longest: bytes.len(), looks_around: false }.checked()
-    }
-
-    /// A regular expression of crate `regex`'s syntax, on bytes: `.` is any of them but a line feed,
-    /// classes such as `\w` are ASCII, `^` and `$` are at the ends of lines. `(?s)`, `(?i)` and so on
-    /// change that.
-    ///
-    /// # Errors
-    /// [`StoreError::Invalid`] if it is none, or matches nothing at all, zeros alone, or the beginning or
-    /// end of all memory.
-    pub fn regex(expression: &str) -> Result<Self> {
-        let config = syntax::Config::new().unicode(false).utf8(false).multi_line(true);
-        let hir = syntax::parse_with(expression, &config)
-            .map_err(|error| invalid(format!("expected a regular expression: {error}")))?;
-        let properties = hir.properties();
-        let looks = properties.look_set();
-        if looks.contains(Look::Start) || looks.contains(Look::End) {
-            let what =
-                "expected an expression without \\A and \\z: memory has no beginning and no end";
-            return Err(invalid(what.into()));
-        }
-        let longest = match properties.maximum_len() {
-            Some(0) => return Err(nothing_at_all()),
-            Some(longest) if longest > MATCH_BYTES_MAX => {
-                let most = format!("expected matches of at most {MATCH_BYTES_MAX} bytes");
-                return Err(invalid(format!(
-                    "{most}, found an expression that can match {longest}"
-                )));
-            }
-            Some(longest) => longest,
-            None => OPEN_MATCH_BYTES,
-        };
-        let engine = meta::Builder::new()
-            .configure(Regex::config().utf8_empty(false))
-            .build_from_hir(&hir)
-            .map_err(|error| invalid(format!("expected a smaller regular expression: {error}")))?;
-        let engine = Engine::Regex(Box::new(engine));
-        Self { engine, longest, looks_around: !looks.is_empty() }.checked()
-    }
-
-    /// Refuses what would be found nearly everywhere, and not where it is looked for.
-    fn checked(self) -> Result<Self> {
-        let zeros = vec![0; self.longest + 1];
-        match self.find(&zeros, 0..zeros.len()) {
-            Some(found) if found.is_empty() => Err(nothing_at_all()),
-            Some(_) => Err(invalid(
-                "expected a pattern that zeros alone do not match, found one that they do: pages that are all zero are not looked at".into(),
-            )),
-            None => Ok(self),
-        }
-    }
-
-    /// The first match in `bytes[span]`; what is around that is looked at.
-    fn find(&self, bytes: &[u8], span: Range<usize>) -> Option<Range<usize>> {
-        match &self.engine {
-            Engine::Bytes(finder) => {
-                let at = span.start + finder.find(&bytes[span])?;
-                Some(at..at + finder.needle().len())
-            }
-            Engine::Regex(regex) => {
-                let found = regex.find(Input::new(bytes).span(span))?;
-                Some(found.range())
-            }
-        }
-    }
-}
-
-fn invalid(what: String) -> StoreError {
-    StoreError::Invalid(format!("search: {what}"))
-}
-
-fn nothing_at_all() -> StoreError {
-    invalid(
-        "expected an expression with something to find, found one that matches nothing at all"
-            .into(),
-    )
-}
+/// Matches of a part that are found ahead; those behind them are found when it is told. Memory may be full
+/// of them.
+const MATCHES_AHEAD: usize = 4096;
 
 /// Something that was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -145,7 +41,7 @@ pub struct Match<'a> {
     pub offset: u64,
     /// What matched.
     pub bytes: &'a [u8],
-    /// What is before it, as much as was asked for and is in the region.
+    /// What is before it, as much as was asked for and is in what is searched.
     pub before: &'a [u8],
     /// What is behind it.
     pub after: &'a [u8],
@@ -165,12 +61,14 @@ pub struct SearchProgress {
 pub struct SearchReport {
     /// Matches told.
     pub matches: u64,
-    /// Pages that were read; the others are zero, or behind the last match that was wanted.
+    /// Pages that were read, some of them ahead of the last match if that was told to be the last; the
+    /// others are zero, or behind it.
     pub pages_read: u64,
 }
 
 /// Searches the bytes `range` of `region` for `pattern` and tells what is found, in order, with `context`
-/// bytes before and behind it (at most a page), until `tell` has had enough. Memory: some 10 MiB a core.
+/// bytes before and behind it (at most a page), until `tell` has had enough. Matches lie in the range; what
+/// an expression looks at around them (`^`, `\b`) need not. Memory: some 10 MiB a core.
 ///
 /// # Errors
 /// [`StoreError::Corrupt`] if a page cannot be read.
@@ -185,6 +83,7 @@ pub fn search(
     let end = range.end.min(region.pages() * PAGE_SIZE as u64);
     let bytes = range.start.min(end)..end;
     let first = bytes.start / PART_BYTES;
+    let read_before = progress.pages_read.load(Ordering::Relaxed);
     let job = Job {
         region,
         pattern,
@@ -231,7 +130,7 @@ pub fn search(
             }
         }
         let _whether_all = outcome?;
-        let pages_read = progress.pages_read.load(Ordering::Relaxed);
+        let pages_read = progress.pages_read.load(Ordering::Relaxed) - read_before;
         Ok(SearchReport { pages_read, ..teller.report })
     })
 }
@@ -274,7 +173,7 @@ struct Part {
     own: Range<usize>,
     /// What of `bytes` is searched.
     spans: Vec<Range<usize>>,
-    matches: Vec<Range<usize>>,
+    found: Found,
 }
 
 /// A part's number, and what came of it: nothing if there is no match.
@@ -320,10 +219,6 @@ impl Job<'_> {
         self.one_told.notify_all();
     }
 
-    fn region_bytes(&self) -> u64 {
-        self.region.pages() * PAGE_SIZE as u64
-    }
-
     /// The bytes `wanted` of the region: those of `part`, or read again where it ends.
     fn read<'p>(&self, part: &'p Part, wanted: &Range<u64>) -> Result<Cow<'p, [u8]>> {
         let end = part.offset + part.bytes.len() as u64;
@@ -347,17 +242,22 @@ impl Job<'_> {
         let (first, all) = (number * PART_PAGES, self.region.pages());
         let end = (first + PART_PAGES).min(all);
         // What a match reaches into, and what an expression looks at around it.
-        let looks = usize::from(self.pattern.looks_around);
-        let behind = (self.pattern.longest - 1 + looks).div_ceil(PAGE_SIZE) as u64;
-        let before = first.min(looks as u64);
+        let (longest, looks) = (self.pattern.longest(), self.pattern.looks());
+        let behind = (longest - 1 + looks).div_ceil(PAGE_SIZE) as u64;
+        let before = first.min(looks.div_ceil(PAGE_SIZE) as u64);
         let pages = first - before..(end + behind).min(all);
         let offset = pages.start * PAGE_SIZE as u64;
         let within = |byte: u64| (byte.max(offset) - offset) as usize;
         let own = within(self.bytes.start.max(first * PAGE_SIZE as u64))
             ..within(self.bytes.end.min(end * PAGE_SIZE as u64));
-        let limit = within(self.bytes.end).min(((pages.end - pages.start) as usize) * PAGE_SIZE);
+        let mut limit = (pages.end - pages.start) as usize * PAGE_SIZE;
+        if pages.end < all {
+            // There is more: what is behind a match has to be in sight.
+            limit -= looks;
+        }
+        let limit = limit.min(within(self.bytes.end));
         let runs = self.region.runs(pages.start, pages.end - pages.start)?;
-        let mut spans = Spans::new(own.start..limit, self.pattern.longest - 1);
+        let mut spans = Spans::new(own.start..limit, longest - 1 + looks);
         for run in &runs {
             let start = (run.first - pages.start) as usize * PAGE_SIZE;
             spans.add(start..start + run.count as usize * PAGE_SIZE);
@@ -372,35 +272,30 @@ impl Job<'_> {
         let read: u64 =
             runs.iter().filter_map(|run| run.clip(first, end)).map(|run| run.count).sum();
         self.progress.pages_read.fetch_add(read, Ordering::Relaxed);
-        let matches = self.pattern.find_all(buffer, &spans, own.start, own.end);
-        if matches.is_empty() {
+        let found = self.pattern.find_in(buffer, &spans, own.clone(), MATCHES_AHEAD);
+        if found.matches.is_empty() {
             return Ok(None);
         }
-        Ok(Some(Part { offset, bytes: std::mem::take(buffer), own, spans, matches }))
+        Ok(Some(Part { offset, bytes: std::mem::take(buffer), own, spans, found }))
     }
 }
 
 impl Pattern {
-    /// All matches that begin in `from .. end`, within `spans`.
-    fn find_all(
+    /// Matches within `spans` that begin in `starts`, each behind the one before: all of them, or the first
+    /// `most`.
+    fn find_in(
         &self,
         bytes: &[u8],
         spans: &[Range<usize>],
-        from: usize,
-        end: usize,
-    ) -> Vec<Range<usize>> {
-        let mut found = Vec::new();
-        let mut at = from;
+        starts: Range<usize>,
+        most: usize,
+    ) -> Found {
+        let mut found = Found { matches: Vec::new(), is_all: true };
         for span in spans {
-            at = at.max(span.start);
-            while at < span.end.min(end) {
-                match self.find(bytes, at..span.end) {
-                    Some(next) if next.start < end => {
-                        at = next.end.max(next.start + 1);
-                        found.push(next);
-                    }
-                    _ => break,
-                }
+            let at = found.matches.last().map_or(starts.start, |last| last.end).max(span.start);
+            let stop = span.end.min(starts.end);
+            if at < stop && found.is_all {
+                self.find_all(bytes, at..stop, span.end, most, &mut found);
             }
         }
         found
@@ -446,32 +341,61 @@ struct Teller<'a, 'b> {
 }
 
 impl Teller<'_, '_> {
+    /// Tells a part's matches. One of the part before may reach into this one, and cover some that were
+    /// found here; what those had covered is found then.
     fn part(&mut self, part: &Part) -> Result<ControlFlow<()>> {
-        let first = part.offset + part.matches[0].start as u64;
-        if first >= self.end {
-            return self.all(part, &part.matches);
-        }
-        // One from the part before reaches beyond the first here: what follows is searched from its end.
-        let from = (self.end - part.offset) as usize;
-        let again = self.job.pattern.find_all(&part.bytes, &part.spans, from, part.own.end);
-        self.all(part, &again)
-    }
-
-    fn all(&mut self, part: &Part, matches: &[Range<usize>]) -> Result<ControlFlow<()>> {
-        for found in matches {
-            let offset = part.offset + found.start as u64;
-            self.end = part.offset + found.end as u64;
-            let around = offset.saturating_sub(self.job.context as u64)
-                ..(self.end + self.job.context as u64).min(self.job.region_bytes());
-            let bytes = self.job.read(part, &around)?;
-            let (before, rest) = bytes.split_at((offset - around.start) as usize);
-            let (bytes, after) = rest.split_at(found.len());
-            self.report.matches += 1;
-            let flow = (self.tell)(Match { offset, bytes, before, after });
+        let mut at = part.own.start.max((self.end.max(part.offset) - part.offset) as usize);
+        let mut ahead = part.found.matches.iter();
+        let mut covered = at;
+        let mut next = ahead.next();
+        loop {
+            while let Some(hidden) = next.filter(|found| found.start < at) {
+                covered = hidden.end;
+                next = ahead.next();
+            }
+            let shown = (at < covered).then(|| self.search(part, at..covered)).flatten();
+            let found = match (shown, next) {
+                (Some(shown), _) => shown,
+                (None, Some(known)) => {
+                    let known = known.clone();
+                    next = ahead.next();
+                    known
+                }
+                (None, None) if part.found.is_all => return Ok(ControlFlow::Continue(())),
+                // There were more than are found ahead.
+                (None, None) => match self.search(part, at.max(covered)..part.own.end) {
+                    Some(found) => found,
+                    None => return Ok(ControlFlow::Continue(())),
+                },
+            };
+            at = found.end;
+            let flow = self.one(part, &found)?;
             if flow.is_break() {
                 return Ok(flow);
             }
         }
-        Ok(ControlFlow::Continue(()))
+    }
+
+    /// The first match of `part` that begins in `starts`.
+    fn search(&self, part: &Part, starts: Range<usize>) -> Option<Range<usize>> {
+        let end = starts.end.min(part.own.end);
+        let first = part.spans.partition_point(|span| span.end <= starts.start);
+        part.spans[first..].iter().find_map(|span| {
+            let starts = starts.start.max(span.start)..span.end.min(end);
+            self.job.pattern.find_from(&part.bytes, starts, span.end)
+        })
+    }
+
+    fn one(&mut self, part: &Part, found: &Range<usize>) -> Result<ControlFlow<()>> {
+        let offset = part.offset + found.start as u64;
+        self.end = part.offset + found.end as u64;
+        let context = self.job.context as u64;
+        let around = offset.saturating_sub(context).max(self.job.bytes.start)
+            ..(self.end + context).min(self.job.bytes.end);
+        let bytes = self.job.read(part, &around)?;
+        let (before, rest) = bytes.split_at((offset - around.start) as usize);
+        let (bytes, after) = rest.split_at(found.len());
+        self.report.matches += 1;
+        Ok((self.tell)(Match { offset, bytes, before, after }))
     }
 }
