@@ -99,11 +99,15 @@ fn strip(command: &Command, name: &str) -> Command {
     if let Some(version) = command.get_version() {
         out = out.version(version.to_owned());
     }
+    if name == "help" {
+        // Or it would have its own again, and with that fish would offer nothing behind it.
+        out = out.disable_help_subcommand(true);
+    }
     out.args(command.get_arguments().filter(|arg| !arg.is_hide_set()).cloned()).subcommands(
         command
             .get_subcommands()
             .filter(|inner| !inner.is_hide_set())
-            // Nobody needs help with it, and fish would offer nothing behind it.
+            // Nobody needs help with it.
             .filter(|inner| (name, inner.get_name()) != ("help", "help"))
             .map(|inner| strip(inner, inner.get_name())),
     )

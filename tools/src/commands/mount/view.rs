@@ -261,7 +261,10 @@ impl View {
             },
             Node::Ids => self.find_id(name)?,
             Node::Tags => self.listing()?.tags.find(name)?,
-            Node::Vms => self.by_vm(&self.listing()?).vms.find(name)?,
+            Node::Vms => {
+                let listing = self.listing()?;
+                self.by_vm(&listing).vms.find(name)?
+            }
             Node::Vm(vm) if name == LATEST => Node::VmLatest(vm),
             Node::Vm(vm) => {
                 let listing = self.listing()?;
@@ -423,7 +426,10 @@ impl View {
             }
             Node::Ids => entries.clone_from(&self.listing()?.ids.entries),
             Node::Tags => entries.clone_from(&self.listing()?.tags.entries),
-            Node::Vms => entries.clone_from(&self.by_vm(&self.listing()?).vms.entries),
+            Node::Vms => {
+                let listing = self.listing()?;
+                entries.clone_from(&self.by_vm(&listing).vms.entries);
+            }
             Node::Vm(vm) => {
                 let listing = self.listing()?;
                 let (names, _) = self.by_vm(&listing).of.get(&vm).ok_or(Refused::NotFound)?;
