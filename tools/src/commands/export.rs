@@ -164,7 +164,7 @@ fn raw_to_stdout(args: &ExportArgs) -> anyhow::Result<()> {
         let copied = io::copy(&mut contents, &mut out).and_then(|_| out.flush());
         match (contents.failed, copied) {
             (Some(error), _) => Err(error.into()),
-            (None, Ok(_)) => Ok(()),
+            (None, Ok(())) => Ok(()),
             (None, Err(error)) => Err(error).context("cannot write to standard output"),
         }
     })

@@ -44,7 +44,7 @@ pub(super) fn find(args: &InspectArgs, snapshot: &Snapshot, json: bool) -> anyho
 /// found, and no match goes from one to the next.
 fn parts(snapshot: &Snapshot, region: &RegionReader) -> anyhow::Result<Vec<Range<u64>>> {
     if region.name() != RAM_REGION {
-        return Ok(vec![0..region.pages() * PAGE_SIZE as u64]);
+        return Ok(std::iter::once(0..region.pages() * PAGE_SIZE as u64).collect());
     }
     let memory = SnapshotMemory::open(snapshot)?;
     let ranges = memory.ranges().iter();

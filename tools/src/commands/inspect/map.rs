@@ -295,7 +295,7 @@ mod tests {
             let parts = split(&MapRange { first, count, kind, stored_bytes: 7 }, holes);
             parts.iter().map(|part| (part.first, part.count, part.kind.name())).collect()
         };
-        let hole = [300..400];
+        let hole = std::slice::from_ref(&(300..400));
         for (range, expected) in [
             (0..500, vec![(0, 300, "zero"), (300, 100, "hole"), (400, 100, "zero")]),
             (0..300, vec![(0, 300, "zero")]),
@@ -305,10 +305,10 @@ mod tests {
             (399..401, vec![(399, 1, "hole"), (400, 1, "zero")]),
             (400..500, vec![(400, 100, "zero")]),
         ] {
-            assert_eq!(of(range.clone(), PageKind::Zero, &hole), expected, "{range:?}");
+            assert_eq!(of(range.clone(), PageKind::Zero, hole), expected, "{range:?}");
         }
         // What is there all the same is not hidden.
-        assert_eq!(of(0..500, PageKind::Whole, &hole), [(0, 500, "data")]);
+        assert_eq!(of(0..500, PageKind::Whole, hole), [(0, 500, "data")]);
         assert_eq!(of(0..9, PageKind::Zero, &[]), [(0, 9, "zero")]);
     }
 }
