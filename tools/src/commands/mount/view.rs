@@ -332,7 +332,9 @@ impl View {
                     by_vm.vms.add(Node::Vm(vm), file_name(&self.vms.get(vm).unwrap_or_default()));
                     (Names::default(), *info)
                 });
-                names.add(Node::VmEntry(self.ids().number(info.id)), self.dated(info));
+                // One after the other: the name takes the same lock.
+                let number = self.ids().number(info.id);
+                names.add(Node::VmEntry(number), self.dated(info));
                 *newest = *info;
             }
             by_vm
