@@ -3,6 +3,7 @@
 pub mod faulty_storage;
 pub mod fixture;
 pub mod format_reader;
+pub mod inspect_bed;
 pub mod linux;
 pub mod memory_copy;
 pub mod oracle;

@@ -25,8 +25,9 @@
 #   clock VM                  tells the date here and the guest's, at a tick
 #   try COMMAND…              what must succeed
 #
-# A guest that says nothing for QUIET_S seconds has stalled, and ends the script.
-QUIET_S=40
+# A guest that says nothing for QUIET_S seconds has stalled, and ends the script. Generous: a machine may be
+# busy, and a kernel says nothing until it has booted.
+QUIET_S=90
 MEMORY=256MiB
 KERNEL=/vmlinuz
 # The first three keep the emulated AMD-V from losing interrupts of one-shot timers.
@@ -103,28 +104,38 @@ disk() {
 is_up() { kill -0 "$(cat "/run/$1.pid")" 2>/dev/null; }
 lines() { grep -c "$2" "/run/$1.console"; }
 
+# What a guest is waited for with: `quiet VM PATTERN` begins; `still` tells that it goes on, and ends the
+# script if it does not.
+quiet() {
+    quiet_vm=$1 quiet_for=$2 quiet_size=0
+    quiet_since=$(date +%s)
+    quiet_told=$quiet_since
+}
+still() {
+    local size now
+    size=$(stat -c %s "/run/$quiet_vm.console")
+    now=$(date +%s)
+    if [ "$size" != "$quiet_size" ]; then
+        quiet_size=$size quiet_since=$now
+    elif [ $((now - quiet_since)) -ge $QUIET_S ]; then
+        tell stalled "$quiet_vm: $(tail -n 1 "/run/$quiet_vm.console")"
+        frazil ps
+        frazil top "$quiet_vm" --count 2 | cat
+        over
+    fi
+    if [ $((now - quiet_told)) -ge 20 ]; then
+        quiet_told=$now
+        tell waiting "$quiet_vm: $quiet_for, $(tick "$quiet_vm")"
+    fi
+    sleep 0.2
+}
 await() {
-    local vm=$1 pattern=$2 count=${3:-1} size seen=0 since now told
-    since=$(date +%s) told=$since
+    local vm=$1 pattern=$2 count=${3:-1}
+    quiet "$vm" "$pattern"
     while [ "$(lines "$vm" "$pattern")" -lt "$count" ]; do
-        size=$(stat -c %s "/run/$vm.console")
-        now=$(date +%s)
-        if [ "$size" != "$seen" ]; then
-            seen=$size since=$now
-        elif ! is_up "$vm"; then
-            # It may have said it at last.
-            [ "$(lines "$vm" "$pattern")" -ge "$count" ] || fail "$vm ended before: $pattern"
-        elif [ $((now - since)) -ge $QUIET_S ]; then
-            tell stalled "$vm: $(tail -n 1 "/run/$vm.console")"
-            frazil ps
-            frazil top "$vm" --count 2
-            over
-        fi
-        if [ $((now - told)) -ge 20 ]; then
-            told=$now
-            tell waiting "$vm: $pattern, $(tick "$vm")"
-        fi
-        sleep 0.2
+        # It may have said it at last.
+        is_up "$vm" || [ "$(lines "$vm" "$pattern")" -ge "$count" ] || fail "$vm ended before: $pattern"
+        still
     done
 }
 # Only whole lines: the last word of a tick is 32 hexadecimal digits.
@@ -180,18 +191,10 @@ checkpoint() {
 }
 
 end() {
-    local vm=$1 size seen=0 since now
-    since=$(date +%s)
+    local vm=$1
+    quiet "$vm" 'its end'
     while is_up "$vm"; do
-        # How long a guest takes is no matter while it goes on.
-        size=$(stat -c %s "/run/$vm.console")
-        now=$(date +%s)
-        if [ "$size" != "$seen" ]; then
-            seen=$size since=$now
-        elif [ $((now - since)) -ge $QUIET_S ]; then
-            fail "$vm says nothing more and does not end"
-        fi
-        sleep 0.2
+        still
     done
     wait "$(cat "/run/$vm.pid")"
     tell ended "$vm" $?

@@ -88,26 +88,28 @@ fn wrapped(text: &str, width: usize) -> String {
 
 /// What people may use: hidden commands and arguments are for frazil itself.
 pub(crate) fn visible() -> Command {
-    strip(&command(), "frazil")
+    let mut all = command();
+    // That gives it `help`, which is to be stripped, too: nobody needs help with help, and where that is
+    // offered fish offers nothing else behind it.
+    all.build();
+    strip(&all, "frazil")
 }
 
 fn strip(command: &Command, name: &str) -> Command {
-    let mut out = Command::new(name.to_owned());
+    // Building gives every command these again.
+    const OF_ALL: [&str; 2] = ["help", "version"];
+    let mut out = Command::new(name.to_owned()).disable_help_subcommand(true);
     if let Some(about) = command.get_about() {
         out = out.about(about.clone());
     }
     if let Some(version) = command.get_version() {
         out = out.version(version.to_owned());
     }
-    if name == "help" {
-        // Or it would have its own again, and with that fish would offer nothing behind it.
-        out = out.disable_help_subcommand(true);
-    }
-    out.args(command.get_arguments().filter(|arg| !arg.is_hide_set()).cloned()).subcommands(
+    let args = command.get_arguments().filter(|arg| !arg.is_hide_set());
+    out.args(args.filter(|arg| !OF_ALL.contains(&arg.get_id().as_str())).cloned()).subcommands(
         command
             .get_subcommands()
             .filter(|inner| !inner.is_hide_set())
-            // Nobody needs help with it.
             .filter(|inner| (name, inner.get_name()) != ("help", "help"))
             .map(|inner| strip(inner, inner.get_name())),
     )

@@ -21,7 +21,7 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     let bed = Bed::boot(bench, SPEC, bench.memory_size(GIB), 1)?;
     let machine = &bed.machine;
     let (mut series, mut during, mut between) = (Series::new(), Samples::new(), Samples::new());
-    for _ in 0..bench.runs(20) {
+    for _ in 0..bench.runs(10) {
         // The first lap pays for the faults that the checkpoint before has left behind.
         lap(machine)?;
         between.add(lap(machine)?);

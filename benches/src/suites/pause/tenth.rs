@@ -12,7 +12,7 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
         // Not a limit but the yardstick: what is copied before the pause is not read in it.
         let floor_us = floor::stop_and_copy_us(bench, &bed)?;
         let mut series = Series::new();
-        for _ in 0..bench.runs(30) {
+        for _ in 0..bench.runs(12) {
             bed.wait_tenth(random)?;
             series.take(&bed.machine)?;
         }
