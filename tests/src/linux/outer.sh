@@ -159,14 +159,21 @@ talks() {
     done
 }
 
-# The line with OK, and the port that the connection is from, comes first. It is asked once, however short ago it
-# was resumed.
+# The line with OK, and the port that the connection is from, comes first. Who asks a guest that was resumed
+# waits until its driver knows that all connections are gone, but not for ever: if that takes longer, it is
+# dropped, and has to ask again.
 ask() {
+    local answer turn
     while [ ! -S "/run/$1.sock" ]; do
         is_up "$1" || fail "$1 cannot be asked: it has ended"
         sleep 0.1
     done
-    printf 'CONNECT 1024\n%s\nexit\n' "$2" | socat -t $QUIET_S - "UNIX-CONNECT:/run/$1.sock" | sed 1d
+    for turn in 1 2 3; do
+        answer=$(printf 'CONNECT 1024\n%s\nexit\n' "$2" |
+            socat -t $QUIET_S - "UNIX-CONNECT:/run/$1.sock" | sed 1d)
+        [ -z "$answer" ] || break
+    done
+    echo "$answer"
 }
 # A guest without a driver for the generation id reads it where the tables say that it is; the
 # interrupt that tells of another is counted by the kernel's driver for such events. A network card's

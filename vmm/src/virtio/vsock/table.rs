@@ -27,9 +27,9 @@ pub(super) const RESETS_MAX: usize = 256;
 const CALLERS_PORTS: u32 = 1 << 30;
 
 /// How long nothing new is begun with a driver that does not show that it knows of the end of all
-/// connections. Less than any program waits for a connection, more than a guest takes whose memory comes
-/// back page by page.
-const NEWS_PATIENCE: Duration = Duration::from_secs(5);
+/// connections. Few wait longer for a connection; a guest whose memory comes back page by page, on a busy
+/// host, was seen to take five.
+const NEWS_PATIENCE: Duration = Duration::from_secs(20);
 
 /// What epoll says of the socket that is listened to; everything else has a number above, which no other
 /// ever had.
