@@ -184,7 +184,7 @@ rewind the floor is, of latency: the budget, 1 ms and 1 us for each page put bac
        memcpy of as many pages
 peers  the floor of QEMU's and of dump's (all memory to a file, raw, while the guest stands still) is what
        frazil needs for the same guest's first snapshot, and for its resume; neither waits for the disk;
-       savevm and migrate stop the guest's clock: there is no gap to tell
+       dump, savevm and migrate stop the guest's clock: there is no gap to tell
 store  the floor is, of commit_scale: at 1 GiB; of depth: at depth 1; of delta and elide: switched
        off; of prune: a new store of just that snapshot; of overhead (%): bytes of zstd on the
        same pages; of heap: the budget; of frame_pages: the default size
