@@ -14,7 +14,7 @@ pub(super) fn facts(file_system: &str) -> Vec<(&'static str, String)> {
         ("measured", measured),
         ("command", std::env::args().collect::<Vec<_>>().join(" ")),
         ("processor", format!("{}, {cores} cores", value_of("/proc/cpuinfo", "model name"))),
-        ("memory", value_of("/proc/meminfo", "MemTotal")),
+        ("memory", memory()),
         ("kernel", format!("Linux {}", kernel.trim())),
         ("KVM", kvm()),
         ("stores on", file_system.to_owned()),
@@ -32,6 +32,13 @@ fn value_of(path: &str, key: &str) -> String {
     let text = fs::read_to_string(path).unwrap_or_default();
     let line = text.lines().find_map(|line| line.strip_prefix(key)?.trim().strip_prefix(':'));
     line.map_or("not told", str::trim).to_owned()
+}
+
+/// What the kernel has of it, in GiB.
+fn memory() -> String {
+    let total = value_of("/proc/meminfo", "MemTotal");
+    let kib = total.strip_suffix(" kB").and_then(|kib| kib.parse::<f64>().ok());
+    kib.map_or(total, |kib| format!("{:.1} GiB", kib / f64::from(1 << 20)))
 }
 
 /// Which module it is, and whether this machine is a guest itself.
