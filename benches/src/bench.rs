@@ -150,7 +150,7 @@ impl Bench {
     pub(crate) fn fail(&mut self, suite: &str, error: &anyhow::Error) {
         self.say(&format!("{suite}: failed, and is left out: {error:#}"));
         if let Some(report) = &mut self.report {
-            report.add_failure(format!("{suite}: {error:#}"));
+            report.add_failure(suite, format!("{error:#}"));
         }
     }
 

@@ -47,7 +47,8 @@ pub(crate) struct Report {
     started: Instant,
     quick: bool,
     curves: Vec<(Picture, Curve)>,
-    failures: Vec<String>,
+    /// Suites that could not be measured, and why.
+    failures: Vec<(String, String)>,
 }
 
 /// A picture that is finished.
@@ -96,9 +97,9 @@ impl Report {
         self.curves.push((picture, Curve { name, points }));
     }
 
-    /// Adds what could not be measured, and why.
-    pub(crate) fn add_failure(&mut self, failure: String) {
-        self.failures.push(failure);
+    /// Adds a suite that could not be measured, and why.
+    pub(crate) fn add_failure(&mut self, suite: &str, why: String) {
+        self.failures.push((suite.to_owned(), why));
     }
 
     /// Writes it.
@@ -147,8 +148,7 @@ impl Report {
         row(&mut text, &["took", took(self.started.elapsed()).as_str()]);
         if !self.failures.is_empty() {
             text.push_str("\n## Not measured\n\n| suite | why |\n|---|---|\n");
-            for failure in &self.failures {
-                let (suite, why) = failure.split_once(": ").unwrap_or((failure, ""));
+            for (suite, why) in &self.failures {
                 row(&mut text, &[suite, why]);
             }
         }
@@ -489,7 +489,7 @@ mod tests {
         fs::write(&path, "older").unwrap();
         let mut report = Report::new(path.clone(), false).unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), "older");
-        report.add_failure("peers: QEMU is gone: no | such file".to_owned());
+        report.add_failure("peers", "QEMU is gone: no | such file".to_owned());
         report.write(&metrics(), "ext4").unwrap();
         let text = fs::read_to_string(&path).unwrap();
         assert!(text.contains("| peers | QEMU is gone: no \\| such file |"), "{text}");

@@ -141,46 +141,43 @@ fn draw_names(area: &DrawingArea<SVGBackend<'_>, Shift>, bars: &[Bar]) -> anyhow
 /// Distributions, as the share of values that lies below: both ends of a share are of interest, so it is
 /// drawn as nines.
 pub(super) fn curves(title: &str, axis: &str, curves: &[Curve]) -> anyhow::Result<String> {
-    let reach = reach_of(curves.iter().flat_map(|curve| &curve.points).map(|(_, value)| *value));
-    let last = curves.iter().flat_map(|curve| &curve.points).map(|(share, _)| nines(*share));
-    let nines_max = last.fold(1.0, f64::max);
-    drawn(CURVES_HEIGHT, |area| {
-        let (area, legend) = area.split_horizontally(WIDTH - LEGEND_WIDTH);
-        let mut chart = ChartBuilder::on(&area)
-            .caption(title, (FONT, 19))
-            .margin(10)
-            .x_label_area_size(44)
-            .y_label_area_size(72)
-            .build_cartesian_2d(Nines(nines_max), (reach.start * 0.7..reach.end * 1.5).log_scale())
-            .map_err(cannot)?;
-        chart
-            .configure_mesh()
-            .x_desc("share of all, on a scale of nines")
-            .y_desc(axis)
-            .x_label_formatter(&|nines| share(*nines))
-            .y_label_formatter(&|value| number(*value))
-            .label_style((FONT, 13))
-            .light_line_style(TRANSPARENT)
-            .draw()
-            .map_err(cannot)?;
-        for (row, (curve, colour)) in curves.iter().zip(COLOURS.iter().cycle()).enumerate() {
-            let points = curve.points.iter().map(|(share, value)| (nines(*share), *value));
-            let line = LineSeries::new(points, colour.stroke_width(3));
-            chart.draw_series(line).map_err(cannot)?;
-            draw_key(&legend, row, &curve.name, *colour)?;
-        }
-        Ok(())
-    })
+    let in_nines = |(share, value): &(f64, f64)| (nines(*share), *value);
+    let curves: Vec<Curve> = curves
+        .iter()
+        .map(|curve| Curve {
+            name: curve.name.clone(),
+            points: curve.points.iter().map(in_nines).collect(),
+        })
+        .collect();
+    let points = || curves.iter().flat_map(|curve| &curve.points);
+    let nines_max = points().map(|(nines, _)| *nines).fold(1.0, f64::max);
+    let ys = reach_of(points().map(|(_, value)| *value));
+    let axes = ("share of all, on a scale of nines", axis);
+    let scales = (Nines(nines_max), ys.start * 0.7..ys.end * 1.5);
+    draw_curves(title, axes, scales, share, &curves, false)
 }
 
 /// Lines over an axis, both logarithmic: what grows with what.
-pub(super) fn lines(
-    title: &str,
-    (x_axis, y_axis): (&str, &str),
-    curves: &[Curve],
-) -> anyhow::Result<String> {
+pub(super) fn lines(title: &str, axes: (&str, &str), curves: &[Curve]) -> anyhow::Result<String> {
     let points = || curves.iter().flat_map(|curve| &curve.points);
     let (xs, ys) = (reach_of(points().map(|(x, _)| *x)), reach_of(points().map(|(_, y)| *y)));
+    let scales = ((xs.start * 0.8..xs.end * 1.2).log_scale(), ys.start * 0.6..ys.end * 1.7);
+    draw_curves(title, axes, scales, number, curves, true)
+}
+
+/// A line for each, with dots where it was measured if those are few; upwards on a logarithmic scale.
+fn draw_curves<X>(
+    title: &str,
+    (x_axis, y_axis): (&str, &str),
+    (xs, ys): (X, Range<f64>),
+    x_label: fn(f64) -> String,
+    curves: &[Curve],
+    has_dots: bool,
+) -> anyhow::Result<String>
+where
+    X: AsRangedCoord<Value = f64>,
+    X::CoordDescType: ValueFormatter<f64>,
+{
     drawn(CURVES_HEIGHT, |area| {
         let (area, legend) = area.split_horizontally(WIDTH - LEGEND_WIDTH);
         let mut chart = ChartBuilder::on(&area)
@@ -188,25 +185,24 @@ pub(super) fn lines(
             .margin(10)
             .x_label_area_size(44)
             .y_label_area_size(72)
-            .build_cartesian_2d(
-                (xs.start * 0.8..xs.end * 1.2).log_scale(),
-                (ys.start * 0.6..ys.end * 1.7).log_scale(),
-            )
+            .build_cartesian_2d(xs, ys.log_scale())
             .map_err(cannot)?;
         chart
             .configure_mesh()
             .x_desc(x_axis)
             .y_desc(y_axis)
-            .x_label_formatter(&|value| number(*value))
+            .x_label_formatter(&|value| x_label(*value))
             .y_label_formatter(&|value| number(*value))
             .label_style((FONT, 13))
             .light_line_style(TRANSPARENT)
             .draw()
             .map_err(cannot)?;
         for (row, (curve, colour)) in curves.iter().zip(COLOURS.iter().cycle()).enumerate() {
-            let line = LineSeries::new(curve.points.iter().copied(), colour.stroke_width(3));
+            let points = || curve.points.iter().copied();
+            let line = LineSeries::new(points(), colour.stroke_width(3));
             chart.draw_series(line).map_err(cannot)?;
-            let dots = curve.points.iter().map(|point| Circle::new(*point, 4, colour.filled()));
+            let dots = points().filter(|_| has_dots);
+            let dots = dots.map(|point| Circle::new(point, 4, colour.filled()));
             chart.draw_series(dots).map_err(cannot)?;
             draw_key(&legend, row, &curve.name, *colour)?;
         }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::parts::Parts;
 
-/// A machine that says nothing for so long has stalled. Its script gives up on a guest earlier.
+/// A machine that says nothing for so long has stalled. A script that waits for a guest says so more often.
 const QUIET_MAX: Duration = Duration::from_secs(75);
 /// No run may take longer.
 const RUN_MAX: Duration = Duration::from_mins(12);

@@ -9,7 +9,7 @@
 //!
 //! What a driver takes in before it hears of the event it drops with the rest, without a word. So nothing new
 //! is begun, by either side, until it has given the event's buffer back, which it does behind that; a
-//! driver that never does is waited for a few seconds.
+//! driver that never does is waited for, but not for ever.
 
 mod connection;
 mod host;
