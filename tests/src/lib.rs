@@ -6,6 +6,7 @@ pub mod format_reader;
 pub mod inspect_bed;
 pub mod linux;
 pub mod memory_copy;
+pub mod mounted;
 pub mod oracle;
 pub mod pager_bed;
 pub mod populated;

@@ -1,18 +1,18 @@
 //! `frazil mount`, through the kernel: what everyday tools make of it, and how it ends.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 
 use frazil_snapstore::{PAGE_SIZE, PruneOptions, PruneProgress, Store, StoreOptions};
 use frazil_tests::format_reader::{BLOCK_HEADER_LEN, Record, payload_of, read_segment};
+use frazil_tests::mounted::{Mounted, has_helper};
 use frazil_tests::oracle::{Edit, Model, content, take};
 use frazil_tests::vm_harness::{Finished, Host, finish, number, text, wait_for};
 use rustix::fs::SeekFrom;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 
 /// True if this user can mount here; says why not otherwise.
 fn fuse_or_skip() -> bool {
@@ -38,10 +38,6 @@ fn may_mount() -> bool {
     let line = status.lines().find_map(|line| line.strip_prefix("CapEff:")).expect("it is there");
     let caps = u64::from_str_radix(line.trim(), 16).expect("hex digits");
     caps >> CAP_SYS_ADMIN & 1 == 1
-}
-
-fn has_helper() -> bool {
-    Command::new("fusermount3").arg("-V").output().is_ok()
 }
 
 /// A store with one region of memory and a disk, and what is in it.
@@ -87,64 +83,14 @@ impl Bed {
         let folder = self.host.path("mnt");
         // One that is there may have a dead file system on it, and then says nothing of itself.
         let _there_already = fs::create_dir(&folder);
-        Mounted::new(&self.host, &folder)
+        mount_at(&self.host, &folder)
     }
 }
 
-/// A `frazil mount` in another process; unmounted and killed when dropped.
-struct Mounted {
-    child: Child,
-    folder: PathBuf,
-    stdout: BufReader<std::process::ChildStdout>,
-}
-
-impl Mounted {
-    fn new(host: &Host, folder: &Path) -> Self {
-        let store = host.store_path();
-        let mut command = host.command(&["mount", "--json"]);
-        command.arg(&store).arg(folder).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().expect("it starts");
-        let mut stdout = BufReader::new(child.stdout.take().expect("a pipe"));
-        let mut line = String::new();
-        stdout.read_line(&mut line).expect("it says something");
-        if line.is_empty() {
-            let output = child.wait_with_output().expect("it ended");
-            panic!("{}", String::from_utf8_lossy(&output.stderr));
-        }
-        let said: serde_json::Value = serde_json::from_str(&line).expect("JSON");
-        assert_eq!(number(&said, "pid"), u64::from(child.id()));
-        assert_eq!(text(&said, "folder"), folder.canonicalize().expect("it").to_str().expect("it"));
-        Self { child, folder: folder.to_owned(), stdout }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.join(name)
-    }
-
-    fn signal(&self, signal: Signal) {
-        kill_process(Pid::from_child(&self.child), signal).expect("it is there");
-    }
-
-    /// Waits for its end; returns its exit code and what it said.
-    fn end(&mut self) -> (Option<i32>, String) {
-        let status = wait_for("the end of frazil mount", || self.child.try_wait().expect("ours"));
-        let mut said = String::new();
-        let mut stderr = self.child.stderr.take().expect("a pipe");
-        stderr.read_to_string(&mut said).expect("UTF-8");
-        let mut rest = String::new();
-        self.stdout.read_to_string(&mut rest).expect("UTF-8");
-        assert_eq!(rest, "", "one object and no more");
-        (status.code(), said)
-    }
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        let _ended_already = self.child.kill();
-        let _reaped = self.child.wait();
-        let _unmounted_already =
-            Command::new("umount").args(["-l", "-q"]).arg(&self.folder).status();
-    }
+fn mount_at(host: &Host, folder: &Path) -> Mounted {
+    let mut command = host.command(&["mount", "--json"]);
+    command.arg(host.store_path()).arg(folder);
+    Mounted::start(command, folder)
 }
 
 fn run(program: &str, args: &[&str]) -> Finished {
@@ -443,7 +389,7 @@ fn damage_to_what_says_how_long_a_disk_is_is_of_that_disk() {
     bytes[record.offset + BLOCK_HEADER_LEN + 5] ^= 0x10;
     fs::write(&segment, bytes).expect("it");
     fs::create_dir(host.path("mnt")).expect("a folder");
-    let mounted = Mounted::new(&host, &host.path("mnt"));
+    let mounted = mount_at(&host, &host.path("mnt"));
     assert!(fs::read(mounted.path("latest/memory/ram")).expect("it reads") == content(5));
     assert!(fs::read_dir(mounted.path("latest/disks")).expect("it is listed").count() == 1);
     for damaged in ["latest/disks/disk0", "latest/state/disk0.json"] {

@@ -1,16 +1,16 @@
 //! `frazil mount` by a user who is not root: by way of `fusermount3`, which may mount for others.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 
 use frazil_snapstore::{Store, StoreOptions};
+use frazil_tests::mounted::{Mounted, has_helper};
 use frazil_tests::oracle::{Edit, Model, content, take};
-use frazil_tests::vm_harness::{Finished, Host, PATIENCE, finish, frazil, wait_for};
-use rustix::process::{Pid, Signal, kill_process};
+use frazil_tests::vm_harness::{Finished, Host, PATIENCE, finish, frazil};
+use rustix::process::Signal;
 
 /// `nobody`, as on most systems: the helper wants a user that has a name.
 const UID: u32 = 65_534;
@@ -19,7 +19,7 @@ const UID: u32 = 65_534;
 fn helper_or_skip() -> bool {
     let why = if !rustix::process::geteuid().is_root() {
         "not root, who alone can be somebody else"
-    } else if Command::new("fusermount3").arg("-V").output().is_err() {
+    } else if !has_helper() {
         "there is no fusermount3 (package fuse3; `make setup-tests` brings it)"
     } else if fs::metadata("/dev/fuse").map_or(0, |device| device.permissions().mode()) & 6 != 6 {
         "/dev/fuse is not for all"
@@ -72,16 +72,7 @@ impl Bed {
     fn mount(&self) -> Mounted {
         let mut command = self.command(&self.program);
         command.args(["mount", "store", "mnt", "--json"]);
-        let spawned = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
-        let mut child = spawned.expect("it starts");
-        let mut line = String::new();
-        let mut stdout = BufReader::new(child.stdout.take().expect("a pipe"));
-        stdout.read_line(&mut line).expect("it says something");
-        if line.is_empty() {
-            let output = child.wait_with_output().expect("it ended");
-            panic!("{}", String::from_utf8_lossy(&output.stderr));
-        }
-        Mounted { child, folder: self.host.path("mnt") }
+        Mounted::start(command, &self.host.path("mnt"))
     }
 
     fn refused(&self, args: &[&str]) -> Finished {
@@ -99,32 +90,6 @@ fn give(path: &Path) {
     }
 }
 
-/// A `frazil mount` of nobody's; killed and unmounted when dropped.
-struct Mounted {
-    child: Child,
-    folder: PathBuf,
-}
-
-impl Mounted {
-    fn end(&mut self, signal: Signal) -> (Option<i32>, String) {
-        kill_process(Pid::from_child(&self.child), signal).expect("it is there");
-        let status = wait_for("the end of frazil mount", || self.child.try_wait().expect("ours"));
-        let mut said = String::new();
-        let mut stderr = self.child.stderr.take().expect("a pipe");
-        stderr.read_to_string(&mut said).expect("UTF-8");
-        (status.code(), said)
-    }
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        let _ended_already = self.child.kill();
-        let _reaped = self.child.wait();
-        let _unmounted_already =
-            Command::new("umount").args(["-l", "-q"]).arg(&self.folder).status();
-    }
-}
-
 #[test]
 fn nobody_mounts_and_reads_and_unmounts() {
     if !helper_or_skip() {
@@ -133,17 +98,20 @@ fn nobody_mounts_and_reads_and_unmounts() {
     let bed = Bed::new();
     let mut mounted = bed.mount();
     assert!(bed.read("mnt/latest/memory/ram") == bed.memory);
-    let (code, said) = mounted.end(Signal::TERM);
+    mounted.signal(Signal::TERM);
+    let (code, said) = mounted.end();
     assert_eq!(code, Some(0), "{said}");
     let left = fs::read_dir(bed.host.path("mnt")).expect("it is unmounted").count();
     assert_eq!(left, 0);
     // What a kill leaves is cleared away by the next, without root.
     let mut killed = bed.mount();
-    let (code, _) = killed.end(Signal::KILL);
+    killed.signal(Signal::KILL);
+    let (code, _) = killed.end();
     assert_eq!(code, None);
     let mut again = bed.mount();
     assert!(bed.read("mnt/latest/memory/ram") == bed.memory);
-    let (code, said) = again.end(Signal::INT);
+    again.signal(Signal::INT);
+    let (code, said) = again.end();
     assert_eq!(code, Some(0), "{said}");
 }
 
