@@ -6,7 +6,7 @@ use std::ops::RangeInclusive;
 use std::path::Path;
 use std::sync::OnceLock;
 
-use frazil_tests::linux::{Outcome, Tick, Who, known_sum, run, value};
+use frazil_tests::linux::{Checkpoint, Outcome, Tick, Who, known_sum, run, value};
 use serde_json::Value;
 
 /// How far a guest's date may be from the host's while it runs undisturbed.
@@ -137,39 +137,6 @@ halt f
 try frazil verify /run/store >/dev/null
 ";
 
-/// The ticks of a guest before a checkpoint was asked for and after it was done, and the report.
-struct Checkpoint {
-    ticks: [u64; 2],
-    report: Value,
-}
-
-impl Checkpoint {
-    #[track_caller]
-    fn find(outcome: &Outcome, tag: &str) -> Self {
-        let told = outcome.told("checkpoint");
-        let words = told
-            .iter()
-            .find(|words| words[0] == tag)
-            .unwrap_or_else(|| panic!("no checkpoint `{tag}` among {told:?}"));
-        let report = serde_json::from_str(&words[3..].join(" ")).expect("JSON");
-        Self { ticks: [value(words[1]), value(words[2])], report }
-    }
-
-    /// What the first tick of a guest that is resumed from it can be. The line of one may be begun
-    /// before the cut and ended after it.
-    fn next(&self) -> RangeInclusive<u64> {
-        self.ticks[0]..=self.ticks[1] + 2
-    }
-}
-
-/// Fails the test unless a guest never found anything bad.
-#[track_caller]
-fn expect_well(outcome: &Outcome, vm: &str) {
-    let console = outcome.console(vm);
-    let bad: Vec<_> = console.iter().filter(|line| line.contains("GUEST bad")).collect();
-    assert!(bad.is_empty(), "{vm}: {bad:#?}");
-}
-
 /// Fails the test unless ticks follow each other without a gap, the clock and the loads going on.
 #[track_caller]
 fn expect_in_order(vm: &str, ticks: &[Tick]) {
@@ -193,7 +160,7 @@ fn expect_in_order(vm: &str, ticks: &[Tick]) {
 /// Fails the test unless a guest went on from where it was taken, well and in order.
 #[track_caller]
 fn expect_goes_on(outcome: &Outcome, vm: &str, from: &RangeInclusive<u64>) {
-    expect_well(outcome, vm);
+    outcome.expect_well(vm);
     let ticks = outcome.ticks(vm);
     assert!(from.contains(&ticks[0].number), "{vm}: expected {from:?}, found {:?}", ticks[0]);
     expect_in_order(vm, &ticks);
@@ -275,7 +242,7 @@ fn memory_and_processors_go_on() {
     // The one that the power failed in is there, or it is not.
     let last = outcome.ticks("a").pop().expect("a tick").number;
     let latest = *at("a4").next().start()..=last + 2;
-    expect_well(&outcome, "b");
+    outcome.expect_well("b");
     let b = outcome.ticks("b");
     let back = b.windows(2).position(|pair| pair[1].number < pair[0].number).expect("a rewind") + 1;
     assert!(latest.contains(&b[0].number), "expected {latest:?}, found {:?}", b[0]);
@@ -321,7 +288,7 @@ fn disk_and_network_go_on() {
     let connections: Vec<u64> = outcome.ticks("a").iter().map(|tick| tick.echoed[0]).collect();
     assert!(connections.iter().all(|number| *number == 1), "{connections:?}");
 
-    expect_well(&outcome, "b");
+    outcome.expect_well("b");
     let b = outcome.ticks("b");
     let back = b.windows(2).position(|pair| pair[1].number < pair[0].number).expect("a rewind") + 1;
     assert!(at("third").next().contains(&b[0].number), "{:?}", b[0]);

@@ -1,8 +1,8 @@
 //! How a stock Linux guest begins and ends, and what it gives back while it runs. `frazil_tests::linux`
 //! tells where it runs.
 
-use frazil_tests::linux::{run_with, value};
-use serde_json::Value;
+use frazil_tests::linux::{Checkpoint, run_with, value};
+use frazil_tests::vm_harness::number;
 
 /// What the guest fills and frees again, in bytes.
 const FILLED_BYTES: u64 = 100_000_000;
@@ -49,17 +49,10 @@ tell reason c "$(grep -c 'reset its machine' /run/c.log)" "$(tail -n 1 /run/c.lo
 fn kernels_begin_and_end_and_give_memory_back() {
     let outcome = run_with("boot", SCRIPT, |parts| vec![("/vmlinux", parts.vmlinux())]);
     let Some(outcome) = outcome else { return };
-    let report = |tag: &str| -> Value {
-        let told = outcome.told("checkpoint");
-        let words = told.iter().find(|words| words[0] == tag).expect("a checkpoint");
-        serde_json::from_str(&words[3..].join(" ")).expect("JSON")
-    };
+    let report = |tag: &str| Checkpoint::find(&outcome, tag).report;
     assert_eq!(outcome.told("filled").pop().expect("the last part"), ["5", "100000000"]);
     assert_eq!(outcome.only("freed"), ["freed"]);
 
-    let number = |report: &Value, key: &str| {
-        report[key].as_u64().unwrap_or_else(|| panic!("{key}: {report:#}"))
-    };
     // What was freed is zero from then on, for frazil has been told.
     let (filled, freed) = (report("filled"), report("freed"));
     let pages = FILLED_BYTES / PAGE_BYTES;
@@ -72,9 +65,7 @@ fn kernels_begin_and_end_and_give_memory_back() {
         let told = outcome.told("reason");
         let reason = told.iter().find(|words| words[0] == vm).expect("a reason");
         assert_eq!(value::<u64>(reason[1]), 1, "{reason:?}");
-        let bad: Vec<_> =
-            outcome.console(vm).into_iter().filter(|line| line.contains("GUEST bad")).collect();
-        assert!(bad.is_empty(), "{bad:#?}");
+        outcome.expect_well(vm);
     }
     assert!(outcome.ticks("b").len() >= 2);
     assert_eq!(outcome.guest("c", "up")[0][1..3], ["cpus", "2"], "{:#?}", outcome.console("c"));

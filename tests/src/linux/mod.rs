@@ -26,11 +26,13 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 mod archive;
+mod checkpoint;
 mod machine;
 mod parts;
 mod who;
 
 use archive::Archive;
+pub use checkpoint::Checkpoint;
 use machine::{End, Run};
 use parts::Parts;
 pub use who::Who;
