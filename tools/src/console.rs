@@ -1,4 +1,4 @@
-//! Standard input as what a guest reads from its serial port, and a terminal in the mode for that.
+//! Feeds standard input to a guest's serial port, and puts a terminal into the mode for that.
 
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -12,17 +12,17 @@ use rustix::termios::{
     InputModes, LocalModes, OptionalActions, Termios, isatty, tcgetattr, tcgetpgrp, tcsetattr,
 };
 
-/// The key after which the next one is ours: Ctrl-A.
+/// The key after which the next one is for frazil: Ctrl-A.
 const ESCAPE: u8 = 1;
-/// How long a guest that does not read is left alone.
+/// How long to wait before trying again when a guest does not read its input.
 const FULL_FOR: Duration = Duration::from_millis(5);
 const HELP: &str =
     "\r\nfrazil: Ctrl-A x ends the VM, Ctrl-A Ctrl-A sends Ctrl-A, Ctrl-A h shows this\r\n";
 
-/// How the terminal was before.
+/// The terminal's mode before it was changed.
 static TERMINAL: Mutex<Option<Termios>> = Mutex::new(None);
 
-/// Feeds standard input to a guest. When it is dropped a terminal is as it was before.
+/// Feeds standard input to a guest. Dropping it restores the terminal's mode.
 #[derive(Debug)]
 pub(crate) struct Console {
     is_terminal: bool,
@@ -36,13 +36,13 @@ pub(crate) fn is_in_foreground() -> bool {
 /// Puts the terminal back into the mode it was in.
 pub(crate) fn give_terminal_back() {
     if let Some(before) = TERMINAL.lock().unwrap_or_else(PoisonError::into_inner).take() {
-        // It may be gone, and then nobody misses its mode.
+        // If the terminal is gone, so is its mode.
         let _gone = tcsetattr(stdin(), OptionalActions::Flush, &before);
     }
 }
 
 impl Console {
-    /// Starts it: all keys of a terminal are the guest's, but Ctrl-A and the next.
+    /// Starts feeding. On a terminal all keys go to the guest, except Ctrl-A and the key after it.
     pub(crate) fn start(vm: &Arc<Vm>) -> anyhow::Result<Self> {
         let is_terminal = isatty(stdin());
         if is_terminal {
@@ -50,7 +50,7 @@ impl Console {
         }
         let console = Self { is_terminal };
         let vm = Arc::downgrade(vm);
-        // It waits in a read that nothing ends but the end of the process.
+        // The thread waits in a read that only the end of the process ends.
         std::thread::Builder::new()
             .name("frazil-console".into())
             .spawn(move || feed(&vm, is_terminal))
@@ -69,8 +69,8 @@ impl Drop for Console {
     }
 }
 
-/// No line editing, no echo, no signals: that is the guest's. What is put out is treated as before, so
-/// that our own lines end as they should.
+/// Turns off line editing, echo and signals, which are the guest's business. Output processing
+/// stays on, so that frazil's own lines end as they should.
 fn take_terminal() -> io::Result<()> {
     let before = tcgetattr(stdin())?;
     let mut raw = before.clone();
@@ -93,7 +93,7 @@ enum Meaning {
     Help,
 }
 
-/// Finds the keys that are ours.
+/// Picks out the keys that are for frazil.
 #[derive(Debug, Default)]
 struct Keys {
     escaped: bool,
@@ -118,7 +118,7 @@ fn feed(vm: &Weak<Vm>, is_terminal: bool) {
     let mut buffer = [0; 256];
     loop {
         let read = match rustix::io::read(stdin(), &mut buffer) {
-            // Nothing more comes: the guest just waits.
+            // End of input: the guest just gets nothing more.
             Ok(0) => return,
             Ok(count) => &buffer[..count],
             Err(rustix::io::Errno::INTR) => continue,
@@ -155,7 +155,7 @@ fn feed(vm: &Weak<Vm>, is_terminal: bool) {
     }
 }
 
-/// Waits until the guest has room for all of `bytes`. False if it has ended.
+/// Sends all of `bytes`, waiting for room in the guest's input. False if the VM has ended.
 fn send(vm: &Weak<Vm>, mut bytes: &[u8]) -> bool {
     while !bytes.is_empty() {
         let Some(vm) = vm.upgrade().filter(|vm| vm.ended().is_none()) else { return false };

@@ -1,4 +1,5 @@
-//! `frazil demo`: the whole story on the built-in guest, told by the same commands a user has.
+//! `frazil demo`: a run, a kill and a resume of the built-in guest, by the same commands a user
+//! has.
 //!
 //! Every step is a real process and a real kill. The demo fails if any page of the guest's memory
 //! is not what the guest must have written.
@@ -23,14 +24,14 @@ use crate::output;
 
 /// How long any one step may take.
 const PATIENCE: Duration = Duration::from_mins(2);
-/// Between two checkpoints: ten a second.
+/// Time from one checkpoint to the next: ten a second.
 const INTERVAL: Duration = Duration::from_millis(100);
-/// How many checkpoints may be too quick to be caught in the middle.
+/// How many checkpoints to try to catch in the middle: some are too quick.
 const KILL_ATTEMPTS: u32 = 5;
-/// Memory the guest leaves alone, for itself.
+/// Memory that the workload leaves to the guest itself.
 const GUEST_OWN_BYTES: u64 = 64 << 20;
 
-/// What the demo found, in the order of the story.
+/// What the demo found, in the order of its steps.
 #[derive(Debug, Default, serde::Serialize)]
 struct Figures {
     memory_bytes: u64,
@@ -88,7 +89,7 @@ struct Demo<'a> {
     figures: Figures,
 }
 
-/// A VM in a process of its own, killed when the demo ends early.
+/// A VM in a process of its own, killed if the demo ends early.
 struct VmProcess {
     child: Child,
     name: String,
@@ -98,7 +99,7 @@ struct VmProcess {
 
 impl Drop for VmProcess {
     fn drop(&mut self) {
-        // Gone already in the good case.
+        // It is gone already if all went well.
         let _gone = self.child.kill();
         let _gone = self.child.wait();
     }
@@ -135,7 +136,7 @@ impl VmProcess {
         Ok(vm)
     }
 
-    /// Waits for an event of that kind.
+    /// Waits for an event of kind `kind`.
     fn event(&self, kind: &str) -> anyhow::Result<Value> {
         loop {
             let event = self.events.recv_timeout(PATIENCE).with_context(|| {
@@ -248,8 +249,8 @@ impl Demo<'_> {
         Ok(())
     }
 
-    /// Lets the guest dirty a good deal, starts a checkpoint, and kills the process while that
-    /// is being written. A checkpoint that was too quick to be caught is followed by another.
+    /// Lets the guest dirty many pages, starts a checkpoint, and kills the process while the
+    /// checkpoint is being written. If one completes before it can be caught, tries again.
     fn kill_in_the_middle(&mut self, mut vm: VmProcess) -> anyhow::Result<()> {
         for attempt in 1..=KILL_ATTEMPTS {
             std::thread::sleep(attempt * 5 * INTERVAL);
@@ -394,7 +395,7 @@ impl Demo<'_> {
 type Caught = (ProgressReport, frazil_vmm::Result<CheckpointReport>);
 
 /// Starts a checkpoint and kills the process as soon as some of its pages are written; None if it
-/// was done before.
+/// completed first.
 fn catch_in_the_middle(vm: &mut VmProcess) -> anyhow::Result<Option<Caught>> {
     let asked = {
         let client = vm.client.clone();
@@ -413,7 +414,7 @@ fn catch_in_the_middle(vm: &mut VmProcess) -> anyhow::Result<Option<Caught>> {
         }
         ensure!(Instant::now() < until, "the checkpoint made no progress within {PATIENCE:?}");
     };
-    // SIGKILL: the process gets no chance to tidy up.
+    // SIGKILL: the process gets no chance to clean up.
     vm.child.kill().context("cannot kill the VM process")?;
     vm.child.wait()?;
     let answer = asked.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
@@ -433,7 +434,7 @@ fn sorted(values: impl Iterator<Item = u64>) -> Vec<u64> {
     values
 }
 
-/// The smallest value that at least `percent` of the values do not exceed.
+/// The smallest value that at least `percent` % of the values do not exceed.
 fn percentile(sorted: &[u64], percent: usize) -> u64 {
     let rank = (sorted.len() * percent).div_ceil(100).max(1);
     sorted.get(rank - 1).copied().unwrap_or(0)

@@ -1,4 +1,4 @@
-//! `frazil`: runs, checkpoints, resumes and looks at virtual machines.
+//! `frazil`: runs, checkpoints, resumes and inspects virtual machines.
 //!
 //! This crate is thin: it parses, calls the libraries and prints. Results go to standard output,
 //! everything else to standard error. Exit status: 0, 1 after an error, 2 after wrong usage.
@@ -33,7 +33,7 @@ fn main() -> ExitCode {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(output::color_on(std::io::stderr().is_terminal()))
-        // It would be told on standard error, where nobody listens.
+        // It would report them on standard error, which is what failed.
         .log_internal_errors(false)
         .init();
     match run(cli, started) {
@@ -48,7 +48,7 @@ fn main() -> ExitCode {
             if let Some(usage) = error.downcast_ref::<clap::Error>() {
                 usage.exit();
             }
-            // Part of it may be what somebody else sent: a name, a message of a guest.
+            // Names and guests' messages in the error come from elsewhere.
             errln!("frazil: {}", output::plain(&output::error(&error)));
             ExitCode::FAILURE
         }

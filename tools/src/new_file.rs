@@ -1,7 +1,7 @@
-//! Files that commands write: there when they are whole, and not before.
+//! Files that commands write, which appear only when they are complete.
 //!
-//! Until then a file has no name, so that nothing is left of it however the process ends. Where a file
-//! system has no files without names it has one that says that it is a part.
+//! Until then a file has no name, so that nothing is left of it however the process ends. On a file
+//! system without unnamed files it has a temporary name that ends in `.part`.
 
 use std::fs::{File, FileType};
 use std::io;
@@ -15,30 +15,30 @@ use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat};
 use rustix::io::Errno;
 use tempfile::TempPath;
 
-/// Where this process finds its open files by number.
+/// The folder of this process's open files, by number.
 const OPEN_FILES: &str = "/proc/self/fd";
 
 /// A file that is being written.
 #[derive(Debug)]
 pub(crate) struct NewFile {
     file: File,
-    /// The name that it has meanwhile, if it must have one.
+    /// Its temporary name, if it must have one.
     part: Option<TempPath>,
     target: PathBuf,
     replace: bool,
 }
 
 impl NewFile {
-    /// For the owner alone: what is in it may be secret.
+    /// Permissions for the owner alone: the contents may be secret.
     pub(crate) const PRIVATE: u32 = 0o600;
-    /// As any other file that a command writes.
+    /// The usual permissions of a file that a command writes.
     pub(crate) const SHARED: u32 = 0o666;
 
-    /// Begins to write the file `path`, with permissions `mode` as far as the umask lets it. With `replace`
-    /// a regular file that is there is replaced, where a link leads if it is one.
+    /// Begins to write the file `path`, with permissions `mode` less the umask. With `replace`, an
+    /// existing regular file is replaced; if `path` is a link, the file it leads to.
     ///
     /// # Errors
-    /// If something else is there; if nothing can be written where it is to be.
+    /// If something else exists there; if its folder cannot be written to.
     pub(crate) fn create(path: &Path, replace: bool, mode: u32) -> anyhow::Result<Self> {
         let target = target(path, replace)?;
         let failed = || format!("cannot write {}", path.display());
@@ -46,7 +46,8 @@ impl NewFile {
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
         let (file, part) = match rustix::fs::open(folder, flags, Mode::from_raw_mode(mode)) {
             Ok(file) if Path::new(OPEN_FILES).is_dir() => (file.into(), None),
-            // This file system has none without names, or there is no way to name one in the end.
+            // The file system has no unnamed files, or /proc is missing, without which one cannot
+            // be named.
             Ok(_) | Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) => {
                 let mut builder = part_name();
                 let named = builder.permissions(PermissionsExt::from_mode(mode));
@@ -62,10 +63,10 @@ impl NewFile {
         &self.file
     }
 
-    /// Makes the file durable, and puts it where it is to be.
+    /// Makes the file durable, and gives it its final name.
     ///
     /// # Errors
-    /// If that cannot be done; without `replace`, if somebody else has put something there meanwhile.
+    /// If that fails; without `replace`, if something else has taken that name meanwhile.
     pub(crate) fn publish(self) -> anyhow::Result<()> {
         let Self { file, part, target, replace } = self;
         let what = target.display();
@@ -86,13 +87,13 @@ impl NewFile {
             }
             named => named.with_context(failed)?,
         }
-        // Its name is durable too, where folders can be synced.
+        // Makes its name durable too, where folders can be synced.
         let _as_far_as_that_goes = File::open(folder).and_then(|folder| folder.sync_all());
         Ok(())
     }
 }
 
-/// Where a file goes that is to be at `path`.
+/// The path to write for `path`: where links lead.
 fn target(path: &Path, replace: bool) -> anyhow::Result<PathBuf> {
     let what = path.display();
     if path.file_name().is_none() || path.as_os_str().as_bytes().ends_with(b"/") {
@@ -112,7 +113,7 @@ fn target(path: &Path, replace: bool) -> anyhow::Result<PathBuf> {
     Ok(target)
 }
 
-/// What something is that is no file.
+/// The kind of a file, in words.
 pub(crate) fn kind_name(kind: FileType) -> &'static str {
     match kind {
         kind if kind.is_dir() => "a folder",
@@ -136,7 +137,7 @@ fn part_name() -> tempfile::Builder<'static, 'static> {
     builder
 }
 
-/// Gives a file without a name one.
+/// Gives an unnamed file a name.
 fn link(file: &File, name: &Path) -> io::Result<()> {
     let open = format!("{OPEN_FILES}/{}", file.as_raw_fd());
     Ok(linkat(CWD, open, CWD, name, AtFlags::SYMLINK_FOLLOW)?)
@@ -170,7 +171,7 @@ mod tests {
         let path = folder.path().join("new");
         let new = NewFile::create(&path, false, NewFile::PRIVATE).unwrap();
         new.file().write_all(b"one").unwrap();
-        // On file systems that have files without names, as those of tests do.
+        // True on file systems with unnamed files, as those that tests run on.
         assert_eq!(entries(folder.path()), [""; 0]);
         drop(new);
         assert_eq!(entries(folder.path()), [""; 0]);

@@ -13,41 +13,42 @@ use jiff::{Timestamp, tz::TimeZone};
 
 use crate::cli::ColorArg;
 
-/// As `println!`, but a reader that went away (`frazil log | head`) is no reason to panic: least
-/// of all in a process that runs a VM.
+/// Like `println!`, but does not panic when the reader goes away (`frazil log | head`), least of
+/// all in a process that runs a VM.
 macro_rules! outln {
     ($($arg:tt)*) => {
         $crate::output::line(format_args!($($arg)*))
     };
 }
 
-/// As `eprintln!`, but that nobody can read standard error is no reason to panic.
+/// Like `eprintln!`, but does not panic when standard error cannot be written.
 macro_rules! errln {
     ($($arg:tt)*) => {
         $crate::output::error_line(format_args!($($arg)*))
     };
 }
 
-/// Prints a line on standard error, if anybody listens.
+/// Prints a line on standard error, ignoring errors.
 pub(crate) fn error_line(text: Arguments<'_>) {
     let _nobody_listens = writeln!(std::io::stderr(), "{text}");
 }
 
-/// Prints a line on standard output, if anybody listens.
+/// Prints a line on standard output; a failure other than a reader that went away is kept for
+/// `not_printed`.
 pub(crate) fn line(text: Arguments<'_>) {
     let _nobody_listens = try_line(text);
 }
 
-/// As [`line()`], for those who stop when nobody listens any more.
+/// Like [`line()`], for callers that stop when nobody reads any more.
 pub(crate) fn try_line(text: Arguments<'_>) -> std::io::Result<()> {
     noted(writeln!(std::io::stdout(), "{}", plain(&text.to_string())))
 }
 
-/// Why something could not be printed.
+/// The first error that kept output from being printed.
 static NOT_PRINTED: Mutex<Option<std::io::Error>> = Mutex::new(None);
 
-/// Remembers why something could not be printed, unless it is that a reader or a terminal went away: a
-/// command goes on, and does not end as if all had been well.
+/// Remembers why output could not be printed, unless a reader or a terminal went away: the command
+/// goes on, but must not end as if all had been well.
 fn noted(printed: std::io::Result<()>) -> std::io::Result<()> {
     let Err(error) = printed else { return Ok(()) };
     let kind = error.kind();
@@ -57,17 +58,17 @@ fn noted(printed: std::io::Result<()>) -> std::io::Result<()> {
     Err(kind.into())
 }
 
-/// Why something that was printed is not where it was to go, a full disk say.
+/// Why some output did not reach its destination, such as a full disk.
 pub(crate) fn not_printed() -> Option<std::io::Error> {
     NOT_PRINTED.lock().unwrap_or_else(PoisonError::into_inner).take()
 }
 
-/// `text` without anything that a terminal would obey rather than show: names and messages may
-/// come from elsewhere. What is replaced reads as it does in JSON, and stays valid there.
+/// Returns `text` with everything that a terminal would obey rather than show replaced by JSON
+/// escapes: names and messages may come from elsewhere. JSON stays valid JSON.
 pub(crate) fn plain(text: &str) -> Cow<'_, str> {
     let obeyed = |c: char| {
         (c.is_control() && c != '\n')
-            // Characters that turn the direction of text around.
+            // Characters that change the direction of text.
             || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
     };
     if !text.contains(obeyed) {
@@ -84,13 +85,13 @@ pub(crate) fn plain(text: &str) -> Cow<'_, str> {
     Cow::Owned(out)
 }
 
-/// When to print colours; as in [`ColorArg`].
+/// When to print colours: the current [`ColorArg`].
 static COLOR: AtomicU8 = AtomicU8::new(AUTO);
 const AUTO: u8 = 0;
 const ALWAYS: u8 = 1;
 const NEVER: u8 = 2;
 
-/// Goes by `--color` from here on.
+/// Sets when to print colours from here on.
 pub(crate) fn set_color(color: ColorArg) {
     let color = match color {
         ColorArg::Auto => AUTO,
@@ -100,7 +101,7 @@ pub(crate) fn set_color(color: ColorArg) {
     COLOR.store(color, Ordering::Relaxed);
 }
 
-/// True if colours are wanted where `is_terminal` says whether there is one.
+/// True if colours are wanted, given whether the output is a terminal.
 pub(crate) fn color_on(is_terminal: bool) -> bool {
     let set = |name: &str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
     let dumb = || std::env::var_os("TERM").is_some_and(|term| term == "dumb");
@@ -112,7 +113,7 @@ pub(crate) fn color_on(is_terminal: bool) -> bool {
     }
 }
 
-/// How parts of a line are told apart. What was and what is are yellow and cyan: red and green look
+/// The styles of the parts of a line. Old and new values are yellow and cyan: red and green look
 /// alike to one man in twelve.
 pub(crate) mod style {
     use anstyle::{AnsiColor, Style};
@@ -126,8 +127,8 @@ pub(crate) mod style {
     pub(crate) const CHANGED: Style = AnsiColor::Magenta.on_default().bold();
 }
 
-/// A line with parts in colours, where those are wanted. What a terminal would obey is shown instead,
-/// as by [`plain()`]: nothing but the colours comes through.
+/// A line with coloured parts, where colours are wanted. What a terminal would obey is escaped, as
+/// by [`plain()`]: the only escape codes printed are the colours.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Line {
     plain: String,
@@ -153,7 +154,7 @@ impl Line {
         self
     }
 
-    /// Blanks up to this column; one at least.
+    /// Pads with blanks up to column `columns`; adds at least one.
     pub(crate) fn pad(self, columns: usize) -> Self {
         let blanks = columns.saturating_sub(self.plain.chars().count()).max(1);
         self.text(" ".repeat(blanks))
@@ -166,7 +167,7 @@ impl Line {
     }
 }
 
-/// A table without lines, its columns two spaces apart.
+/// A table without rules, its columns two spaces apart.
 pub(crate) fn table(headers: &[&str], right_aligned: &[usize]) -> Table {
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
@@ -180,7 +181,7 @@ pub(crate) fn table(headers: &[&str], right_aligned: &[usize]) -> Table {
     table
 }
 
-/// Prints a table, without the blanks at the ends of lines.
+/// Prints a table without trailing blanks.
 pub(crate) fn print_table(table: &Table) {
     outln!("{}", table.trim_fmt());
 }
@@ -221,9 +222,9 @@ pub(crate) fn time(unix_ms: u64) -> String {
     )
 }
 
-/// An error with what was tried before it, and what caused it. The errors of the libraries name their
-/// cause in their own text, since that is all that JSON and the control socket have of them; what was
-/// said is not said again.
+/// An error with its context and its causes. The libraries' errors include their cause in their own
+/// text, since JSON and the control socket have nothing else; a cause that is already in the text
+/// is not repeated.
 pub(crate) fn error(error: &anyhow::Error) -> String {
     let mut text = String::new();
     for cause in error.chain() {
@@ -238,7 +239,7 @@ pub(crate) fn error(error: &anyhow::Error) -> String {
     text
 }
 
-/// A bar on the terminal, nothing in a pipe.
+/// A progress bar on a terminal; nothing in a pipe.
 pub(crate) fn progress_bar(what: &'static str, unit: &str) -> ProgressBar {
     let bar = ProgressBar::new(0);
     let template =
@@ -251,7 +252,7 @@ pub(crate) fn progress_bar(what: &'static str, unit: &str) -> ProgressBar {
     bar
 }
 
-/// Does `work`, with a bar on the terminal that shows how far of `total` it is.
+/// Does `work`, with a progress bar on a terminal that shows `done` out of `total`.
 pub(crate) fn with_progress_bar<T: Send>(
     what: &'static str,
     unit: &str,
@@ -294,7 +295,7 @@ mod tests {
             VmmError::from(pager).into(),
         ];
         for error in all {
-            // What JSON has of it is all there is.
+            // JSON gets nothing but this text.
             assert!(error.to_string().contains("the medium says no"), "{error}");
             let told = super::error(&error.context("cannot resume"));
             assert!(told.starts_with("cannot resume: "), "{told}");

@@ -39,7 +39,7 @@ impl Folder {
     }
 }
 
-/// The file that says what a snapshot is.
+/// The name of the manifest's file.
 pub(crate) const MANIFEST_FILE: &str = "manifest.json";
 
 /// A region as a file.
@@ -57,7 +57,7 @@ pub(crate) struct RegionFile {
 #[derive(Debug)]
 pub(crate) struct SnapshotFiles {
     pub snapshot: Snapshot,
-    /// In the manifest's order.
+    /// In the order of the manifest.
     pub regions: Vec<RegionFile>,
     /// Names of the state files, in the manifest's order of chunks.
     pub state: Vec<String>,
@@ -90,12 +90,12 @@ impl SnapshotFiles {
     /// The length of a region's file in bytes.
     ///
     /// # Errors
-    /// Those of the store, if what says how long a disk is cannot be read.
+    /// Those of the store, if the chunk with a disk's length cannot be read.
     pub(crate) fn len_bytes(&self, file: &RegionFile) -> anyhow::Result<u64> {
         region_len_bytes(&self.snapshot, &self.snapshot.region(&file.region)?)
     }
 
-    /// What is in [`MANIFEST_FILE`].
+    /// The contents of [`MANIFEST_FILE`].
     ///
     /// # Errors
     /// If it cannot be encoded.
@@ -105,10 +105,10 @@ impl SnapshotFiles {
         pretty(&manifest)
     }
 
-    /// What is in the file of state chunk `index`.
+    /// The contents of the file of state chunk `index`.
     ///
     /// # Errors
-    /// Those of the store, if it cannot be read.
+    /// If there is no such chunk; those of the store, if it cannot be read.
     pub(crate) fn state_json(&self, index: usize) -> anyhow::Result<Vec<u8>> {
         let chunk = self.snapshot.manifest().state.get(index).context("no such state chunk")?;
         let chunk = self.snapshot.state(chunk)?;
@@ -124,10 +124,10 @@ fn pretty(value: &serde_json::Value) -> anyhow::Result<Vec<u8>> {
     Ok(text)
 }
 
-/// How long a region is as a file: a disk's last page may be longer than the disk.
+/// The length of a region's file in bytes: a disk may end inside its last page.
 ///
 /// # Errors
-/// Those of the store; if what the snapshot says of the disk makes no sense.
+/// Those of the store; if the disk's state chunk is invalid.
 pub(crate) fn region_len_bytes(snapshot: &Snapshot, region: &RegionReader) -> anyhow::Result<u64> {
     let pages_bytes = region.pages() * PAGE_SIZE as u64;
     let chunk = snapshot.manifest().state.iter().find(|chunk| chunk.name == region.name());
@@ -136,8 +136,8 @@ pub(crate) fn region_len_bytes(snapshot: &Snapshot, region: &RegionReader) -> an
     Ok(disk.len_bytes().min(pages_bytes))
 }
 
-/// `name` as the name of a file: what cannot be in one is written as `%2F`. Different names stay
-/// different.
+/// Turns `name` into a valid file name: invalid characters are written as in `%2F`. Different names
+/// stay different.
 pub(crate) fn file_name(name: &str) -> Cow<'_, str> {
     let plain = |byte: u8| byte > b' ' && !matches!(byte, b'/' | b'%' | 0x7f);
     if !name.is_empty()
@@ -159,7 +159,7 @@ pub(crate) fn file_name(name: &str) -> Cow<'_, str> {
         out.push('%');
     }
     if out.len() > NAME_LEN_MAX {
-        // As much as there is room for, and what tells it from others that begin like it.
+        // Keep what fits, and add a hash that sets it apart from names that begin alike.
         let hash = frazil_snapstore::Hash::of(name.as_bytes()).short();
         let room = NAME_LEN_MAX - hash.len() - 1;
         let cut = (0..=room).rev().find(|at| out.is_char_boundary(*at)).unwrap_or(0);

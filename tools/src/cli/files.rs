@@ -1,4 +1,4 @@
-//! Arguments of what makes files of snapshots, and snapshots of files.
+//! Arguments of the commands that turn snapshots into files and files into snapshots.
 
 use std::path::PathBuf;
 
@@ -12,28 +12,28 @@ pub(crate) struct MountArgs {
     /// The store.
     #[arg(value_hint = ValueHint::DirPath)]
     pub store: PathBuf,
-    /// Where: an empty folder.
+    /// Where to mount it: an empty folder.
     #[arg(value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub folder: PathBuf,
-    /// Let other users look at it too. Without root, /etc/fuse.conf must allow that
+    /// Give other users access too. Without root, /etc/fuse.conf must allow that
     /// (`user_allow_other`).
     #[arg(long)]
     pub allow_other: bool,
 }
 
-/// A heatmap besides what is printed.
+/// A heatmap, in addition to what is printed.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Picture")]
 pub(crate) struct HeatmapArgs {
-    /// Draw memory as a picture, too: FILE.png or FILE.svg, with a cell for every 2 MiB or less.
+    /// Also draw memory as a picture, FILE.png or FILE.svg, with a cell for every 2 MiB or less.
     #[arg(long, value_name = "FILE")]
     pub heatmap: Option<PathBuf>,
-    /// The region that is drawn: `ram`, or a disk: `disk0` and so on.
+    /// The region to draw: `ram`, or a disk: `disk0` and so on.
     #[arg(long, value_name = "NAME", default_value = "ram", requires = "heatmap")]
     pub heatmap_region: String,
 }
 
-/// Where guest memory has a gap that a file of it does not have, in pages.
+/// A gap in guest memory that a memory file leaves out, in pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Gap {
     pub start_page: u64,
@@ -43,40 +43,41 @@ pub(crate) struct Gap {
 #[derive(Debug, Args)]
 #[command(group = ArgGroup::new("files").required(true).multiple(true))]
 pub(crate) struct ImportArgs {
-    /// A raw memory file: byte N is guest physical address N. It becomes the region `ram`. What is a
-    /// hole in it is zero, and is not read.
+    /// A raw memory file: byte N is guest physical address N. It becomes the region `ram`. Holes
+    /// are zeros, and are not read.
     #[arg(long, value_name = "FILE", group = "files")]
     pub memory: Option<PathBuf>,
-    /// A raw disk image, or a block device. It becomes `disk0`; repeated, `disk1` and so on.
+    /// A raw disk image, or a block device. It becomes `disk0`; further ones become `disk1` and so
+    /// on.
     #[arg(long = "disk", value_name = "FILE", group = "files")]
     pub disks: Vec<PathBuf>,
-    /// The snapshot that the new one changes: what is as it is there is shared with it, and regions that
-    /// are not imported are taken over.
+    /// The snapshot that the new one is a change of: unchanged pages are shared with it, and
+    /// regions that are not imported are taken from it.
     #[arg(long, value_name = "SNAP")]
     pub base: Option<String>,
-    /// Take holes of the memory file for what did not change since --base, as in Firecracker's diff
-    /// snapshots.
+    /// Take holes in the memory file as unchanged since --base, as in Firecracker's diff snapshots.
     #[arg(long, requires = "base", requires = "memory")]
     pub diff: bool,
-    /// The file has no bytes for this part of guest memory, where devices are: what comes behind START
-    /// in the file is at END. Firecracker of 2025 and later: 3GiB..4GiB; before: 3328MiB..4GiB.
+    /// The part of guest memory, reserved for devices, that the file leaves out: what follows START
+    /// in the file is at END in memory. Firecracker of 2025 and later: 3GiB..4GiB; before:
+    /// 3328MiB..4GiB.
     #[arg(long, value_name = "START..END", value_parser = gap, requires = "memory")]
     pub gap: Option<Gap>,
-    /// Keep the vCPUs and devices of --base, so that the new snapshot can be resumed: right if its
-    /// memory was exported, changed a little, and comes back.
+    /// Keep the vCPUs and devices of --base, so that the new snapshot can be resumed. For memory
+    /// that was exported, changed a little, and is now imported again.
     #[arg(long, requires = "base")]
     pub keep_state: bool,
-    /// The store, made if it is missing. Default: that of --base, else $FRAZIL_STORE, else
+    /// The store, created if it is missing. Default: that of --base, else $FRAZIL_STORE, else
     /// ./frazil-store.
     #[arg(long, value_name = "DIR")]
     pub store: Option<PathBuf>,
-    /// Whose state it is. Default: as --base says, else the first file's name.
+    /// Name of the VM that the snapshot is of. Default: that of --base, else the first file's name.
     #[arg(long, value_name = "VM")]
     pub name: Option<String>,
-    /// Say what it is.
+    /// Describe the snapshot.
     #[arg(long, short, value_name = "TEXT", default_value = "")]
     pub message: String,
-    /// Point this tag to it.
+    /// Point this tag at the snapshot.
     #[arg(long, value_name = "TAG")]
     pub tag: Option<String>,
     /// zstd level: 1 to 22, or -1 to -100 for the fast ones.
@@ -104,44 +105,44 @@ pub(crate) struct CompletionArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct ManArgs {
-    /// Where, made if it is missing: `man -l DIR/frazil.1` shows them, and so does `man frazil` where
-    /// DIR is the man1 of a folder of $MANPATH.
+    /// Folder for the pages, created if it is missing. `man -l DIR/frazil.1` shows one, and so does
+    /// `man frazil` if DIR is the man1 folder of a folder in $MANPATH.
     #[arg(value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub folder: PathBuf,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct ExportArgs {
-    /// STORE@REF.
+    /// The snapshot, as STORE@REF.
     pub snapshot: String,
-    /// The file, which must not be there yet, or `-` for standard output (raw and tar). What is zero takes
-    /// no space in a file.
+    /// The file, which must not exist yet, or `-` for standard output (raw and tar). Zeros take no
+    /// space in a file.
     pub file: PathBuf,
-    /// What `raw` writes: `ram`, where byte N of the file is guest physical address N, or a disk: `disk0`
-    /// and so on.
+    /// The region that `raw` writes: `ram`, where byte N of the file is guest physical address N,
+    /// or a disk: `disk0` and so on.
     #[arg(long, value_name = "NAME", default_value = "ram")]
     pub region: String,
-    /// How.
+    /// The format of the file.
     #[arg(long, value_enum, default_value = "raw")]
     pub format: ExportFormat,
-    /// Replace the file if it is there, once the new one is whole.
+    /// Replace an existing file, once the new one is complete.
     #[arg(long)]
     pub force: bool,
 }
 
 impl ExportArgs {
-    /// True if there is no file.
+    /// True if the export goes to standard output.
     pub(crate) fn to_stdout(&self) -> bool {
         self.file.as_os_str() == "-"
     }
 }
 
-/// What an exported file looks like.
+/// The format of an exported file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum ExportFormat {
-    /// The contents of a region and nothing else.
+    /// The contents of one region and nothing else.
     Raw,
-    /// All regions, state and manifest as an archive, sparse for tar programs of today.
+    /// All regions, state and manifest as an archive, sparse for current tar programs.
     Tar,
     /// Memory and vCPUs as an ELF core file, which gdb opens, and crash and drgn if the guest is Linux.
     ElfCore,

@@ -1,4 +1,4 @@
-//! `frazil help`: the commands in groups, by what people want of them.
+//! `frazil help`: the commands, grouped by what people want to do.
 
 use std::fmt::Write;
 
@@ -8,7 +8,7 @@ use clap::{Command, CommandFactory};
 
 use super::Cli;
 
-/// What people want, and the commands for it.
+/// What people want to do, and the commands for it.
 const GROUPS: [(&str, &[&str]); 5] = [
     ("run guests, and watch them", &["run", "ps", "top", "pause", "continue", "stop"]),
     ("freeze a running guest, and go back to any moment", &["checkpoint", "resume", "rewind"]),
@@ -19,16 +19,16 @@ const GROUPS: [(&str, &[&str]); 5] = [
     ("get memory and disks out as files, or in", &["export", "mount", "import"]),
     ("free space", &["forget", "prune"]),
 ];
-/// Those that nobody needs every day.
+/// Commands that nobody needs every day.
 const MORE: (&str, &[&str]) = ("see also", &["demo", "completion", "man", "help"]);
 
-/// Columns for the names of commands.
+/// The width of the column of command names.
 const NAME_COLUMNS: usize = 12;
 
-/// The command line, with help that begins at what people want.
+/// The command line, with `frazil help` in groups.
 pub(crate) fn command() -> Command {
     let mut command = Cli::command();
-    // That gives `help` its own.
+    // This adds the `help` command.
     command.build();
     let help = grouped(&command);
     Cli::command().override_help(help)
@@ -69,7 +69,7 @@ fn grouped(command: &Command) -> StyledStr {
     help
 }
 
-/// `text` in lines of at most `width` characters.
+/// Breaks `text` into lines of at most `width` characters.
 fn wrapped(text: &str, width: usize) -> String {
     let mut lines = vec![String::new()];
     for word in text.split_whitespace() {
@@ -86,17 +86,17 @@ fn wrapped(text: &str, width: usize) -> String {
     lines.join("\n")
 }
 
-/// What people may use: hidden commands and arguments are for frazil itself.
+/// The commands and arguments meant for people; hidden ones are for frazil itself.
 pub(crate) fn visible() -> Command {
     let mut all = command();
-    // That gives it `help`, which is to be stripped, too: nobody needs help with help, and where that is
-    // offered fish offers nothing else behind it.
+    // This adds `frazil help help`, for `strip` to remove: nobody needs help with help, and where
+    // it is offered, fish completes nothing else after `help`.
     all.build();
     strip(&all, "frazil")
 }
 
 fn strip(command: &Command, name: &str) -> Command {
-    // Building gives every command these again.
+    // Arguments that building adds to every command again.
     const OF_ALL: [&str; 2] = ["help", "version"];
     let mut out = Command::new(name.to_owned()).disable_help_subcommand(true);
     if let Some(about) = command.get_about() {
@@ -115,7 +115,7 @@ fn strip(command: &Command, name: &str) -> Command {
     )
 }
 
-/// Wrong usage of `command` that shows only when its arguments are seen together.
+/// An error for arguments of `command` that are wrong only in combination.
 pub(crate) fn usage_error(command: &str, message: &str) -> clap::Error {
     let mut all = Cli::command();
     all.build();
@@ -152,7 +152,7 @@ mod tests {
         assert_eq!(grouped.len(), there.len(), "none is in two");
     }
 
-    /// Clap makes a new line of `{n}`.
+    /// Clap turns `{n}` into a line break.
     #[test]
     fn no_help_means_something_else_to_clap() {
         let mut all = Cli::command();
@@ -167,7 +167,7 @@ mod tests {
         }
     }
 
-    /// What a person looks for in `frazil help`, and the command that it must lead to.
+    /// Words that a person looks for in `frazil help`, and the command they must lead to.
     #[test]
     fn help_alone_leads_to_the_command() {
         let help = command().render_help().to_string();

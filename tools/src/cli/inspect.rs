@@ -1,4 +1,4 @@
-//! What `frazil inspect` is asked.
+//! The arguments of `frazil inspect`.
 
 use std::path::PathBuf;
 
@@ -9,26 +9,26 @@ use super::parse::{Span, address, how_many, span};
 #[derive(Debug, Args)]
 #[command(group = ArgGroup::new("look"))]
 pub(crate) struct InspectArgs {
-    /// STORE@REF.
+    /// The snapshot, as STORE@REF.
     #[arg(default_value = "latest")]
     pub snapshot: String,
-    /// Dump guest memory at this guest physical address, LEN bytes (256 if it does not say).
+    /// Dump LEN bytes (default: 256) of guest memory at this guest physical address.
     #[arg(long, value_name = "ADDR[,LEN]", value_parser = span, group = "look")]
     pub gpa: Option<Span>,
-    /// Dump guest memory at this virtual address, as the vCPU's page tables have it.
+    /// Dump guest memory at this virtual address, translated by the vCPU's page tables.
     #[arg(long, value_name = "ADDR[,LEN]", value_parser = span, group = "look")]
     pub gva: Option<Span>,
-    /// Find text, or bytes with `hex:DEADBEEF`, or text of two bytes a character with `utf16:TEXT`.
-    /// (`text:` stands before text that begins like that.)
+    /// Find text, or bytes with `hex:DEADBEEF`, or text of two bytes per character with
+    /// `utf16:TEXT`. (Put `text:` before text that itself begins like that.)
     #[arg(long, value_name = "WHAT", group = "look")]
     pub search: Option<String>,
-    /// Find what a regular expression matches. It is about bytes: `.` is any but a line feed, \xff is
-    /// one, \w is ASCII; `^` and `$` are at the ends of lines. Matches of up to 4 KiB are found whole; of
-    /// an expression that says how long they can be, all, up to 64 KiB.
+    /// Find the matches of a regular expression. It is matched against bytes: `.` is any but a line
+    /// feed, \xff is one, \w is ASCII; `^` and `$` match at the ends of lines. Matches of up to 4
+    /// KiB are found whole; if the expression limits their length, all are, up to 64 KiB.
     #[arg(long, value_name = "RE", group = "look")]
     pub regex: Option<String>,
-    /// List what the vCPU's page tables map, ranges that are mapped alike together; of all addresses, or
-    /// of LEN bytes from ADDR on (1 if it does not say).
+    /// List what the vCPU's page tables map, with ranges that are mapped alike joined: for all
+    /// addresses, or for LEN bytes (default: 1) from ADDR.
     #[arg(long, value_name = "ADDR[,LEN]", num_args = 0..=1, value_parser = span, group = "look")]
     #[allow(clippy::option_option)] // absent, without a value, with one
     pub page_tables: Option<Option<Span>>,
@@ -36,30 +36,30 @@ pub(crate) struct InspectArgs {
     #[arg(long, value_name = "ADDR", num_args = 0..=1, value_parser = address, group = "look")]
     #[allow(clippy::option_option)] // absent, without a value, with one
     pub disassemble: Option<Option<u64>>,
-    /// Show what called what: the stack of every vCPU, or of one. Names come from --vmlinux, or from a
-    /// Linux guest's own table of symbols; without either it is what lies on the stack.
+    /// Show call stacks, of every vCPU or of one. Names come from --vmlinux, or from a Linux
+    /// guest's own symbol table; without either, shows what lies on the stack.
     #[arg(long, group = "look")]
     pub stack: bool,
-    /// Of this vCPU.
+    /// Use this vCPU.
     #[arg(long, value_name = "N")]
     pub vcpu: Option<usize>,
     /// The guest kernel's file, whose symbols name functions.
     #[arg(long, value_name = "FILE")]
     pub vmlinux: Option<PathBuf>,
-    /// With --stack, show source lines too, and functions that were inlined, from the debug information of
-    /// --vmlinux: with that of a whole kernel it takes a second or more.
+    /// With --stack, also show source lines and inlined functions, from the debug information of
+    /// --vmlinux; for a whole kernel this takes a second or more.
     #[arg(long, requires = "vmlinux")]
     pub lines: bool,
-    /// The region to search, or to show alone. Default: `ram` to search, all to show.
+    /// The only region to search or to show. Default: `ram` to search, all to show.
     #[arg(long, value_name = "NAME", conflicts_with_all = ["gpa", "gva", "page_tables", "disassemble", "stack"])]
     pub region: Option<String>,
-    /// Stop after so many matches, instructions (default: 16) or frames of a stack (64).
+    /// Stop after N matches, instructions (default: 16) or frames of a stack (64).
     #[arg(long, short = 'n', value_name = "N", visible_alias = "limit", value_parser = clap::value_parser!(u64).range(1..))]
     pub max_count: Option<u64>,
-    /// Bytes to show before and behind what was found, up to 4096 [default: 16].
+    /// Bytes to show before and after each match, up to 4096 [default: 16].
     #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(0..=4096))]
     pub context: Option<u16>,
-    /// Show at most so many ranges of a region, or `all` [default: 20]. With --json it is always all.
+    /// Show at most N ranges of each region, or `all` [default: 20]. With --json it is always all.
     #[arg(long, value_name = "N|all", value_parser = how_many)]
     pub ranges: Option<usize>,
 }

@@ -1,4 +1,4 @@
-//! Arguments that say more than one thing, as people write them.
+//! Parsers for arguments that are more than a word or a number.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -14,15 +14,16 @@ use frazil_vmm::{NetConfig, VsockConfig};
 
 use super::SerialArg;
 
-/// What stands for the number of a clone.
+/// The placeholder for a clone's number.
 const NUMBER: &str = "{clone}";
 
-/// What is said of a tap, a socket or a disk, for the clone `index`.
+/// The text of a tap, socket or disk argument for clone number `index`.
 pub(crate) fn numbered(text: &str, index: u32) -> String {
     text.replace(NUMBER, &index.to_string())
 }
 
-/// The same of a network card, in whose address the number takes two bytes.
+/// The text of a network card argument for clone number `index`: in the address, the number takes
+/// two bytes.
 pub(crate) fn numbered_net(text: &str, index: u32) -> String {
     match text.split_once(MAC) {
         Some((on, mac)) => {
@@ -33,10 +34,10 @@ pub(crate) fn numbered_net(text: &str, index: u32) -> String {
     }
 }
 
-/// What is before the address of a network card.
+/// What precedes the address of a network card.
 const MAC: &str = ",mac=";
 
-/// The file of a disk, and `,ro` if it is only read.
+/// Parses a disk: `FILE`, or `FILE,ro` if it is read-only.
 pub(super) fn disk(text: &str) -> Result<DiskConfig, String> {
     let (file, read_only) = match text.strip_suffix(",ro") {
         Some(file) => (file, true),
@@ -48,9 +49,9 @@ pub(super) fn disk(text: &str) -> Result<DiskConfig, String> {
     Ok(DiskConfig { file: file.into(), read_only, serial: None })
 }
 
-/// A disk of a machine that is resumed, and what it has instead.
+/// Parses `N=FILE`: a disk of a resumed machine, and its new contents.
 pub(super) fn other_disk(text: &str) -> Result<(usize, PathBuf), String> {
-    // One of several clones is given what is its own by another process.
+    // With several clones, the parent puts the numbers in: see `clones::run`.
     let text = numbered(text, 1);
     let parts = text.split_once('=').and_then(|(disk, file)| Some((disk.parse().ok()?, file)));
     match parts {
@@ -59,7 +60,7 @@ pub(super) fn other_disk(text: &str) -> Result<(usize, PathBuf), String> {
     }
 }
 
-/// What a network card is on, and its address.
+/// Parses a network card: the tap it is connected to, and its address.
 pub(super) fn net(text: &str) -> Result<NetConfig, String> {
     let text = numbered_net(text, 1);
     let (on, mac) = match text.split_once(MAC) {
@@ -74,7 +75,7 @@ pub(super) fn net(text: &str) -> Result<NetConfig, String> {
     Ok(NetConfig { tap, mac })
 }
 
-/// What a socket device leads to, and its address.
+/// Parses a socket device: the socket it leads to, and its address.
 pub(super) fn vsock(text: &str) -> Result<VsockConfig, String> {
     const EXPECTED: &str = "expected socket=PATH, cid=N,socket=PATH or `none`";
     let text = numbered(text, 1);
@@ -163,16 +164,16 @@ pub(super) fn serial(text: &str) -> Result<SerialArg, String> {
     })
 }
 
-/// Bytes from an address on.
+/// A range of bytes that begins at an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Span {
-    /// The first.
+    /// The address of the first byte.
     pub address: u64,
-    /// How many, if that was said.
+    /// The length, if one was given.
     pub len_bytes: Option<u64>,
 }
 
-/// `0x…` or decimal digits.
+/// Parses an address: `0x…` or decimal digits.
 pub(super) fn address(text: &str) -> Result<u64, String> {
     let digits = text.trim();
     let parsed = match digits.strip_prefix("0x").or_else(|| digits.strip_prefix("0X")) {
@@ -182,7 +183,7 @@ pub(super) fn address(text: &str) -> Result<u64, String> {
     parsed.map_err(|_| format!("expected an address such as 0x1000, found `{text}`"))
 }
 
-/// An address, and a length if there is one: as a number, `0x…`, or a size such as 4KiB.
+/// Parses `ADDR` or `ADDR,LEN`; the length is a number, `0x…`, or a size such as 4KiB.
 pub(super) fn span(text: &str) -> Result<Span, String> {
     let (at, len) = match text.split_once(',') {
         Some((at, len)) => (at, Some(len)),
@@ -234,7 +235,7 @@ mod tests {
         assert_eq!(numbered_net(card, 1), "tap=t1,mac=02:00:00:00:00:01");
         assert_eq!(numbered_net(card, 10_000), "tap=t10000,mac=02:00:00:00:27:10");
         assert_eq!(numbered_net("tap=t{clone}", 7), "tap=t7");
-        // Where there is one VM it is the first.
+        // A single VM counts as the first clone.
         let NetConfig { tap, mac } = net(card).expect("a card");
         let address = mac.expect("an address").to_string();
         assert_eq!((tap.as_deref(), address.as_str()), (Some("t1"), "02:00:00:00:00:01"));

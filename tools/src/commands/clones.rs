@@ -1,4 +1,4 @@
-//! `frazil resume --clones N`: many VMs from one snapshot, which share its memory.
+//! `frazil resume --clones N`: many VMs from one snapshot that share its memory.
 
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader};
@@ -17,8 +17,8 @@ use signal_hook::iterator::Signals;
 use crate::cli::parse::{self, numbered_net};
 use crate::cli::{ResumeArgs, WorkingSetArg};
 
-/// Sees to it that a process has the memory of the snapshot, for this VM and others; returns its
-/// socket. It goes when nobody needs it any more.
+/// Makes sure that a process serves the snapshot's memory, for this VM and others; returns its
+/// socket. That process ends when nobody needs it any more.
 pub(crate) fn share_memory(
     args: &ResumeArgs,
     store: &Path,
@@ -45,14 +45,14 @@ pub(crate) fn share_memory(
         command.arg("--record-working-set").arg(humantime::format_duration(time).to_string());
     }
     command.arg(reference(store, id));
-    // Ctrl-C is for the VMs.
+    // In a process group of its own, so that Ctrl-C reaches only the VMs.
     command.process_group(0).stdin(Stdio::null()).stdout(Stdio::piped());
     let mut server = command.spawn().context("cannot start the process that shares memory")?;
     let stdout = server.stdout.take().context("it has no standard output")?;
     let mut line = String::new();
     BufReader::new(stdout).read_line(&mut line).context("cannot read what it says")?;
     ensure!(line == "ready\n", "the process that shares the snapshot's memory did not start");
-    // Whoever starts a process has to see it off.
+    // Reaps the process when it ends.
     std::thread::Builder::new().name("frazil-reaper".into()).spawn(move || {
         let _status = server.wait();
     })?;
@@ -75,7 +75,7 @@ pub(crate) fn run(
     let program = this_program()?;
     let common = common_arguments();
     let running = Running::default();
-    // Before the first of them: a signal that comes in between is for all.
+    // Before the first VM starts: a signal that arrives while they start is for all of them.
     running.pass_signals_on()?;
     let mut clones = Clones(Vec::new());
     for index in 1..=count {
@@ -92,7 +92,7 @@ pub(crate) fn run(
     for (index, child) in (1..).zip(&mut clones.0) {
         let status = running.wait(child)?;
         failed += u32::from(!status.success());
-        // All else it says itself.
+        // Anything else the VM reports itself.
         if let Some(signal) = status.signal() {
             errln!("frazil: VM `{base}-{index}` was ended by signal {signal}");
         }
@@ -104,10 +104,10 @@ pub(crate) fn run(
     Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// The processes of the VMs, which do not outlive this one unless it is killed.
+/// The VMs' processes, which do not outlive this one unless it is killed.
 struct Clones(Vec<Child>);
 
-/// The processes that may be sent signals, and whether one was passed on.
+/// The processes that may be sent signals, and whether a signal was passed on.
 #[derive(Clone, Default)]
 struct Running(Arc<Mutex<(Vec<Pid>, bool)>>);
 
@@ -132,7 +132,7 @@ impl Running {
         Ok(())
     }
 
-    /// False if all are to end already.
+    /// Adds a process. False if a signal was passed on: it, too, was told to end.
     fn add(&self, pid: Option<Pid>) -> bool {
         let mut running = self.lock();
         running.0.extend(pid);
@@ -144,7 +144,8 @@ impl Running {
         !running.1
     }
 
-    /// Waits for a process, which from its end on is sent nothing: its number may be another's.
+    /// Waits for a process, and removes it before it is reaped: from then on its pid may be
+    /// another's.
     fn wait(&self, child: &mut Child) -> anyhow::Result<ExitStatus> {
         let pid = Pid::from_child(child);
         let ended = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
@@ -175,13 +176,13 @@ fn reference(store: &Path, id: SnapshotId) -> OsString {
     reference
 }
 
-/// The `common` arguments as those of the clone `index`: in what is said of taps, sockets and disks, `{clone}`
-/// is its number.
+/// The `common` arguments for the clone `index`: `{clone}` becomes its number in those of taps,
+/// sockets and disks.
 fn numbered(common: &[OsString], index: u32) -> Vec<OsString> {
     type Number = fn(&str, u32) -> String;
     const OF_EACH: [(&str, Number); 3] =
         [("--net", numbered_net), ("--vsock", parse::numbered), ("--disk", parse::numbered)];
-    // Of a flag whose value is the next argument.
+    // Set if the previous argument was such a flag, and this one is its value.
     let mut of_next: Option<Number> = None;
     let number = |argument: &OsString| {
         let of_this = of_next.take();
@@ -201,7 +202,7 @@ fn numbered(common: &[OsString], index: u32) -> Vec<OsString> {
     numbers.into_iter().zip(common).map(|(new, old)| new.unwrap_or_else(|| old.clone())).collect()
 }
 
-/// The arguments of this process without what differs from clone to clone.
+/// This process's arguments without those that differ from clone to clone.
 fn common_arguments() -> Vec<OsString> {
     let mut common = Vec::new();
     let mut given = std::env::args_os().skip(1);
@@ -216,7 +217,7 @@ fn common_arguments() -> Vec<OsString> {
         }
     }
     if !serial {
-        // On one terminal they would write into each other's lines.
+        // On one terminal, the VMs would write into each other's lines.
         common.extend(["--serial", "null"].map(OsString::from));
     }
     common

@@ -1,4 +1,4 @@
-//! Commands that speak to a running VM: checkpoint, rewind, ps, pause, continue, stop.
+//! Commands that talk to a running VM: checkpoint, rewind, ps, pause, continue, stop.
 
 use std::path::Path;
 use std::sync::mpsc;
@@ -16,9 +16,9 @@ use super::{print_json, same_folder};
 use crate::cli::{CheckpointArgs, RewindArgs, VmArg};
 use crate::output;
 
-/// How long a VM may take to answer a short question.
+/// How long a VM may take to answer a short request.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How long a VM that was told to stop may take to be gone.
+/// How long a VM may take to end after it was told to stop.
 const STOP_PATIENCE: Duration = Duration::from_secs(30);
 
 fn client(vm: &str) -> anyhow::Result<Client> {
@@ -36,7 +36,7 @@ pub(crate) fn checkpoint(args: CheckpointArgs, json: bool) -> anyhow::Result<()>
     let request = CheckpointRequest { message, tag, exit };
     let (done, report) = mpsc::channel();
     std::thread::spawn(move || {
-        // The receiver waits for as long as this takes.
+        // The receiver waits as long as the request takes.
         let _sent = done.send(patient.post::<CheckpointReport>("/checkpoints", &request));
     });
     let bar = output::progress_bar("checkpoint", "pages");
@@ -80,7 +80,7 @@ pub(crate) fn checkpoint(args: CheckpointArgs, json: bool) -> anyhow::Result<()>
 }
 
 fn cancel_checkpoint(vm: &str, json: bool) -> anyhow::Result<()> {
-    // It answers once the checkpoint is over, which may have to wait for the medium.
+    // The answer comes once the checkpoint is over, which may have to wait for the disk.
     let CancelReport { cancelled } = Client::new(find(vm)?, None).put("/checkpoints/cancel")?;
     if json {
         return print_json(&json!({"vm": vm, "cancelled": cancelled}));
@@ -107,7 +107,7 @@ pub(crate) fn rewind(args: &RewindArgs, json: bool) -> anyhow::Result<()> {
         Some((None, reference)) => Some(reference.to_owned()),
         None => None,
     };
-    // It waits for a checkpoint that is being taken.
+    // The request waits for a checkpoint that is being taken.
     let report: RewindReport =
         Client::new(record, None).post("/rewind", &RewindRequest { snapshot })?;
     if json {
@@ -124,7 +124,7 @@ pub(crate) fn rewind(args: &RewindArgs, json: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A VM only goes back to snapshots of the store that its checkpoints go to.
+/// Fails unless `store` is the one the VM's checkpoints go to: a VM can only be rewound to those.
 fn check_store(status: &VmStatus, store: &str) -> anyhow::Result<()> {
     let own = status.store.as_deref().map(|own| own.trim_start_matches("store "));
     if own.is_some_and(|own| same_folder(Path::new(own), Path::new(store))) {
@@ -195,7 +195,7 @@ pub(crate) fn stop(args: &VmArg, json: bool) -> anyhow::Result<()> {
     say(&args.vm, done, json)
 }
 
-/// Waits until the VM's name is free again, which is what a script expects of what ends it.
+/// Waits until the VM's name is free again, as scripts expect of a command that ends it.
 fn wait_gone(vm: &str) -> anyhow::Result<()> {
     let until = Instant::now() + STOP_PATIENCE;
     while !vm.contains('/') && find(vm).is_ok() {

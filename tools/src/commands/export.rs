@@ -65,15 +65,15 @@ pub(crate) fn export(args: &ExportArgs, json: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What a file came to.
+/// The result of an export.
 struct Exported {
     bytes: u64,
     pages_written: u64,
-    /// For people, behind the size.
+    /// For people, after the size.
     what: String,
-    /// For people, a line each.
+    /// For people, one line each.
     notes: Vec<String>,
-    /// What JSON says besides.
+    /// Further fields of the JSON output.
     more: Value,
 }
 
@@ -137,7 +137,7 @@ fn find_region(snapshot: &Snapshot, name: &str) -> anyhow::Result<RegionReader> 
     Ok(snapshot.region(name)?)
 }
 
-/// Has a file written, and puts it where it is to be when it is whole.
+/// Has `write` write the file, and gives it its name once it is complete.
 fn write_file<T: Send>(
     args: &ExportArgs,
     pages: u64,
@@ -152,7 +152,7 @@ fn write_file<T: Send>(
     Ok(written)
 }
 
-/// A region as bytes in a row, zeros too: a pipe has no holes.
+/// Writes a region as a plain stream of bytes, zeros included: a pipe has no holes.
 fn raw_to_stdout(args: &ExportArgs) -> anyhow::Result<()> {
     let (_, snapshot) = open_snapshot(&args.snapshot)?;
     let region = find_region(&snapshot, &args.region)?;

@@ -1,4 +1,5 @@
-//! Regions as bytes in a row, for archives and pipes: decompressed on all cores, some 16 MiB ahead.
+//! Regions as streams of bytes, for archives and pipes: decompressed on all cores, 16 MiB at a
+//! time.
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Read};
@@ -11,16 +12,16 @@ use frazil_snapstore::{PAGE_SIZE, RegionReader, StoreError};
 use rayon::prelude::*;
 
 const PAGE_BYTES: u64 = PAGE_SIZE as u64;
-/// Pages decompressed at once, by all cores: 16 MiB.
+/// Pages decompressed at once by all cores: 16 MiB.
 const BATCH_PAGES: u64 = 4096;
-/// Of them, those that one core does in a row.
+/// Pages of a batch that one core decompresses in a row.
 const PART_PAGES: u64 = 256;
-/// What is written at once.
+/// Bytes written at once.
 pub(super) const WRITE_BYTES: usize = 256 << 10;
-/// Extents that are kept of a region: 16 MiB of them. If it has more, short holes are taken for data.
+/// The most extents kept of a region: 16 MiB of them. Beyond that, short holes count as data.
 const EXTENTS_MAX: usize = 1 << 20;
 
-/// Standard output, for bytes that are nothing to look at.
+/// Standard output, for binary data.
 ///
 /// # Errors
 /// If it is a terminal.
@@ -30,21 +31,21 @@ pub(super) fn stdout(what: &str) -> anyhow::Result<File> {
         !stdout.is_terminal(),
         "expected {what} to go to a file or a pipe, found a terminal on standard output"
     );
-    // Past the buffer of lines that Rust has before it.
+    // Bypasses Rust's line buffer for standard output.
     Ok(stdout.as_fd().try_clone_to_owned().context("cannot use standard output")?.into())
 }
 
-/// What of a region is not zero.
+/// The parts of a region that are not zero.
 pub(super) struct Extents {
-    /// First byte and length, ascending.
+    /// Pairs of first byte and length, ascending.
     pub list: Vec<(u64, u64)>,
     pub len_bytes: u64,
-    /// Holes up to this length are taken for data.
+    /// Holes up to this length count as data.
     hole_max: u64,
 }
 
 impl Extents {
-    /// Those of the first `len_bytes` of a region.
+    /// The extents of the first `len_bytes` of a region.
     ///
     /// # Errors
     /// Those of the store.
@@ -61,7 +62,7 @@ impl Extents {
         Ok(extents)
     }
 
-    /// One that has everything in it, zeros too.
+    /// One extent that covers everything, zeros included.
     pub(super) fn all(len_bytes: u64) -> Self {
         Self { list: vec![(0, len_bytes)], len_bytes, hole_max: 0 }
     }
@@ -93,24 +94,24 @@ impl Extents {
     }
 }
 
-/// The contents of extents, one after the other.
+/// Reads the contents of extents, one after the other.
 pub(super) struct Contents<'a> {
     reader: &'a RegionReader,
     extents: &'a Extents,
-    /// The extent that comes next, and how many of its pages were read.
+    /// The next extent to read, and how many of its pages were read.
     at: usize,
     inside: u64,
-    /// What is there already, and how much of it was read.
+    /// The bytes at hand, and how many of them were returned.
     part: Vec<u8>,
     read: usize,
-    /// Pages that were read, for whoever waits.
+    /// Pages read so far, for a progress bar.
     done: &'a AtomicU64,
     /// Why reading stopped.
     pub failed: Option<StoreError>,
 }
 
 impl<'a> Contents<'a> {
-    /// `before` is what comes before the first extent.
+    /// `before` is returned before the first extent.
     pub(super) fn new(
         reader: &'a RegionReader,
         extents: &'a Extents,
@@ -120,7 +121,7 @@ impl<'a> Contents<'a> {
         Self { reader, extents, at: 0, inside: 0, part: before, read: 0, done, failed: None }
     }
 
-    /// Reads the next extents, on all cores, and of a long one as much as a batch may hold.
+    /// Reads the next extents on all cores; of a long one, only as much as fits the batch.
     fn next_batch(&mut self) -> frazil_snapstore::Result<()> {
         let mut parts = Vec::new();
         let mut room = BATCH_PAGES;
@@ -174,7 +175,7 @@ mod tests {
     use super::*;
 
     proptest! {
-        /// However few extents are kept, what has contents is in them, and nothing twice.
+        /// However few extents are kept, they cover all contents and do not overlap.
         #[test]
         fn extents_are_few_and_leave_nothing_out(
             pages in proptest::collection::btree_set(0_u64..400, 0..150),
@@ -194,7 +195,7 @@ mod tests {
                 extents.list.iter().any(|(start, len)| (*start..start + len).contains(&at))
             };
             prop_assert!(pages.iter().all(|page| inside(*page)));
-            // Without need no hole is filled.
+            // As long as there is room, no hole is filled.
             let mut exact = Extents { list: Vec::new(), len_bytes, hole_max: 0 };
             pages.iter().for_each(|page| exact.add(page * PAGE_BYTES, PAGE_BYTES, 400));
             prop_assert_eq!(exact.data_bytes(), pages.len() as u64 * PAGE_BYTES);

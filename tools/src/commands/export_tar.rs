@@ -1,7 +1,8 @@
-//! `frazil export --format tar`: all of a snapshot as one archive, its zeros left out.
+//! `frazil export --format tar`: a whole snapshot as one archive, with zeros left out.
 //!
-//! Regions are sparse files in the POSIX format that GNU tar calls 1.0 ("Storing Sparse Files" in its
-//! manual): a list of extents, then their data. GNU tar, bsdtar and Python's `tarfile` unpack them.
+//! Regions are sparse files in the POSIX format that GNU tar calls 1.0 ("Storing Sparse Files" in
+//! its manual): a list of extents, then their data. GNU tar, bsdtar and Python's `tarfile` unpack
+//! them.
 
 use std::fmt::Write as _;
 use std::io::{self, BufWriter, Write};
@@ -20,9 +21,9 @@ use crate::new_file::NewFile;
 use crate::output;
 use crate::snapshot_files::{Folder, MANIFEST_FILE, RegionFile, SnapshotFiles, file_name};
 
-/// Eleven octal digits.
+/// The largest size that a header can hold: eleven octal digits.
 const HEADER_SIZE_MAX: u64 = (1 << 33) - 1;
-/// Blocks of an archive.
+/// Size of an archive's blocks.
 const BLOCK_BYTES: usize = 512;
 
 pub(super) fn export(args: &ExportArgs, json: bool) -> anyhow::Result<()> {
@@ -54,7 +55,7 @@ pub(super) fn export(args: &ExportArgs, json: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Writes the archive, and returns how long it is.
+/// Writes the archive. Returns its length in bytes.
 fn write(files: &SnapshotFiles, out: impl Write + Send) -> anyhow::Result<u64> {
     let done = AtomicU64::new(0);
     let regions = files
@@ -71,7 +72,7 @@ fn write(files: &SnapshotFiles, out: impl Write + Send) -> anyhow::Result<u64> {
         let mut builder = Builder::new(Archived::new(out));
         let written = write_all(files, &regions, &mut builder, &done);
         if written.is_err() {
-            // Or the builder would end the archive as if it were whole.
+            // Otherwise the builder would end the archive as if it were complete.
             builder.get_mut().give_up();
         }
         written?;
@@ -103,7 +104,7 @@ fn write_all(
     Ok(())
 }
 
-/// What all entries of an archive have in common.
+/// What all entries of an archive share.
 struct Archive {
     top: String,
     mtime: u64,
@@ -113,7 +114,7 @@ impl Archive {
     fn header(&self, len: u64) -> Header {
         let mut header = Header::new_ustar();
         header.set_entry_type(EntryType::Regular);
-        // Memory holds secrets.
+        // Memory may hold secrets.
         header.set_mode(0o600);
         header.set_mtime(self.mtime);
         header.set_size(len);
@@ -136,8 +137,8 @@ impl Archive {
         let size = map.len() as u64 + extents.data_bytes();
         let real = [extents.len_bytes.to_string(), size.to_string()];
         let full = format!("{}/{path}", self.top);
-        // Of what fits the header itself there must be no other size: Python's tarfile takes it for the
-        // size of the file.
+        // A size that fits the header must not be in the extension as well: Python's tarfile would
+        // take it for the size of the file.
         let beyond = (size > HEADER_SIZE_MAX).then_some(("size", real[1].as_bytes()));
         let sparse = [
             ("GNU.sparse.major", &b"1"[..]),
@@ -147,8 +148,8 @@ impl Archive {
         ];
         out.append_pax_extensions(beyond.into_iter().chain(sparse))?;
         let mut header = self.header(size);
-        // What those see who know nothing of sparse files. Names that are too long for the header are
-        // in the extension.
+        // The name that programs without sparse support see. Names too long for the header are in
+        // the extension.
         if header.set_path(format!("GNUSparseFile.0/{path}")).is_err() {
             header.set_path("GNUSparseFile.0/region")?;
         }
@@ -162,9 +163,9 @@ impl Archive {
     }
 }
 
-/// The list of extents, as it stands before the data: numbers on lines of their own, filled up to a block.
+/// The list of extents that precedes the data: numbers on lines of their own, padded to a block.
 fn map(extents: &Extents) -> Vec<u8> {
-    // A hole at the end is told by an extent of nothing.
+    // An empty extent marks a hole at the end.
     let ends_with_data =
         extents.list.last().is_some_and(|(start, len)| start + len == extents.len_bytes);
     let end = (!ends_with_data).then_some((extents.len_bytes, 0));
@@ -177,7 +178,7 @@ fn map(extents: &Extents) -> Vec<u8> {
     map
 }
 
-/// Where an archive goes: counts what is written, and can be cut off.
+/// The archive's destination: counts the bytes written, and can cut the archive off.
 struct Archived<W: Write> {
     inner: BufWriter<W>,
     bytes: u64,
@@ -189,7 +190,7 @@ impl<W: Write> Archived<W> {
         Self { inner: BufWriter::with_capacity(WRITE_BYTES, out), bytes: 0, given_up: false }
     }
 
-    /// Nothing more is written.
+    /// Makes all further writes fail.
     fn give_up(&mut self) {
         self.given_up = true;
     }

@@ -1,15 +1,16 @@
-//! Lines of snapshots drawn beside each other, as `git log --graph` draws commits.
+//! Branches of snapshots drawn side by side, as `git log --graph` draws commits.
 //!
-//! The order is git's: children before parents, the newest line first, each line as far as it
-//! goes before the next. So are the columns: a line keeps its column until its last snapshot, and
-//! lines that lead to one snapshot join in the leftmost of theirs as soon as they are known to.
-//! A snapshot has at most one parent, so `\`, which git draws where merges begin, never occurs.
+//! The order is git's: children before parents, the newest branch first, each branch down to where
+//! it joins another before the next is drawn. So are the columns: a branch keeps its column until
+//! its last snapshot, and branches with a common ancestor join in the leftmost of their columns as
+//! soon as that ancestor is their next snapshot. A snapshot has at most one parent, so `\`, which
+//! git draws where merges begin, never occurs.
 
 use std::collections::HashMap;
 use std::hash::Hash;
 
-/// The order in which `nodes`, `(id, parent)` newest first, are drawn: index and parent of each. A
-/// parent that is not among them counts as none.
+/// The order in which to draw `nodes`, pairs `(id, parent)` with the newest first: the index and
+/// the parent of each. A parent that is not among them counts as none.
 pub(crate) fn order<K: Copy + Eq + Hash>(nodes: &[(K, Option<K>)]) -> Vec<(usize, Option<K>)> {
     let index: HashMap<K, usize> =
         nodes.iter().enumerate().map(|(index, (id, _))| (*id, index)).collect();
@@ -31,16 +32,17 @@ pub(crate) fn order<K: Copy + Eq + Hash>(nodes: &[(K, Option<K>)]) -> Vec<(usize
     order
 }
 
-/// What is at a place of a line: the column that an edge there is on its way to.
+/// A place in a line of text: the column that the edge there is heading for, if there is one.
 type Target = Option<usize>;
 
-/// Draws nodes one by one, children before parents. Costs as much as lines are wide.
+/// Draws nodes one by one, children before parents. Each takes time proportional to the graph's
+/// width.
 pub(crate) struct Graph<K> {
     /// The node that each column waits for.
     columns: Vec<K>,
-    /// The edges of the line drawn last, a place of two characters a column.
+    /// The edges of the line drawn last; each column has two places.
     edges: Vec<Target>,
-    /// The same of the line before, if edges moved in it.
+    /// The edges of the line above a node, if edges moved in that line.
     moved: Option<Vec<Target>>,
 }
 
@@ -49,7 +51,7 @@ impl<K: Copy + Eq + Hash> Graph<K> {
         Self { columns: Vec::new(), edges: Vec::new(), moved: None }
     }
 
-    /// The line of `node`, and the lines below it in which edges move to their columns.
+    /// Returns the line of `node`, and the lines below it in which edges move to their columns.
     pub(crate) fn draw(&mut self, node: K, parent: Option<K>) -> (String, Vec<String>) {
         let width = self.columns.len();
         let place = self.columns.iter().position(|column| *column == node).unwrap_or(width);
@@ -63,7 +65,7 @@ impl<K: Copy + Eq + Hash> Graph<K> {
         (line, below)
     }
 
-    /// Replaces the node in column `place` by its parent, and finds where every edge has to go.
+    /// Replaces the node in column `place` by its parent, and finds where each edge has to go.
     fn advance(&mut self, place: usize, parent: Option<K>) {
         let before = std::mem::take(&mut self.columns);
         let mut known: HashMap<K, usize> = HashMap::with_capacity(before.len() + 1);
@@ -82,7 +84,7 @@ impl<K: Copy + Eq + Hash> Graph<K> {
     }
 
     fn symbol(&self, column: usize, place: usize) -> &'static str {
-        // An edge that reached its column in the line above, and goes on to the left below.
+        // An edge that reached this column in the line above, and moves on to the left below.
         let on_its_way = || {
             let came = self.moved.as_ref()?.get(2 * column + 1).copied().flatten()?;
             let goes = self.edges.get(2 * column).copied().flatten()?;
@@ -100,8 +102,8 @@ impl<K: Copy + Eq + Hash> Graph<K> {
         self.edges.iter().enumerate().all(there)
     }
 
-    /// Draws a line in which every edge moves by a character, or across another edge by two. One
-    /// edge, the leftmost that can, goes all the way at once: its way is drawn with `_`.
+    /// Draws a line in which every edge moves left by one character, or by two across another edge.
+    /// One edge, the leftmost that can, goes all the way at once, drawn with `_`.
     fn move_edges(&mut self) -> String {
         let from = std::mem::take(&mut self.edges);
         let mut to: Vec<Target> = vec![None; from.len()];
@@ -116,7 +118,7 @@ impl<K: Copy + Eq + Hash> Graph<K> {
                 to[at - 1] = Some(target);
                 at
             } else if to[at - 1] == Some(target) {
-                // It joins the edge to its left.
+                // This edge joins the one to its left.
                 continue;
             } else {
                 to[at - 2] = Some(target);
@@ -131,7 +133,7 @@ impl<K: Copy + Eq + Hash> Graph<K> {
         }
         self.moved = Some(to.clone());
         self.edges = to;
-        // Of this line's edges, which do not belong to the next.
+        // The rightmost edge moved left, and left its place empty.
         if self.edges.last() == Some(&None) {
             self.edges.pop();
         }
@@ -150,7 +152,7 @@ impl<K: Copy + Eq + Hash> Graph<K> {
             if 2 * target == at {
                 line.push('|');
             } else if all_the_way.is_some_and(goes_along) {
-                // The next line goes on from the first piece only.
+                // The next line continues from the first piece only.
                 if at != 2 * target + 3 {
                     self.edges[at] = None;
                 }
@@ -189,7 +191,7 @@ mod tests {
         out.iter().map(|line| line.trim_end().to_owned()).collect()
     }
 
-    /// `"c>b b>a a"` in the order that they were taken, oldest last; `>` names the parent.
+    /// Checks the drawing of nodes such as `"c>b b>a a"`, newest first; `>` names the parent.
     #[track_caller]
     fn expect(nodes: &str, drawing: &[&str]) {
         let nodes: Vec<(&str, Option<&str>)> = nodes
@@ -200,7 +202,7 @@ mod tests {
         assert_eq!(found, drawing, "found:\n{}", found.join("\n"));
     }
 
-    // What is expected here is what git 2.47 draws of the same commits.
+    // The drawings expected here are those of git 2.47 for the same commits.
 
     #[test]
     fn one_line_is_one_column() {
@@ -212,7 +214,7 @@ mod tests {
     fn a_fork_joins_at_its_parent() {
         let drawing = ["* e", "* d", "| * c", "|/", "* b", "* a"];
         expect("e>d d>b c>b b>a a", &drawing);
-        // Also if the lines were taken by turns.
+        // The same if snapshots of the two branches alternate.
         expect("e>c d>b c>b b>a a", &["* e", "* c", "| * d", "|/", "* b", "* a"]);
     }
 
@@ -251,7 +253,7 @@ mod tests {
         let started = std::time::Instant::now();
         let chain: Vec<(u32, Option<u32>)> =
             (0..10_000_u32).rev().map(|id| (id, id.checked_sub(1))).collect();
-        // As wide as it gets: every node of a line has one child that was never changed.
+        // As wide as it gets: each node of the line has one more child, which has no children.
         let comb: Vec<(u32, Option<u32>)> = (0..1_000)
             .rev()
             .map(|id| (id + 10_000, Some(id)))

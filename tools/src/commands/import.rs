@@ -1,4 +1,4 @@
-//! `frazil import`: files of other programs as a snapshot.
+//! `frazil import`: other programs' files as a snapshot.
 
 use std::fs::File;
 use std::io;
@@ -25,7 +25,7 @@ use crate::new_file::kind_name;
 use crate::output;
 
 const PAGE_BYTES: u64 = PAGE_SIZE as u64;
-/// The end of memory of the largest machine, which has a hole for devices.
+/// The end of the largest machine's memory, which has a hole for devices.
 const MEMORY_MAX_BYTES: u64 = RAM_MAX_BYTES + (HOLE_END - HOLE_START);
 
 pub(crate) fn import(args: &ImportArgs, json: bool) -> anyhow::Result<()> {
@@ -42,7 +42,7 @@ pub(crate) fn import(args: &ImportArgs, json: bool) -> anyhow::Result<()> {
         let stats = with_progress(&mut transaction, |transaction| {
             transaction.write_pages(region, &pages, source)
         });
-        // One that gets shorter cannot be read, and this says why.
+        // If the file shrank, reading it failed: this check gives the reason.
         source.check_unchanged()?;
         written.push(stats?);
     }
@@ -76,15 +76,15 @@ fn open_store(args: &ImportArgs) -> anyhow::Result<(Arc<Store>, Option<Snapshot>
     Ok((store, Some(base)))
 }
 
-/// A file, and the region that it becomes.
+/// A file, and the region it becomes.
 struct Source {
     path: PathBuf,
     file: File,
-    /// As [`written()`] has it; of a device nobody knows.
+    /// As returned by [`written()`]; None for a device.
     written: Option<(i64, i64, u64)>,
     len_bytes: u64,
     region: String,
-    /// Of memory: where the region goes on further up than the file.
+    /// For memory: the gap that the region has and the file leaves out.
     gap: Option<Gap>,
     is_disk: bool,
 }
@@ -99,23 +99,23 @@ fn open_sources(args: &ImportArgs) -> anyhow::Result<Vec<Source>> {
         .collect()
 }
 
-/// Bytes that formats are told by.
+/// Bytes at the start of a file by which formats are recognised.
 const FORMAT_BYTES: u64 = 8;
-/// What disks come in that are not raw.
+/// Disk formats that are not raw.
 const DISK_FORMATS: &[(&[u8], &str)] = &[
     (b"QFI\xfb", "a qcow2 image (`qemu-img convert -O raw`)"),
     (b"KDMV", "a VMDK image (`qemu-img convert -O raw`)"),
     (b"vhdxfile", "a VHDX image (`qemu-img convert -O raw`)"),
     (b"conectix", "a VHD image (`qemu-img convert -O raw`)"),
 ];
-/// And memory.
+/// Memory formats that are not raw.
 const MEMORY_FORMATS: &[(&[u8], &str)] = &[
     (b"\x7fELF", "an ELF core file"),
     (b"KDUMP   ", "a kdump file"),
     (b"QEVM", "a QEMU migration stream"),
 ];
 
-/// When a file was written last, and how long it is; none of a device.
+/// The time of a file's last write, and its length; None for a device.
 fn written(file: &File) -> io::Result<Option<(i64, i64, u64)>> {
     let metadata = file.metadata()?;
     let when = || (metadata.mtime(), metadata.mtime_nsec(), metadata.len());
@@ -126,7 +126,7 @@ impl Source {
     fn open(path: &Path, region: String, gap: Option<Gap>, is_disk: bool) -> anyhow::Result<Self> {
         let what = path.display();
         let failed = || format!("cannot import {what}");
-        // Before it is opened: a pipe that nobody writes to would be waited for.
+        // Checked before opening: opening a pipe that nobody writes to would block.
         let kind = path.metadata().with_context(failed)?.file_type();
         ensure!(
             kind.is_file() || kind.is_block_device(),
@@ -135,7 +135,7 @@ impl Source {
         );
         let file = File::open(path).with_context(failed)?;
         let written = written(&file).with_context(failed)?;
-        // Of block devices too, whose metadata says nothing.
+        // Seeking works for block devices too, whose metadata has no length.
         let len_bytes = rustix::fs::seek(&file, SeekFrom::End(0)).with_context(failed)?;
         let (unit, most) =
             if is_disk { (SECTOR_BYTES, DISK_MAX_BYTES) } else { (PAGE_BYTES, MEMORY_MAX_BYTES) };
@@ -165,8 +165,8 @@ impl Source {
         Ok(source)
     }
 
-    /// What this looks like that is not raw: people have such files, and a guest may have written the same
-    /// to its memory or disk.
+    /// A format other than raw that the file looks like. That is no error: a guest may have written
+    /// the same bytes to its memory or disk.
     fn other_format(&self) -> io::Result<Option<&'static str>> {
         let mut start = vec![0; self.len_bytes.min(FORMAT_BYTES) as usize];
         self.file.read_exact_at(&mut start, 0)?;
@@ -175,7 +175,7 @@ impl Source {
     }
 
     /// # Errors
-    /// If the file was written since it was opened: what was read of it is of no one moment.
+    /// If the file was written since it was opened: what was read is not of one moment.
     fn check_unchanged(&self) -> anyhow::Result<()> {
         let what = self.path.display();
         let now = written(&self.file).with_context(|| format!("cannot import {what}"))?;
@@ -191,7 +191,7 @@ impl Source {
         self.page_of(self.len_bytes.div_ceil(PAGE_BYTES) - 1) + 1
     }
 
-    /// The region's page that page `in_file` of the file is.
+    /// The page of the region for page `in_file` of the file.
     fn page_of(&self, in_file: u64) -> u64 {
         match self.gap {
             Some(gap) if in_file >= gap.start_page => in_file - gap.start_page + gap.end_page,
@@ -199,7 +199,7 @@ impl Source {
         }
     }
 
-    /// The file's page that page `in_region` of the region is; none in the gap.
+    /// The page of the file for page `in_region` of the region; None in the gap.
     fn page_in_file(&self, in_region: u64) -> Option<u64> {
         match self.gap {
             Some(gap) if in_region >= gap.end_page => {
@@ -210,12 +210,12 @@ impl Source {
         }
     }
 
-    /// The pages that the new snapshot does not have from its base: those the file has data for, and,
-    /// if its holes are zeros, those in its holes that are not zero in the base.
+    /// The pages that the new snapshot does not take from its base: those the file has data for
+    /// and, if its holes are zeros, those in its holes that are not zero in the base.
     fn pages_to_write(&self, base: Option<&Snapshot>, diff: bool) -> anyhow::Result<PageSet> {
         let mut pages = PageSet::new(self.region_pages());
         let mut holes = false;
-        // Bits that some edge of a hole has.
+        // The offsets of all edges of holes, ORed together.
         let mut edges = 0;
         let mut at = 0;
         while at < self.len_bytes {
@@ -260,8 +260,8 @@ impl Source {
     }
 
     /// # Errors
-    /// If holes are told by more than a page: what lies beside what was written, and was not, would be taken
-    /// for zeros. `edges` has the bits of all places where holes begin or end.
+    /// If the file system tracks holes in units larger than a page: unwritten pages beside written
+    /// ones would be taken for zeros. `edges` is the OR of the offsets at which holes begin or end.
     fn check_grain(&self, edges: u64) -> anyhow::Result<()> {
         let what = self.path.display();
         let metadata = self.file.metadata().with_context(|| format!("cannot import {what}"))?;
@@ -275,13 +275,13 @@ impl Source {
         Ok(())
     }
 
-    /// The next bytes from `at` on that are not a hole, if there are any.
+    /// The next range of bytes from `at` on that is not a hole, if there is one.
     fn next_data(&self, at: u64) -> anyhow::Result<Option<(u64, u64)>> {
         let failed = || format!("cannot look for holes in {}", self.path.display());
         let start = match rustix::fs::seek(&self.file, SeekFrom::Data(at)) {
             Ok(start) => start,
             Err(rustix::io::Errno::NXIO) => return Ok(None),
-            // A block device, or a file system that knows of no holes: all of it is data.
+            // A block device, or a file system without holes: everything is data.
             Err(rustix::io::Errno::INVAL) => return Ok(Some((at, self.len_bytes))),
             Err(error) => return Err(error).with_context(failed),
         };
@@ -291,8 +291,8 @@ impl Source {
     }
 }
 
-/// True if holes that begin and end at places with these bits are of whole blocks of more than a page. Some
-/// file systems say that their blocks are large, and tell holes exactly all the same.
+/// True if holes whose edges have these offsets, ORed together, consist of whole blocks larger than
+/// a page. Some file systems report large blocks and still track holes by the page.
 fn is_coarse(edges: u64, block_bytes: u64) -> bool {
     block_bytes > PAGE_BYTES && edges != 0 && edges.is_multiple_of(block_bytes)
 }
@@ -304,7 +304,7 @@ impl PageSource for Source {
             buf.fill(0);
             return Ok(());
         };
-        // A disk's last page may be longer than the disk.
+        // A disk may end inside its last page.
         let len = (self.len_bytes - offset).min(PAGE_BYTES) as usize;
         self.file.read_exact_at(&mut buf[..len], offset)?;
         buf[len..].fill(0);
@@ -312,7 +312,7 @@ impl PageSource for Source {
     }
 }
 
-/// Does `write`, with a progress bar on a terminal.
+/// Calls `write`, with a progress bar on a terminal.
 fn with_progress(
     transaction: &mut Transaction,
     write: impl FnOnce(&mut Transaction) -> frazil_snapstore::Result<WriteStats> + Send,
@@ -332,8 +332,8 @@ fn with_progress(
     Ok(stats)
 }
 
-/// Takes over what of the base was not imported, and returns the state of the new snapshot: that of
-/// its disks, and with `keep_state` all that the base has.
+/// Takes the regions that were not imported from the base. Returns the new snapshot's state: that
+/// of its disks and, with `keep_state`, everything the base has.
 fn state(
     transaction: &mut Transaction,
     base: Option<&Snapshot>,
@@ -349,7 +349,7 @@ fn state(
         }
         for saved in &base.manifest().state {
             let is_disk = saved.kind == SavedDisk::KIND;
-            // A disk stays what it was to the guest, whatever is on it now.
+            // With `keep_state`, a disk keeps its state whatever its new contents.
             let stays = keep_state || (is_disk && !imported(&saved.name));
             if stays {
                 state.push(base.state(saved)?);
@@ -398,7 +398,7 @@ fn describe(
         state,
         stats: json!({
             "imported": true,
-            // As of checkpoints: those that are not as they were.
+            // As in checkpoints: pages that differ from before.
             "dirty_pages": sum(|stats| stats.pages - stats.equal_pages),
             "zero_pages": sum(|stats| stats.zero_pages),
             "equal_pages": sum(|stats| stats.equal_pages),

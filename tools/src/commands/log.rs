@@ -50,10 +50,10 @@ pub(crate) fn log(args: &LogArgs, json: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The store that `target` names, and the snapshot, if it names one.
+/// Opens the store that `target` names. Also returns the snapshot, if it names one.
 fn open(target: Option<&str>) -> anyhow::Result<(Arc<Store>, Option<SnapshotId>)> {
     match target {
-        // A folder whose name has an `@` in it is a folder all the same.
+        // A folder with an `@` in its name is still a folder.
         Some(target) if target.contains('@') && !Path::new(target).is_dir() => {
             let (_, store, id) = find_snapshot(target, StoreOptions::default())?;
             Ok((store, Some(id)))
@@ -62,11 +62,11 @@ fn open(target: Option<&str>) -> anyhow::Result<(Arc<Store>, Option<SnapshotId>)
     }
 }
 
-/// Snapshot `of` and what it descends from, newest first.
+/// Snapshot `of` and its ancestors, newest first.
 fn line_of(newest_first: &[SnapshotInfo], of: SnapshotId) -> Vec<SnapshotInfo> {
     let mut next = Some(of);
     let mut line = Vec::new();
-    // A parent is older than its child.
+    // Parents are older than their children.
     for info in newest_first {
         if next == Some(info.id) {
             line.push(*info);
@@ -76,7 +76,7 @@ fn line_of(newest_first: &[SnapshotInfo], of: SnapshotId) -> Vec<SnapshotInfo> {
     line
 }
 
-/// Draws the line of the snapshot that is asked for, or of the newest, if a picture is wanted.
+/// Draws the history of the snapshot asked for, or of the newest, if a picture is wanted.
 fn draw(
     args: &LogArgs,
     store: &Arc<Store>,
@@ -93,7 +93,7 @@ fn draw(
     heatmap::draw_history(&wanted, store, &line).map(Some)
 }
 
-/// A snapshot's manifest, or what is wrong with it.
+/// A snapshot's manifest, or why it cannot be read.
 fn manifest(store: &Arc<Store>, info: &SnapshotInfo) -> Result<Manifest, String> {
     let snapshot = store.snapshot(info.id).map_err(|error| error.to_string())?;
     Ok(snapshot.manifest().clone())
@@ -103,7 +103,7 @@ fn figure(manifest: &Manifest, name: &str) -> u64 {
     manifest.stats[name].as_u64().unwrap_or(0)
 }
 
-/// How long the guest stood still; nothing stood still for one that was imported.
+/// How long the guest was paused; `-` for an imported snapshot, which had no guest.
 fn pause(manifest: &Manifest) -> String {
     manifest.stats["pause_us"].as_u64().map_or_else(|| "-".into(), output::micros)
 }
@@ -140,7 +140,7 @@ fn row(info: &SnapshotInfo, manifest: Result<Manifest, String>, tags: &[String])
     }
 }
 
-/// Prints each line as soon as it is known: a long history starts at once.
+/// Prints each line as soon as it is known, so that output of a long history begins at once.
 fn print_graph(
     store: &Arc<Store>,
     newest_first: &[SnapshotInfo],
@@ -157,8 +157,8 @@ fn print_graph(
     }
 }
 
-/// One line, whatever the message is. Figures are padded, so that they stand below each other as
-/// long as the graph keeps its width.
+/// One line, whatever the message holds. Numbers are padded, so that they line up as long as the
+/// graph keeps its width.
 fn graph_line(
     edges: &str,
     info: &SnapshotInfo,

@@ -1,5 +1,5 @@
-//! `frazil completion` and `frazil man`: what shells and `man` know of the command, from its own
-//! definition.
+//! `frazil completion` and `frazil man`: shell completion and man pages, made from the definition
+//! of the command line.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -15,7 +15,7 @@ use serde_json::json;
 use super::print_json;
 use crate::cli::{CompletionArgs, ManArgs, visible};
 
-/// What is to be known of all commands, and of no single one: a name, and what it is.
+/// Man page sections on what concerns all commands: names, and what they mean.
 const COMMON: &[(&str, &[(&str, &str)])] = &[
     (
         "NAMES",
@@ -72,7 +72,7 @@ pub(crate) fn completion(args: &CompletionArgs) -> anyhow::Result<()> {
     }
 }
 
-/// Values of arguments without a name, which `clap_complete` leaves out for fish.
+/// Completions for the values of positional arguments, which `clap_complete` leaves out for fish.
 fn fish_positionals(command: &Command) -> String {
     let mut lines = String::new();
     for command in command.get_subcommands() {
@@ -115,11 +115,12 @@ pub(crate) fn man(args: &ManArgs, json: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The name and the text of the page of `command`, which is `all` or one of its.
+/// The file name and the text of the man page of `command`, which is `all` or one of its
+/// subcommands.
 fn page(command: &Command, all: &Command) -> io::Result<(String, Vec<u8>)> {
     let is_all = command.get_name() == all.get_name();
-    // Pages say nothing of when they were made, so that the same source makes the same pages; an empty
-    // argument in quotes, or the next would be taken for the date.
+    // No date, so that the same source makes the same pages; but an empty argument in its place, or
+    // the next one would be taken for it.
     let version = all.get_version().unwrap_or_default();
     let man = Man::new(command.clone());
     let name = man.get_filename();

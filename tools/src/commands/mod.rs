@@ -29,7 +29,7 @@ use frazil_snapstore::{Snapshot, SnapshotId, Store, StoreOptions, reference};
 use frazil_vmm::privileges::User;
 use rustix::time::{ClockId, clock_gettime};
 
-/// When this process started to run our code, on the system-wide monotonic clock.
+/// When this process entered `main`, on the system-wide monotonic clock.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Started {
     pub monotonic_ns: u64,
@@ -41,13 +41,13 @@ impl Started {
     }
 }
 
-/// Now, on the clock that all processes of this host share.
+/// The current time, on a clock that all processes of this host share.
 pub(crate) fn monotonic_ns() -> u64 {
     let now = clock_gettime(ClockId::Monotonic);
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
-/// The store a command works on if it names none.
+/// The store that a command uses if none is named.
 pub(crate) fn default_store() -> PathBuf {
     std::env::var_os("FRAZIL_STORE").map_or_else(|| PathBuf::from("frazil-store"), PathBuf::from)
 }
@@ -58,7 +58,8 @@ pub(crate) fn open_store(path: Option<&Path>) -> anyhow::Result<Arc<Store>> {
     Ok(Store::open(&path, StoreOptions::default())?)
 }
 
-/// Finds the snapshot that `STORE@REF` names: the store's path, the store, the snapshot's id.
+/// Finds the snapshot that `STORE@REF` names. Returns the store's path, the store, and the
+/// snapshot's id.
 pub(crate) fn find_snapshot(
     text: &str,
     options: StoreOptions,
@@ -70,7 +71,7 @@ pub(crate) fn find_snapshot(
     Ok((path, store, id))
 }
 
-/// Runs `with`, which opens files, with the rights of `user`, if there is one.
+/// Runs `with`, which opens files, with the rights of `user`, if one is given.
 pub(crate) fn as_user<T>(
     user: Option<&User>,
     with: impl FnOnce() -> anyhow::Result<T>,
@@ -81,13 +82,14 @@ pub(crate) fn as_user<T>(
     }
 }
 
-/// Opens the snapshot that `STORE@REF` names, to look at it.
+/// Opens the snapshot that `STORE@REF` names, for reading. Returns the store's path and the
+/// snapshot.
 pub(crate) fn open_snapshot(text: &str) -> anyhow::Result<(PathBuf, Snapshot)> {
     let (path, store, id) = find_snapshot(text, StoreOptions::default())?;
     Ok((path, store.snapshot(id)?))
 }
 
-/// True if both paths lead to one folder.
+/// True if both paths lead to the same folder.
 pub(crate) fn same_folder(a: &Path, b: &Path) -> bool {
     match (a.canonicalize(), b.canonicalize()) {
         (Ok(a), Ok(b)) => a == b,
@@ -95,7 +97,7 @@ pub(crate) fn same_folder(a: &Path, b: &Path) -> bool {
     }
 }
 
-/// The tags of every snapshot that has some.
+/// The tags of every snapshot that has any.
 pub(crate) fn tags_by_snapshot(store: &Store) -> BTreeMap<SnapshotId, Vec<String>> {
     let mut tags: BTreeMap<SnapshotId, Vec<String>> = BTreeMap::new();
     for (tag, id) in store.tags() {
@@ -104,7 +106,7 @@ pub(crate) fn tags_by_snapshot(store: &Store) -> BTreeMap<SnapshotId, Vec<String
     tags
 }
 
-/// What a snapshot is about, for people: `[tag] message`.
+/// A snapshot's tags and message, for people: `[tag] message`.
 pub(crate) fn what(tags: &[String], message: &str) -> String {
     let tags = tags.iter().map(|tag| format!("[{tag}]"));
     let parts: Vec<String> =

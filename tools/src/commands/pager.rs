@@ -1,4 +1,4 @@
-//! `frazil pager`: brings in memory for VMs in other processes.
+//! `frazil pager`: loads memory for VMs in other processes.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::Write;
@@ -16,18 +16,18 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use super::{as_user, find_snapshot};
 use crate::cli::{PagerArgs, WorkingSetArg};
 
-/// How long the memory of a snapshot is kept for VMs to come.
+/// How long a snapshot's memory is kept for further VMs.
 const LINGER: Duration = Duration::from_secs(5);
-/// How long the first may take.
+/// How long to wait for the first VM.
 const FIRST_PATIENCE: Duration = Duration::from_mins(1);
-/// How long it is waited for file descriptors, or memory, when there are none left.
+/// How long to wait when file descriptors or memory run out.
 const SHORT_OF: Duration = Duration::from_millis(200);
-/// VMs that may be connected without having sat down: further ones wait to be let in.
+/// How many VMs may be connected without being seated; further ones wait to be let in.
 const STANDING_MAX: usize = 256;
-/// How long a resumed VM is watched for what it touches, if nobody says otherwise.
+/// How long to record what a resumed VM touches, by default.
 const RECORD: Duration = Duration::from_secs(1);
 
-/// What the command line says about how memory is brought in.
+/// The pager's options, from the command line's.
 pub(crate) fn options(
     no_fill: bool,
     fill_rate: Option<u64>,
@@ -60,7 +60,7 @@ pub(crate) fn pager(args: &PagerArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Until nobody has used it for a while.
+/// Serves the memory of a snapshot at `socket` until nobody has used it for a while.
 fn serve_many(args: &PagerArgs, snapshot: &str, socket: &Path) -> anyhow::Result<()> {
     let Some(place) = Place::take_unless_served(socket)? else { return say_ready() };
     raise_descriptor_limit();
@@ -71,10 +71,10 @@ fn serve_many(args: &PagerArgs, snapshot: &str, socket: &Path) -> anyhow::Result
     let image = frazil_vmm::shared_image(&pinned)?;
     let options = options(args.no_fill, args.fill_rate, args.working_set, args.record_working_set);
     let server = Arc::new(ImageServer::new(image, options)?);
-    // Of a server that is no more: the place is ours.
+    // A socket that is still there is of a server that has ended: this process holds the lock.
     let _none = std::fs::remove_file(socket);
     let at = || format!("cannot listen at {}", socket.display());
-    // From the first moment on for nobody else.
+    // The umask keeps others from connecting from the first moment on.
     let before = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o177));
     let listener = pager::listen(socket).with_context(at);
     rustix::process::umask(before);
@@ -93,12 +93,13 @@ fn serve_many(args: &PagerArgs, snapshot: &str, socket: &Path) -> anyhow::Result
         if server.standing() >= STANDING_MAX {
             std::thread::sleep(SHORT_OF);
         } else if let Some(user) = next_user(&listener, Duration::from_millis(200)) {
-            // It is not counted before its thread runs.
+            // A VM is not counted among the users before its thread runs.
             idle_until = Instant::now() + LINGER;
             serve(&server, user);
         }
     }
-    // Nobody finds it any more, and another may begin; who found it a moment ago is served.
+    // From here on nobody can find this server, and another may start; VMs that found it a moment
+    // ago are still served.
     place.leave();
     while let Some(user) = next_user(&listener, Duration::ZERO) {
         serve(&server, user);
@@ -110,8 +111,8 @@ fn serve_many(args: &PagerArgs, snapshot: &str, socket: &Path) -> anyhow::Result
     Ok(())
 }
 
-/// Each VM takes several file descriptors here, and what a process may have of them at first is meant
-/// for one that waits for them with `select`.
+/// Raises the limit of file descriptors, as each VM takes several: the default suits processes that
+/// use `select`.
 fn raise_descriptor_limit() {
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
     if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
@@ -119,8 +120,8 @@ fn raise_descriptor_limit() {
     }
 }
 
-/// The next VM that connects, if one does before long. If it cannot be let in, those that are there
-/// are served all the same: it is let in once something is free.
+/// The next VM that connects, if one does within `patience`. If it cannot be let in for lack of
+/// resources, those that are connected are served all the same, and it is let in later.
 fn next_user(listener: &OwnedFd, patience: Duration) -> Option<OwnedFd> {
     pager::accept(listener, patience).unwrap_or_else(|error| {
         tracing::warn!(%error, "cannot let a VM in");
@@ -129,9 +130,9 @@ fn next_user(listener: &OwnedFd, patience: Duration) -> Option<OwnedFd> {
     })
 }
 
-/// Has standard error go to the file `log`. This process is everybody's who shares the memory, and may
-/// outlive the command that started it: whoever waits for the end of what that command prints must not
-/// wait for us.
+/// Redirects standard error to the file `log`. This process serves every VM that shares the memory,
+/// and may outlive the command that started it: whoever waits for the end of that command's output
+/// must not wait for this process.
 fn log_to(log: &Path) -> anyhow::Result<()> {
     let file = File::create(log).with_context(|| format!("cannot create {}", log.display()))?;
     rustix::stdio::dup2_stderr(&file).context("cannot redirect standard error")
@@ -146,22 +147,24 @@ fn serve(server: &Arc<ImageServer>, user: OwnedFd) {
     };
     let spawned = std::thread::Builder::new().name("frazil-user".into()).spawn(serve);
     if let Err(error) = spawned {
-        // It is hung up on: it has not begun, so whoever started it can start it again.
+        // The connection is closed; the VM has not begun, so whoever started it can start it again.
         tracing::warn!(%error, "a VM is not served");
         std::thread::sleep(SHORT_OF);
     }
 }
 
-/// Where a server listens, and what is beside its socket. Whoever has it locked is the server there, and
-/// takes all of it away when it goes; after an error all but the log, which says what was wrong. One that
-/// is not root any more may have to leave that to others: see `frazil_vmm::control::list`.
+/// Where a server listens, and the files beside its socket. Whoever holds the lock is the server
+/// there, and removes the files when it ends; after an error all but the log, which says what was
+/// wrong. A server that is no longer root may have to leave the removal to others: see
+/// `frazil_vmm::control::list`.
 struct Place {
     socket: PathBuf,
     _lock: File,
 }
 
 impl Place {
-    /// None if another process serves there, and can be reached: whoever started this one can go there.
+    /// None if another process serves there and can be reached: whoever started this one can use
+    /// it.
     fn take_unless_served(socket: &Path) -> anyhow::Result<Option<Self>> {
         let until = Instant::now() + FIRST_PATIENCE;
         loop {
@@ -171,7 +174,7 @@ impl Place {
             if pager::connect(socket).is_ok() {
                 return Ok(None);
             }
-            // It is about to begin, or to end.
+            // The other process is about to begin serving, or to end.
             ensure!(
                 Instant::now() < until,
                 "another process holds {}.lock and does not serve at {}",
@@ -186,7 +189,8 @@ impl Place {
         beside(&self.socket, "log")
     }
 
-    /// Whatever went wrong with a VM, that VM has told; nobody else needs the log now.
+    /// Removes the log as well: each VM has reported what went wrong with it, and nobody else needs
+    /// it.
     fn leave(self) {
         let _gone = std::fs::remove_file(self.log());
     }
@@ -194,7 +198,7 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        // The lock last: who finds none may begin.
+        // The lock goes last: a process that finds none may begin to serve.
         for path in [self.socket.clone(), beside(&self.socket, "lock")] {
             let _gone = std::fs::remove_file(path);
         }
@@ -205,7 +209,7 @@ fn beside(socket: &Path, what: &str) -> PathBuf {
     PathBuf::from(format!("{}.{what}", socket.display()))
 }
 
-/// None if another process has it locked, or has just taken it away.
+/// Locks `path`. None if another process holds the lock, or has just removed the file.
 fn lock(path: &Path) -> anyhow::Result<Option<File>> {
     let file = OpenOptions::new().write(true).create(true).truncate(false).open(path);
     let file = file.with_context(|| format!("cannot create {}", path.display()))?;

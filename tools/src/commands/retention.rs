@@ -1,4 +1,4 @@
-//! `frazil forget` and `frazil prune`: which snapshots stay, and the space of the others.
+//! `frazil forget` and `frazil prune`: which snapshots stay, and freeing the space of the others.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -18,13 +18,13 @@ use super::{default_store, open_store, print_json, same_folder, tags_by_snapshot
 use crate::cli::{ForgetArgs, PruneArgs, usage_error};
 use crate::output;
 
-/// How long another writer is waited for: VMs that take checkpoints hold the store for moments.
+/// How long to wait for another writer: VMs that take checkpoints hold the store for moments.
 const WRITER_PATIENCE: Duration = Duration::from_secs(5);
 
-/// A snapshot, and what becomes of it.
+/// A snapshot, and what happens to it.
 struct Row {
     info: SnapshotInfo,
-    /// None if it is damaged.
+    /// None if the snapshot is damaged.
     manifest: Option<Manifest>,
     tags: Vec<String>,
     keep: bool,
@@ -47,7 +47,7 @@ pub(crate) fn forget(args: &ForgetArgs, json: bool) -> anyhow::Result<()> {
         if policy.is_empty() {
             patiently(|| store.forget(&ids))?;
         } else {
-            // Somebody may have tagged one since it was judged.
+            // A snapshot may have been tagged since it was judged.
             ids = patiently(|| store.forget_untagged(&ids))?;
             keep_others(&mut rows, &ids);
         }
@@ -57,13 +57,13 @@ pub(crate) fn forget(args: &ForgetArgs, json: bool) -> anyhow::Result<()> {
     if !json {
         say_forgotten(&store, ids.len(), left, args);
     }
-    // What pruning would free is known once they are forgotten, not before.
+    // What pruning frees is known only after they are forgotten, so a dry run does not say.
     let pruned = if args.prune && !args.dry_run {
         let started = Instant::now();
         let options = PruneOptions::default();
         let report = prune_with_bar(&store, &options);
         if json && report.is_err() {
-            // What was done is done.
+            // The snapshots are forgotten even though pruning failed.
             print_json(&json!({
                 "forgotten": ids.len(), "left": left, "dry_run": false, "prune": null,
             }))?;
@@ -85,14 +85,14 @@ pub(crate) fn forget(args: &ForgetArgs, json: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Those that were to go and did not have been tagged meanwhile.
+/// Marks as kept the rows that were to be forgotten but have been tagged meanwhile.
 fn keep_others(rows: &mut [Row], forgotten: &[SnapshotId]) {
     for row in rows.iter_mut().filter(|row| !row.keep && !forgotten.contains(&row.info.id)) {
         (row.keep, row.reasons) = (true, vec!["tagged"]);
     }
 }
 
-/// The store's folder, if any is named, and the references to snapshots in it.
+/// The store's folder, if one is named, and the references to snapshots in it.
 fn split_targets(args: &ForgetArgs) -> anyhow::Result<(Option<&Path>, Vec<&str>)> {
     let mut folder = args.store.as_deref();
     let mut references = Vec::new();
@@ -141,7 +141,7 @@ fn check_usage(args: &ForgetArgs, policy: &Policy, references: &[&str]) -> Resul
     }
 }
 
-/// The store's snapshots, oldest first, all to be kept.
+/// The store's snapshots, oldest first, all marked as kept.
 fn rows(store: &Arc<Store>) -> Vec<Row> {
     let mut tags = tags_by_snapshot(store);
     let row = |info: SnapshotInfo| Row {
@@ -154,7 +154,7 @@ fn rows(store: &Arc<Store>) -> Vec<Row> {
     store.snapshots().into_iter().map(row).collect()
 }
 
-/// The snapshots that `references` name, to be forgotten.
+/// The snapshots that `references` name, marked as forgotten.
 fn named(store: &Arc<Store>, references: &[&str], untag: bool) -> anyhow::Result<Vec<Row>> {
     let mut ids = Vec::new();
     for reference in references {
@@ -198,7 +198,7 @@ fn judged(store: &Arc<Store>, policy: &Policy, name: Option<&str>) -> anyhow::Re
     let candidates: Vec<Candidate> = rows.iter().filter_map(candidate).collect();
     let mut verdicts = decide(policy, &candidates, &TimeZone::system()).into_iter();
     for row in &mut rows {
-        // Nobody knows whose a damaged one is: that is for a person to decide.
+        // A damaged snapshot's VM is unknown: a person has to decide.
         let verdict = row.manifest.as_ref().and_then(|_| verdicts.next());
         (row.keep, row.reasons) = verdict
             .map_or_else(|| (true, vec!["damaged"]), |verdict| (verdict.keep, verdict.reasons));
@@ -326,7 +326,7 @@ fn say_pruned(store: &Store, report: &PruneReport, took: Duration) {
     );
 }
 
-/// Does `act`, again and again for a while if another process is just writing to the store.
+/// Calls `act`, retrying for a while if another process is writing to the store.
 fn patiently<T>(mut act: impl FnMut() -> Result<T, StoreError>) -> Result<T, StoreError> {
     let started = Instant::now();
     loop {

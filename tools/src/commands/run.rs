@@ -32,11 +32,11 @@ use crate::cli::{
 use crate::console::{self, Console};
 use crate::output;
 
-/// Signals that come so soon after the first are the same one.
+/// A signal that comes within this time of the first is the same one, sent twice.
 const SIGNAL_ECHO: Duration = Duration::from_millis(500);
-/// How long the counters may take to be read before the guest runs all the same.
+/// How long to wait for the guest's counters to be read before it runs anyway.
 const FIRST_READ_PATIENCE: Duration = Duration::from_secs(5);
-/// How long first progress of a resumed workload is waited for before it is not reported.
+/// How long to wait for a resumed workload's first progress before giving up on reporting it.
 const FIRST_PROGRESS_PATIENCE: Duration = Duration::from_mins(1);
 
 pub(crate) fn run(args: RunArgs, json: bool) -> anyhow::Result<ExitCode> {
@@ -64,7 +64,7 @@ pub(crate) fn run(args: RunArgs, json: bool) -> anyhow::Result<ExitCode> {
     let config = MachineConfig {
         disks,
         nets: host.nets.clone(),
-        // The built-in guest has no drivers.
+        // The built-in guest has no drivers for these.
         rng: is_kernel,
         balloon: is_kernel && !no_balloon,
         vsock: host.vsock.clone(),
@@ -87,7 +87,7 @@ pub(crate) fn run(args: RunArgs, json: bool) -> anyhow::Result<ExitCode> {
 pub(crate) fn resume(args: ResumeArgs, json: bool, started: Started) -> anyhow::Result<ExitCode> {
     let (path, store, snapshot) = as_user(args.host.user.as_ref(), || {
         let (path, store, named) = find_snapshot(&args.snapshot, store_options(&args.host))?;
-        // It must not be pruned away under the VM, though it may be forgotten.
+        // A pinned snapshot can be forgotten, but not pruned away under the VM.
         let snapshot = store.pin(args.exactly.unwrap_or(named))?;
         if let Some(user) = &args.host.user {
             user.check_writable(&path)?;
@@ -133,7 +133,8 @@ pub(crate) fn resume(args: ResumeArgs, json: bool, started: Started) -> anyhow::
     })
 }
 
-/// The store of a VM that is run by the user of `host`: what is made in it is that user's.
+/// Opens or creates the store of a VM that runs as the user of `host`; what is created belongs to
+/// that user.
 fn open_or_create(path: &Path, host: &HostArgs) -> anyhow::Result<Arc<Store>> {
     if let Some(user) = &host.user {
         user.make_folder(path)?;
@@ -147,7 +148,7 @@ fn open_or_create(path: &Path, host: &HostArgs) -> anyhow::Result<Arc<Store>> {
     })
 }
 
-/// Memory that is shared comes in as whoever was first wanted it to.
+/// Warns of paging options that have no effect: shared memory is loaded as the first VM asked.
 fn warn_of_ignored_paging(args: &ResumeArgs, id: SnapshotId) -> anyhow::Result<()> {
     let given = [
         ("--no-fill", args.no_fill),
@@ -167,7 +168,7 @@ fn warn_of_ignored_paging(args: &ResumeArgs, id: SnapshotId) -> anyhow::Result<(
     Ok(())
 }
 
-/// How the memory of a resumed VM is to come back.
+/// How to load the memory of a resumed VM.
 fn loading(args: &ResumeArgs, store: &Path, id: SnapshotId) -> anyhow::Result<Loading> {
     if args.eager {
         return Ok(Loading::Eager);
@@ -184,7 +185,7 @@ fn loading(args: &ResumeArgs, store: &Path, id: SnapshotId) -> anyhow::Result<Lo
     let place = match args.pager {
         PagerArg::Internal => PagerPlace::Here,
         PagerArg::External => PagerPlace::Process {
-            // Another user may have no way to where this program is.
+            // Another user may have no access to this program's path.
             program: match &args.host.user {
                 Some(_) => PathBuf::from("/proc/self/exe"),
                 None => std::env::current_exe().context("cannot tell where this program is")?,
@@ -195,21 +196,21 @@ fn loading(args: &ResumeArgs, store: &Path, id: SnapshotId) -> anyhow::Result<Lo
     Ok(Loading::Lazy(options, place))
 }
 
-/// For one of several clones: they end with the process that started them.
+/// Ends this process, one of several clones, with the process that started it.
 fn end_with_parent() -> anyhow::Result<()> {
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM))
         .context("cannot ask to be told of the end of the process that started this one")
 }
 
-/// All that only root may have is there: goes on as the user that `host` names.
+/// Switches to the user that `host` names, once everything that needs root is open.
 fn settle(host: &HostArgs, is_clone: bool) -> anyhow::Result<()> {
     let Some(user) = &host.user else { return Ok(()) };
     user.settle()?;
-    // Who becomes another user is not told any more.
+    // A process that switches users loses its parent-death signal.
     if is_clone { end_with_parent() } else { Ok(()) }
 }
 
-/// A VM and what surrounds it while this process lives.
+/// A VM and what belongs to it while this process runs.
 struct Session {
     vm: Arc<Vm>,
     registration: Registration,
@@ -230,14 +231,14 @@ fn serve(session: Session) -> anyhow::Result<ExitCode> {
     let telling = teller.clone();
     let tell = move |taken: &frazil_vmm::Result<CheckpointReport>| telling.checkpoint(taken);
     let server = Server::start(Arc::clone(&vm), &registration.record().socket, Arc::new(tell))?;
-    // Now it can be reached, and told to end.
+    // From here on the VM can be reached, and told to end.
     registration.announce()?;
     settle(&host, is_clone)?;
     announce(&vm, &registration, &store_path, &host, json, console.as_ref())?;
     if let Some(started) = first_progress {
         watch_first_progress(&vm, started, json);
     }
-    // Told to end before it could start: that is no failure.
+    // A VM that was told to end before it could start has not failed.
     if !paused
         && let Err(error) = vm.go()
         && vm.ended().is_none()
@@ -252,10 +253,10 @@ fn serve(session: Session) -> anyhow::Result<ExitCode> {
         }
     };
     drop(scheduler);
-    // Answers that are on their way, such as to the request that ended the VM, get a moment; a
-    // suspending checkpoint's line comes before the end's.
+    // Gives answers on their way, such as to the request that ended the VM, a moment to go out; the
+    // line of a suspending checkpoint precedes that of the end.
     drop(server);
-    // No checkpoint comes any more: what it does last is final.
+    // There are no more checkpoints: the keeper's last pass is final.
     drop(keeper);
     vm.finish_output();
     drop(console);
@@ -347,14 +348,14 @@ fn host_config(host: &HostArgs, store: Option<Arc<Store>>, json: bool) -> HostCo
     }
 }
 
-/// Ctrl-C and `kill` end the VM as `frazil stop` does; a second one ends the process at once.
+/// Ctrl-C and `kill` end the VM as `frazil stop` does; a second signal ends the process at once.
 fn stop_on_signals(vm: &Arc<Vm>) -> anyhow::Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("cannot handle signals")?;
     let vm = Arc::downgrade(vm);
     std::thread::Builder::new().name("frazil-signals".into()).spawn(move || {
         let mut first: Option<Instant> = None;
         for signal in signals.forever() {
-            // `timeout` and terminals send one signal twice, to the process and to its group.
+            // `timeout` and terminals send a signal twice: to the process and to its group.
             let again = first.get_or_insert_with(Instant::now).elapsed() > SIGNAL_ECHO;
             match vm.upgrade() {
                 Some(vm) if !again => vm.stop(),
@@ -401,10 +402,10 @@ fn announce(
     Ok(())
 }
 
-/// Tells when the built-in guest of a resumed VM has done its first work.
+/// Reports when the built-in guest of a resumed VM makes its first progress.
 fn watch_first_progress(vm: &Arc<Vm>, started: Started, json: bool) {
-    // Reading the guest's counters may need its memory: never on the thread that has to notice
-    // that the VM has failed.
+    // Reading the guest's counters may need its memory to be loaded, so never do it on the thread
+    // that has to notice that the VM has failed.
     let (ready, read) = mpsc::channel();
     let vm = Arc::downgrade(vm);
     let watch = move || {
@@ -432,9 +433,9 @@ fn watch_first_progress(vm: &Arc<Vm>, started: Started, json: bool) {
             std::thread::sleep(Duration::from_micros(50));
         }
     };
-    // Without the thread nothing is missing but the message.
+    // Without the thread, only the message is missing.
     let _unwatched = std::thread::Builder::new().name("frazil-progress".into()).spawn(watch);
-    // The guest must not run before its counters were read; a VM that cannot be read ends.
+    // The guest must not run before its counters are read; if they cannot be, the VM ends.
     let _read_or_late = read.recv_timeout(FIRST_READ_PATIENCE);
 }
 

@@ -1,4 +1,4 @@
-//! `frazil show`: what a snapshot is.
+//! `frazil show`: what a snapshot holds.
 
 use std::fmt::Write;
 
@@ -16,7 +16,7 @@ pub(crate) fn show(args: &ShowArgs, json: bool) -> anyhow::Result<()> {
     let (_, snapshot) = open_snapshot(&args.snapshot)?;
     let manifest = snapshot.manifest();
     let states = snapshot.states()?;
-    // As `log` has it: if the one it was taken on was forgotten, the nearest ancestor that was not.
+    // As in `log`: if the snapshot's parent was forgotten, its nearest ancestor that was not.
     let parent = snapshot.store().resolve(&snapshot.id().to_string())?.parent;
     let drawn = draw(args, &snapshot, parent)?;
     let tags: Vec<String> = snapshot
@@ -68,7 +68,7 @@ pub(crate) fn show(args: &ShowArgs, json: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Draws the snapshot, if that is wanted.
+/// Draws the snapshot, if a picture is wanted.
 fn draw(
     args: &ShowArgs,
     snapshot: &Snapshot,
@@ -79,10 +79,10 @@ fn draw(
     heatmap::draw_snapshot(&wanted, snapshot, parent.as_ref()).map(Some)
 }
 
-/// What a region's tree tells of it; none of what cannot be read.
+/// Figures from a region's tree; None for what cannot be read.
 struct Sums {
     contents_pages: Option<u64>,
-    /// Since the parent; none without one.
+    /// Pages changed since the parent; None without one.
     changed_pages: Option<u64>,
 }
 
@@ -138,7 +138,7 @@ fn show_stats(stats: &Value) {
     }
 }
 
-/// Values of more than a line are for `--json`.
+/// Longer values than this are only in the `--json` output.
 const LONGEST_VALUE: usize = 100;
 
 fn show_chunk(chunk: &StateChunk) {
@@ -176,14 +176,15 @@ fn show_value(value: &Value, indent: &str) {
     }
 }
 
-/// Registers, as many to a line as fit; what is longer has a line of its own.
+/// Prints registers and other fields, as many to a line as fit; longer ones have a line of their
+/// own.
 fn show_fields(fields: &serde_json::Map<String, Value>, indent: &str) {
     lines_of(fields).iter().for_each(|line| outln!("{indent}{line}"));
 }
 
-/// Columns of a name and its value; two blanks at least are between two of them.
+/// Columns of a name and its value, with at least two blanks after them.
 const FIELD_COLUMNS: usize = 28;
-/// Columns of a name, if it is no longer.
+/// Columns of a name, unless it is longer.
 const NAME_COLUMNS: usize = 6;
 /// Fields to a line.
 const FIELDS_PER_LINE: usize = 4;

@@ -1,5 +1,5 @@
-//! What the process of a VM tells of it while it runs: events with `--json`, sentences otherwise.
-//! All of it says which VM it is: with `--clones` many share one output.
+//! What a VM's process reports while the VM runs: events with `--json`, sentences otherwise. Each
+//! names the VM, since with `--clones` many share one output.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,10 +12,10 @@ use serde_json::{Value, json};
 
 use crate::output;
 
-/// How often a failure that repeats itself is told.
+/// How often a recurring failure is reported.
 const REPEAT_AFTER: Duration = Duration::from_secs(10);
 
-/// Tells what happens to one VM.
+/// Reports what happens to one VM.
 #[derive(Clone)]
 pub(super) struct Teller {
     vm: Arc<Vm>,
@@ -34,7 +34,7 @@ impl Teller {
         outln!("{event}");
     }
 
-    /// Says that something failed; the same failure again and again only every so often.
+    /// Reports that something failed; repetitions of the same failure only every `REPEAT_AFTER`.
     fn complain(&self, what: &'static str, error: &str) {
         static LAST: Mutex<BTreeMap<&str, (String, Instant)>> = Mutex::new(BTreeMap::new());
         let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
@@ -47,7 +47,7 @@ impl Teller {
         }
     }
 
-    /// A checkpoint was taken, or not.
+    /// Reports a checkpoint that was taken, or why it was not.
     pub(super) fn checkpoint(&self, taken: &frazil_vmm::Result<CheckpointReport>) {
         match taken {
             Ok(report) if self.json => {
@@ -63,7 +63,7 @@ impl Teller {
                     self.event("checkpoint_failed", json!({"error": error.to_string()}));
                 }
             }
-            // Nobody misses it.
+            // The VM has ended, so nobody misses the checkpoint.
             Err(_) if self.vm.ended().is_some() => {}
             Err(error) if error.is_cancelled() => {
                 self.complain("checkpoint given up", &error.to_string());
@@ -72,12 +72,12 @@ impl Teller {
         }
     }
 
-    /// As the VM counts it.
+    /// True if the VM counts the checkpoint as cancelled rather than failed.
     fn was_given_up(&self, error: &VmmError) -> bool {
         error.is_cancelled() || self.vm.ended().is_some()
     }
 
-    /// The scheduler has something to tell.
+    /// Reports an event of the scheduler.
     pub(super) fn schedule(&self, event: &ScheduleEvent<'_>) {
         match event {
             ScheduleEvent::Checkpoint(taken) => self.checkpoint(taken),
@@ -108,7 +108,7 @@ impl Teller {
         }
     }
 
-    /// The rules for snapshots were applied, or could not be.
+    /// Reports that the retention rules were applied, or why they could not be.
     pub(super) fn kept(&self, kept: &frazil_vmm::Result<Kept>) {
         match kept {
             Ok(Kept { forgotten, left, pruned }) if self.json => {

@@ -64,7 +64,7 @@ fn check_blocks(store: &Arc<Store>, ids: &[SnapshotId]) -> Result<VerifyReport, 
     })
 }
 
-/// Checks memory against the workload's oracle; returns how many pages that were.
+/// Checks memory against the workload's oracle. Returns the number of pages checked.
 fn check_memory(
     store: &Arc<Store>,
     ids: &[SnapshotId],
