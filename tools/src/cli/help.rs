@@ -89,8 +89,8 @@ fn wrapped(text: &str, width: usize) -> String {
 /// The commands and arguments meant for people; hidden ones are for frazil itself.
 pub(crate) fn visible() -> Command {
     let mut all = command();
-    // This adds `frazil help help`, for `strip` to remove: nobody needs help with help, and where
-    // it is offered, fish completes nothing else after `help`.
+    // This adds `help`, so that `strip` can take `help help` out: nobody needs help with help, and
+    // where it is offered, fish offers nothing else after `help`.
     all.build();
     strip(&all, "frazil")
 }

@@ -20,12 +20,12 @@ use crate::heatmap::{self, Wanted};
 /// A field of a state chunk that differs.
 #[derive(Debug, PartialEq, Serialize)]
 struct FieldDiff {
-    /// `regs.rip`, `msrs[0x10].value`.
+    /// For example `regs.rip` or `msrs[0x10].value`.
     path: String,
-    /// None: A does not have it.
+    /// None if A does not have the field.
     #[serde(skip_serializing_if = "Option::is_none")]
     old: Option<Value>,
-    /// None: B does not have it.
+    /// None if B does not have the field.
     #[serde(skip_serializing_if = "Option::is_none")]
     new: Option<Value>,
 }
@@ -97,7 +97,7 @@ fn change(state: &StateDiff) -> &'static str {
     }
 }
 
-/// The fields that differ; of a chunk that only one has, none.
+/// The fields that differ; none for a chunk that only one of the snapshots has.
 fn fields(state: &StateDiff) -> Vec<FieldDiff> {
     let mut out = Vec::new();
     if let (Some(a), Some(b)) = (&state.a, &state.b) {
@@ -129,16 +129,16 @@ fn compare(path: &str, old: Option<&Value>, new: Option<&Value>, out: &mut Vec<F
     }
 }
 
-/// What a part of a value is called.
+/// The name of a part of a value.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Part<'a> {
     Field(&'a str),
     Item(usize),
-    /// An item that says its number: model-specific registers do.
+    /// An item that has a number of its own, as model-specific registers do.
     Keyed(String),
 }
 
-/// The named parts of an object or a list; none of anything else.
+/// The parts of an object or a list by name; None for any other value.
 fn parts(value: &Value) -> Option<BTreeMap<Part<'_>, &Value>> {
     match value {
         Value::Object(fields) => {
@@ -149,7 +149,7 @@ fn parts(value: &Value) -> Option<BTreeMap<Part<'_>, &Value>> {
                 .iter()
                 .filter_map(|item| Some((Part::Keyed(plain(item.get("index")?)), item)))
                 .collect();
-            // Keys are of use if every item has one of its own.
+            // Keys are only of use if each item has a different one.
             if keyed.len() == items.len() {
                 return Some(keyed);
             }
@@ -159,7 +159,7 @@ fn parts(value: &Value) -> Option<BTreeMap<Part<'_>, &Value>> {
     }
 }
 
-/// A string without quotes, anything else as JSON.
+/// A string without its quotes; anything else as JSON.
 fn plain(value: &Value) -> String {
     value.as_str().map_or_else(|| value.to_string(), str::to_owned)
 }
@@ -203,7 +203,7 @@ mod tests {
                 ("msrs[0x20]".into(), None, Some(msr("0x20", 4))),
             ]
         );
-        // Two of one number: only their places tell them apart.
+        // Two items with the same number: only their places tell them apart.
         let twice = json!([msr("1", 1), msr("1", 2)]);
         let other = json!([msr("1", 1), msr("1", 3)]);
         assert_eq!(diff_of(&twice, &other), [("[1].value".into(), Some(json!(2)), Some(json!(3)))]);

@@ -1,4 +1,4 @@
-//! A diff for people: first what there is at a glance, then each region and each chunk of state.
+//! Prints a diff for people: first a summary, then each region and each chunk of state.
 
 use std::collections::BTreeMap;
 use std::io::IsTerminal;
@@ -13,11 +13,11 @@ use super::{FieldDiff, change, changed_bytes, fields, plain};
 use crate::commands::{tags_by_snapshot, what};
 use crate::output::{self, Line, style};
 
-/// Values of more than this are for `--json`.
+/// Longer values than this are only in the `--json` output.
 const LONGEST_VALUE: usize = 60;
-/// Columns that names of fields take at the most, before values stand out of line.
+/// The most columns that field names may take before values get out of line.
 const NAME_COLUMNS_MAX: usize = 52;
-/// Columns of the map of a region.
+/// Columns of a region's map.
 const MAP_COLUMNS: u64 = 64;
 
 pub(super) fn print(a: &Snapshot, b: &Snapshot, found: &SnapshotDiff, ranges: usize) {
@@ -51,7 +51,7 @@ fn print_header(side: &str, snapshot: &Snapshot) {
         .print();
 }
 
-/// All of it on a few lines.
+/// Prints the whole diff in a few lines.
 fn print_summary(found: &SnapshotDiff) {
     outln!("");
     for region in &found.regions {
@@ -118,7 +118,7 @@ fn print_region(region: &RegionDiff, most: usize, is_disk: bool) {
             output::bytes(region.stored_bytes)
         ))
         .print();
-    // In a pipe there is nobody to look at it.
+    // In a pipe nobody would look at it.
     if std::io::stdout().is_terminal() {
         print_map(region);
     }
@@ -133,7 +133,7 @@ fn print_region(region: &RegionDiff, most: usize, is_disk: bool) {
     }
 }
 
-/// The region on one line: the higher, the more of that part has changed.
+/// Prints the region on one line: the higher the bar, the more of that part has changed.
 fn print_map(region: &RegionDiff) {
     let pages = region.pages_a.max(region.pages_b).unwrap_or(1).max(1);
     Line::new()
@@ -165,7 +165,7 @@ fn map(ranges: &[PageRange], pages: u64) -> String {
         let all = start(column + 1) - start(column);
         match changed {
             0 => ' ',
-            // By powers: one page of thousands is to be seen, and so is whether it is half or all.
+            // A logarithmic scale shows one page of thousands, and still tells half from all.
             some => {
                 let share = ((some + 1) as f64).log2() / ((all + 1) as f64).log2();
                 HEIGHTS[((share * 8.0).ceil() as usize).clamp(1, 8) - 1]
@@ -191,7 +191,7 @@ fn print_ranges(region: &RegionDiff, most: usize, is_disk: bool) {
     output::print_table(&table);
 }
 
-/// A range in bytes: guest-physical addresses, where the region is guest memory.
+/// A range in bytes; in guest memory, these are guest-physical addresses.
 fn range_row(range: PageRange) -> [String; 4] {
     let start = range.first.saturating_mul(PAGE_SIZE as u64);
     let bytes = range.count.saturating_mul(PAGE_SIZE as u64);
@@ -204,7 +204,7 @@ fn range_row(range: PageRange) -> [String; 4] {
     ]
 }
 
-/// A range of a disk as the guest's tools count: the first sector and the last.
+/// A range of a disk in sectors, as the guest's tools count: the first and the last.
 fn sectors(range: PageRange) -> String {
     let per_page = PAGE_SIZE as u64 / SECTOR_BYTES;
     let first = range.first.saturating_mul(per_page);
@@ -229,7 +229,8 @@ fn print_state(state: &StateDiff) {
     }
 }
 
-/// A field that differs, by name; of one that keeps registers as bytes, each register.
+/// The rows of a field that differs: one, or one per register if the field keeps registers as
+/// bytes.
 fn rows(field: &FieldDiff) -> Vec<[String; 3]> {
     if let (Some(old), Some(new)) = (&field.old, &field.new) {
         let registers = registers(&field.path, old, new);
@@ -248,7 +249,7 @@ fn rows(field: &FieldDiff) -> Vec<[String; 3]> {
     vec![[name, old, new]]
 }
 
-/// Both values, so short that they fit a line.
+/// Both values, shortened to fit a line.
 fn brief(old: Option<&Value>, new: Option<&Value>) -> [String; 2] {
     if let (Some(Value::String(old)), Some(Value::String(new))) = (old, new)
         && old.len().max(new.len()) > LONGEST_VALUE
@@ -275,7 +276,7 @@ fn shorten(text: String) -> String {
     text.chars().take(LONGEST_VALUE).chain(['…']).collect()
 }
 
-/// The registers of fields that keep them as bytes, for `--json`: by path, then by name.
+/// The registers of the fields that keep them as bytes, for `--json`: by path, then by name.
 pub(super) fn named_registers(
     fields: &[FieldDiff],
 ) -> BTreeMap<String, BTreeMap<String, [String; 2]>> {

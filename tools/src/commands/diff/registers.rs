@@ -1,5 +1,5 @@
-//! Names for registers that state keeps by number or as bytes, because only the processor's manual
-//! says what they are.
+//! Names for the registers that state keeps by number or as bytes, since only the processor's
+//! manual says what those mean.
 //!
 //! Sources: Intel, Software Developer's Manual (SDM), volume 3, table 12-1 (local APIC registers),
 //! volume 1, section 13.4 (XSAVE area), volume 4 (MSRs); Linux, `arch/x86/include/asm/kvm_para.h`
@@ -76,14 +76,14 @@ pub(super) fn msr_name(index: u32) -> Option<&'static str> {
     })
 }
 
-/// What is said of the field at `path`: the name of the MSR, with `msrs[0x10].value`.
+/// The name of the MSR if `path` is of one, such as `msrs[0x10].value`.
 pub(super) fn name_of(path: &str) -> Option<&'static str> {
     let (_, rest) = path.split_once("msrs[0x")?;
     let (digits, _) = rest.split_once(']')?;
     msr_name(u32::from_str_radix(digits, 16).ok()?)
 }
 
-/// The registers that differ in the field at `path`, if it is one that keeps registers as bytes.
+/// The registers that differ in the field at `path`, if that field keeps registers as bytes.
 pub(super) fn registers(path: &str, old: &Value, new: &Value) -> Vec<Register> {
     let field = path.rsplit('.').next().unwrap_or(path);
     let layout: fn(usize) -> Vec<Place> = match field {
@@ -110,7 +110,7 @@ fn bytes(digits: &str) -> Option<Vec<u8>> {
     pairs.map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()).collect()
 }
 
-/// Where a register is.
+/// The place of a register in the bytes.
 struct Place {
     name: String,
     at: usize,
@@ -122,7 +122,7 @@ impl Place {
         self.at + self.len
     }
 
-    /// As a number; what is too long for one, as how much of it is not zero.
+    /// The value as a number; if it is too long for one, how many of its bytes are not zero.
     fn value(&self, bytes: &[u8]) -> String {
         let bytes = &bytes[self.at..self.end()];
         if bytes.len() > 32 {
@@ -135,8 +135,8 @@ impl Place {
     }
 }
 
-/// Places as `(name, first byte, length)`, and what is between them and behind, so that nothing that
-/// differs is left out.
+/// Places given as `(name, first byte, length)`, plus the gaps between and after them, so that no
+/// difference is left out.
 fn places(len: usize, named: impl IntoIterator<Item = (String, usize, usize)>) -> Vec<Place> {
     let mut out = Vec::new();
     let mut at = 0;
@@ -161,7 +161,7 @@ fn places(len: usize, named: impl IntoIterator<Item = (String, usize, usize)>) -
     out
 }
 
-/// Registers stand 16 bytes apart and are 4 long.
+/// Registers are 16 bytes apart and 4 bytes long.
 fn lapic(len: usize) -> Vec<Place> {
     let single = [
         (0x20, "id"),
@@ -198,8 +198,8 @@ fn lapic(len: usize) -> Vec<Place> {
     places(len, named.into_iter().map(|(at, name)| (name, at, 4)))
 }
 
-/// The legacy area, the header, and the upper halves of vector registers, in the standard format: other
-/// components are where CPUID says.
+/// The legacy area, the header, and the upper halves of vector registers, in the standard format.
+/// Where other components are depends on CPUID.
 fn xsave(len: usize) -> Vec<Place> {
     let fixed = [
         ("fcw", 0, 2),

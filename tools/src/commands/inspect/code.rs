@@ -1,4 +1,4 @@
-//! Instructions.
+//! Disassembly.
 
 use std::ops::ControlFlow;
 
@@ -14,9 +14,9 @@ use super::{hex, listened};
 use crate::cli::InspectArgs;
 use crate::output;
 
-/// Instructions that are shown if nobody says how many.
+/// Instructions to show by default.
 const COUNT: u64 = 16;
-/// No instruction is longer.
+/// The length of the longest instruction.
 const INSTRUCTION_BYTES_MAX: usize = 15;
 
 pub(super) fn disassemble(
@@ -29,7 +29,7 @@ pub(super) fn disassemble(
     let (space, mode) = (view.space(vcpu)?, view.code_mode(vcpu)?);
     let (next, base) = (view.next_instruction(vcpu)?, view.code_base(vcpu)?);
     let mut at = address.unwrap_or(next);
-    // Only a file is worth looking for the kernel.
+    // Only names from a file are worth the time it takes to find the kernel.
     let vmlinux = args.vmlinux.as_deref().map(Vmlinux::open).transpose()?;
     let names = match &vmlinux {
         Some(vmlinux) => {
@@ -48,7 +48,7 @@ pub(super) fn disassemble(
     for _ in 0..args.max_count.unwrap_or(COUNT) {
         let mut buffer = [0; INSTRUCTION_BYTES_MAX];
         let bytes = readable(view, vcpu, at, &mut buffer)?;
-        // Branches are about offsets in the segment.
+        // Branches are relative to the code segment's base.
         let ip = at.wrapping_sub(base);
         let mut decoder = Decoder::with_ip(mode.bits(), bytes, ip, DecoderOptions::NONE);
         let decoded = decoder.decode();
@@ -66,7 +66,7 @@ pub(super) fn disassemble(
         if printer.print(at, &bytes[..len], text).is_break() {
             break;
         }
-        // Nothing follows the last address.
+        // There is nothing after the last address.
         let Some(following) = after(at, len as u64, mode) else { break };
         at = following;
     }
@@ -77,17 +77,17 @@ pub(super) fn disassemble(
 struct Printer<'a> {
     formatter: IntelFormatter,
     names: Names<'a>,
-    /// The vCPU's next one.
+    /// The address of the vCPU's next instruction.
     next: u64,
-    /// Where its code segment begins.
+    /// The base of its code segment.
     base: u64,
     json: bool,
-    /// What the last one was in.
+    /// The function of the instruction printed last.
     function: Option<String>,
 }
 
 impl Printer<'_> {
-    /// An instruction, or what is there instead.
+    /// Prints an instruction, or the text that takes its place.
     fn print(
         &mut self,
         at: u64,
@@ -122,7 +122,7 @@ impl Printer<'_> {
         listened(output::try_line(line))
     }
 
-    /// Where a branch leads, by name.
+    /// The name of the place a branch leads to.
     fn target(&self, decoded: &Instruction) -> Option<String> {
         let branches =
             [FlowControl::UnconditionalBranch, FlowControl::ConditionalBranch, FlowControl::Call];
@@ -134,7 +134,7 @@ impl Printer<'_> {
     }
 }
 
-/// The address behind `len` bytes from `at` on.
+/// The address after `len` bytes at `at`; None after the last address.
 fn after(at: u64, len: u64, mode: CodeMode) -> Option<u64> {
     match mode {
         CodeMode::Bits64 => at.checked_add(len),

@@ -1,4 +1,4 @@
-//! Memory as bytes and as text.
+//! Dumps of memory, as bytes and as text.
 
 use std::ops::ControlFlow;
 
@@ -10,16 +10,16 @@ use super::{hex, listened, printable};
 use crate::cli::Span;
 use crate::output;
 
-/// Bytes that are shown if nobody says how many.
+/// Bytes to show by default.
 const LEN_BYTES: u64 = 256;
-/// Bytes of a line.
+/// Bytes per line.
 const LINE_BYTES: usize = 16;
-/// Bytes of a page: what is read at a time, and is one object with --json.
+/// Bytes read at a time, and per JSON object: a page.
 const PART_BYTES: u64 = 4096;
 
-/// At a guest physical address.
+/// Dumps memory at a guest physical address.
 pub(super) fn physical(memory: &SnapshotMemory, span: Span, json: bool) -> anyhow::Result<()> {
-    // Before anything is printed, and whatever the length.
+    // Fails here if nothing can be read, before anything is printed, and whatever the length.
     memory.read(span.address, &mut [0])?;
     let most = memory.ram_behind(span.address);
     let len = match span.len_bytes {
@@ -36,7 +36,7 @@ pub(super) fn physical(memory: &SnapshotMemory, span: Span, json: bool) -> anyho
     })
 }
 
-/// At a virtual address of a vCPU.
+/// Dumps memory at a virtual address of a vCPU.
 pub(super) fn virtually(
     view: &GuestView,
     vcpu: usize,
@@ -46,13 +46,13 @@ pub(super) fn virtually(
     let (space, memory, gva) = (view.space(vcpu)?, view.memory(), span.address);
     let read = |at: u64, bytes: &mut [u8]| -> anyhow::Result<Translation> {
         let found = space.translate(memory, at)?;
-        // A part of a page: it is in one piece.
+        // The bytes are within one page, so they are contiguous in guest physical memory.
         memory
             .read(found.gpa, bytes)
             .with_context(|| format!("virtual address {at:#x} of vCPU {vcpu}"))?;
         Ok(found)
     };
-    // Before anything is printed.
+    // Fails here if nothing can be read, before anything is printed.
     let found = read(gva, &mut [0])?;
     let most = (space.last() - gva).saturating_add(1);
     let len = match span.len_bytes {
@@ -60,7 +60,7 @@ pub(super) fn virtually(
             "virtual address {gva:#x}, {len} bytes: expected at most {most}, to the last address"
         ),
         Some(len) => len,
-        // As much as there is, if nobody said how much that should be.
+        // By default, as much as can be read.
         None => {
             let here = (PART_BYTES - gva % PART_BYTES).min(LEN_BYTES).min(most);
             let goes_on = here < LEN_BYTES.min(most) && read(gva + here, &mut [0]).is_ok();
@@ -88,7 +88,7 @@ pub(super) fn virtually(
     })
 }
 
-/// How the first address was found.
+/// Prints how the first address was translated.
 fn explain(space: &AddressSpace, found: &Translation, gva: u64, vcpu: usize) {
     outln!("vCPU {vcpu}, {}: virtual {gva:#x} is guest physical {:#x}", space.mode, found.gpa);
     for step in &found.steps {
@@ -96,10 +96,11 @@ fn explain(space: &AddressSpace, found: &Translation, gva: u64, vcpu: usize) {
     }
 }
 
-/// Reads bytes from an address on; returns what JSON says of the place.
+/// Reads bytes from an address on. Returns the JSON description of that place.
 type Read<'a> = dyn FnMut(u64, &mut [u8]) -> anyhow::Result<serde_json::Value> + 'a;
 
-/// Prints `left` bytes from `at` on, read a page at a time: what cannot be read ends it where it begins.
+/// Prints `left` bytes from `at` on, reading a page at a time: stops at the first page that cannot
+/// be read.
 fn dump(mut at: u64, mut left: u64, json: bool, read: &mut Read<'_>) -> anyhow::Result<()> {
     let mut lines = Lines::default();
     let mut buffer = [0; PART_BYTES as usize];
@@ -123,7 +124,7 @@ fn dump(mut at: u64, mut left: u64, json: bool, read: &mut Read<'_>) -> anyhow::
     Ok(())
 }
 
-/// Lines as `hexdump -C` prints them: those that repeat the one before are one star.
+/// Prints lines like `hexdump -C`: lines that repeat the previous one become a single star.
 #[derive(Default)]
 struct Lines {
     last: Option<Vec<u8>>,
@@ -167,7 +168,7 @@ impl Lines {
     }
 }
 
-/// "0000000000001000  48 65 …  |He…|"; a line that begins late is indented.
+/// A line such as "0000000000001000  48 65 …  |He…|"; one that begins late is indented.
 fn text(at: u64, line: &[u8]) -> String {
     let skip = at as usize % LINE_BYTES;
     let column = |column: usize| {

@@ -1,4 +1,4 @@
-//! Searching.
+//! `frazil inspect --search` and `--regex`.
 
 use std::cell::Cell;
 use std::ops::{ControlFlow, Range};
@@ -16,7 +16,7 @@ use super::{hex, listened, printable};
 use crate::cli::InspectArgs;
 use crate::output;
 
-/// Bytes that are shown before and behind a match if nobody says how many.
+/// Bytes to show before and after a match, by default.
 const CONTEXT_BYTES: u16 = 16;
 
 pub(super) fn find(args: &InspectArgs, snapshot: &Snapshot, json: bool) -> anyhow::Result<()> {
@@ -40,8 +40,8 @@ pub(super) fn find(args: &InspectArgs, snapshot: &Snapshot, json: bool) -> anyho
     Ok(())
 }
 
-/// What of `region` is searched, in bytes: of memory, each range of RAM by itself. Where there is none, nothing is
-/// found, and no match goes from one to the next.
+/// The parts of `region` to search, in bytes: for memory, the ranges of RAM. Nothing is found in
+/// the holes between them, and no match spans a hole.
 fn parts(snapshot: &Snapshot, region: &RegionReader) -> anyhow::Result<Vec<Range<u64>>> {
     if region.name() != RAM_REGION {
         return Ok(std::iter::once(0..region.pages() * PAGE_SIZE as u64).collect());
@@ -51,7 +51,7 @@ fn parts(snapshot: &Snapshot, region: &RegionReader) -> anyhow::Result<Vec<Range
     Ok(ranges.map(|range| range.gpa..range.gpa + range.len_bytes).collect())
 }
 
-/// What `--search` says.
+/// The bytes to search for, from the argument of `--search`.
 fn bytes_of(what: &str) -> anyhow::Result<Vec<u8>> {
     if let Some(digits) = what.strip_prefix("hex:") {
         return hex_bytes(digits).with_context(|| format!("--search {what}"));

@@ -1,10 +1,10 @@
-//! Source lines of addresses, from a kernel's debug information.
+//! Source lines for addresses, from a kernel's debug information.
 
 use addr2line::Context;
 use addr2line::gimli::{AbbreviationsCacheStrategy, Dwarf, EndianSlice, LittleEndian, SectionId};
 use frazil_vmm::inspect::KernelFile;
 
-/// What functions and lines are told by. Where variables are is of no use here, and much.
+/// The sections that functions and lines need. Those on variables are large, and of no use here.
 const NEEDED: [SectionId; 10] = [
     SectionId::DebugAbbrev,
     SectionId::DebugAddr,
@@ -18,11 +18,12 @@ const NEEDED: [SectionId; 10] = [
     SectionId::DebugStrOffsets,
 ];
 
-/// Lines of what was linked to be at an address.
+/// Source lines, by the addresses that the file was linked for.
 pub(super) struct Lines<'a>(Context<EndianSlice<'a, LittleEndian>>);
 
 impl<'a> Lines<'a> {
-    /// Those of `file`. A vmlinux may have kept its relocations, which are done: they are not read.
+    /// The lines of `file`. Relocations that a vmlinux may have kept are already applied, and not
+    /// read.
     pub(super) fn of(file: &KernelFile<'a>) -> anyhow::Result<Self> {
         let load = |id: SectionId| -> anyhow::Result<_> {
             let bytes = if NEEDED.contains(&id) { file.section(id.name())? } else { None };
@@ -38,7 +39,8 @@ impl<'a> Lines<'a> {
         Ok(Self(Context::from_dwarf(dwarf)?))
     }
 
-    /// `function at file:line`, of functions that were inlined there the innermost first.
+    /// The lines for `address`, as `function at file:line`; of functions inlined there, the
+    /// innermost first.
     pub(super) fn find(&self, address: u64) -> Vec<String> {
         let Ok(mut frames) = self.0.find_frames(address).skip_all_loads() else {
             return Vec::new();

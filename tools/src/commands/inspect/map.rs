@@ -1,4 +1,4 @@
-//! What each region is made of.
+//! What each region is made of: its ranges of pages, by kind.
 
 use std::cell::Cell;
 use std::io::{self, BufWriter, Write};
@@ -16,7 +16,7 @@ use super::listened;
 use crate::cli::InspectArgs;
 use crate::output;
 
-/// Ranges that are shown if nobody says how many.
+/// Ranges to show by default.
 const RANGES: usize = 20;
 const HEADER: [&str; 6] = ["FROM", "TO", "SIZE", "KIND", "STORED", "RATIO"];
 
@@ -39,19 +39,19 @@ pub(super) fn map(args: &InspectArgs, snapshot: &Snapshot, json: bool) -> anyhow
     Ok(())
 }
 
-/// A region, and where the machine has something of it.
+/// A region, and its holes.
 struct Mapped {
     region: RegionReader,
-    /// Pages where there is nothing: the hole in RAM.
+    /// Pages that do not exist in the machine: the hole in RAM.
     holes: Vec<Range<u64>>,
 }
 
-/// What a range is.
+/// The kind of a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
-    /// Pages, stored so.
+    /// Pages, by how they are stored.
     Pages(PageKind),
-    /// None at all.
+    /// No pages at all.
     Hole,
 }
 
@@ -93,8 +93,8 @@ impl Mapped {
         Ok(Self { region, holes })
     }
 
-    /// Tells the parts in order, until `tell` has had enough; what zero pages there are is told without those
-    /// in holes.
+    /// Passes the parts to `tell` in order, until it breaks. Returns the sums, with zero pages in
+    /// holes not counted, and the number of pages in holes.
     fn each(
         &self,
         tell: &mut dyn FnMut(Part) -> ControlFlow<()>,
@@ -140,7 +140,7 @@ impl Mapped {
         let what = if name == RAM_REGION { "guest physical" } else { "bytes of the disk" };
         outln!("  by {what}:");
         outln!("{}", row(&HEADER.map(str::to_owned)));
-        // As many as are wanted: all of them may be millions, which are not kept.
+        // Printed in a second pass: there may be millions, which are not kept in memory.
         let mut left = most;
         let mut flow = ControlFlow::Continue(());
         self.each(&mut |part| {
@@ -159,7 +159,7 @@ impl Mapped {
     }
 }
 
-/// A range without the holes in it, and the holes.
+/// Splits a range at holes, which become parts of their own.
 fn split(range: &MapRange, holes: &[Range<u64>]) -> Vec<Part> {
     let MapRange { first, count, kind, stored_bytes } = *range;
     let end = first + count;
@@ -170,7 +170,7 @@ fn split(range: &MapRange, holes: &[Range<u64>]) -> Vec<Part> {
         stored_bytes: if kind == Kind::Hole { 0 } else { stored_bytes },
     };
     let kind = Kind::Pages(kind);
-    // What is stored there all the same is shown as what it is.
+    // Data stored in a hole is shown as data.
     if kind != Kind::Pages(PageKind::Zero) {
         return vec![part(first..end, kind)];
     }
@@ -209,7 +209,7 @@ impl Part {
     }
 }
 
-/// Columns that line up whatever is in them, since rows are not kept.
+/// Formats a row. Column widths are fixed, since rows are printed without knowing the others.
 fn row(columns: &[String; 6]) -> String {
     let [from, to, size, kind, stored, ratio] = columns;
     format!("  {from:<14}  {to:<14}  {size:>12}  {kind:<5}  {stored:>12}  {ratio:>8}")
@@ -219,7 +219,7 @@ fn percent(part: u64, whole: u64) -> String {
     format!("{:.1} %", part as f64 / whole as f64 * 100.0)
 }
 
-/// All of it as JSON says it. Ranges are written as they are found.
+/// The JSON output. Ranges are written as they are found.
 struct Json<'a> {
     snapshot: &'a Snapshot,
     regions: &'a [Mapped],
@@ -230,7 +230,7 @@ impl Json<'_> {
         let mut out = BufWriter::new(io::stdout().lock());
         let printed = serde_json::to_writer(&mut out, self).map_err(io::Error::from);
         match printed.and_then(|()| writeln!(out)).and_then(|()| out.flush()) {
-            // Nobody listens any more.
+            // Nobody reads the output any more.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
             printed => Ok(printed?),
         }
@@ -266,7 +266,7 @@ impl Serialize for Mapped {
 
 struct Ranges<'a> {
     mapped: &'a Mapped,
-    /// What they came to, which is known when they are written.
+    /// The sums of the ranges, set once the ranges are written.
     sums: &'a Cell<(RegionMap, u64)>,
 }
 
@@ -307,7 +307,7 @@ mod tests {
         ] {
             assert_eq!(of(range.clone(), PageKind::Zero, hole), expected, "{range:?}");
         }
-        // What is there all the same is not hidden.
+        // Data in a hole is not hidden.
         assert_eq!(of(0..500, PageKind::Whole, hole), [(0, 500, "data")]);
         assert_eq!(of(0..9, PageKind::Zero, &[]), [(0, 9, "zero")]);
     }

@@ -1,4 +1,4 @@
-//! `frazil inspect`: a look into a snapshot.
+//! `frazil inspect`: looks into a snapshot.
 
 mod code;
 mod dump;
@@ -26,7 +26,7 @@ pub(crate) fn inspect(args: &InspectArgs, json: bool) -> anyhow::Result<()> {
     let view = || GuestView::open(&snapshot);
     let vcpu = args.vcpu.unwrap_or(0);
     if let Some(span) = args.gpa {
-        // Imported memory has no machine, and addresses all the same.
+        // An imported snapshot has no machine, but its memory has addresses all the same.
         return dump::physical(&SnapshotMemory::open(&snapshot)?, span, json);
     }
     if let Some(span) = args.gva {
@@ -44,7 +44,7 @@ pub(crate) fn inspect(args: &InspectArgs, json: bool) -> anyhow::Result<()> {
     map::map(args, &snapshot, json)
 }
 
-/// Options that are about another look than the one that is asked for.
+/// Rejects options that do not apply to what is asked for.
 fn check(args: &InspectArgs) -> anyhow::Result<()> {
     let searches = args.search.is_some() || args.regex.is_some();
     let code = args.disassemble.is_some() || args.stack;
@@ -68,7 +68,7 @@ fn check(args: &InspectArgs) -> anyhow::Result<()> {
     wrong.map_or(Ok(()), |wrong| Err(usage_error("inspect", wrong).into()))
 }
 
-/// Who prints a lot stops when nobody listens any more (`frazil inspect … | head`).
+/// Ends long output when nobody reads it any more (`frazil inspect … | head`).
 fn listened(printed: io::Result<()>) -> ControlFlow<()> {
     match printed {
         Ok(()) => ControlFlow::Continue(()),
@@ -76,12 +76,12 @@ fn listened(printed: io::Result<()>) -> ControlFlow<()> {
     }
 }
 
-/// Hex digits.
+/// `bytes` as hex digits.
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// As a dump shows bytes: what can be printed, and dots.
+/// `bytes` as text, as in a hex dump: printable characters, and dots for the rest.
 fn printable(bytes: &[u8]) -> String {
     let shown = |byte: &u8| if (0x20..0x7f).contains(byte) { char::from(*byte) } else { '.' };
     bytes.iter().map(shown).collect()

@@ -1,4 +1,4 @@
-//! Names of guest addresses, from the kernel's file or from what a Linux guest says of itself.
+//! Names for guest addresses, from the kernel's file or from a Linux guest's own symbol table.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use frazil_vmm::inspect::{
 
 use super::lines::Lines;
 
-/// The file of a kernel.
+/// A kernel's file.
 pub(super) struct Vmlinux {
     path: PathBuf,
     bytes: KernelBytes,
@@ -29,34 +29,34 @@ impl Vmlinux {
     }
 }
 
-/// What tells names.
+/// Names of functions, and where they come from.
 pub(super) struct Names<'a> {
     symbols: Symbols,
     orc: Option<OrcTable>,
     lines: Option<Lines<'a>>,
-    /// How far addresses are from where the file has them.
+    /// How far the guest's addresses are from those in the file.
     offset_bytes: u64,
-    /// Modules that are loaded, if the kernel tells.
+    /// The number of loaded modules, if the kernel tells.
     modules: Option<usize>,
     from: Source,
 }
 
 enum Source {
-    /// This file.
+    /// A kernel's file.
     File(PathBuf),
-    /// The guest itself: a kernel of this release.
+    /// The guest itself, a kernel of this release.
     Guest(String),
-    /// Nobody.
+    /// There are no names.
     Nobody,
 }
 
-/// Where an address is.
+/// The place of an address in a function.
 pub(super) struct Place {
-    /// The function.
+    /// The function's name.
     pub name: String,
-    /// The module that is of.
+    /// The module that the function belongs to, if any.
     pub module: Option<String>,
-    /// How far behind its beginning, in bytes.
+    /// Distance from the function's beginning, in bytes.
     pub offset: u64,
 }
 
@@ -72,7 +72,7 @@ impl fmt::Display for Place {
 }
 
 impl<'a> Names<'a> {
-    /// From `vmlinux`, or else from the guest. With source lines, if `lines`.
+    /// The names from `vmlinux`, or else from the guest. With source lines if `lines`.
     pub(super) fn find(
         view: &GuestView,
         kernel: Option<&LinuxKernel>,
@@ -89,7 +89,7 @@ impl<'a> Names<'a> {
         Self { symbols, orc, from, ..Self::nobody() }.with_modules(view, kernel)
     }
 
-    /// None at all.
+    /// Without any names.
     pub(super) fn nobody() -> Self {
         let (symbols, from) = (Symbols::default(), Source::Nobody);
         Self { symbols, orc: None, lines: None, offset_bytes: 0, modules: None, from }
@@ -124,7 +124,7 @@ impl<'a> Names<'a> {
         }
     }
 
-    /// With the modules of `kernel`, if it tells of them.
+    /// Adds the modules of `kernel`, if it tells which those are.
     fn with_modules(mut self, view: &GuestView, kernel: &LinuxKernel) -> anyhow::Result<Self> {
         let Some(modules) = kernel.modules(view.memory(), &self.symbols)? else { return Ok(self) };
         if let Some(orc) = &mut self.orc {
@@ -136,7 +136,7 @@ impl<'a> Names<'a> {
         Ok(self)
     }
 
-    /// Where they come from.
+    /// Describes where the names come from.
     pub(super) fn describe(&self) -> String {
         let modules = match (&self.from, self.modules) {
             (Source::Nobody, _) => String::new(),
@@ -166,7 +166,7 @@ impl<'a> Names<'a> {
         source + &modules
     }
 
-    /// True if it is told where the kernel's modules are.
+    /// True if the kernel told where its modules are.
     pub(super) fn has_modules(&self) -> bool {
         self.modules.is_some()
     }
@@ -175,14 +175,15 @@ impl<'a> Names<'a> {
         self.orc.as_ref()
     }
 
-    /// The function that `address` is in.
+    /// The function that contains `address`.
     pub(super) fn function(&self, address: u64) -> Option<Place> {
         let (symbol, offset) = self.symbols.function(address)?;
         let name = addr2line::demangle_auto(symbol.name.as_str().into(), None).into_owned();
         Some(Place { name, module: symbol.module.as_deref().map(str::to_owned), offset })
     }
 
-    /// `function at file:line`, of functions that were inlined there the innermost first.
+    /// The source lines for `address`, as `function at file:line`; of functions inlined there, the
+    /// innermost first.
     pub(super) fn lines(&self, address: u64) -> Vec<String> {
         let found =
             self.lines.as_ref().map(|lines| lines.find(address.wrapping_sub(self.offset_bytes)));

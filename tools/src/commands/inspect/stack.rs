@@ -1,4 +1,4 @@
-//! Stacks: what called what.
+//! Call stacks.
 
 use std::ops::{ControlFlow, RangeInclusive};
 
@@ -14,11 +14,11 @@ use super::names::{Names, Place, Vmlinux};
 use crate::cli::InspectArgs;
 use crate::output;
 
-/// Frames that are shown if nobody says how many.
+/// Frames to show by default.
 const FRAMES: u64 = 64;
-/// Words of the stack that are shown where nothing tells what they are.
+/// Words of the stack to show if there is nothing to unwind it by.
 const WORDS: u64 = 16;
-/// Where Linux has modules, and code that it makes.
+/// The addresses where Linux has modules, and code that it generates.
 const MODULES: RangeInclusive<u64> = 0xffff_ffff_c000_0000..=0xffff_ffff_feff_ffff;
 
 pub(super) fn stacks(view: &GuestView, args: &InspectArgs, json: bool) -> anyhow::Result<()> {
@@ -56,10 +56,10 @@ pub(super) fn stacks(view: &GuestView, args: &InspectArgs, json: bool) -> anyhow
 /// The stack of a vCPU.
 struct Walked {
     vcpu: usize,
-    /// Each with its source lines.
+    /// Frames, each with its source lines.
     frames: Vec<(Frame, Vec<String>)>,
     end: End,
-    /// What lies on the stack, where nothing tells more.
+    /// The words on the stack, if only the innermost frame is known.
     words: Vec<Word>,
 }
 
@@ -67,7 +67,7 @@ struct Walked {
 struct Word {
     gva: u64,
     value: u64,
-    /// It is the address of something that can be executed.
+    /// True if `value` is the address of executable memory.
     could_be_code: bool,
 }
 
@@ -81,8 +81,8 @@ impl Walked {
     ) -> anyhow::Result<Self> {
         let SavedVcpu { regs, sregs, .. } = view.vcpu(vcpu)?;
         let mut space = view.space(vcpu)?;
-        // With page-table isolation a vCPU in user mode has no tables for the kernel; here it is the
-        // kernel's stack that is asked for only if the vCPU is in the kernel.
+        // With page-table isolation, a vCPU in user mode has page tables without the kernel. Here
+        // they only matter if the vCPU is in the kernel: then use the kernel's own.
         if let Some(kernel) = kernel
             && u64::from(regs.rip) >> 63 == 1
             && space.translate(view.memory(), regs.rip.into()).is_err()
@@ -90,7 +90,8 @@ impl Walked {
             space = kernel.space;
         }
         let mode = match view.code_mode(vcpu)? {
-            // Segments that begin elsewhere are as good as 16-bit code: nothing is known of its frames.
+            // A segment with another base is treated like 16-bit code: nothing is known of its
+            // frames.
             CodeMode::Bits32 if u64::from(sregs.ss.base) | view.code_base(vcpu)? != 0 => {
                 CodeMode::Bits16
             }
@@ -146,7 +147,7 @@ impl Walked {
         json!({"vcpu": self.vcpu, "frames": frames, "end": why, "detail": detail, "words": words})
     }
 
-    /// Why the walk ended: a word, and what there is to say besides.
+    /// Why the walk ended: a word, and details if there are any.
     fn end_words(&self, names: &Names<'_>) -> (&'static str, Option<String>) {
         match &self.end {
             End::Bottom => ("bottom", None),
@@ -168,7 +169,7 @@ impl Walked {
     }
 }
 
-/// What lies on the stack of `vcpu`.
+/// The words at the top of the stack of `vcpu`.
 fn words(view: &GuestView, vcpu: usize) -> anyhow::Result<Vec<Word>> {
     let (space, memory, top) = (view.space(vcpu)?, view.memory(), view.stack_top(vcpu)?);
     let mode = view.code_mode(vcpu)?;
@@ -182,7 +183,7 @@ fn words(view: &GuestView, vcpu: usize) -> anyhow::Result<Vec<Word>> {
         }
         let value = u64::from_le_bytes(word);
         let runs = |found: Translation| found.executable && memory.has(found.gpa, 1);
-        // In 16-bit code every word could be.
+        // In 16-bit code any word could be an address of code.
         let could_be_code = mode != CodeMode::Bits16
             && value >= 4096
             && space.translate(memory, value).is_ok_and(runs);
@@ -191,7 +192,7 @@ fn words(view: &GuestView, vcpu: usize) -> anyhow::Result<Vec<Word>> {
     Ok(words)
 }
 
-/// Where a frame is, as seen from its own instruction.
+/// The place of a frame's own address: its function is looked up by `lookup_ip`.
 fn place(frame: &Frame, names: &Names<'_>) -> Option<Place> {
     let mut place = names.function(frame.lookup_ip())?;
     place.offset += frame.ip - frame.lookup_ip();

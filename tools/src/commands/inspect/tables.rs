@@ -1,4 +1,4 @@
-//! What page tables map.
+//! Lists what page tables map.
 
 use frazil_vmm::inspect::{
     Access, BadEntry, Caching, Found, GuestView, Joining, MappedRange, PagingMode, TablesReport,
@@ -73,7 +73,7 @@ fn tell_bad(report: &TablesReport) {
     }
 }
 
-/// "urwx", as `ls` has it: what is not allowed is a dash.
+/// Access rights such as "urwx", in the style of `ls`: a dash for each that is not granted.
 fn access(access: Access) -> String {
     let flag = |on: bool, name: char| if on { name } else { '-' };
     [flag(access.user, 'u'), 'r', flag(access.write, 'w'), flag(access.execute, 'x')]

@@ -1,4 +1,4 @@
-//! Open files of a mounted store, and reading them. Knows nothing of FUSE.
+//! Open files of a mounted store, and reads from them. Knows nothing of FUSE.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -8,26 +8,26 @@ use frazil_snapstore::{PAGE_SIZE, RegionReader, Snapshot, SnapshotId};
 use super::node::{Node, Part};
 use super::view::{Attr, Entry, Refused, Result, View};
 
-/// What an open file is read from.
+/// An open file or folder.
 pub(super) enum Open {
-    /// A folder, as it was when it was opened.
+    /// A folder's entries as of when it was opened.
     Folder(Vec<Entry>),
     Text(Attr, Arc<[u8]>),
     Region(OpenRegion),
 }
 
-/// An open region. Its snapshot stays readable as long as this is open, even if it is forgotten and
-/// the store pruned, as an open file does that is removed.
+/// An open region. While it is open, its snapshot stays readable even if it is forgotten and the
+/// store is pruned, just as an open file that is removed does.
 pub(super) struct OpenRegion {
     attr: Attr,
     reader: RegionReader,
-    /// For whoever wants to know which file something was wrong with.
+    /// The region's path, for error messages.
     path: String,
-    /// Shared by all files of it that are open.
+    /// Shared by all open files of the snapshot.
     _pinned: Arc<Snapshot>,
 }
 
-/// Where to go in a file that has holes.
+/// What to seek to in a file with holes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Seek {
     Data,
@@ -35,7 +35,7 @@ pub(super) enum Seek {
 }
 
 impl Open {
-    /// What the file is, if it is one.
+    /// The attributes of a file; None for a folder.
     pub(super) fn attr(&self) -> Option<Attr> {
         match self {
             Self::Folder(_) => None,
@@ -44,7 +44,7 @@ impl Open {
         }
     }
 
-    /// Its path, if it is a region.
+    /// The path of a region; empty for anything else.
     pub(super) fn path(&self) -> &str {
         match self {
             Self::Region(region) => &region.path,
@@ -52,7 +52,7 @@ impl Open {
         }
     }
 
-    /// At most `len` bytes from `offset` on; fewer only where the file ends.
+    /// At most `len` bytes from `offset` on; fewer only at the end of the file.
     pub(super) fn read(&self, offset: u64, len: u32) -> Result<Vec<u8>> {
         match self {
             Self::Folder(_) => Err(Refused::IsAFolder),
@@ -65,7 +65,7 @@ impl Open {
         }
     }
 
-    /// The place from `offset` on where data, or a hole, is.
+    /// The first offset, from `offset` on, where data or a hole is.
     pub(super) fn seek(&self, offset: u64, what: Seek) -> Result<u64> {
         let attr = self.attr().ok_or(Refused::IsAFolder)?;
         if offset >= attr.len_bytes {
@@ -80,7 +80,7 @@ impl Open {
             Seek::Hole => region.reader.next_zero(page)?,
         };
         let place = (found * PAGE_SIZE as u64).max(offset);
-        // A file ends with a hole.
+        // Every file ends with a virtual hole.
         Ok(place.min(attr.len_bytes))
     }
 }
@@ -101,7 +101,7 @@ impl OpenRegion {
     }
 }
 
-/// The files that are open, by handle.
+/// The open files, by handle.
 #[derive(Default)]
 pub(super) struct OpenFiles {
     open: Mutex<(u64, HashMap<u64, Arc<Open>>)>,
@@ -109,7 +109,7 @@ pub(super) struct OpenFiles {
 }
 
 impl OpenFiles {
-    /// Opens the file or folder `node`; returns its handle.
+    /// Opens the file or folder `node`. Returns its handle.
     pub(super) fn open(&self, view: &View, node: Node) -> Result<u64> {
         let open = match node {
             Node::In(number, part @ (Part::Manifest | Part::Chunk(_))) => {
@@ -137,14 +137,14 @@ impl OpenFiles {
         Ok(handle)
     }
 
-    /// What `handle` stands for.
+    /// The open file of `handle`.
     pub(super) fn get(&self, handle: u64) -> Result<Arc<Open>> {
         self.files().1.get(&handle).map(Arc::clone).ok_or(Refused::BadHandle)
     }
 
     pub(super) fn close(&self, handle: u64) {
         let closed = self.files().1.remove(&handle);
-        // Its pin goes with it, without the lock.
+        // Dropped outside the lock, since its pin may go with it.
         drop(closed);
     }
 

@@ -31,23 +31,23 @@ use self::view::View;
 use super::{open_store, print_json};
 use crate::cli::MountArgs;
 
-/// The device that FUSE is spoken over.
+/// The device through which FUSE talks to the kernel.
 const DEVICE: &str = "/dev/fuse";
-/// What mounts for users other than root.
+/// Programs that mount for users other than root.
 const HELPERS: [&str; 2] = ["fusermount3", "fusermount"];
 /// Requests served at once: some wait for the disk while others decompress.
 const THREADS_MIN: usize = 4;
 const THREADS_MAX: usize = 16;
-/// Signals that come so soon after the first are the same one.
+/// A signal that comes within this time of the first is the same one, sent twice.
 const SIGNAL_ECHO: Duration = Duration::from_millis(500);
-/// If it has not ended so long after it was unmounted, somebody uses it.
+/// If serving has not ended this long after unmounting, somebody uses the mount.
 const IN_USE_AFTER: Duration = Duration::from_secs(2);
 
 pub(crate) fn mount(args: &MountArgs, json: bool) -> anyhow::Result<()> {
     let store = open_store(Some(&args.store))?;
     check_device()?;
     let folder = check_folder(&args.folder, &store)?;
-    // Before anything is mounted, or one that comes just then would leave a dead mount.
+    // Before mounting: a signal that arrives in between would otherwise leave a dead mount.
     let signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("cannot handle signals")?;
     let mut session =
         Session::new(Fuse::new(View::new(Arc::clone(&store))), &folder, &config(args, &store))
@@ -56,7 +56,7 @@ pub(crate) fn mount(args: &MountArgs, json: bool) -> anyhow::Result<()> {
     unmount_on_signals(signals, session.unmount_callable(), &folder, &asked_to_end)?;
     announce(args, &store, &folder, json)?;
     let served = session.run();
-    // What comes when it is cut off is no news to who asked for it.
+    // Errors after a requested unmount are of no interest.
     if !asked_to_end.load(Ordering::Relaxed) {
         served.context("cannot serve the mounted store any more")?;
     }
@@ -68,7 +68,7 @@ fn config(args: &MountArgs, store: &Store) -> Config {
     let mut config = Config::default();
     let store = store.folder().and_then(|folder| folder.canonicalize().ok());
     let source = store.unwrap_or_default().display().to_string();
-    // A comma would end the option.
+    // A comma would end the mount option.
     let source = source.replace(|c: char| c == ',' || c.is_control(), "?");
     config.mount_options = vec![
         MountOption::RO,
@@ -101,7 +101,8 @@ fn announce(args: &MountArgs, store: &Store, folder: &Path, json: bool) -> anyho
     Ok(())
 }
 
-/// Checks that there is FUSE, and that this user may mount, before anything is tried that says less.
+/// Checks that FUSE is there and that this user may mount, to give a better error than mounting
+/// would.
 fn check_device() -> anyhow::Result<()> {
     match OpenOptions::new().read(true).write(true).open(DEVICE) {
         Ok(_) => {}
@@ -131,14 +132,14 @@ fn is_in_path(name: &OsStr) -> bool {
     std::env::split_paths(&path).any(|folder| folder.join(name).is_file())
 }
 
-/// The folder to mount on, as an absolute path.
+/// Checks the folder to mount on. Returns its absolute path.
 fn check_folder(folder: &Path, store: &Store) -> anyhow::Result<PathBuf> {
     let given = folder;
     let what = given.display();
     if is_left_over(given) {
-        // Nobody answers there any more, and nobody will.
+        // Its process is gone, so nobody will ever answer there.
         if unmount(given, UnmountFlags::DETACH).is_err() {
-            // Others than root have it done.
+            // Users other than root need a helper to unmount.
             HELPERS.iter().any(|helper| {
                 let mut command = Command::new(helper);
                 command.args(["-u", "-z", "-q", "--"]).arg(given).stderr(Stdio::null());
@@ -164,7 +165,8 @@ fn check_folder(folder: &Path, store: &Store) -> anyhow::Result<PathBuf> {
         }
         bail!("{what}: expected an empty folder, found one with files, which would be hidden");
     }
-    // A store below the folder would be hidden from who serves it, who would wait for itself.
+    // A store below the mounted folder would be hidden from this process, which would wait for
+    // itself.
     let store = store.folder().and_then(|store| store.canonicalize().ok());
     if let Some(store) =
         store.filter(|store| store.starts_with(&folder) || folder.starts_with(store))
@@ -174,7 +176,7 @@ fn check_folder(folder: &Path, store: &Store) -> anyhow::Result<PathBuf> {
     Ok(folder)
 }
 
-/// What the kernel or its helper said, and what to do where that is known.
+/// The error of the kernel or its helper, with advice where there is any.
 fn cannot_mount(error: &io::Error, folder: &Path) -> anyhow::Error {
     let said = error.to_string();
     let advice = if said.contains("user_allow_other") {
@@ -187,20 +189,20 @@ fn cannot_mount(error: &io::Error, folder: &Path) -> anyhow::Error {
     anyhow::anyhow!("cannot mount on {}: {}{advice}", folder.display(), said.trim_end())
 }
 
-/// True if `folder` is of another file system than what it is in.
+/// True if `folder` is on another file system than its parent.
 fn is_mount_point(folder: &Path) -> bool {
     let device = |path: &Path| path.metadata().ok().map(|metadata| metadata.dev());
     folder.parent().is_some_and(|parent| device(parent) != device(folder))
 }
 
-/// True if `folder` is the place of a file system whose process is gone.
+/// True if `folder` is the mount point of a file system whose process is gone.
 fn is_left_over(folder: &Path) -> bool {
     let error = folder.metadata().err().and_then(|error| error.raw_os_error());
     error == Some(rustix::io::Errno::NOTCONN.raw_os_error())
 }
 
-/// Ctrl-C and `kill` unmount. While somebody uses the folder, it is taken out of sight and goes on
-/// for them; a second signal ends it at once.
+/// Ctrl-C and `kill` unmount. While the folder is in use, it is detached instead and keeps working
+/// for those who use it; a second signal ends this process at once.
 fn unmount_on_signals(
     mut signals: Signals,
     mut unmounter: SessionUnmounter,
@@ -220,7 +222,8 @@ fn unmount_on_signals(
             first = Some(Instant::now());
             asked.store(true, Ordering::Relaxed);
             match unmounter.unmount() {
-                // Whoever is not root has it detached by the helper in any case, and hears nothing.
+                // Without root, the helper always detaches the mount, and does not say whether it
+                // is in use.
                 Ok(()) => {
                     let folder = folder.clone();
                     std::thread::spawn(move || {

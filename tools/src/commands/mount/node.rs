@@ -1,11 +1,11 @@
-//! Numbers for everything in a mounted store: inode numbers that say what they are of, so that
-//! nothing has to be remembered for the sake of the kernel's.
+//! Inode numbers for everything in a mounted store. They encode what they stand for, so that
+//! nothing has to be remembered for the kernel's sake.
 
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::sync::{Mutex, PoisonError};
 
-/// What there is in a mounted store.
+/// A file, folder or link in a mounted store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Node {
     Root,
@@ -17,21 +17,22 @@ pub(super) enum Node {
     Vms,
     /// The link to the newest snapshot.
     Latest,
-    /// A link by tag; the numbers here and below are those of [`Numbers`].
+    /// A tag's link. The numbers of tags and VMs are those of [`Numbers`]; all others are of
+    /// snapshots.
     Tag(u32),
     /// A VM's folder of links.
     Vm(u32),
-    /// The link to its newest snapshot.
+    /// The link to a VM's newest snapshot.
     VmLatest(u32),
-    /// The link to a snapshot in the folder of its VM.
+    /// The link to a snapshot in its VM's folder.
     VmEntry(u32),
-    /// A link from another spelling of a snapshot's id to the one that is listed.
+    /// A link from another spelling of a snapshot's id to the one listed in `ids`.
     Alias(u32),
     /// A snapshot's folder, or something in it.
     In(u32, Part),
 }
 
-/// What there is in a snapshot's folder.
+/// A file or folder within a snapshot's folder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Part {
     Folder,
@@ -39,20 +40,20 @@ pub(super) enum Part {
     Memory,
     Disks,
     State,
-    /// By its place in the manifest.
+    /// A region, by its place in the manifest.
     Region(u16),
-    /// By its place in the manifest.
+    /// A state chunk, by its place in the manifest.
     Chunk(u16),
 }
 
 impl Node {
-    /// Kind in bits 56 to 63, number in bits 16 to 47, place in bits 0 to 15.
+    /// The inode number: kind in bits 56 to 63, number in bits 16 to 47, place in bits 0 to 15.
     pub(super) fn ino(self) -> u64 {
         let pack = |kind: u64, number: u32, place: u16| {
             kind << 56 | u64::from(number) << 16 | u64::from(place)
         };
         match self {
-            // The kernel wants it so.
+            // FUSE requires it.
             Self::Root => 1,
             Self::Ids => pack(1, 0, 0),
             Self::Tags => pack(1, 1, 0),
@@ -75,7 +76,7 @@ impl Node {
         }
     }
 
-    /// The folder that it is in.
+    /// The folder that contains the node.
     pub(super) fn parent(self) -> Self {
         match self {
             Self::Tag(_) => Self::Tags,
@@ -114,7 +115,7 @@ impl Node {
     }
 }
 
-/// Numbers for things that have none, in the order in which they come along.
+/// Numbers for things that have none, assigned in order of appearance.
 #[derive(Debug)]
 pub(super) struct Numbers<T>(Mutex<(Vec<T>, HashMap<T, u32>)>);
 
@@ -125,7 +126,7 @@ impl<T> Default for Numbers<T> {
 }
 
 impl<T: Clone + Eq + Hash> Numbers<T> {
-    /// The number of `thing`, a new one if it has none.
+    /// The number of `thing`; assigns one if it has none.
     pub(super) fn number(&self, thing: &T) -> u32 {
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let (things, numbers) = &mut *known;
@@ -138,7 +139,7 @@ impl<T: Clone + Eq + Hash> Numbers<T> {
         number
     }
 
-    /// What has this number.
+    /// The thing with this number.
     pub(super) fn get(&self, number: u32) -> Option<T> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).0.get(number as usize).cloned()
     }

@@ -1,16 +1,16 @@
-//! A store as a tree of files: what is in it, what it is called, how long it is. Knows nothing of
-//! FUSE.
+//! A store as a tree of files: which files there are, their names and their lengths. Knows nothing
+//! of FUSE.
 //!
 //! ```text
 //! ids/7d4656d12ab3/…                     every snapshot, by id
 //! tags/TAG              -> ../ids/…      by tag
-//! vms/VM/DATE_TIME_ID   -> ../../ids/…   by the VM that it is of
+//! vms/VM/DATE_TIME_ID   -> ../../ids/…   by VM
 //! vms/VM/latest
 //! latest                -> ids/…         the newest
 //! ```
 //!
-//! What is in a snapshot never changes, and its nodes are good for ever; which snapshots there are
-//! is looked up anew each time.
+//! The contents of a snapshot never change, and its nodes stay valid for ever; which snapshots
+//! there are is looked up anew each time.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -25,10 +25,10 @@ use crate::snapshot_files::{Folder, MANIFEST_FILE, SnapshotFiles, file_name};
 
 /// Snapshots whose manifests, states and lengths are kept in memory.
 const KNOWN_MAX: usize = 64;
-/// The name of links to the newest.
+/// The name of the links to the newest snapshots.
 const LATEST: &str = "latest";
 
-/// Why something cannot be done, as system calls say it.
+/// Why an operation fails, in terms of system calls' errors.
 #[derive(Debug)]
 pub(super) enum Refused {
     NotFound,
@@ -36,7 +36,7 @@ pub(super) enum Refused {
     /// A folder where a file is expected.
     IsAFolder,
     BadHandle,
-    /// There is no more data behind that place.
+    /// There is no more data after that offset.
     Beyond,
     /// The store cannot be read.
     Damaged(anyhow::Error),
@@ -45,7 +45,7 @@ pub(super) enum Refused {
 impl From<StoreError> for Refused {
     fn from(error: StoreError) -> Self {
         match error {
-            // Forgotten meanwhile.
+            // The snapshot was forgotten meanwhile.
             StoreError::UnknownRef { .. } => Self::NotFound,
             error => Self::Damaged(error.into()),
         }
@@ -70,13 +70,13 @@ pub(super) enum Kind {
     Link,
 }
 
-/// What `stat` says.
+/// The attributes that `stat` returns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Attr {
     pub node: Node,
     pub kind: Kind,
     pub len_bytes: u64,
-    /// Without holes.
+    /// The length without holes.
     pub data_bytes: u64,
     pub time_unix_ms: u64,
 }
@@ -110,18 +110,18 @@ fn kind_of(node: Node) -> Kind {
     }
 }
 
-/// A snapshot that was looked at lately.
+/// A snapshot that was accessed lately.
 pub(super) struct Known {
     pub(super) files: SnapshotFiles,
     manifest: OnceLock<Arc<[u8]>>,
     state: Vec<OnceLock<Arc<[u8]>>>,
-    /// Of each region, with holes and without.
+    /// For each region, the length with holes and without.
     len_bytes: Vec<OnceLock<u64>>,
     data_bytes: Vec<OnceLock<u64>>,
 }
 
 impl Known {
-    /// The contents of a small file, made when they are wanted first.
+    /// The contents of a small file, generated on first use.
     pub(super) fn text(&self, part: Part) -> Result<Arc<[u8]>> {
         let slot = match part {
             Part::Manifest => &self.manifest,
@@ -159,7 +159,7 @@ impl Known {
     }
 }
 
-/// What snapshots are called in `ids`, and their numbers.
+/// The names of snapshots in `ids`, and their numbers.
 #[derive(Default)]
 struct Ids {
     listed: Vec<(SnapshotId, String)>,
@@ -168,8 +168,8 @@ struct Ids {
 }
 
 impl Ids {
-    /// The number of `id`; it keeps that and its name. Names are as short as ids are everywhere, if
-    /// no other has that.
+    /// The number of `id`, which keeps its number and name from then on. Names are short ids,
+    /// unless another snapshot has the same.
     fn number(&mut self, id: SnapshotId) -> u32 {
         if let Some(number) = self.by_id.get(&id) {
             return *number;
@@ -184,7 +184,7 @@ impl Ids {
     }
 }
 
-/// What is in a folder, to be listed and to be looked up.
+/// The entries of a folder, for listing and for lookup.
 #[derive(Default)]
 struct Names {
     entries: Vec<Entry>,
@@ -203,22 +203,22 @@ impl Names {
     }
 }
 
-/// Which snapshots and tags there are, as of one state of the journal. Made once for each, or looking up
-/// every entry of a folder would cost its square.
+/// The snapshots and tags at one state of the journal. Made once per state: otherwise looking up
+/// every entry of a folder would take quadratic time.
 pub(super) struct Listing {
     journal: Hash,
     /// Oldest first.
     published: Vec<SnapshotInfo>,
     ids: Names,
     tags: Names,
-    /// Made when it is wanted: it takes every manifest.
+    /// Generated on first use, as it takes every manifest.
     by_vm: OnceLock<ByVm>,
 }
 
 #[derive(Default)]
 struct ByVm {
     vms: Names,
-    /// The folder of each VM, without the link to its newest, and that.
+    /// The folder of each VM, without its `latest` link, and the VM's newest snapshot.
     of: HashMap<u32, (Names, SnapshotInfo)>,
 }
 
@@ -228,7 +228,7 @@ pub(super) struct View {
     ids: Mutex<Ids>,
     tags: Numbers<String>,
     vms: Numbers<String>,
-    /// The VM of each snapshot that somebody asked for by VM; none if its manifest is damaged.
+    /// The VM of each snapshot listed by VM so far; None if its manifest is damaged.
     vm_of: Mutex<HashMap<SnapshotId, Option<u32>>>,
     listing: Mutex<Option<Arc<Listing>>>,
     known: Cache<u32, Arc<Known>>,
@@ -249,7 +249,7 @@ impl View {
         }
     }
 
-    /// What is called `name` in folder `parent`.
+    /// The attributes of the entry `name` of folder `parent`.
     pub(super) fn lookup(&self, parent: Node, name: &str) -> Result<Attr> {
         let node = match parent {
             Node::Root => match name {
@@ -287,15 +287,16 @@ impl View {
         if let Ok(node) = self.listing()?.ids.find(name) {
             return Ok(node);
         }
-        // Another unique prefix of one.
+        // Perhaps another unique prefix of an id.
         let id = self.store.resolve(name).map_err(|_unknown| Refused::NotFound)?.id;
         Ok(Node::Alias(self.ids().number(id)))
     }
 
-    /// What there is as of now.
+    /// The current listing.
     pub(super) fn listing(&self) -> Result<Arc<Listing>> {
         self.store.refresh()?;
-        // Before what it is of: if more comes in between, the next look finds another one.
+        // Read before the listing is made: if the journal grows in between, the next call makes a
+        // new one.
         let journal = self.store.journal_hash();
         let mut listing = self.listing.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(listing) = listing.as_ref().filter(|listing| listing.journal == journal) {
@@ -316,14 +317,15 @@ impl View {
         Ok(Arc::clone(listing.insert(Arc::new(made))))
     }
 
-    /// The snapshots of each VM.
+    /// The snapshots by VM.
     fn by_vm<'a>(&self, listing: &'a Listing) -> &'a ByVm {
         listing.by_vm.get_or_init(|| {
             let mut by_vm = ByVm::default();
             let mut vm_of = self.vm_of.lock().unwrap_or_else(PoisonError::into_inner);
             for info in &listing.published {
                 let vm = vm_of.entry(info.id).or_insert_with(|| {
-                    // One that cannot be read is nobody's; its folder in `ids` says what is wrong.
+                    // A snapshot that cannot be read is under no VM; its folder in `ids` shows the
+                    // error.
                     let snapshot = self.store.snapshot(info.id).ok()?;
                     Some(self.vms.number(&snapshot.manifest().name))
                 });
@@ -332,7 +334,7 @@ impl View {
                     by_vm.vms.add(Node::Vm(vm), file_name(&self.vms.get(vm).unwrap_or_default()));
                     (Names::default(), *info)
                 });
-                // One after the other: the name takes the same lock.
+                // Not in one expression: `dated` takes the same lock.
                 let number = self.ids().number(info.id);
                 names.add(Node::VmEntry(number), self.dated(info));
                 *newest = *info;
@@ -356,7 +358,7 @@ impl View {
         ids.listed[number as usize].1.clone()
     }
 
-    /// What `stat` says of `node`.
+    /// The attributes of `node`.
     pub(super) fn attr(&self, node: Node) -> Result<Attr> {
         let kind = kind_of(node);
         let mut attr = Attr { node, kind, len_bytes: 0, data_bytes: 0, time_unix_ms: 0 };
@@ -364,7 +366,7 @@ impl View {
             Node::In(number, part) => {
                 let (id, _) = self.id(number)?;
                 if part == Part::Folder {
-                    // Nobody gets into one that was forgotten any more.
+                    // The folder of a forgotten snapshot can no longer be entered.
                     let info = self.store.find(id).ok_or(Refused::NotFound)?;
                     attr.time_unix_ms = info.time_unix_ms;
                     return Ok(attr);
@@ -385,7 +387,7 @@ impl View {
         Ok(attr)
     }
 
-    /// What a link points to.
+    /// The target of a link.
     pub(super) fn link(&self, node: Node) -> Result<String> {
         self.target(node).map(|(target, _)| target)
     }
@@ -414,7 +416,7 @@ impl View {
         Ok((format!("{up}{}", self.name_of(info.id)), info))
     }
 
-    /// What is in folder `node`.
+    /// The entries of folder `node`.
     pub(super) fn list(&self, node: Node) -> Result<Vec<Entry>> {
         let mut entries = Vec::new();
         match node {
@@ -448,7 +450,7 @@ impl View {
         let known = self.known(number)?;
         let files = &known.files;
         let node = |part| Node::In(number, part);
-        // As many as inode numbers have room for.
+        // No more than inode numbers have room for.
         let places = 0..=u16::MAX;
         let regions = |folder: Folder| {
             let all = places.clone().zip(&files.regions);
@@ -484,7 +486,7 @@ impl View {
         })
     }
 
-    /// A snapshot, from memory if it was looked at lately.
+    /// A snapshot, from the cache if it was accessed lately.
     pub(super) fn known(&self, number: u32) -> Result<Arc<Known>> {
         self.known.get_or_insert_with(&number, || {
             let (id, _) = self.id(number)?;
@@ -499,7 +501,7 @@ impl View {
         })
     }
 
-    /// What a snapshot is called in the folder of its VM: sorted by name is sorted by time.
+    /// A snapshot's name in its VM's folder: the order of names is the order of time.
     fn dated(&self, info: &SnapshotInfo) -> String {
         let time = i64::try_from(info.time_unix_ms).ok();
         let time = time.and_then(|ms| Timestamp::from_millisecond(ms).ok());
@@ -511,7 +513,7 @@ impl View {
     }
 }
 
-/// Length, and length without holes.
+/// A file's length, and its length without holes.
 fn lengths(known: &Known, part: Part) -> Result<(u64, u64)> {
     Ok(match part {
         Part::Region(place) => {

@@ -1,7 +1,7 @@
-//! `frazil top`: what a running VM does, as it does it.
+//! `frazil top`: watches a running VM.
 //!
-//! On a terminal a view that is drawn anew after every look; otherwise, or with `--json`, one
-//! object a line. Both ask the VM's control socket and nothing else.
+//! On a terminal, a view that is redrawn after every sample; otherwise, or with `--json`, one JSON
+//! object per line. Both ask the VM's control socket and nothing else.
 
 mod sample;
 mod screen;
@@ -26,7 +26,7 @@ use sample::Sample;
 
 /// How long a VM may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How soon after a signal there is no more waiting.
+/// How long it may take to notice a signal.
 const SIGNAL_PATIENCE: Duration = Duration::from_millis(100);
 
 pub(crate) fn top(args: &TopArgs, json: bool) -> anyhow::Result<()> {
@@ -35,7 +35,8 @@ pub(crate) fn top(args: &TopArgs, json: bool) -> anyhow::Result<()> {
     for signal in [SIGINT, SIGTERM, SIGHUP] {
         signal_hook::flag::register(signal, Arc::clone(&quit)).context("cannot handle signals")?;
     }
-    // Before the terminal is taken: a VM that cannot be asked is an error like any other.
+    // Sampled before taking over the terminal: a VM that does not answer is an error like any
+    // other.
     let first = match watched.look() {
         Look::Seen(sample) => sample,
         Look::Ended(why) => return say_ended(&args.vm, why.as_ref(), json),
@@ -54,11 +55,11 @@ pub(crate) fn top(args: &TopArgs, json: bool) -> anyhow::Result<()> {
     }
 }
 
-/// How watching came to its end.
+/// How watching ended.
 enum Outcome {
-    /// The user has seen enough.
+    /// The user quit, or saw as many samples as asked for.
     Quit,
-    /// The VM has ended, and why, if it was seen to say so.
+    /// The VM has ended; with the reason, if it was still there to give it.
     Ended(Option<Ended>),
 }
 
@@ -81,10 +82,10 @@ fn say_ended(vm: &str, why: Option<&Ended>, json: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What a look at a VM came to.
+/// The result of looking at a VM.
 enum Look {
     Seen(Box<Sample>),
-    /// It lives, and does not answer: why.
+    /// The VM's process lives but does not answer; with the error.
     Silent(String),
     Ended(Option<Ended>),
 }
@@ -93,7 +94,8 @@ enum Look {
 struct Watched {
     record: VmRecord,
     client: Client,
-    /// The process that ran it when it was seen first: another is another VM of the same name.
+    /// The process that ran the VM when it was first seen: a different one is another VM of that
+    /// name.
     pid: Option<u32>,
 }
 
@@ -114,7 +116,7 @@ impl Watched {
                 self.pid = Some(sample.status.pid);
                 Look::Seen(Box::new(sample))
             }
-            // One that was never seen is no VM that has ended.
+            // A VM that was never seen cannot have ended.
             Err(_) if self.pid.is_some() && self.is_gone() => Look::Ended(None),
             Err(error) => Look::Silent(error.to_string()),
         }
@@ -139,7 +141,7 @@ fn sleep_until(due: Instant, quit: &AtomicBool) {
     }
 }
 
-/// The moment of the next look; moments that have passed are left out.
+/// The time of the next look; looks that are overdue are skipped.
 fn next_due(due: Instant, interval: Duration) -> Instant {
     let now = Instant::now();
     now.checked_add(interval).map_or(now, |latest| (due + interval).clamp(now, latest))
@@ -158,7 +160,7 @@ fn print_lines(
         match look {
             Look::Seen(sample) => {
                 let line = serde_json::to_string(&sample.line(previous.as_deref()))?;
-                // Nobody reads any more: nobody wants more.
+                // Nobody reads the output any more.
                 if output::try_line(format_args!("{line}")).is_err() {
                     return Ok(Outcome::Quit);
                 }

@@ -1,4 +1,4 @@
-//! One look at a VM, and what two of them tell.
+//! A sample of a VM's figures, and the rates between two samples.
 
 use std::time::Instant;
 
@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 /// Bytes of a page.
 pub(super) const PAGE_BYTES: u64 = frazil_snapstore::PAGE_SIZE as u64;
 
-/// What a VM said of itself.
+/// A VM's figures at one moment.
 #[derive(Clone, Debug)]
 pub(super) struct Sample {
     at: Instant,
@@ -18,35 +18,35 @@ pub(super) struct Sample {
     pub found: CheckpointStatistics,
 }
 
-/// What happened from one look to the next, a second.
+/// What happened between two samples, per second.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) struct Rates {
-    /// Time between the looks, in seconds.
+    /// Time between the samples, in seconds.
     pub seconds: f64,
     /// Checkpoints published.
     pub checkpoints_per_s: f64,
-    /// Pages that they wrote.
+    /// Pages written by checkpoints.
     pub pages_per_s: f64,
-    /// Bytes that they wrote.
+    /// Bytes written by checkpoints.
     pub stored_bytes_per_s: f64,
     /// Faults of a lazily resumed VM.
     pub faults_per_s: f64,
-    /// Time that one of these faults took on average, in microseconds; none if there was none.
+    /// Average time of these faults, in microseconds; None if there were none.
     pub fault_us_mean: Option<f64>,
     /// Bytes that became resident.
     pub filled_bytes_per_s: f64,
 }
 
 impl Sample {
-    /// Asks the VM.
+    /// Asks the VM for its figures.
     pub(super) fn take(client: &Client) -> frazil_vmm::Result<Self> {
         let status = client.get("/vm")?;
         let found = client.get("/checkpoints/statistics")?;
         Ok(Self { at: Instant::now(), status, found })
     }
 
-    /// Distinct pages that the guest changed in a second, as checkpoints tell: over all cuts since
-    /// `previous`, else between the last two. None as long as nothing is known.
+    /// Distinct pages that the guest changed per second, by its checkpoints: since the last one of
+    /// `previous` if there were any, else between the last two. None as long as that is unknown.
     pub(super) fn dirty_pages_per_s(&self, previous: Option<&Self>) -> Option<f64> {
         let since = || {
             let (before, now) = (previous?, self);
@@ -84,8 +84,8 @@ impl Sample {
         rates
     }
 
-    /// Of a lazily resumed VM: the share of RAM that needs no fault any more, 0 to 1. Until all
-    /// is there, zero pages that nobody touched count as missing.
+    /// For a lazily resumed VM: the share of RAM that takes no more faults, 0 to 1. Until all
+    /// memory is resident, zero pages that were never touched count as missing.
     pub(super) fn resident_share(&self) -> Option<f64> {
         let pager = self.status.pager.as_ref()?;
         if pager.complete {
@@ -96,7 +96,7 @@ impl Sample {
         Some((pages / ram_pages).clamp(0.0, 1.0))
     }
 
-    /// The object that `--json` prints of it.
+    /// The JSON object that `frazil top --json` prints.
     pub(super) fn line(&self, previous: Option<&Self>) -> Value {
         let rates = previous.map(|previous| self.rates(previous));
         let rate = |of: fn(&Rates) -> f64| rates.as_ref().map(of);
@@ -147,8 +147,8 @@ pub(super) mod tests {
         })
     }
 
-    /// The `n`-th look at a VM that is looked at once a second, takes ten checkpoints a second,
-    /// and was resumed lazily if `lazy`.
+    /// Sample number `n` of a VM that is sampled once a second, takes ten checkpoints a second, and
+    /// was resumed lazily if `lazy`.
     pub(in crate::commands::top) fn sample(n: u64, lazy: bool) -> Sample {
         let taken = 10 + 10 * n;
         let totals = json!({

@@ -1,4 +1,4 @@
-//! The terminal while `frazil top` has it: looks, keys, and giving it back as it was.
+//! The terminal while `frazil top` uses it: samples, keys, and restoring it.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, TryRecvError, sync_channel};
@@ -13,15 +13,15 @@ use super::view::View;
 use super::{Look, Outcome, Watched, next_due};
 use crate::cli::TopArgs;
 
-/// How long a key is waited for before looks and signals are asked for.
+/// How long to wait for a key before checking for samples and signals.
 const KEY_PATIENCE: Duration = Duration::from_millis(50);
 
-/// The terminal, in raw mode and on its alternate screen until this is dropped.
+/// The terminal in raw mode, on its alternate screen, until this is dropped.
 struct Screen(DefaultTerminal);
 
 impl Screen {
     fn take() -> anyhow::Result<Self> {
-        // A panic gives the terminal back as well, by a hook that this sets.
+        // Also sets a hook that restores the terminal after a panic.
         ratatui::try_init().map(Self).map_err(|error| {
             let _as_far_as_it_came = ratatui::try_restore();
             anyhow::Error::from(error)
@@ -32,20 +32,20 @@ impl Screen {
 
 impl Drop for Screen {
     fn drop(&mut self) {
-        // A terminal that is gone needs nothing.
+        // A terminal that is gone needs no restoring.
         let _gone = ratatui::try_restore();
     }
 }
 
-/// What is waited for between two drawings.
+/// What ends the wait between two drawings.
 enum News {
     Look(Look),
-    /// The terminal has another size.
+    /// The terminal's size has changed.
     Resized,
     Quit,
 }
 
-/// Shows the VM until the user quits, it ends, or it was looked at often enough.
+/// Shows the VM until the user quits, the VM ends, or enough samples were shown.
 pub(super) fn show(
     watched: Watched,
     first: Sample,
@@ -74,8 +74,8 @@ pub(super) fn show(
     }
 }
 
-/// Looks at the VM in a thread of its own: keys work also while a VM is slow to answer. The
-/// thread ends with the VM, or when it has a look that nobody takes.
+/// Looks at the VM in a thread of its own, so that keys work while a VM is slow to answer. The
+/// thread ends with the VM, or when nobody receives its looks any more.
 fn look_apart(mut watched: Watched, interval: Duration) -> anyhow::Result<Receiver<Look>> {
     let (sender, looks) = sync_channel(1);
     let look = move || {
@@ -119,7 +119,7 @@ fn wait(looks: &Receiver<Look>, quit: &AtomicBool) -> anyhow::Result<News> {
 }
 
 fn quits(key: KeyEvent) -> bool {
-    // In raw mode Ctrl-C is a key like any other.
+    // In raw mode Ctrl-C is an ordinary key.
     let control_c = key.code == KeyCode::Char('c') && key.modifiers.contains(KeyModifiers::CONTROL);
     key.kind != KeyEventKind::Release
         && (control_c || matches!(key.code, KeyCode::Char('q' | 'Q') | KeyCode::Esc))

@@ -1,4 +1,4 @@
-//! What `frazil top` draws.
+//! The screen of `frazil top`.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -15,21 +15,21 @@ use super::sample::{PAGE_BYTES, Rates, Sample};
 use crate::commands::control::state_name;
 use crate::output::{bytes, count, micros, plain};
 
-/// Looks whose dirty rate is kept: more than the widest terminal shows.
+/// Samples whose dirty rate is kept: more than the widest terminal shows.
 const HISTORY: usize = 512;
-/// Columns of a bar of the histogram, as its label needs them; and between two.
+/// Columns of a bar of the histogram, which its label needs, and between two bars.
 const BAR_COLUMNS: u16 = 4;
 const BAR_GAP: u16 = 1;
 
-/// What is on the screen.
+/// The state of the screen.
 pub(super) struct View {
     sample: Sample,
     rates: Rates,
     dirty_pages_per_s: Option<f64>,
-    /// The dirty rate of each look, the newest first.
+    /// The dirty rate at each sample, newest first.
     history: VecDeque<u64>,
     interval: Duration,
-    /// Why the VM did not answer when it was looked at last.
+    /// Why the VM did not answer last time, if it did not.
     pub silent: Option<String>,
 }
 
@@ -49,7 +49,7 @@ impl View {
     pub(super) fn update(&mut self, sample: Sample) {
         self.rates = sample.rates(&self.sample);
         self.dirty_pages_per_s = sample.dirty_pages_per_s(Some(&self.sample));
-        // Where there was no checkpoint nothing is known: a gap.
+        // Without a new checkpoint the rate is unknown: leave a gap.
         let fresh = sample.found.totals.taken > self.sample.found.totals.taken;
         let rate = self.dirty_pages_per_s.filter(|_| fresh).unwrap_or(0.0);
         self.history.push_front(rate as u64);
@@ -263,9 +263,9 @@ fn draw_pauses(frame: &mut Frame<'_>, area: Rect, sample: &Sample) {
     frame.render_widget(chart_of_bars, chart);
 }
 
-/// The buckets that a chart `columns` wide shows, as label and count: from the first to the last
-/// that has something in it, with one on each side for the eye. Where they do not fit, the
-/// longest pauses are what matters.
+/// The buckets that a chart of `columns` columns shows, as label and count: from the first to the
+/// last one that is not empty, with an empty one on each side for the eye. If they do not fit,
+/// those of the longest pauses are kept, which matter most.
 fn shown_buckets(values: &Distribution, columns: u16) -> Vec<(String, u64)> {
     let filled = |bucket: &Bucket| bucket.count > 0;
     let buckets = &values.buckets;
@@ -289,7 +289,7 @@ fn shown_buckets(values: &Distribution, columns: u16) -> Vec<(String, u64)> {
         .collect()
 }
 
-/// "20µ", "500m", "1s": what fits under a bar.
+/// A time short enough to fit under a bar: "20µ", "500m", "1s".
 fn short_time(us: u64) -> String {
     match us {
         0..1_000 => format!("{us}µ"),
@@ -298,7 +298,7 @@ fn short_time(us: u64) -> String {
     }
 }
 
-/// "999", "1.2k", "34k", "5M": at most four characters.
+/// A count of at most four characters: "999", "1.2k", "34k", "5M".
 fn short_count(count: u64) -> String {
     let tenths = |unit: u64| (count / unit, count % unit * 10 / unit);
     match count {
