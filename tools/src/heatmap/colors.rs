@@ -1,30 +1,30 @@
-//! Colours that people tell apart, whatever their eyes: those of Okabe and Ito ("Color Universal
-//! Design", 2008) for kinds, and viridis (van der Walt and Smith, 2015) for how much, darker for more.
+//! Colours that everyone can tell apart: those of Okabe and Ito ("Color Universal Design", 2008)
+//! for kinds, and viridis (van der Walt and Smith, 2015) for amounts, darker for more.
 
 use super::picture::Rgb;
 use crate::output;
 
-/// Nothing but zeros.
+/// All zeros.
 pub(super) const ZERO: Rgb = Rgb(0xf3, 0xf3, 0xf0);
-/// Something, and nothing to say of it.
+/// Not zero, and unchanged.
 pub(super) const UNCHANGED: Rgb = Rgb(0xd4, 0xd6, 0xd8);
-/// Where there is no memory.
+/// No memory.
 pub(super) const HOLE: Rgb = Rgb(0xff, 0xff, 0xff);
 
 const BLUE: Rgb = Rgb(0x00, 0x72, 0xb2);
 const VERMILLION: Rgb = Rgb(0xd5, 0x5e, 0x00);
 
-/// Shared with the parent, by the share of pages that are; some at the least.
+/// The colour of a cell in which `share` of the pages are shared with the parent, and none are new.
 pub(super) fn shared(share: f64) -> Rgb {
     Rgb(0xb9, 0xd5, 0xea).towards(BLUE, shade(share))
 }
 
-/// New, by the share of pages that are; some at the least.
+/// The colour of a cell in which `share` of the pages are new.
 pub(super) fn new(share: f64) -> Rgb {
     Rgb(0xf3, 0xb2, 0x7c).towards(VERMILLION, shade(share))
 }
 
-/// One of 16 shades: more are not told apart.
+/// `share` in 16 shades: more cannot be told apart.
 fn shade(share: f64) -> f64 {
     (share * 16.0).ceil() / 16.0
 }
@@ -42,7 +42,7 @@ const VIRIDIS: [Rgb; 9] = [
     Rgb(0x44, 0x01, 0x54),
 ];
 
-/// Where steps begin: the yellow before it is as light as what nothing is said of.
+/// Where scales begin: the yellow before it is as light as [`UNCHANGED`].
 const PALEST: f64 = 0.2;
 
 fn viridis(share: f64) -> Rgb {
@@ -51,16 +51,16 @@ fn viridis(share: f64) -> Rgb {
     VIRIDIS[below].towards(VIRIDIS[below + 1], at - below as f64)
 }
 
-/// Steps of a scale.
+/// A scale in steps.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Steps {
-    /// The least of each, ascending; the first is 1.
+    /// The least value of each step, ascending; the first is 1.
     least: Vec<u64>,
     most: u64,
 }
 
 impl Steps {
-    /// Steps from 1 to `most`, each a power of two times the one before, at most nine of them.
+    /// Steps from 1 to `most`, at most nine, each the same power of two times the one before.
     pub(super) fn to(most: u64) -> Self {
         let most = most.max(1);
         let bits = most.ilog2() + 1;
@@ -69,12 +69,12 @@ impl Steps {
         Self { least, most }
     }
 
-    /// Steps that begin where `least` says: ascending, the first at 1.
+    /// Steps that begin at the values `least`: ascending, the first is 1.
     pub(super) fn at(least: &[u64], most: u64) -> Self {
         Self { least: least.to_vec(), most }
     }
 
-    /// The colour of `count`, which is not 0.
+    /// The colour of `count`, which must not be 0.
     pub(super) fn color(&self, count: u64) -> Rgb {
         let step = self.least.partition_point(|least| *least <= count).max(1) - 1;
         self.color_of(step)
@@ -82,13 +82,13 @@ impl Steps {
 
     fn color_of(&self, step: usize) -> Rgb {
         match self.least.len() {
-            // One that is neither the palest nor black.
+            // A middle colour, neither the palest nor the darkest.
             1 => viridis(0.5),
             steps => viridis(PALEST + (1.0 - PALEST) * step as f64 / (steps - 1) as f64),
         }
     }
 
-    /// What each colour stands for.
+    /// Each colour and the values it stands for.
     pub(super) fn legend(&self) -> Vec<(Rgb, String)> {
         let ends = self.least.iter().skip(1).map(|next| next - 1).chain([self.most]);
         let label = |(least, end): (&u64, u64)| match end {
@@ -123,7 +123,7 @@ mod tests {
         }
     }
 
-    /// How light a colour is to the eye (CIE L*, roughly).
+    /// The lightness of a colour to the eye (CIE L*, roughly).
     fn lightness(Rgb(r, g, b): Rgb) -> f64 {
         let linear = |byte: u8| (f64::from(byte) / 255.0).powf(2.2);
         (0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b)).cbrt() * 116.0 - 16.0
@@ -138,7 +138,7 @@ mod tests {
                 "{colors:?}"
             );
         }
-        // A cell of two pixels is to be seen, too.
+        // Even a cell of two pixels must be visible.
         let palest = [Steps::to(200).color(1), Steps::to(u64::MAX).color(1)].map(lightness);
         assert!(palest.iter().all(|palest| *palest < lightness(UNCHANGED) - 5.0), "{palest:?}");
         for ramp in [shared, new] {

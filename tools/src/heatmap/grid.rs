@@ -1,31 +1,31 @@
-//! A region as cells in rows, addresses beside them.
+//! A region as a grid of cells, labelled with addresses.
 
 use frazil_snapstore::PAGE_SIZE;
 
 use super::picture::{Anchor, Picture, Rect, Rgb};
 use crate::output;
 
-/// Pixels that a row of cells is wide, about.
+/// Width of a row of cells in pixels, roughly.
 const ROW_WIDTH: u32 = 1024;
-/// Cells that there are at the least, if the region has as many pages.
+/// The least number of cells, if the region has that many pages.
 const CELLS_MIN: u64 = 8192;
-/// Cells are of this many pages at the most, 2 MiB ...
+/// A cell has at most this many pages, 2 MiB ...
 const CELL_PAGES_MAX: u64 = 512;
-/// ... unless there would be more of them than this.
+/// ... unless there would be more cells than this.
 const CELLS_MAX: u64 = 512 * 512;
-/// Higher than this, cells get smaller.
+/// Cells get smaller if the grid would be higher than this, in pixels.
 const HEIGHT_MAX: u64 = 640;
-/// Pixels between two addresses.
+/// The least pixels between two address labels.
 const LABEL_GAP: u32 = 30;
 
-/// How a region is laid out.
+/// The layout of a region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Grid {
-    /// Pages of the region.
+    /// Pages in the region.
     pub pages: u64,
-    /// Pages of a cell; the last may have fewer.
+    /// Pages per cell; the last cell may have fewer.
     pub cell_pages: u64,
-    /// Cells of a row.
+    /// Cells per row.
     pub columns: u32,
 }
 
@@ -48,12 +48,13 @@ impl Grid {
         self.pages.div_ceil(self.cell_pages) as usize
     }
 
-    /// How many pages cell `index` has.
+    /// The number of pages in cell `index`.
     pub(super) fn pages_of(&self, index: usize) -> u64 {
         self.cell_pages.min(self.pages - index as u64 * self.cell_pages)
     }
 
-    /// Calls `add` with each cell that the pages `first .. first + count` are in, and how many are.
+    /// Calls `add` with each cell that has some of the pages `first .. first + count`, and how
+    /// many.
     pub(super) fn spread(&self, first: u64, count: u64, mut add: impl FnMut(usize, u64)) {
         let end = first.saturating_add(count).min(self.pages);
         let mut at = first;
@@ -81,13 +82,13 @@ impl Grid {
         self.columns * self.cell_px()
     }
 
-    /// What a cell is, for people.
+    /// Bytes of memory per cell.
     pub(super) fn cell_bytes(&self) -> u64 {
         self.cell_pages * PAGE_SIZE as u64
     }
 
-    /// Draws the cells from `(left, top)` on, and the addresses of rows at both sides; returns how high
-    /// that is. There is nothing where a cell has no colour.
+    /// Draws the cells with their top left corner at `(left, top)`, and the addresses of rows on
+    /// both sides. Returns the height. A cell without a colour is left blank.
     pub(super) fn draw(
         &self,
         picture: &mut Picture,
@@ -96,9 +97,9 @@ impl Grid {
     ) -> u32 {
         let grid_top = top + self.draw_columns(picture, left, top);
         let px = self.cell_px();
-        // A line between cells where there is room for one.
+        // A gap between cells where there is room for one.
         let side = if px >= 6 { px - 1 } else { px };
-        // By colour: that makes files small.
+        // Sorted by colour, which makes files small.
         let mut cells: Vec<(Rgb, Rect)> = (0..self.cells())
             .filter_map(|index| {
                 let (row, column) = (index as u32 / self.columns, index as u32 % self.columns);
@@ -107,7 +108,8 @@ impl Grid {
             })
             .collect();
         if side == px {
-            // Without lines between them neighbours of one colour are one rectangle: files get smaller.
+            // Without gaps, neighbours of the same colour become one rectangle, which makes files
+            // smaller still.
             cells.dedup_by(|(color, next), (before, all)| {
                 let joins = color == before && next.1 == all.1 && next.0 == all.0 + all.2;
                 all.2 += if joins { next.2 } else { 0 };
@@ -120,13 +122,13 @@ impl Grid {
         grid_top + self.rows() * px - top
     }
 
-    /// How far into a row each eighth of it is.
+    /// Labels the columns at each eighth of a row with their offsets. Returns the height.
     fn draw_columns(&self, picture: &mut Picture, left: u32, top: u32) -> u32 {
         picture.faint(left - 10, top, Anchor::End, "address");
         for eighth in 0..8 {
             let x = left + self.width_px() * eighth / 8;
             let into = self.row_bytes() / 8 * u64::from(eighth);
-            // Of a region that is less than a row.
+            // The region is shorter than a row.
             if into >= self.pages * PAGE_SIZE as u64 {
                 break;
             }
@@ -136,7 +138,7 @@ impl Grid {
         22
     }
 
-    /// The address that each row, or every so many, begins at.
+    /// Labels rows, or every so many of them, with the address they begin at.
     fn draw_rows(&self, picture: &mut Picture, left: u32, top: u32) {
         let px = self.cell_px();
         let every = LABEL_GAP.div_ceil(px).next_power_of_two();
@@ -152,7 +154,7 @@ impl Grid {
     }
 }
 
-/// "64 MiB", "1.5 GiB": no more digits than it takes.
+/// A size without needless digits: "64 MiB", "1.5 GiB".
 pub(super) fn short_bytes(bytes: u64) -> String {
     let text = output::bytes(bytes);
     let Some((number, unit)) = text.split_once(' ') else { return text };

@@ -1,4 +1,4 @@
-//! A line of snapshots: which memory changed how often, and when.
+//! Pictures of a history of snapshots: which memory changed how often, and when.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,30 +18,30 @@ use super::survey::Contents;
 use super::{Drawn, Wanted, describe, hole, region};
 use crate::output;
 
-/// Places of memory side by side, and pixels that they take together.
+/// The most columns of memory side by side, and the pixels that they take together.
 const COLUMNS_MAX: u64 = 1024;
-/// Rows below each other: of more snapshots than that several share one.
+/// The most rows: with more snapshots than this, several share one.
 const ROWS_MAX: usize = 256;
-/// Pixels that all rows take together, if there are enough of them.
+/// Pixels that all rows take together, if there are enough rows.
 const HEIGHT: u32 = 512;
 const ROW_HEIGHT_MAX: u32 = 18;
-/// Pixels between two times.
+/// The least pixels between two labels of times.
 const LABEL_GAP: u32 = 18;
 
-/// What is known of a history, summed up as it is drawn.
+/// The figures of a history, summed up as they are drawn.
 struct Sums {
-    /// Of each cell, by how many snapshots it was changed.
+    /// For each cell, the number of snapshots that changed it.
     often: Vec<u64>,
-    /// Of each row and column, the most pages that one snapshot changed.
+    /// For each row and column, the most pages that any one snapshot changed.
     when: Vec<Vec<u64>>,
     changed_pages: u64,
 }
 
-/// Draws which memory the snapshots of `line` changed, each compared with the one before it; they are
-/// in order, the oldest first.
+/// Draws which memory the snapshots of `line` changed, each compared with the one before. They are
+/// in order, oldest first.
 ///
 /// # Errors
-/// Those of the store; if there are fewer than two; if the picture cannot be written.
+/// Those of the store; if there are fewer than two snapshots; if the picture cannot be written.
 pub(crate) fn draw_history(
     wanted: &Wanted,
     store: &Arc<Store>,
@@ -90,7 +90,7 @@ pub(crate) fn draw_history(
     wanted.write(&page.finish(), grid.cell_bytes())
 }
 
-/// Compares each snapshot with the one before it, on all cores.
+/// Compares each snapshot with the one before, on all cores.
 fn compare_all(
     store: &Arc<Store>,
     line: &[SnapshotInfo],
@@ -138,7 +138,7 @@ fn compare_all(
     Ok(sums.into_inner().unwrap_or_else(PoisonError::into_inner))
 }
 
-/// Memory from left to right, time from top to bottom.
+/// A chart of changes: memory from left to right, time from top to bottom.
 struct Timeline {
     pages: u64,
     column_pages: u64,
@@ -209,7 +209,7 @@ impl Timeline {
         for eighth in 0..8 {
             let x = left + width * eighth / 8;
             let address = self.pages * u64::from(eighth) / 8 * PAGE_SIZE as u64;
-            // Where there are fewer than eight pages.
+            // With fewer than eight pages, some addresses are the same.
             if before.replace(address) == Some(address) {
                 continue;
             }
@@ -242,7 +242,7 @@ impl Timeline {
         cells.into_iter().for_each(|(color, rect)| picture.rect(color, rect));
     }
 
-    /// When each row was, or every so many, and which snapshot it is.
+    /// Labels rows, or every so many of them, with their time and their first snapshot.
     fn draw_times(
         &self,
         picture: &mut Picture,
@@ -255,7 +255,7 @@ impl Timeline {
             [line.first(), line.last()].map(|info| info.map_or(0, |info| info.time_unix_ms));
         let fast = last.saturating_sub(first) < self.rows as u64 * 1000;
         for row in (0..self.rows).step_by(every) {
-            // The first is what the next is compared with.
+            // The first snapshot of the line has no row: it is only compared with.
             let Some(info) = line.get(self.first_of(row) + 1) else { continue };
             let middle = top + row as u32 * height + height / 2;
             let y = middle.saturating_sub(8);
@@ -267,7 +267,8 @@ impl Timeline {
     }
 }
 
-/// To the second; where several are of one, to the millisecond and without the date, which stands above.
+/// A time to the second; with `fast`, when several would be the same, to the millisecond and
+/// without the date, which is in the title.
 fn time_label(unix_ms: u64, fast: bool) -> String {
     let time = output::time(unix_ms);
     let (whole, _) = time.split_once('.').unwrap_or((time.as_str(), ""));

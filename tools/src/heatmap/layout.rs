@@ -1,19 +1,19 @@
-//! A picture from top to bottom: a title, then panels, each with what its colours mean.
+//! Lays a picture out from top to bottom: a title, then panels, each with a legend.
 
 use super::grid::Grid;
 use super::picture::{Anchor, Picture, Rect, Rgb, Size, Text};
 
-/// Room for addresses on the left.
+/// Pixels for addresses on the left.
 pub(super) const ADDRESSES: u32 = 128;
-/// Room for times there.
+/// Pixels for times on the left.
 pub(super) const TIMES: u32 = 164;
-/// Room for what stands on the right.
+/// Pixels for labels on the right.
 const RIGHT: u32 = 110;
 const MARGIN: u32 = 18;
-/// A square of a legend.
+/// Pixels of a legend's square.
 const SWATCH: u32 = 12;
 
-/// What a colour means.
+/// An entry of a legend.
 pub(super) struct Key {
     pub color: Rgb,
     pub label: String,
@@ -31,18 +31,17 @@ impl From<(Rgb, String)> for Key {
     }
 }
 
-/// A picture that grows downwards.
+/// A picture that is filled from top to bottom.
 pub(super) struct Page {
     picture: Picture,
-    /// Room on the left.
+    /// Pixels for labels on the left.
     left: u32,
-    /// Where the next thing goes.
+    /// Where the next item goes.
     top: u32,
 }
 
 impl Page {
-    /// `width` is that of what is drawn, without what stands beside it; `left` is how much that is on
-    /// the left.
+    /// `width` is that of the panels without labels; `left` is the room for labels on their left.
     pub(super) fn new(left: u32, width: u32, title: &str, lines: &[String]) -> Self {
         let picture = Picture { width: left + width + RIGHT, ..Picture::default() };
         let mut page = Self { picture, left, top: MARGIN };
@@ -64,7 +63,7 @@ impl Page {
         page
     }
 
-    /// What a panel shows, and what its colours mean.
+    /// Begins a panel with its title and its legend.
     pub(super) fn heading(&mut self, heading: &str, keys: &[Key]) {
         self.top += 18;
         self.picture.text(MARGIN, self.top, Anchor::Start, heading);
@@ -76,7 +75,7 @@ impl Page {
                 x = MARGIN;
                 self.top += 22;
             }
-            // With an edge, or the pale ones could not be seen.
+            // With a border, or pale colours could not be seen.
             self.picture.rect(Rgb::FAINT, Rect(x, self.top + 2, SWATCH, SWATCH));
             self.picture.rect(key.color, Rect(x + 1, self.top + 3, SWATCH - 2, SWATCH - 2));
             self.picture.text(x + SWATCH + 6, self.top, Anchor::Start, &*key.label);
@@ -90,7 +89,8 @@ impl Page {
         self.top += 8;
     }
 
-    /// Draws with `draw`, which gets the picture and where it goes, and returns how high it is.
+    /// Draws a panel with `draw`, which gets the picture and the panel's left and top, and returns
+    /// the panel's height.
     pub(super) fn draw(&mut self, draw: impl FnOnce(&mut Picture, u32, u32) -> u32) {
         self.top += draw(&mut self.picture, self.left, self.top);
         self.top += 8;
@@ -102,7 +102,7 @@ impl Page {
     }
 }
 
-/// As much of a line as there is room for.
+/// Cuts a line off if it is longer than `room` characters.
 fn cut(line: &str, room: u32) -> String {
     let room = room as usize;
     if line.chars().count() <= room {

@@ -1,7 +1,8 @@
-//! Pictures of guest memory: one snapshot by what each part of it is, two by what differs, a history
-//! by what changed when.
+//! Pictures of guest memory: of one snapshot, the kind of each part; of two, what differs; of a
+//! history, what changed when.
 //!
-//! All of it is told from page trees: no page is read, and a large guest costs what its tree does.
+//! They are made from page trees alone: no page is read, and the time taken depends on the trees,
+//! not on the size of the guest.
 
 mod colors;
 mod grid;
@@ -31,21 +32,21 @@ use crate::cli::HeatmapArgs;
 use crate::new_file::NewFile;
 use crate::output;
 
-/// What was drawn.
+/// A picture that was drawn.
 #[derive(Debug, Serialize)]
 pub(crate) struct Drawn {
-    /// Where it is.
+    /// The picture's file.
     pub file: PathBuf,
-    /// Of which region.
+    /// The region that it shows.
     pub region: String,
-    /// What a cell stands for.
+    /// Bytes of memory per cell.
     pub cell_bytes: u64,
     pub width: u32,
     pub height: u32,
 }
 
 impl Drawn {
-    /// For people.
+    /// Prints where the picture is, for people.
     pub(crate) fn tell(&self) {
         outln!(
             "\nheatmap of {} in {}: {} a cell",
@@ -62,7 +63,7 @@ enum Format {
     Svg,
 }
 
-/// Where a picture goes, and of what it is.
+/// A picture that is asked for: its file, and the region to show.
 #[derive(Debug)]
 pub(crate) struct Wanted {
     file: PathBuf,
@@ -71,10 +72,10 @@ pub(crate) struct Wanted {
 }
 
 impl Wanted {
-    /// The picture that `args` ask for, if they do.
+    /// The picture that `args` ask for, if any.
     ///
     /// # Errors
-    /// If the file's name does not say which kind of picture it is to be.
+    /// If the file's extension is not that of a known format.
     pub(crate) fn of(args: &HeatmapArgs) -> anyhow::Result<Option<Self>> {
         let Some(file) = &args.heatmap else { return Ok(None) };
         let format = format(file)?;
@@ -114,7 +115,7 @@ fn format(file: &Path) -> anyhow::Result<Format> {
     }
 }
 
-/// The region of `snapshot` that is to be drawn.
+/// The region of `snapshot` to draw.
 fn region(snapshot: &Snapshot, wanted: &Wanted) -> anyhow::Result<RegionReader> {
     snapshot.region(&wanted.region).context("--heatmap-region")
 }
@@ -131,7 +132,7 @@ fn hole(snapshot: &Snapshot, region: &RegionReader) -> std::ops::Range<u64> {
     }
 }
 
-/// "12 %", and what is nearly nothing, or nearly all, as such.
+/// A share such as "12 %"; one of nearly nothing or nearly all is shown as such.
 fn percent(part: u64, whole: u64) -> String {
     match 100.0 * part as f64 / whole.max(1) as f64 {
         0.0 => "0 %".to_owned(),
@@ -142,7 +143,7 @@ fn percent(part: u64, whole: u64) -> String {
     }
 }
 
-/// What a snapshot is, on one line.
+/// A snapshot on one line.
 fn describe(snapshot: &Snapshot) -> String {
     let manifest = snapshot.manifest();
     let message = manifest.message.lines().next().unwrap_or_default();

@@ -1,4 +1,4 @@
-//! Pictures as PNG.
+//! Writes pictures as PNG.
 
 use std::collections::HashMap;
 use std::io::Write;
@@ -21,7 +21,7 @@ pub(super) fn write(picture: &Picture, out: &mut dyn Write) -> anyhow::Result<()
     let mut encoder = Encoder::new(out, picture.width, picture.height);
     encoder.set_depth(BitDepth::Eight);
     encoder.set_compression(Compression::High);
-    // Rows are alike and flat: filters would only make noise of them.
+    // Rows are flat and alike: filters would only add noise.
     encoder.set_filter(Filter::NoFilter);
     let pixels = if let Some((palette, pixels)) = indexed(&canvas.bytes) {
         encoder.set_color(ColorType::Indexed);
@@ -37,7 +37,8 @@ pub(super) fn write(picture: &Picture, out: &mut dyn Write) -> anyhow::Result<()
     Ok(())
 }
 
-/// A palette and a byte a pixel, which takes half the space, if there are few enough colours.
+/// A palette and one byte per pixel, which takes half the space; None if there are too many
+/// colours.
 fn indexed(bytes: &[u8]) -> Option<(Vec<u8>, Vec<u8>)> {
     let (colors, _) = bytes.as_chunks::<3>();
     let (mut palette, mut numbers) = (Vec::new(), HashMap::new());
@@ -71,7 +72,7 @@ impl Canvas {
         }
     }
 
-    /// Lays `color` over a pixel; `cover` is how much of it, of 255.
+    /// Blends `color` over a pixel, with `cover` of 255 as its opacity.
     fn pixel(&mut self, x: u32, y: u32, color: Rgb, cover: u8) {
         if x >= self.width || y >= self.height {
             return;
@@ -89,11 +90,11 @@ impl Canvas {
         };
         for (index, c) in (0_u32..).zip(text.line.chars()) {
             let left = text.left() + index * text.size.advance();
-            // What the font does not have is seen to be missing.
+            // Characters that the font lacks are shown as `?`.
             let glyph = get_raster(c, weight, height).or_else(|| get_raster('?', weight, height));
             for (y, row) in (text.y..).zip(glyph.iter().flat_map(RasterizedChar::rows)) {
                 for (x, cover) in (left..).zip(row.iter()) {
-                    // In 16 shades: more are not seen, and take space.
+                    // In 16 shades: more would not be seen, and take space.
                     self.pixel(x, y, text.color, cover / 17 * 17);
                 }
             }
@@ -133,7 +134,7 @@ mod tests {
     fn what_is_drawn_can_be_read_back() {
         let mut picture = Picture { width: 40, height: 30, ..Picture::default() };
         picture.rect(Rgb(1, 2, 3), Rect(10, 5, 4, 3));
-        // Beyond the edge: cut off.
+        // A rectangle beyond the edge is cut off.
         picture.rect(Rgb(9, 9, 9), Rect(38, 28, 100, 100));
         picture.text(0, 0, super::super::picture::Anchor::Start, "I");
         let mut bytes = Vec::new();

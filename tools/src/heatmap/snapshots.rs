@@ -1,4 +1,4 @@
-//! One snapshot, and two.
+//! Pictures of one snapshot, and of the difference of two.
 
 use std::ops::{ControlFlow, Range};
 
@@ -12,11 +12,11 @@ use super::survey::{Contents, changed};
 use super::{Drawn, Wanted, describe, hole, percent, region};
 use crate::output;
 
-/// Bytes stored for a page, on average: where steps of the scale begin.
+/// Where the steps of the scale begin: average bytes stored for a page.
 const STORED_STEPS: [u64; 8] = [1, 128, 256, 512, 1024, 1536, 2048, 3072];
 
-/// Draws what each part of a region of `snapshot` is, and what it takes in the store. `parent` is the
-/// snapshot that it is compared with, if there is one.
+/// Draws the kind of each part of a region of `snapshot`, and the space it takes in the store.
+/// Changes are relative to `parent`, if there is one.
 ///
 /// # Errors
 /// Those of the store; if the picture cannot be written.
@@ -80,7 +80,7 @@ fn snapshot_line(snapshot: &Snapshot, parent: Option<&Snapshot>) -> String {
     format!("snapshot {}  {parent}  {message}", snapshot.id().short()).trim_end().to_owned()
 }
 
-/// How much of the region is what.
+/// The region's size, by kind, on one line.
 fn shares(
     region: &RegionReader,
     contents: &Contents,
@@ -111,7 +111,7 @@ fn shares(
     ))
 }
 
-/// How many pages that differ are not zero.
+/// The number of pages that differ and are not zero.
 fn overlap(region: &RegionReader, diff: &RegionDiff) -> frazil_snapstore::Result<u64> {
     let mut ranges = diff.ranges.iter().peekable();
     let mut sum = 0;
@@ -143,13 +143,13 @@ fn kind_keys(has_parent: bool, has_hole: bool) -> Vec<Key> {
     keys
 }
 
-/// True if all of a cell is in `pages`.
+/// True if the whole cell is in `pages`.
 fn is_inside(grid: &Grid, cell: usize, pages: &Range<u64>) -> bool {
     let first = cell as u64 * grid.cell_pages;
     pages.contains(&first) && first + grid.pages_of(cell) <= pages.end
 }
 
-/// Draws where a region of `a` differs from `b`.
+/// Draws where a region differs between `a` and `b`.
 ///
 /// # Errors
 /// Those of the store; if the picture cannot be written.

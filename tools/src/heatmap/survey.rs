@@ -1,4 +1,4 @@
-//! What there is to draw of a region, cell by cell: told from trees, no page is read.
+//! What there is to draw of a region, cell by cell; from page trees, without reading any page.
 
 use std::collections::HashMap;
 use std::ops::ControlFlow;
@@ -7,17 +7,17 @@ use frazil_snapstore::{BlockRef, RegionDiff, RegionReader, Result};
 
 use super::grid::Grid;
 
-/// What a snapshot has of a region.
+/// The contents of a region in a snapshot.
 #[derive(Debug, Default)]
 pub(super) struct Contents {
-    /// Pages that are not zero, of each cell.
+    /// For each cell, the pages that are not zero.
     pub pages: Vec<u64>,
-    /// Bytes that they take in the store, of each cell. A frame's are shared evenly among the pages
-    /// of this snapshot that are in it.
+    /// For each cell, the bytes that those take in the store. A frame's bytes are shared evenly
+    /// among the pages of this snapshot that are in it.
     pub stored_bytes: Vec<f64>,
-    /// Pages that are not zero, all together.
+    /// Pages that are not zero, in all cells.
     pub pages_sum: u64,
-    /// Bytes of all frames that hold some of them.
+    /// Bytes of all frames that hold any of them.
     pub stored_bytes_sum: u64,
 }
 
@@ -55,7 +55,7 @@ fn each_run(region: &RegionReader, mut visit: impl FnMut(u64, u64, BlockRef)) ->
     Ok(())
 }
 
-/// Pages that differ, of each cell.
+/// For each cell, the pages that differ.
 pub(super) fn changed(diff: &RegionDiff, grid: &Grid) -> Vec<u64> {
     let mut cells = vec![0; grid.cells()];
     for range in &diff.ranges {

@@ -1,4 +1,4 @@
-//! A mounted store as the kernel asks for it: requests in, replies out, over FUSE.
+//! A mounted store as a FUSE file system: the kernel's requests and their replies.
 
 use std::collections::HashSet;
 use std::ffi::OsStr;
@@ -18,20 +18,20 @@ use super::node::{Node, Part};
 use super::view::{Attr, Kind, Refused, Result, View};
 use crate::output;
 
-/// For how long the kernel may go by what cannot change.
+/// How long the kernel may cache what cannot change.
 const FOR_EVER: Duration = Duration::from_hours(24);
-/// Reads that the kernel may ask for ahead of who reads.
+/// Read-ahead requests that the kernel may have under way at once.
 const READS_AHEAD_MAX: u16 = 64;
-/// Kinds of damage that are told apart, so that each is told once.
+/// The most distinct messages about damage; each is printed once.
 const DAMAGE_TOLD_MAX: usize = 1000;
 
-/// The file system.
+/// The FUSE file system.
 pub(super) struct Fuse {
     view: View,
     files: OpenFiles,
     uid: u32,
     gid: u32,
-    /// Damage that was told.
+    /// Messages about damage that were printed.
     told: Mutex<HashSet<String>>,
 }
 
@@ -49,7 +49,8 @@ impl Fuse {
     fn attr(&self, attr: &Attr) -> FileAttr {
         let time = SystemTime::UNIX_EPOCH + Duration::from_millis(attr.time_unix_ms);
         let (kind, perm, nlink) = match attr.kind {
-            // One link: how many folders are in it is not told, and `find` looks itself.
+            // A link count of 1 means that the number of subfolders is unknown; `find` then looks
+            // itself.
             Kind::Folder => (FileType::Directory, 0o555, 1),
             Kind::File => (FileType::RegularFile, 0o444, 1),
             Kind::Link => (FileType::Symlink, 0o777, 1),
@@ -68,13 +69,13 @@ impl Fuse {
             uid: self.uid,
             gid: self.gid,
             rdev: 0,
-            // What is decompressed together.
+            // The default size of a frame, which is decompressed as a whole.
             blksize: 64 << 10,
             flags: 0,
         }
     }
 
-    /// The number for the kernel; what is wrong with the store is told to who mounted it.
+    /// The error number for the kernel. Damage to the store is also reported on standard error.
     fn errno(&self, refused: Refused, place: &dyn Fn() -> String) -> Errno {
         match refused {
             Refused::NotFound => Errno::ENOENT,
@@ -100,7 +101,7 @@ impl Fuse {
         Node::of(ino.0).ok_or(Refused::NotFound)
     }
 
-    /// For messages about `ino`.
+    /// What `ino` is part of, for messages.
     fn place(&self, ino: INodeNo) -> String {
         match Node::of(ino.0) {
             Some(Node::In(number, _)) => {
@@ -111,10 +112,10 @@ impl Fuse {
         }
     }
 
-    /// For how long the kernel may go by what it was told of `node`.
+    /// How long the kernel may cache what it was told of `node`.
     fn lasting(node: Node) -> Duration {
         match node {
-            // The folder itself goes when the snapshot is forgotten.
+            // The folder itself goes away when the snapshot is forgotten.
             Node::In(_, part) if part != Part::Folder => FOR_EVER,
             _ => Duration::ZERO,
         }
@@ -123,7 +124,7 @@ impl Fuse {
 
 impl Filesystem for Fuse {
     fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        // Older kernels are slower without, and do as well.
+        // Older kernels do without, and are only slower.
         let _supported = config.add_capabilities(InitFlags::FUSE_PARALLEL_DIROPS);
         let _before = config.set_max_background(READS_AHEAD_MAX);
         Ok(())
@@ -149,7 +150,7 @@ impl Filesystem for Fuse {
         handle: Option<FileHandle>,
         reply: ReplyAttr,
     ) {
-        // An open file is what it was, even if its snapshot is gone.
+        // An open file keeps its attributes, even if its snapshot is gone.
         let open = handle.and_then(|handle| self.files.get(handle.0).ok()?.attr());
         let attr = open.map_or_else(|| self.view.attr(Self::node(ino)?), Ok);
         match attr {
@@ -167,7 +168,7 @@ impl Filesystem for Fuse {
 
     fn open(&self, _request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
         match Self::node(ino).and_then(|node| self.files.open(&self.view, node)) {
-            // What the page cache has of it is good for ever.
+            // Pages of it in the page cache stay valid for ever.
             Ok(handle) => reply.opened(
                 FileHandle(handle),
                 FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH,
@@ -213,7 +214,7 @@ impl Filesystem for Fuse {
         let what = match whence {
             libc::SEEK_DATA => Seek::Data,
             libc::SEEK_HOLE => Seek::Hole,
-            // The kernel does the others itself.
+            // The kernel handles the other kinds itself.
             _ => return reply.error(Errno::EINVAL),
         };
         let found = u64::try_from(offset)
@@ -292,7 +293,7 @@ impl Filesystem for Fuse {
     }
 
     fn statfs(&self, _request: &Request, _ino: INodeNo, reply: ReplyStatfs) {
-        // How full a store is is nothing that blocks could tell; names may have 255 bytes.
+        // Free space has no meaning here; names may have up to 255 bytes.
         reply.statfs(0, 0, 0, 0, 0, 4096, 255, 4096);
     }
 }

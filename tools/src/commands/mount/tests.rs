@@ -1,4 +1,4 @@
-//! A mounted store below FUSE: what is there, what is read, and what happens when it changes.
+//! A mounted store without FUSE: which files there are, what they read as, and how changes show.
 
 use std::sync::Arc;
 
@@ -25,12 +25,12 @@ impl Bed {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("store");
         let store = Store::open_or_create(&path, StoreOptions::default()).unwrap();
-        // A handle of its own, as the one of another process.
+        // A handle of its own, as another process would have.
         let view = View::new(Store::open(&path, StoreOptions::default()).unwrap());
         Self { folder, store, view, files: OpenFiles::default() }
     }
 
-    /// A snapshot of VM `name` whose memory is `pages`, and that has a disk of 9 sectors.
+    /// Takes a snapshot of VM `name`, with `pages` as its memory and a disk of 9 sectors.
     fn take(&self, name: &str, pages: &[Page], parent: Option<SnapshotId>) -> Committed {
         let mut transaction = self.store.begin(parent).unwrap();
         let mut all = PageSet::new(pages.len() as u64);
@@ -63,7 +63,7 @@ impl Bed {
         transaction.commit(description).unwrap()
     }
 
-    /// Goes along a path, through links too.
+    /// Resolves a path, following links.
     fn walk(&self, path: &str) -> Result<Node, Refused> {
         let mut node = Node::Root;
         for name in path.split('/').filter(|name| !name.is_empty()) {
@@ -75,7 +75,7 @@ impl Bed {
             node = self.view.lookup(folder, name)?.node;
             if self.view.attr(node)?.kind == Kind::Link {
                 let target = self.view.link(node)?;
-                // From the folder that the link is in.
+                // Links are relative to the folder that they are in.
                 let up = target.matches("../").count();
                 let mut at = folder;
                 for _ in 0..up {
@@ -93,7 +93,7 @@ impl Bed {
     fn names(&self, path: &str) -> Vec<String> {
         let list = self.view.list(self.walk(path).unwrap()).unwrap();
         for entry in &list {
-            // What is listed can be looked up, and is what it was said to be.
+            // Everything listed can be looked up, and is of the kind that was listed.
             let attr = self.view.lookup(self.walk(path).unwrap(), &entry.name).unwrap();
             assert_eq!((attr.node, attr.kind), (entry.node, entry.kind), "{}", entry.name);
         }
@@ -159,7 +159,7 @@ fn snapshots_are_found_in_every_way_there_is() {
     assert_eq!(bed.names("latest/memory"), ["ram"]);
     assert_eq!(bed.names("latest/disks"), ["disk0"]);
     assert_eq!(bed.names("latest/state"), ["vcpu0.json", "disk0.json"]);
-    // As long as the disk, which ends within a page.
+    // Its length is the disk's, which ends inside a page.
     assert_eq!(bed.len("latest/disks/disk0"), 9 * 512);
     assert_eq!(bed.read("latest/disks/disk0", 4600, 100), [7; 8]);
     let text = bed.read("tags/good/manifest.json", 0, 1 << 20);
@@ -190,7 +190,7 @@ fn an_open_file_stays_when_its_snapshot_is_forgotten_and_pruned() {
     drop(open);
     bed.files.close(handle);
     assert!(matches!(bed.files.get(handle), Err(Refused::BadHandle)));
-    // Nobody pins it any more.
+    // No pin is left.
     let report = bed.store.prune(&all, &PruneProgress::default()).unwrap();
     assert_eq!(report.pinned, 0);
 }
@@ -198,7 +198,7 @@ fn an_open_file_stays_when_its_snapshot_is_forgotten_and_pruned() {
 #[test]
 fn damage_is_an_error_of_what_is_damaged_and_of_nothing_else() {
     let bed = Bed::new();
-    // Noise, so that every page has bytes of its own in the file.
+    // Noise does not compress, so every page has bytes of its own in the file.
     let noise = |seed: u64| {
         let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
         std::array::from_fn(|_| {
@@ -298,7 +298,7 @@ proptest! {
         }
         for offset in seeks {
             let is_data = |at: usize| bytes[at / PAGE_SIZE] != 0;
-            // As the manual of lseek has it, page by page.
+            // What the manual page of lseek says, page by page.
             let next = |data: bool| {
                 let mut at = offset as usize;
                 while at < plain.len() && is_data(at) != data {
