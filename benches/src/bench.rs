@@ -1,4 +1,4 @@
-//! What every suite needs: settings, a scratch directory, a place for metrics.
+//! What every suite needs: settings, a scratch directory, and output for metrics.
 
 use std::path::{Path, PathBuf};
 
@@ -12,19 +12,19 @@ use crate::{cleanup, host};
 
 pub(crate) const GIB: u64 = 1 << 30;
 const QUICK_BYTES: u64 = 64 << 20;
-/// What the host must have free beside the memory of guests.
+/// Memory the host must have free besides that of guests.
 const SPARE_BYTES: u64 = GIB / 2;
 
-/// What the user chose.
+/// The user's choices.
 #[derive(Clone, Debug)]
 pub(crate) struct Settings {
-    /// Guest memory sizes; empty for the suite's own.
+    /// Guest memory sizes; empty for the suite's defaults.
     pub memory_bytes: Vec<u64>,
-    /// How often to repeat each measurement, if not as suits it.
+    /// How often to repeat each measurement; None for as often as suits it.
     pub runs: Option<usize>,
-    /// Small and few.
+    /// Small sizes and few runs.
     pub quick: bool,
-    /// Which of a suite's measurements to make; empty for all.
+    /// The measurements to make; empty for all.
     pub only: Vec<String>,
 }
 
@@ -39,7 +39,7 @@ pub(crate) struct Bench {
 }
 
 impl Bench {
-    /// Prepares a scratch directory and says where.
+    /// Creates a scratch directory, and reports where.
     pub(crate) fn new(
         settings: Settings,
         json: bool,
@@ -63,7 +63,7 @@ impl Bench {
         Ok(Self { settings, output: Output::new(json), report, file_system, scratch })
     }
 
-    /// Guest memory sizes to measure at; `most` of the usual ones.
+    /// Guest memory sizes to measure at; by default, the first `most` of the usual ones.
     pub(crate) fn memory_sizes(&self, most: usize) -> Vec<u64> {
         match &self.settings.memory_bytes[..] {
             [] if self.settings.quick => vec![QUICK_BYTES],
@@ -72,13 +72,13 @@ impl Bench {
         }
     }
 
-    /// Memory of a guest that usually has `usual_bytes`: the last that was asked for.
+    /// Memory of a guest that has `usual_bytes` by default; of several sizes asked for, the last.
     pub(crate) fn memory_size(&self, usual_bytes: u64) -> u64 {
         let usual = self.sized(usual_bytes, usual_bytes.min(QUICK_BYTES));
         self.settings.memory_bytes.last().copied().unwrap_or(usual)
     }
 
-    /// Whether the measurement `name` is to be made.
+    /// Whether to make the measurement `name`.
     pub(crate) fn wants(&self, name: &str) -> bool {
         self.settings.only.is_empty() || self.settings.only.iter().any(|only| only == name)
     }
@@ -89,21 +89,21 @@ impl Bench {
         self.settings.runs.unwrap_or(quick)
     }
 
-    /// As [`Self::runs`], of something that is done `quick` times if the run is to be quick.
+    /// Like [`Self::runs`], but `quick` times in a quick run.
     pub(crate) fn runs_in_full(&self, usual: usize, quick: usize) -> usize {
         self.settings.runs.unwrap_or(self.sized(usual, quick))
     }
 
-    /// `usual`, or `quick` if the run is to be quick.
+    /// `usual`, or `quick` in a quick run.
     pub(crate) fn sized<T>(&self, usual: T, quick: T) -> T {
         if self.settings.quick { quick } else { usual }
     }
 
-    /// Whether the host has memory for guests of `guest_bytes`; says so if `name` is left out for the
-    /// want of it.
+    /// Whether the host has memory for guests of `guest_bytes`; if not, reports that `name` is left
+    /// out.
     pub(crate) fn has_room(&self, name: &str, guest_bytes: u64) -> bool {
         let wanted = guest_bytes + SPARE_BYTES;
-        // A host that does not say may have enough.
+        // If the host does not say, assume that there is enough.
         let available = host::available_bytes().unwrap_or(wanted);
         if available < wanted {
             self.say(&format!(
@@ -115,14 +115,14 @@ impl Bench {
         available >= wanted
     }
 
-    /// A new directory, to go with the run at the latest.
+    /// A new directory, removed at the end of the run at the latest.
     pub(crate) fn scratch(&self) -> anyhow::Result<TempDir> {
         tempfile::tempdir_in(self.scratch.path()).with_context(|| {
             format!("cannot create a directory in {}", self.scratch.path().display())
         })
     }
 
-    /// Says on standard error what happens now.
+    /// Reports progress on standard error.
     #[allow(clippy::unused_self)] // so that progress needs a run, and may go through a bar one day
     pub(crate) fn say(&self, what: &str) {
         eprintln!("frazil-bench: {what}");
@@ -139,14 +139,15 @@ impl Bench {
         self.emit(Metric::new(format!("{name}_p99_us"), times.us(0.99), "us", times.n()))
     }
 
-    /// Draws the distribution of `samples`, which are times, if there is to be a report.
+    /// Adds the distribution of `samples`, which are times, to a picture of the report, if there is
+    /// one.
     pub(crate) fn draw(&mut self, picture: Picture, name: &str, samples: &Samples) {
         if let Some(report) = &mut self.report {
             report.add_curve(picture, name, samples);
         }
     }
 
-    /// Says that `suite` could not be measured, here and in the report.
+    /// Reports that `suite` could not be measured, on standard error and in the report.
     pub(crate) fn fail(&mut self, suite: &str, error: &anyhow::Error) {
         self.say(&format!("{suite}: failed, and is left out: {error:#}"));
         if let Some(report) = &mut self.report {
@@ -154,7 +155,7 @@ impl Bench {
         }
     }
 
-    /// Prints what is still to be printed, writes the report, and removes what else was written.
+    /// Prints what is left to print, writes the report, and removes the scratch directory.
     pub(crate) fn finish(self) -> anyhow::Result<()> {
         if !self.output.rows().is_empty() {
             self.output.finish()?;
@@ -172,7 +173,7 @@ fn default_scratch() -> PathBuf {
     if target.is_dir() { target } else { std::env::temp_dir() }
 }
 
-/// A memory size as metric names have it: `1g`, `64m`.
+/// A memory size as used in metrics' names: `1g`, `64m`.
 pub(crate) fn size_label(bytes: u64) -> String {
     if bytes.is_multiple_of(GIB) {
         format!("{}g", bytes / GIB)

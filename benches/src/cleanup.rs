@@ -1,6 +1,7 @@
-//! Leaving nothing behind when the user interrupts a run: no scratch files, no child processes.
+//! Leaves nothing behind when the user interrupts a run: no scratch files, no child processes.
 //!
-//! Errors unwind and drop what they own; a signal does not, so what must go is also listed here.
+//! Errors unwind and drop what they own; signals do not, so what must be removed is also listed
+//! here.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -21,14 +22,14 @@ fn leftovers() -> MutexGuard<'static, Leftovers> {
     LEFTOVERS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// From now on a signal removes what is listed, and ends the process.
+/// From here on, a signal removes what is listed and ends the process.
 pub(crate) fn on_signals() -> anyhow::Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("cannot handle signals")?;
     std::thread::Builder::new()
         .name("bench-signals".into())
         .spawn(move || {
             if let Some(signal) = signals.forever().next() {
-                // The lock is kept: nobody may add to the list any more.
+                // The lock is kept, so that nothing more can be listed.
                 let left = leftovers();
                 if let Some(child) = left.child {
                     let _gone = kill_process(child, Signal::KILL);
@@ -43,12 +44,12 @@ pub(crate) fn on_signals() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Lists the scratch directory.
+/// Lists the scratch directory for removal.
 pub(crate) fn remove_at_exit(folder: &Path) {
     leftovers().folder = Some(folder.to_path_buf());
 }
 
-/// Lists the child process that runs now, or none.
+/// Lists the running child process to be killed; None if there is none.
 pub(crate) fn kill_at_exit(child: Option<Pid>) {
     leftovers().child = child;
 }

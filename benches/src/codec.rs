@@ -1,4 +1,4 @@
-//! zstd on frames, one core or all: what checkpoints, stores and eager resumes are held against.
+//! zstd on frames, on one core or all: the limit of checkpoints, stores and eager resumes.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -9,9 +9,9 @@ use rayon::prelude::*;
 use crate::content::FRAME_BYTES;
 use crate::samples::Samples;
 
-/// The level stores compress with by default.
+/// The default compression level of stores.
 const LEVEL: i32 = 1;
-/// Frames a worker takes at a time, so that making its zstd context costs next to nothing.
+/// Frames a worker takes at a time, to make the cost of its zstd context negligible.
 const FRAMES_MIN: usize = 64;
 
 /// How many cores to use.
@@ -49,14 +49,14 @@ impl Unpacker {
         Ok(Self { zstd: zstd::bulk::Decompressor::new()?, out: vec![0; FRAME_BYTES] })
     }
 
-    /// The pages of `frame`, until the next call.
+    /// The pages of `frame`, valid until the next call.
     pub(crate) fn unpack(&mut self, frame: &[u8]) -> std::io::Result<&[u8]> {
         let len = self.zstd.decompress_to_buffer(frame, &mut self.out)?;
         Ok(&self.out[..len])
     }
 }
 
-/// Compresses `raw` in frames and keeps nothing; returns the time and the compressed length.
+/// Compresses `raw` in frames and discards the result. Returns the time and the compressed length.
 pub(crate) fn time_compress(raw: &[u8], cores: Cores) -> anyhow::Result<(Duration, usize)> {
     let started = Instant::now();
     let len: std::io::Result<usize> = match cores {
@@ -84,7 +84,7 @@ pub(crate) fn compress(raw: &[u8]) -> anyhow::Result<Vec<Vec<u8>>> {
         .collect()
 }
 
-/// Bytes of zstd of `frames` on all cores, each read by `read` into an empty buffer.
+/// Compressed length of `frames`, on all cores; `read` reads each into an empty buffer.
 pub(crate) fn compressed_len<T: Sync>(
     frames: &[T],
     read: impl Fn(&T, &mut Vec<u8>) -> std::io::Result<()> + Sync,
@@ -107,12 +107,12 @@ pub(crate) fn compressed_len<T: Sync>(
     len.context("zstd failed")
 }
 
-/// Decompresses `frames` and keeps nothing; returns the time.
+/// Decompresses `frames` and discards the result. Returns the time.
 pub(crate) fn time_decompress(frames: &[Vec<u8>], cores: Cores) -> anyhow::Result<Duration> {
     time_unpacking(frames, cores, |unpacker, frame| unpacker.unpack(frame).map(|_pages| ()))
 }
 
-/// Hashes `frames` as they are and decompresses them, in one pass; returns the time.
+/// Hashes `frames` as stored and decompresses them, in one pass. Returns the time.
 pub(crate) fn time_check(frames: &[Vec<u8>], cores: Cores) -> anyhow::Result<Duration> {
     time_unpacking(frames, cores, |unpacker, frame| {
         black_box(blake3::hash(frame));
@@ -144,7 +144,7 @@ fn time_unpacking(
     Ok(started.elapsed())
 }
 
-/// Repeats [`time_compress`] after one warm-up; the times, and the compressed length.
+/// Repeats [`time_compress`] after one warm-up. Returns the times and the compressed length.
 pub(crate) fn compress_times(
     raw: &[u8],
     cores: Cores,

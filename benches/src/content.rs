@@ -1,5 +1,5 @@
-//! Page contents to measure with: those that the built-in guest writes, and what a guest's RAM
-//! holds.
+//! Page contents to measure with: those that the built-in guest writes, and samples of a guest's
+//! RAM.
 
 use anyhow::Context;
 use frazil_snapstore::PAGE_SIZE;
@@ -9,12 +9,12 @@ use frazil_vmm::workload::oracle::Oracle;
 use frazil_vmm::workload::spec::Content;
 use vm_memory::{Bytes, GuestAddress};
 
-/// Pages compressed together, as a store does by default.
+/// Pages per frame, as in a store by default.
 pub(crate) const FRAME_PAGES: usize = 16;
-/// Bytes of those.
+/// Bytes per frame.
 pub(crate) const FRAME_BYTES: usize = FRAME_PAGES * PAGE_SIZE;
 
-/// `pages` pages of what the built-in guest writes.
+/// `pages` pages as the built-in guest writes them.
 pub(crate) fn generate(content: Content, pages: usize) -> Vec<u8> {
     let oracle = Oracle::new(&WorkloadSpec { content, ..WorkloadSpec::default() });
     let mut bytes = vec![0; pages * PAGE_SIZE];
@@ -28,7 +28,7 @@ pub(crate) fn generate(content: Content, pages: usize) -> Vec<u8> {
     bytes
 }
 
-/// About `bytes` of a guest's RAM, in frames taken evenly from all of it.
+/// About `bytes` of a guest's RAM, in frames spread evenly over all of it.
 pub(crate) fn sample(ram: &GuestRam, bytes: usize) -> anyhow::Result<Vec<u8>> {
     let total = ram.len_bytes();
     let stride = (total / bytes as u64).max(1) * FRAME_BYTES as u64;

@@ -1,7 +1,7 @@
-//! How much memory this process has allocated, and how much it had at most.
+//! Counts the memory that this process has allocated now, and at its peak.
 //!
-//! `unsafe` is allowed here because that is what a global allocator is: it counts, and hands every
-//! call on to the system's. What C code (zstd's contexts) and mappings take is not counted.
+//! `unsafe` is allowed here because a global allocator needs it: this one counts, and passes every
+//! call to the system's. Memory of C code (zstd's contexts) and mappings are not counted.
 #![allow(unsafe_code)]
 
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -13,7 +13,7 @@ static ALLOCATOR: Counting = Counting;
 static LIVE: AtomicUsize = AtomicUsize::new(0);
 static PEAK: AtomicUsize = AtomicUsize::new(0);
 
-/// Bytes that `work` had allocated at most, beyond what was allocated when it began.
+/// Runs `work`. Returns its result, and the most bytes that were allocated beyond those before it.
 pub(crate) fn peak_of<T>(work: impl FnOnce() -> T) -> (T, usize) {
     let before = LIVE.load(Ordering::Relaxed);
     PEAK.store(before, Ordering::Relaxed);
@@ -21,7 +21,7 @@ pub(crate) fn peak_of<T>(work: impl FnOnce() -> T) -> (T, usize) {
     (out, PEAK.load(Ordering::Relaxed).saturating_sub(before))
 }
 
-/// Bytes that are allocated now.
+/// Bytes allocated now.
 pub(crate) fn live() -> usize {
     LIVE.load(Ordering::Relaxed)
 }
@@ -30,7 +30,7 @@ struct Counting;
 
 fn grown(bytes: usize) {
     let live = LIVE.fetch_add(bytes, Ordering::Relaxed) + bytes;
-    // Nearly always only read: two cores that allocate do not fight for it.
+    // A plain read is nearly always enough, and does not make cores contend.
     if live > PEAK.load(Ordering::Relaxed) {
         PEAK.fetch_max(live, Ordering::Relaxed);
     }
@@ -40,10 +40,11 @@ fn shrunk(bytes: usize) {
     LIVE.fetch_sub(bytes, Ordering::Relaxed);
 }
 
-// SAFETY: every call goes to the system's allocator as it came, and so does every answer.
+// SAFETY: every call is passed to the system's allocator unchanged, and its result is returned
+// unchanged.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        // SAFETY: the caller's promises are those the system's allocator asks for.
+        // SAFETY: the caller's promises are those that the system's allocator requires.
         let block = unsafe { System.alloc(layout) };
         if !block.is_null() {
             grown(layout.size());
@@ -61,7 +62,7 @@ unsafe impl GlobalAlloc for Counting {
     }
 
     unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
-        // SAFETY: as in `alloc`; the block is the system's, since all blocks are.
+        // SAFETY: as in `alloc`; the block is from the system's allocator, as all blocks are.
         unsafe { System.dealloc(block, layout) };
         shrunk(layout.size());
     }
@@ -70,7 +71,7 @@ unsafe impl GlobalAlloc for Counting {
         // SAFETY: as in `dealloc`.
         let moved = unsafe { System.realloc(block, layout, new_size) };
         if !moved.is_null() {
-            // Only what it grew by: large blocks are moved by remapping, never held twice.
+            // Count only the growth: large blocks are moved by remapping, and never held twice.
             grown(new_size.saturating_sub(layout.size()));
             shrunk(layout.size().saturating_sub(new_size));
         }

@@ -12,7 +12,7 @@ use frazil_vmm::{Guest, HostConfig, Loading, MachineConfig, Vm};
 
 use crate::raw_guest::{data_pages, turns, wait_turns};
 
-/// Looks at other vCPUs' progress so often.
+/// How often to look at other vCPUs' progress.
 const POLL: Duration = Duration::from_millis(1);
 
 /// A VM that runs the built-in guest.
@@ -20,7 +20,7 @@ const POLL: Duration = Duration::from_millis(1);
 pub(crate) struct Machine {
     /// The VM.
     pub vm: Vm,
-    /// Pages its guest works on.
+    /// Pages that its guest works on.
     pub data_pages: u64,
 }
 
@@ -34,7 +34,7 @@ impl Machine {
         Self::boot_cpus(spec, ram_bytes, 1, store)
     }
 
-    /// As [`Self::boot`], on `cpus` vCPUs.
+    /// Like [`Self::boot`], with `cpus` vCPUs.
     pub(crate) fn boot_cpus(
         spec: &str,
         ram_bytes: u64,
@@ -47,7 +47,7 @@ impl Machine {
         let vm = Vm::boot(&config, HostConfig::new(SerialOutput::Null, store))?;
         vm.go()?;
         let machine = Self { vm, data_pages };
-        // Its own share; the other vCPUs may need a little longer for theirs.
+        // vCPU 0's share; the other vCPUs may need a little longer for theirs.
         machine.wait_turns(data_pages / cpus as u64)?;
         while machine.view()?.vcpus.iter().any(|vcpu| vcpu.control.populated == 0) {
             ensure!(machine.vm.ended().is_none(), "the guest ended while it populated its memory");
@@ -56,7 +56,7 @@ impl Machine {
         Ok(machine)
     }
 
-    /// Resumes `snapshot`; the guest stands still.
+    /// Resumes `snapshot`, with the guest paused.
     pub(crate) fn resume(snapshot: &Snapshot, loading: Loading) -> anyhow::Result<Self> {
         let host = HostConfig::new(SerialOutput::Null, None);
         let vm = Vm::resume(snapshot, "bench".into(), host, loading)?;
@@ -69,23 +69,25 @@ impl Machine {
         turns(self.vm.ram())
     }
 
-    /// Waits until vCPU 0 has written `target` pages; returns how many it has and when.
+    /// Waits until vCPU 0 has written `target` pages. Returns how many it has written, and the
+    /// time.
     pub(crate) fn wait_turns(&self, target: u64) -> anyhow::Result<(u64, Instant)> {
         wait_turns(self.vm.ram(), target, || self.vm.ended().is_none())
     }
 
-    /// Lets the guest go: when it has done something, and how long `turns` turns take it.
+    /// Starts the guest. Returns the time of its first progress, and how long `turns` turns take
+    /// it.
     pub(crate) fn go_for(&self, turns: u64) -> anyhow::Result<(Instant, Duration)> {
         let from = self.turns()?;
         let started = Instant::now();
         self.vm.go()?;
         let (_, first) = self.wait_turns(from + 1)?;
         let (to, ended) = self.wait_turns(from + turns)?;
-        // Seen late, by when the guest is a little further on.
+        // Progress is seen a little late, when the guest is further on: scale the time.
         Ok((first, (ended - started).mul_f64(turns as f64 / (to - from) as f64)))
     }
 
-    /// What the guest says of itself.
+    /// The guest's own counters.
     pub(crate) fn view(&self) -> anyhow::Result<ControlView> {
         Ok(self.vm.workload()?)
     }

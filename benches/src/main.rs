@@ -1,9 +1,9 @@
-//! `frazil-bench SUITE`: what frazil reaches, and beside each figure the limit it is held
-//! against, measured in the same run.
+//! `frazil-bench SUITE`: figures of frazil, each beside its limit on this machine, measured in the
+//! same run.
 //!
-//! A figure without its limit says as much about the machine as about the program; so every suite
-//! measures both, and prints the ratio. Memory is warmed before it is timed, whatever is timed is
-//! timed several times, and `n` says how often.
+//! A figure without its limit says as much about the machine as about the program, so every suite
+//! measures both and prints the ratio. Memory is warmed up before anything is timed, measurements
+//! are repeated, and `n` says how often.
 
 mod bench;
 mod cleanup;
@@ -33,38 +33,38 @@ use bench::{Bench, Settings};
 #[derive(Debug, Parser)]
 #[command(name = "frazil-bench", version)]
 struct Cli {
-    /// What to measure.
+    /// The suite to run.
     suite: Suite,
-    /// Print one JSON object a metric: suite, metric, value, unit, floor, ratio, n.
+    /// Print one JSON object per metric: suite, metric, value, unit, floor, ratio, n.
     #[arg(long)]
     json: bool,
-    /// Write all figures with budgets, pictures and what they were measured on to this file, too.
+    /// Also write a report to this file: all figures, their budgets, pictures, and the machine.
     #[arg(long, value_name = "FILE.html|FILE.md")]
     report: Option<PathBuf>,
-    /// Guest memory sizes. Default: 1GiB for floors, clone, rewind and tools, 4GiB for store, 1GiB,4GiB for
-    /// checkpoint and resume, 64MiB for endurance, and 4GiB or 1GiB for pause, as its figures are called. Of
-    /// several, store takes the last, for what it writes and reads in full; so do pause and
-    /// endurance.
+    /// Guest memory sizes. Default: 1GiB for floors, clone, rewind, peers and tools; 1GiB,4GiB for
+    /// checkpoint and resume; 4GiB for store; 64MiB for endurance; 4GiB or 1GiB for pause, as the
+    /// names of its figures say. Of several sizes, checkpoint and resume measure each, floors takes
+    /// the first, and the others take the last (store for what it writes and reads in full).
     #[arg(long, value_name = "SIZE,…", value_delimiter = ',', value_parser = size)]
     memory: Vec<u64>,
-    /// Repeat every measurement so often instead of as often as suits it; endurance takes so many
-    /// checkpoints.
+    /// Repeat every measurement N times, instead of as often as suits it; for endurance, the number
+    /// of checkpoints.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000))]
     runs: Option<u32>,
-    /// Small sizes and few runs: shows that everything works, and gives no figures to rely on.
+    /// Use small sizes and few runs: shows that everything works, and gives no figures to rely on.
     #[arg(long)]
     quick: bool,
-    /// Of pause, resume or store, only these measurements.
+    /// Make only these measurements of pause, resume or store.
     #[arg(long, value_name = "NAME,…", value_delimiter = ',', value_parser = PossibleValuesParser::new(suites::pause::names().chain(suites::resume::names()).chain(suites::store::names())))]
     only: Vec<String>,
-    /// Put stores and scratch files below this directory. Default: ./target if there is one, else
-    /// the system's temporary directory. Wants a disk, not a tmpfs.
+    /// Put stores and scratch files in this directory, on a disk rather than a tmpfs. Default:
+    /// ./target if it exists, else the system's temporary directory.
     #[arg(long, value_name = "DIR")]
     store_dir: Option<PathBuf>,
     /// The `frazil` command to measure. Default: the one beside this program.
     #[arg(long, value_name = "PATH")]
     frazil: Option<PathBuf>,
-    /// Raw dumps of one guest's RAM, in the order in which they were taken, for store-images.
+    /// Raw dumps of one guest's RAM, in the order they were taken, for store-images.
     #[arg(long, value_name = "FILE", num_args = 1..)]
     images: Vec<PathBuf>,
 }
@@ -75,32 +75,33 @@ enum Suite {
     All,
     /// The limits themselves: memory, compression, hashing, KVM, userfaultfd, disk.
     Floors,
-    /// Taking checkpoints of a running guest: throughput, bytes.
+    /// Checkpoints of a running guest: throughput and size.
     Checkpoint,
     /// What a running guest pays for checkpoints: pauses as host and guest see them, work lost.
     Pause,
-    /// 36,000 checkpoints back to back, old ones forgotten and pruned: what grows. Ten minutes.
+    /// 36,000 checkpoints back to back, with old ones forgotten and pruned: what grows. Takes ten
+    /// minutes or more.
     Endurance,
-    /// Resuming: first progress, sweeping memory that comes lazily, loading it eagerly.
+    /// Resuming: first progress, sweeps of memory that is loaded lazily, eager loading.
     Resume,
-    /// Many machines from one snapshot: how soon one is ready, what each takes.
+    /// Many machines from one snapshot: how soon a clone is ready, what each takes.
     Clone,
-    /// Taking a running guest back to a snapshot, by how much it has changed since.
+    /// Taking a running guest back to a snapshot, by how much has changed since.
     Rewind,
-    /// The same guest in QEMU, if that is installed, as its users save and resume it.
+    /// The same guest saved and resumed by QEMU, if that is installed, as its users do it.
     Peers,
     /// The store by itself, without KVM: throughput, overhead, history, verifying, pruning.
     Store,
-    /// What the tools do with a snapshot's memory, without KVM: searching it.
+    /// What the tools do with a snapshot's memory, without KVM: searches.
     Tools,
-    /// Stores with other frame and segment sizes: the measurement behind the defaults.
+    /// Stores with other frame and segment sizes: the measurements behind the defaults.
     StoreFrames,
     /// The store on dumps of a real guest's RAM: what each kind of elision saves.
     StoreImages,
 }
 
 impl Suite {
-    /// Whether it runs guests, and so wants KVM and userfaultfd.
+    /// Whether the suite runs guests, and so needs KVM and userfaultfd.
     fn runs_guests(self) -> bool {
         match self {
             Self::All
@@ -162,13 +163,13 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Suite::StoreFrames => suites::store::run_frames(&mut bench),
         Suite::StoreImages => suites::store::run_images(&mut bench, &images),
     };
-    // What was measured is told in any case.
+    // Figures measured before a failure are printed too.
     let finished = bench.finish();
     measured.and(finished)
 }
 
-/// One after the other: each has the machine to itself. One that fails does not take the figures of the
-/// others with it, which took an hour.
+/// Runs the suites one after the other, so that each has the machine to itself. If one fails, the
+/// figures of the others, which took an hour, are not lost.
 fn all(bench: &mut Bench, frazil: Option<&Path>) -> anyhow::Result<()> {
     type Run<'a> = &'a dyn Fn(&mut Bench) -> anyhow::Result<()>;
     let frazil = || frazil.map(Path::to_owned);

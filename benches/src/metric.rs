@@ -1,4 +1,4 @@
-//! One figure, and how figures are printed.
+//! A figure, and printing figures.
 
 use std::io::Write;
 
@@ -21,11 +21,11 @@ pub(crate) struct Metric {
     n: u64,
 }
 
-/// The unit of a throughput: here a ratio below 1 is what is lost.
+/// The unit of a throughput: a ratio below 1 is a loss.
 pub(crate) const MIB_S: &str = "MiB/s (more is better)";
 
 impl Metric {
-    /// A figure `suite.name`, the median of `n` unless the name says otherwise.
+    /// A figure `suite.name`, the median of `n` values unless the name says otherwise.
     pub(crate) fn new(name: impl Into<String>, value: f64, unit: &'static str, n: u64) -> Self {
         let name = name.into();
         let suite = name.split('.').next().unwrap_or_default().to_owned();
@@ -39,7 +39,8 @@ impl Metric {
         self
     }
 
-    /// Adds the limit in a unit of its own: the value is the share beyond it, so there is no ratio.
+    /// Adds the limit in another unit than the value, which is the share beyond it: there is no
+    /// ratio.
     pub(crate) fn beyond(mut self, floor: f64) -> Self {
         self.floor = Some(rounded(floor));
         self
@@ -75,24 +76,24 @@ impl Metric {
         self.n
     }
 
-    /// More of it is better, up to the floor.
+    /// True if more is better, up to the floor.
     pub(crate) fn is_throughput(&self) -> bool {
         self.unit == MIB_S
     }
 }
 
-/// To four digits: more would only pretend.
+/// Rounds to four digits: more would only pretend precision.
 fn rounded(value: f64) -> f64 {
     if value == 0.0 || !value.is_finite() {
         return 0.0;
     }
     let digits = 3 - value.abs().log10().floor() as i32;
-    // Always by a whole number, which a float holds exactly.
+    // The scale is a whole number, which a float holds exactly.
     let scale = 10_f64.powi(digits.abs());
     if digits < 0 { (value / scale).round() * scale } else { (value * scale).round() / scale }
 }
 
-/// Where figures go: at once as JSON lines, or as a table at the end.
+/// Prints figures: at once as JSON lines, or as a table at the end.
 #[derive(Debug)]
 pub(crate) struct Output {
     json: bool,
@@ -117,7 +118,7 @@ impl Output {
         &self.rows
     }
 
-    /// Prints what is still to be printed.
+    /// Prints the table, unless figures are printed as JSON.
     pub(crate) fn finish(&self) -> anyhow::Result<()> {
         if self.json {
             return Ok(());
@@ -148,19 +149,19 @@ impl Output {
     }
 }
 
-/// What is asked of it, and whether that is met.
+/// The budgets of a metric, and whether they are met.
 fn budget(metric: &Metric) -> String {
     let said =
         |judged: Judged| format!("{} {}", judged.budget, if judged.met { "met" } else { "MISSED" });
     judge(metric).into_iter().map(said).collect::<Vec<_>>().join(", ")
 }
 
-/// Not `println!`: a reader that is gone is an error, not a panic.
+/// Unlike `println!`, fails instead of panicking if the reader is gone.
 fn print_line(line: &str) -> anyhow::Result<()> {
     writeln!(std::io::stdout(), "{line}").context("cannot write to standard output")
 }
 
-/// A number without exponent and without digits that say nothing.
+/// A number without exponent and without insignificant digits.
 pub(crate) fn plain(value: f64) -> String {
     match value.abs() {
         size if size >= 1000.0 => format!("{value:.0}"),

@@ -1,4 +1,4 @@
-//! A picture before it is one of any format: rectangles and lines of text, in pixels.
+//! A picture in no particular format: rectangles and lines of text, in pixels.
 
 /// Red, green, blue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -7,7 +7,7 @@ pub(super) struct Rgb(pub u8, pub u8, pub u8);
 impl Rgb {
     /// Text.
     pub(super) const INK: Self = Self(0x20, 0x24, 0x28);
-    /// Text that says less.
+    /// Less important text.
     pub(super) const FAINT: Self = Self(0x6a, 0x70, 0x76);
 
     /// The colour `share` of the way from this one to `other`.
@@ -23,7 +23,7 @@ impl Rgb {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Rect(pub u32, pub u32, pub u32, pub u32);
 
-/// How large text is.
+/// The size of text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Size {
     Text,
@@ -48,7 +48,7 @@ impl Size {
     }
 }
 
-/// Which end of a text is where it is said to be.
+/// The end of a text that its `x` is the position of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Anchor {
     Start,
@@ -67,7 +67,7 @@ pub(super) struct Text {
 }
 
 impl Text {
-    /// Its left edge.
+    /// The text's left edge.
     pub(super) fn left(&self) -> u32 {
         let width = self.line.chars().count() as u32 * self.size.advance();
         match self.anchor {
@@ -82,7 +82,7 @@ impl Text {
 pub(super) struct Picture {
     pub width: u32,
     pub height: u32,
-    /// One colour each, in this order.
+    /// Rectangles by colour, drawn in this order.
     pub rects: Vec<(Rgb, Vec<Rect>)>,
     pub texts: Vec<Text>,
 }
@@ -99,7 +99,7 @@ impl Picture {
         });
     }
 
-    /// As [`Self::text`], for what says less.
+    /// Like [`Self::text`], for less important text.
     pub(super) fn faint(&mut self, x: u32, y: u32, anchor: Anchor, text: impl Into<String>) {
         self.text(x, y, anchor, text);
         if let Some(last) = self.texts.last_mut() {

@@ -1,4 +1,4 @@
-//! Pictures as SVG.
+//! Writes pictures as SVG.
 
 use std::io::Write;
 
@@ -24,12 +24,12 @@ pub(super) fn write(picture: &Picture, out: &mut dyn Write) -> anyhow::Result<()
     }
     for text in texts {
         let advance = text.size.advance();
-        // Monospaced letters are six tenths of their size apart.
+        // The characters of monospaced fonts are about 0.6 of the font size wide.
         let (weight, size) = match text.size {
             Size::Text => ("normal", f64::from(advance) / 0.6),
             Size::Title => ("bold", f64::from(advance) / 0.6),
         };
-        // Where the font is another, and not as wide, it is at least on the right side.
+        // With another font, of another width, text at least stays on the right side.
         let anchor = match text.anchor {
             Anchor::Start => "start",
             Anchor::End => "end",
@@ -51,7 +51,8 @@ fn hex(Rgb(r, g, b): Rgb) -> String {
     format!("#{r:02x}{g:02x}{b:02x}")
 }
 
-/// Names and messages may hold anything; XML may not.
+/// Escapes text for XML, and replaces characters that XML does not allow: names and messages may
+/// hold anything.
 fn escaped(text: &str) -> String {
     text.chars()
         .map(|c| match c {
