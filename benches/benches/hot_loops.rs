@@ -1,7 +1,7 @@
-//! The loops that pages go through, one by one: `cargo bench -p frazil-benches`.
+//! The loops that handle pages one by one: `cargo bench -p frazil-benches`.
 //!
-//! `frazil-bench` says how near the whole is to the limit; this says which part of it a change has made
-//! quicker or slower.
+//! `frazil-bench` says how near the whole is to the limit; these benchmarks show which part of it a
+//! change has made faster or slower.
 
 #![allow(missing_docs)] // the macros take none
 
@@ -21,13 +21,13 @@ fn main() {
     divan::main();
 }
 
-/// Pages of a guest with 4 GiB.
+/// Pages of a 4 GiB guest.
 const GUEST_PAGES: u64 = 1 << 20;
-/// Pages of what is stored here: 32 MiB.
+/// Pages of the region stored here: 32 MiB.
 const STORED_PAGES: u64 = 8192;
 const REGION: &str = "ram";
 
-/// Numbers that look random and are the same every time.
+/// Numbers that look random, and are the same in every run.
 fn scattered(count: u64, below: u64) -> impl Iterator<Item = u64> {
     (0..count).map(move |index| index.wrapping_mul(0x9e37_79b9_7f4a_7c15) % below)
 }
@@ -38,7 +38,7 @@ fn set(count: u64) -> PageSet {
     set
 }
 
-/// Sets of dirty pages: how few of a guest's there are.
+/// Sets of dirty pages, with few and with all of a guest's pages.
 mod page_set {
     use super::{Bencher, GUEST_PAGES, ItemsCount, PageSet, black_box, set};
 
@@ -62,7 +62,7 @@ mod page_set {
         bencher.counter(ItemsCount::new(count)).bench_local(|| set.runs().map(black_box).count());
     }
 
-    /// What a dirty log is read into.
+    /// How a dirty log is read into a set.
     #[divan::bench]
     fn insert_words(bencher: Bencher<'_, '_>) {
         let words = vec![1 << 17; (GUEST_PAGES / 64) as usize];
@@ -79,7 +79,7 @@ fn zero_page(bencher: Bencher<'_, '_>) {
     bencher.counter(BytesCount::new(PAGE_SIZE)).bench_local(|| is_zero(black_box(&page)));
 }
 
-/// Prose of sorts: lines of words that repeat, and numbers that do not.
+/// A kind of prose: lines of repeating words, and numbers that do not repeat.
 struct Text {
     turn: u64,
 }
@@ -96,7 +96,7 @@ impl PageSource for Text {
     }
 }
 
-/// A store, and snapshots of a region that changed here and there in between.
+/// A store, and snapshots of a region with scattered changes between them.
 struct Bed {
     store: Arc<Store>,
     snapshots: Vec<Snapshot>,
@@ -119,7 +119,7 @@ impl Bed {
         bed
     }
 
-    /// The last snapshot as a store has it that has read and written nothing yet.
+    /// The last snapshot, through a store handle that has not read or written anything yet.
     fn last(&self) -> Snapshot {
         let path = self.folder.path().join("store");
         let store = Store::open(&path, StoreOptions::default()).expect("the store");
@@ -136,13 +136,13 @@ impl Bed {
     }
 }
 
-/// Hashing, comparing, compressing, appending and publishing 32 MiB.
+/// Hashes, compares, compresses, appends and publishes 32 MiB.
 #[divan::bench(sample_count = 10)]
 fn write_a_first_snapshot(bencher: Bencher<'_, '_>) {
     bencher.counter(BytesCount::new(STORED_PAGES * PAGE_SIZE as u64)).bench_local(|| Bed::new(1));
 }
 
-/// Looking a page up, verifying and decoding its frame.
+/// Looks a page up, and verifies and decodes its frame.
 #[divan::bench(args = [1, 200])]
 fn read_a_page(bencher: Bencher<'_, '_>, depth: u64) {
     let bed = Bed::new(depth);
@@ -156,7 +156,7 @@ fn read_a_page(bencher: Bencher<'_, '_>, depth: u64) {
     });
 }
 
-/// Page after page, as a sweep does.
+/// Reads page after page, as a sweep does.
 #[divan::bench(sample_count = 10)]
 fn read_all_pages(bencher: Bencher<'_, '_>) {
     let bed = Bed::new(1);
@@ -170,7 +170,7 @@ fn read_all_pages(bencher: Bencher<'_, '_>) {
     });
 }
 
-/// Two trees that share all but what a hundred pages hang on.
+/// Compares two trees that differ only in what a hundred pages depend on.
 #[divan::bench]
 fn compare_snapshots(bencher: Bencher<'_, '_>) {
     let bed = Bed::new(2);

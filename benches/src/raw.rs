@@ -1,7 +1,7 @@
 //! Memory as the kernel sees it: a mapped memfd to copy from, to fault on, and to give to KVM.
 //!
-//! `unsafe` is allowed here, and nowhere else in this room, because a floor is what the bare
-//! operation costs: the wrappers that make these safe are what is being measured.
+//! `unsafe` is allowed here because a floor is what the bare operation costs: the wrappers that
+//! make these operations safe are what is being measured.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -16,7 +16,7 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::mm::{Advice, madvise};
 use userfaultfd::Uffd;
 
-/// A memfd and a shared mapping of all of it.
+/// A memfd and a shared mapping of it.
 #[derive(Debug)]
 pub(crate) struct SharedMemory {
     file: File,
@@ -24,7 +24,7 @@ pub(crate) struct SharedMemory {
 }
 
 impl SharedMemory {
-    /// Makes `len` bytes, none of them backed by memory yet.
+    /// Creates `len` bytes, not backed by memory yet.
     pub(crate) fn new(len: usize) -> anyhow::Result<Self> {
         let memfd =
             memfd_create("frazil-bench", MemfdFlags::CLOEXEC).context("cannot create a memfd")?;
@@ -39,29 +39,29 @@ impl SharedMemory {
         &self.file
     }
 
-    /// Where the mapping is.
+    /// The address of the mapping.
     pub(crate) fn address(&self) -> usize {
         self.map.as_mut_ptr() as usize
     }
 
-    /// Bytes of it.
+    /// Length of the mapping in bytes.
     pub(crate) fn len_bytes(&self) -> usize {
         self.map.len()
     }
 
-    /// Writes a byte to page `index`, through the mapping.
+    /// Writes a byte to page `index` through the mapping.
     pub(crate) fn touch(&self, index: usize) {
         assert!((index + 1) * PAGE_SIZE <= self.map.len(), "page {index} is outside the mapping");
-        // SAFETY: inside the mapping, by the assertion, which lives as long as `self`; volatile,
-        // so that it happens; no reference to these bytes exists.
+        // SAFETY: the byte is inside the mapping, by the assertion, and the mapping lives as long
+        // as `self`; no reference to these bytes exists. Volatile, so that the write happens.
         unsafe { self.map.as_mut_ptr().add(index * PAGE_SIZE).write_volatile(1) };
     }
 
-    /// Copies `out.len()` bytes from `offset` on.
+    /// Copies `out.len()` bytes at `offset`.
     pub(crate) fn copy_out(&self, offset: usize, out: &mut [u8]) {
         assert!(offset + out.len() <= self.map.len(), "copy from outside the mapping");
-        // SAFETY: the source is inside the mapping, by the assertion, and `out` is memory of the
-        // caller's own; nobody writes the mapping meanwhile.
+        // SAFETY: the source is inside the mapping, by the assertion, and `out` is the caller's own
+        // memory; nobody writes to the mapping meanwhile.
         unsafe {
             std::ptr::copy_nonoverlapping(
                 self.map.as_ptr().add(offset),
@@ -71,7 +71,7 @@ impl SharedMemory {
         }
     }
 
-    /// `UFFDIO_COPY` of one page to page `index`.
+    /// Copies `page` to page `index` by `UFFDIO_COPY`.
     pub(crate) fn uffd_copy(
         &self,
         uffd: &Uffd,
@@ -90,7 +90,8 @@ impl SharedMemory {
     }
 }
 
-/// A KVM VM whose only slot is `memory`, dirty log on. The fields go in this order: KVM first.
+/// A KVM VM whose only slot is `memory`, with the dirty log on. Field order matters: the VM is
+/// dropped first.
 #[derive(Debug)]
 pub(crate) struct SlotVm {
     /// KVM's handle.
@@ -99,7 +100,7 @@ pub(crate) struct SlotVm {
 }
 
 impl SlotVm {
-    /// Gives `memory` to `vm` as guest RAM from address 0 on.
+    /// Gives `memory` to `vm` as guest RAM at address 0.
     pub(crate) fn new(vm: VmFd, memory: SharedMemory) -> anyhow::Result<Self> {
         let region = kvm_userspace_memory_region {
             slot: 0,
@@ -115,7 +116,7 @@ impl SlotVm {
     }
 }
 
-/// `UFFDIO_COPY` of one page to `address` in a guest's RAM.
+/// Copies `page` to `address` in a guest's RAM by `UFFDIO_COPY`.
 pub(crate) fn uffd_copy_to_guest(
     ram: &GuestRam,
     uffd: &Uffd,
@@ -126,17 +127,17 @@ pub(crate) fn uffd_copy_to_guest(
         address >= start && address + PAGE_SIZE <= start + range.len_bytes as usize
     });
     assert!(inside && address.is_multiple_of(PAGE_SIZE), "{address:#x} is no page of the guest's");
-    // SAFETY: the target is a page of `ram`'s mapping, by the assertion; nobody holds a reference to
-    // guest memory, and the kernel fills the page only if it is missing.
+    // SAFETY: the target is a page of `ram`'s mapping, by the assertion; nobody holds a reference
+    // to guest memory, and the kernel fills the page only if it is missing.
     unsafe { uffd.copy(page.as_ptr().cast(), address as *mut _, PAGE_SIZE, true) }
         .context("UFFDIO_COPY failed")?;
     Ok(())
 }
 
-/// Allocates all of a guest's RAM and fills in the host's page tables for it.
+/// Allocates all of a guest's RAM, and fills the host's page tables for it.
 pub(crate) fn populate(ram: &GuestRam) -> anyhow::Result<()> {
     for (range, address) in ram.mapped_ranges() {
-        // SAFETY: the range is one mapping of `ram`'s, and populating changes no byte of it.
+        // SAFETY: the range is one mapping of `ram`, and populating it changes no byte.
         unsafe { madvise(address as *mut _, range.len_bytes as usize, Advice::LinuxPopulateWrite) }
             .context("MADV_POPULATE_WRITE failed (Linux 5.14 or later has it)")?;
     }

@@ -1,6 +1,7 @@
-//! The built-in guest on the barest of machines: one vCPU in a thread, and KVM's handle in reach.
+//! The built-in guest on a bare machine: one vCPU in a thread, with access to KVM's handle.
 //!
-//! A `Vm` keeps its handle to itself, rightly; but the floors of a checkpoint are ioctls on it.
+//! A `Vm` keeps its handle to itself, and rightly so; but the floors of a checkpoint are ioctls on
+//! it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,14 +21,14 @@ use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
-/// Looks at the guest's progress so often.
+/// How often to look at the guest's progress.
 const POLL: Duration = Duration::from_micros(100);
-/// A guest that gets nowhere for so long is given up.
+/// How long a guest may make no progress before it is given up.
 pub(crate) const PATIENCE: Duration = Duration::from_mins(5);
 
-/// A kick that came just before the thread entered the guest is lost, and sent again after this.
+/// How long to wait before kicking again: a kick just before the thread enters the guest is lost.
 const REKICK_AFTER: Duration = Duration::from_millis(50);
-/// Who waits looks again and again for so long, and then only now and then.
+/// How long to spin before sleeping between looks.
 const SPIN: Duration = Duration::from_millis(5);
 
 const LINE_STATUS_PORT: u16 = 0x3fd;
@@ -43,7 +44,7 @@ pub(crate) struct RawGuest {
 }
 
 impl RawGuest {
-    /// Boots the built-in guest with `spec` and lets it run; `prepare` may see to its RAM before.
+    /// Boots the built-in guest with `spec` and lets it run; `prepare` may prepare its RAM first.
     pub(crate) fn start(
         spec: &str,
         ram_bytes: u64,
@@ -52,7 +53,8 @@ impl RawGuest {
         Self::start_tracked(spec, ram_bytes, Some(TrackerKind::Bitmap), prepare)
     }
 
-    /// As [`Self::start`]; `kind` keeps track of what the guest writes, or what a `Vm` would have.
+    /// Like [`Self::start`]; `kind` is the tracker of the guest's writes, None the one a `Vm` would
+    /// have.
     pub(crate) fn start_tracked(
         spec: &str,
         ram_bytes: u64,
@@ -91,7 +93,7 @@ impl RawGuest {
         Ok(Self { shell, meeting, vcpu: Some(vcpu), data_pages })
     }
 
-    /// Pages the guest works on.
+    /// Pages that the guest works on.
     pub(crate) fn data_pages(&self) -> u64 {
         self.data_pages
     }
@@ -101,27 +103,29 @@ impl RawGuest {
         &self.shell.fd
     }
 
-    /// Pages the guest has written so far, each as often as it was.
+    /// Pages that the guest has written so far, counted once per write.
     pub(crate) fn turns(&self) -> anyhow::Result<u64> {
         turns(&self.shell.ram)
     }
 
-    /// Waits until the guest has written `turns` pages; returns how many it has and when.
+    /// Waits until the guest has written `turns` pages. Returns how many it has written, and the
+    /// time.
     pub(crate) fn wait_turns(&self, turns: u64) -> anyhow::Result<(u64, Instant)> {
         wait_turns(&self.shell.ram, turns, || {
             self.vcpu.as_ref().is_some_and(|vcpu| !vcpu.is_finished())
         })
     }
 
-    /// Time the guest takes for one write to each of its pages, if nothing else happens.
+    /// Time the guest takes to write each of its pages once, with nothing else going on.
     pub(crate) fn lap(&self) -> anyhow::Result<Duration> {
         let (first, started) = (self.turns()?, Instant::now());
         let (last, ended) = self.wait_turns(first + self.data_pages)?;
-        // The look at the progress is late by a little, by when the guest is further on.
+        // Progress is seen a little late, when the guest is further on: scale the time.
         Ok((ended - started).mul_f64(self.data_pages as f64 / (last - first) as f64))
     }
 
-    /// Reads and clears KVM's dirty log; returns the time of the system calls and the pages.
+    /// Reads and clears KVM's dirty log. Returns the time of the system calls and the number of
+    /// pages.
     pub(crate) fn dirty_log(&self) -> anyhow::Result<(Duration, u64)> {
         let mut dirty = PageSet::new(self.shell.ram.end_page());
         let mut took = Duration::ZERO;
@@ -135,17 +139,17 @@ impl RawGuest {
         Ok((took, dirty.count()))
     }
 
-    /// What reports the guest's writes, each to one reader.
+    /// The tracker of the guest's writes.
     pub(crate) fn tracker(&self) -> Box<dyn DirtyTracker> {
         self.shell.tracker()
     }
 
-    /// An empty set with room for all of its pages.
+    /// An empty set with room for all pages of the guest.
     pub(crate) fn no_pages(&self) -> PageSet {
         PageSet::new(self.shell.ram.end_page())
     }
 
-    /// Kicks the vCPU out of the guest; it stands still until [`Self::release`].
+    /// Kicks the vCPU out of the guest, and keeps it out until [`Self::release`].
     pub(crate) fn hold(&self) -> anyhow::Result<()> {
         self.meeting.hold.store(true, Ordering::Release);
         let held = || self.meeting.held.load(Ordering::Acquire);
@@ -156,7 +160,7 @@ impl RawGuest {
         Ok(())
     }
 
-    /// Lets the vCPU go on; returns when it is about to enter the guest.
+    /// Lets the vCPU go on. Returns when it is about to enter the guest.
     pub(crate) fn release(&self) {
         self.meeting.hold.store(false, Ordering::Release);
         wait_until(PATIENCE, || !self.meeting.held.load(Ordering::Acquire));
@@ -182,13 +186,13 @@ impl RawGuest {
 impl Drop for RawGuest {
     fn drop(&mut self) {
         if self.vcpu.is_some() {
-            // Whatever it ended with, nobody is interested any more.
+            // How the guest ended is of no interest any more.
             let _ended = self.stop();
         }
     }
 }
 
-/// Where the vCPU's thread meets who stops it. Both spin: nobody is quicker.
+/// Synchronises the vCPU's thread with whoever stops it. Both spin, which is fastest.
 #[derive(Debug, Default)]
 struct Meeting {
     hold: AtomicBool,
@@ -208,7 +212,7 @@ impl Meeting {
     }
 }
 
-/// Waits for `reached`, or until `patience` is over.
+/// Waits until `reached` is true, or for `patience`.
 fn wait_until(patience: Duration, reached: impl Fn() -> bool) {
     let started = Instant::now();
     while !reached() && started.elapsed() < patience {
@@ -220,12 +224,12 @@ fn wait_until(patience: Duration, reached: impl Fn() -> bool) {
     }
 }
 
-/// The signal that kicks the vCPU's thread: another than a `Vm` uses, whose handler does more.
+/// The signal that kicks the vCPU's thread. Not the one of `Vm`, whose handler does more.
 fn kick_signal() -> libc::c_int {
     SIGRTMIN() + 2
 }
 
-/// That it interrupts KVM_RUN is all a kick is for.
+/// Does nothing: a kick only has to interrupt KVM_RUN.
 extern "C" fn on_kick(
     _signal: libc::c_int,
     _info: *mut libc::siginfo_t,
@@ -236,7 +240,7 @@ extern "C" fn on_kick(
 fn run(mut vcpu: VcpuFd, meeting: &Meeting, rings: Option<&DirtyRings>) -> anyhow::Result<VcpuFd> {
     while !meeting.end.load(Ordering::Acquire) {
         match vcpu.run() {
-            // The only device: a serial port that takes everything and has nothing to say.
+            // The only device is a serial port that accepts everything and sends nothing.
             Ok(VcpuExit::IoIn(LINE_STATUS_PORT, data)) => data.fill(TRANSMITTER_EMPTY),
             Ok(VcpuExit::IoIn(_, data)) => data.fill(0xff),
             Ok(VcpuExit::IoOut(..) | VcpuExit::MmioRead(..) | VcpuExit::MmioWrite(..)) => {}
@@ -252,12 +256,12 @@ fn run(mut vcpu: VcpuFd, meeting: &Meeting, rings: Option<&DirtyRings>) -> anyho
     Ok(vcpu)
 }
 
-/// Pages the built-in guest works on, in a machine with `ram_bytes` of RAM.
+/// Pages that the built-in guest works on, in a machine with `ram_bytes` of RAM.
 pub(crate) fn data_pages(ram_bytes: u64) -> u64 {
     frazil_vmm::workload::spec::data_bytes_available(ram_bytes) / PAGE_SIZE as u64
 }
 
-/// Pages that vCPU 0 has written so far, read from its control page.
+/// Pages that vCPU 0 has written so far, from its control page.
 pub(crate) fn turns(ram: &GuestRam) -> anyhow::Result<u64> {
     // The progress counter is the control page's first field.
     ram.memory()
@@ -265,7 +269,7 @@ pub(crate) fn turns(ram: &GuestRam) -> anyhow::Result<u64> {
         .context("cannot read the guest's progress")
 }
 
-/// Waits until vCPU 0 has written `target` pages; returns how many it has and when.
+/// Waits until vCPU 0 has written `target` pages. Returns how many it has written, and the time.
 pub(crate) fn wait_turns(
     ram: &GuestRam,
     target: u64,

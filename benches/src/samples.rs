@@ -1,10 +1,10 @@
-//! Measured values, and their percentiles.
+//! Measured values and their percentiles.
 
 use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
 
-/// Values of one measurement: nanoseconds, or plain counts.
+/// Values of one measurement: nanoseconds, or counts.
 #[derive(Clone, Debug)]
 pub(crate) struct Samples {
     histogram: Histogram<u64>,
@@ -26,7 +26,7 @@ impl Samples {
         self.add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX));
     }
 
-    /// Times `work` once and adds that.
+    /// Calls `work` and adds the time it took.
     pub(crate) fn time<T>(&mut self, work: impl FnOnce() -> T) -> T {
         let started = Instant::now();
         let out = work();
@@ -34,32 +34,33 @@ impl Samples {
         out
     }
 
-    /// How many there are.
+    /// The number of values.
     pub(crate) fn n(&self) -> u64 {
         self.histogram.len()
     }
 
-    /// The value below which the share `quantile` of them lies.
+    /// The value that the share `quantile` of all values does not exceed.
     pub(crate) fn at(&self, quantile: f64) -> f64 {
         self.histogram.value_at_quantile(quantile) as f64
     }
 
-    /// The middle one.
+    /// The median.
     pub(crate) fn median(&self) -> f64 {
         self.at(0.5)
     }
 
-    /// As [`Self::at`], of times, in microseconds.
+    /// Like [`Self::at`], for times: in microseconds.
     pub(crate) fn us(&self, quantile: f64) -> f64 {
         self.at(quantile) / 1e3
     }
 
-    /// As [`Self::at`], of times, in milliseconds.
+    /// Like [`Self::at`], for times: in milliseconds.
     pub(crate) fn ms(&self, quantile: f64) -> f64 {
         self.at(quantile) / 1e6
     }
 
-    /// How many of `amount` a second, if each took the median time.
+    /// How much of `amount` is done per second, if each value is the time that `amount` took; by
+    /// the median.
     pub(crate) fn per_second(&self, amount: f64) -> f64 {
         amount / (self.median() / 1e9).max(1e-9)
     }

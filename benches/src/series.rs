@@ -1,4 +1,4 @@
-//! Checkpoints of a running guest, one after the other, and what host and guest saw of each.
+//! A series of checkpoints of a running guest, and what host and guest saw of each.
 
 use std::time::{Duration, Instant};
 
@@ -14,11 +14,11 @@ use crate::metric::Metric;
 use crate::report::Picture;
 use crate::samples::Samples;
 
-/// Gaps up to this are not recorded by a guest whose `gap_us` is this; so it stands for them.
+/// A guest whose `gap_us` is this does not record gaps up to this length, so this stands for them.
 const GAP_FLOOR_US: u64 = 50;
-/// So long a vCPU may be without a core.
+/// How long a vCPU may be without a core.
 const RUNS_AGAIN_TIMEOUT: Duration = Duration::from_secs(20);
-/// What is said of a pause, host-side and guest-felt.
+/// The quantiles printed of a pause, as seen by host and guest.
 const QUANTILES: [(&str, f64); 4] = [("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("max", 1.0)];
 
 /// Takes a checkpoint.
@@ -26,7 +26,7 @@ pub(crate) fn checkpoint(vm: &Vm) -> anyhow::Result<CheckpointReport> {
     vm.checkpoint(&CheckpointRequest::default()).context("the checkpoint failed")
 }
 
-/// Starts no closer than an interval apart.
+/// Paces work so that starts are at least an interval apart.
 #[derive(Debug)]
 pub(crate) struct Beat {
     interval: Duration,
@@ -34,27 +34,26 @@ pub(crate) struct Beat {
 }
 
 impl Beat {
-    /// The first one is an interval from now.
+    /// The first start is an interval from now.
     pub(crate) fn new(interval: Duration) -> Self {
         Self { interval, due: Instant::now() + interval }
     }
 
-    /// Waits for the next one. From its start: what was late moves those after it, and none has
-    /// less than an interval.
+    /// Waits until an interval after the last start, however late that one was.
     pub(crate) fn wait(&mut self) {
         std::thread::sleep(self.due.saturating_duration_since(Instant::now()));
         self.due = Instant::now() + self.interval;
     }
 }
 
-/// Checkpoints of one kind.
+/// Figures of checkpoints of one kind.
 #[derive(Debug)]
 pub(crate) struct Series {
-    /// From the first kick until every vCPU was on its way again.
+    /// From the first kick until every vCPU runs again.
     pub pause: Samples,
-    /// From the request to the publication.
+    /// From the request until the checkpoint is published.
     pub duration: Samples,
-    /// The longest time a vCPU could not look at its clock.
+    /// The longest time for which a vCPU could not look at its clock.
     gap: Samples,
     quiesce: Samples,
     cut: Samples,
@@ -62,7 +61,7 @@ pub(crate) struct Series {
     dirty_pages: Samples,
     cut_pages: Samples,
     stored_bytes: Samples,
-    /// Checkpoints during which a vCPU saw more gaps than its ring holds.
+    /// Checkpoints in which a vCPU saw more gaps than its ring holds.
     gaps_lost: u64,
 }
 
@@ -83,7 +82,7 @@ impl Series {
         }
     }
 
-    /// Takes a checkpoint of a guest that runs.
+    /// Takes a checkpoint of a running guest.
     pub(crate) fn take(&mut self, machine: &Machine) -> anyhow::Result<CheckpointReport> {
         let before = machine.view()?;
         let report = checkpoint(&machine.vm)?;
@@ -99,7 +98,7 @@ impl Series {
         Ok(report)
     }
 
-    /// Adds a checkpoint of which the guest noticed nothing.
+    /// Adds a checkpoint of a paused guest, which feels no gap.
     pub(crate) fn add(&mut self, report: &CheckpointReport) {
         let stats = &report.stats;
         for (samples, us) in [
@@ -116,13 +115,13 @@ impl Series {
         self.stored_bytes.add(report.stored_bytes);
     }
 
-    /// Bytes of distinct pages that changed, a second, in the middle checkpoint.
+    /// Bytes of distinct changed pages per second, in the median checkpoint.
     pub(crate) fn changed_bytes_per_s(&self) -> f64 {
         self.duration.per_second(self.dirty_pages.median() * PAGE_SIZE as f64)
     }
 
-    /// Prints the pauses as `NAME_p50_us` and so on, as `NAME_gap_p50_us` what the guest felt, and
-    /// what the pause is made of.
+    /// Prints pauses as `NAME_p50_us` and so on, what the guest felt as `NAME_gap_p50_us` and so
+    /// on, and the parts of the pause.
     pub(crate) fn emit_pauses(
         &self,
         bench: &mut Bench,
@@ -142,7 +141,7 @@ impl Series {
             })?;
         }
         for (suffix, quantile) in QUANTILES {
-            // The guest's own view of the pause has the pause for its floor.
+            // The pause is the floor of what the guest feels.
             let gap_us = self.gap.us(quantile);
             let gap = Metric::new(format!("{name}_gap_{suffix}_us"), gap_us, "us", n);
             bench.emit(gap.against(self.pause.us(quantile)))?;
@@ -158,8 +157,8 @@ impl Series {
         Ok(())
     }
 
-    /// Prints the median of the pause, of what the guest felt, and of the time until the publication, as
-    /// `NAME_pause_us`, `NAME_gap_us` and `NAME_duration_us`.
+    /// Prints the medians of the pause, of what the guest felt, and of the time until it was
+    /// published, as `NAME_pause_us`, `NAME_gap_us` and `NAME_duration_us`.
     pub(crate) fn emit_step(
         &self,
         bench: &mut Bench,
@@ -175,7 +174,7 @@ impl Series {
         Ok(())
     }
 
-    /// Prints how long checkpoints took from request to publication, and what they wrote.
+    /// Prints how long checkpoints took until they were published, and what they wrote.
     pub(crate) fn emit_writes(&self, bench: &mut Bench, name: &str) -> anyhow::Result<()> {
         let n = self.duration.n();
         let duration_ms = self.duration.ms(0.5);
@@ -198,8 +197,8 @@ impl Series {
     }
 }
 
-/// Looks at the guest when every vCPU has been running since `before`: on a busy host one may have had
-/// no core during a whole checkpoint, and then the gap it feels is not over yet.
+/// Views the guest's counters once every vCPU has run since `before`: on a busy host one may have
+/// had no core during a whole checkpoint, and then the gap it feels is not over yet.
 pub(crate) fn view_once_running(
     mut view: impl FnMut() -> anyhow::Result<ControlView>,
     before: &ControlView,
@@ -222,13 +221,13 @@ pub(crate) fn view_once_running(
     }
 }
 
-/// The longest time a vCPU could not look at its clock between two looks at it from outside. All
-/// on the guest's own clock, so that its offset from the host's does not matter.
+/// The longest time for which a vCPU could not look at its clock between the two views. It is
+/// measured by the guest's own clock, so that its offset from the host's does not matter.
 pub(crate) fn largest_gap_us(before: &ControlView, after: &ControlView) -> u64 {
     let mut largest = GAP_FLOOR_US;
     for (before, vcpu) in before.vcpus.iter().zip(&after.vcpus) {
         let before = &before.control;
-        // A new longest gap is known even if the ring has forgotten it since.
+        // A new longest gap is known even if it is no longer in the ring.
         let record = vcpu.control.gap_max_tsc;
         let record = (record > before.gap_max_tsc).then_some(record);
         let kept = vcpu.gaps.iter().filter(|gap| gap.tsc > before.last_tsc).map(|gap| gap.gap_tsc);

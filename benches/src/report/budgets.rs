@@ -1,21 +1,21 @@
-//! What the design asks for, by the names of metrics.
+//! The design's budgets, by the names of metrics.
 
 use crate::metric::Metric;
 
-/// What is asked of a figure.
+/// The limit of a figure.
 #[derive(Clone, Copy, Debug)]
 enum Limit {
-    /// The value itself, in the metric's unit.
+    /// At most this value, in the metric's unit.
     ValueMax(f64),
-    /// The ratio to the floor.
+    /// At most this ratio to the floor.
     RatioMax(f64),
-    /// The same, of what should be much.
+    /// At least this ratio to the floor.
     RatioMin(f64),
 }
 
 use Limit::{RatioMax, RatioMin, ValueMax};
 
-/// Each metric that is held against a budget. One may be held against two.
+/// The metrics that have a budget. One metric may have two.
 const BUDGETS: &[(&str, Limit)] = &[
     ("pause.p1000_4g_p50_us", ValueMax(200.0)),
     ("pause.p1000_4g_p50_us", RatioMax(1.5)),
@@ -54,7 +54,7 @@ const BUDGETS: &[(&str, Limit)] = &[
     ("tools.search_regex", RatioMin(0.7)),
 ];
 
-/// A figure and what is asked of it.
+/// A budget of a figure, and whether it is met.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Judged {
     /// The budget in words.
@@ -78,7 +78,7 @@ pub(super) fn ratio_limit(name: &str) -> Option<f64> {
 }
 
 impl Limit {
-    /// None if the figure has no ratio to judge by.
+    /// None if the limit is a ratio and the figure has none.
     fn judge(self, metric: &Metric) -> Option<Judged> {
         let (budget, met) = match self {
             ValueMax(max) => (format!("≤ {max} {}", metric.unit()), metric.value() <= max),

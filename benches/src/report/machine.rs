@@ -1,10 +1,10 @@
-//! What figures were measured on.
+//! The machine that figures were measured on.
 
 use std::fs;
 
 use jiff::{Timestamp, tz::TimeZone};
 
-/// The machine and the versions of what counts, a line each: what, and which.
+/// Facts about the machine and the versions that matter: pairs of name and value.
 pub(super) fn facts(file_system: &str) -> Vec<(&'static str, String)> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
@@ -27,21 +27,21 @@ pub(super) fn facts(file_system: &str) -> Vec<(&'static str, String)> {
     facts
 }
 
-/// The value of the first line `key : value` of a file of the kernel's.
+/// The value of the first line `key : value` of a kernel file.
 fn value_of(path: &str, key: &str) -> String {
     let text = fs::read_to_string(path).unwrap_or_default();
     let line = text.lines().find_map(|line| line.strip_prefix(key)?.trim().strip_prefix(':'));
     line.map_or("not told", str::trim).to_owned()
 }
 
-/// What the kernel has of it, in GiB.
+/// The memory that the kernel has, in GiB.
 fn memory() -> String {
     let total = value_of("/proc/meminfo", "MemTotal");
     let kib = total.strip_suffix(" kB").and_then(|kib| kib.parse::<f64>().ok());
     kib.map_or(total, |kib| format!("{:.1} GiB", kib / f64::from(1 << 20)))
 }
 
-/// Which module it is, and whether this machine is a guest itself.
+/// KVM's module, and whether this machine is itself a guest.
 fn kvm() -> String {
     let modules = ["kvm_intel", "kvm_amd", "kvm_pvm"];
     let loaded = |name: &&str| fs::metadata(format!("/sys/module/{name}")).is_ok();

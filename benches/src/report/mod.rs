@@ -1,7 +1,7 @@
-//! `--report FILE`: all figures of a run, held against the design's budgets, with pictures.
+//! `--report FILE`: all figures of a run beside the design's budgets, with pictures.
 //!
-//! A report is written as Markdown, with its pictures beside it; as HTML that is turned into one file that
-//! needs no other.
+//! A report is written as Markdown, with its pictures in files beside it; or it is turned into one
+//! self-contained HTML file.
 
 pub(crate) mod budgets;
 mod machine;
@@ -20,16 +20,16 @@ use crate::samples::Samples;
 use plots::Bar;
 pub(crate) use plots::Curve;
 
-/// Shares of all values that a distribution is drawn by.
+/// The shares at which a distribution is drawn.
 const SHARES: [f64; 14] =
     [0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.975, 0.99, 0.995, 0.9975, 0.999, 0.9995, 0.9999];
 
-/// What is drawn in one picture with others.
+/// A picture that shows several distributions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Picture {
-    /// How long checkpoints keep a guest standing, in microseconds.
+    /// How long checkpoints pause a guest, in microseconds.
     Pauses,
-    /// How long one page takes to come, in microseconds.
+    /// How long a fault on a page takes, in microseconds.
     Faults,
 }
 
@@ -39,7 +39,7 @@ enum Format {
     Html,
 }
 
-/// A report in the making.
+/// A report that is being made.
 #[derive(Debug)]
 pub(crate) struct Report {
     path: PathBuf,
@@ -51,16 +51,16 @@ pub(crate) struct Report {
     failures: Vec<(String, String)>,
 }
 
-/// A picture that is finished.
+/// A finished picture.
 struct Drawn {
-    /// Of its file.
+    /// Its file's name.
     name: &'static str,
     title: &'static str,
     svg: String,
 }
 
 impl Report {
-    /// One that will be at `path`, whose ending says what it is.
+    /// A report to be written to `path`, whose extension gives the format.
     pub(crate) fn new(path: PathBuf, quick: bool) -> anyhow::Result<Self> {
         let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default();
         let format = match ending {
@@ -68,7 +68,7 @@ impl Report {
             "md" => Format::Markdown,
             _ => bail!("{}: expected a report's name to end in .html or .md", path.display()),
         };
-        // Better now than after an hour; and what is there stays until there is something better.
+        // Fails now rather than after an hour; an existing report stays until there is a new one.
         let folder = match path.parent() {
             Some(folder) if folder != Path::new("") => folder,
             _ => Path::new("."),
@@ -88,7 +88,7 @@ impl Report {
     /// Adds the distribution of `samples`, which are times, to a picture.
     pub(crate) fn add_curve(&mut self, picture: Picture, name: &str, samples: &Samples) {
         let n = samples.n();
-        // A share of which there is less than one value is nothing but the largest one.
+        // A share beyond which there is less than one value would only repeat the largest value.
         let there = |share: &f64| (1.0 - share) * n as f64 >= 1.0 || *share <= 0.5;
         let points = SHARES.into_iter().filter(there);
         let mut points: Vec<_> = points.map(|share| (share, samples.us(share))).collect();
@@ -102,7 +102,7 @@ impl Report {
         self.failures.push((suite.to_owned(), why));
     }
 
-    /// Writes it.
+    /// Writes the report and its pictures.
     pub(crate) fn write(&self, metrics: &[Metric], file_system: &str) -> anyhow::Result<()> {
         let pictures = self.pictures(metrics)?;
         let text = match self.format {
@@ -126,7 +126,7 @@ impl Report {
         Ok(())
     }
 
-    /// Where a picture of a Markdown report is.
+    /// The path of a picture of a Markdown report.
     fn beside(&self, picture: &Drawn) -> PathBuf {
         let stem = self.path.file_stem().unwrap_or_default().to_string_lossy();
         self.path.with_file_name(format!("{stem}-{}.svg", picture.name))
@@ -162,7 +162,7 @@ impl Report {
             budget_table(&mut text, metrics);
         }
         for picture in pictures {
-            // The title is in the picture.
+            // The title is inside the picture.
             let _infallible = write!(text, "\n{}\n", show(picture));
         }
         for suite in suites(metrics) {
@@ -178,7 +178,7 @@ impl Report {
         text
     }
 
-    /// Every picture for which there are figures.
+    /// All pictures for which there are figures.
     fn pictures(&self, metrics: &[Metric]) -> anyhow::Result<Vec<Drawn>> {
         let mut drawn = Vec::new();
         for (picture, name, title, axis) in [
@@ -199,7 +199,7 @@ impl Report {
         }
         for chart in CHARTS {
             let mut bars: Vec<Bar> = metrics.iter().filter_map(chart.bar).collect();
-            // What is of one kind stands together; all else stays in its order.
+            // Bars of the same kind are next to each other; otherwise the order is kept.
             bars.sort_by_key(|bar| KINDS.iter().position(|kind| bar.name.starts_with(kind)));
             if !bars.is_empty() {
                 let svg = plots::bars(chart.title, chart.axis, &bars, chart.log)?;
@@ -210,7 +210,7 @@ impl Report {
     }
 }
 
-/// What a checkpoint takes by how many pages were written since the one before, of the metrics
+/// The cost of a checkpoint by the pages written since the one before, from the metrics
 /// `pause.after_PAGES_SIZE_…`.
 fn steps(metrics: &[Metric]) -> Vec<Curve> {
     const LINES: [(&str, &str); 3] = [
@@ -240,7 +240,7 @@ fn steps(metrics: &[Metric]) -> Vec<Curve> {
     curves
 }
 
-/// A picture of bars: which metrics have one, and how long.
+/// A bar chart: its metrics, and their bars.
 struct Chart {
     name: &'static str,
     title: &'static str,
@@ -249,7 +249,7 @@ struct Chart {
     bar: fn(&Metric) -> Option<Bar>,
 }
 
-/// What saving and resuming cost.
+/// The costs of saving and resuming.
 const KINDS: [&str; 4] = ["pause", "gap", "duration", "resume"];
 
 const CHARTS: &[Chart] = &[
@@ -327,7 +327,7 @@ const CHARTS: &[Chart] = &[
     },
 ];
 
-/// The ratio to the floor.
+/// A bar of the ratio to the floor.
 fn ratio_bar(metric: &Metric) -> Option<Bar> {
     let value = metric.ratio()?;
     let unit = metric.unit().trim_end_matches(" (more is better)");
@@ -341,7 +341,7 @@ fn ratio_bar(metric: &Metric) -> Option<Bar> {
     Some(Bar { name: metric.name().to_owned(), value, label, budget, group: 0 })
 }
 
-/// The value itself.
+/// A bar of the value itself.
 fn value_bar(metric: &Metric, name: String, group: usize) -> Bar {
     let label = format!("{} {}", plain(metric.value()), metric.unit());
     Bar { name, value: metric.value(), label, budget: None, group }
@@ -359,7 +359,7 @@ fn budget_table(text: &mut String, metrics: &[Metric]) {
     }
 }
 
-/// Name, value, unit, floor, ratio and n.
+/// The cells for name, value, unit, floor, ratio and n.
 fn figures(metric: &Metric) -> [String; 6] {
     let number = |value: Option<f64>| value.map_or_else(String::new, plain);
     [
@@ -372,7 +372,7 @@ fn figures(metric: &Metric) -> [String; 6] {
     ]
 }
 
-/// A row of a table: what stands in a cell must not end it.
+/// Adds a row to a table, escaping what would end a cell.
 fn row(text: &mut String, cells: &[impl AsRef<str>]) {
     for cell in cells {
         let _infallible =
@@ -381,7 +381,7 @@ fn row(text: &mut String, cells: &[impl AsRef<str>]) {
     text.push_str("|\n");
 }
 
-/// In the order in which they were run.
+/// The suites, in the order in which they were run.
 fn suites(metrics: &[Metric]) -> Vec<&str> {
     let mut suites: Vec<&str> = Vec::new();
     for metric in metrics {
@@ -401,7 +401,7 @@ fn write_file(path: &Path, text: &str) -> anyhow::Result<()> {
     fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// A file that needs no other.
+/// The report as a self-contained HTML file.
 fn page(markdown: &str) -> String {
     let mut body = String::new();
     html::push_html(&mut body, Parser::new_ext(markdown, Options::ENABLE_TABLES));

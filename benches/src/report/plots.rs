@@ -1,4 +1,4 @@
-//! The pictures of a report: SVG, in colours that all can tell apart (Okabe and Ito, 2008).
+//! Plots of a report: SVG, in colours that everyone can tell apart (Okabe and Ito, 2008).
 
 use std::ops::Range;
 
@@ -16,7 +16,7 @@ const GREEN: RGBColor = RGBColor(0, 158, 115);
 const VERMILLION: RGBColor = RGBColor(213, 94, 0);
 const PURPLE: RGBColor = RGBColor(204, 121, 167);
 const SKY: RGBColor = RGBColor(86, 180, 233);
-/// Of curves, in their order.
+/// Colours of curves, in their order.
 const COLOURS: [RGBColor; 7] = [BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, BLACK];
 
 const FONT: &str = "sans-serif";
@@ -24,23 +24,23 @@ const WIDTH: u32 = 860;
 const TITLE_HEIGHT: u32 = 46;
 const ROW_HEIGHT: u32 = 30;
 const AXIS_HEIGHT: u32 = 52;
-/// For the names of bars.
+/// Width of the names of bars.
 const NAMES_WIDTH: u32 = 270;
 const CURVES_HEIGHT: u32 = 420;
 const LEGEND_WIDTH: u32 = 240;
-/// Shares that have a line.
+/// Shares that have a grid line.
 const KEY_SHARES: [f64; 6] = [0.0, 0.5, 0.9, 0.99, 0.999, 0.9999];
 
-/// A bar, and what it is held against.
+/// A bar, and its budget.
 #[derive(Clone, Debug)]
 pub(super) struct Bar {
     pub name: String,
     pub value: f64,
-    /// What is written behind it.
+    /// The text at the bar's end.
     pub label: String,
-    /// Where the budget is.
+    /// Where the budget's mark is.
     pub budget: Option<f64>,
-    /// Whose it is: another colour.
+    /// The bar's group, which determines its colour.
     pub group: usize,
 }
 
@@ -51,8 +51,8 @@ pub(crate) struct Curve {
     pub points: Vec<(f64, f64)>,
 }
 
-/// Horizontal bars. On a logarithmic scale if that is wanted: then a bar's length says little, and the
-/// number behind it all.
+/// Horizontal bars. With `log`, on a logarithmic scale: then a bar's length says little, and the
+/// label at its end everything.
 pub(super) fn bars(title: &str, axis: &str, bars: &[Bar], log: bool) -> anyhow::Result<String> {
     let most = bars.iter().map(reach).fold(0.0, f64::max);
     let height = TITLE_HEIGHT + AXIS_HEIGHT + ROW_HEIGHT * bars.len() as u32;
@@ -67,7 +67,7 @@ pub(super) fn bars(title: &str, axis: &str, bars: &[Bar], log: bool) -> anyhow::
     })
 }
 
-/// How far a bar and its budget go.
+/// How far a bar or its budget extends.
 fn reach(bar: &Bar) -> f64 {
     bar.value.max(bar.budget.unwrap_or(0.0))
 }
@@ -110,7 +110,7 @@ where
         let shape = std::iter::once(Rectangle::new(corners, colour.filled()));
         chart.draw_series(shape).map_err(cannot)?;
         let style = text_style(Pos::new(HPos::Left, VPos::Center));
-        // Behind the budget, too.
+        // Beyond the budget's mark, too.
         let at = (reach(bar), row + 0.5);
         let behind = EmptyElement::at(at) + Text::new(bar.label.clone(), (7, 0), style);
         chart.draw_series(std::iter::once(behind)).map_err(cannot)?;
@@ -123,7 +123,7 @@ where
     draw_names(area, bars)
 }
 
-/// Left of the bars, where the chart has left room.
+/// Draws the names left of the bars, where the chart has left room.
 fn draw_names(area: &DrawingArea<SVGBackend<'_>, Shift>, bars: &[Bar]) -> anyhow::Result<()> {
     let (_, height) = area.dim_in_pixel();
     let top = f64::from(TITLE_HEIGHT) - 14.0;
@@ -138,8 +138,8 @@ fn draw_names(area: &DrawingArea<SVGBackend<'_>, Shift>, bars: &[Bar]) -> anyhow
     Ok(())
 }
 
-/// Distributions, as the share of values that lies below: both ends of a share are of interest, so it is
-/// drawn as nines.
+/// Distributions: for each share of values, the value that they lie below. Shares are on a scale of
+/// nines, which shows both ends.
 pub(super) fn curves(title: &str, axis: &str, curves: &[Curve]) -> anyhow::Result<String> {
     let in_nines = |(share, value): &(f64, f64)| (nines(*share), *value);
     let curves: Vec<Curve> = curves
@@ -157,7 +157,7 @@ pub(super) fn curves(title: &str, axis: &str, curves: &[Curve]) -> anyhow::Resul
     draw_curves(title, axes, scales, share, &curves, false)
 }
 
-/// Lines over an axis, both logarithmic: what grows with what.
+/// Lines with both axes logarithmic: how one quantity grows with another.
 pub(super) fn lines(title: &str, axes: (&str, &str), curves: &[Curve]) -> anyhow::Result<String> {
     let points = || curves.iter().flat_map(|curve| &curve.points);
     let (xs, ys) = (reach_of(points().map(|(x, _)| *x)), reach_of(points().map(|(_, y)| *y)));
@@ -165,7 +165,7 @@ pub(super) fn lines(title: &str, axes: (&str, &str), curves: &[Curve]) -> anyhow
     draw_curves(title, axes, scales, number, curves, true)
 }
 
-/// A line for each, with dots where it was measured if those are few; upwards on a logarithmic scale.
+/// One line per curve, with dots at the points if `has_dots`. The vertical axis is logarithmic.
 fn draw_curves<X>(
     title: &str,
     (x_axis, y_axis): (&str, &str),
@@ -210,13 +210,13 @@ where
     })
 }
 
-/// From the least to the most, both above nothing.
+/// The range from the least value to the greatest, limited to positive values.
 fn reach_of(values: impl Iterator<Item = f64> + Clone) -> Range<f64> {
     let least = values.clone().fold(f64::INFINITY, f64::min).max(1e-3);
     least..values.fold(least, f64::max)
 }
 
-/// What a line of a colour is.
+/// An entry of the legend.
 fn draw_key(
     legend: &DrawingArea<SVGBackend<'_>, Shift>,
     row: usize,
@@ -230,7 +230,7 @@ fn draw_key(
     legend.draw(&Text::new(name.to_owned(), (34, y), style)).map_err(cannot)
 }
 
-/// Shares of up to so many nines, with lines where people look for them.
+/// A scale of shares in nines, up to the number given, with grid lines at the usual shares.
 struct Nines(f64);
 
 impl Ranged for Nines {
@@ -250,18 +250,18 @@ impl Ranged for Nines {
     }
 }
 
-/// Half of all is 0.3 nines, 90 % one, 99 % two.
+/// The number of nines in a share: half is 0.3 nines, 90 % is one, 99 % is two.
 fn nines(share: f64) -> f64 {
     -(1.0 - share).max(1e-6).log10()
 }
 
 fn share(nines: f64) -> String {
     let percent = 100.0 * (1.0 - 10_f64.powf(-nines));
-    // As exact as there are nines.
+    // As many digits as there are nines.
     format!("{} %", (percent * 1e3).round() / 1e3)
 }
 
-/// A number as short as can be.
+/// A number in its shortest form.
 fn number(value: f64) -> String {
     match value.abs() {
         0.0 => "0".to_owned(),
@@ -289,7 +289,7 @@ fn drawn(
     Ok(svg)
 }
 
-/// Nothing is written while drawing, so nothing is expected to fail.
+/// Drawing only writes to memory, so nothing should fail.
 fn cannot(error: impl std::fmt::Display) -> anyhow::Error {
     anyhow!("cannot draw a plot: {error}")
 }

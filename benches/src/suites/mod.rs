@@ -1,4 +1,4 @@
-//! The suites, one file or folder each: a list of named measurements.
+//! The suites, one file or folder each: lists of named measurements.
 
 pub(crate) mod checkpoint;
 pub(crate) mod clone;

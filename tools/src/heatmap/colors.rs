@@ -42,7 +42,7 @@ const VIRIDIS: [Rgb; 9] = [
     Rgb(0x44, 0x01, 0x54),
 ];
 
-/// Where scales begin: the yellow before it is as light as [`UNCHANGED`].
+/// Where scales begin: the yellow before it is as light as `UNCHANGED`.
 const PALEST: f64 = 0.2;
 
 fn viridis(share: f64) -> Rgb {
