@@ -1,8 +1,9 @@
-//! `checkpoint`: how fast checkpoints of a running guest are written, and what they take.
+//! `checkpoint`: how fast checkpoints of a running guest are written, and how large they are.
 //!
-//! One guest a memory size. It writes 10,000 text pages a second at random, so that 100 ms apart
-//! means 1,000 pages, and goes on doing so while a floor is measured: its vCPU takes a core from
-//! the compressor and from zstd alike. What the guest pays is told by `pause`.
+//! One guest for each memory size. It writes 10,000 text pages a second at random, so that
+//! checkpoints 100 ms apart have 1,000 pages each, and goes on while a floor is measured: its vCPU
+//! takes a core from the compressor and from bare zstd alike. The costs to the guest are measured
+//! by `pause`.
 
 use std::time::Duration;
 
@@ -21,16 +22,16 @@ const INTERVAL: Duration = Duration::from_millis(100);
 const SPEC: &str = "rate=10000,pattern=uniform,content=text,report=0,gap_us=50";
 /// Writes to random pages that change a tenth of them: -ln(1 - 0.1) of their number.
 pub(super) const TENTH_WRITES: f64 = 0.105_36;
-/// Above this a guest takes a while to fill, so fewer full checkpoints must do.
+/// Above this size a guest takes a while to fill its memory, so there are fewer full checkpoints.
 const MUCH_RAM_BYTES: u64 = 2 << 30;
 const MIB: f64 = (1 << 20) as f64;
 
-/// A guest that is checkpointed.
+/// A guest to take checkpoints of.
 struct Bed {
     machine: Machine,
     label: String,
     folder: TempDir,
-    /// min(zstd on all cores, disk) beside this guest, of raw bytes.
+    /// The limit beside this guest, in raw bytes: the slower of zstd on all cores and the disk.
     floor_mib_s: f64,
 }
 
@@ -54,7 +55,8 @@ pub(crate) fn run(bench: &mut Bench) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The first checkpoint of a guest is a full one, so each takes a new guest; the last one stays.
+/// Measures full checkpoints. Only a guest's first one is full, so each takes a new guest; returns
+/// the last.
 fn full(bench: &mut Bench, ram_bytes: u64, label: &str) -> anyhow::Result<Bed> {
     let (mut pause, mut duration, mut stored) = (Samples::new(), Samples::new(), Samples::new());
     let mut left = bench.runs(if ram_bytes > MUCH_RAM_BYTES { 1 } else { 3 });
@@ -83,8 +85,8 @@ fn full(bench: &mut Bench, ram_bytes: u64, label: &str) -> anyhow::Result<Bed> {
     Ok(bed)
 }
 
-/// How fast the guest's own pages could be written at best, while it runs: by zstd, and by the
-/// disk after zstd. Returns the first.
+/// Measures how fast the guest's own pages could be written at best while it runs: by zstd, and by
+/// the disk after zstd. Returns the speed of zstd.
 fn write_floor(bench: &mut Bench, bed: &mut Bed) -> anyhow::Result<f64> {
     let raw = content::sample(bed.machine.vm.ram(), bench.sized(128 << 20, 8 << 20))?;
     let (zstd, stored_len) = codec::compress_times(&raw, Cores::All, bench.runs(5))?;
@@ -93,7 +95,7 @@ fn write_floor(bench: &mut Bench, bed: &mut Bed) -> anyhow::Result<f64> {
     for _ in 0..bench.runs(3) {
         disk.add_time(floors::sequential_write(bed.folder.path(), stored_len)?);
     }
-    // What the disk does to compressed bytes, said of the bytes they stand for.
+    // The disk writes compressed bytes; its speed is stated in the raw bytes they stand for.
     let disk_mib_s = disk.per_second(raw.len() as f64 / MIB);
     bed.floor_mib_s = zstd_mib_s.min(disk_mib_s);
     Ok(zstd_mib_s)
@@ -101,7 +103,7 @@ fn write_floor(bench: &mut Bench, bed: &mut Bed) -> anyhow::Result<f64> {
 
 fn thousand_pages(bench: &mut Bench, bed: &mut Bed) -> anyhow::Result<()> {
     let mut series = Series::new();
-    // The first one catches up with what was written while floors were measured.
+    // This one catches up with what was written while floors were measured.
     checkpoint(&bed.machine.vm)?;
     let mut beat = Beat::new(INTERVAL);
     for _ in 0..bench.runs(30) {

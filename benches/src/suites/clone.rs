@@ -1,8 +1,8 @@
-//! `clone`: many machines from one snapshot, in this process: how soon one is ready, and what each
-//! takes.
+//! `clone`: many machines from one snapshot, in this process: how soon a clone is ready, and the
+//! memory it takes.
 //!
-//! Memory is what the kernel calls anonymous: heap, stacks, and pages of guest memory that a clone has
-//! copied because it wrote them. The snapshot's own pages are shared, and are none of it.
+//! Memory is what the kernel calls anonymous: heap, stacks, and copies of the guest pages that a
+//! clone has written. The snapshot's own pages are shared, and not counted.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -20,9 +20,9 @@ use crate::metric::Metric;
 use crate::samples::Samples;
 use crate::{heap, host};
 
-/// A guest that writes here and there, seldom enough for a hundred of them.
+/// A guest that makes scattered writes, seldom enough that a hundred of them can run.
 const SPEC: &str = "rate=200,pattern=uniform,content=edit,report=0,seed=5";
-/// This share of its memory: 64 MiB of 1 GiB.
+/// The guest touches this fraction of its memory: 64 MiB of 1 GiB.
 const TOUCHED: u64 = 16;
 const CLONES: usize = 100;
 const MIB: f64 = (1 << 20) as f64;
@@ -57,7 +57,8 @@ fn clone(
     Ok(Vm::resume(snapshot, "clone".into(), host, loading)?)
 }
 
-/// Until a clone of a resident snapshot is ready to run, and until its guest has done something.
+/// Measures how long a clone of a resident snapshot takes until it can run, and until its guest
+/// makes progress.
 fn ready(
     bench: &mut Bench,
     snapshot: &Snapshot,
@@ -66,7 +67,7 @@ fn ready(
 ) -> anyhow::Result<()> {
     let (mut ready, mut progress, mut floor) = (Samples::new(), Samples::new(), Samples::new());
     for _ in 0..bench.runs(40) {
-        // By turns, since the machine is noisy.
+        // The floor is measured in turns with the clones, since the machine is noisy.
         floor.add_time(Duration::from_secs_f64(
             floors::create_empty_vms(ram_bytes, 1)?.ms(0.5) / 1e3,
         ));

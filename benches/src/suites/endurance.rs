@@ -1,6 +1,6 @@
-//! `endurance`: tens of thousands of checkpoints back to back, the old ones forgotten and pruned
-//! meanwhile: nothing may grow but what is kept. For the policy that says what to keep they are 100
-//! ms apart, so 36,000 of them are an hour.
+//! `endurance`: tens of thousands of checkpoints back to back, while old ones are forgotten and
+//! pruned: nothing may grow but what is kept. For the retention policy they count as 100 ms apart,
+//! so 36,000 of them are an hour.
 
 use std::collections::HashMap;
 use std::fs;
@@ -20,17 +20,17 @@ use crate::metric::Metric;
 use crate::series::{Series, checkpoint};
 use crate::{heap, host};
 
-/// So few pages that it is the checkpoints which take the time.
+/// Writes so few pages that checkpoints take most of the time.
 const SPEC: &str = "rate=1000,pattern=uniform,content=text,report=0,gap_us=50";
 const RAM_BYTES: u64 = 64 << 20;
 const CHECKPOINTS: usize = 36_000;
 const QUICK_CHECKPOINTS: usize = 300;
-/// How far apart checkpoints are for the policy.
+/// Time between checkpoints, for the policy.
 const APART_MS: u64 = 100;
-/// How often a run applies the policy and prunes.
+/// How many times a run applies the policy and prunes.
 const TURNS: usize = 60;
-/// All it may keep is there after a tenth of a run. Within a minute every page is another, so each of
-/// the older ones costs as much as a first one.
+/// Keeps as many snapshots as it ever will from a tenth of a run on. Every page changes within a
+/// minute, so each of the older snapshots costs as much as a first one.
 const POLICY: Policy = Policy {
     last: Some(100),
     minutely: Some(5),
@@ -43,7 +43,7 @@ const POLICY: Policy = Policy {
 };
 const MIB: f64 = (1 << 20) as f64;
 
-/// What there was at some moment, in MiB.
+/// Memory and disk space in use at one moment, in MiB.
 struct Held {
     resident: f64,
     heap: f64,
@@ -63,7 +63,7 @@ pub(crate) fn run(bench: &mut Bench) -> anyhow::Result<()> {
     for taken in 1..=count {
         order.insert(series.take(&machine)?.id, taken as u64);
         let mark = marks.iter().find(|(_, at)| *at == taken);
-        // Before each look, or it would tell how long ago the last time was.
+        // Prune before each measurement, or it would depend on how long ago the last prune was.
         if mark.is_some() || taken.is_multiple_of((count / TURNS).max(1)) {
             keep(&store, &mut order)?;
         }
@@ -90,8 +90,8 @@ impl Held {
     }
 }
 
-/// Prints what there was on the way, against what there was after a tenth of it: by then the policy
-/// keeps all it may.
+/// Prints what was in use along the way, against what was in use after a tenth of the run: by then
+/// the policy keeps as much as it ever will.
 fn emit_held(bench: &mut Bench, held: &[(&str, Held)]) -> anyhow::Result<()> {
     let Some((_, tenth)) = held.first() else { return Ok(()) };
     for (label, held) in held {
@@ -107,8 +107,8 @@ fn emit_held(bench: &mut Bench, held: &[(&str, Held)]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Forgets what the policy does not keep, and gives its space back. `order` says of each snapshot the
-/// how manieth it is.
+/// Forgets the snapshots that the policy does not keep, and prunes. `order` has the sequence number
+/// of each snapshot.
 fn keep(store: &Arc<Store>, order: &mut HashMap<SnapshotId, u64>) -> anyhow::Result<()> {
     let candidates: Vec<Candidate> = order
         .iter()

@@ -1,4 +1,4 @@
-//! `rewind`: taking a running guest back to a snapshot, in place, by what it has changed since.
+//! `rewind`: taking a running guest back to a snapshot, in place, by how much has changed since.
 
 use std::time::Instant;
 
@@ -11,15 +11,15 @@ use crate::machine::{Machine, create_store};
 use crate::metric::Metric;
 use crate::samples::Samples;
 
-/// Random text pages, fast enough to have changed many soon.
+/// Writes random text pages, fast enough to change many of them soon.
 const SPEC: &str = "rate=40000,pattern=uniform,content=text,report=0";
-/// The design's budget: so much, and a microsecond a page.
+/// The design's budget is this, and a microsecond per page.
 const BUDGET_US: f64 = 1000.0;
 /// Pages that the guest writes between two rewinds.
 const PAGES: [u64; 3] = [100, 1000, 10_000];
-/// The one that the design's budget is told of.
+/// The number of pages that the design's budget is stated for.
 const NAMED_PAGES: u64 = 1000;
-/// What a rewind is made of.
+/// A part of the time a rewind takes.
 type Part = (&'static str, fn(&RewindReport) -> u64);
 const PARTS: [Part; 5] = [
     ("prepare", |report| report.prepare_us),
@@ -28,9 +28,9 @@ const PARTS: [Part; 5] = [
     ("state", |report| report.state_us),
     ("go_on", |report| report.go_on_us),
 ];
-/// Rewinds before those that are measured.
+/// Rewinds that are not measured, to warm up.
 const WARM_UP: usize = 5;
-/// Rewinds one after the other, which the guest's memory is checked after.
+/// Rewinds in a row, after which the guest's memory is checked.
 const IN_A_ROW: usize = 1000;
 
 pub(crate) fn run(bench: &mut Bench) -> anyhow::Result<()> {
@@ -50,7 +50,7 @@ pub(crate) fn run(bench: &mut Bench) -> anyhow::Result<()> {
     in_a_row(bench, &machine, &mut point)
 }
 
-/// Stopping, the state of vCPUs and devices, and going on, with next to no pages.
+/// Measures rewinds of next to no pages: stopping, the state of vCPUs and devices, and going on.
 fn state(bench: &mut Bench, machine: &Machine, point: &mut RewindPoint) -> anyhow::Result<()> {
     let (mut state, mut whole) = (Samples::new(), Samples::new());
     machine.vm.rewind(point)?;
@@ -72,7 +72,8 @@ fn latency(
     let (mut whole, mut pause, mut found) = (Samples::new(), Samples::new(), Samples::new());
     let (mut read, mut put_back) = (0, 0);
     let mut parts = PARTS.map(|_| Samples::new());
-    // The first find out which pages the guest writes from here, and read them; meanwhile it writes on.
+    // The first rewinds find out which pages the guest writes from here, and read them, while it
+    // writes on.
     for round in 0..bench.runs(30) + WARM_UP {
         machine.wait_turns(machine.turns()? + pages)?;
         let started = Instant::now();
@@ -108,7 +109,7 @@ fn latency(
     bench.emit(Metric::new(format!("rewind.read_{pages}"), share, "% of pages", n))
 }
 
-/// Copying as many pages from one buffer to another, in the best of some times.
+/// The median time of copying as many pages from one buffer to another.
 fn memcpy_us(bench: &Bench, pages: usize) -> f64 {
     let (from, mut to) = (vec![1_u8; pages * PAGE_SIZE], vec![0_u8; pages * PAGE_SIZE]);
     let mut times = Samples::new();

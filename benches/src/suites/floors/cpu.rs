@@ -14,7 +14,7 @@ use crate::samples::Samples;
 
 const CONTENTS: [(&str, Content); 2] = [("text", Content::Text), ("random", Content::Random)];
 
-/// Guest RAM (a mapped memfd) to a buffer, as in a pause.
+/// Copies guest RAM (a mapped memfd) to a buffer, as in a pause.
 pub(super) fn copy(bench: &mut Bench) -> anyhow::Result<()> {
     let len = bench.sized(256 << 20, 16 << 20);
     let pages = len / PAGE_SIZE;
@@ -61,7 +61,7 @@ fn emit_codec(bench: &mut Bench, name: &str, times: &Samples, len: usize) -> any
     bench.emit(Metric::new(format!("floors.{name}_us_per_page"), us, "us/page", times.n()))
 }
 
-/// BLAKE3 on one core, of whole frames and of frames as stored (compressed).
+/// BLAKE3 on one core: of raw frames, and of frames as stored (compressed).
 pub(super) fn hashing(bench: &mut Bench) -> anyhow::Result<()> {
     let raw = content::generate(Content::Text, bench.sized(64 << 20, 4 << 20) / PAGE_SIZE);
     let whole: Vec<Vec<u8>> = raw.chunks(FRAME_BYTES).map(<[u8]>::to_vec).collect();

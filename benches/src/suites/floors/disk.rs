@@ -1,4 +1,4 @@
-//! The disk below the store: streaming, and making small appends durable.
+//! The disk under the store: streaming writes, and small durable appends.
 
 use std::fs::File;
 use std::io::Write;
@@ -32,7 +32,7 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     for _ in 0..bench.runs(200) {
         append.time(|| append_durably(&data, &block))?;
     }
-    // As a store commits: the data first, then the journal that names it.
+    // As in a store's commit: first the data, then the journal that refers to it.
     for _ in 0..bench.runs(200) {
         commit.time(|| {
             append_durably(&data, &block).and_then(|()| append_durably(&journal, &block))
@@ -42,7 +42,7 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     bench.emit_times("floors.disk_commit_2_files", &commit)
 }
 
-/// Writes a file of `len` incompressible bytes and makes it durable; returns the time.
+/// Writes `len` incompressible bytes to a file and makes it durable. Returns the time.
 pub(crate) fn sequential_write(folder: &Path, len: usize) -> anyhow::Result<Duration> {
     let block = content::generate(Content::Random, BLOCK_BYTES / PAGE_SIZE);
     let mut file = create(folder, "stream")?;

@@ -1,4 +1,4 @@
-//! What memory costs a guest that writes it.
+//! The cost of memory to a guest that writes it.
 
 use frazil_vmm::memory::GuestRam;
 use rustix::fs::{FallocateFlags, fallocate};
@@ -11,19 +11,19 @@ use crate::raw;
 use crate::raw_guest::RawGuest;
 use crate::samples::Samples;
 
-/// Every page is written whole, with zeros: what is left is mostly the cost of getting at it.
+/// Writes every page whole, with zeros: the time is mostly the cost of reaching the page.
 const TOUCH_SPEC: &str = "rate=max,pattern=seq,content=zero";
-/// After the first lap, two words of a page are written.
+/// After the first lap, writes two words of each page.
 const EDIT_SPEC: &str = "rate=max,pattern=seq,content=edit";
 
 type Prepare = fn(&GuestRam) -> anyhow::Result<()>;
 
-/// First write to each page, by how much of the way to it is there already.
+/// Measures the first write to each page, by how much is prepared: page tables, memory, or nothing.
 pub(super) fn first_touch(bench: &mut Bench) -> anyhow::Result<()> {
     let ram_bytes = bench.memory_sizes(1)[0];
     let prepared: [(&str, Prepare); 3] =
         [("populated", raw::populate), ("page_cache", allocate), ("unallocated", |_ram| Ok(()))];
-    // The host gives memory back lazily: this pays for it before anything is timed.
+    // The host reclaims memory lazily: this pays for it before anything is timed.
     raw::populate(&GuestRam::new(ram_bytes)?)?;
     let mut warm = Samples::new();
     for (name, prepare) in prepared {
@@ -51,7 +51,8 @@ fn allocate(ram: &GuestRam) -> anyhow::Result<()> {
         .context("cannot allocate guest memory")
 }
 
-/// Reading the dirty log when all is dirty and when nothing is, and what the next write costs.
+/// Measures reading the dirty log with everything and with nothing dirty, and the next write to a
+/// page.
 pub(super) fn dirty_log(bench: &mut Bench) -> anyhow::Result<()> {
     let ram_bytes = bench.memory_sizes(1)[0];
     let gib = ram_bytes as f64 / (1 << 30) as f64;
@@ -60,11 +61,11 @@ pub(super) fn dirty_log(bench: &mut Bench) -> anyhow::Result<()> {
     let (mut warm, mut cleared) = (Samples::new(), Samples::new());
     let (mut all, mut none) = (Samples::new(), Samples::new());
     for _ in 0..bench.runs(3) {
-        // Once around before, so that no page of the timed lap has its first write to come.
+        // A lap before the timed one, so that no page in that still has its first write ahead.
         guest.lap()?;
         warm.add_time(guest.lap()?);
         all.add_time(guest.dirty_log()?.0);
-        // At once: the guest has had time for a page or two.
+        // Read again at once: the guest has had time for a page or two.
         none.add_time(guest.dirty_log()?.0);
         cleared.add_time(guest.lap()?);
     }
@@ -76,7 +77,7 @@ pub(super) fn dirty_log(bench: &mut Bench) -> anyhow::Result<()> {
     emit(bench, "guest_write_after_clear", &cleared, pages, warm.us(0.5))
 }
 
-/// Prints the median time a page, less `base_us` that the lap takes anyway.
+/// Prints the median time per page, minus `base_us` that a lap takes in any case.
 fn emit(
     bench: &mut Bench,
     name: &str,

@@ -1,4 +1,4 @@
-//! KVM itself: making a VM, stopping a vCPU, reading its state.
+//! KVM by itself: creating a VM, stopping a vCPU, reading its state.
 
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use crate::metric::Metric;
 use crate::raw::{SharedMemory, SlotVm};
 use crate::samples::Samples;
 
-/// Three pages below 4 GiB that Intel's KVM wants for itself.
+/// The address of three pages below 4 GiB that KVM needs on Intel processors.
 const TSS_ADDRESS: usize = 0xfffb_d000;
 
 pub(super) fn create_and_read(bench: &mut Bench) -> anyhow::Result<()> {
@@ -31,11 +31,11 @@ pub(super) fn create_and_read(bench: &mut Bench) -> anyhow::Result<()> {
     bench.emit_times("floors.vm_state", &vm_times)
 }
 
-/// Times of making an empty VM: memfd, interrupt controllers, timer, slot, vCPU, CPUID.
+/// Times of creating an empty VM: memfd, interrupt controllers, timer, slot, vCPU, CPUID.
 pub(crate) fn create_empty_vms(ram_bytes: u64, runs: usize) -> anyhow::Result<Samples> {
     let mut times = Samples::new();
     for _ in 0..runs {
-        // Dropped after the clock was read.
+        // Dropped after the clock is read.
         let _vm = times.time(|| {
             let kvm = Kvm::new().context("cannot open /dev/kvm")?;
             empty_vm(&kvm, ram_bytes)
@@ -47,8 +47,8 @@ pub(crate) fn create_empty_vms(ram_bytes: u64, runs: usize) -> anyhow::Result<Sa
 fn empty_vm(kvm: &Kvm, ram_bytes: u64) -> anyhow::Result<(SlotVm, VcpuFd)> {
     let vm = kvm.create_vm().context("KVM refused a VM")?;
     vm.set_tss_address(TSS_ADDRESS).context("KVM refused the TSS address")?;
-    // The slot first: behind the interrupt controllers and the timer, whose making starts grace
-    // periods of KVM's own, adding it waits for milliseconds.
+    // The slot first: creating interrupt controllers and the timer starts grace periods in KVM, for
+    // which adding a slot afterwards waits several milliseconds.
     let vm = SlotVm::new(vm, SharedMemory::new(ram_bytes as usize)?)?;
     vm.vm.create_irq_chip().context("KVM refused interrupt controllers")?;
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
@@ -59,7 +59,7 @@ fn empty_vm(kvm: &Kvm, ram_bytes: u64) -> anyhow::Result<(SlotVm, VcpuFd)> {
     Ok((vm, vcpu))
 }
 
-/// Times of reading all state of a stopped vCPU, and all of what its VM has besides.
+/// Times of reading all state of a stopped vCPU, and all other state of its VM.
 pub(crate) fn state_times(
     vm: &VmFd,
     vcpu: &VcpuFd,
@@ -74,7 +74,7 @@ pub(crate) fn state_times(
     Ok((vcpu_times, vm_times))
 }
 
-/// Of the MSRs KVM names, those this vCPU has: one that it lacks would end the reading early.
+/// The MSRs that KVM lists and this vCPU has: one that it lacks would end a read early.
 fn readable_msrs(vcpu: &VcpuFd) -> anyhow::Result<Msrs> {
     let entry = |index| kvm_msr_entry { index, ..Default::default() };
     let mut readable = Vec::new();
@@ -109,7 +109,8 @@ fn read_vm(vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
     Ok(())
 }
 
-/// From the request until a vCPU in guest mode stands still, and until it is on its way again.
+/// Measures the time from the request until a vCPU in guest mode stands still, and until it runs
+/// again.
 pub(super) fn kick(bench: &mut Bench) -> anyhow::Result<()> {
     let machine = Machine::boot("rate=1000,content=zero,report=0", 64 << 20, None)?;
     let (stop, go) = stop_and_go(&machine, bench.runs(100))?;
@@ -117,11 +118,11 @@ pub(super) fn kick(bench: &mut Bench) -> anyhow::Result<()> {
     bench.emit(Metric::new("floors.go_on_p50_us", go.us(0.5), "us", go.n()))
 }
 
-/// Stops and lets go the guest `runs` times; times of either.
+/// Pauses the guest and lets it go on, `runs` times. Returns the times of both.
 pub(crate) fn stop_and_go(machine: &Machine, runs: usize) -> anyhow::Result<(Samples, Samples)> {
     let (mut stop, mut go) = (Samples::new(), Samples::new());
     for _ in 0..runs {
-        // Long enough that the guest is well back in its loop.
+        // Long enough for the guest to be back in its loop.
         std::thread::sleep(Duration::from_millis(10));
         stop.time(|| machine.vm.pause())?;
         go.time(|| machine.vm.go())?;

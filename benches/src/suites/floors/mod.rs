@@ -1,4 +1,4 @@
-//! `floors`: what this machine can do at best. Nothing here has a floor of its own.
+//! `floors`: what this machine can do at best. These figures have no floor of their own.
 
 mod cpu;
 mod disk;

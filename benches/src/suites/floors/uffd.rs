@@ -1,4 +1,4 @@
-//! userfaultfd without a store behind it: a thread that touches, a thread that maps.
+//! userfaultfd without a store: one thread touches pages, another maps them.
 
 use std::collections::HashMap;
 use std::os::unix::fs::FileExt;
@@ -22,12 +22,12 @@ use crate::samples::Samples;
 /// `UFFD_FEATURE_MINOR_SHMEM`, which the userfaultfd crate has no name for.
 const FEATURE_MINOR_SHMEM: u64 = 1 << 10;
 
-/// How a fault is answered.
+/// How to answer a fault.
 #[derive(Clone, Copy, Debug)]
 enum Answer {
-    /// The pages are in the memfd: `UFFDIO_CONTINUE` so many at a time.
+    /// The pages are in the memfd: `UFFDIO_CONTINUE` for this many at a time.
     Continue { pages: usize },
-    /// There are none: `UFFDIO_COPY` one.
+    /// There are no pages: `UFFDIO_COPY` one.
     Copy,
 }
 
@@ -38,7 +38,7 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
         ("continue_512", Answer::Continue { pages: 512 }, bench.sized(65536, 4096)),
         ("copy_1", Answer::Copy, bench.sized(8192, 1024)),
     ];
-    // The host gives memory back lazily: the first to use it pays, and that is not to be us.
+    // The host reclaims memory lazily, at the expense of whoever uses it next: pay before timing.
     let warm = SharedMemory::new(
         answers.map(|(_, _, pages)| pages).into_iter().fold(0, usize::max) * PAGE_SIZE,
     )?;
@@ -56,7 +56,7 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Touches `pages` pages one after the other while another thread answers the faults.
+/// Touches `pages` pages in order while another thread answers the faults.
 fn sweep(answer: Answer, pages: usize) -> anyhow::Result<Duration> {
     let memory = SharedMemory::new(pages * PAGE_SIZE)?;
     if matches!(answer, Answer::Continue { .. }) {
@@ -75,8 +75,8 @@ fn sweep(answer: Answer, pages: usize) -> anyhow::Result<Duration> {
     )
 }
 
-/// Touches `places` of a memory file, in `order`, while a thread takes each fault, unpacks the frame
-/// that begins there and maps it: the time that each touch took.
+/// Touches the pages `places` of a memory file, in the order of `order`, while a thread takes each
+/// fault, unpacks the frame that begins there and maps it. Returns the time of each touch.
 pub(crate) fn uffd_unpack(
     frames: &[Vec<u8>],
     places: &[u64],
@@ -107,14 +107,14 @@ impl Answer {
     }
 }
 
-/// Maps what is in the memory file at page `first` by `UFFDIO_CONTINUE`.
+/// Maps part of the memory file, from page `first` on, by `UFFDIO_CONTINUE`.
 fn map(uffd: &Uffd, memory: &SharedMemory, first: usize, len_bytes: usize) -> anyhow::Result<()> {
     let address = (memory.address() + first * PAGE_SIZE) as *mut _;
     uffd.r#continue(address, len_bytes, true).context("UFFDIO_CONTINUE failed")?;
     Ok(())
 }
 
-/// A userfaultfd that is told of every page of `memory` that is missing or not mapped.
+/// A userfaultfd that receives the faults on all pages of `memory` that are missing or not mapped.
 fn watch(memory: &SharedMemory) -> anyhow::Result<Uffd> {
     let uffd = open()?;
     uffd.register_with_mode(
@@ -126,7 +126,7 @@ fn watch(memory: &SharedMemory) -> anyhow::Result<Uffd> {
     Ok(uffd)
 }
 
-/// Has a thread answer faults of `memory` by page number, while `with` runs.
+/// Runs `with` while a thread answers the faults on `memory`, by page number.
 fn answering<T>(
     uffd: &Uffd,
     memory: &SharedMemory,
@@ -137,7 +137,7 @@ fn answering<T>(
         let served =
             answer_faults(uffd, done, |address| answer((address - memory.address()) / PAGE_SIZE));
         if served.is_err() {
-            // Or the one that touches would wait for ever.
+            // Otherwise the touching thread would wait for ever.
             let _let_go = uffd.unregister(memory.address() as *mut _, memory.len_bytes());
         }
         served
@@ -145,7 +145,7 @@ fn answering<T>(
     beside(serve, with)
 }
 
-/// Takes faults until `done`, handing `answer` the address of each one's page.
+/// Takes faults until `done`, and calls `answer` with the address of each fault's page.
 pub(crate) fn answer_faults(
     uffd: &Uffd,
     done: &AtomicBool,
@@ -169,7 +169,7 @@ fn allocate(memory: &SharedMemory) -> anyhow::Result<()> {
         .context("cannot allocate memory")
 }
 
-/// A userfaultfd that sees the faults of a kernel that runs a guest, too.
+/// A userfaultfd that also receives faults in the kernel, as when it runs a guest.
 pub(crate) fn open() -> anyhow::Result<Uffd> {
     UffdBuilder::new()
         .close_on_exec(true)

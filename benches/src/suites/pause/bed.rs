@@ -1,4 +1,4 @@
-//! A guest with a store, warm.
+//! A warmed-up guest with a store.
 
 use tempfile::TempDir;
 
@@ -7,12 +7,13 @@ use crate::machine::{Machine, create_store};
 use crate::series::checkpoint;
 use crate::suites::checkpoint::TENTH_WRITES;
 
-/// Random text pages: 10,000 a second, which makes 1,000 in 100 ms.
+/// Random text pages, 10,000 a second: 1,000 in 100 ms.
 pub(super) const RANDOM_SPEC: &str = "rate=10000,pattern=uniform,content=text,report=0,gap_us=50";
-/// The same, page after page.
+/// The same, in the order of pages.
 pub(super) const SEQ_SPEC: &str = "rate=10000,pattern=seq,content=text,report=0,gap_us=50";
 
-/// A guest that is checkpointed. The fields go in this order: the VM before the folder of its store.
+/// A guest to take checkpoints of. Field order matters: the VM is dropped before its store's
+/// folder.
 pub(super) struct Bed {
     pub machine: Machine,
     pub label: String,
@@ -36,8 +37,8 @@ impl Bed {
         Ok(Self { machine, label: size_label(ram_bytes), _folder: folder })
     }
 
-    /// Waits until the guest has changed a tenth of its pages: `random` ones, some of them twice,
-    /// or one after the other.
+    /// Waits until the guest has changed a tenth of its pages: with `random`, random ones, some of
+    /// them more than once; otherwise consecutive ones.
     pub(super) fn wait_tenth(&self, random: bool) -> anyhow::Result<()> {
         let pages = self.machine.data_pages;
         let writes = if random { (pages as f64 * TENTH_WRITES) as u64 } else { pages / 10 };

@@ -1,5 +1,5 @@
-//! Several vCPUs, more than the host may have cores: reported, since who runs when is the host's
-//! choice.
+//! Several vCPUs, perhaps more than the host has cores. There is no floor, since the host decides
+//! which of them run when.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! What no pause can do without, and what it costs whoever has nothing better.
+//! The least that any pause takes, and the cost of a snapshot with the simplest means.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -17,22 +17,21 @@ use crate::suites::floors;
 const PAGES: u64 = 1000;
 const COPY_BYTES: u64 = 32 << 20;
 
-/// The ways in which a KVM may tell what was written, and what their figures are called.
+/// The ways in which KVM may report writes, and the names of their figures.
 const TRACKERS: [(TrackerKind, &str); 3] = [
     (TrackerKind::Bitmap, "dirty_log"),
     (TrackerKind::ManualBitmap, "dirty_log_manual"),
     (TrackerKind::Ring, "dirty_ring"),
 ];
 
-/// Kick + state + dirty log of 1,000 pages, in the cheapest way this KVM has, on a bare machine
-/// whose guest writes as much as the one that is checkpointed.
+/// The floor of a pause: kick + state + dirty log of 1,000 pages, in the cheapest way this KVM has,
+/// on a bare machine whose guest writes as much as the one that checkpoints are taken of.
 ///
-/// The vCPU is kicked out of KVM_RUN and goes back in, and who kicks it waits for either in a
-/// loop; its state is all there is of it, and of its VM; the dirty log is read while it stands
-/// still.
+/// The vCPU is kicked out of KVM_RUN and goes back in, while the kicking thread spins; the state is
+/// all that of the vCPU and its VM; the dirty log is read while the vCPU stands still.
 pub(super) fn pause_us(bench: &mut Bench, ram_bytes: u64) -> anyhow::Result<f64> {
     let name = |what: &str| format!("pause.floor_{}_{what}_us", size_label(ram_bytes));
-    // Of each page only one write matters, so nothing is gained by filling them before.
+    // Filling pages beforehand gains nothing: only one write to each page matters.
     let spec = format!("{RANDOM_SPEC},populate=no");
     let (mut kick_us, mut state_us, mut log_us) = (f64::MAX, f64::MAX, f64::MAX);
     for (kind, what) in TRACKERS {
@@ -57,14 +56,14 @@ pub(super) fn pause_us(bench: &mut Bench, ram_bytes: u64) -> anyhow::Result<f64>
     Ok(kick_us + state_us + log_us)
 }
 
-/// Each time the guest has written 1,000 pages: times of kicking its vCPU and letting it go, and of
-/// reading the dirty log in between.
+/// Each time the guest has written 1,000 pages: kicks its vCPU, reads the dirty log, and lets it go
+/// on. Returns the times of kicking and letting go, and of reading the log.
 fn kick_and_log(guest: &RawGuest, runs: usize) -> anyhow::Result<(Samples, Samples)> {
     let (mut kick, mut log) = (Samples::new(), Samples::new());
     let mut tracker = guest.tracker();
     let mut dirty = guest.no_pages();
     for _ in 0..runs {
-        // What the reading in the pause left unwatched is watched again.
+        // Watches again what reading the log in the pause left unwatched.
         tracker.harvest(&mut dirty)?;
         dirty.clear();
         guest.wait_turns(guest.turns()? + PAGES)?;
@@ -79,8 +78,8 @@ fn kick_and_log(guest: &RawGuest, runs: usize) -> anyhow::Result<(Samples, Sampl
     Ok((kick, log))
 }
 
-/// What a snapshot costs whoever has only a stopped guest and a copy of its RAM. The buffer is
-/// small and used again and again, which is kind to the copy.
+/// The cost of a snapshot with nothing but a stopped guest and a copy of its RAM. The buffer is
+/// small and reused, which favours the copy.
 pub(super) fn stop_and_copy_us(bench: &mut Bench, bed: &Bed) -> anyhow::Result<f64> {
     let mut buffer = vec![1; COPY_BYTES as usize];
     let mut times = Samples::new();

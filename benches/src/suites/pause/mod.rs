@@ -1,10 +1,11 @@
-//! `pause`: what a running guest pays for checkpoints, and how near that is to what it must.
+//! `pause`: the costs of checkpoints to a running guest, and how near they are to the least
+//! possible.
 //!
-//! Pauses are told twice: as the host sees them, from the first kick until every vCPU is on its way
-//! again, and as `gap`, the longest time the guest could not look at its own clock meanwhile. That
-//! one includes whatever else kept the vCPU from its core.
+//! Pauses are reported twice: as the host sees them, from the first kick until every vCPU runs
+//! again; and as `gap`, the longest time for which the guest could not look at its own clock
+//! meanwhile. That includes whatever else kept the vCPU from its core.
 //!
-//! Every guest has written all its memory and was checkpointed twice before anything is timed, so
+//! Before anything is timed, every guest writes all its memory and two checkpoints are taken, so
 //! that memory, page tables and the store's buffers are warm.
 
 mod bed;
@@ -23,7 +24,7 @@ use crate::bench::{Bench, GIB};
 struct Measurement {
     name: &'static str,
     what: &'static str,
-    /// Memory its guests touch.
+    /// Memory that its guests touch, in bytes.
     touched_bytes: fn(&Bench) -> u64,
     measure: fn(&mut Bench) -> anyhow::Result<()>,
 }

@@ -1,4 +1,4 @@
-//! The pause must not grow with the size of memory, only with what changed in it.
+//! The pause must depend on what changed, not on the size of memory.
 
 use std::time::Duration;
 
@@ -12,10 +12,10 @@ use crate::series::{Beat, Series};
 const LARGE_BYTES: u64 = 16 * GIB;
 const SMALL_BYTES: u64 = GIB;
 const INTERVAL: Duration = Duration::from_millis(100);
-/// Checkpoints of one guest before it is the other's turn.
+/// Checkpoints of one guest before switching to the other.
 const TURN: usize = 10;
 
-/// Memory either guest works on: the same of both, so that what changes is.
+/// Memory that each guest works on: the same for both, so that they change as much.
 pub(super) fn touch_bytes(bench: &Bench) -> u64 {
     bench.sized(512 << 20, 32 << 20)
 }
@@ -41,7 +41,7 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     small_series.emit_pauses(bench, "pause.scale_1g", None)
 }
 
-/// A guest that stands still until it is its turn.
+/// Boots a guest, and pauses it until its turn.
 fn boot(bench: &Bench, ram_bytes: u64) -> anyhow::Result<Bed> {
     let spec = format!("{RANDOM_SPEC},touch={}", touch_bytes(bench));
     let bed = Bed::boot(bench, &spec, ram_bytes, 1)?;
@@ -51,7 +51,7 @@ fn boot(bench: &Bench, ram_bytes: u64) -> anyhow::Result<Bed> {
     Ok(bed)
 }
 
-/// Checkpoints of one guest, while the other leaves the cores to it.
+/// Takes checkpoints of one guest while the other is paused and leaves the cores to it.
 fn take(bed: &Bed, series: &mut Series, checkpoints: usize) -> anyhow::Result<()> {
     bed.machine.vm.go()?;
     let mut beat = Beat::new(INTERVAL);

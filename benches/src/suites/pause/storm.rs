@@ -1,5 +1,5 @@
-//! A guest that writes faster than anybody can save: checkpoints must end all the same, pauses must
-//! stay short, and what is saved must be one moment of it.
+//! A guest that writes faster than its pages can be saved: checkpoints must still complete, pauses
+//! must stay short, and a snapshot must be of a single moment.
 
 use std::time::Instant;
 
@@ -13,7 +13,7 @@ use crate::metric::Metric;
 use crate::samples::Samples;
 use crate::series::Series;
 
-/// Page after page, two words of each once all are written: no other guest changes pages as fast.
+/// Page after page, and two words of each once all are written: nothing changes pages faster.
 const SPEC: &str = "rate=max,pattern=seq,content=edit,report=0,gap_us=50";
 const WORK: &str = "pages/s (more is better)";
 
@@ -22,7 +22,7 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     let machine = &bed.machine;
     let (mut series, mut during, mut between) = (Series::new(), Samples::new(), Samples::new());
     for _ in 0..bench.runs(10) {
-        // The first lap pays for the faults that the checkpoint before has left behind.
+        // The first lap takes the faults that the previous checkpoint left behind.
         lap(machine)?;
         between.add(lap(machine)?);
         let (turns, started) = (machine.turns()?, Instant::now());
@@ -38,7 +38,7 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     bench.emit(work.against(between.median()))
 }
 
-/// The guest writes all its pages once; how many a second.
+/// Lets the guest write all its pages once. Returns its pages per second.
 fn lap(machine: &Machine) -> anyhow::Result<u64> {
     let (turns, started) = (machine.turns()?, Instant::now());
     let (reached, _) = machine.wait_turns(turns + machine.data_pages)?;
@@ -49,7 +49,7 @@ fn rate(turns: u64, started: Instant) -> u64 {
     (turns as f64 / started.elapsed().as_secs_f64()) as u64
 }
 
-/// The last snapshot, in a machine of its own.
+/// Resumes the last snapshot in another machine, and verifies its memory.
 fn resume_and_verify(machine: &Machine) -> anyhow::Result<()> {
     let store = machine.vm.store().context("the guest has no store")?;
     let head = machine.vm.head().context("no checkpoint was taken")?;

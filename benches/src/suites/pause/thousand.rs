@@ -1,4 +1,4 @@
-//! The usual case: a thousand pages changed, ten times a second.
+//! The usual case: a thousand changed pages, ten times a second.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ const INTERVAL: Duration = Duration::from_millis(100);
 
 pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     let ram_bytes = bench.memory_size(4 * GIB);
-    // Before there is another guest, which would take a core.
+    // Measured before there is another guest, which would take a core.
     let floor_us = floor::pause_us(bench, ram_bytes)?;
     let bed = Bed::boot(bench, RANDOM_SPEC, ram_bytes, 1)?;
     let stop_and_copy_us = floor::stop_and_copy_us(bench, &bed)?;

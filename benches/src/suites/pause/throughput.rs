@@ -1,9 +1,8 @@
-//! Whether saving what changed is slower while the guest runs than while it stands still.
+//! Whether saving changes is slower while the guest runs than while it is paused.
 //!
-//! A checkpoint of a guest that stands still is the store writing the same kind of pages, and
-//! nothing else. It has all cores, though, and a guest that runs takes one of them: so it is
-//! measured a second time while another guest spins on a core, which is what a host with a core to
-//! spare would find.
+//! A checkpoint of a paused guest is only the store writing the same kind of pages. But it has all
+//! cores, while a running guest takes one of them: so it is measured a second time with another
+//! guest spinning on a core, which compares equal numbers of cores.
 
 use super::bed::{Bed, RANDOM_SPEC};
 use crate::bench::{Bench, GIB};
@@ -26,7 +25,7 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
         bed.wait_tenth(true)?;
         standing(&bed, &mut alone)?;
         bed.wait_tenth(true)?;
-        // The core that the guest gives up.
+        // The guest gives up its core, and the other guest takes it.
         bed.machine.vm.pause()?;
         other.vm.go()?;
         standing(&bed, &mut beside)?;
@@ -40,7 +39,7 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A checkpoint of the guest while it stands still.
+/// Takes a checkpoint while the guest is paused.
 fn standing(bed: &Bed, series: &mut Series) -> anyhow::Result<()> {
     bed.machine.vm.pause()?;
     series.add(&checkpoint(&bed.machine.vm)?);

@@ -1,10 +1,10 @@
-//! How much of its work a guest gets done under checkpoints.
+//! How much work a guest gets done under checkpoints.
 //!
-//! A vCPU that writes without pause, nearly always to the same 160 pages and now and then to another
-//! of 16,000: the longer the interval, the more pages a checkpoint has to save, and all that this
-//! host's cores can. The floor is the same guest on a bare machine whose dirty log is read as often,
-//! which makes the guest fault as often; so what is missing is what the pauses, the copying and the
-//! compressing beside it take. The two take turns, so that neither has the better part of a drift.
+//! Its vCPU writes without a pause, nearly always to the same 160 pages and now and then to one of
+//! 16,000 others: the longer the interval, the more pages a checkpoint has to save, up to what this
+//! host's cores can do. The floor is the same guest on a bare machine whose dirty log is read as
+//! often, which causes as many faults; so the difference is the cost of the pauses, and of copying
+//! and compressing beside the guest. The two take turns, so that neither benefits from drift.
 
 use std::time::{Duration, Instant};
 
@@ -56,7 +56,8 @@ fn at_rate(bench: &mut Bench, machine: &Machine, bare: &RawGuest, rate: u32) -> 
     bench.emit(metric.against(rate.into()))
 }
 
-/// Takes checkpoints for a while; pages the guest wrote a second, and checkpoints a second.
+/// Takes checkpoints for a while. Returns the pages the guest wrote per second, and the checkpoints
+/// per second.
 fn checkpointed(
     machine: &Machine,
     interval: Duration,
@@ -76,7 +77,7 @@ fn checkpointed(
     Ok(((turns as f64 / seconds) as u64, (f64::from(taken) / seconds).round() as u64))
 }
 
-/// Reads the dirty log for a while and does nothing with it; pages the guest wrote a second.
+/// Reads the dirty log for a while and ignores it. Returns the pages the guest wrote per second.
 fn harvested(
     bare: &RawGuest,
     tracker: &mut dyn DirtyTracker,

@@ -2,9 +2,9 @@
 //! one run.
 //!
 //! The other VMM is QEMU, if it is installed: `savevm`, migration to a file, and that as a
-//! background snapshot. Nothing else runs meanwhile, and both run on the same KVM. How others
-//! fare, without their programs, is measured with frazil's own guest: a dump of all memory while it
-//! stands still here, raw files mapped or copied page by page in `resume`.
+//! background snapshot. Both use the same KVM, and nothing else runs meanwhile. Methods of other
+//! VMMs are measured with frazil's own guest, without their programs: here, a dump of all memory
+//! while the guest is paused; in `resume`, raw files that are mapped or copied page by page.
 
 mod qemu;
 mod qmp;
@@ -27,25 +27,26 @@ use crate::suites::resume::{find_frazil, resume_once};
 pub(crate) use qemu::version as qemu_version;
 use qemu::{Qemu, Way};
 
-/// A guest that has something to do, and writes a thousand pages a second.
+/// A guest that has work to do, and writes a thousand pages a second.
 const SPEC: &str = "rate=1000,pattern=uniform,content=text,report=0,gap_us=50";
-/// What it changes between two checkpoints.
+/// Pages that it writes between two checkpoints.
 const BETWEEN_PAGES: u64 = 1000;
 const MIB: f64 = (1 << 20) as f64;
 
 type Of = fn(&Costs) -> f64;
 
-/// What saving a machine cost, several times.
+/// The costs of saving a machine, several times.
 struct Costs {
-    /// Host-side.
+    /// The pause as the host sees it.
     pause: Samples,
-    /// The longest time the guest could not look at its clock.
+    /// The longest time for which the guest could not look at its clock.
     gap: Samples,
     duration: Samples,
     bytes: Samples,
 }
 
-/// The only one in which the guest's clock shows how long it stood still: at the others QEMU stops that, too.
+/// The only way in which the guest's clock shows the pause: in the others QEMU stops that clock
+/// too.
 const FELT: Way = Way::Background;
 
 impl Costs {
@@ -61,7 +62,7 @@ impl Costs {
         self.bytes.add(bytes);
     }
 
-    /// Prints them; `floor` is what frazil needs for the same.
+    /// Prints the costs; `floor` is those of frazil for the same.
     fn emit(&self, bench: &mut Bench, name: &str, floor: Option<&Self>) -> anyhow::Result<()> {
         let parts: [(&str, &str, Of); 4] = [
             ("pause_ms", "ms", |costs| costs.pause.ms(0.5)),
@@ -102,7 +103,7 @@ pub(crate) fn run(bench: &mut Bench, frazil: Option<PathBuf>) -> anyhow::Result<
     Ok(())
 }
 
-/// What frazil needs: the floor of what the others do.
+/// frazil's costs, which are the floor of the others'.
 struct Ours {
     first: Costs,
     resume: Samples,
@@ -121,7 +122,7 @@ fn ours(bench: &mut Bench, frazil: &Path, ram_bytes: u64, label: &str) -> anyhow
             take(&machine, &mut next)?;
         }
         drop(machine);
-        // The first brings the program into the page cache, as QEMU's is by then.
+        // The first run brings the program into the page cache, as QEMU already is by then.
         resume_once(frazil, folder.path())?;
         for _ in 0..runs {
             resume.add_time(resume_once(frazil, folder.path())?.0);
@@ -144,8 +145,8 @@ fn take(machine: &Machine, costs: &mut Costs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// All memory written to a file, as it is, while the guest stands still, and not waited for until the disk
-/// has it: what a monitor does that has nothing better. No state, no devices.
+/// Measures writing all memory to a file, raw, while the guest is paused, without waiting for the
+/// disk: what a VMM with nothing better does. Saves neither vCPUs nor devices.
 fn dumps(bench: &mut Bench, ram_bytes: u64, label: &str, ours: &Ours) -> anyhow::Result<()> {
     let machine = Machine::boot(SPEC, ram_bytes, None)?;
     let mut costs = Costs::new();
@@ -155,7 +156,7 @@ fn dumps(bench: &mut Bench, ram_bytes: u64, label: &str, ours: &Ours) -> anyhow:
         let started = Instant::now();
         machine.vm.while_paused(|| dump(&machine, &mut file))??;
         let pause = started.elapsed();
-        // The guest's clock stands still as well, so it has no gap to tell of.
+        // The guest's clock stands still as well, so the guest sees no gap.
         costs.add(pause, None, pause, file.metadata()?.len());
     }
     costs.emit(bench, &format!("peers.dump_{label}"), Some(&ours.first))
@@ -199,7 +200,7 @@ fn theirs(
     bench.emit(metric.against(ours.resume.ms(0.5)))
 }
 
-/// What guests' clocks tick with, in kHz.
+/// The frequency of guests' clocks, in kHz.
 fn tsc_khz() -> anyhow::Result<u64> {
     let vm = Kvm::new().and_then(|kvm| kvm.create_vm()).context("KVM refused a VM")?;
     let vcpu = vm.create_vcpu(0).context("KVM refused a vCPU")?;

@@ -1,4 +1,4 @@
-//! QEMU with the built-in guest, on this KVM.
+//! QEMU with the built-in guest, on this host's KVM.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -23,27 +23,27 @@ const QEMU: &str = "qemu-system-x86_64";
 const QEMU_IMG: &str = "qemu-img";
 /// The name of the snapshot in the image.
 const SAVED: &str = "saved";
-/// As fast as it can: a file is not a network.
+/// No limit in effect: a file is not a network.
 const BANDWIDTH_MAX_BYTES_S: u64 = 64 << 30;
-/// Looks at the guest's progress, and at a migration's, so often.
+/// How often to look at the progress of the guest, or of a migration.
 const POLL: Duration = Duration::from_micros(500);
 
 /// How QEMU saves a running machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Way {
-    /// Into a qcow2 image; the machine stands still meanwhile.
+    /// Into a qcow2 image; the machine is paused meanwhile.
     SaveVm,
-    /// Migration to a file: rounds of copying, then the machine stands still for the rest.
+    /// Migration to a file: rounds of copying, then the machine is paused for the rest.
     Migrate,
-    /// Migration to a file with the capability `background-snapshot`: memory as it was at the start,
-    /// pages about to be written first.
+    /// Migration to a file with the capability `background-snapshot`: memory as it was at the
+    /// start, with pages that are about to be written saved first.
     Background,
 }
 
 impl Way {
     pub(super) const ALL: [Self; 3] = [Self::SaveVm, Self::Migrate, Self::Background];
 
-    /// As it is called in metrics.
+    /// The name in metrics.
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::SaveVm => "savevm",
@@ -53,29 +53,29 @@ impl Way {
     }
 }
 
-/// What saving a machine took.
+/// The costs of saving a machine.
 #[derive(Debug)]
 pub(super) struct Saved {
-    /// Between the events STOP and RESUME.
+    /// Time between the events STOP and RESUME.
     pub pause: Duration,
-    /// From the command until QEMU says that it is done. QEMU does not wait for the disk.
+    /// From the command until QEMU reports that it is done. QEMU does not wait for the disk.
     pub duration: Duration,
-    /// What the files take on it.
+    /// Disk space that the files take.
     pub bytes: u64,
 }
 
-/// The version of the QEMU on this machine, if there is one.
+/// The version of QEMU on this machine, if it is installed.
 pub(crate) fn version() -> Option<String> {
     let output = Command::new(QEMU).arg("--version").output().ok()?;
     let said = String::from_utf8_lossy(&output.stdout);
     said.lines().next().map(|line| line.trim_start_matches("QEMU emulator version ").to_owned())
 }
 
-/// A guest's memory, as it is in a process of its own.
+/// A guest's memory, read through its process's memory.
 #[derive(Debug)]
 struct Memory {
     file: File,
-    /// Where the guest's memory begins in the process.
+    /// The address of the guest's memory in the process.
     base: u64,
 }
 
@@ -85,7 +85,7 @@ impl PageRead for Memory {
     }
 }
 
-/// A QEMU, killed when dropped.
+/// A QEMU process, killed when dropped.
 #[derive(Debug)]
 pub(super) struct Qemu {
     child: Child,
@@ -95,7 +95,7 @@ pub(super) struct Qemu {
 }
 
 impl Qemu {
-    /// A machine that boots the built-in guest, once it has written every page.
+    /// Boots the built-in guest, and waits until it has written every page.
     pub(super) fn boot(folder: &Path, spec: &WorkloadSpec, ram_bytes: u64) -> anyhow::Result<Self> {
         let kernel = folder.join("guest.elf");
         fs::write(&kernel, GUEST_ELF).context("cannot write the guest's kernel")?;
@@ -123,8 +123,8 @@ impl Qemu {
         Ok(qemu)
     }
 
-    /// A machine that goes on from what was saved in `folder` by `way`: how long that takes, from before
-    /// the process is started until the guest has done something.
+    /// Resumes the machine saved in `folder` by `way`. Returns the time from before the process is
+    /// started until the guest makes progress.
     pub(super) fn resume(folder: &Path, way: Way, ram_bytes: u64) -> anyhow::Result<Duration> {
         let started = Instant::now();
         let mut command = command(folder, ram_bytes);
@@ -135,7 +135,7 @@ impl Qemu {
             }
         };
         let mut qemu = Self::start(command, folder)?;
-        // Memory that is being loaded changes too.
+        // Memory also changes while it is being loaded, so wait until the guest runs.
         while qemu.monitor.command("query-status", &json!({}))?["running"] != true {
             qemu.check_alive()?;
             ensure!(started.elapsed() < PATIENCE, "QEMU's guest does not go on");
@@ -176,7 +176,7 @@ impl Qemu {
         alive(&mut self.child, &self.folder)
     }
 
-    /// What the guest says of itself.
+    /// The guest's own counters.
     pub(super) fn view(&mut self) -> anyhow::Result<ControlView> {
         Ok(ControlView::read(&mut self.memory)?)
     }
@@ -189,7 +189,7 @@ impl Qemu {
         Ok(u64::from_le_bytes(word))
     }
 
-    /// Saves the machine, which goes on afterwards.
+    /// Saves the machine, which runs on afterwards.
     pub(super) fn save(&mut self, way: Way) -> anyhow::Result<Saved> {
         self.monitor.forget_events();
         let file = match way {
@@ -207,10 +207,10 @@ impl Qemu {
         }
         let duration = started.elapsed();
         if way == Way::Migrate {
-            // It stands still at the end of it.
+            // Migration leaves the machine paused.
             self.monitor.command("cont", &json!({}))?;
         }
-        // Until the events have come.
+        // Wait until the events have arrived.
         while self.monitor.stood_still().is_none() {
             self.monitor.command("query-status", &json!({}))?;
             ensure!(started.elapsed() < PATIENCE, "QEMU does not say that its guest goes on");
@@ -262,7 +262,7 @@ fn alive(child: &mut Child, folder: &Path) -> anyhow::Result<()> {
     bail!("QEMU ended with {status}; it said: {}", said.trim())
 }
 
-/// Where the guest's memory is in its process.
+/// Finds the guest's memory in its process.
 fn memory(child: &Child, monitor: &mut Monitor) -> anyhow::Result<Memory> {
     let said = monitor.human("gpa2hva 0")?;
     let base = said.rsplit_once("0x").and_then(|(_, hex)| u64::from_str_radix(hex, 16).ok());
@@ -272,7 +272,7 @@ fn memory(child: &Child, monitor: &mut Monitor) -> anyhow::Result<Memory> {
     Ok(Memory { file, base })
 }
 
-/// The same machine every time. Without a feature that its KVM may list and refuse to set.
+/// The command line of the machine, without a CPU feature that KVM may list and then refuse to set.
 fn command(folder: &Path, ram_bytes: u64) -> Command {
     let mut command = Command::new(QEMU);
     command
@@ -294,14 +294,14 @@ fn stream(folder: &Path) -> PathBuf {
     folder.join("vm.migration")
 }
 
-/// For a shell, which QEMU starts.
+/// Quotes a path for the shell that QEMU starts.
 fn quoted(path: &Path) -> anyhow::Result<String> {
     let text = path.to_str().filter(|text| !text.contains('\''));
     let text = text.with_context(|| format!("{}: no name for a shell", path.display()))?;
     Ok(format!("'{text}'"))
 }
 
-/// What a file takes on the disk.
+/// The disk space that a file takes.
 fn taken_bytes(path: &Path) -> u64 {
     fs::metadata(path).map_or(0, |file| file.blocks() * 512)
 }

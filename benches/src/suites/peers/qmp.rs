@@ -1,4 +1,4 @@
-//! QEMU's monitor: commands and events, one JSON object a line (QEMU's docs/interop/qmp-spec).
+//! QEMU's monitor: commands and events, one JSON object per line (QEMU's docs/interop/qmp-spec).
 
 use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::os::unix::net::UnixStream;
@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail, ensure};
 use serde_json::{Value, json};
 
-/// QEMU listens within this, and answers anything but a snapshot.
+/// How long QEMU may take to listen.
 const START_PATIENCE: Duration = Duration::from_secs(30);
-/// The longest command is `savevm`, which writes all memory before it answers.
+/// How long a command may take: `savevm` writes all memory before it answers.
 const ANSWER_PATIENCE: Duration = Duration::from_mins(10);
 const POLL: Duration = Duration::from_millis(1);
 
@@ -18,7 +18,7 @@ const POLL: Duration = Duration::from_millis(1);
 #[derive(Debug)]
 struct Event {
     name: String,
-    /// When, in microseconds since 1970, by QEMU's account.
+    /// QEMU's time of the event, in microseconds since 1970.
     at_us: u64,
 }
 
@@ -30,7 +30,7 @@ pub(super) struct Monitor {
 }
 
 impl Monitor {
-    /// Connects as soon as QEMU listens on `socket`; `alive` says whether it is worth waiting for.
+    /// Connects once QEMU listens on `socket`; `alive` fails if waiting is in vain.
     pub(super) fn connect(
         socket: &Path,
         mut alive: impl FnMut() -> anyhow::Result<()>,
@@ -54,7 +54,7 @@ impl Monitor {
         Ok(monitor)
     }
 
-    /// Runs a command to its end.
+    /// Runs a command, and returns its result.
     pub(super) fn command(&mut self, name: &str, arguments: &Value) -> anyhow::Result<Value> {
         let request = json!({ "execute": name, "arguments": arguments });
         writeln!(self.stream.get_mut(), "{request}").context("cannot write to QEMU's monitor")?;
@@ -70,18 +70,19 @@ impl Monitor {
         }
     }
 
-    /// Runs a command of the monitor for people; what it says.
+    /// Runs a command of the human monitor, and returns its output.
     pub(super) fn human(&mut self, line: &str) -> anyhow::Result<String> {
         let said = self.command("human-monitor-command", &json!({ "command-line": line }))?;
         Ok(said.as_str().unwrap_or_default().trim().to_owned())
     }
 
-    /// Forgets what has happened so far.
+    /// Forgets all events so far.
     pub(super) fn forget_events(&mut self) {
         self.events.clear();
     }
 
-    /// How long the machine stood still since then, if it did and goes on.
+    /// How long the machine was paused since the events were last forgotten, if it was and runs
+    /// again.
     pub(super) fn stood_still(&self) -> Option<Duration> {
         let at = |name: &str| self.events.iter().find(|event| event.name == name);
         let us = at("RESUME")?.at_us.checked_sub(at("STOP")?.at_us)?;

@@ -1,4 +1,4 @@
-//! Of `resume`: single faults, and a recorded working set.
+//! Part of `resume`: single faults, and a recorded working set.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,14 +20,14 @@ use crate::report::Picture;
 use crate::samples::Samples;
 use crate::suites::floors;
 
-/// Pages apart from each other that are touched: never two of one chunk.
+/// Distance between the pages touched, so that no two are in one chunk.
 const STRIDE_PAGES: u64 = 128;
 
-/// A page is touched here and there; against a thread that does nothing but take the fault, unpack the
-/// same frame from memory and map it.
+/// Measures touches of scattered pages, against a thread that only takes the fault, unpacks the
+/// same frame from memory and maps it.
 pub(super) fn single(bench: &mut Bench, snapshot: &Snapshot) -> anyhow::Result<()> {
     let region = snapshot.region(RAM_REGION)?;
-    // Below the hole, where pages are in the memory file as in the guest.
+    // Below the hole, where pages have the same places in the memory file as in the guest.
     let pages = region.pages().min((3 << 30) / PAGE_SIZE as u64);
     let mut places: Vec<u64> = (0..pages).step_by(STRIDE_PAGES as usize).skip(64).collect();
     places.truncate(bench.sized(2000, 100));
@@ -37,7 +37,7 @@ pub(super) fn single(bench: &mut Bench, snapshot: &Snapshot) -> anyhow::Result<(
         region.read_pages(*page, &mut contents)?;
         frames.extend(codec::compress(&contents)?);
     }
-    // Neighbours are no strangers: far from each other in time.
+    // Neighbouring pages may share work: touch them far apart in time.
     let order = |index: usize| index * 617 % places.len();
     let (mut ours, mut floor) = (Samples::new(), Samples::new());
     for run in 0..bench.runs(4) {
@@ -56,7 +56,7 @@ pub(super) fn single(bench: &mut Bench, snapshot: &Snapshot) -> anyhow::Result<(
         let pager = Pager::serve(Arc::new(image), seat, options, Box::new(|_| {}))?;
         let touched = touch_all(&memory, places.len(), |index| places[order(index)]);
         drop(pager);
-        // The first brings the store into the page cache, and memory from the host.
+        // The first run warms the page cache for the store, and gets memory from the host.
         let warm = run > 0;
         let bare = floors::uffd_unpack(&frames, &places, order)?;
         if warm {
@@ -73,7 +73,7 @@ pub(super) fn single(bench: &mut Bench, snapshot: &Snapshot) -> anyhow::Result<(
     Ok(())
 }
 
-/// Touches `count` pages, `page` says which; the time that each took.
+/// Touches the pages `page(0 .. count)`. Returns the time of each touch.
 pub(crate) fn touch_all(
     memory: &SharedMemory,
     count: usize,
@@ -83,14 +83,15 @@ pub(crate) fn touch_all(
         let started = Instant::now();
         memory.touch(page(index) as usize);
         let took = started.elapsed();
-        // What the pager does besides is not this fault's.
+        // Let the pager finish the rest of its work, which is not part of this fault.
         std::thread::sleep(Duration::from_micros(300));
         took
     };
     (0..count).map(touch).collect()
 }
 
-/// A guest of which a part is used: how long it takes for as much work as was recorded.
+/// A guest that uses part of its memory: measured is the time it takes for the work that was
+/// recorded.
 const SPEC: &str = "touch=128MiB,rate=max,pattern=uniform,content=edit,report=0,seed=8";
 const RECORD: Duration = Duration::from_secs(1);
 
@@ -146,7 +147,7 @@ fn wait_recorded(
     Err(anyhow!("the working set was not kept"))
 }
 
-/// Has a thread run `serve` until `done`, while `with` runs.
+/// Runs `with` while a thread runs `serve`, which ends once its flag is set.
 pub(crate) fn beside<T>(
     serve: impl FnOnce(&AtomicBool) -> anyhow::Result<()> + Send,
     with: impl FnOnce() -> T,

@@ -1,4 +1,4 @@
-//! `resume`: how soon a guest runs again, and what it pays while its memory arrives.
+//! `resume`: how soon a guest runs again, and its costs while its memory is loaded.
 
 mod faults;
 mod others;
@@ -24,13 +24,13 @@ use crate::machine::{Machine, create_store};
 use crate::metric::{MIB_S, Metric};
 use crate::samples::Samples;
 
-/// Text pages; once they are all written, two words a page, page after page, without a pause.
+/// Text pages; once all are written, two words of each page in order, without a pause.
 const SEQ: &str = "rate=max,pattern=seq,content=edit,report=0";
-/// The same, each page once and in random order.
+/// The same, each page once per lap and in random order.
 const SHUFFLE: &str = "rate=max,pattern=shuffle,content=edit,report=0";
-/// Ten pages between two checkpoints.
+/// Writes that make ten pages between two checkpoints.
 const EDITS: &str = "rate=1000,pattern=uniform,content=edit,report=0";
-/// As many checkpoints are a deep history.
+/// The number of checkpoints in a deep history.
 const DEPTH: usize = 1000;
 const MIB: f64 = (1 << 20) as f64;
 
@@ -45,12 +45,12 @@ struct Bed {
 
 type Measure = fn(&mut Bench, &Bed) -> anyhow::Result<()>;
 
-/// What is measured at each size of memory.
+/// Measurements made at each memory size.
 const OF_SIZES: [&str; 5] = ["progress", "faults", "eager", "sweep", "others"];
-/// And once.
+/// Measurements made once.
 const ONCE: [&str; 3] = ["working_set", "deep", "large"];
 
-/// The names of the measurements.
+/// Names for `--only`.
 pub(crate) fn names() -> impl Iterator<Item = &'static str> {
     OF_SIZES.into_iter().chain(ONCE)
 }
@@ -111,7 +111,7 @@ fn measure_size(bench: &mut Bench, frazil: &Path, ram_bytes: u64) -> anyhow::Res
     if bench.wants("sweep") {
         sweeps::measure(bench, &shuffle, "random")?;
     }
-    // A fault a page takes half a minute for 1 GiB.
+    // One fault per page takes half a minute for 1 GiB.
     if bench.wants("others") && ram_bytes <= GIB {
         bench.say(&format!("{label}: as others resume"));
         others::measure(bench, &seq, &shuffle)?;
@@ -119,10 +119,10 @@ fn measure_size(bench: &mut Bench, frazil: &Path, ram_bytes: u64) -> anyhow::Res
     Ok(())
 }
 
-/// The `frazil` to measure: that beside this program, if none is given.
+/// The `frazil` command to measure: by default, the one beside this program.
 ///
 /// # Errors
-/// If it is not there.
+/// If there is no such file.
 pub(crate) fn find_frazil(given: Option<PathBuf>) -> anyhow::Result<PathBuf> {
     let path = match given {
         Some(path) => path,
@@ -139,7 +139,7 @@ pub(crate) fn find_frazil(given: Option<PathBuf>) -> anyhow::Result<PathBuf> {
 }
 
 impl Bed {
-    /// A snapshot of a guest that does as `spec` says, once it has written all its memory.
+    /// Takes a snapshot of a guest with the workload `spec`, once it has written all its memory.
     fn new(
         bench: &Bench,
         frazil: PathBuf,
@@ -157,7 +157,7 @@ impl Bed {
         })
     }
 
-    /// The last of `depth` snapshots of a guest that works.
+    /// Takes `depth` snapshots of a working guest, for the last of them to be resumed.
     fn at_depth(
         bench: &Bench,
         frazil: PathBuf,
@@ -191,7 +191,7 @@ impl Bed {
         Ok(Self { frazil, folder, snapshot, label, ram_bytes })
     }
 
-    /// The name of a metric: those of the usual size go without it.
+    /// The name of a metric: with the memory size as a suffix, except for 1 GiB.
     fn metric(&self, what: &str) -> String {
         match self.label.as_str() {
             "1g" => format!("resume.{what}"),
@@ -200,7 +200,7 @@ impl Bed {
     }
 }
 
-/// All memory before the guest runs, against decompression of it on all cores.
+/// Measures loading all memory before the guest runs, against decompressing it on all cores.
 fn eager(bench: &mut Bench, bed: &Bed) -> anyhow::Result<()> {
     let mut times = Samples::new();
     let mut raw = Vec::new();
@@ -209,7 +209,7 @@ fn eager(bench: &mut Bench, bed: &Bed) -> anyhow::Result<()> {
         let machine = Machine::resume(&bed.snapshot, Loading::Eager)?;
         let took = started.elapsed();
         if run == 0 {
-            // Warms the memory, which the next one gets from this one.
+            // Warms up the memory that the next run gets.
             raw = content::sample(machine.vm.ram(), bench.sized(128 << 20, 8 << 20))?;
         } else {
             times.add_time(took);

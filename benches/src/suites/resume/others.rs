@@ -1,7 +1,8 @@
-//! The same guest resumed as others do it, with the same memory lying ready and uncompressed in a file:
-//! by mapping that file privately, and by a userfaultfd whose handler copies one page a fault.
+//! The same guest resumed as others do it, from uncompressed memory that is ready in a file: by
+//! mapping that file privately, and by a userfaultfd whose handler copies one page per fault.
 //!
-//! Each begins where `Vm::resume` does, in this process: what a command would add is the same for all.
+//! Each starts where `Vm::resume` does, in this process: a command would add the same to all of
+//! them.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -59,12 +60,12 @@ pub(super) fn measure(bench: &mut Bench, seq: &Bed, shuffle: &Bed) -> anyhow::Re
     Ok(())
 }
 
-/// A snapshot's memory in a file, and nowhere.
+/// A snapshot's memory in a file, and in an image that has none of it.
 struct RawMemory {
-    /// Mapped privately, it is the guest's memory.
+    /// The memory in `file`: mapped privately, it becomes the guest's memory.
     full: Arc<Image>,
     file: File,
-    /// Said to be complete, and without a page: all is missing.
+    /// An image that claims to be complete, but whose memory is emptied: every page is missing.
     hollow: Arc<Image>,
 }
 
@@ -85,7 +86,7 @@ impl RawMemory {
         Ok(Self { full: Arc::new(full), file, hollow })
     }
 
-    /// Until the guest has done something, and until it has written every page.
+    /// Returns the times until the guest makes progress, and until it has written every page.
     fn resume(&self, bed: &Bed, how: How) -> anyhow::Result<(Duration, Duration)> {
         let complete = |image| Loading::Shared(Arc::clone(image), PagerOptions::default());
         let loading = match how {
@@ -114,7 +115,7 @@ impl RawMemory {
         let serve = |done: &AtomicBool| {
             let served = floors::answer_faults(&uffd, done, |at| self.copy_in(&uffd, &machine, at));
             if served.is_err() {
-                // Or the guest would wait for ever.
+                // Otherwise the guest would wait for ever.
                 machine.vm.stop();
             }
             served
@@ -122,7 +123,7 @@ impl RawMemory {
         beside(serve, run)?
     }
 
-    /// Copies the page at `address`, where a fault was, from the file to the guest.
+    /// Copies the faulting page at `address` from the file to the guest.
     fn copy_in(&self, uffd: &Uffd, machine: &Machine, address: usize) -> anyhow::Result<()> {
         let inside = |mapping: Mapping| {
             let offset = address.checked_sub(mapping.address)?;

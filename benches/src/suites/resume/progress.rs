@@ -1,4 +1,4 @@
-//! From the start of `frazil resume` to its guest's first progress, whatever is resumed.
+//! From the start of `frazil resume` to its guest's first progress.
 
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader};
@@ -18,15 +18,15 @@ use crate::metric::Metric;
 use crate::samples::Samples;
 use crate::suites::floors;
 
-/// A `frazil` that was asked to end gets so long.
+/// How long `frazil` may take to end.
 const END_PATIENCE: Duration = Duration::from_secs(5);
 
-/// From before `frazil resume` is started until its guest has done something.
+/// Measures the time from before `frazil resume` is started until its guest makes progress.
 pub(super) fn first_progress(bench: &mut Bench, bed: &Bed) -> anyhow::Result<()> {
     let floor = floors::create_empty_vms(bed.ram_bytes, bench.runs(30))?;
     let start = process_start(&bed.frazil, bench.runs(20))?;
     let (mut whole, mut inside) = (Samples::new(), Samples::new());
-    // The first brings program and store into the page cache.
+    // The first run brings the program and the store into the page cache.
     resume_once(&bed.frazil, bed.folder.path())?;
     for _ in 0..bench.runs(20) {
         let (total, own) = resume_once(&bed.frazil, bed.folder.path())?;
@@ -45,7 +45,7 @@ pub(super) fn first_progress(bench: &mut Bench, bed: &Bed) -> anyhow::Result<()>
     bench.emit(Metric::new(start_name, start.ms(0.5), "ms", start.n()))
 }
 
-/// Times of a `frazil` that only says its version: what starting and ending a process costs.
+/// Times of `frazil --version`: the cost of starting and ending a process.
 fn process_start(frazil: &Path, runs: usize) -> anyhow::Result<Samples> {
     let mut times = Samples::new();
     for _ in 0..runs {
@@ -56,8 +56,8 @@ fn process_start(frazil: &Path, runs: usize) -> anyhow::Result<Samples> {
     Ok(times)
 }
 
-/// Runs `frazil resume` of the latest snapshot in the store in `folder` until first progress; the time
-/// from before it was started, and from its own first instruction.
+/// Runs `frazil resume` of the latest snapshot in the store in `folder` until first progress.
+/// Returns the time from before the process was started, and the time from the start of its `main`.
 pub(crate) fn resume_once(frazil: &Path, folder: &Path) -> anyhow::Result<(Duration, Duration)> {
     let mut reference = OsString::from(folder.join("store"));
     reference.push("@latest");
@@ -89,7 +89,7 @@ fn monotonic_ns() -> u64 {
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
-/// A child that does not outlive this.
+/// A child process that is killed when this is dropped.
 struct Process(Child);
 
 impl Process {
@@ -103,7 +103,8 @@ impl Process {
         Pid::from_child(&self.0)
     }
 
-    /// Reads its events up to first progress: milliseconds by its own account, and the moment.
+    /// Reads events until first progress. Returns the milliseconds since its start as `frazil`
+    /// reports them, and the time on the monotonic clock.
     fn first_progress(&mut self) -> anyhow::Result<Option<(f64, u64)>> {
         let stdout = self.0.stdout.take().context("the child has no standard output")?;
         for line in BufReader::new(stdout).lines() {
@@ -121,9 +122,9 @@ impl Process {
         Ok(None)
     }
 
-    /// Asks it to end, so that it takes its control socket with it, and waits.
+    /// Asks the process to end, so that it removes its control socket, and waits for it.
     fn end(&mut self) -> anyhow::Result<()> {
-        // Gone already is as good.
+        // It may have ended already.
         let _gone = kill_process(self.pid(), Signal::TERM);
         let asked = Instant::now();
         while asked.elapsed() < END_PATIENCE {
@@ -138,7 +139,7 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // After `end` neither does anything.
+        // After `end` neither has any effect.
         let _gone = self.0.kill();
         let _waited = self.0.wait();
         cleanup::kill_at_exit(None);

@@ -1,4 +1,4 @@
-//! A guest writes to every page, from the moment it is let go.
+//! Sweeps: a guest writes to every page as soon as it is resumed.
 
 use anyhow::Context;
 use frazil_snapstore::pager::{PagerOptions, PagerStats};
@@ -11,8 +11,8 @@ use crate::metric::Metric;
 use crate::raw;
 use crate::samples::Samples;
 
-/// Sweeps in the order of `bed`'s guest, which is `order`: memory that comes lazily, with and
-/// without a background fill, against memory that is there.
+/// Measures sweeps in the order of `bed`'s guest, which is named `order`: with memory that is
+/// loaded lazily, with and without background fill, against memory that is resident.
 pub(super) fn measure(bench: &mut Bench, bed: &Bed, order: &str) -> anyhow::Result<()> {
     let lazy = |background_fill| {
         Loading::lazy(PagerOptions { background_fill, ..PagerOptions::default() })
@@ -39,7 +39,7 @@ pub(super) fn measure(bench: &mut Bench, bed: &Bed, order: &str) -> anyhow::Resu
     bench.emit(Metric::new(name("fault_max_us"), stats.fault_us_max as f64, "us", stats.faults))
 }
 
-/// Of memory that is there, and in the host's page tables.
+/// Times of sweeps of memory that is resident, and in the host's page tables.
 pub(super) fn populated(bed: &Bed, runs: usize) -> anyhow::Result<Samples> {
     let mut times = Samples::new();
     for _ in 0..runs {
@@ -51,7 +51,7 @@ pub(super) fn populated(bed: &Bed, runs: usize) -> anyhow::Result<Samples> {
     Ok(times)
 }
 
-/// Times of `runs` sweeps, each of a VM of its own; what the last one's pager did.
+/// Times of `runs` sweeps, each in a new VM, and the pager's statistics of the last one.
 fn sweep(
     bed: &Bed,
     loading: &Loading,

@@ -1,4 +1,4 @@
-//! A store to measure, with one region and one line of snapshots.
+//! A store to measure, with one region and one branch of snapshots.
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -20,7 +20,7 @@ use crate::bench::Bench;
 const REGION: &str = "ram";
 const READ_BYTES: usize = 1 << 20;
 
-/// A store in a directory of its own. Its handle is opened when it is needed first.
+/// A store in a directory of its own. It is opened when first needed.
 pub(super) struct Bed {
     folder: TempDir,
     options: StoreOptions,
@@ -31,18 +31,18 @@ pub(super) struct Bed {
 }
 
 impl Bed {
-    /// A store to be of a region of `pages` pages.
+    /// Prepares a store for a region of `pages` pages.
     pub(super) fn new(bench: &Bench, pages: u64, options: StoreOptions) -> anyhow::Result<Self> {
         let folder = bench.scratch()?;
         Ok(Self { folder, options, pages, store: None, head: None, commits: 0 })
     }
 
-    /// Pages of its region.
+    /// Pages of the region.
     pub(super) fn pages(&self) -> u64 {
         self.pages
     }
 
-    /// Bytes of its region.
+    /// Bytes of the region.
     pub(super) fn region_bytes(&self) -> f64 {
         self.pages as f64 * PAGE_SIZE as f64
     }
@@ -52,12 +52,12 @@ impl Bed {
         self.folder.path()
     }
 
-    /// A version that no page had yet.
+    /// A version that no page has had yet.
     pub(super) fn next_version(&self) -> u64 {
         self.commits + 1
     }
 
-    /// The handle.
+    /// The store's handle, opened if necessary.
     pub(super) fn store(&mut self) -> anyhow::Result<Arc<Store>> {
         if let Some(store) = &self.store {
             return Ok(Arc::clone(store));
@@ -67,12 +67,12 @@ impl Bed {
         Ok(Arc::clone(self.store.insert(store)))
     }
 
-    /// Gives up the handle: the next one has nothing cached.
+    /// Drops the handle: the next one has nothing cached.
     pub(super) fn close(&mut self) {
         self.store = None;
     }
 
-    /// The next handle has these options.
+    /// Sets the options of the next handle.
     pub(super) fn set_options(&mut self, options: StoreOptions) {
         self.close();
         self.options = options;
@@ -83,12 +83,12 @@ impl Bed {
         self.head.context("nothing was committed yet")
     }
 
-    /// The next snapshot has no parent.
+    /// Makes the next snapshot have no parent.
     pub(super) fn start_over(&mut self) {
         self.head = None;
     }
 
-    /// Commits `dirty` on top of the newest snapshot; returns the time.
+    /// Commits `dirty` on top of the newest snapshot. Returns the time.
     pub(super) fn commit(
         &mut self,
         dirty: &PageSet,
@@ -97,7 +97,7 @@ impl Bed {
         Ok(self.commit_counted(dirty, source)?.0)
     }
 
-    /// As [`Self::commit`]; returns what became of the pages, too.
+    /// Like [`Self::commit`]; also returns what became of the pages.
     pub(super) fn commit_counted(
         &mut self,
         dirty: &PageSet,
@@ -107,7 +107,7 @@ impl Bed {
         self.commits += 1;
         let description = Description {
             name: "bench".into(),
-            // Or two snapshots of one millisecond might be one and the same.
+            // Otherwise two snapshots of the same millisecond could be identical.
             message: format!("commit {}", self.commits),
             ..Description::default()
         };
@@ -121,7 +121,7 @@ impl Bed {
         Ok((took, stats))
     }
 
-    /// As [`Self::commit`]; returns by how many bytes the store's files grew.
+    /// Like [`Self::commit`], but returns the bytes by which the store's files grew.
     pub(super) fn commit_growth(
         &mut self,
         dirty: &PageSet,
@@ -132,19 +132,18 @@ impl Bed {
         Ok(self.stored_bytes()?.saturating_sub(before))
     }
 
-    /// The region of the newest snapshot.
+    /// The region in the newest snapshot.
     pub(super) fn reader(&mut self) -> anyhow::Result<RegionReader> {
         let head = self.head()?;
         self.reader_of(head)
     }
 
-    /// The region of a snapshot of the store.
+    /// The region in a snapshot of the store.
     pub(super) fn reader_of(&mut self, id: SnapshotId) -> anyhow::Result<RegionReader> {
         Ok(self.store()?.snapshot(id)?.region(REGION)?)
     }
 
-    /// Opens the store anew and reads `count` random pages of the newest snapshot; returns the
-    /// time.
+    /// Reopens the store and reads `count` random pages of the newest snapshot. Returns the time.
     pub(super) fn open_and_read(&mut self, count: usize, seed: u64) -> anyhow::Result<Duration> {
         let numbers = random_pages(self.pages, count, seed);
         let mut buf = [0; PAGE_SIZE];
@@ -157,14 +156,14 @@ impl Bed {
         Ok(started.elapsed())
     }
 
-    /// Lengths of all the store's files together.
+    /// Total length of the store's files.
     pub(super) fn stored_bytes(&self) -> anyhow::Result<u64> {
         let files = self.files()?;
         files.iter().map(|path| Ok(fs::metadata(path).with_context(|| at(path))?.len())).sum()
     }
 
-    /// Closes the store and asks the kernel to forget what it has cached of the files. They are
-    /// durable, or it would not; a host below may still have them in its memory.
+    /// Closes the store, and asks the kernel to drop its files from the page cache. That works
+    /// because they are durable; a host below may still have them in memory.
     pub(super) fn evict(&mut self) -> anyhow::Result<()> {
         self.close();
         for path in self.files()? {
@@ -174,7 +173,7 @@ impl Bed {
         Ok(())
     }
 
-    /// Reads the store's files one after the other; returns the time.
+    /// Reads the store's files one after the other. Returns the time.
     pub(super) fn read_files(&self) -> anyhow::Result<Duration> {
         let files = self.files()?;
         let mut buffer = vec![1; READ_BYTES];

@@ -1,4 +1,4 @@
-//! Dumps of a guest's RAM, one after the other, and what changed from each to the next.
+//! A sequence of dumps of a guest's RAM, and what changed from each to the next.
 
 use std::fs::File;
 use std::io;
@@ -11,11 +11,11 @@ use frazil_snapstore::{PAGE_SIZE, Page, PageSet, PageSource, RegionReader, is_ze
 /// Pages read at a time when a dump is read in order.
 const PIECE_PAGES: usize = 256;
 
-/// A dump. Its pages are read as they are needed, so that several need not fit into memory.
+/// A dump. Pages are read when needed, so that the dumps need not fit into memory.
 pub(super) struct Dump {
     path: PathBuf,
     file: File,
-    /// How many of its pages count.
+    /// The number of its pages to use.
     pages: u64,
 }
 
@@ -31,7 +31,7 @@ impl Dump {
         Ok(Self { path: path.to_path_buf(), file, pages: bytes / PAGE_SIZE as u64 })
     }
 
-    /// Calls `look` with the number of each page, what it holds, and what `other` has there.
+    /// Calls `look` with the number of each page, its contents, and those that `other` has there.
     fn for_each_pair(
         &self,
         mut other: impl FnMut(u64, &mut [u8]) -> anyhow::Result<()>,
@@ -59,7 +59,7 @@ impl Dump {
             .with_context(|| format!("cannot read {}", self.path.display()))
     }
 
-    /// Fails unless `region` holds what the dump holds, page by page.
+    /// Fails unless `region` has the same pages as the dump.
     pub(super) fn expect_in(&self, region: &RegionReader) -> anyhow::Result<()> {
         let read = |first, bytes: &mut [u8]| Ok(region.read_pages(first, bytes)?);
         self.for_each_pair(read, |page, expected, found| {
@@ -77,7 +77,7 @@ impl PageSource for Dump {
     }
 }
 
-/// Opens dumps of one guest; of each the first `pages_max` pages count.
+/// Opens dumps of one guest, to use the first `pages_max` pages of each.
 pub(super) fn open(paths: &[PathBuf], pages_max: u64) -> anyhow::Result<Vec<Dump>> {
     ensure!(paths.len() > 1, "expected two dumps or more: --images FILE FILE ...");
     let mut dumps =
@@ -95,7 +95,7 @@ pub(super) fn open(paths: &[PathBuf], pages_max: u64) -> anyhow::Result<Vec<Dump
     Ok(dumps)
 }
 
-/// Pages of each of `dumps`.
+/// The number of pages of each of `dumps`.
 pub(super) fn pages(dumps: &[Dump]) -> u64 {
     dumps.first().map_or(0, |dump| dump.pages)
 }
@@ -104,7 +104,7 @@ pub(super) fn pages(dumps: &[Dump]) -> u64 {
 pub(super) struct Step {
     /// The pages that differ.
     pub changed: PageSet,
-    /// Those, and as many that do not; fewer if there are no more.
+    /// The same, and as many pages that do not differ; fewer if there are not enough.
     pub doubled: PageSet,
     /// Changed pages that were zero.
     pub appeared: u64,
@@ -115,8 +115,8 @@ pub(super) struct Step {
 }
 
 impl Step {
-    /// Compares two dumps; `edited` is told what each page that has contents in both held, and
-    /// holds, if that is not the same.
+    /// Compares two dumps; calls `edited` with the old and the new contents of each page that
+    /// differs and is not zero in either.
     pub(super) fn between(
         before: &Dump,
         after: &Dump,
@@ -147,12 +147,12 @@ impl Step {
     }
 }
 
-/// `changed`, and as many pages of `kept`: those behind changed ones, as a dirty log has them that
-/// knows no single pages. No zero pages are kept, which would cost nothing in any case.
+/// `changed`, and as many pages of `kept`: those after changed pages, as in a dirty log that is
+/// coarser than a page. `kept` has no zero pages, which would cost nothing in any case.
 fn doubled(changed: &PageSet, kept: &PageSet) -> PageSet {
     let mut dirty = changed.clone();
     let mut owed = 0_u64;
-    // Twice around: what is owed at the end is taken from the beginning.
+    // Twice around: what is still owed at the end is taken from the beginning.
     for turn in 0..2 {
         for page in 0..changed.capacity() {
             if changed.contains(page) {

@@ -1,4 +1,4 @@
-//! How much of a page changes at a time, and what its difference costs instead of the page.
+//! How much of a page changes at a time, and the size of its difference against that of the page.
 
 use frazil_snapstore::PAGE_SIZE;
 
@@ -8,12 +8,12 @@ use crate::content::FRAME_BYTES;
 use crate::metric::Metric;
 
 const WORD_BYTES: usize = 8;
-/// The most words of a page that change, of each class of edits.
+/// The most words that change in a page, for each class of edits.
 const WORDS_MAX: [usize; 12] = [1, 2, 4, 8, 16, 24, 32, 40, 64, 128, 256, 512];
-/// Bytes of pages that are compressed at a time: whole frames.
+/// Bytes of pages compressed at a time: whole frames.
 const BATCH_BYTES: usize = 64 * FRAME_BYTES;
 
-/// Pages edited, by how many of their words changed.
+/// Edits of pages, by the number of words that changed.
 #[derive(Default)]
 pub(super) struct Edits {
     classes: [Class; WORDS_MAX.len()],
@@ -27,7 +27,7 @@ struct Class {
 }
 
 impl Edits {
-    /// Takes note of a page that was, and is, like this.
+    /// Records an edit of a page.
     pub(super) fn add(&mut self, before: &[u8], after: &[u8]) -> anyhow::Result<()> {
         let words = before.chunks(WORD_BYTES).zip(after.chunks(WORD_BYTES));
         let changed = words.filter(|(before, after)| before != after).count();
@@ -38,8 +38,9 @@ impl Edits {
         class.difference.add(before.iter().zip(after).map(|(before, after)| before ^ after))
     }
 
-    /// Prints the share of edits that change so many words or fewer, and bytes of a page's
-    /// difference against those of the page. What names its base is not in them.
+    /// Prints the share of edits that change at most so many words, and the bytes of a page's
+    /// difference against those of the page. The reference to the difference's base is not
+    /// included.
     pub(super) fn emit(mut self, bench: &mut Bench) -> anyhow::Result<()> {
         let total: u64 = self.classes.iter().map(|class| class.pages).sum();
         let (mut so_far, mut least) = (0, 1);
@@ -62,7 +63,7 @@ impl Edits {
     }
 }
 
-/// Pages, of which only what zstd makes of them in frames is kept count of.
+/// Counts the bytes that zstd makes of pages in frames, without keeping them.
 #[derive(Default)]
 struct Frames {
     raw: Vec<u8>,

@@ -1,4 +1,4 @@
-//! What is not stored twice, one kind at a time: bytes a page with it and without.
+//! What is not stored twice, by kind of elision: bytes per page with it and without.
 
 use frazil_snapstore::{Elide, PageSet, PageSource, StoreOptions};
 
@@ -25,8 +25,8 @@ fn bed(bench: &Bench, pool: &Pool, elide: Elide) -> anyhow::Result<Bed> {
     Ok(bed)
 }
 
-/// Every page of a hot quarter changes by 1 to 8 words from commit to commit, and again, and
-/// again: differences from what is itself a difference must not add up.
+/// Measures 1 to 8 changed words in every page of a hot quarter, commit after commit: differences
+/// from pages that are themselves differences must not add up.
 fn small_edits(bench: &mut Bench, pool: &Pool) -> anyhow::Result<()> {
     let on = edited_bytes(bench, pool, Elide { delta: true, ..Elide::NONE })?;
     let off = edited_bytes(bench, pool, Elide::NONE)?;
@@ -48,7 +48,7 @@ fn edited_bytes(bench: &Bench, pool: &Pool, elide: Elide) -> anyhow::Result<f64>
     Ok(bytes as f64 / (edit_rounds(bench) * hot.count()) as f64)
 }
 
-/// Pages that were written and hold what they held.
+/// Measures pages that were rewritten with the contents they had.
 fn equal(bench: &mut Bench, pool: &Pool) -> anyhow::Result<()> {
     let bytes = |elide| -> anyhow::Result<f64> {
         let mut bed = bed(bench, pool, elide)?;
@@ -59,7 +59,8 @@ fn equal(bench: &mut Bench, pool: &Pool) -> anyhow::Result<()> {
     bench.emit(Metric::new("store.elide_equal", on, UNIT, 1).against(off))
 }
 
-/// A second line of snapshots with the contents of the first, by a writer that has to find out.
+/// Measures a second branch of snapshots with the contents of the first, through a new handle that
+/// does not know them.
 fn second_line(bench: &mut Bench, pool: &Pool) -> anyhow::Result<()> {
     let bytes = |elide| -> anyhow::Result<f64> {
         let mut bed = bed(bench, pool, elide)?;
@@ -72,7 +73,7 @@ fn second_line(bench: &mut Bench, pool: &Pool) -> anyhow::Result<()> {
     bench.emit(Metric::new("store.elide_dedup", on, UNIT, 1).against(off))
 }
 
-/// A guest that gives memory back as zeros.
+/// Measures a guest that turns pages into zeros.
 fn zero(bench: &mut Bench, pool: &Pool) -> anyhow::Result<()> {
     let bytes = |elide| -> anyhow::Result<f64> {
         let mut bed = bed(bench, pool, elide)?;
@@ -83,7 +84,7 @@ fn zero(bench: &mut Bench, pool: &Pool) -> anyhow::Result<()> {
     bench.emit(Metric::new("store.elide_zero", on, UNIT, 1).against(off))
 }
 
-/// Bytes that committing `dirty` appends, per page.
+/// Bytes per page that committing `dirty` appends.
 fn growth(bed: &mut Bed, dirty: &PageSet, source: &dyn PageSource) -> anyhow::Result<f64> {
     Ok(bed.commit_growth(dirty, source)? as f64 / dirty.count() as f64)
 }

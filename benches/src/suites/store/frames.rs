@@ -1,4 +1,4 @@
-//! Frames of 4 to 64 pages: the larger, the better they compress, and the more a single page costs.
+//! Frames of 4 to 64 pages: larger ones compress better, but make single pages cost more.
 
 use frazil_snapstore::StoreOptions;
 
@@ -14,16 +14,16 @@ use crate::samples::Samples;
 const SIZES: [usize; 5] = [4, 8, FRAME_PAGES, 32, 64];
 const PAGES: u64 = 128 << 10;
 
-/// Figures of one frame size.
+/// The figures of one frame size.
 struct Figures {
     frame_pages: usize,
     write: Samples,
     read: Samples,
-    /// Bytes of the store's files.
+    /// Total length of the store's files.
     stored: u64,
 }
 
-/// The sizes take turns; the floor is what the default size reaches.
+/// Frame sizes take turns; the floor is the figure of the default size.
 pub(super) fn measure(bench: &mut Bench, pool: &Pool) -> anyhow::Result<()> {
     let pages = bench.sized(PAGES, PAGES / 32);
     let mut all_figures = SIZES.map(|frame_pages| {
@@ -55,14 +55,15 @@ pub(super) fn measure(bench: &mut Bench, pool: &Pool) -> anyhow::Result<()> {
 }
 
 impl Figures {
-    /// Share stored, write throughput in MiB/s, reading one page in microseconds.
+    /// The stored share, the write throughput in MiB/s, and the time to read one page in
+    /// microseconds.
     fn values(&self, pages: u64) -> [f64; 3] {
         let raw = pages as f64 * frazil_snapstore::PAGE_SIZE as f64;
         [self.stored as f64 / raw, self.write.per_second(raw / MIB), self.read.us(0.5)]
     }
 }
 
-/// Writes a store and reads single pages of it, none of them decoded before.
+/// Writes a store and reads single pages of it, without decoded frames in the cache.
 fn measure_size(
     bench: &Bench,
     pool: &Pool,

@@ -1,4 +1,4 @@
-//! Memory that writing a large guest takes, beside the guest's own.
+//! Memory that writing a large guest takes, besides the guest's own.
 
 use frazil_snapstore::{PAGE_SIZE, PageSet, StoreOptions};
 
@@ -9,13 +9,13 @@ use crate::bench::Bench;
 use crate::heap;
 use crate::metric::Metric;
 
-/// What it may take at most, with every default.
+/// The most that it may take, with default options.
 const BUDGET_MIB: f64 = 256.0;
 const COMMITS: u64 = 2;
 
-/// Every second page is dirty, the worst there is for whoever keeps track of runs: of a first
-/// snapshot, and of one on top of it. Rust's heap at its peak, opening the store and its caches
-/// included; zstd's contexts (about a MiB a core) are not in it.
+/// Every second page is dirty, the worst case for structures that keep runs: in a first snapshot,
+/// and in one on top of it. Counts Rust's heap at its peak, including opening the store and its
+/// caches, but not zstd's contexts (about a MiB per core).
 pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     let pages = bench.sized(16 << 30, 256 << 20) / PAGE_SIZE as u64;
     let mut dirty = PageSet::new(pages);

@@ -1,9 +1,9 @@
-//! Memory of a real guest, from dumps: what elision, one kind at a time, makes of what changes.
+//! Memory of a real guest, from dumps: what each kind of elision makes of its changes.
 //!
-//! The first dump is the first snapshot; of each later one the pages are written that differ from
-//! the dump before, which is the least a dirty log reports. And once more with as many pages that
-//! do not differ: a log cannot tell a page written from a page changed. Bytes are the growth of the
-//! store's files, nodes and manifests included.
+//! The first dump is the first snapshot; for each later one, the pages that differ from the
+//! previous dump are written, which is the least a dirty log reports. Then all again with as many
+//! pages that do not differ: a log cannot tell a written page from a changed one. Bytes are the
+//! growth of the store's files, nodes and manifests included.
 
 use std::path::PathBuf;
 
@@ -18,10 +18,10 @@ use crate::metric::Metric;
 
 const UNIT: &str = "bytes/page";
 const COUNT_UNIT: &str = "pages/step";
-/// Pages of each dump that count in a quick run.
+/// Pages of each dump to use in a quick run.
 const QUICK_PAGES: u64 = 32 << 10;
 
-/// The first is what the others are held against, the last is the default.
+/// The first is what the others are compared with, the last is the default.
 const SETTINGS: [(&str, Elide); 6] = [
     ("off", Elide::NONE),
     ("zero", Elide { zero: true, ..Elide::NONE }),
@@ -31,7 +31,7 @@ const SETTINGS: [(&str, Elide); 6] = [
     ("all", Elide { zero: true, equal: true, dedup: true, delta: true }),
 ];
 
-/// Which pages are written.
+/// Which pages a dirty log reports.
 struct Log {
     name: &'static str,
     dirty: fn(&Step) -> &PageSet,
@@ -42,13 +42,13 @@ const LOGS: [Log; 2] = [
     Log { name: "doubled", dirty: |step| &step.doubled },
 ];
 
-/// What a line of snapshots took.
+/// The size of a sequence of snapshots.
 #[derive(Default)]
 struct Line {
     /// Bytes of the first snapshot.
     first_bytes: u64,
     first_stats: WriteStats,
-    /// Bytes of the others together.
+    /// Bytes of the other snapshots together.
     bytes: u64,
     stats: WriteStats,
 }
@@ -69,7 +69,8 @@ pub(super) fn measure(bench: &mut Bench, paths: &[PathBuf]) -> anyhow::Result<()
     Ok(())
 }
 
-/// What changes, whatever the store makes of it; floor: the pages changed in the same step.
+/// Prints what changes, independently of the store; the floor is the pages changed in the same
+/// step.
 fn emit_steps(bench: &mut Bench, steps: &[Step]) -> anyhow::Result<()> {
     for (number, step) in (1..).zip(steps) {
         let name = format!("store.images_step_{number}");
@@ -90,7 +91,7 @@ fn emit_steps(bench: &mut Bench, steps: &[Step]) -> anyhow::Result<()> {
 }
 
 fn measure_log(bench: &mut Bench, dumps: &[Dump], steps: &[Step], log: &Log) -> anyhow::Result<()> {
-    // Bytes with everything off: of a page of the first snapshot, and of a changed one.
+    // Bytes with everything off: per page of the first snapshot, and per changed page.
     let mut off = None;
     let changed: u64 = steps.iter().map(|step| step.changed.count()).sum();
     for (name, elide) in SETTINGS {
@@ -99,7 +100,7 @@ fn measure_log(bench: &mut Bench, dumps: &[Dump], steps: &[Step], log: &Log) -> 
         let first = line.first_bytes as f64 / dumps::pages(dumps) as f64;
         let later = line.bytes as f64 / changed.max(1) as f64;
         let (first_off, later_off) = *off.get_or_insert((first, later));
-        // The first snapshot is the same whatever changes later.
+        // The first snapshot is the same for both logs.
         if log.name == LOGS[0].name {
             emit_bytes(bench, &format!("store.images_first_{name}"), first, first_off, 1)?;
             emit_counts(bench, &format!("store.images_first_{name}"), &line.first_stats, 1)?;
@@ -112,14 +113,15 @@ fn measure_log(bench: &mut Bench, dumps: &[Dump], steps: &[Step], log: &Log) -> 
     Ok(())
 }
 
-/// Bytes a page, and the share saved of what it takes with everything off.
+/// Prints bytes per page, and the share saved compared to everything off.
 fn emit_bytes(bench: &mut Bench, name: &str, bytes: f64, off: f64, n: u64) -> anyhow::Result<()> {
     bench.emit(Metric::new(name, bytes, UNIT, n).against(off))?;
     let saved = (1.0 - bytes / off) * 100.0;
     bench.emit(Metric::new(format!("{name}_saved"), saved, "%", n).beyond(off))
 }
 
-/// Pages that were not written whole, by why; the mean of `n` snapshots, against all pages written.
+/// Prints the pages that were not written whole, by reason: the mean of `n` snapshots, against all
+/// pages written.
 fn emit_counts(bench: &mut Bench, name: &str, stats: &WriteStats, n: u64) -> anyhow::Result<()> {
     let counts = [
         ("zero", stats.zero_pages),
@@ -141,7 +143,7 @@ fn emit_counts(bench: &mut Bench, name: &str, stats: &WriteStats, n: u64) -> any
     Ok(())
 }
 
-/// Writes a store of its own. With every switch on, all of it is read again and compared.
+/// Writes all dumps to a new store. With every switch on, reads all of it again and compares.
 fn write(
     bench: &Bench,
     dumps: &[Dump],
@@ -163,7 +165,7 @@ fn write(
     }
     line.bytes = bed.stored_bytes()?.saturating_sub(line.first_bytes);
     if elide == Elide::default() {
-        // Through a handle that has nothing in memory: what counts is what was written.
+        // Through a new handle with nothing in memory, to read what was written.
         bed.close();
         for (id, dump) in ids.into_iter().zip(dumps) {
             dump.expect_in(&bed.reader_of(id)?)?;

@@ -1,7 +1,7 @@
-//! Writing what changed: how fast, and how much beyond what zstd makes of it.
+//! Writing changes: how fast, and how many bytes more than zstd makes of them.
 //!
-//! The bytes beyond are those of all commits of a kind together: a change to the tree may wait in
-//! the root until others make rewriting what is below worthwhile.
+//! The additional bytes are those of all commits of a kind together: a change to the tree may wait
+//! in the root until more changes make it worthwhile to rewrite the nodes below.
 
 use frazil_snapstore::{PAGE_SIZE, PageSet};
 
@@ -13,20 +13,20 @@ use crate::bench::Bench;
 use crate::metric::{MIB_S, Metric};
 use crate::samples::Samples;
 
-/// Changes a page completely, in the given region, another set each turn.
+/// Picks the pages of the region to change completely, another set each turn.
 type Pick = fn(pages: u64, turn: u64) -> PageSet;
 
 /// A kind of commit.
 struct Kind {
-    /// As the metric of its overhead has it.
+    /// The name in the metric of its overhead.
     name: &'static str,
-    /// The metric of its throughput.
+    /// The metric of its throughput, if it is measured.
     throughput: Option<&'static str>,
     runs: usize,
     pick: Pick,
 }
 
-/// The small commits first, on a store that nobody has changed yet.
+/// Small commits first, on a store that has not been changed yet.
 const KINDS: [Kind; 3] = [
     Kind {
         name: "p1000",

@@ -1,4 +1,4 @@
-//! What zstd and the disk could do at best with the pages a store is given.
+//! The best that zstd and the disk could do with the pages a store is given.
 
 use std::io;
 use std::ops::Range;
@@ -14,13 +14,13 @@ use crate::content::FRAME_PAGES;
 use crate::samples::Samples;
 use crate::suites::floors;
 
-/// Pages, at most, that stand for all that are written: 512 MiB.
+/// The most pages sampled of those written: 512 MiB.
 pub(super) const WRITE_SAMPLE_PAGES: u64 = 128 << 10;
-/// Pages, at most, that stand for all that are read: 256 MiB.
+/// The most pages sampled of those read: 256 MiB.
 pub(super) const READ_SAMPLE_PAGES: u64 = 64 << 10;
 
-/// min(zstd on all cores, disk), in raw bytes: zstd in frames of the default size and nothing
-/// else; the disk writing as many bytes as zstd leaves, and making them durable.
+/// The slower of zstd on all cores and the disk, in raw bytes: zstd in frames of the default size
+/// and nothing else; the disk writing as many bytes as zstd leaves, and making them durable.
 pub(super) struct WriteLimit {
     raw: Vec<u8>,
     zstd: Samples,
@@ -28,7 +28,7 @@ pub(super) struct WriteLimit {
 }
 
 impl WriteLimit {
-    /// For `numbers` of `source`, or the first of them if they are many.
+    /// For the pages `numbers` of `source`, or the first of them if there are many.
     pub(super) fn new(
         source: &dyn PageSource,
         numbers: impl Iterator<Item = u64>,
@@ -38,7 +38,7 @@ impl WriteLimit {
         Ok(Self { raw, zstd: Samples::new(), disk: Samples::new() })
     }
 
-    /// Measures once more, in `folder`.
+    /// Measures once more, with the disk of `folder`.
     pub(super) fn measure(&mut self, folder: &Path) -> anyhow::Result<()> {
         let (took, stored_len) = codec::time_compress(&self.raw, Cores::All)?;
         self.zstd.add_time(took);
@@ -46,19 +46,19 @@ impl WriteLimit {
         Ok(())
     }
 
-    /// The limit.
+    /// The limit in MiB/s.
     pub(super) fn mib_s(&self) -> f64 {
         let mib = self.raw.len() as f64 / MIB;
         self.zstd.per_second(mib).min(self.disk.per_second(mib))
     }
 }
 
-/// The first `count` pages of `source` as zstd leaves them, in frames.
+/// The first `count` pages of `source` in frames compressed by zstd.
 pub(super) fn stored_frames(source: &dyn PageSource, count: u64) -> anyhow::Result<Vec<Vec<u8>>> {
     codec::compress(&contents(source, 0..count).context("cannot make pages")?)
 }
 
-/// Bytes of zstd of `dirty`, in the frames that a store would make of it.
+/// The length of `dirty` compressed by zstd, in the frames that a store would make.
 pub(super) fn compressed_len(source: &dyn PageSource, dirty: &PageSet) -> anyhow::Result<u64> {
     let numbers: Vec<u64> = dirty.iter().collect();
     codec::compressed_len(&frames(&numbers), |frame, raw| -> io::Result<()> {
@@ -66,8 +66,8 @@ pub(super) fn compressed_len(source: &dyn PageSource, dirty: &PageSet) -> anyhow
     })
 }
 
-/// As the store cuts pages into frames: full ones, that end where a full one would in memory
-/// without gaps, if they are half full there.
+/// Cuts pages into frames as the store does: a frame ends when it is full, or at a multiple of the
+/// frame size if it is at least half full.
 fn frames(numbers: &[u64]) -> Vec<Range<usize>> {
     let mut frames = Vec::new();
     let mut start = 0;

@@ -1,8 +1,8 @@
 //! `store`: the snapshot store by itself, against zstd, BLAKE3 and the disk on the same bytes.
 //!
-//! No guest runs and no KVM is needed. Pages are text-like and unlike each other, made for little
-//! more than a copy; a figure and its floor take turns, since the machine is noisy. What a commit
-//! appends is measured from outside, as the growth of the store's files.
+//! No guest runs, and KVM is not needed. Pages are like text, all different, and cost little more
+//! to make than a copy. A figure and its floor are measured in turns, since the machine is noisy.
+//! What a commit appends is measured from outside, as the growth of the store's files.
 
 mod bed;
 mod depth;
@@ -33,9 +33,9 @@ use pages::Pool;
 
 const MIB: f64 = (1 << 20) as f64;
 
-/// Measures on stores of its own.
+/// A measurement on stores of its own.
 type Measure = fn(&mut Bench, &Pool) -> anyhow::Result<()>;
-/// By name.
+/// Name, description, measurement.
 const MEASUREMENTS: [(&str, &str, Measure); 6] = [
     ("write", "a store written in full, read, verified, then changed", measure_one_store),
     ("scale", "commits and diffs of a large region", scale::measure),
@@ -44,7 +44,7 @@ const MEASUREMENTS: [(&str, &str, Measure); 6] = [
     ("prune", "pruning", prune::measure),
     ("heap", "memory for a large region", |bench, _pool| heap::measure(bench)),
 ];
-/// Measures a store that is there; beside it, what zstd makes of the same contents.
+/// A measurement on an existing store; given frames of the same contents compressed by zstd.
 type MeasureBed = fn(&mut Bench, &mut Bed, &[Vec<u8>]) -> anyhow::Result<()>;
 
 pub(crate) fn run(bench: &mut Bench) -> anyhow::Result<()> {
@@ -63,7 +63,7 @@ pub(crate) fn names() -> impl Iterator<Item = &'static str> {
     MEASUREMENTS.iter().map(|(name, ..)| *name)
 }
 
-/// What is measured on one and the same store: written in full, read, verified, then changed.
+/// Measurements on one and the same store: written in full, read, verified, then changed.
 fn measure_one_store(bench: &mut Bench, pool: &Pool) -> anyhow::Result<()> {
     bench.say("writing a first snapshot");
     let mut bed = write::full(bench, pool)?;
@@ -90,12 +90,12 @@ pub(crate) fn run_frames(bench: &mut Bench) -> anyhow::Result<()> {
     segments::measure(bench, &pool)
 }
 
-/// What the tools do with a snapshot's memory.
+/// Measures the tools' work on a snapshot's memory.
 pub(crate) fn run_tools(bench: &mut Bench) -> anyhow::Result<()> {
     search::measure(bench, &Pool::text())
 }
 
-/// On dumps of a guest's RAM, in the order in which they were taken.
+/// Measures on dumps of a guest's RAM, in the order they were taken.
 pub(crate) fn run_images(bench: &mut Bench, images: &[PathBuf]) -> anyhow::Result<()> {
     images::measure(bench, images)
 }

@@ -1,4 +1,4 @@
-//! Page contents that cost about as much as copying them, and sets of pages to write.
+//! Page contents that cost about as much to make as to copy, and sets of pages to write.
 
 use std::io;
 
@@ -7,12 +7,12 @@ use frazil_vmm::workload::spec::Content;
 
 use crate::content;
 
-/// Pages to copy from: far more than one frame holds, so that none repeats within it.
+/// Pages to copy from: far more than a frame holds, so that none repeats within it.
 const POOL_PAGES: usize = 4096;
-/// How far apart in the pool the contents of one page are from version to version; odd, so that
-/// they are in another place for as many versions as the pool has pages.
+/// How far a page's contents move in the pool from version to version; odd, so that they only
+/// return to the same place after as many versions as the pool has pages.
 const VERSION_STRIDE: u64 = 1009;
-/// Words that make a page unlike any other: at both ends and in between.
+/// Words that make a page unique: at both ends and in between.
 const MARKED_WORDS: [usize; 4] = [0, 171, 340, 511];
 const PAGE_WORDS: u64 = (PAGE_SIZE / 8) as u64;
 
@@ -24,7 +24,7 @@ fn mix(value: u64) -> u64 {
     value ^ (value >> 31)
 }
 
-/// Eight letters from `a` to `p`, as the built-in guest's text has numbers.
+/// Eight letters from `a` to `p`, like the numbers in the built-in guest's text.
 fn letters(random: u64) -> u64 {
     (random & 0x0f0f_0f0f_0f0f_0f0f) + 0x6161_6161_6161_6161
 }
@@ -33,13 +33,13 @@ fn put_word(page: &mut Page, word: usize, value: u64) {
     page[word * 8..][..8].copy_from_slice(&value.to_le_bytes());
 }
 
-/// What the contents of pages are copied from.
+/// The contents that pages are copied from.
 pub(super) struct Pool {
     bytes: Vec<u8>,
 }
 
 impl Pool {
-    /// What the built-in guest writes as text, which zstd makes about a third of.
+    /// Text as the built-in guest writes it, which zstd compresses to about a third.
     pub(super) fn text() -> Self {
         Self { bytes: content::generate(Content::Text, POOL_PAGES) }
     }
@@ -49,7 +49,8 @@ impl Pool {
         Self { bytes: vec![0; PAGE_SIZE] }
     }
 
-    /// All pages after their `version`-th change: none like another, or like itself before.
+    /// All pages after their `version`-th change: each differs from all others, and from its
+    /// earlier versions.
     pub(super) fn at(&self, version: u64) -> Pages<'_> {
         Pages { pool: self, version }
     }
@@ -76,11 +77,11 @@ impl PageSource for Pages<'_> {
     }
 }
 
-/// Pages of which every version changes 1 to 8 words in place, to anything.
+/// Pages in which each version changes 1 to 8 words in place, to arbitrary values.
 #[derive(Clone, Copy)]
 pub(super) struct Edited<'a> {
     pub base: Pages<'a>,
-    /// How often they were changed.
+    /// The number of changes.
     pub edits: u64,
 }
 
@@ -98,7 +99,7 @@ impl PageSource for Edited<'_> {
     }
 }
 
-/// Nothing but zeros.
+/// Zero pages.
 pub(super) struct Zeros;
 
 impl PageSource for Zeros {
@@ -120,7 +121,7 @@ pub(super) fn contiguous(pages: u64, first: u64, count: u64) -> PageSet {
     set
 }
 
-/// `count` of the pages `place(0 .. choices)`, at random; `seed` gives others.
+/// `count` random pages of `place(0 .. choices)`; other seeds give other pages.
 pub(super) fn scattered(
     pages: u64,
     count: u64,
@@ -142,18 +143,18 @@ pub(super) fn scattered(
     set
 }
 
-/// `count` pages of all, at random.
+/// `count` random pages of the region.
 pub(super) fn scattered_anywhere(pages: u64, count: u64, seed: u64) -> PageSet {
     scattered(pages, count, seed, pages, |page| page)
 }
 
-/// Numbers of `count` pages to read, at random, some perhaps more than once.
+/// The numbers of `count` random pages to read; some may repeat.
 pub(super) fn random_pages(pages: u64, count: usize, seed: u64) -> Vec<u64> {
     let numbers = std::iter::successors(Some(mix(seed)), |random| Some(mix(*random)));
     numbers.take(count).map(|random| random % pages).collect()
 }
 
-/// The contents of `numbers`, one after the other.
+/// The contents of the pages `numbers`, one after the other.
 pub(super) fn contents(
     source: &dyn PageSource,
     numbers: impl Iterator<Item = u64>,

@@ -1,4 +1,4 @@
-//! Forgetting a long history: what is left, against a new store of just what was kept.
+//! Forgetting a long history: the space left, against a new store with only what was kept.
 
 use std::io;
 use std::time::Instant;
@@ -27,7 +27,7 @@ pub(super) fn measure(bench: &mut Bench, pool: &Pool) -> anyhow::Result<()> {
         let dirty = scattered_anywhere(pages, DIRTY_PAGES, version);
         bed.commit(&dirty, &pool.at(version))?;
     }
-    // A writer that comes later, with nothing in memory.
+    // Prune as a later writer would, with nothing in memory.
     bed.close();
     let (prune_ms, rewritten) = forget_all_but_last(&mut bed)?;
 
@@ -40,7 +40,7 @@ pub(super) fn measure(bench: &mut Bench, pool: &Pool) -> anyhow::Result<()> {
     bench.emit(Metric::new("store.prune_rewritten", rewritten, "bytes", 1).against(fresh_bytes))
 }
 
-/// Returns the time of forgetting and pruning in ms, and the bytes that were written anew.
+/// Returns the time of forgetting and pruning in ms, and the bytes that were rewritten.
 fn forget_all_but_last(bed: &mut Bed) -> anyhow::Result<(f64, f64)> {
     let (store, head) = (bed.store()?, bed.head()?);
     let old: Vec<_> =
@@ -57,7 +57,7 @@ fn forget_all_but_last(bed: &mut Bed) -> anyhow::Result<(f64, f64)> {
     Ok((took.as_secs_f64() * 1e3, report.bytes_rewritten as f64))
 }
 
-/// The pages of a snapshot, read, to be written to another store.
+/// The pages of a snapshot, to be written to another store.
 struct Kept(Vec<u8>);
 
 impl Kept {

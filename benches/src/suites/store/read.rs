@@ -1,4 +1,4 @@
-//! Reading a snapshot: page by page at random, and everything in order. The page cache is warm.
+//! Reading a snapshot, by single random pages and everything in order. The page cache is warm.
 
 use std::fs::File;
 use std::hint::black_box;
@@ -17,16 +17,16 @@ use crate::content::FRAME_BYTES;
 use crate::metric::{MIB_S, Metric};
 use crate::samples::Samples;
 
-/// Bytes asked for at a time when everything is read.
+/// Bytes read at a time when everything is read.
 const PIECE_BYTES: usize = 1 << 20;
 
-/// Options of a store whose frame cache never has what is asked for.
+/// Options of a store whose frame cache never has the frame that is read.
 pub(super) fn uncached() -> StoreOptions {
     StoreOptions { frame_cache_bytes: 1, ..StoreOptions::default() }
 }
 
-/// One page at a time, each from a frame that is not decoded yet; the floor does the same by
-/// hand, on frames of the same contents in a plain file.
+/// Measures reading one page at a time, each from a frame that is not decoded yet; the floor does
+/// the same by hand, on frames of the same contents in a plain file.
 pub(super) fn single(bench: &mut Bench, bed: &mut Bed, frames: &[Vec<u8>]) -> anyhow::Result<()> {
     let by_hand = FrameFile::write(bed, frames)?;
     let count = bench.sized(5000, 500);
@@ -60,7 +60,7 @@ pub(super) fn add_read(
     Ok(())
 }
 
-/// All pages in order, on one core; the floor is decompressing them on one core.
+/// Measures reading all pages in order on one core; the floor is decompressing them on one core.
 pub(super) fn sequential(
     bench: &mut Bench,
     bed: &mut Bed,
@@ -90,7 +90,7 @@ fn read_everything(reader: &RegionReader) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Frames in a file, and where.
+/// Frames in a file, and their places.
 struct FrameFile {
     file: File,
     places: Vec<(u64, usize)>,
@@ -108,7 +108,8 @@ impl FrameFile {
         Ok(Self { file, places })
     }
 
-    /// Reads the frame `page` is in, or stands for, hashes and decodes it and takes one page out.
+    /// Reads the frame of `page`, or one that stands for it, hashes and decodes it, and copies one
+    /// page.
     fn read_page(&self, page: u64, unpacker: &mut Unpacker) -> std::io::Result<()> {
         let frame_pages = (FRAME_BYTES / PAGE_SIZE) as u64;
         let (offset, len) = self.places[(page / frame_pages) as usize % self.places.len()];
@@ -116,7 +117,7 @@ impl FrameFile {
         self.file.read_exact_at(&mut stored, offset)?;
         black_box(blake3::hash(&stored));
         let mut buf = [0; PAGE_SIZE];
-        // A last frame may be shorter than others.
+        // The last frame may be shorter than the others.
         let pages = unpacker.unpack(&stored)?;
         let slot = (page % frame_pages) as usize % (pages.len() / PAGE_SIZE).max(1);
         black_box(&mut buf).copy_from_slice(&pages[slot * PAGE_SIZE..][..PAGE_SIZE]);

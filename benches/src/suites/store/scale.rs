@@ -1,4 +1,4 @@
-//! What must not grow with the region: committing 1,000 pages, and telling what they were.
+//! What must not grow with the region: committing 1,000 pages, and finding out which they were.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -15,9 +15,9 @@ use crate::samples::Samples;
 use crate::suites::resume::find_frazil;
 
 const DIRTY_PAGES: u64 = 1000;
-/// Of so many pages ...
+/// Of this many pages ...
 const STRIDE_PAGES: u64 = 64;
-/// ... so many are there, with next to nothing on them: a full tree, and soon written.
+/// ... this many are written, with next to nothing on them: a full tree that is written quickly.
 const FILLED_PAGES: u64 = 16;
 
 pub(super) fn measure(bench: &mut Bench, pool: &Pool) -> anyhow::Result<()> {
@@ -32,7 +32,7 @@ pub(super) fn measure(bench: &mut Bench, pool: &Pool) -> anyhow::Result<()> {
     }
     let metric = Metric::new("store.commit_scale_16g_1g", times.ms(0.5), "ms", times.n());
     bench.emit(metric.against(floor.ms(0.5)))?;
-    // Now and then waiting changes move down the tree.
+    // Now and then, changes that wait in the root move down the tree.
     let metric = Metric::new("store.commit_scale_16g_1g_p90", times.ms(0.9), "ms", times.n());
     bench.emit(metric.against(floor.ms(0.9)))?;
 
@@ -51,8 +51,8 @@ pub(super) fn measure(bench: &mut Bench, pool: &Pool) -> anyhow::Result<()> {
     }
 }
 
-/// The same as people do it: `frazil diff` from its start to its end, everything printed, and drawing
-/// what changed; against a process that only starts.
+/// Measures the same as users do it: a `frazil diff` process that prints everything, and one that
+/// also draws a picture; against a process that only starts.
 fn as_processes(
     bench: &mut Bench,
     frazil: &Path,
@@ -79,7 +79,7 @@ fn as_processes(
     Ok(())
 }
 
-/// Runs `frazil` to its end; returns the time.
+/// Runs `frazil` to its end. Returns the time.
 fn run(frazil: &Path, args: &[&str]) -> anyhow::Result<Duration> {
     let mut command = Command::new(frazil);
     command.args(args).stdin(Stdio::null());
@@ -91,7 +91,7 @@ fn run(frazil: &Path, args: &[&str]) -> anyhow::Result<Duration> {
     Ok(took)
 }
 
-/// A region of `bytes` with a quarter of its pages written, all over it.
+/// A store for a region of `bytes`, with a quarter of its pages written, evenly spread.
 fn filled(bench: &Bench, bytes: u64) -> anyhow::Result<Bed> {
     let pages = bytes / PAGE_SIZE as u64;
     let mut bed = Bed::new(bench, pages, StoreOptions::default())?;
@@ -103,7 +103,7 @@ fn filled(bench: &Bench, bytes: u64) -> anyhow::Result<Bed> {
     Ok(bed)
 }
 
-/// Commits text on some of the pages that are there; returns the time, from the first page on.
+/// Commits text to some of the pages that are written. Returns the time.
 fn commit(bed: &mut Bed, pool: &Pool, turn: u64) -> anyhow::Result<Duration> {
     let choices = bed.pages() / STRIDE_PAGES * FILLED_PAGES;
     let place = |page| page / FILLED_PAGES * STRIDE_PAGES + page % FILLED_PAGES;
@@ -111,8 +111,8 @@ fn commit(bed: &mut Bed, pool: &Pool, turn: u64) -> anyhow::Result<Duration> {
     bed.commit(&dirty, &pool.at(bed.next_version()))
 }
 
-/// Compares the newest snapshot with its parent, through a new handle that has no node in memory;
-/// returns the time, loading both snapshots included.
+/// Compares the newest snapshot with its parent, through a new handle with no nodes in memory.
+/// Returns the time, which includes loading both snapshots.
 fn diff_from(bed: &mut Bed, parent: SnapshotId) -> anyhow::Result<Duration> {
     bed.close();
     let (store, head) = (bed.store()?, bed.head()?);

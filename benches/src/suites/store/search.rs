@@ -16,13 +16,13 @@ use crate::content::FRAME_BYTES;
 use crate::metric::{MIB_S, Metric};
 use crate::samples::Samples;
 
-/// Bytes that are nowhere: all of memory has to be looked at.
+/// Bytes that occur nowhere, so that all of memory is searched.
 const NOWHERE: &[u8] = b"no such sentence";
-/// An expression that nothing matches, with and without bytes that have to be there.
+/// Expressions that nothing matches: one with literal bytes that a match must have, one without.
 const EXPRESSIONS: [(&str, &str); 2] =
     [("search_regex", "no such (sentence|word)s?"), ("search_regex_open", "[0-9a-f]{24}[G-Z]")];
 
-/// Against decompressing the same frames on all cores, and nothing else.
+/// The floor is decompressing the same frames on all cores, and nothing else.
 pub(super) fn measure(bench: &mut Bench, pool: &Pool) -> anyhow::Result<()> {
     let bytes = bench.memory_sizes(1).last().copied().unwrap_or_default();
     let pages = (bytes / PAGE_SIZE as u64).max(1);
@@ -50,7 +50,7 @@ pub(super) fn measure(bench: &mut Bench, pool: &Pool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Searches the newest snapshot through a new handle, which has nothing cached; returns the time.
+/// Searches the newest snapshot through a new handle, with nothing cached. Returns the time.
 fn time_search(bed: &mut Bed, pattern: &Pattern) -> anyhow::Result<Duration> {
     bed.close();
     let region = bed.reader()?;

@@ -1,4 +1,5 @@
-//! Segments of other sizes: the smaller, the less a prune has to write anew; the larger, the fewer files.
+//! Segments of other sizes: smaller ones leave less for a prune to rewrite, larger ones make fewer
+//! files.
 
 use std::time::Instant;
 
@@ -14,7 +15,7 @@ use crate::samples::Samples;
 
 const SIZES_MIB: [u64; 4] = [16, 64, 256, 1024];
 const PAGES: u64 = 256 << 10;
-/// Commits of a tenth each, of which the older half is forgotten.
+/// Commits of a tenth each; the older half of the snapshots is forgotten.
 const COMMITS: u64 = 10;
 
 pub(super) fn measure(bench: &mut Bench, pool: &Pool) -> anyhow::Result<()> {

@@ -13,9 +13,9 @@ use crate::content::FRAME_BYTES;
 use crate::metric::{MIB_S, Metric};
 use crate::samples::Samples;
 
-/// With what the kernel has cached of the files dropped, against the slower of the processor and
-/// the disk; and with it cached, against the processor. The disk reads all the store's files, as
-/// cold as the store was; the processor hashes and decodes frames of the same contents.
+/// Measures with the files dropped from the page cache, against the slower of processor and disk;
+/// and with them cached, against the processor. The disk reads all the store's files, also
+/// uncached; the processor hashes and decodes frames of the same contents.
 pub(super) fn measure(bench: &mut Bench, bed: &mut Bed, frames: &[Vec<u8>]) -> anyhow::Result<()> {
     let none = Samples::new();
     let (mut cold, mut warm, mut cpu, mut disk) = (none.clone(), none.clone(), none.clone(), none);
@@ -30,7 +30,7 @@ pub(super) fn measure(bench: &mut Bench, bed: &mut Bed, frames: &[Vec<u8>]) -> a
     }
     let mib = bed.region_bytes() / MIB;
     let cpu_mib_s = cpu.per_second((frames.len() * FRAME_BYTES) as f64 / MIB);
-    // What the disk does to stored bytes, said of the pages they stand for.
+    // The disk reads stored bytes; its speed is stated in the pages they stand for.
     let floor = cpu_mib_s.min(disk.per_second(mib));
     let metric = Metric::new("store.verify", cold.per_second(mib), MIB_S, cold.n());
     bench.emit(metric.against(floor))?;
@@ -38,7 +38,7 @@ pub(super) fn measure(bench: &mut Bench, bed: &mut Bed, frames: &[Vec<u8>]) -> a
     bench.emit(metric.against(cpu_mib_s))
 }
 
-/// Verifies the newest snapshot through a new handle; returns the time.
+/// Verifies the newest snapshot through a new handle. Returns the time.
 fn verify_head(bed: &mut Bed) -> anyhow::Result<Duration> {
     bed.close();
     let (store, head) = (bed.store()?, bed.head()?);

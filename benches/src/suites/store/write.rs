@@ -10,7 +10,7 @@ use crate::bench::Bench;
 use crate::metric::{MIB_S, Metric};
 use crate::samples::Samples;
 
-/// Writes a store anew each time, begin to commit, durable; the last one stays.
+/// Writes a new store each time, from begin to durable commit. Returns the last one.
 pub(super) fn full(bench: &mut Bench, pool: &Pool) -> anyhow::Result<Bed> {
     let bytes = bench.memory_sizes(2).last().copied().unwrap_or_default();
     let pages = (bytes / PAGE_SIZE as u64).max(1);
