@@ -59,8 +59,7 @@ impl Samples {
         self.at(quantile) / 1e6
     }
 
-    /// How much of `amount` is done per second, if each value is the time that `amount` took; by
-    /// the median.
+    /// `amount` per second, if `amount` takes the median time.
     pub(crate) fn per_second(&self, amount: f64) -> f64 {
         amount / (self.median() / 1e9).max(1e-9)
     }

@@ -93,8 +93,7 @@ pub(crate) enum Command {
     /// Without --keep-state the snapshot has no vCPUs or devices and cannot be resumed; everything
     /// else works.
     Import(ImportArgs),
-    /// Mount snapshots as folders, with memory, disks and state as files, for grep, strings, cmp,
-    /// dd.
+    /// Mount snapshots as folders: memory, disks and state as files, for grep, strings, cmp, dd.
     ///
     /// DIR then has `latest`, `ids`, `tags` and `vms`, and every snapshot `memory/ram`,
     /// `disks/disk0`, `state/vcpu0.json`, `manifest.json`. Everything that is read is verified; a
@@ -104,8 +103,7 @@ pub(crate) enum Command {
     Mount(MountArgs),
     /// Check that snapshots are intact: read everything and compare it with its hash.
     Verify(VerifyArgs),
-    /// Remove snapshots from a store: those named, or those that no rule keeps; --prune frees
-    /// space.
+    /// Remove snapshots from a store: those named, or those no rule keeps; --prune frees space.
     ///
     /// With rules, all snapshots are judged, each VM's separately, in local time: those that no
     /// rule keeps are forgotten. Tagged snapshots always stay, and so does the newest of every VM.
@@ -217,9 +215,9 @@ pub(crate) struct HostArgs {
     pub overlay: Option<PathBuf>,
     /// Add a network card on the host's tap interface NAME, or, with `none`, one that is not
     /// connected. May be repeated. A resumed VM keeps its cards: the options then say, in the
-    /// cards' order, what each is connected to now; without them, to what it was. `{clone}` is the
-    /// VM's number with --clones, 1 without: as such in NAME, as two bytes in ADDRESS
-    /// (02:00:00:00:{clone}).
+    /// cards' order, what each is connected to now; cards without an option stay as they were.
+    /// `{clone}` is the VM's number with --clones, 1 without: as such in NAME, as two bytes in
+    /// ADDRESS (02:00:00:00:{clone}).
     #[arg(long = "net", value_name = "tap=NAME[,mac=ADDRESS]|none", value_parser = net)]
     pub nets: Vec<NetConfig>,
     /// Add a socket device between guest and host. A host program that connects to the Unix socket
@@ -234,9 +232,9 @@ pub(crate) struct HostArgs {
     #[arg(long, value_name = "HOW", value_parser = tracker)]
     pub dirty_tracking: Option<TrackerKind>,
     /// Memory a checkpoint may use to copy pages aside while the guest runs. Pages beyond that stay
-    /// in place, write-protected until they are saved: before it changes one, the guest waits while
-    /// it is copied or, once four times this much was copied, while it is saved (`cow_waits` in
-    /// statistics and metrics).
+    /// in place, write-protected until they are saved: the guest has to wait before it changes one,
+    /// while that page is copied or, once four times this much was copied, until it is saved
+    /// (`cow_waits` in statistics and metrics).
     #[arg(long, value_name = "SIZE", default_value = "64MiB", value_parser = size)]
     pub staging: u64,
     /// Stop the guest for up to this share of the time while a checkpoint catches up with it, where
@@ -276,7 +274,7 @@ pub(crate) struct HostArgs {
     pub serial_input: SerialInput,
     /// Switch to this user, with its groups or the one given, once everything that needs root is
     /// open (KVM, taps, userfaultfd, the files of --kernel and --disk). An external pager and the
-    /// process that holds the memory of --clones do the same. Needs root to start. The store
+    /// process that holds the memory of --clones do the same. For a start as root. The store
     /// belongs to that user, and is created for it if it is missing.
     #[arg(long, value_name = "NAME|UID[:GROUP|GID]")]
     pub user: Option<User>,
@@ -537,8 +535,8 @@ impl KeepArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct ForgetArgs {
-    /// Snapshots to forget, as STORE@REF, or as REF alone in the same store. The name of an
-    /// existing folder is the store. (For a tag with a folder's name, write `@TAG`.)
+    /// Snapshots to forget, as STORE@REF, or as REF alone in the same store. The path of an
+    /// existing folder names the store. (For a tag with a folder's name, write `@TAG`.)
     #[arg(value_name = "STORE|SNAP")]
     pub targets: Vec<String>,
     /// The store. Default: that of the snapshots, else $FRAZIL_STORE, else ./frazil-store.

@@ -1,5 +1,4 @@
-//! `frazil demo`: a run, a kill and a resume of the built-in guest, by the same commands a user
-//! has.
+//! `frazil demo`: runs, kills and resumes the built-in guest, with the same commands a user has.
 //!
 //! Every step is a real process and a real kill. The demo fails if any page of the guest's memory
 //! is not what the guest must have written.

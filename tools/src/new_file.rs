@@ -171,7 +171,7 @@ mod tests {
         let path = folder.path().join("new");
         let new = NewFile::create(&path, false, NewFile::PRIVATE).unwrap();
         new.file().write_all(b"one").unwrap();
-        // True on file systems with unnamed files, as those that tests run on.
+        // On file systems with unnamed files, such as those that tests run on.
         assert_eq!(entries(folder.path()), [""; 0]);
         drop(new);
         assert_eq!(entries(folder.path()), [""; 0]);

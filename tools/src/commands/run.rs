@@ -435,7 +435,7 @@ fn watch_first_progress(vm: &Arc<Vm>, started: Started, json: bool) {
     };
     // Without the thread, only the message is missing.
     let _unwatched = std::thread::Builder::new().name("frazil-progress".into()).spawn(watch);
-    // The guest must not run before its counters are read; if they cannot be, the VM ends.
+    // The guest should not run before its counters are read; if they cannot be, the VM ends.
     let _read_or_late = read.recv_timeout(FIRST_READ_PATIENCE);
 }
 

@@ -268,7 +268,7 @@ impl Timeline {
 }
 
 /// A time to the second; with `fast`, when several would be the same, to the millisecond and
-/// without the date, which is in the title.
+/// without the date, which the lines at the top show.
 fn time_label(unix_ms: u64, fast: bool) -> String {
     let time = output::time(unix_ms);
     let (whole, _) = time.split_once('.').unwrap_or((time.as_str(), ""));

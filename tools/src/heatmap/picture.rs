@@ -48,7 +48,7 @@ impl Size {
     }
 }
 
-/// The end of a text that its `x` is the position of.
+/// Which end of a text its `x` is at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Anchor {
     Start,

@@ -23,7 +23,7 @@ pub(super) fn first_touch(bench: &mut Bench) -> anyhow::Result<()> {
     let ram_bytes = bench.memory_sizes(1)[0];
     let prepared: [(&str, Prepare); 3] =
         [("populated", raw::populate), ("page_cache", allocate), ("unallocated", |_ram| Ok(()))];
-    // The host reclaims memory lazily: this pays for it before anything is timed.
+    // The host hands memory out lazily: this pays for it before anything is timed.
     raw::populate(&GuestRam::new(ram_bytes)?)?;
     let mut warm = Samples::new();
     for (name, prepare) in prepared {

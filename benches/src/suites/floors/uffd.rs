@@ -38,7 +38,7 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
         ("continue_512", Answer::Continue { pages: 512 }, bench.sized(65536, 4096)),
         ("copy_1", Answer::Copy, bench.sized(8192, 1024)),
     ];
-    // The host reclaims memory lazily, at the expense of whoever uses it next: pay before timing.
+    // The host hands memory out lazily, and the first to use it pays: pay before timing.
     let warm = SharedMemory::new(
         answers.map(|(_, _, pages)| pages).into_iter().fold(0, usize::max) * PAGE_SIZE,
     )?;

@@ -90,8 +90,8 @@ pub(crate) fn touch_all(
     (0..count).map(touch).collect()
 }
 
-/// A guest that uses part of its memory: measured is the time it takes for the work that was
-/// recorded.
+/// A guest that uses part of its memory; the time it takes for as much work as was recorded is
+/// measured.
 const SPEC: &str = "touch=128MiB,rate=max,pattern=uniform,content=edit,report=0,seed=8";
 const RECORD: Duration = Duration::from_secs(1);
 

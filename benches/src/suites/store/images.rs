@@ -1,9 +1,9 @@
 //! Memory of a real guest, from dumps: what each kind of elision makes of its changes.
 //!
 //! The first dump is the first snapshot; for each later one, the pages that differ from the
-//! previous dump are written, which is the least a dirty log reports. Then all again with as many
-//! pages that do not differ: a log cannot tell a written page from a changed one. Bytes are the
-//! growth of the store's files, nodes and manifests included.
+//! previous dump are written, which is the least a dirty log reports. Then all of that again, with
+//! as many pages more that do not differ: a log cannot tell a written page from a changed one.
+//! Bytes are the growth of the store's files, nodes and manifests included.
 
 use std::path::PathBuf;
 
