@@ -282,7 +282,7 @@ pub(crate) struct HostArgs {
     /// have none.
     #[arg(long)]
     pub no_seccomp: bool,
-    /// Applied to the snapshots with this VM's name, while it runs.
+    /// Rules for the snapshots with this VM's name, applied while it runs.
     #[command(flatten)]
     pub keep: KeepArgs,
 }
@@ -464,7 +464,7 @@ pub(crate) enum MemoryCheck {
     Newest,
     /// Every snapshot.
     All,
-    /// None: only check that everything can be read back as it was written.
+    /// Only check that everything can be read back as it was written.
     None,
 }
 

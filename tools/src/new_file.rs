@@ -233,7 +233,7 @@ mod tests {
         }
         let missing = format!("{:#}", write(&at("no/new"), true, "x").unwrap_err());
         assert!(missing.contains("No such file"), "{missing}");
-        // A link to a file stays one.
+        // A link to a file stays a link.
         fs::write(at("file"), "old").unwrap();
         symlink("file", at("link")).unwrap();
         write(&at("link"), true, "new").unwrap();

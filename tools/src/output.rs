@@ -186,23 +186,23 @@ pub(crate) fn print_table(table: &Table) {
     outln!("{}", table.trim_fmt());
 }
 
-/// "12.3 MiB".
+/// A size such as "12.3 MiB".
 pub(crate) fn bytes(bytes: u64) -> String {
     BinaryBytes(bytes).to_string()
 }
 
-/// "1,234,567".
+/// A count such as "1,234,567".
 pub(crate) fn count(count: u64) -> String {
     indicatif::HumanCount(count).to_string()
 }
 
-/// "1 page", "1,234 pages".
+/// A count and its noun: "1 page", "1,234 pages".
 pub(crate) fn counted(count: u64, what: &str) -> String {
     let s = if count == 1 { "" } else { "s" };
     format!("{} {what}{s}", self::count(count))
 }
 
-/// "843 µs", "12.3 ms", "1.20 s".
+/// A duration such as "843 µs", "12.3 ms", "1.20 s".
 pub(crate) fn micros(us: u64) -> String {
     match us {
         0..1_000 => format!("{us} µs"),
@@ -211,7 +211,7 @@ pub(crate) fn micros(us: u64) -> String {
     }
 }
 
-/// "2026-01-31 12:00:00.123", local time.
+/// Local time, such as "2026-01-31 12:00:00.123".
 pub(crate) fn time(unix_ms: u64) -> String {
     let time = i64::try_from(unix_ms).ok().and_then(|ms| Timestamp::from_millisecond(ms).ok());
     time.map_or_else(

@@ -1,7 +1,7 @@
 //! A snapshot as files: what `frazil mount` shows and `frazil export --format tar` writes.
 //!
 //! ```text
-//! manifest.json       what the snapshot is
+//! manifest.json       a description of the snapshot
 //! memory/ram          guest memory: byte N is guest physical address N
 //! disks/disk0         each disk, as long as the disk is
 //! state/vcpu0.json    each state chunk: name, kind, version, body

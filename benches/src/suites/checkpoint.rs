@@ -20,7 +20,7 @@ use crate::series::{Beat, Series, checkpoint};
 
 const INTERVAL: Duration = Duration::from_millis(100);
 const SPEC: &str = "rate=10000,pattern=uniform,content=text,report=0,gap_us=50";
-/// Writes to random pages that change a tenth of them: -ln(1 - 0.1) of their number.
+/// Writes per page that change a tenth of all pages, if they are random: -ln(1 - 0.1).
 pub(super) const TENTH_WRITES: f64 = 0.105_36;
 /// Above this size a guest takes a while to fill its memory, so there are fewer full checkpoints.
 const MUCH_RAM_BYTES: u64 = 2 << 30;

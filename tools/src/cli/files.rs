@@ -144,6 +144,6 @@ pub(crate) enum ExportFormat {
     Raw,
     /// All regions, state and manifest as an archive, sparse for current tar programs.
     Tar,
-    /// Memory and vCPUs as an ELF core file, which gdb opens, and crash and drgn if the guest is Linux.
+    /// Memory and vCPUs as an ELF core file, for gdb, and for crash and drgn if the guest is Linux.
     ElfCore,
 }

@@ -90,7 +90,7 @@ enum Look {
     Ended(Option<Ended>),
 }
 
-/// A VM that is looked at again and again.
+/// A VM that is sampled repeatedly.
 struct Watched {
     record: VmRecord,
     client: Client,

@@ -340,7 +340,7 @@ mod tests {
         ] {
             assert!(found.contains(part), "expected `{part}` in\n{found}");
         }
-        // Of a large VM too, figures come with their units.
+        // The figures of a large VM fit, too, with their units.
         let mut large = sample(2, false);
         large.status.checkpoint_in_progress = Some(
             serde_json::from_value(serde_json::json!({
