@@ -1,4 +1,4 @@
-//! A directory whose medium fails when it is told to, or is full at a given size.
+//! A store directory on a medium that fails on demand, or is full at a given size.
 
 use std::io;
 use std::path::Path;
@@ -15,16 +15,16 @@ pub const EIO: i32 = 5;
 /// "No space left on device".
 pub const ENOSPC: i32 = 28;
 
-/// How long a medium that hangs does so at the most: a test that forgot it must not hang for ever.
+/// The longest that a hanging medium hangs, so that a test that never releases it still ends.
 const HANG_MAX: Duration = Duration::from_mins(1);
 
-/// What goes wrong with a [`FaultyStorage`]. Only what changes the medium fails.
+/// The failures of a [`FaultyStorage`]. Only operations that change the medium fail.
 #[derive(Debug)]
 pub struct Faults {
-    /// Operations that still succeed; below zero, none is planned to fail.
+    /// Number of operations that still succeed; negative if no failure is planned.
     left: AtomicI64,
     errno: AtomicI32,
-    /// 1 if all operations behind the first that fails do so too.
+    /// 1 if all operations after the first that fails do so too.
     lasting: AtomicI32,
     capacity_bytes: AtomicU64,
     injected: AtomicU64,
@@ -33,7 +33,7 @@ pub struct Faults {
     usage: OnceLock<Usage>,
 }
 
-/// Asks how many bytes are in use.
+/// Returns how many bytes are in use.
 struct Usage(Box<dyn Fn() -> u64 + Send + Sync>);
 
 impl std::fmt::Debug for Usage {
@@ -43,25 +43,25 @@ impl std::fmt::Debug for Usage {
 }
 
 impl Faults {
-    /// The operation after `after` more that change the medium fails with `errno`, and with
-    /// `lasting` all behind it.
+    /// Lets `after` more operations that change the medium succeed and makes the next one fail with
+    /// `errno`; if `lasting`, all later ones fail too.
     pub fn plan(&self, after: u64, errno: i32, lasting: bool) {
         self.errno.store(errno, Ordering::SeqCst);
         self.lasting.store(i32::from(lasting), Ordering::SeqCst);
         self.left.store(after as i64, Ordering::SeqCst);
     }
 
-    /// The medium is full at `bytes`.
+    /// Limits the medium to `bytes`.
     pub fn limit(&self, bytes: u64) {
         self.capacity_bytes.store(bytes, Ordering::SeqCst);
     }
 
-    /// From here on, writing to files and syncing them waits for [`Self::release`].
+    /// From now on, writing to files and syncing them waits for [`Self::release`].
     pub fn hang(&self) {
         *self.hangs.lock().unwrap_or_else(PoisonError::into_inner) = true;
     }
 
-    /// The medium answers again.
+    /// Ends [`Self::hang`].
     pub fn release(&self) {
         *self.hangs.lock().unwrap_or_else(PoisonError::into_inner) = false;
         self.released.notify_all();
@@ -74,13 +74,13 @@ impl Faults {
         *hangs &= !result.timed_out();
     }
 
-    /// The medium is good and large again.
+    /// Cancels any planned failure and the capacity limit.
     pub fn clear(&self) {
         self.left.store(-1, Ordering::SeqCst);
         self.capacity_bytes.store(u64::MAX, Ordering::SeqCst);
     }
 
-    /// Operations that failed so far.
+    /// Number of operations that have been made to fail so far.
     #[must_use]
     pub fn injected(&self) -> u64 {
         self.injected.load(Ordering::SeqCst)
@@ -93,7 +93,7 @@ impl Faults {
 
     fn check(&self) -> io::Result<()> {
         let step = |left: i64| (left >= 0).then(|| left - 1);
-        // An error from `fetch_update` only says that nothing is planned.
+        // An error from `fetch_update` only means that no failure is planned.
         match self.left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, step) {
             Ok(0) => {
                 if self.lasting.load(Ordering::SeqCst) == 1 {
@@ -120,7 +120,7 @@ pub struct FaultyStorage {
 }
 
 impl FaultyStorage {
-    /// The directory `root`, its folders made; nothing fails until it is told to.
+    /// Creates the store's folders in the directory `root`; nothing fails until told to.
     #[must_use]
     pub fn new(root: &Path) -> (Self, Arc<Faults>) {
         let inner = DirStorage::new(root);
@@ -142,7 +142,7 @@ impl FaultyStorage {
     }
 }
 
-/// Bytes of all files of the store at `root`.
+/// Total size of all files of the store at `root`, in bytes.
 #[must_use]
 pub fn used_bytes(root: &Path) -> u64 {
     let folder_bytes = |folder: &Path| -> u64 {
@@ -216,7 +216,7 @@ impl StoreFile for FaultyFile {
         self.faults.wait_while_it_hangs();
         let grows = (offset + buf.len() as u64).saturating_sub(self.inner.len_bytes()?);
         if let Err(error) = self.faults.check().and_then(|()| self.faults.check_room(grows)) {
-            // As a real disk does: part of it is there, and the caller cannot tell which.
+            // As on a real disk, part of the data is written, and the caller cannot tell which.
             self.inner.write_all_at(&buf[..buf.len() / 2], offset)?;
             return Err(error);
         }

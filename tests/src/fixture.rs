@@ -1,4 +1,4 @@
-//! A small store that has everything the format has.
+//! A small store that uses every feature of the format.
 
 use std::collections::HashMap;
 use std::fs;
@@ -12,20 +12,20 @@ use crate::oracle::{Edit, Model, check_all, small_options, take};
 /// The store, and what it must hold.
 #[derive(Debug)]
 pub struct Everything {
-    /// Where it is.
+    /// The store's folder.
     pub folder: TempDir,
-    /// Its snapshots.
+    /// The published snapshots, oldest first.
     pub published: Vec<(SnapshotId, Model)>,
-    /// Of every snapshot there ever was.
+    /// The models of all snapshots ever taken, including the forgotten ones.
     pub models: HashMap<SnapshotId, Model>,
-    /// Its segments and packs, sorted by name.
+    /// Names of the segments and packs, sorted.
     pub segments: Vec<String>,
 }
 
 /// Names of the segments and packs of the store at `root`, sorted.
 ///
 /// # Panics
-/// If it is not there.
+/// If there is no store.
 #[must_use]
 pub fn segment_files(root: &Path) -> Vec<String> {
     let files = fs::read_dir(root.join("segments")).expect("a store has segments");
@@ -36,9 +36,9 @@ pub fn segment_files(root: &Path) -> Vec<String> {
     names
 }
 
-/// Snapshots with everything the format has: frames, deltas, pages found elsewhere, zeros, several
-/// segments, a pack with regrouped frames, tags, forgotten snapshots. Nothing in its files is
-/// unused, and little of it is noise, so that there are few enough bits to flip each.
+/// Makes a store that uses every feature of the format: frames, deltas, pages found elsewhere, zero
+/// pages, several segments, a pack with regrouped frames, tags, forgotten snapshots. Nothing in its
+/// files is unused, and little of it is incompressible, so that a test can flip every single bit.
 ///
 /// # Panics
 /// If the store does not work.
@@ -47,12 +47,12 @@ pub fn everything() -> Everything {
     let folder = tempfile::tempdir().expect("a scratch folder");
     let options = StoreOptions { segment_max_bytes: 1 << 12, ..small_options() };
     let store = Store::open_or_create(folder.path(), options).expect("it works");
-    // One with inner nodes, which keep pending runs and hand others down.
+    // "ram" is large enough for inner nodes, which keep some runs pending and push others down.
     let regions = [("disk".to_owned(), vec![0; 30]), ("ram".to_owned(), vec![0; 1300])];
     let mut model = Model { regions: regions.into() };
     let mut published: Vec<(SnapshotId, Model)> = Vec::new();
     let mut models = HashMap::new();
-    // 3 is noise, 24 and up are noise with a few bytes changed, the others compress.
+    // 3 is noise, 24 and up are noise with a few bytes changed, the rest compress.
     let rounds: [&[(u64, u8)]; 5] = [
         &[(0, 4), (1, 3), (2, 7), (3, 10), (20, 13), (21, 16), (600, 4), (602, 7), (604, 1)],
         &[(1, 24), (2, 19), (5, 3), (606, 4), (608, 4), (610, 7), (612, 10)],
@@ -69,7 +69,7 @@ pub fn everything() -> Everything {
         published.push((id, model.clone()));
         models.insert(id, model.clone());
         if step == 3 {
-            // So much of the journal is stale that it is written anew.
+            // Makes enough of the journal stale that it is rewritten.
             for tag in ["one", "two", "three", "four"] {
                 store.set_tag(tag, Some(published[0].0)).expect("it works");
                 store.set_tag(tag, None).expect("it works");

@@ -1,11 +1,11 @@
-//! A second reader of the files, written from `FORMAT.md` and sharing no code with the store: it
-//! tells the tests what is published, and the text what it forgot to say.
+//! A second reader of the store's files, written from `FORMAT.md` and sharing no code with the
+//! store: it tells the tests what is published, and reveals what `FORMAT.md` leaves out.
 
 use std::collections::BTreeSet;
 
-/// Bytes of the header of every file.
+/// Size of the header of every file, in bytes.
 pub const FILE_HEADER_LEN: usize = 64;
-/// Bytes of the header of a record in a segment.
+/// Size of the header of a record in a segment, in bytes.
 pub const BLOCK_HEADER_LEN: usize = 16;
 /// Kind of a record that holds pages.
 pub const KIND_FRAME: u8 = 1;
@@ -39,7 +39,7 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
 }
 
-/// What a journal says.
+/// The state that a journal describes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct JournalState {
     /// Snapshots that are published and not forgotten, in order.
@@ -50,12 +50,12 @@ pub struct JournalState {
     pub packs: BTreeSet<u32>,
     /// Segments whose file is gone.
     pub retired: BTreeSet<u32>,
-    /// Length of the part that holds whole records.
+    /// Length of the part that holds whole records, in bytes, file header included.
     pub len: usize,
 }
 
 impl Record {
-    /// Where the next one starts.
+    /// Where the next record starts.
     #[must_use]
     pub fn end(&self) -> usize {
         self.offset + self.len
@@ -65,7 +65,7 @@ impl Record {
 /// Reads a journal.
 ///
 /// # Panics
-/// If it is not what `FORMAT.md` says.
+/// If it violates `FORMAT.md`.
 #[must_use]
 pub fn read_journal(bytes: &[u8]) -> JournalState {
     assert_eq!(&bytes[..8], b"FRZLJNL\n");
@@ -154,7 +154,7 @@ pub struct Record {
     pub kind: u8,
 }
 
-/// The records of a segment, which must fill it.
+/// Reads the records of a segment or pack, which must fill it.
 ///
 /// # Panics
 /// If they do not.
@@ -173,10 +173,10 @@ pub fn read_segment(bytes: &[u8]) -> Vec<Record> {
     records
 }
 
-/// The payload of a record, decoded.
+/// Returns the payload of a record, decompressed.
 ///
 /// # Panics
-/// If it cannot be.
+/// If it cannot be decompressed.
 #[must_use]
 pub fn payload_of(record: &[u8]) -> Vec<u8> {
     let stored = &record[BLOCK_HEADER_LEN..];

@@ -1,4 +1,4 @@
-//! What tests that look into a snapshot share.
+//! The snapshot shared by the tests of `frazil inspect`.
 
 use std::sync::OnceLock;
 
@@ -6,20 +6,20 @@ use serde_json::Value;
 
 use crate::vm_harness::{Host, kvm_or_skip, text};
 
-/// A snapshot of the built-in guest with two vCPUs, its RAM as a file, and what `show` says.
+/// A snapshot of the built-in guest with two vCPUs, its RAM, and the state of its vCPUs.
 #[derive(Debug)]
 pub struct Bed {
-    /// Where its store is.
+    /// The host whose store holds the snapshot.
     pub host: Host,
-    /// The snapshot.
+    /// The snapshot, as `STORE@REFERENCE`.
     pub at: String,
     /// All of its RAM.
     pub ram: Vec<u8>,
-    /// What the chunks of its vCPUs say.
+    /// The bodies of its vCPUs' state chunks, as `frazil show --json` prints them.
     pub vcpus: Vec<Value>,
 }
 
-/// Made once: nothing here changes it. None where there is no KVM.
+/// Returns the one bed of this process, which no test changes; `None` if there is no KVM.
 ///
 /// # Panics
 /// If the guest does not run, or is not saved.
@@ -56,13 +56,14 @@ pub fn bed() -> Option<&'static Bed> {
 }
 
 impl Bed {
-    /// What `frazil inspect` prints of it as JSON, line by line.
+    /// Returns what `frazil inspect --json` prints about the snapshot, one value a line.
     #[must_use]
     pub fn inspect(&self, args: &[&str]) -> Vec<Value> {
         self.host.ok(&[&["inspect", &self.at, "--json"], args].concat()).json_lines()
     }
 
-    /// Fails the test unless `frazil inspect` ends with `code`, and says all that.
+    /// Fails the test unless `frazil inspect` exits with `code`, having printed all of `says` on
+    /// standard error and little on standard output.
     ///
     /// # Panics
     /// If not.
@@ -72,13 +73,13 @@ impl Bed {
         assert!(refused.stdout.len() < 1000, "{refused:?}");
     }
 
-    /// A general register of a vCPU.
+    /// Returns a general register of a vCPU.
     #[must_use]
     pub fn register(&self, vcpu: usize, name: &str) -> u64 {
         hex(text(&self.vcpus[vcpu]["regs"], name))
     }
 
-    /// RAM at `gpa`, as hex digits.
+    /// Returns `len` bytes of RAM at `gpa`, as hexadecimal digits.
     #[must_use]
     pub fn ram_hex(&self, gpa: u64, len: usize) -> String {
         let bytes = &self.ram[gpa as usize..][..len];
@@ -86,10 +87,10 @@ impl Bed {
     }
 }
 
-/// The number in `0x…`.
+/// Parses a hexadecimal number that begins with `0x`.
 ///
 /// # Panics
-/// If it is none.
+/// If `text` is not one.
 #[must_use]
 pub fn hex(text: &str) -> u64 {
     u64::from_str_radix(text.strip_prefix("0x").expect("0x"), 16).expect("hex digits")

@@ -1,4 +1,4 @@
-//! The naive oracle of guest memory: a copy of every page, taken while the guest stands still.
+//! A naive oracle of guest memory: a hash of every page, taken while the guest stands still.
 
 use std::io;
 
@@ -6,7 +6,7 @@ use frazil_snapstore::{PAGE_SIZE, Page, PageSource, RegionReader, Snapshot};
 use frazil_vmm::memory::{GuestRam, RAM_REGION};
 use frazil_vmm::workload::{ControlView, PageRead};
 
-/// All of a guest's memory, a hash a page: enough to tell whether a page is the same.
+/// A copy of a guest's memory that keeps only a hash of each page: enough to compare pages.
 #[derive(Clone, PartialEq, Eq)]
 pub struct MemoryCopy {
     pages: Vec<blake3::Hash>,
@@ -19,13 +19,13 @@ impl std::fmt::Debug for MemoryCopy {
 }
 
 impl MemoryCopy {
-    /// Copies all of `ram`, which has no hole. Its guest must stand still.
+    /// Copies all of `ram`, which must have no hole and whose guest must stand still.
     #[must_use]
     pub fn of_ram(ram: &GuestRam) -> Self {
         Self::read(ram.end_page(), |page, buf| ram.read_page(page, buf))
     }
 
-    /// Copies all that `snapshot` holds.
+    /// Copies all of the RAM in `snapshot`.
     #[must_use]
     pub fn of_snapshot(snapshot: &Snapshot) -> Self {
         let region = snapshot.region(RAM_REGION).expect("it has RAM");
@@ -43,14 +43,14 @@ impl MemoryCopy {
         Self { pages: (0..pages).map(hash).collect() }
     }
 
-    /// The pages that are not the same in `other`.
+    /// Returns the numbers of the pages that differ from `other`.
     #[must_use]
     pub fn differences(&self, other: &Self) -> Vec<usize> {
         assert_eq!(self.pages.len(), other.pages.len(), "memories of different sizes");
         (0..self.pages.len()).filter(|page| self.pages[*page] != other.pages[*page]).collect()
     }
 
-    /// True if `page` of `ram` is as in this copy.
+    /// True if `page` of `ram` equals that page of this copy.
     #[must_use]
     pub fn has(&self, ram: &GuestRam, page: u64) -> bool {
         let mut buf = [0; PAGE_SIZE];
@@ -58,7 +58,7 @@ impl MemoryCopy {
         self.pages[page as usize] == blake3::hash(&buf)
     }
 
-    /// True if `page` of this copy is `contents`.
+    /// True if `page` of this copy equals `contents`.
     #[must_use]
     pub fn is(&self, page: u64, contents: &Page) -> bool {
         self.pages[page as usize] == blake3::hash(contents)
@@ -70,7 +70,7 @@ impl MemoryCopy {
         self.pages.len() as u64
     }
 
-    /// True if there is none.
+    /// True if there are no pages.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.pages.is_empty()
@@ -85,7 +85,7 @@ impl PageRead for SnapshotMemory {
     }
 }
 
-/// How far the built-in workload had come in `snapshot`; `None` if it had not started yet.
+/// Returns the progress of the built-in workload in `snapshot`; `None` if it had not started yet.
 #[must_use]
 pub fn workload_of(snapshot: &Snapshot) -> Option<ControlView> {
     let region = snapshot.region(RAM_REGION).expect("it has RAM");

@@ -1,4 +1,4 @@
-//! A `frazil mount` in another process, and its end.
+//! A `frazil mount` in another process.
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -9,27 +9,28 @@ use serde_json::Value;
 
 use crate::vm_harness::{number, text, wait_for};
 
-/// True if there is the program by which others than root mount.
+/// True if `fusermount3` is installed, with which users other than root mount.
 #[must_use]
 pub fn has_helper() -> bool {
     Command::new("fusermount3").arg("-V").output().is_ok()
 }
 
-/// Killed and unmounted when dropped.
+/// A running `frazil mount`; killed and unmounted when dropped.
 #[derive(Debug)]
 pub struct Mounted {
     /// The process.
     pub child: Child,
-    /// Where it is mounted.
+    /// The mount point.
     pub folder: PathBuf,
     stdout: BufReader<ChildStdout>,
 }
 
 impl Mounted {
-    /// Runs `command`, a `frazil mount --json` at `folder`, until it has mounted.
+    /// Starts `command`, a `frazil mount --json` at `folder`, and waits until it has mounted.
     ///
     /// # Panics
-    /// If it does not mount, with what it says; if it tells of something else than it did.
+    /// If it does not mount, with what it printed on standard error; if it reports another process
+    /// id or folder than its own.
     #[must_use]
     pub fn start(mut command: Command, folder: &Path) -> Self {
         let spawned = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
@@ -47,21 +48,21 @@ impl Mounted {
         Self { child, folder: folder.to_owned(), stdout }
     }
 
-    /// Where something in it is.
+    /// Returns the path of `name` in the mounted folder.
     #[must_use]
     pub fn path(&self, name: &str) -> PathBuf {
         self.folder.join(name)
     }
 
-    /// Sends it a signal.
+    /// Sends the process a signal.
     ///
     /// # Panics
-    /// If it has ended.
+    /// If the process has ended.
     pub fn signal(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.child), signal).expect("it is there");
     }
 
-    /// Waits for its end; returns its exit code and what it said.
+    /// Waits for the process to end; returns its exit code and its standard error.
     ///
     /// # Panics
     /// If it does not end, or printed more than one object.

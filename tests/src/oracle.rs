@@ -1,5 +1,5 @@
-//! The naive store: per snapshot, what every page of every region holds. And the checks that a
-//! real store agrees with it.
+//! A naive model of a store (per snapshot, what every page of every region holds), and checks that
+//! a real store agrees with it.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -16,11 +16,11 @@ use crate::storage_sim::SimStorage;
 
 /// Number of different page contents the tests use; 0 is the zero page.
 pub const CONTENTS: u8 = 36;
-/// From here on contents are those of noise pages, with a few bytes changed.
+/// Contents from this id on are noise pages with a few bytes changed.
 const NEAR: u8 = 24;
 
-/// The page that `id` stands for: all zero, nearly zero, text that compresses, noise, and pages
-/// that differ little from another.
+/// Returns the page that `id` stands for: all zero, nearly zero, compressible, noise, or slightly
+/// different from another page.
 ///
 /// # Panics
 /// If `id` is [`CONTENTS`] or more.
@@ -33,7 +33,7 @@ pub fn content(id: u8) -> &'static Page {
 
 fn make_content(id: u8) -> Page {
     if id >= NEAR {
-        // Three variants each of four pages.
+        // Three variants of each of four noise pages.
         let mut page = make_content(3 * (1 + (id - NEAR) % 4));
         page[usize::from(id) * 100..][..5].copy_from_slice(&[id; 5]);
         return page;
@@ -55,10 +55,10 @@ fn make_content(id: u8) -> Page {
     page
 }
 
-/// What a snapshot holds: per region, the content of each page.
+/// The contents of a snapshot: per region, the content id of each page.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Model {
-    /// Contents by region name.
+    /// Content ids by region name.
     pub regions: BTreeMap<String, Vec<u8>>,
 }
 
@@ -74,16 +74,16 @@ impl PageSource for Source<'_> {
     }
 }
 
-/// One snapshot to be taken.
+/// The changes from one snapshot to the next.
 #[derive(Clone, Debug)]
 pub struct Edit {
-    /// Per round and region name: pages and their new contents.
+    /// Per round: the region's name, and its pages with their new content ids.
     pub rounds: Vec<(String, Vec<(u64, u8)>)>,
     /// Makes the manifest unique.
     pub step: u64,
 }
 
-/// Options under which small stores have several frames and segments.
+/// Options under which even small stores have several frames and segments.
 #[must_use]
 pub fn small_options() -> StoreOptions {
     StoreOptions {
@@ -97,8 +97,8 @@ pub fn small_options() -> StoreOptions {
     }
 }
 
-/// Takes a snapshot on `parent`: `model` (that of the parent, with all regions) is changed by
-/// `edit` and written to the store.
+/// Takes a snapshot on `parent`: applies `edit` to `model` (the parent's model, which names all
+/// regions) and writes the changed pages to the store.
 ///
 /// # Errors
 /// The store's.
@@ -126,7 +126,7 @@ pub fn take(
     transaction.commit(describe(edit.step))
 }
 
-/// What snapshot `step` is besides its pages.
+/// Returns everything but the pages of snapshot `step`.
 #[must_use]
 pub fn describe(step: u64) -> Description {
     let chunk = |name: &str, value: u64| StateChunk {
@@ -147,24 +147,24 @@ pub fn describe(step: u64) -> Description {
     }
 }
 
-/// Compares all of snapshot `id`, read in every way there is, with `model`.
+/// Reads all of snapshot `id` in every way there is, and compares it with `model`.
 ///
 /// # Errors
 /// The store's, if something cannot be read.
 ///
 /// # Panics
-/// If anything reads wrong.
+/// If anything differs.
 pub fn compare(store: &Arc<Store>, id: SnapshotId, model: &Model) -> Result<()> {
     compare_snapshot(&store.snapshot(id)?, model)
 }
 
-/// As [`compare`], of a snapshot that is open.
+/// As [`compare`], for an open snapshot.
 ///
 /// # Errors
 /// The store's, if something cannot be read.
 ///
 /// # Panics
-/// If anything reads wrong.
+/// If anything differs.
 pub fn compare_snapshot(snapshot: &Snapshot, model: &Model) -> Result<()> {
     let id = snapshot.id();
     let manifest = snapshot.manifest();
@@ -204,7 +204,8 @@ pub fn compare_snapshot(snapshot: &Snapshot, model: &Model) -> Result<()> {
     Ok(())
 }
 
-/// Checks that exactly the snapshots of `models` are published, read right and verify clean.
+/// Checks that exactly the snapshots of `models` are published, and that they read back right and
+/// verify clean.
 ///
 /// # Panics
 /// If not.
@@ -221,8 +222,8 @@ pub fn check_all(store: &Arc<Store>, models: &[(SnapshotId, Model)]) {
     assert_eq!(report.snapshots, found.len() as u64);
 }
 
-/// Checks that the medium holds no bytes that nobody published: what is behind the tail, and what
-/// was pruned, is gone.
+/// Checks that the medium holds no unpublished bytes: whatever lay behind the tail or was pruned is
+/// gone.
 ///
 /// # Panics
 /// If there are such bytes.

@@ -1,4 +1,4 @@
-//! A snapshot, memory to bring it into, and threads that use that memory, for tests of the pager.
+//! For tests of the pager: a snapshot, memory to load it into, and threads that use that memory.
 //!
 //! `unsafe` is allowed in the module `memory` only, which owns the raw pointers.
 #![allow(missing_docs)]
@@ -17,8 +17,8 @@ use crate::storage_sim::SimStorage;
 
 pub use memory::Memory;
 
-/// The guest's memory. `unsafe` is allowed here because shared memory that a pager fills while
-/// threads use it can only be touched through raw pointers, volatile.
+/// The guest's memory. `unsafe` is allowed here because memory that a pager fills while threads use
+/// it can only be accessed through raw pointers, with volatile reads and writes.
 mod memory {
     #![allow(unsafe_code)]
 
@@ -35,19 +35,19 @@ mod memory {
     }
 
     impl Memory {
-        /// Private mappings of what `image` has: what is written to them is a copy.
+        /// Maps the extents of `image` privately: writes to the mappings do not reach the image.
         pub fn private(image: &Image) -> Self {
             Self::private_of(image.memory().try_clone().unwrap(), image.extents())
         }
 
-        /// The same of a memory file.
+        /// As `private`, for a memory file.
         pub fn private_of(file: File, extents: &[Extent]) -> Self {
             let mut memory = Self { file, mappings: Vec::new(), maps: Vec::new() };
             for extent in extents {
                 let len_bytes = extent.pages as usize * PAGE_SIZE;
                 let options = MmapOptions::new().offset(extent.file_offset).len(len_bytes).clone();
-                // SAFETY: of the mapping only the address and length are used, for volatile accesses
-                // like those of the shared ones; it is kept as long as `self`.
+                // SAFETY: only the address and length of the mapping are used, for volatile
+                // accesses as with the shared mappings; it lives as long as `self`.
                 let mut map = unsafe { options.map_copy(&memory.file) }.unwrap();
                 let address = map.as_mut_ptr() as usize;
                 memory.mappings.push(Mapping {
@@ -61,8 +61,8 @@ mod memory {
             memory
         }
 
-        /// A memory file, and a mapping per `(first page in the region, chunks)`, one behind the
-        /// other in the file.
+        /// Makes a memory file with one shared mapping per `(first page in the region, chunks)`,
+        /// laid out one after the other in the file.
         pub fn new(ranges: &[(u64, u64)]) -> Self {
             let file = File::from(memfd_create("pager-test", MemfdFlags::CLOEXEC).unwrap());
             let len_of = |chunks: u64| (chunks * CHUNK_PAGES) as usize * PAGE_SIZE;
@@ -83,7 +83,7 @@ mod memory {
             memory
         }
 
-        /// Every page of the region that is mapped.
+        /// Returns every page of the region that is mapped.
         pub fn pages(&self) -> Vec<u64> {
             let pages = |mapping: &Mapping| mapping.len_bytes as u64 / PAGE_SIZE as u64;
             self.mappings
@@ -122,16 +122,17 @@ mod memory {
             unsafe { self.word(page, index).write_volatile(value) }
         }
 
-        /// Drops the page's page-table entry, as reclaim or migration may.
+        /// Drops the page's page-table entry, as reclaim or migration may do.
         pub fn unmap(&self, page: u64) {
-            // SAFETY: the range is one page of a shared mapping: its contents stay in the file.
+            // SAFETY: the range is one page of a shared mapping, whose contents stay in the file.
             unsafe { madvise(self.word(page, 0).cast(), PAGE_SIZE, Advice::LinuxDontNeed) }
                 .unwrap();
         }
     }
 }
 
-/// Fails the test if `run` does not come back: a thread that waits for a page cannot be ended.
+/// Fails the test if `run` does not return within `seconds`. `run` gets a thread of its own, which
+/// is then left behind, since a thread that waits for a page cannot be ended.
 pub fn within(seconds: u64, run: impl FnOnce() + Send + 'static) {
     let (done, wait) = mpsc::channel();
     let thread = std::thread::spawn(move || {
@@ -150,7 +151,7 @@ pub struct Fixture {
     pub contents: Vec<u8>,
 }
 
-/// A snapshot of one region. It has two generations, so that frames are only partly in use.
+/// Makes a snapshot of one region. It has a parent, so that some frames are only partly in use.
 pub fn fixture(contents: Vec<u8>) -> Fixture {
     let storage = SimStorage::default();
     let options = StoreOptions { workers: 2, ..StoreOptions::default() };
@@ -165,12 +166,12 @@ pub fn fixture(contents: Vec<u8>) -> Fixture {
     let edit = Edit { rounds: vec![("ram".into(), changed)], step: 2 };
     let id = take(&store, Some(parent.unwrap().id), &mut model, &edit).unwrap().id;
     assert_eq!(model.regions["ram"], contents);
-    // Another handle, which has nothing cached: writing reads pages back to compare them.
+    // Reopened to start with empty caches: writing reads pages back to compare them.
     let store = Store::open_storage(Arc::new(storage.clone()), options).unwrap();
     Fixture { storage, region: store.snapshot(id).unwrap().region("ram").unwrap(), contents }
 }
 
-/// Random contents: whole chunks of zeros, single zero pages, the rest data.
+/// Returns random contents: whole chunks of zeros, single zero pages, the rest data.
 pub fn mixed(chunks: u64, seed: u64) -> Vec<u8> {
     let mut rng = Rng::new(seed);
     let chunk = |rng: &mut Rng| {
@@ -201,12 +202,14 @@ pub fn allocated_pages(memory: &Memory) -> u64 {
 
 pub const THREADS: u64 = 4;
 
-/// What thread `page % 8` writes to its pages; pages with `page % 8 >= THREADS` stay as they are.
+/// Returns the word that thread `page % 8` writes to `page`. Pages with `page % 8 >= THREADS` are
+/// never written.
 pub fn written(page: u64) -> u64 {
     0xF5_0000_0000 | page
 }
 
-/// Reads pages in random order, and writes to those of its own, for ever changing interleavings.
+/// Visits all pages in random order, for ever changing interleavings: writes to the thread's own,
+/// and checks those that no thread writes to.
 pub fn use_memory(memory: &Memory, contents: &[u8], thread: u64, seed: u64) {
     let mut rng = Rng::new(seed * THREADS + thread);
     let mut pages = memory.pages();

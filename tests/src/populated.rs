@@ -10,25 +10,25 @@ use tempfile::TempDir;
 
 use crate::vm_harness::wait_populated;
 
-/// Bytes of its RAM: workloads that are run here touch 64 MiB of it.
+/// Size of the guest's RAM in bytes; the tests' workloads touch 64 MiB of it.
 const RAM_BYTES: u64 = 96 << 20;
 
-/// See the module's text. The parts in the order in which they have to go.
+/// A populated guest. The fields are in the order in which they have to be dropped.
 #[derive(Debug)]
 pub struct Populated {
-    /// The machine, which runs.
+    /// The running VM.
     pub vm: Vm,
-    /// Where its checkpoints go.
+    /// The store for its checkpoints.
     pub store: Arc<Store>,
-    /// Where that is.
+    /// The scratch folder, which holds the store.
     pub folder: TempDir,
 }
 
-/// Boots `workload` on `cpus` vCPUs, as `change` wants its machine and how that meets its host; that also
-/// gets a scratch folder, for disks.
+/// Boots `workload` on `cpus` vCPUs and waits until it has written each of its pages. `change`
+/// adapts the configurations of machine and host, and gets the scratch folder, for disks.
 ///
 /// # Panics
-/// If that does not work.
+/// If the guest does not get that far.
 #[track_caller]
 #[must_use]
 pub fn populated(

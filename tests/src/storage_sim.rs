@@ -1,8 +1,8 @@
-//! A medium in memory that fails and loses power as badly as real ones may.
+//! A storage medium in memory that fails and loses power as badly as a real one may.
 //!
-//! What was written is durable only after a sync, and a name only after the sync of its folder.
-//! A crash keeps any part of the rest: sectors of a write, lengths without the data, names
-//! without the file. A sync that failed leaves its writes in doubt for good, as Linux does.
+//! Data are durable only after a sync of the file, and a name only after a sync of its folder. A
+//! crash keeps any part of the rest: sectors of a write, lengths without the data, names without
+//! the file. A failed sync leaves its writes in doubt for good, as on Linux.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -13,12 +13,12 @@ use frazil_snapstore::{LockError, Pin, Storage, StoreFile, WriterLock};
 
 use crate::rng::Rng;
 
-/// What a medium writes at once or not at all, in bytes; now and then it does not even that.
+/// The unit that a medium writes whole or not at all, in bytes; now and then even a sector is torn.
 const SECTOR_LEN: u64 = 512;
 const EIO: i32 = 5;
 const ENOSPC: i32 = 28;
 
-/// Operations a hook can wait for.
+/// The operations that a hook can wait for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)] // They are the calls of the trait.
 pub enum Op {
@@ -43,15 +43,15 @@ pub enum Fault {
     Torn,
 }
 
-/// Which operation fails: the one after `after` more that change the medium, and all those behind
-/// it if `lasting`.
+/// A planned failure: `after` more mutations succeed, then the next one fails, and all later ones
+/// too if `lasting`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FaultPlan {
-    /// How many succeed before.
+    /// How many mutations succeed before the failure.
     pub after: u64,
     /// How it fails.
     pub fault: Fault,
-    /// True if every later one fails too.
+    /// True if all later mutations fail too.
     pub lasting: bool,
 }
 
@@ -61,12 +61,12 @@ enum Change {
     SetLen(u64),
 }
 
-/// A file: what is durable, what a reader sees, and the way from the one to the other.
+/// A file: its durable contents, the contents a reader sees, and the changes between the two.
 #[derive(Clone, Debug, Default)]
 struct Inode {
     durable: Vec<u8>,
     current: Vec<u8>,
-    /// Changes since the last sync; true marks those that a failed sync left in doubt.
+    /// Changes that are not durable yet; true marks those that a failed sync left in doubt.
     pending: Vec<(Change, bool)>,
 }
 
@@ -78,7 +78,8 @@ impl Change {
         }
     }
 
-    /// True if `self`, made later, leaves nothing of `earlier`.
+    /// True if `self`, made later, is taken to replace `earlier`. For two writes that is
+    /// approximate: the later one need only start at or before the end of the earlier.
     fn overrules(&self, earlier: &Self) -> bool {
         match (self, earlier) {
             (Self::SetLen(len), Self::Write { offset, .. }) => len <= offset,
@@ -115,7 +116,7 @@ impl Inode {
         }
     }
 
-    /// What is found after the power came back.
+    /// Returns the contents found when power is back.
     fn after_power_cut(&self, rng: &mut Rng, eighths: u64) -> Vec<u8> {
         let mut content = self.durable.clone();
         for (change, _) in &self.pending {
@@ -152,11 +153,11 @@ struct Image {
     inodes: Vec<Inode>,
     names: BTreeMap<String, usize>,
     durable_names: BTreeMap<String, usize>,
-    /// Creations, removals and renames whose folder was not synced since.
+    /// Creations, removals and renames whose folder has not been synced since.
     name_changes: Vec<NameChange>,
 }
 
-/// Names that change at once: a rename takes one away and gives one.
+/// Names that change together, with their new targets: a rename removes one name and adds another.
 type NameChange = Vec<(String, Option<usize>)>;
 
 fn rename(names: &mut BTreeMap<String, usize>, change: &NameChange) {
@@ -197,7 +198,7 @@ impl Image {
 
     fn after_power_cut(&self, seed: u64) -> Self {
         let mut rng = Rng::new(seed);
-        // Nothing and all of what was not synced are the cases most likely to matter.
+        // The cases most likely to matter: none of what was not synced is kept, or all of it.
         let eighths = match seed % 4 {
             0 => 0,
             1 => 8,
@@ -223,25 +224,25 @@ type Hook = Box<dyn FnOnce() + Send>;
 #[derive(Default)]
 struct Medium {
     image: Image,
-    /// Operations so far that change the medium or make it durable.
+    /// Number of operations so far that change the medium or make changes durable.
     mutations: u64,
     fault: Option<(u64, FaultPlan)>,
     capacity_bytes: Option<u64>,
     locked: bool,
     pins: Vec<String>,
-    /// The image before each mutation, if they are recorded.
+    /// The image before each mutation, if recording is on.
     history: Option<Vec<Image>>,
     hook: Option<(Op, String, Hook)>,
 }
 
-/// A handle of a simulated medium; clones see the same one, as processes on one machine do.
+/// A handle to a simulated medium. Clones share the medium, as processes on one machine do.
 #[derive(Clone, Default)]
 pub struct SimStorage {
     medium: Arc<Mutex<Medium>>,
     open: Arc<OpenFiles>,
 }
 
-/// How many files are open, and were at the most.
+/// How many files are open now, and the most that ever were.
 #[derive(Debug, Default)]
 struct OpenFiles {
     now: AtomicUsize,
@@ -264,7 +265,7 @@ impl SimStorage {
         Self { medium, open: Arc::default() }
     }
 
-    /// The most files that were open at a time so far.
+    /// Returns the most files that were ever open at a time.
     #[must_use]
     pub fn most_open_files(&self) -> usize {
         self.open.most.load(Ordering::Relaxed)
@@ -276,26 +277,27 @@ impl SimStorage {
         Arc::new(SimFile { storage: self.clone(), name: name.to_owned(), inode })
     }
 
-    /// Keeps the state before every mutation from here on, for [`Self::crash_before`].
+    /// From now on, records the state before every mutation, for [`Self::crash_before`]. Restarts
+    /// the count of mutations.
     pub fn record(&self) {
         let mut medium = self.medium();
         medium.history = Some(Vec::new());
         medium.mutations = 0;
     }
 
-    /// Mutations so far.
+    /// Returns the number of mutations so far, since [`Self::record`] if that was called.
     #[must_use]
     pub fn mutations(&self) -> u64 {
         self.medium().mutations
     }
 
-    /// The medium as it is found if power fails now. This one goes on as it is.
+    /// Returns the medium as found if power fails now. `self` is unaffected.
     #[must_use]
     pub fn crash(&self, seed: u64) -> Self {
         Self::of(self.medium().image.after_power_cut(seed))
     }
 
-    /// The medium as it is found if power failed before recorded mutation `index`.
+    /// Returns the medium as found if power failed before recorded mutation `index`.
     #[must_use]
     pub fn crash_before(&self, index: u64, seed: u64) -> Self {
         let medium = self.medium();
@@ -303,7 +305,7 @@ impl SimStorage {
         Self::of(history.get(index as usize).unwrap_or(&medium.image).after_power_cut(seed))
     }
 
-    /// Plans a failure, or none.
+    /// Plans a failure; `None` cancels it.
     pub fn fail(&self, plan: Option<FaultPlan>) {
         let mut medium = self.medium();
         medium.fault = plan.map(|plan| (medium.mutations + plan.after, plan));
@@ -314,18 +316,18 @@ impl SimStorage {
         self.medium().hook = Some((op, name.to_owned(), Box::new(hook)));
     }
 
-    /// The medium holds at most this many bytes from here on.
+    /// Limits the medium to this many bytes; `None` lifts the limit.
     pub fn set_capacity(&self, bytes: Option<u64>) {
         self.medium().capacity_bytes = bytes;
     }
 
-    /// Bytes of all files that have a name.
+    /// Returns the total size of all files that have a name, in bytes.
     #[must_use]
     pub fn used_bytes(&self) -> u64 {
         self.medium().image.used_bytes()
     }
 
-    /// Names and lengths of all files.
+    /// Returns the names of all files, with their lengths in bytes.
     #[must_use]
     pub fn files(&self) -> BTreeMap<String, u64> {
         let medium = self.medium();
@@ -333,14 +335,14 @@ impl SimStorage {
         medium.image.names.iter().map(|(name, inode)| (name.clone(), len(inode))).collect()
     }
 
-    /// What a file holds.
+    /// Returns the contents of a file.
     #[must_use]
     pub fn content(&self, name: &str) -> Option<Vec<u8>> {
         let medium = self.medium();
         medium.image.names.get(name).map(|inode| medium.image.inodes[*inode].current.clone())
     }
 
-    /// Puts a file there, durably, or takes it away, as damage or somebody else would.
+    /// Creates or replaces a file durably, or removes it, as damage or a third party would.
     pub fn put(&self, name: &str, content: Option<&[u8]>) {
         let mut medium = self.medium();
         let image = &mut medium.image;
@@ -354,12 +356,12 @@ impl SimStorage {
         rename(&mut image.durable_names, &change);
     }
 
-    /// Before a mutation: the hook, the history, and whether it is to fail.
+    /// Prepares a mutation: runs the hook, records the history, and returns the fault to inject.
     fn mutate(&self, op: Op, name: &str) -> (MutexGuard<'_, Medium>, Option<Fault>) {
         let mut medium = self.medium();
         if medium.hook.as_ref().is_some_and(|(on, file, _)| (*on, file.as_str()) == (op, name)) {
             let (_, _, hook) = medium.hook.take().expect("just seen");
-            // It may use the medium itself.
+            // The hook may use the medium itself.
             drop(medium);
             hook();
             medium = self.medium();
@@ -461,7 +463,7 @@ impl Storage for SimStorage {
     }
 }
 
-/// Goes with its process: not part of the image.
+/// Pins end with their process, so they are not part of the image.
 #[derive(Debug)]
 struct SimPin(SimStorage, String);
 
@@ -519,7 +521,7 @@ impl StoreFile for SimFile {
         let (keep, error) = match fault {
             Some(Fault::Torn) => (buf.len() * 2 / 3, Some(Fault::Torn)),
             Some(fault) => (0, Some(fault)),
-            // A full medium takes what fits.
+            // A full medium keeps what fits.
             None if growth > free => {
                 (buf.len().saturating_sub((growth - free) as usize), Some(Fault::Enospc))
             }

@@ -1,7 +1,7 @@
-//! Running the `frazil` command as a script would: one scratch folder a test, and nothing that
-//! outlives it.
+//! Runs the `frazil` command as a script would, with one scratch folder per test and nothing that
+//! outlives the test.
 //!
-//! Every wait has an end, and a child that is still there when its test is over is killed.
+//! Every wait has a limit, and a child that still runs when its test is over is killed.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -20,11 +20,11 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 
-/// How long anything may take that should take a moment. Generous: the machine may be busy, and guests
-/// get memory of it that was idle only slowly: the same tests took 7 s, and 44 s right after a build.
+/// How long anything may take that should take a moment. Generous, since the machine may be busy,
+/// and may be slow to give guests memory: the same tests took 7 s, and 44 s right after a build.
 pub const PATIENCE: Duration = Duration::from_mins(3);
 
-/// True if guests can run here; says why not otherwise. Where it is true nothing is skipped.
+/// True if guests can run here; otherwise says why not. Where it is true, nothing is skipped.
 #[must_use]
 pub fn kvm_or_skip() -> bool {
     if Path::new("/dev/kvm").exists() {
@@ -34,11 +34,11 @@ pub fn kvm_or_skip() -> bool {
     false
 }
 
-/// True if userfaultfd can be had, says why not otherwise; where it must be there, its absence is a
-/// failure.
+/// True if userfaultfd is available; otherwise says why not. Where it has to be available, its
+/// absence is a failure.
 ///
 /// # Panics
-/// If it is refused to root, or though there is a /dev/userfaultfd.
+/// If userfaultfd is unavailable to root, or although there is a /dev/userfaultfd.
 #[must_use]
 pub fn uffd_or_skip() -> bool {
     let Err(error) = frazil_snapstore::pager::probe() else { return true };
@@ -49,7 +49,8 @@ pub fn uffd_or_skip() -> bool {
     false
 }
 
-/// The `frazil` binary of this workspace, built as these tests were; `FRAZIL_BIN` names another.
+/// Returns the `frazil` binary of this workspace, built in the profile of these tests; the
+/// environment variable `FRAZIL_BIN` names another.
 pub fn frazil() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
     BINARY.get_or_init(|| match std::env::var_os("FRAZIL_BIN") {
@@ -74,7 +75,7 @@ fn build() -> PathBuf {
     profile_folder.join("frazil")
 }
 
-/// What a command that has ended left.
+/// The result of a command that has ended.
 #[derive(Debug)]
 pub struct Finished {
     /// Its exit status.
@@ -93,7 +94,7 @@ impl Finished {
         self
     }
 
-    /// Standard output as JSON, one value a line.
+    /// Parses standard output as JSON, one value a line.
     #[track_caller]
     #[must_use]
     pub fn json_lines(&self) -> Vec<Value> {
@@ -103,7 +104,7 @@ impl Finished {
         self.stdout.lines().map(parse).collect()
     }
 
-    /// Standard output as one JSON value.
+    /// Parses standard output as one JSON value.
     #[track_caller]
     #[must_use]
     pub fn json(&self) -> Value {
@@ -112,7 +113,7 @@ impl Finished {
         lines.remove(0)
     }
 
-    /// Fails the test unless standard error holds every one of `parts`.
+    /// Fails the test unless standard error contains every one of `parts`.
     #[track_caller]
     pub fn expect_says(&self, parts: &[&str]) -> &Self {
         for part in parts {
@@ -122,7 +123,7 @@ impl Finished {
     }
 }
 
-/// A scratch folder with a register of VMs of its own, so that tests see only their VMs.
+/// A scratch folder with its own runtime folder for VMs, so that each test sees only its own VMs.
 #[derive(Debug)]
 pub struct Host {
     folder: TempDir,
@@ -135,37 +136,37 @@ impl Default for Host {
 }
 
 impl Host {
-    /// An empty one.
+    /// Makes an empty scratch folder.
     #[must_use]
     pub fn new() -> Self {
         Self { folder: tempfile::tempdir().expect("a scratch folder") }
     }
 
-    /// A path in the scratch folder.
+    /// Returns the path of `name` in the scratch folder.
     #[must_use]
     pub fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
-    /// The store that VMs of this host write to.
+    /// Returns the path of the store that this host's VMs write to.
     #[must_use]
     pub fn store_path(&self) -> PathBuf {
         self.path("store")
     }
 
-    /// `STORE@reference`.
+    /// Returns `STORE@reference`.
     #[must_use]
     pub fn at(&self, reference: &str) -> String {
         format!("{}@{reference}", self.store_path().display())
     }
 
-    /// The store, opened in this process.
+    /// Opens the store in this process.
     #[must_use]
     pub fn store(&self) -> Arc<Store> {
         Store::open(&self.store_path(), StoreOptions::default()).expect("the store opens")
     }
 
-    /// `frazil` with `args`, not yet started.
+    /// Returns the command `frazil` with `args`, not yet started.
     #[must_use]
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(frazil());
@@ -174,7 +175,7 @@ impl Host {
         command
     }
 
-    /// Gives `command` this host's surroundings.
+    /// Sets `command`'s working directory, environment and standard input for this host.
     pub fn surround(&self, command: &mut Command) {
         command
             .current_dir(self.folder.path())
@@ -200,14 +201,14 @@ impl Host {
         finished
     }
 
-    /// As [`Self::ok`] with `--json`: the one object it prints.
+    /// As [`Self::ok`] with `--json`; returns the one value that the command prints.
     #[track_caller]
     #[must_use]
     pub fn json(&self, args: &[&str]) -> Value {
         self.ok(&[args, &["--json"]].concat()).json()
     }
 
-    /// Runs the built-in workload as VM `name`, checkpoints to this host's store.
+    /// Runs the built-in workload as VM `name`, with checkpoints going to this host's store.
     #[track_caller]
     #[must_use]
     pub fn run(&self, name: &str, workload: &str, more: &[&str]) -> RunningVm {
@@ -236,8 +237,8 @@ impl Host {
         vm
     }
 
-    /// Fails the test unless everything in the store, and the memory of every snapshot, is good.
-    /// Returns how many pages of memory were compared.
+    /// Fails the test unless everything in the store verifies, including the memory of every
+    /// snapshot against the workload's oracle. Returns how many pages of memory were compared.
     #[track_caller]
     pub fn verify_all(&self) -> u64 {
         let store = self.store_path().display().to_string();
@@ -247,14 +248,14 @@ impl Host {
     }
 }
 
-/// A number of a JSON object.
+/// Returns a number field of a JSON object.
 #[track_caller]
 #[must_use]
 pub fn number(object: &Value, field: &str) -> u64 {
     object[field].as_u64().unwrap_or_else(|| panic!("expected a number `{field}` in {object}"))
 }
 
-/// A string of a JSON object.
+/// Returns a string field of a JSON object.
 #[track_caller]
 #[must_use]
 pub fn text<'a>(object: &'a Value, field: &str) -> &'a str {
@@ -282,7 +283,7 @@ pub fn finish(mut command: Command, patience: Duration) -> Finished {
     Finished { status, stdout: text(stdout), stderr: text(stderr) }
 }
 
-/// Waits until `reached` gives something; fails the test after [`PATIENCE`].
+/// Polls `reached` until it returns a value; fails the test after [`PATIENCE`].
 #[track_caller]
 pub fn wait_for<T>(what: &str, mut reached: impl FnMut() -> Option<T>) -> T {
     let until = Instant::now() + PATIENCE;
@@ -295,8 +296,8 @@ pub fn wait_for<T>(what: &str, mut reached: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-/// Waits until every vCPU of the built-in workload of a VM in this process has written each of its
-/// pages.
+/// Waits until every vCPU of the built-in workload has written each of its pages, in a VM of this
+/// process.
 #[track_caller]
 pub fn wait_populated(vm: &Vm) {
     let until = Instant::now() + PATIENCE;
@@ -307,7 +308,7 @@ pub fn wait_populated(vm: &Vm) {
             return;
         }
         if Instant::now() > until {
-            // What there is to know of one that hangs, for it may be long until the next does.
+            // Everything there is to know about a hang: the next one may be a long time off.
             let cpus =
                 view.map(|view| view.vcpus.into_iter().map(|cpu| cpu.control).collect::<Vec<_>>());
             panic!(
@@ -329,20 +330,20 @@ pub fn wait_populated(vm: &Vm) {
 pub struct RunningVm {
     child: Child,
     lines: Receiver<String>,
-    /// Standard output that was read, but not asked for.
+    /// Lines of standard output taken from `lines` so far.
     seen: Vec<String>,
     stderr: Arc<Mutex<String>>,
     readers: Vec<JoinHandle<()>>,
-    /// Its name.
+    /// The VM's name.
     pub name: String,
-    /// Its control socket.
+    /// The VM's control socket.
     pub socket: PathBuf,
-    /// The line that it started with.
+    /// The `started` line that the command printed.
     pub started: Value,
 }
 
 impl RunningVm {
-    /// Starts `command`, whatever it prints.
+    /// Starts `command` without waiting for any output.
     #[must_use]
     pub fn spawn(mut command: Command) -> Self {
         let mut child =
@@ -351,7 +352,7 @@ impl RunningVm {
         let stdout = BufReader::new(child.stdout.take().expect("a pipe"));
         let out = std::thread::spawn(move || {
             for text in stdout.lines().map_while(Result::ok) {
-                // The test may have lost interest.
+                // The test may have dropped the receiver.
                 let _gone = line.send(text);
             }
         });
@@ -376,13 +377,13 @@ impl RunningVm {
         }
     }
 
-    /// Standard error so far.
+    /// Returns what was written to standard error so far.
     #[must_use]
     pub fn stderr(&self) -> String {
         self.stderr.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The next line with this `event`; others are skipped.
+    /// Waits for the next line with this `event`, skipping others.
     #[track_caller]
     pub fn event(&mut self, event: &str) -> Value {
         let until = Instant::now() + PATIENCE;
@@ -405,20 +406,20 @@ impl RunningVm {
         }
     }
 
-    /// One HTTP request on the control socket: status and body.
+    /// Sends one HTTP request to the control socket; returns the status and the body.
     ///
     /// # Errors
-    /// What the connection came to.
+    /// If the connection fails, or the answer is not HTTP.
     pub fn http(&self, method: &str, path: &str, body: &str) -> std::io::Result<(u16, Value)> {
         let (head, body) = self.exchange(method, path, body)?;
         let status = head.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or(0);
         Ok((status, serde_json::from_str(&body).unwrap_or(Value::Null)))
     }
 
-    /// As [`Self::http`]: the head and the body of the answer, as they are.
+    /// As [`Self::http`]; returns the head and the body of the answer as text.
     ///
     /// # Errors
-    /// What the connection came to.
+    /// If the connection fails, or the answer is not HTTP.
     pub fn exchange(
         &self,
         method: &str,
@@ -442,7 +443,7 @@ impl RunningVm {
         Ok((head.to_owned(), body.to_owned()))
     }
 
-    /// `GET path`; fails the test unless it succeeds.
+    /// Sends `GET path`; fails the test unless the status is 200.
     #[track_caller]
     #[must_use]
     pub fn get(&self, path: &str) -> Value {
@@ -451,14 +452,14 @@ impl RunningVm {
         value
     }
 
-    /// Pages the built-in workload has written.
+    /// Returns how many pages the built-in workload has written.
     #[track_caller]
     #[must_use]
     pub fn turns(&self) -> u64 {
         number(&self.get("/workload"), "turns")
     }
 
-    /// Loop turns of all vCPUs of the built-in workload.
+    /// Returns the loop turns of all vCPUs of the built-in workload.
     #[track_caller]
     #[must_use]
     pub fn loops(&self) -> u64 {
@@ -473,7 +474,7 @@ impl RunningVm {
             let (status, workload) = self
                 .http("GET", "/workload", "")
                 .unwrap_or_else(|error| panic!("{error}; it said: {}", self.stderr()));
-            // 409: the guest has not come so far yet.
+            // 409: the guest has not got so far yet.
             let vcpus = workload["vcpus"].as_array().filter(|_| status == 200)?;
             vcpus.iter().all(|cpu| cpu["populated"] == true).then_some(())
         });
@@ -485,7 +486,8 @@ impl RunningVm {
         wait_for("progress", || (self.turns() > turns).then_some(()));
     }
 
-    /// Fails the test unless all live memory is what the guest must have written.
+    /// Fails the test unless all live memory is what the guest must have written; returns the
+    /// report.
     #[track_caller]
     pub fn verify_workload(&self) -> Value {
         let (status, verified) = self.http("POST", "/workload/verify", "").expect("the VM answers");
@@ -503,13 +505,13 @@ impl RunningVm {
         self.child.try_wait().expect("it is our child").is_some()
     }
 
-    /// Ends the process as a power cut would, as far as a process can see that.
+    /// Kills the process, as a power cut would as far as a process can tell.
     pub fn kill_9(mut self) {
         self.child.kill().expect("it is our child");
         self.child.wait().expect("it is our child");
     }
 
-    /// Waits for the end of the process.
+    /// Waits for the process to end.
     #[track_caller]
     #[must_use]
     pub fn wait_end(mut self) -> Finished {
@@ -524,7 +526,8 @@ impl RunningVm {
         Finished { status, stdout, stderr: self.stderr() }
     }
 
-    /// The `ended` line among what was printed; the process has to have ended with status 0.
+    /// Waits for the process to end; fails the test unless it exits with status 0 and its last line
+    /// is an `ended` event with this `reason`.
     #[track_caller]
     pub fn expect_ended(self, reason: &str) {
         let finished = self.wait_end();
@@ -545,7 +548,7 @@ impl Drop for RunningVm {
     }
 }
 
-/// Fails the test unless every block of every snapshot of `store` is good.
+/// Fails the test unless every block of every snapshot of `store` verifies.
 #[track_caller]
 pub fn expect_sound(store: &Arc<Store>) {
     let ids: Vec<_> = store.snapshots().iter().map(|info| info.id).collect();
@@ -553,7 +556,7 @@ pub fn expect_sound(store: &Arc<Store>) {
     assert!(report.damage.is_empty(), "{:#?}", report.damage);
 }
 
-/// Changes the byte at `offset` of a file.
+/// Changes the byte at `offset` in a file.
 pub fn flip_byte(path: &Path, offset: u64) {
     use std::os::unix::fs::FileExt;
     let file = File::options().read(true).write(true).open(path).expect("the file opens");

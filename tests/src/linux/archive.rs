@@ -1,5 +1,5 @@
-//! Initial RAM disks: cpio archives of the kind that Linux unpacks (`newc`), the same bytes for the
-//! same contents.
+//! Initial RAM disks: cpio archives in the format that Linux unpacks (`newc`). The same contents
+//! always give the same bytes.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -11,7 +11,7 @@ const PROGRAM: u32 = 0o100_755;
 const DATA: u32 = 0o100_644;
 const LINK: u32 = 0o120_777;
 
-/// An archive in the making. Everything in it is root's, of 1970.
+/// An archive in the making. All its entries belong to root and are dated 1970.
 #[derive(Debug, Default)]
 pub struct Archive {
     bytes: Vec<u8>,
@@ -19,41 +19,41 @@ pub struct Archive {
 }
 
 impl Archive {
-    /// An empty one.
+    /// An empty archive.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// A file with `contents` at the absolute `path`.
+    /// Adds a file with `contents` at the absolute `path`.
     ///
     /// # Panics
-    /// If there is one already.
+    /// If there is something at `path` already.
     pub fn data(&mut self, path: &str, contents: &[u8]) {
         self.enter(Path::new(path), DATA, contents);
     }
 
-    /// As [`Self::data`], one that can be executed.
+    /// As [`Self::data`], but makes the file executable.
     ///
     /// # Panics
-    /// If there is one already.
+    /// If there is something at `path` already.
     pub fn script(&mut self, path: &str, contents: &[u8]) {
         self.enter(Path::new(path), PROGRAM, contents);
     }
 
-    /// A symbolic link at `path`.
+    /// Adds a symbolic link to `target` at `path`.
     ///
     /// # Panics
-    /// If there is something already.
+    /// If there is something at `path` already.
     pub fn link(&mut self, path: &str, target: &str) {
         self.enter(Path::new(path), LINK, target.as_bytes());
     }
 
-    /// A program of this machine at `path`, and the libraries it is linked with where it looks for
-    /// them.
+    /// Adds this machine's program `from` at `path`, and the libraries it is linked with, where it
+    /// looks for them.
     ///
     /// # Panics
-    /// If it cannot be read, or wants libraries that are not there.
+    /// If it cannot be read, or needs libraries that are missing.
     pub fn program(&mut self, path: &str, from: &Path) {
         self.enter(Path::new(path), PROGRAM, &read(from));
         for library in libraries(from) {
@@ -64,7 +64,7 @@ impl Archive {
         }
     }
 
-    /// The archive's bytes.
+    /// Returns the archive's bytes.
     #[must_use]
     pub fn finish(mut self) -> Vec<u8> {
         self.record("TRAILER!!!", 0, &[]);
@@ -73,7 +73,7 @@ impl Archive {
 
     fn enter(&mut self, path: &Path, mode: u32, contents: &[u8]) {
         let mut folders: Vec<&Path> = path.ancestors().skip(1).collect();
-        folders.pop(); // the root is there
+        folders.pop(); // the root needs no entry
         for folder in folders.into_iter().rev() {
             if self.there.insert(folder.to_owned()) {
                 self.record(name(folder), FOLDER, &[]);
@@ -89,7 +89,8 @@ impl Archive {
         let size = u32::try_from(contents.len()).expect("small files");
         let name_size = u32::try_from(name.len() + 1).expect("short names");
         self.bytes.extend_from_slice(b"070701");
-        // Inode, mode, user, group, links, time, size, two device numbers, name's size, no checksum.
+        // Inode, mode, user, group, links, time, size, two device numbers, name's size, no
+        // checksum.
         for field in [number, mode, 0, 0, links, 0, size, 0, 0, 0, 0, name_size, 0] {
             self.bytes.extend_from_slice(format!("{field:08x}").as_bytes());
         }
@@ -109,12 +110,12 @@ fn name(path: &Path) -> &str {
     path.to_str().expect("UTF-8").trim_start_matches('/')
 }
 
-/// The contents of a file of this machine.
+/// Reads a file of this machine.
 pub(super) fn read(path: &Path) -> Vec<u8> {
     fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
-/// What `ldd` says a program is linked with; nothing if it is static.
+/// Returns the libraries that `ldd` says `program` is linked with; none if it is static.
 fn libraries(program: &Path) -> Vec<PathBuf> {
     let output = Command::new("ldd").arg(program).output().expect("ldd, a part of every libc");
     let text = String::from_utf8(output.stdout).expect("UTF-8");
@@ -142,7 +143,7 @@ mod tests {
             .collect();
         assert_eq!(names, ["a", "a/b", "a/b/odd", "init", "a/link", "TRAILER!!!"]);
         assert_eq!(text.len() % 4, 0);
-        // 110 + 8 is padded to 120.
+        // Header and name, 110 + 8 bytes, are padded to 120.
         assert!(text.contains("a/b/odd\x00\x00\x0012345"), "{text:?}");
         assert!(text.contains("12345\x00\x00\x00070701"), "{text:?}");
     }

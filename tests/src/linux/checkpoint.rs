@@ -1,4 +1,4 @@
-//! What scripts tell of checkpoints.
+//! The checkpoints that scripts report.
 
 use std::ops::RangeInclusive;
 
@@ -6,17 +6,17 @@ use serde_json::Value;
 
 use super::{Outcome, value};
 
-/// One, as `checkpoint` of `outer.sh` tells of it.
+/// A checkpoint, as `checkpoint` in `outer.sh` reports it.
 #[derive(Debug)]
 pub struct Checkpoint {
-    /// Those of its guest before it was asked for and after it was done.
+    /// The guest's latest tick when the checkpoint was requested, and when it was done.
     pub ticks: [u64; 2],
     /// What `frazil checkpoint --json` printed.
     pub report: Value,
 }
 
 impl Checkpoint {
-    /// The one with this tag.
+    /// Finds the checkpoint with this tag.
     ///
     /// # Panics
     /// If there is none.
@@ -32,8 +32,8 @@ impl Checkpoint {
         Self { ticks: [value(words[1]), value(words[2])], report }
     }
 
-    /// What the first tick of a guest that is resumed from it can be. The line of one may be begun
-    /// before the cut and ended after it.
+    /// Returns the numbers that the first tick of a guest resumed from this checkpoint can have. A
+    /// tick's line may begin before the cut and end after it.
     #[must_use]
     pub fn next(&self) -> RangeInclusive<u64> {
         self.ticks[0]..=self.ticks[1] + 2
@@ -41,7 +41,7 @@ impl Checkpoint {
 }
 
 impl Outcome {
-    /// Fails the test unless a guest never found anything bad.
+    /// Fails the test if the guest ever said `GUEST bad`.
     ///
     /// # Panics
     /// If it did.

@@ -1,4 +1,4 @@
-//! One run of an emulated machine: what it says, and how it ended.
+//! One run of an emulated machine: what its script says, and how the run ends.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
@@ -9,27 +9,28 @@ use std::time::{Duration, Instant};
 
 use super::parts::Parts;
 
-/// A machine that says nothing for so long has stalled. A script that waits for a guest says so more often.
+/// A machine that is silent for this long has stalled. A script that waits for a guest says so more
+/// often.
 const QUIET_MAX: Duration = Duration::from_secs(75);
-/// No run may take longer.
+/// The longest that a run may take.
 const RUN_MAX: Duration = Duration::from_mins(12);
-/// The most that a script can keep, in bytes.
+/// The largest archive that a script can leave behind, in bytes.
 const KEPT_BYTES_MAX: u64 = 1 << 30;
-/// How much of a log a failure shows.
+/// How many lines from the end of each log a failure shows.
 const TAIL_LINES: usize = 60;
 
 /// How a run ended.
 #[derive(Debug)]
 pub(super) enum End {
-    /// The script came to its end.
+    /// The script ran to its end.
     Done,
-    /// Something stood still, without a word: the emulated processor loses an interrupt now and then.
+    /// Something stood still silently: the emulated processor now and then loses an interrupt.
     Stalled(String),
     /// Anything else.
     Failed(String),
 }
 
-/// A run that is over.
+/// A finished run.
 #[derive(Debug)]
 pub(super) struct Run {
     /// What the script said, line by line.
@@ -48,32 +49,32 @@ impl Drop for Qemu {
     }
 }
 
-/// The file of a machine's disk, on which a script leaves an archive.
+/// Returns the file of the machine's disk, on which the script can leave an archive.
 pub(super) fn kept(folder: &Path) -> PathBuf {
     folder.join("kept.tar")
 }
 
-/// Runs `initrd` in a machine that has AMD-V in software, to its end. The script talks on the second
-/// serial port. Files in `folder` get what it says, what the kernel says on the first, and QEMU's own
-/// words: `script.log`, `kernel.log`, `qemu.log`.
+/// Runs `initrd` to its end in a machine with emulated AMD-V. The logs in `folder` are
+/// `script.log`, what the script writes to the second serial port; `kernel.log`, what the kernel
+/// writes to the first; and `qemu.log`, QEMU's standard error.
 pub(super) fn run(parts: &Parts, initrd: &Path, folder: &Path) -> Run {
     let kernel_log = folder.join("kernel.log");
     let disk = File::create(kept(folder)).expect("the folder is writable");
     disk.set_len(KEPT_BYTES_MAX).expect("files may have holes");
     let errors = File::create(folder.join("qemu.log")).expect("the folder is writable");
     let mut command = Command::new(&parts.qemu);
-    // One processor, which guests' vCPUs share. With two, QEMU 7.2 now and then lets an interrupt in
-    // between a guest's exit and the loading of the kernel's own GS, where there can be none; the
-    // kernel or the guest dies of that.
+    // One processor, which the guests' vCPUs share. With two, QEMU 7.2 now and then delivers an
+    // interrupt between a guest's exit and the loading of the kernel's own GS, where none can occur
+    // on hardware, and that kills the kernel or the guest.
     command
         .args(["-accel", "tcg,thread=multi", "-cpu", "EPYC,+svm", "-smp", "1", "-m", "3072"])
         .args(["-nodefaults", "-display", "none", "-no-reboot", "-serial"])
         .arg(format!("file:{}", kernel_log.display()))
         .args(["-serial", "stdio", "-append"])
-        // A timer that ticks all the time: the emulated processor now and then loses an interrupt, and after a
-        // lost one-shot there is no next.
+        // A periodic timer: the emulated processor now and then loses an interrupt, and a lost
+        // one-shot is never followed by another.
         .arg("console=ttyS0 quiet panic=-1 mitigations=off nohz=off highres=off")
-        // What the script keeps for the test.
+        // The disk for what the script keeps.
         .arg("-drive")
         .arg(format!("file={},if=virtio,format=raw", kept(folder).display()))
         .arg("-kernel")
@@ -98,7 +99,7 @@ fn lines_of(child: &mut Child) -> Receiver<String> {
     let stdout = BufReader::new(child.stdout.take().expect("a pipe"));
     let (line, lines) = channel();
     std::thread::spawn(move || {
-        // Firmware and guests may say what is no text.
+        // Firmware and guests may write bytes that are not UTF-8.
         for bytes in stdout.split(b'\n').map_while(Result::ok) {
             let text = String::from_utf8_lossy(&bytes).trim_end_matches('\r').to_owned();
             if line.send(text).is_err() {
@@ -109,7 +110,7 @@ fn lines_of(child: &mut Child) -> Receiver<String> {
     lines
 }
 
-/// What was said so far, also in a file, each line with the time since the start.
+/// The lines said so far, also logged to a file, each with the time since the start.
 struct Said {
     lines: Vec<String>,
     log: File,
@@ -135,7 +136,7 @@ fn listen(lines: &Receiver<String>, said: &mut Said) -> End {
         let left = RUN_MAX.saturating_sub(said.start.elapsed());
         match lines.recv_timeout(QUIET_MAX.min(left)) {
             Ok(line) => {
-                // The first one counts; what the script says after it tells more.
+                // The first one counts; the lines after it only add details.
                 if let Some(why) = line.strip_prefix("TEST failed ") {
                     trouble.get_or_insert_with(|| End::Failed(why.to_owned()));
                 } else if let Some(who) = line.strip_prefix("TEST stalled ") {

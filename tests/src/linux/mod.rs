@@ -1,20 +1,19 @@
-//! A stock Linux guest, end to end: a distribution's kernel, as it was shipped, is run by `frazil`
-//! on a KVM of the kind that people's hardware has. That KVM is in a machine of its own, whose
-//! processor QEMU emulates, AMD-V included; so this works wherever QEMU does, ten to twenty times
-//! slower than on hardware.
+//! A stock Linux guest, end to end: `frazil` runs a distribution's kernel, as shipped, on KVM with
+//! hardware virtualisation. KVM itself runs in a machine whose processor, AMD-V included, is
+//! emulated by QEMU, so this works wherever QEMU does, ten to twenty times slower than on hardware.
 //!
 //! ```text
 //! test ── QEMU ── kernel and KVM ── the test's script (outer.sh) ── frazil ── kernel ── guest.sh
 //! ```
 //!
-//! A test is a script for the outer machine and a look at what it said. `outer.sh` and `guest.sh`
-//! tell what scripts can use and what guests do. Lines that begin with `TEST` are for the test;
-//! when the script is over, the guests' consoles follow as `CONSOLE VM text`, what `frazil` said as
-//! `LOG VM text`.
+//! A test runs a script in the outer machine and then checks what the script said. `outer.sh`
+//! documents the functions that scripts can use, `guest.sh` what guests do. Lines that begin with
+//! `TEST` are for the test; when the script is over, the guests' consoles follow as `CONSOLE VM
+//! text` and what `frazil` said as `LOG VM text`.
 //!
-//! The emulated AMD-V now and then loses an interrupt of a timer, and a guest stands still for ever.
-//! Such a run is made again, twice at the most, and that is counted and told. A run that fails in
-//! any other way is never made again.
+//! The emulated AMD-V now and then loses a timer interrupt, and a guest stands still for ever. Such
+//! a run is repeated, at most twice, and the stalls are counted and reported. A run that fails in
+//! any other way is never repeated.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -39,17 +38,17 @@ pub use who::Who;
 
 use crate::rng::Rng;
 
-/// How often a run that stalled is made again.
+/// How often a stalled run is repeated.
 const AGAIN_MAX: usize = 2;
-/// What the guest keeps in its tmpfs beside what changes.
+/// Least size of what never changes in the guest's tmpfs, in bytes.
 const KNOWN_BYTES: usize = 1 << 20;
 const KNOWN_SEED: u64 = 6;
 
-/// Modules of the machine around the guests.
+/// Kernel modules of the outer machine.
 const OUTER_MODULES: [&str; 4] = ["kvm_amd", "tun", "virtio_pci", "virtio_blk"];
-/// Programs of it, besides busybox and `frazil`.
+/// Programs of the outer machine, besides busybox and `frazil`.
 const OUTER_PROGRAMS: [&str; 4] = ["mkfs.ext4", "e2fsck", "socat", "zstd"];
-/// Modules of guests.
+/// Kernel modules of guests.
 const GUEST_MODULES: [&str; 6] = [
     "virtio_mmio",
     "virtio_blk",
@@ -61,32 +60,32 @@ const GUEST_MODULES: [&str; 6] = [
 /// Programs of guests, besides busybox.
 const GUEST_PROGRAMS: [&str; 3] = ["sqlite3", "e2fsck", "socat"];
 
-/// One emulated machine at a time: each takes two cores and 3 GiB.
+/// Held while an emulated machine runs. One at a time: each takes two cores and 3 GiB.
 static TURN: Mutex<()> = Mutex::new(());
 
 /// What a script said, and what the guests did.
 #[derive(Debug)]
 pub struct Outcome {
     lines: Vec<String>,
-    /// How often the run stalled before it came to its end.
+    /// How many runs stalled before one completed.
     pub stalls: usize,
-    /// How long the run took that came to its end.
+    /// How long the completed run took.
     pub took: Duration,
     folder: PathBuf,
 }
 
-/// Runs `script` in a machine with KVM, `frazil`, and a kernel with an initrd for guests. `name` is
-/// the folder of its logs in TARGET/tmp/linux. `None` if this machine has no QEMU.
+/// Runs `script` in a machine with KVM, `frazil`, and a kernel with an initrd for guests. `name`
+/// names the folder of its logs, in TARGET/tmp/linux. Returns `None` if this machine has no QEMU.
 ///
 /// # Panics
 /// If the script fails or stalls too often, with the ends of all logs; if something is missing that
-/// `make setup` brings.
+/// `make setup-tests` installs.
 #[must_use]
 pub fn run(name: &str, script: &str) -> Option<Outcome> {
     run_with(name, script, |_parts| Vec::new())
 }
 
-/// As [`run`], in a machine that has some more files, by their paths there.
+/// As [`run`], with more files in the machine: their paths there, and their contents.
 ///
 /// # Panics
 /// As [`run`].
@@ -100,7 +99,7 @@ pub fn run_with(
     let base = base(&parts);
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let mut initrd = base.clone();
-    // The kernel unpacks archives that follow each other.
+    // The kernel unpacks concatenated archives.
     let mut more = Archive::new();
     more.data("/test.sh", script.as_bytes());
     for (path, contents) in files(&parts) {
@@ -132,12 +131,13 @@ pub fn run_with(
     }
 }
 
-/// Says it where it is seen: the test runner keeps what a passing test prints to itself.
+/// Reports on standard error directly: the test runner captures what `eprintln!` prints, and shows
+/// it only if the test fails.
 fn tell(what: &str) {
     let _said = writeln!(std::io::stderr(), "stock Linux: {what}");
 }
 
-/// What all scripts' machines have in common, as an archive. Made once.
+/// Returns the archive that all scripts' machines have in common. It is made once per process.
 fn base(parts: &Parts) -> Vec<u8> {
     static BASE: OnceLock<Vec<u8>> = OnceLock::new();
     let make = || {
@@ -158,7 +158,7 @@ fn base(parts: &Parts) -> Vec<u8> {
     BASE.get_or_init(make).clone()
 }
 
-/// The guests' initrd.
+/// Makes the guests' initrd.
 fn guest(parts: &Parts) -> Vec<u8> {
     let mut archive = Archive::new();
     Parts::program(&mut archive, "busybox");
@@ -172,7 +172,8 @@ fn guest(parts: &Parts) -> Vec<u8> {
     archive.finish()
 }
 
-/// What is in every guest's tmpfs all the time: lines of hexadecimal numbers that follow from a seed.
+/// Makes what never changes in each guest's tmpfs: lines of hexadecimal numbers that follow from a
+/// seed.
 fn known() -> String {
     let mut rng = Rng::new(KNOWN_SEED);
     let mut text = String::with_capacity(KNOWN_BYTES);
@@ -183,7 +184,7 @@ fn known() -> String {
     text
 }
 
-/// The SHA-256 of what guests know, as `sha256sum` prints it.
+/// Returns the SHA-256 of the guests' /known, as `sha256sum` prints it.
 ///
 /// # Panics
 /// If there is no `sha256sum`.
@@ -197,7 +198,7 @@ pub fn known_sum() -> String {
 }
 
 impl Outcome {
-    /// Puts the folder that the script kept into `folder`.
+    /// Unpacks into `folder` the folder that the script kept.
     ///
     /// # Panics
     /// If it kept none, or there is no `tar`.
@@ -208,13 +209,13 @@ impl Outcome {
         assert!(status.success(), "{}: {status}", archive.display());
     }
 
-    /// The words of each line `TEST key word…`, in order.
+    /// Returns the words after `key` of each line `TEST key word…`, in order.
     #[must_use]
     pub fn told(&self, key: &str) -> Vec<Vec<&str>> {
         self.after("TEST", key)
     }
 
-    /// The words of the only line `TEST key word…`.
+    /// Returns the words after `key` of the only line `TEST key word…`.
     ///
     /// # Panics
     /// If there is none, or more than one.
@@ -226,14 +227,14 @@ impl Outcome {
         found.remove(0)
     }
 
-    /// The words of each line `GUEST key word…` of a guest's console.
+    /// Returns the words after `key` of each line `GUEST key word…` on a guest's console.
     #[must_use]
     pub fn guest(&self, vm: &str, key: &str) -> Vec<Vec<&str>> {
         let prefix = format!("CONSOLE {vm} GUEST");
         self.after(&prefix, key)
     }
 
-    /// Every line of a guest's console.
+    /// Returns every line of a guest's console.
     #[must_use]
     pub fn console(&self, vm: &str) -> Vec<&str> {
         let prefix = format!("CONSOLE {vm} ");
@@ -252,37 +253,36 @@ impl Outcome {
     }
 }
 
-/// What a guest says of itself turn by turn.
+/// What a guest reports about itself once a turn.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Tick {
-    /// Which turn.
+    /// Number of the turn.
     pub number: u64,
-    /// Seconds since the guest was booted, on its clock.
+    /// Seconds since the guest was booted, by its own clock.
     pub uptime: f64,
-    /// Its date, in seconds since 1970.
+    /// The guest's date, in seconds since 1970.
     pub date: f64,
-    /// Rounds that both loads have done.
+    /// How many rounds each of the two loads has done.
     pub rounds: [u64; 2],
-    /// Rows in its database; 0 if it has no disk.
+    /// Rows in the guest's database; 0 if it has no disk.
     pub rows: u64,
-    /// The connection it is at, counted from 1, and the last number that came back; zeros if it has
-    /// no network.
+    /// The number of the guest's current connection, counted from 1, and the last number that came
+    /// back over it; zeros if there is no network.
     pub echoed: [u64; 2],
-    /// 128 random bits, from its kernel.
+    /// 128 random bits from the guest's /dev/hwrng, or /dev/urandom if it has none.
     pub random: String,
 }
 
 impl Outcome {
-    /// The ticks of a guest in order. The first line of one that was resumed may be the end of one
-    /// that was begun before, and is left out then.
+    /// Returns the ticks of a guest in order. A last line that was cut short is left out.
     ///
     /// # Panics
-    /// If there is a line that is no tick, or no tick at all.
+    /// If any other line is not a whole tick, or there is no tick at all.
     #[track_caller]
     #[must_use]
     pub fn ticks(&self, vm: &str) -> Vec<Tick> {
         let mut lines = self.guest(vm, "tick");
-        // The last one may be cut short where the guest ended.
+        // The last line may be cut short where the guest ended.
         lines.pop_if(|words| {
             !words.contains(&"random") || words.last().is_some_and(|word| word.len() != 32)
         });
@@ -314,10 +314,10 @@ impl Tick {
     }
 }
 
-/// A number that a script or a guest told.
+/// Parses a number that a script or a guest said.
 ///
 /// # Panics
-/// If it is none.
+/// If `word` is not a number.
 #[track_caller]
 #[must_use]
 pub fn value<T: FromStr>(word: &str) -> T {

@@ -1,5 +1,5 @@
-//! What machines and guests are made of: programs, a kernel and its modules, all from Debian
-//! packages, and `frazil`, built so that it runs where nothing else is.
+//! The parts of machines and guests: programs, a kernel and its modules, all from Debian packages,
+//! and `frazil`, built as a static program.
 
 use std::fs;
 use std::io::Write;
@@ -8,32 +8,32 @@ use std::process::Command;
 
 use super::archive::{Archive, read};
 
-/// The emulator, without which there is no test.
+/// The emulator, without which these tests are skipped.
 const QEMU: &str = "qemu-system-x86_64";
-/// Where Rust builds for, C library included.
+/// The Rust target for static programs, C library included.
 const TRIPLE: &str = "x86_64-unknown-linux-gnu";
 
-/// Files of this machine.
+/// Where this machine has the emulator, the kernel and its modules.
 #[derive(Debug)]
 pub struct Parts {
     /// The emulator.
     pub qemu: PathBuf,
-    /// A distribution's kernel, as it was shipped (bzImage).
+    /// A distribution's kernel, as shipped (bzImage).
     pub kernel: PathBuf,
-    /// The folder of its modules, where `modules.dep` is.
+    /// The folder of the kernel's modules, which has `modules.dep`.
     modules: PathBuf,
 }
 
 impl Parts {
-    /// Finds them. `None` if there is no QEMU, which standard error is told even where tests' output
-    /// is captured.
+    /// Finds the parts. Returns `None` if there is no QEMU, and says so on standard error even
+    /// where the output of tests is captured.
     ///
     /// # Panics
-    /// If there is QEMU, but no kernel for it: `make setup` brings both.
+    /// If there is QEMU but no kernel for it: `make setup-tests` installs both.
     #[must_use]
     pub fn find() -> Option<Self> {
         let Some(qemu) = on_path(QEMU) else {
-            // Not eprintln!, which the test runner keeps to itself.
+            // Not eprintln!, whose output the test runner captures.
             let _said = writeln!(
                 std::io::stderr(),
                 "SKIPPED: there is no {QEMU} on this machine, and this test runs a kernel in it; \
@@ -51,18 +51,18 @@ impl Parts {
         Some(Self { qemu, kernel, modules })
     }
 
-    /// Puts a program of this machine into `archive`, in /bin.
+    /// Adds a program of this machine to `archive`, in /bin.
     ///
     /// # Panics
-    /// If it is not there.
+    /// If this machine does not have it.
     pub fn program(archive: &mut Archive, name: &str) {
         let path = on_path(name)
             .unwrap_or_else(|| panic!("there is no {name} here; `make setup` brings it"));
         archive.program(&format!("/bin/{name}"), &path);
     }
 
-    /// Puts modules of the kernel into `archive`, below /modules, those they need before them in the
-    /// order of names. What is built into the kernel is left out.
+    /// Adds modules of the kernel to `archive`, below /modules, named so that in the order of names
+    /// each comes after those it needs. Modules that are built into the kernel are left out.
     ///
     /// # Panics
     /// If the kernel has no such module.
@@ -79,7 +79,7 @@ impl Parts {
                 assert!(there, "{} has no module {name}", self.kernel.display());
                 continue;
             };
-            // `A: B C`: A needs B and C, and C must be there before B.
+            // `A: B C`: A needs B and C, and C has to be loaded before B.
             for path in line.split([':', ' ']).filter(|path| !path.is_empty()).rev() {
                 if !wanted.contains(&path) {
                     wanted.push(path);
@@ -92,17 +92,17 @@ impl Parts {
         }
     }
 
-    /// The ELF file that is compressed in the kernel (Linux boot protocol 2.08, payload_offset).
+    /// Decompresses the ELF file in the kernel image (Linux boot protocol 2.08, payload_offset).
     ///
     /// # Panics
-    /// If there is none, or the program that unpacks it is missing.
+    /// If there is none, or the program that decompresses it is missing.
     #[must_use]
     pub fn vmlinux(&self) -> Vec<u8> {
         let image = read(&self.kernel);
         let word = |at: usize| -> [u8; 4] { image[at..at + 4].try_into().expect("four bytes") };
         let [offset, len] = [0x248, 0x24c].map(|at| u32::from_le_bytes(word(at)) as usize);
         let from = (usize::from(image[0x1f1]) + 1) * 512 + offset;
-        // The last four bytes are the size of what is compressed.
+        // The last four bytes are the uncompressed size.
         let payload = &image[from..from + len - 4];
         let tool = match payload {
             [0x02, 0x21, 0x4c, 0x18, ..] => "lz4",
@@ -130,7 +130,8 @@ impl Parts {
     }
 }
 
-/// `kernel/drivers/virtio/virtio_ring.ko.xz` is `virtio_ring`. Names with a dash are known by both.
+/// Returns the name of the module at `path`, as lsmod has it: `virtio_ring` for
+/// `kernel/drivers/virtio/virtio_ring.ko.xz`. Dashes become underscores.
 fn module_name(path: &str) -> String {
     let file = path.rsplit('/').next().unwrap_or(path);
     file.split(".ko").next().unwrap_or(file).replace('-', "_")
@@ -154,19 +155,19 @@ fn decompressed(path: &Path) -> Vec<u8> {
 
 fn on_path(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
-    // Administrators' programs are not on everybody's path.
+    // Not every user's PATH has the administrators' folders.
     std::env::split_paths(&path)
         .chain(["/usr/sbin", "/sbin"].map(PathBuf::from))
         .map(|folder| folder.join(name))
         .find(|file| file.is_file())
 }
 
-/// Where `make setup` unpacks a kernel that is not to be installed.
+/// Returns the folder in which `make setup-tests` unpacks a kernel without installing it.
 fn unpacked_kernels() -> PathBuf {
     target_folder().join("debian-kernel")
 }
 
-/// The newest kernel of the flavour, and its modules.
+/// Returns the newest kernel of the flavour `cloud-amd64`, and the folder of its modules.
 fn newest_kernel() -> Option<(PathBuf, PathBuf)> {
     let mut found = Vec::new();
     for root in [PathBuf::from("/"), unpacked_kernels()] {
@@ -188,15 +189,15 @@ fn newest_kernel() -> Option<(PathBuf, PathBuf)> {
     found.into_iter().max().map(|(_, kernel, modules)| (kernel, modules))
 }
 
-/// Where cargo builds this workspace.
+/// Returns cargo's target folder of this workspace.
 pub(super) fn target_folder() -> PathBuf {
     // Tests are at TARGET/PROFILE/deps/NAME.
     let this = std::env::current_exe().expect("a test knows its file");
     this.ancestors().nth(3).expect("tests are in TARGET/PROFILE/deps").to_owned()
 }
 
-/// `frazil` with everything it needs inside, without debugging information. Built with
-/// optimisations: where it runs is slow enough.
+/// Builds `frazil` as a static program without debugging information. Built with optimisations: the
+/// emulated machine is slow enough.
 pub(super) fn static_frazil() -> Vec<u8> {
     let target = target_folder();
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());

@@ -1,38 +1,38 @@
-//! What a guest has for its own: its clocks, and what tells it from its clones.
+//! What each guest has for itself: its clocks, and what distinguishes it from its clones.
 
 use super::{Outcome, value};
 
-/// A guest, as it saw itself when it was asked (`whoami` in `outer.sh`).
+/// A guest's answer to `whoami` of `outer.sh`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Who {
-    /// The date of the machine around it before it was asked and after it had answered, in seconds since
-    /// 1970, as all dates here.
+    /// The dates of the outer machine before the question and after the answer. All dates are in
+    /// seconds since 1970.
     pub between: [i64; 2],
-    /// Its date.
+    /// The guest's date.
     pub date: i64,
-    /// The date that its CMOS clock has.
+    /// The date of the guest's CMOS clock.
     pub rtc: i64,
-    /// Seconds since it was booted, on its monotonic clock.
+    /// Seconds since the guest was booted, by its monotonic clock.
     pub uptime: f64,
-    /// The generation id that it finds in its memory, in hexadecimal.
+    /// The generation id in the guest's memory, in hexadecimal.
     pub generation: String,
-    /// Lines of its ACPI tables that tell of that.
+    /// How many lines of the guest's ACPI tables mention the generation id's device.
     pub tables: u64,
-    /// Events of ACPI devices that its kernel was told of.
+    /// How many events of ACPI devices the guest's kernel has been notified of.
     pub events: u64,
-    /// The context id that its driver of sockets has.
+    /// The context id that the guest's vsock driver has.
     pub cid: u32,
-    /// The first word of its disk.
+    /// The first word of the guest's disk.
     pub disk: String,
-    /// The address of its network card, as the driver knows it.
+    /// The MAC address of the guest's network card, as its driver knows it.
     pub mac: String,
 }
 
 impl Outcome {
-    /// What a guest answered each time that it was asked.
+    /// Returns the guest's answers, in order.
     ///
     /// # Panics
-    /// If an answer lacks something.
+    /// If an answer lacks a field.
     #[track_caller]
     #[must_use]
     pub fn who(&self, vm: &str) -> Vec<Who> {
