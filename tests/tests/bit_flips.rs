@@ -1,5 +1,5 @@
-//! Damage to the files of a store, bit by bit: it is reported with the file's name, or it does
-//! not matter. Never a panic, never a wrong page.
+//! Damages the files of a store bit by bit: the damage is reported with the file's name, or it is
+//! harmless. There is never a panic, never a wrong page.
 
 use std::fs;
 use std::os::unix::fs::FileExt;
@@ -14,7 +14,7 @@ use frazil_tests::fixture;
 use frazil_tests::format_reader::{KIND_FINGERPRINTS, read_segment};
 use frazil_tests::oracle::{Model, check_all, content, small_options};
 
-/// Every how many flips all pages are read as well, by a store that has nothing cached.
+/// One flip in this many also has all pages read, by a store that has nothing cached.
 const READ_STRIDE: usize = 200;
 
 /// How damage showed.
@@ -24,11 +24,11 @@ enum Outcome {
     Reported,
     /// Everything is there and right.
     Intact,
-    /// An older state of the store, and nothing says so.
+    /// The store is in an older state, with this many snapshots, and nothing says so.
     Older(usize),
 }
 
-/// A store with everything there is, to be damaged.
+/// A store that uses every feature of the format, to be damaged.
 struct Fixture(fixture::Everything);
 
 impl std::ops::Deref for Fixture {
@@ -52,14 +52,15 @@ impl Fixture {
         open(self.folder.path(), small_options())
     }
 
-    /// Opens it so that every page is read from its own record: frames are cached by their hash,
-    /// and damage to a record that stands there twice could hide behind the other.
+    /// Opens the store without caches, so that every page is read from its own record: frames are
+    /// cached by hash, so of two equal records a damaged one could hide behind the other.
     fn open_without_cache(&self) -> Arc<Store> {
         let options = StoreOptions { frame_cache_bytes: 0, base_cache_bytes: 0, ..small_options() };
         open(self.folder.path(), options).expect("only a segment is damaged")
     }
 
-    /// Opens, verifies and reads everything.
+    /// Opens and verifies the store and reads every page. `damaged` is part of the name of the
+    /// damaged file.
     fn judge(&self, damaged: &str) -> Outcome {
         let store = match self.open() {
             Ok(store) => store,
@@ -82,7 +83,7 @@ impl Fixture {
         }
     }
 
-    /// Replaces a file while `run` looks.
+    /// Replaces a file, or removes it if `content` is `None`, while `run` runs.
     fn with<T>(&self, name: &str, content: Option<&[u8]>, run: impl FnOnce() -> T) -> T {
         let path = self.path(name);
         let good = fs::read(&path).unwrap();
@@ -98,8 +99,8 @@ fn open(folder: &Path, options: StoreOptions) -> Result<Arc<Store>, String> {
     Store::open_storage(storage, options).map_err(|error| error.to_string())
 }
 
-/// True if `verify` finds damage; all of it must be in `file`, unless the journal is damaged: an
-/// older one names files that are gone.
+/// True if `verify` finds damage. All of it must be in `file`, unless that is the journal: a
+/// damaged journal may be cut back to an older state, which names files that are gone.
 fn reported(store: &Arc<Store>, snapshots: &[SnapshotId], file: &str) -> bool {
     let report = verify(store, snapshots, &VerifyProgress::default()).unwrap();
     for damage in report.damage.iter().filter(|_| file != "journal") {
@@ -108,22 +109,22 @@ fn reported(store: &Arc<Store>, snapshots: &[SnapshotId], file: &str) -> bool {
     !report.damage.is_empty()
 }
 
-/// True if `verify` finds damage in `file`, and says where: at `offset`, what was expected and what
-/// was found.
+/// True if `verify` finds damage in `file` at `offset`, and says what was expected and what was
+/// found.
 fn reported_at(store: &Arc<Store>, snapshots: &[SnapshotId], file: &str, offset: u64) -> bool {
     let report = verify(store, snapshots, &VerifyProgress::default()).unwrap();
     report.damage.iter().any(|damage| match &damage.error {
         StoreError::Corrupt { file: found, offset: at, expected, found: what, .. } => {
             found == file && *at == offset && !expected.is_empty() && !what.is_empty()
         }
-        // Of a later version, by its number.
+        // The flipped version number looks like that of a later format.
         StoreError::UnsupportedVersion { file: found, .. } => found == file && offset == 0,
         _ => false,
     })
 }
 
-/// Reads every page of every snapshot; those that can be read must be right. Returns how many
-/// could not.
+/// Reads every page of every snapshot. Those that can be read must be right; returns the number of
+/// failed reads.
 fn read_all(store: &Arc<Store>, published: &[(SnapshotId, Model)]) -> usize {
     let mut unread = 0;
     let mut page: Page = [0; PAGE_SIZE];
@@ -159,8 +160,8 @@ fn every_bit_of_the_small_files_counts() {
             bytes[bit / 8] ^= 1 << (bit % 8);
             let (outcome, opens) =
                 fixture.with(name, Some(&bytes), || (fixture.judge(name), fixture.open().is_ok()));
-            // Only the newest record may pass for a torn append, which the next writer cuts off:
-            // damage before it must stop everybody.
+            // Only damage to the newest record may pass for a torn append, which the next writer
+            // cuts off. Damage before it must make opening fail.
             let may_open =
                 name == "lock" || (name == "journal" && bit / 8 >= good.len() - newest_len);
             assert_eq!(opens, may_open, "bit {bit} of {name}");
@@ -193,7 +194,7 @@ fn every_bit_of_a_segment_and_pack_counts() {
             if flips % READ_STRIDE == 0 {
                 assert_eq!(fixture.judge(name), Outcome::Reported, "bit {bit} of {name}");
                 let fresh = fixture.open_without_cache();
-                // Nobody needs fingerprints to read.
+                // Fingerprints are not needed for reading.
                 let needed = block.is_none_or(|block| block.kind != KIND_FINGERPRINTS);
                 let unread = read_all(&fresh, &fixture.published);
                 assert_eq!(unread > 0, needed, "bit {bit} of {name} in reading");
@@ -219,7 +220,7 @@ fn truncated_files_are_reported() {
     }
 }
 
-/// A journal that ends behind a whole record is an older store: nothing can tell it from one.
+/// A journal cut right behind a record cannot be told from that of an older store.
 #[test]
 fn a_truncated_journal_is_reported_or_an_older_store() {
     let fixture = fixture();
@@ -232,8 +233,8 @@ fn a_truncated_journal_is_reported_or_an_older_store() {
             Outcome::Intact => older.push(fixture.published.len()),
         }
     }
-    // Behind the header, and behind each record but the last.
-    // One whose snapshots' files were pruned later is reported.
+    // Cuts right behind the header and right behind a record give older stores, except that a store
+    // whose snapshots' files were pruned later is reported.
     assert_eq!((older[0], older.last()), (0, Some(&fixture.published.len())), "{older:?}");
 }
 
@@ -250,7 +251,7 @@ fn exchanged_and_foreign_files_are_reported() {
     let (pack, segment) = (&fixture.segments[0], fixture.segments.last().unwrap());
     for name in ["FRAZIL", "journal", pack, segment] {
         let foreign = fs::read(stranger.path(name)).unwrap();
-        // The journal is what disagrees with a foreign FRAZIL.
+        // With a foreign FRAZIL, it is the journal that is reported.
         let named = if name == "FRAZIL" { "journal" } else { name };
         let outcome = fixture.with(name, Some(&foreign), || fixture.judge(named));
         assert_eq!(outcome, Outcome::Reported, "{name} of another store");

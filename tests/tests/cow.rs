@@ -1,4 +1,4 @@
-//! Write-protection as copy-on-write, without KVM: a memfd, and threads that write to it.
+//! Copy-on-write by write-protection, without KVM: a memfd, and threads that write to it.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, RwLock};
@@ -14,10 +14,11 @@ use vm_memory::{Bytes, GuestAddress};
 const RAM_BYTES: u64 = 64 << 20;
 const PAGES: u64 = RAM_BYTES / PAGE_SIZE as u64;
 
-/// Where writers stand still while somebody holds the other side.
+/// Writers hold the read side while they write, so they stand still while the write side is held.
 type Cut = RwLock<()>;
 
-/// Writes to random pages, or to one after the other, until told to stop.
+/// Writes to random pages (even seeds) or to one page after the other (odd seeds) until told to
+/// stop.
 fn write(ram: &GuestRam, cut: &Cut, stop: &AtomicBool, writes: &AtomicU64, seed: u64) {
     let mut rng = Rng::new(seed);
     let mut next = 0;
@@ -37,7 +38,7 @@ fn write(ram: &GuestRam, cut: &Cut, stop: &AtomicBool, writes: &AtomicU64, seed:
     }
 }
 
-/// RAM, and what protects pages of it.
+/// Makes RAM and the protection of its pages.
 fn watched() -> (Arc<GuestRam>, CopyOnWrite) {
     let ram = Arc::new(GuestRam::new(RAM_BYTES).expect("RAM"));
     let memory = Arc::clone(&ram);
@@ -53,8 +54,8 @@ fn all_of(ram: &GuestRam) -> Vec<Page> {
     copy
 }
 
-/// One generation: pages are protected while writers run, they stand still for the cut, and what
-/// the store gets while they run again is memory as it was at the cut, to the byte.
+/// In each generation pages are protected while writers run, and the writers stand still for the
+/// cut. While they run again, the store gets memory exactly as it was at the cut.
 #[test]
 fn the_store_gets_memory_as_it_was_at_the_cut() {
     if !uffd_or_skip() {
@@ -73,10 +74,10 @@ fn the_store_gets_memory_as_it_was_at_the_cut() {
         let mut rng = Rng::new(7);
         let (mut parent, mut copied, mut waits) = (None, 0, 0);
         for generation in 0..6 {
-            // Every other time few copies may be made, and writers have to wait.
+            // In every other generation few copies may be made, and writers have to wait.
             let generous = generation % 2 == 0;
             let mut protected = cow.begin(if generous { usize::MAX } else { 50 });
-            // What changed since the generation before, or part of it: the rest is copied.
+            // Protects about half of what changed since the generation before; the rest is copied.
             let mut dirty = PageSet::new(PAGES);
             ram.harvest_vmm_writes(&mut dirty);
             if generation == 0 {
@@ -95,7 +96,7 @@ fn the_store_gets_memory_as_it_was_at_the_cut() {
             let expected = all_of(ram);
             drop(still);
 
-            // Let them write to much of it before the store looks, as far as they may.
+            // Lets writers change much of it before the store reads it, as far as they can.
             let until = writes.load(Ordering::Relaxed) + 2000;
             while generous && writes.load(Ordering::Relaxed) < until {
                 std::thread::yield_now();
@@ -127,7 +128,7 @@ fn the_store_gets_memory_as_it_was_at_the_cut() {
     });
 }
 
-/// A checkpoint that is given up lets everybody go, and the next one is right.
+/// Giving up a checkpoint, before the cut or after it, removes the protection: no writer hangs.
 #[test]
 fn giving_up_takes_the_protection_away() {
     if !uffd_or_skip() {

@@ -1,5 +1,5 @@
-//! Power fails before every operation that changes the medium, and keeps any part of what was not
-//! synced. Whatever is found then is the store before or after the operation in progress.
+//! Lets power fail before every operation that changes the medium, keeping any part of what was not
+//! synced. The store found afterwards is that before or that after the operation in progress.
 
 use std::sync::Arc;
 
@@ -10,10 +10,10 @@ use frazil_tests::storage_sim::SimStorage;
 
 const WORKLOADS: u64 = 6;
 const STEPS: u64 = 9;
-/// Different outcomes of one crash; a multiple of 4 has "nothing kept" and "all kept" among them.
+/// Different outcomes tried per crash; a multiple of 4 includes "nothing kept" and "all kept".
 const SEEDS: u64 = 4;
 
-/// Something that was made durable, and the mutations of the medium before and after it.
+/// Something that was made durable, with the medium's count of mutations before and after.
 struct Event {
     kind: Kind,
     started: u64,
@@ -41,7 +41,7 @@ fn random_edit(rng: &mut Rng, step: u64) -> Edit {
     let mut rounds = Vec::new();
     for (name, pages, most) in [("ram", 600, 30), ("disk", 24, 6)] {
         let count = rng.below(most);
-        // Noise mostly, so that segments fill up; zeros now and then.
+        // Mostly noise, so that segments fill up; now and then zeros.
         let mut content = || if rng.chance(1) { 0 } else { 3 * (1 + rng.below(7) as u8) };
         let contents: Vec<u8> = (0..count).map(|_| content()).collect();
         let pages = contents.into_iter().map(|id| (rng.below(pages), id)).collect();
@@ -55,7 +55,7 @@ fn open(storage: &SimStorage) -> Arc<Store> {
         .expect("the store opens")
 }
 
-/// Runs a random workload on a medium that records every state it goes through.
+/// Runs a random workload on a medium that records each of its states.
 fn record(seed: u64) -> Recorded {
     let mut rng = Rng::new(seed);
     let storage = SimStorage::default();
@@ -66,14 +66,14 @@ fn record(seed: u64) -> Recorded {
     let mut published: Vec<(SnapshotId, Model)> = Vec::new();
     for step in 0..STEPS {
         let branch = published.get(rng.below(published.len() as u64 + 1) as usize);
-        // Mostly the newest, so that there are lines; sometimes a branch, or a new line.
+        // Mostly on the newest, so that there are long lines; sometimes a branch, or a new line.
         let base = if rng.chance(6) { published.last() } else { branch };
         let (parent, mut model) =
             base.map_or((None, empty_model()), |(id, model)| (Some(*id), model.clone()));
         let edit = random_edit(&mut rng, step);
         let started = storage.mutations();
         if rng.chance(1) {
-            // Taken back: what it wrote must not be in the way of what comes.
+            // Abandoned: what this transaction wrote must not get in the way of later ones.
             let mut abandoned = store.begin(parent).unwrap();
             let region = abandoned.region("ram", 600).unwrap();
             let mut set = frazil_snapstore::PageSet::new(600);
@@ -116,7 +116,7 @@ fn forget_some(
     published: &mut Vec<(SnapshotId, Model)>,
     events: &mut Vec<Event>,
 ) {
-    // Seldom the newest, so that there are long lines with little left of what is old.
+    // Seldom the newest, so that there are long lines with few old snapshots left.
     let newest = published.last().map(|(id, _)| *id);
     let some = published.iter().map(|(id, _)| *id);
     let some = some.filter(|id| rng.chance(if Some(*id) == newest { 1 } else { 4 }));
@@ -127,7 +127,7 @@ fn forget_some(
     events.push(Event { kind: Kind::Forget(gone), started, done: storage.mutations() });
 }
 
-/// Checks that `store` is what the events before mutation `index` made, with or without the one
+/// Checks that `store` is the result of the events before mutation `index`, with or without the one
 /// in progress; returns its snapshots.
 fn check_prefix(store: &Arc<Store>, events: &[Event], index: u64) -> Vec<(SnapshotId, Model)> {
     let mut published = Vec::new();
@@ -171,7 +171,7 @@ fn check_prefix(store: &Arc<Store>, events: &[Event], index: u64) -> Vec<(Snapsh
     published
 }
 
-/// Takes a snapshot on a store found after a crash, and checks that it left nothing behind.
+/// Takes a snapshot in a store found after a crash, and checks that the crash left nothing behind.
 fn go_on(
     storage: &SimStorage,
     store: &Arc<Store>,
@@ -186,13 +186,14 @@ fn go_on(
     published.push((id, model));
     assert_eq!(store.torn_journal_bytes(), 0, "the writer clears a torn tail away");
     if step.is_multiple_of(3) {
-        // Whatever was interrupted, it can be run again.
+        // A prune can be run, whatever was interrupted.
         let all = PruneOptions { max_unused: 0.0, ..PruneOptions::default() };
         store.prune(&all, &PruneProgress::default()).expect("a prune after the crash");
         check_all(store, published);
         check_no_orphans(storage);
     }
-    // The data of a torn record is kept on purpose: it may be all that is left of a snapshot.
+    // The data that a torn record refers to is kept on purpose: it may be all that is left of a
+    // snapshot.
     if !torn {
         check_no_orphans(storage);
     }
@@ -238,7 +239,7 @@ fn certain(events: &[Event], index: u64) -> usize {
     done.filter(|event| matches!(event.kind, Kind::Snapshot(..))).count()
 }
 
-/// Goes on with the store, and lets the power fail once more while it does.
+/// Goes on with the store, and lets power fail once more meanwhile.
 fn crash_again(
     storage: &SimStorage,
     store: &Arc<Store>,

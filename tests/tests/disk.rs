@@ -1,5 +1,6 @@
-//! Disks in snapshots, against a naive oracle: whatever writers do meanwhile, a snapshot holds each
-//! byte of the disk as it was at the cut, and a disk resumed from it goes on from there.
+//! Disks in snapshots, against a naive oracle: whatever writers do meanwhile, a snapshot holds
+//! every byte of the disk as it was at the cut, and a disk resumed from the snapshot goes on from
+//! there.
 
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
@@ -22,32 +23,32 @@ use proptest::prelude::*;
 use tempfile::NamedTempFile;
 
 const SECTOR: usize = SECTOR_BYTES as usize;
-/// Three chunks of 64 pages, the last one not whole, and neither is its last page.
+/// Three chunks of 64 pages; the last chunk and its last page are partial.
 const SECTORS: usize = 8 * 150 + 5;
 const PAGES: usize = SECTORS.div_ceil(8);
 const PATIENCE: Duration = Duration::from_secs(20);
-/// Sectors of a block. Blocks belong to writers in turn, and pages are no whole number of them, so
-/// that writers share pages and never sectors.
+/// Sectors per block. Blocks belong to the writers in turn, and a page is not a whole number of
+/// blocks, so writers share pages but never sectors.
 const BLOCK: usize = 3;
 const WRITERS: usize = 2;
 
-/// A change of some sectors.
+/// A change to some sectors.
 #[derive(Clone, Debug)]
 struct Change {
-    /// Its first sector.
+    /// The first sector.
     at: usize,
     sectors: usize,
-    /// None for zeros.
+    /// `None` for zeros.
     seed: Option<u64>,
 }
 
 impl Change {
-    /// The same with other contents.
+    /// Returns a change of the same sectors to other contents.
     fn again(&self, round: u64) -> Self {
         Self { seed: self.seed.map(|seed| seed ^ (round << 32)), ..self.clone() }
     }
 
-    /// Where it is, and what is there afterwards, when only sectors of one block may change.
+    /// Returns the byte offset and the new contents, limited to one block.
     fn in_block(&self) -> (usize, Vec<u8>) {
         self.bytes(self.sectors.min(BLOCK - self.at % BLOCK).min(SECTORS - self.at))
     }
@@ -59,7 +60,7 @@ impl Change {
     fn bytes(&self, sectors: usize) -> (usize, Vec<u8>) {
         let mut bytes = vec![0; sectors * SECTOR];
         if let Some(seed) = self.seed {
-            // Half of it noise, half of it compressible.
+            // Even seeds give noise, odd ones compressible data.
             let mut rng = Rng::new(seed);
             bytes.chunks_mut(8).for_each(|word| {
                 let value = if seed % 2 == 0 { rng.bits() } else { rng.below(9) + 1 };
@@ -76,7 +77,7 @@ impl Change {
             None => request.write_zeroes(at as u64, bytes.len() as u64),
         };
         written.unwrap();
-        // Before the request ends: what a drain sees is what the model says.
+        // Before the request ends, so that a drain finds disk and model in agreement.
         model.lock().unwrap()[at..at + bytes.len()].copy_from_slice(&bytes);
     }
 }
@@ -84,7 +85,7 @@ impl Change {
 #[derive(Clone, Debug)]
 enum Fate {
     Published,
-    /// It fails before the cut, or once it has been written.
+    /// The checkpoint fails before the cut (early), or after the disk has been written (late).
     FailedEarly,
     FailedLate,
 }
@@ -93,10 +94,11 @@ enum Fate {
 enum Step {
     Write(Vec<Change>),
     Read(usize, usize),
-    /// Meanwhile writers go on.
+    /// A checkpoint, during which writers make these changes.
     Checkpoint(Vec<Change>, Fate),
-    /// Goes on from any snapshot, or begins anew with the file.
+    /// Resumes from this snapshot (modulo their number), or as `Open` if there is none.
     Resume(usize),
+    /// Starts again from the file.
     Open,
 }
 
@@ -106,7 +108,7 @@ fn change(sectors_max: usize) -> impl Strategy<Value = Change> {
 }
 
 fn step() -> impl Strategy<Value = Step> {
-    // Mostly of a few sectors, some of many pages.
+    // Mostly a few sectors, sometimes many pages.
     let change_of_any_size = prop_oneof![4 => change(20), 1 => change(SECTORS)];
     let fate = prop_oneof![
         5 => Just(Fate::Published), 1 => Just(Fate::FailedEarly), 1 => Just(Fate::FailedLate),
@@ -121,12 +123,12 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// A disk and the naive one, side by side.
+/// A disk and its naive model, side by side.
 struct Pair {
     store: Arc<Store>,
     config: DiskConfig,
     options: OverlayOptions,
-    /// What the file holds.
+    /// The contents of the file.
     original: Vec<u8>,
     line: DiskLine,
     head: Option<SnapshotId>,
@@ -187,7 +189,7 @@ impl Pair {
         self.model = Mutex::new(contents);
     }
 
-    /// As a machine's checkpoint does it.
+    /// Takes a checkpoint as a machine does.
     fn checkpoint(&mut self, disk: &Arc<Disk>, changes: &[Change], fate: &Fate) {
         let mut transaction = self.store.begin(self.head).unwrap();
         let region = self.line.region(&mut transaction).unwrap();
@@ -242,7 +244,7 @@ impl Pair {
     }
 }
 
-/// Writers that make the changes of their blocks, several times over.
+/// Starts writers, each of which makes the changes to its own blocks several times.
 fn start_writers<'scope>(
     scope: &'scope std::thread::Scope<'scope, '_>,
     disk: &'scope Disk,
@@ -286,7 +288,7 @@ fn resume(store: &Arc<Store>, id: SnapshotId, options: &OverlayOptions) -> Disk 
     Disk::resume(saved, region, options).unwrap()
 }
 
-/// Compares what a snapshot holds, padding included.
+/// Compares the disk in a snapshot with `contents`, and checks that the padding is zero.
 fn check(store: &Arc<Store>, id: SnapshotId, contents: &[u8]) {
     let (saved, region) = saved_and_region(store, id);
     assert_eq!((saved.sectors, region.pages()), (SECTORS as u64, PAGES as u64));
@@ -303,7 +305,7 @@ fn check(store: &Arc<Store>, id: SnapshotId, contents: &[u8]) {
     assert!(wrong.is_empty(), "sectors {wrong:?} of {id}");
 }
 
-/// A file with holes, and contents where `changes` say.
+/// Makes a sparse file with the contents of `changes`.
 fn file_with(changes: &[Change]) -> NamedTempFile {
     let file = NamedTempFile::new().unwrap();
     file.as_file().set_len((SECTORS * SECTOR) as u64).unwrap();
@@ -358,7 +360,8 @@ fn generations_and_branches_of_a_disk_in_a_real_store() {
         pair.run(&Step::Write(changes(6, 60)));
         pair.run(&Step::Checkpoint(changes(60, 3), Fate::FailedLate));
         pair.run(&Step::Checkpoint(changes(60, 3), Fate::Published));
-        // Every other one branches off somewhere, in what might be another process.
+        // Every other generation branches off somewhere, with the store reopened as by another
+        // process.
         if generation % 2 == 1 {
             pair.store = open();
             pair.run(&Step::Resume(generation * 5));
@@ -392,7 +395,7 @@ fn a_chunk_and_a_region_that_do_not_fit_are_refused() {
             "{error}"
         );
     }
-    // Read-only disks come back as such.
+    // A read-only disk is read-only after resuming.
     let saved = SavedDisk { read_only: true, ..good };
     let disk = Disk::resume(saved, region, &options).unwrap();
     assert!(disk.begin().write_at(0, &[1; SECTOR]).is_err());

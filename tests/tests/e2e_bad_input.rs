@@ -1,4 +1,4 @@
-//! Wrong arguments and damaged stores: each is a clear error, in good time, with the right exit
+//! Wrong arguments and damaged stores: each gives a clear error, quickly, with the right exit
 //! status.
 
 use std::collections::HashMap;
@@ -11,7 +11,7 @@ use frazil_tests::vm_harness::{Finished, Host, flip_byte, kvm_or_skip, number, t
 const SMALL: &[&str] = &["--memory", "48MiB"];
 const WORKLOAD: &str = "touch=4MiB,rate=500,report=0,content=random";
 
-/// A host whose store has snapshots: the first of a new guest, and one on top.
+/// Makes a host whose store has two snapshots of a guest: a full one and an incremental one.
 fn host_with_store() -> Host {
     let host = Host::new();
     let vm = host.run("maker", WORKLOAD, SMALL);
@@ -34,7 +34,8 @@ fn copy_store(from: &Host) -> Host {
     to
 }
 
-/// Runs `args`, which must fail with status 1 within seconds and say every one of `says`.
+/// Runs `args`, which must fail with status 1 within 15 s and print every one of `says` on standard
+/// error.
 #[track_caller]
 fn refused(host: &Host, args: &[&str], says: &[&str]) -> Finished {
     let started = Instant::now();
@@ -65,10 +66,10 @@ fn what_is_no_store_is_said_to_be_none() {
             refused(&host, &args, &[&place, "is not a frazil store: expected", "found", "--store"]);
         }
     }
-    // Looking must not make one.
+    // Looking for a store must not create one.
     assert_eq!(std::fs::read_dir(path("empty")).expect("it is there").count(), 0);
     assert!(!Path::new(&path("missing")).exists());
-    // And running a VM must not fill what belongs to somebody else.
+    // And running a VM must not write into a folder that is something else.
     for (name, found) in [("file", "found a file"), ("foreign", "`letter`")] {
         let args = ["run", "--workload", WORKLOAD, "--store", &path(name)];
         refused(&host, &args, &["is not a frazil store", found]);
@@ -105,11 +106,11 @@ fn an_ambiguous_prefix_lists_what_it_fits() {
     let host = Host::new();
     let store =
         Store::open_or_create(&host.store_path(), StoreOptions::default()).expect("a store");
-    // A few hundred ids have two with the same four digits.
+    // Among a few hundred ids, two share their first four digits.
     let mut seen = HashMap::new();
     let (first, second) = (1..5000)
         .find_map(|time_unix_ms| {
-            // The other tests' children have our lock for a moment, between fork and exec.
+            // Children of other tests hold our lock for a moment, between fork and exec.
             let transaction = wait_for("the writer lock", || match store.begin(None) {
                 Err(StoreError::Busy { .. }) => None,
                 begun => Some(begun.expect("a good store")),
@@ -202,7 +203,7 @@ fn kernels_that_are_none() {
     run(&file("bzImage", &bzimage), &["a Linux bzImage for x86-64", "boot protocol 0.0"]);
     run(&file("arm", &foreign), &["an ELF file for another machine"]);
     run(&file("hollow", &empty_elf), &["expected"]);
-    // A good kernel, and nothing good beside it.
+    // A good kernel with a missing initrd, or with too long a command line.
     let kernel = file("kernel", frazil_vmm::workload::GUEST_ELF);
     let initrd = host.path("nowhere").display().to_string();
     let args = ["run", "--kernel", &kernel, "--initrd", &initrd, "--memory", "32MiB"];
@@ -212,12 +213,13 @@ fn kernels_that_are_none() {
     refused(&host, &args, &["the command line", "2047"]);
 }
 
-/// The first page that the workload writes.
+/// The first page of the workload's data.
 const DATA_GPA: u64 = 16 << 20;
-/// The page with the counters of the workload's first vCPU, which `resume` reads itself.
+/// The page with the counters of the workload's first vCPU, which the VMM itself reads on resume.
 const CONTROL_GPA: u64 = 0x20_1000;
 
-/// Where the frame of the page at `gpa` in the newest snapshot is.
+/// Returns the segment's path, the offset, and the segment's name of the frame that holds the page
+/// at `gpa` in the newest snapshot.
 fn frame_of(host: &Host, gpa: u64) -> (PathBuf, u64, String) {
     let store = host.store();
     let id = store.latest().expect("a snapshot").id;
@@ -229,7 +231,8 @@ fn frame_of(host: &Host, gpa: u64) -> (PathBuf, u64, String) {
     (host.store_path().join(&name), u64::from(frame.offset), name)
 }
 
-/// Resuming ends with the segment's name, whenever the damage is met.
+/// Fails the test unless every way to resume fails and names the segment, whenever the damage is
+/// met.
 fn resume_fails(host: &Host, name: &str) {
     let at = host.at("latest");
     for more in [
@@ -266,7 +269,7 @@ fn a_damaged_frame_is_never_shown_to_a_guest() {
     assert!(text(&damage[0], "error").contains(&place), "{report}");
     assert!(damage.iter().any(|damage| damage["snapshot"].is_string()), "{report}");
     resume_fails(&host, &name);
-    // What is not damaged can be looked at all the same.
+    // What is not damaged can still be read.
     assert_eq!(host.ok(&["log", &store, "--json"]).json_lines().len(), 2);
 }
 
@@ -318,7 +321,7 @@ fn an_altered_journal_is_never_believed() {
     }
     let good = host_with_store();
     let store_of = |host: &Host| host.store_path().display().to_string();
-    // In its header, and in the first of two records: damage.
+    // A flip in the header or in the first of two records is damage.
     for offset in [20, 64 + 30, 64 + 100] {
         let host = copy_store(&good);
         flip_byte(&host.store_path().join("journal"), offset);
@@ -326,14 +329,14 @@ fn an_altered_journal_is_never_believed() {
             refused(&host, args, &["journal is damaged at offset", "expected", "found"]);
         }
     }
-    // In the newest record, which looks like an append cut short: `verify` tells.
+    // A flip in the newest record looks like an append cut short; `verify` reports it.
     let host = copy_store(&good);
     let journal = host.store_path().join("journal");
     let len = std::fs::metadata(&journal).expect("the journal").len();
     flip_byte(&journal, len - 5);
     assert_eq!(host.ok(&["log", &store_of(&host), "--json"]).json_lines().len(), 1);
     refused(&host, &["verify", &store_of(&host)], &["journal is damaged at offset", "cut short"]);
-    // Gone altogether.
+    // The journal is missing.
     std::fs::remove_file(&journal).expect("the journal");
     refused(&host, &["log", &store_of(&host)], &["journal"]);
 }
@@ -373,7 +376,7 @@ fn vms_that_are_not_there() {
     let bare = host.start(&["run", "--workload", WORKLOAD, "--name", "bare", "--memory", "48MiB"]);
     refused(&host, &["checkpoint", "bare"], &["has no store", "--store DIR"]);
     drop(bare);
-    // Killed: its socket and file stay behind, and are cleared away by whoever looks.
+    // A killed VM leaves its socket and its file behind; the next command that looks removes them.
     let socket = vm.socket.clone();
     vm.kill_9();
     assert!(socket.exists());

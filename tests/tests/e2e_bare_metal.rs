@@ -1,4 +1,4 @@
-//! A guest of somebody else: a bare-metal ELF that knows only the Linux boot protocol.
+//! Foreign guests: bare-metal ELF programs that know only the Linux boot protocol.
 
 use std::io::{Read, Write};
 use std::path::PathBuf;
@@ -42,7 +42,7 @@ hello:
     .asciz "hello\n"
 "#;
 
-/// Assembles `source` to an ELF executable at 1 MiB.
+/// Assembles `source` into an ELF executable at 1 MiB.
 fn assemble(host: &Host, name: &str, source: &str) -> PathBuf {
     let (text, elf) = (host.path(&format!("{name}.s")), host.path(name));
     std::fs::write(&text, source).expect("the scratch folder");
@@ -62,7 +62,7 @@ fn a_bare_metal_elf_says_hello_and_resets() {
     }
     let host = Host::new();
     let elf = assemble(&host, "hello", SOURCE).display().to_string();
-    // Often: output written just before the end must not get lost.
+    // Repeated, since output written just before the end must not get lost.
     for round in 0..8 {
         let finished =
             host.ok(&["run", "--kernel", &elf, "--memory", "32MiB", "--cmdline", "frazil says=hi"]);
@@ -79,7 +79,7 @@ fn a_bare_metal_elf_says_hello_and_resets() {
     assert!(written.starts_with("hello\n"), "{written:?}");
 }
 
-/// Says each byte that it reads twice, and resets the machine at a full stop.
+/// Echoes each byte that it reads twice, and resets the machine at a full stop.
 const ECHO: &str = r"
     .text
     .globl _start
@@ -110,7 +110,7 @@ fn what_comes_in_is_read_by_the_guest() {
         host.command(&["run", "--kernel", &elf, "--memory", "32MiB", "--serial-input", "stdin"]);
     let mut child =
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("it starts");
-    // More than the port has room for.
+    // More than the port's FIFO holds.
     let text: String = ('a'..='z').cycle().take(500).chain(['.']).collect();
     child.stdin.take().expect("a pipe").write_all(text.as_bytes()).expect("it is read");
     let finished = child.wait_with_output().expect("it ends");
@@ -119,8 +119,8 @@ fn what_comes_in_is_read_by_the_guest() {
     assert!(finished.status.success());
 }
 
-/// Says "string\n" and what the scratch register of the serial port reads as, four times, by string
-/// instructions, and resets the machine.
+/// By string instructions, reads the scratch register of the serial port four times, prints
+/// "string\n" and the four bytes, and resets the machine.
 const STRINGS: &str = r#"
     .text
     .globl _start
@@ -158,7 +158,7 @@ fn string_instructions_stay_at_one_port() {
     assert_eq!(finished.stdout, "string\nxxxx\n", "{finished:#?}");
 }
 
-/// A command on a terminal of its own, which `script` makes.
+/// A command on a terminal of its own, made by script(1).
 struct Terminal {
     child: Child,
     keys: ChildStdin,
@@ -208,9 +208,9 @@ fn a_terminal_is_the_guests_until_it_is_left() {
     let elf = assemble(&host, "echo", ECHO).display().to_string();
     let run = format!("{} run --kernel {elf} --memory 32MiB --name tty", frazil().display());
     let mut terminal = Terminal::run(&host, &format!("{run}; echo status $?; stty -a; echo over"));
-    // By then keys are the guest's.
+    // From then on, keys go to the guest.
     terminal.wait_shown("Ctrl-A x ends it");
-    // Neither echoed, nor kept until the line is over, nor a signal.
+    // Keys are not echoed, not held back until the end of the line, and Ctrl-C is no signal.
     terminal.press(b"ab\x03c");
     terminal.wait_shown("aabb\x03\x03cc");
     terminal.press(b"\x01\x01");

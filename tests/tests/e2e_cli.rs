@@ -1,5 +1,5 @@
-//! The `frazil` command on real KVM, through its command line and its control socket only, as a
-//! script would use it.
+//! The `frazil` command on real KVM, used only through its command line and control socket, as by a
+//! script.
 
 use frazil_tests::vm_harness::{
     Host, RunningVm, kvm_or_skip, number, text, uffd_or_skip, wait_for,
@@ -9,7 +9,7 @@ use serde_json::Value;
 
 const QUIET: &str = "touch=8MiB,rate=400,report=0";
 
-/// Checks one checkpoint's JSON and returns its id.
+/// Checks the JSON of a checkpoint, and returns the snapshot's id.
 #[track_caller]
 fn check_report(report: &Value, vm: &str, parent: Option<&str>) -> String {
     assert_eq!(text(report, "vm"), vm);
@@ -117,7 +117,7 @@ fn look_at_the_store(host: &Host, ids: [&str; 3], reports: [&Value; 3]) {
 fn resume_goes_on(host: &Host, last_id: &str) {
     let mut vm = host.resume("night", "latest", &["--paused"]);
     assert_eq!(text(&vm.started, "resumed_from"), last_id);
-    // Still as it was cut: the counters are those of the snapshot, not of a new boot.
+    // The guest is as it was at the cut: the counters are the snapshot's, not those of a new boot.
     let at_cut = vm.turns();
     assert!(at_cut >= 4096, "{at_cut}");
     assert_eq!(vm.turns(), at_cut, "--paused leaves it standing");
@@ -133,7 +133,8 @@ fn resume_goes_on(host: &Host, last_id: &str) {
     assert_eq!(host.verify_all(), 5 * 4096);
 }
 
-/// A run, a suspend, a lazy resume without fill, more of the same, everything verified.
+/// Runs a VM, suspends it, resumes it lazily without filling, suspends it again, and verifies
+/// everything.
 fn round_trip(content: &str, pattern: &str, cpus: &str) {
     let host = Host::new();
     let spec = format!(
@@ -151,7 +152,7 @@ fn round_trip(content: &str, pattern: &str, cpus: &str) {
     let resumed = vm.turns();
     assert!(resumed >= before, "{what}: {resumed} after {before}");
     vm.wait_beyond(resumed);
-    // Most pages were not touched since, and must be in it all the same.
+    // Most pages have not been touched since the resume, and must be in the snapshot all the same.
     let report = host.json(&["checkpoint", "trip"]);
     assert!(number(&report, "dirty_pages") > 0, "{what}: {report}");
     vm.verify_workload();
@@ -196,7 +197,7 @@ fn a_chain_of_lazy_resumes_keeps_what_nobody_touched() {
         assert_eq!(text(&vm.started, "resumed_from"), parent);
         vm.wait_beyond(vm.turns() + 3);
         let pager = vm.get("/vm")["pager"].clone();
-        // Else the test would prove nothing: most of the 8192 pages are not there.
+        // Otherwise the test would prove nothing: many of the 8192 pages must still be missing.
         assert!(number(&pager, "filled_pages") < 6000, "depth {depth}: {pager}");
         assert_eq!(pager["complete"], false);
         let report = host.json(&["checkpoint", "chain", "--exit"]);
@@ -219,7 +220,7 @@ fn an_older_snapshot_resumed_makes_a_branch() {
     vm.wait_beyond(vm.turns() + 50);
     let tip = text(&host.json(&["checkpoint", "trunk"]), "id").to_owned();
     let tip_turns = vm.turns();
-    // Two VMs of one line, both alive, taking turns with one store.
+    // Two live VMs that descend from one snapshot, taking turns with one store.
     let branch = host.resume("branch", "base", &["--eager"]);
     assert_eq!(branch.get("/vm")["pager"], Value::Null, "--eager needs no pager");
     let on_branch = host.json(&["checkpoint", "branch", "--tag", "side"]);
@@ -248,7 +249,7 @@ fn signals_and_stop_end_a_vm_cleanly() {
         vm.expect_ended("stopped");
         assert!(host.ok(&["ps", "--json"]).stdout.is_empty(), "{signal:?}");
     }
-    // Also while it stands still, and while it is paging in.
+    // Also while the VM is paused, and while it is paging in.
     let vm = host.run("ends", QUIET, &["--memory", "48MiB"]);
     vm.wait_populated();
     let _taken = host.json(&["checkpoint", "ends", "--exit"]);
@@ -288,7 +289,7 @@ fn a_paused_vm_is_checkpointed_and_stays_paused() {
     assert_eq!(host.verify_all(), 4 * 2048);
 }
 
-/// The answer to the request that ends a VM must arrive, however quickly the process goes.
+/// The answer to the request that ends a VM must arrive, however quickly the process exits.
 #[test]
 fn stop_and_suspend_are_answered_every_time() {
     if !kvm_or_skip() {
@@ -324,8 +325,8 @@ fn periodic_checkpoints_come_at_their_rate_and_are_printed() {
     host.verify_all();
 }
 
-/// What a VM says of checkpoints that were left out comes to what it counted, says why, and names
-/// the VM: with `--clones` many share one output.
+/// A VM's reports of skipped checkpoints add up to its own count, give the reason, and name the VM:
+/// with `--clones`, many VMs share one output.
 #[test]
 fn what_is_left_out_is_told_in_full_and_nothing_fails_at_the_end() {
     if !kvm_or_skip() {
@@ -348,7 +349,7 @@ fn what_is_left_out_is_told_in_full_and_nothing_fails_at_the_end() {
         let told: u64 = told.iter().map(|line| number(line, "count")).sum();
         assert_eq!(told, number(totals, "skipped"), "{ended}");
     }
-    // The same for people, of one VM that others share the output with.
+    // The same in plain text, whose lines must name the VM as well.
     let store = host.store_path().display().to_string();
     let args = ["--memory", "48MiB", "--serial", "null", "--checkpoint-every", "1ms"];
     let run = ["run", "--workload", QUIET, "--store", &store, "--name", "plain"];
@@ -411,7 +412,7 @@ fn what_is_too_much_to_be_copied_aside_is_written_in_rounds() {
         assert!(number(round, "pages") > 0 && number(round, "us") > 0, "{first}");
         assert!(number(round, "stored_bytes") <= number(&first, "frame_bytes"), "{first}");
     }
-    // What changed since fits.
+    // What changed since the first checkpoint fits.
     let second = host.json(&["checkpoint", "rounds"]);
     assert_eq!(second["rounds"], serde_json::json!([]), "{second}");
     let _last = host.json(&["checkpoint", "rounds", "--exit"]);
@@ -486,7 +487,7 @@ fn ram_above_the_hole_is_saved_and_comes_back() {
         return;
     }
     let host = Host::new();
-    // Random pages of all there is, few of them: some lie above 4 GiB.
+    // A few random pages out of all memory, some of which lie above 4 GiB.
     let spec = "rate=3000,pattern=uniform,populate=no,report=0,seed=11";
     let vm = host.run("big", spec, &["--memory", "5GiB", "--cpus", "2"]);
     wait_for("the guest's start", || {

@@ -1,5 +1,5 @@
-//! Many VMs from one snapshot, pagers in processes of their own, and what becomes of all of them when
-//! one dies.
+//! Many VMs from one snapshot, pagers in processes of their own, and what happens to the rest when
+//! one of them dies.
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
@@ -26,7 +26,7 @@ const SMALL: &[&str] = &["--memory", "64MiB"];
 const WORKLOAD: &str = "touch=16MiB,rate=4000,pattern=uniform,content=text,report=0,seed=11";
 const DATA_PAGES: u64 = 4096;
 
-/// A snapshot of a guest that has written all its pages.
+/// Takes a snapshot of a guest that has written all its pages; returns the checkpoint's report.
 fn snapshot(host: &Host) -> Value {
     let vm = host.run("origin", WORKLOAD, SMALL);
     vm.wait_populated();
@@ -37,11 +37,11 @@ fn snapshot(host: &Host) -> Value {
 
 fn kill(process: u64) {
     let pid = i32::try_from(process).ok().and_then(Pid::from_raw).expect("a process id");
-    // Gone already is as good.
+    // The process may be gone already.
     let _gone = kill_process(pid, Signal::KILL);
 }
 
-/// The VMs that run, by name, with their processes.
+/// Returns the names and process ids of the running VMs.
 fn running(host: &Host) -> Vec<(String, u64)> {
     let list = host.ok(&["ps", "--json"]).json_lines();
     list.iter().map(|vm| (text(vm, "name").to_owned(), number(vm, "pid"))).collect()
@@ -54,7 +54,7 @@ fn wait_running(host: &Host, names: &[&str]) {
     });
 }
 
-/// Processes that serve shared memory to this host's VMs.
+/// Returns the processes that serve shared memory to this host's VMs.
 fn servers(host: &Host) -> Vec<u64> {
     let folder = host.path("run").display().to_string();
     let processes = std::fs::read_dir("/proc").expect("/proc").flatten();
@@ -84,13 +84,13 @@ fn clones_share_a_snapshot_and_each_goes_its_own_way() {
         assert!(number(&report, "stored_bytes") < number(&origin, "stored_bytes"), "{report}");
         ids.push(report["id"].clone());
     }
-    // One that dies hurts nobody.
+    // The death of one clone does not hurt the others.
     let victim = running(&host).into_iter().find(|(name, _)| name == "c-2").expect("it runs").1;
     kill(victim);
     for (name, parent) in [("c-1", &ids[0]), ("c-3", &ids[2])] {
         assert_eq!(&host.json(&["checkpoint", name])["parent"], parent);
     }
-    // Who comes later shares as well, and finds the snapshot, whatever the others wrote.
+    // A later clone shares as well, and finds the snapshot's memory, whatever the others wrote.
     let late =
         host.start(&["resume", &host.at(text(&origin, "id")), "--clones", "1", "--name", "late"]);
     assert_eq!(servers(&host).len(), 1, "no other");
@@ -110,14 +110,14 @@ fn clones_share_a_snapshot_and_each_goes_its_own_way() {
     expect_sound(&host.store());
 }
 
-/// What is in the folder of running VMs for processes that have memory.
+/// Returns the memory processes' files in the folder of running VMs.
 fn left_by_servers(host: &Host) -> Vec<String> {
     let entries = std::fs::read_dir(host.path("run")).expect("the folder of running VMs").flatten();
     let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
     names.filter(|name| name.starts_with("memory-")).collect()
 }
 
-/// Where the process is to listen that has the memory of the newest snapshot.
+/// Returns the socket on which the memory process of the newest snapshot listens.
 fn memory_socket(host: &Host) -> PathBuf {
     let id = host.store().latest().expect("a snapshot").id;
     host.path("run").join(format!("memory-{}.socket", id.short()))
@@ -158,7 +158,7 @@ fn a_memory_process_short_of_file_descriptors_serves_on() {
     let limits = std::fs::read_to_string(of_process("limits")).expect("it lives");
     let limit = limits.lines().find(|line| line.starts_with("Max open files")).expect("a limit");
     assert_eq!(limit.split_whitespace().nth(3), Some("64"), "it takes all it may have: {limit}");
-    // Who connect, and never sit down.
+    // Clients that connect and then do nothing.
     let crowd: Vec<_> = (0..80).map(|_| pager::connect(&socket).expect("it listens")).collect();
     let open = || std::fs::read_dir(of_process("fd")).map_or(0, Iterator::count);
     wait_for("it to have none left", || {
@@ -188,7 +188,7 @@ fn clones_that_start_at_once_share_and_end_with_their_command() {
     let commands = [start("a"), start("b")];
     wait_running(&host, &["a-1", "a-2", "b-1", "b-2"]);
     assert_eq!(servers(&host).len(), 1, "whoever came second found the first");
-    // The process that has the memory stays for the other's, and keeps nobody waiting.
+    // The memory process stays for the other command's clones, and delays neither command's end.
     for command in commands {
         command.signal(Signal::TERM);
         command.wait_end().expect_code(0);
@@ -213,7 +213,7 @@ fn a_working_set_is_there_before_the_guest_runs_whoever_brings_it_in() {
         let args = ["--pager", place, "--working-set", "before", "--no-fill", "--paused"];
         let vm = host.resume(place, id, &args);
         let pager = &vm.get("/vm")["pager"];
-        // 300 ms of 4,000 pages a second, in frames of up to 16 pages.
+        // The guest touched 4,000 pages a second for 300 ms, in frames of up to 16 pages.
         assert!(number(pager, "filled_pages") > 500, "{pager}");
         let _goes = host.ok(&["continue", place]);
         vm.wait_beyond(vm.turns() + 100);
@@ -231,7 +231,7 @@ fn clones_go_on_when_the_process_that_has_their_memory_is_killed() {
     let host = Host::new();
     let origin = snapshot(&host);
     for round in 0..3 {
-        // Nothing comes that is not asked for: most is missing yet.
+        // Only touched pages are loaded, so most are still missing.
         let args = ["resume", &host.at(text(&origin, "id")), "--clones", "1", "--no-fill"];
         let vms: Vec<RunningVm> = (0..2)
             .map(|index| {
@@ -290,7 +290,7 @@ fn a_pager_that_is_killed_again_and_again_is_replaced() {
     assert_eq!(host.verify_all(), 3 * DATA_PAGES);
 }
 
-/// A policy may forget the snapshot that a VM goes on from: the VM holds it, for its pagers too.
+/// A policy may forget the snapshot that a VM was resumed from: the VM pins it, for its pagers too.
 #[test]
 fn a_pager_is_replaced_though_its_snapshot_was_forgotten() {
     if !uffd_or_skip() {
@@ -308,7 +308,7 @@ fn a_pager_is_replaced_though_its_snapshot_was_forgotten() {
         wait_for("it to be noticed", || {
             (number(&vm.get("/vm"), "pager_deaths") == deaths).then_some(())
         });
-        // That this process has to do it itself would be the end of replacing.
+        // If the VM's own process had taken over, no pager would be replaced any more.
         last = wait_for("another", || process().filter(|process| *process != last));
         vm.wait_beyond(vm.turns() + 100);
         if deaths == 1 {
@@ -320,7 +320,7 @@ fn a_pager_is_replaced_though_its_snapshot_was_forgotten() {
     vm.expect_ended("stopped");
 }
 
-/// The devices of a VM, as the snapshot lists them that is taken of it now.
+/// Takes a snapshot of a VM, and returns the devices that the snapshot lists.
 fn devices(host: &Host, name: &str) -> Value {
     let report = host.json(&["checkpoint", name]);
     let shown = host.json(&["show", &host.at(text(&report, "id"))]);
@@ -426,7 +426,7 @@ fn clones_in_one_process_share_and_verify() {
         let before = loops(vm);
         wait_for("a clone to run", || (loops(vm) > before + 1000).then_some(()));
     }
-    // Behind the workload's data, at the same place in each, what only one of them has.
+    // A value of its own for each, on the same page behind the workload's data.
     let page = (64_u64 << 20) / 4096 - 5;
     for (number, vm) in (1_u64..).zip(&clones) {
         vm.ram().memory().write_obj(number, GuestAddress(page * 4096)).expect("it is RAM");
@@ -449,8 +449,8 @@ fn clones_in_one_process_share_and_verify() {
 
 const DEPTH: usize = 1000;
 
-/// Resumed, touched a little, and saved again, a thousand times over: most pages were never there in
-/// any of those machines.
+/// A VM is resumed, touched a little and saved again, a thousand times over: each time, most pages
+/// were never loaded.
 #[test]
 fn a_long_line_of_half_resumed_machines_verifies() {
     if !uffd_or_skip() {
@@ -486,7 +486,7 @@ fn a_long_line_of_half_resumed_machines_verifies() {
     expect_sound(&store);
 }
 
-/// Bytes that the RAM of the VM in process `pid` takes, in whatever way its parts are mapped.
+/// Returns how many bytes the RAM of the VM in process `pid` takes, however its parts are mapped.
 fn ram_taken(pid: u64) -> u64 {
     let files = std::fs::read_dir(format!("/proc/{pid}/fd")).expect("it runs").flatten();
     let is_ram = |path: &PathBuf| {
@@ -511,7 +511,7 @@ fn a_large_guest_takes_what_it_touches() {
     let _report = host.json(&["checkpoint", "large", "--exit"]);
     vm.expect_ended("suspended");
     let vm = host.resume("again", "latest", &["--no-fill", "--working-set", "off"]);
-    // About as many frames of 64 KiB.
+    // These touch about as many frames of 64 KiB.
     vm.wait_beyond(vm.turns() + 200);
     let _paused = host.ok(&["pause", "again"]);
     let filled = number(&vm.get("/vm")["pager"], "filled_pages") * 4096;

@@ -1,5 +1,5 @@
-//! Core files of the built-in guest on real KVM: against the memory that `export` writes and the registers that
-//! `show` prints.
+//! Core files of the built-in guest on real KVM, compared with the memory that `export` writes and
+//! the registers that `show` prints.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -67,7 +67,7 @@ fn gdb_reads_registers_and_memory_of_a_core_file() {
     assert!(!said.contains("Cannot access memory"), "{said}");
 }
 
-/// Name, type and contents of each note of a core file.
+/// Returns the name, type and contents of each note of a core file.
 fn notes(core: &[u8]) -> Vec<(String, u32, Vec<u8>)> {
     let u32_at = |at: usize| u32::from_le_bytes(core[at..at + 4].try_into().expect("4"));
     let u64_at = |at: usize| u64::from_le_bytes(core[at..at + 8].try_into().expect("8")) as usize;

@@ -1,4 +1,4 @@
-//! Disks of a running machine: at every cut, memory and disk are of the same moment.
+//! Disks of a running machine: at every cut, memory and disk are captured at the same instant.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -15,29 +15,29 @@ use frazil_vmm::{
 };
 use vm_memory::{Bytes, GuestAddress};
 
-/// Guest memory that the built-in guest leaves alone: a page for each queue's answers.
+/// Guest memory that the built-in guest leaves alone: one page per queue for its answers.
 const ANSWERS_GPA: u64 = 0x5_0000;
 const QUEUES: u64 = 3;
 const DISK_BYTES: u64 = 5 << 20;
 
-/// Where a queue's answer is.
+/// Returns the address of a queue's answer.
 fn answer(number: u64) -> GuestAddress {
     GuestAddress(ANSWERS_GPA + number * PAGE_SIZE as u64)
 }
 
-/// Requests of a queue that were answered by now.
+/// Returns how many requests of a queue have been answered so far.
 fn answered(vm: &Vm, number: u64) -> u64 {
     vm.ram().memory().read_obj(answer(number)).expect("RAM")
 }
 
-/// What a queue of a device does: request by request it writes to the disk, then its answer to
-/// guest memory. Both are the number of the request.
+/// Acts as a device's queue: each request writes to the disk, then an answer to guest memory. The
+/// request's number is written to both.
 fn queue(vm: &Vm, number: u64, stop: &AtomicBool) {
     let disk = &vm.disks()[0];
     while !stop.load(Ordering::Relaxed) {
         let request = disk.begin();
         let turn = answered(vm, number) + 1;
-        // Here and there, by turns, and always to the queue's first page too.
+        // Cycles through 100 of the queue's pages, and always writes its first page too.
         let page = number + QUEUES * (turn % 100);
         let mut sector = [0; 512];
         sector[..8].copy_from_slice(&turn.to_le_bytes());
@@ -59,7 +59,8 @@ fn word(snapshot: &Snapshot, region: &str, page: u64) -> u64 {
     u64::from_le_bytes(contents[..8].try_into().expect("eight bytes"))
 }
 
-/// In `id` the disk has what memory says it has. Returns the requests done by then.
+/// Checks that the disk in snapshot `id` has what memory says it has. Returns how many requests
+/// were done at the cut.
 fn check(store: &Arc<Store>, id: SnapshotId) -> u64 {
     let snapshot = store.snapshot(id).expect("the snapshot");
     let mut done = 0;
@@ -81,7 +82,7 @@ fn check(store: &Arc<Store>, id: SnapshotId) -> u64 {
     done
 }
 
-/// Ends the queues, whatever happens.
+/// Stops the queues when dropped, also if the test panics.
 struct Stopping<'a>(&'a AtomicBool);
 
 impl Drop for Stopping<'_> {
@@ -90,7 +91,7 @@ impl Drop for Stopping<'_> {
     }
 }
 
-/// Takes checkpoints while queues are at work; each is checked.
+/// Takes `count` checkpoints while queues are at work, and checks each. Returns the last.
 fn checkpoints(vm: &Vm, store: &Arc<Store>, count: usize) -> SnapshotId {
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -99,11 +100,11 @@ fn checkpoints(vm: &Vm, store: &Arc<Store>, count: usize) -> SnapshotId {
             let stop = &stop;
             scope.spawn(move || queue(vm, number, stop));
         }
-        // What the snapshot that it was resumed from has is no news.
+        // Requests done in the snapshot that the VM was resumed from do not count.
         let mut before = (0..QUEUES).map(|number| answered(vm, number)).sum();
         let mut last = None;
         for _ in 0..count {
-            // Something to save: checkpoints may come faster than queues get a core.
+            // Waits for something to save: checkpoints may come faster than queues get a core.
             wait_for("a request", || {
                 ((0..QUEUES).map(|number| answered(vm, number)).sum::<u64>() > before).then_some(())
             });
@@ -117,7 +118,8 @@ fn checkpoints(vm: &Vm, store: &Arc<Store>, count: usize) -> SnapshotId {
     })
 }
 
-/// A request that takes too long, while the guest stands still already. Returns the next snapshot.
+/// Lets a disk request outlast the pause, so that the checkpoint fails; the guest must go on and
+/// the next checkpoint must be whole. Returns the next snapshot.
 fn a_failure_in_the_pause_costs_the_checkpoint_alone(
     vm: &Vm,
     store: &Arc<Store>,
@@ -135,7 +137,7 @@ fn a_failure_in_the_pause_costs_the_checkpoint_alone(
     assert!(failed.to_string().contains("requests are still in flight"), "{failed}");
     let after = vm.checkpoint_statistics();
     assert_eq!(after.totals.failed, before.totals.failed + 1);
-    // It has stood still for as long as that was waited for.
+    // The guest stood still while the checkpoint waited for the request.
     assert_eq!(after.pause_us.count, before.pause_us.count + 1);
     assert!(after.totals.pause_us_max >= 1_000_000, "{:?}", after.totals);
     assert_eq!((vm.head(), vm.is_paused(), vm.ended()), (Some(head), false, None));
@@ -143,7 +145,7 @@ fn a_failure_in_the_pause_costs_the_checkpoint_alone(
     wait_for("the guest to go on", || (loops() > stood_at).then_some(()));
     drop(request);
     vm.verify_workload().expect("it runs").expect("live memory is right");
-    // Nothing that the failed one had looked at is missing from the next.
+    // Nothing that the failed checkpoint had collected is missing from the next.
     let report = vm.checkpoint(&CheckpointRequest::default()).expect("a checkpoint");
     assert_eq!(report.parent, Some(head));
     let snapshot = store.snapshot(report.id).expect("the snapshot");
@@ -183,7 +185,7 @@ fn memory_and_disk_agree_at_every_cut() {
     vm.stop();
     drop(vm);
     assert!(std::fs::read(&file).expect("the disk") == base, "the file stays as it is");
-    // Not needed any more: the snapshot has it all.
+    // The file is not needed any more: the snapshot has all of it.
     std::fs::remove_file(&file).expect("it was there");
 
     for branch in 0..2 {
@@ -205,7 +207,7 @@ fn resume(store: &Arc<Store>, id: SnapshotId, lazy: bool) -> Vm {
     Vm::resume(&snapshot, "again".into(), host(store), loading).expect("it resumes")
 }
 
-/// The contents of disk 0 in a snapshot.
+/// Returns the contents of disk 0 in a snapshot.
 fn disk_of(store: &Arc<Store>, id: SnapshotId) -> Vec<u8> {
     let region = store.snapshot(id).expect("it").region(&disk_name(0)).expect("a disk");
     let mut contents = vec![0; region.pages() as usize * PAGE_SIZE];
@@ -221,7 +223,7 @@ fn who_resumes_can_put_another_disk_in() {
     let folder = tempfile::tempdir().expect("a folder");
     let store = Store::open_or_create(&folder.path().join("store"), StoreOptions::default())
         .expect("a store");
-    // Holes, data and zeros, over each other in every way.
+    // Holes, data and zeros in one image replace holes and data in the other.
     let image = |name: &str, pages: &[(u64, u8)]| {
         let path = folder.path().join(name);
         let file = std::fs::File::create(&path).expect("a file");
@@ -265,7 +267,7 @@ fn who_resumes_can_put_another_disk_in() {
     let second = checkpoint(&vm);
     assert!(disk_of(&store, second) == bytes(&other), "what it has now");
     assert!(disk_of(&store, first) == bytes(&one), "what it had");
-    // Nothing is left of the other, nor of this one once it is taken back again.
+    // A rewind to either snapshot leaves nothing of the other's disk behind.
     vm.rewind_to(Some(&first.to_string())).expect("a rewind");
     assert!(disk_of(&store, checkpoint(&vm)) == bytes(&one));
     vm.rewind_to(Some(&second.to_string())).expect("a rewind");
@@ -283,7 +285,7 @@ fn who_resumes_can_put_another_disk_in() {
     says(vec![(0, folder.path().join("nowhere"))], &["nowhere"]);
 }
 
-/// Through the command: the region is listed, and a resumed VM needs no file.
+/// Wrong `--disk` arguments of `frazil run` and `frazil resume`.
 #[test]
 fn the_command_takes_disks_and_says_what_is_wrong_with_them() {
     if !kvm_or_skip() {

@@ -1,5 +1,5 @@
-//! A VM among others: a second writer, a full disk, a user without rights, clients that talk
-//! nonsense. The guest goes on, and whoever asked is told what to do.
+//! A VM in a hostile environment: a second writer, a full disk, a user without permissions, clients
+//! that talk nonsense. The guest goes on, and the user is told what to do.
 
 use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -37,7 +37,7 @@ fn two_writers_take_turns() {
     let refused = host.frazil(&["checkpoint", "patient"]);
     let holder = format!("process {}", std::process::id());
     refused.expect_code(1).expect_says(&["is being written by", &holder, "one writer at a time"]);
-    // Forgetting the second one's pages would show below.
+    // If the failed checkpoint lost its dirty pages, it would show below.
     vm.wait_beyond(vm.turns() + 100);
     drop(other);
     let report = host.json(&["checkpoint", "patient"]);
@@ -69,11 +69,11 @@ fn a_suspend_that_fails_leaves_the_guest_running() {
     vm.expect_ended("suspended");
 }
 
-/// A small file system of its own, gone when dropped.
+/// A small file system, unmounted when dropped.
 struct Tmpfs(PathBuf);
 
 impl Tmpfs {
-    /// None if this process may not mount.
+    /// Mounts it at `path`; `None` if this process may not mount.
     fn mount(path: PathBuf, size: &str) -> Option<Self> {
         std::fs::create_dir(&path).expect("the scratch folder");
         let options = format!("size={size}");
@@ -121,7 +121,7 @@ fn a_full_disk_costs_a_checkpoint_and_no_more() {
     let vm = host.start(&[&args, SMALL].concat());
     vm.wait_populated();
     let _first = host.json(&["checkpoint", "full"]);
-    // From here on there is room for a fraction of a checkpoint.
+    // From here on there is room for only a fraction of a checkpoint.
     disk.resize(&format!("{}k", (used_bytes(Path::new(&store)) >> 10) + 2048));
     let free = disk.free_bytes();
     assert!(free < 4 << 20, "{free}");
@@ -139,22 +139,23 @@ fn a_full_disk_costs_a_checkpoint_and_no_more() {
     assert_eq!(host.ok(&["log", &store, "--json"]).json_lines().len(), 1);
     disk.resize("256m");
     let report = host.json(&["checkpoint", "full", "--exit"]);
-    // Every page was written since the first: those that failed checkpoints had harvested too.
+    // Nearly every page was written since the first checkpoint, including those that the failed
+    // checkpoints had harvested.
     assert!(number(&report, "dirty_pages") > 4500, "{report}");
     vm.expect_ended("suspended");
     let report = host.json(&["verify", &store, "--memory", "all"]);
     assert_eq!((&report["ok"], number(&report, "memory_pages_checked")), (&true.into(), 2 * 5120));
 }
 
-/// Runs `frazil` with `args` as a user without rights, after the commands `before`, which have
-/// mounts of their own. A VM that starts is told to end after a second.
+/// Runs `frazil` with `args` as an unprivileged user, after the shell commands `before`, in a mount
+/// namespace of its own. A VM that starts is stopped after a second.
 fn as_nobody(host: &Host, before: &str, args: &[&str]) -> Finished {
     as_nobody_with("", host, before, args)
 }
 
-/// The same, with the `rights` that are arguments of `setpriv`.
+/// As `as_nobody`, with more arguments `rights` for `setpriv`.
 fn as_nobody_with(rights: &str, host: &Host, before: &str, args: &[&str]) -> Finished {
-    // Where the user can get at it.
+    // The binary is copied to where the user can reach it.
     std::fs::set_permissions(host.path(""), PermissionsExt::from_mode(0o777)).expect("ours");
     let binary = host.path("frazil-copy");
     if !binary.exists() {
@@ -171,10 +172,10 @@ fn as_nobody_with(rights: &str, host: &Host, before: &str, args: &[&str]) -> Fin
     finish(command, PATIENCE)
 }
 
-/// A node for KVM that everybody may open, in a mount namespace of its own.
+/// Shell commands that put a node that everybody may open at /dev/kvm.
 const KVM_FOR_ALL: &str = "rm -f kvm; mknod kvm c 10 232; chmod 666 kvm; \
      mount --bind kvm /dev/kvm;";
-/// The same for nobody but root.
+/// Shell commands that put a node that only root may open at /dev/kvm.
 const KVM_FOR_ROOT: &str = "rm -f kvm; mknod kvm c 10 232; chmod 600 kvm; \
      mount --bind kvm /dev/kvm;";
 
@@ -214,7 +215,7 @@ fn resume_without_userfaultfd(host: &Host) {
         "/dev/userfaultfd",
         "--eager",
     ]);
-    // As the message says: without it, or with the one or the other.
+    // The remedies that the message names: `--eager`, or the capability.
     let closed = format!(
         "{KVM_FOR_ALL} rm -f closed; install -m 600 /dev/null closed; \
          test ! -e /dev/userfaultfd || mount --bind closed /dev/userfaultfd;"
@@ -253,7 +254,7 @@ fn nonsense_on_the_socket_stops_nobody() {
             garbage.splice(0..0, *b"POST /checkpoints HTTP/1.1\r\n");
         }
         let mut stream = connect(&vm);
-        // It may hang up in the middle.
+        // The server may hang up in the middle.
         let _refused = stream.write_all(&garbage);
         if rng.chance(4) {
             kept.push(stream);
@@ -274,7 +275,7 @@ fn nonsense_on_the_socket_stops_nobody() {
         }
     }
     kept.extend((0..150).map(|_| connect(&vm)));
-    // Among all those: whoever asks properly is answered.
+    // Despite all those connections, proper requests are answered.
     let before = vm.turns();
     vm.wait_beyond(before);
     let _taken = host.json(&["checkpoint", "calm"]);
@@ -310,7 +311,7 @@ fn requests_that_are_wrong_are_told_so() {
         assert!(error.contains(says), "{method} {path}: {answer}");
     }
     let huge = format!(r#"{{"message":"{}"}}"#, "x".repeat(1 << 20));
-    // It may hang up on the body; an answer, if there is one, says why.
+    // The server may hang up on the body; an answer, if there is one, says why.
     if let Ok((status, answer)) = vm.http("POST", "/checkpoints", &huge) {
         assert_eq!(status, 413, "{answer}");
     }
@@ -335,7 +336,7 @@ fn a_slow_reader_of_the_console_does_not_stop_the_guest() {
     let fifo = host.path("console");
     let made = Command::new("mkfifo").arg(&fifo).status().expect("mkfifo");
     assert!(made.success());
-    // Open at both ends, and never read.
+    // The FIFO is open at both ends, and never read.
     let _end = std::fs::File::options().read(true).write(true).open(&fifo).expect("the pipe");
     let spec = "touch=1MiB,rate=500,report=1";
     let vm =
@@ -347,7 +348,7 @@ fn a_slow_reader_of_the_console_does_not_stop_the_guest() {
     vm.expect_ended("stopped");
 }
 
-/// A request that is on its way: its answer is yet to be read.
+/// Sends a request, and leaves its answer to be read from the returned stream.
 fn ask(socket: &Path, method: &str, path: &str) -> UnixStream {
     let mut stream = UnixStream::connect(socket).expect("it listens");
     stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
@@ -356,7 +357,7 @@ fn ask(socket: &Path, method: &str, path: &str) -> UnixStream {
     stream
 }
 
-/// The status of the answer to it.
+/// Reads the status of the answer.
 fn status(mut stream: UnixStream) -> u16 {
     let mut answer = [0; 12];
     stream.read_exact(&mut answer).expect("an answer");
@@ -364,7 +365,7 @@ fn status(mut stream: UnixStream) -> u16 {
     answer.strip_prefix("HTTP/1.1 ").and_then(|status| status.parse().ok()).expect("a status")
 }
 
-/// True if there is an answer to it within a moment.
+/// True if an answer arrives within 50 ms.
 fn is_answered(stream: &UnixStream) -> bool {
     let mut byte = [0];
     stream.set_read_timeout(Some(Duration::from_millis(50))).expect("a timeout");
@@ -394,7 +395,7 @@ fn requests_that_wait_keep_nobody_else_out() {
         waiting.iter().filter(|stream| is_answered(stream)).count()
     };
 
-    // Somebody looks at the guest, and many want it to go on.
+    // While one caller keeps the guest paused, many request that it continue.
     std::thread::scope(|scope| {
         let ((begins, begun), (done, wait)) = (channel::<()>(), channel::<()>());
         let guest = &vm;
@@ -412,7 +413,7 @@ fn requests_that_wait_keep_nobody_else_out() {
         looking.join().expect("no panic").expect("it runs").expect("it was told");
     });
 
-    // The store hangs: checkpoints wait for each other, and many want to give one up.
+    // The store hangs: checkpoints wait for each other, and many requests cancel one.
     faults.hang();
     std::thread::scope(|scope| {
         let taking = scope.spawn(|| vm.checkpoint(&CheckpointRequest::default()));
@@ -420,7 +421,8 @@ fn requests_that_wait_keep_nobody_else_out() {
         let posted: Vec<_> = (0..45).map(|_| ask(&socket, "POST", "/checkpoints")).collect();
         wait_for("those who are too many", || (refused(&posted) >= 37).then_some(()));
         let waiting: Vec<_> = (0..45).map(|_| ask(&socket, "PUT", "/checkpoints/cancel")).collect();
-        // Where it stands the checkpoint may notice before the medium answers, and the next begins.
+        // Depending on where the checkpoint is, it may notice the cancellation before the medium
+        // answers, and the next one begins.
         wait_for("those who are too many", || (refused(&waiting) >= 37).then_some(()));
         assert_eq!(status(ask(&socket, "GET", "/vm")), 200);
         assert_eq!(status(ask(&socket, "PUT", "/vm/stop")), 200);

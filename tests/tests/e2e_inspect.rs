@@ -1,5 +1,5 @@
-//! `frazil inspect` of the built-in guest on real KVM: against the memory that `export` writes and the registers
-//! that `show` prints.
+//! `frazil inspect` of the built-in guest on real KVM, compared with the memory that `export`
+//! writes and the registers that `show` prints.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -69,7 +69,7 @@ fn memory_is_dumped_as_it_is() {
         dump.stdout.contains("4-level paging") && dump.stdout.contains("page directory"),
         "{dump:?}"
     );
-    // All of it, and a reader that goes away.
+    // All of RAM.
     let all = bed.host.ok(&["inspect", &bed.at, "--gpa", "0,64MiB"]).stdout;
     assert!(
         all.lines().count() > 1 << 20 && all.ends_with("0000000004000000\n")
@@ -100,14 +100,14 @@ fn what_cannot_be_read_is_an_error_that_says_so() {
     bed.refused(2, &["--gpa", "0x10", "--vcpu", "1"], &["--vcpu"]);
     bed.refused(2, &["--gpa", "0x10", "--vmlinux", "x"], &["--vmlinux"]);
     bed.refused(2, &["--page-tables", "--region", "ram"], &["--region"]);
-    // What would have no effect is not taken for granted.
+    // Options that would have no effect are refused.
     bed.refused(2, &["--gpa", "0x10", "--context", "3"], &["--context"]);
     bed.refused(2, &["--stack", "--ranges", "3"], &["--ranges"]);
     bed.refused(2, &["--stack", "--lines"], &["--vmlinux"]);
     bed.refused(2, &["--disassemble", "--lines", "--vmlinux", &this], &["--lines"]);
 }
 
-/// Up to the last address that there is, and not one further.
+/// Looks go up to the last address that exists, and no further.
 #[test]
 fn addresses_end() {
     let Some(bed) = bed() else { return };
@@ -122,18 +122,18 @@ fn addresses_end() {
     }
     bed.refused(1, &["--page-tables", "0x800000000000"], &["canonical"]);
     bed.refused(1, &["--page-tables", "0x8000_0000_0000,0x1000"], &["canonical"]);
-    // The end of that is an address.
+    // A range that begins below the canonical addresses may end within them.
     assert!(bed.inspect(&["--page-tables", "0xffff7fffffff0000,0x20000"]).is_empty());
     let nothing = bed.host.ok(&["inspect", &bed.at, "--page-tables", "0xffffffff80000000,1GiB"]);
     assert!(nothing.stdout.contains("nothing is mapped"), "{nothing:?}");
-    // All that is mapped is in RAM; without a length as much is shown as there is.
+    // Without a length, the dump ends where the mapping or RAM does.
     let tables = bed.inspect(&["--page-tables"]);
     let end_of = |range: &Value| hex(text(range, "gva")) + range["bytes"].as_u64().expect("bytes");
     let end = tables.iter().map(end_of).max().expect("something is mapped").min(64 << 20);
     let dump = bed.inspect(&["--gva", &format!("{:#x}", end - 48)]);
     assert_eq!((dump.len(), text(&dump[0], "hex").len()), (1, 96));
     bed.refused(1, &["--gva", &format!("{:#x},49", end - 48), "--json"], &["virtual address"]);
-    // And how it was found.
+    // The dump tells how the address was translated.
     let steps = dump[0]["steps"].as_array().expect("steps");
     assert_eq!(text(&steps[0], "table"), "PML4");
     let entry = hex(text(&steps[0], "gpa"));
@@ -143,7 +143,7 @@ fn addresses_end() {
     assert_eq!(read, hex(text(&steps[0], "entry")));
 }
 
-/// Readers that go away are none of its business; a full disk is.
+/// A reader that goes away is not an error; a full disk is.
 #[test]
 fn what_cannot_be_printed_is_told_unless_nobody_listens() {
     let Some(bed) = bed() else { return };
@@ -165,7 +165,7 @@ fn what_cannot_be_printed_is_told_unless_nobody_listens() {
         drop(reader);
         let gone = run(writer.into());
         let said = String::from_utf8_lossy(&gone.stderr).into_owned();
-        // Further than the code goes there may be nothing to disassemble.
+        // Beyond the end of the code there may be nothing to disassemble.
         let ended = gone.status.success() || said.contains("not mapped");
         assert!(ended && !said.contains("panicked"), "{look:?}: {gone:?}");
         let full = std::fs::File::options().write(true).open("/dev/full").expect("it is there");
@@ -176,7 +176,7 @@ fn what_cannot_be_printed_is_told_unless_nobody_listens() {
     }
 }
 
-/// Pages of a region of which most are zero.
+/// The pages of a region that are not zero.
 struct Sparse(BTreeMap<u64, Page>);
 
 impl PageSource for Sparse {
@@ -186,7 +186,7 @@ impl PageSource for Sparse {
     }
 }
 
-/// Where machines have no RAM.
+/// The guest physical addresses at which machines have no RAM.
 const HOLE: Range<u64> = 3 << 30..4 << 30;
 
 /// A machine with RAM on both sides of the hole below 4 GiB.
@@ -242,7 +242,7 @@ fn there_is_no_memory_in_the_hole() {
     assert_eq!(number(ram, "zero_pages"), pages - hole_pages - 2);
     let shown = bed.host.ok(&["inspect", &at]).stdout;
     assert!(shown.contains("region ram: 3.06 GiB") && shown.contains("hole"), "{shown}");
-    // Only the part of it that was asked for is there, without what the hole would be if it was memory.
+    // The context of a match stops at the hole, which is not shown as zeros.
     let found = inspect(&["--search", "border", "--context", "8"]);
     assert_eq!((found.len(), text(&found[0], "after")), (1, ""));
     let found = inspect(&["--search", "beyond", "--context", "8"]);
@@ -259,7 +259,7 @@ fn there_is_no_memory_in_the_hole() {
     refused.expect_code(1).expect_says(&["at most 16"]);
 }
 
-/// Memory without a machine has physical addresses, and nothing else.
+/// Imported memory has no machine: it can be read by physical address, and nothing else.
 #[test]
 fn imported_memory_is_looked_at_as_far_as_there_is_some() {
     let Some(bed) = bed() else { return };
@@ -366,7 +366,7 @@ fn stacks_are_shown_with_and_without_the_guest_s_file() {
     assert_eq!(stacks.len(), 2);
     for (vcpu, stack) in stacks.iter().enumerate() {
         assert_eq!(number(stack, "vcpu"), vcpu as u64);
-        // Where nothing tells more, what lies on the stack.
+        // If the stack cannot be unwound, the words on it are shown.
         let words = stack["words"].as_array().expect("words");
         assert_eq!(words.is_empty(), stack["frames"].as_array().expect("frames").len() > 1);
         for word in words {
@@ -376,7 +376,7 @@ fn stacks_are_shown_with_and_without_the_guest_s_file() {
         }
         assert_eq!(hex(text(&stack["frames"][0], "ip")), bed.register(vcpu, "rip"));
     }
-    // It was stripped; here it gets two names.
+    // The guest's file is stripped; here it gets two symbols.
     let [stripped, named] = ["guest.elf", "named.elf"].map(|name| bed.host.path(name));
     std::fs::write(&stripped, GUEST_ELF).expect("a file");
     let [stripped, named] = [stripped, named].map(|path| path.display().to_string());
@@ -393,12 +393,13 @@ fn stacks_are_shown_with_and_without_the_guest_s_file() {
     assert_eq!(one[0]["frames"][0]["function"], "all_of_it", "{one:#?}");
 }
 
-/// A guest can write into its page tables what it likes.
+/// A guest can write whatever it likes into its page tables.
 #[test]
 fn tables_that_make_no_sense_are_told_and_end() {
     let Some(bed) = bed() else { return };
     let root = hex(text(&bed.vcpus[0]["sregs"], "cr3")) & !0xfff;
-    // Each leads to itself; to nowhere; two take turns, each with the other.
+    // Each entry leads back to its table; to nowhere; to two tables by turns, which lead to each
+    // other.
     let fills: [&dyn Fn(u64) -> u64; 3] = [&|_| root | 7, &|_| 0xdead_beef_f007, &|index| {
         if index % 2 == 0 { root | 7 } else { (root + 0x1000) | 7 }
     }];

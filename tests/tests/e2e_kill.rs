@@ -1,7 +1,7 @@
-//! SIGKILL at random moments, a hundred times over, each VM resumed from what the one before it
-//! left behind.
+//! SIGKILL at random moments, a hundred times over, each VM resumed from what the previous one left
+//! behind.
 //!
-//! `FRAZIL_KILL_SEED` repeats a run's choices, `FRAZIL_KILL_ROUNDS` makes it longer or shorter.
+//! `FRAZIL_KILL_SEED` repeats a run's choices, `FRAZIL_KILL_ROUNDS` sets the number of kills.
 
 use std::time::Duration;
 
@@ -27,8 +27,8 @@ fn seed() -> u64 {
     from_env("FRAZIL_KILL_SEED", since.expect("after 1970").as_nanos() as u64)
 }
 
-/// True if the killed writer was in the middle of a checkpoint: there is more in the segments
-/// than the journal's newest record covers, or a piece of a record.
+/// True if the killed writer was in the middle of a checkpoint: the segments hold more than the
+/// journal's newest record covers, or the journal ends in a partial record.
 fn was_writing(host: &Host) -> bool {
     let journal = std::fs::read(host.store_path().join("journal")).expect("the journal");
     let state = read_journal(&journal);
@@ -39,8 +39,9 @@ fn was_writing(host: &Host) -> bool {
     state.len < journal.len() || len(segment) > end || len(segment + 1) > 0
 }
 
-/// What the killed VM left must be sound, the new snapshots whole, and their memory what the
-/// guest wrote. Returns the newest, and how many there are.
+/// Checks that the store left by the killed VM is sound, the new snapshots are whole, and the
+/// newest one's memory is what the guest wrote. Returns the newest snapshot and the number of
+/// snapshots.
 fn check_store(host: &Host, known: usize, round: u64) -> (SnapshotId, usize) {
     let store = Store::open(&host.store_path(), StoreOptions::default())
         .unwrap_or_else(|error| panic!("round {round}: {error}"));
@@ -50,7 +51,7 @@ fn check_store(host: &Host, known: usize, round: u64) -> (SnapshotId, usize) {
     let fresh: Vec<_> = infos[known..].iter().map(|info| info.id).collect();
     let report =
         frazil_snapstore::verify(&store, &fresh, &VerifyProgress::default()).expect("a walk");
-    // A record cut short by the kill is reported as such, and is no loss.
+    // A record cut short by the kill is reported, but loses nothing.
     let damage: Vec<_> = report.damage.iter().filter(|damage| damage.snapshot.is_some()).collect();
     assert!(damage.is_empty(), "round {round}: {damage:#?}");
     assert_eq!(report.damage.len() - damage.len(), usize::from(torn > 0), "{report:#?}");
@@ -83,7 +84,7 @@ fn a_hundred_kills_lose_nothing_that_was_published() {
     let host = Host::new();
     let mut first = host.run("victim", WORKLOAD, &[&["--memory", "48MiB"], EVERY].concat());
     first.wait_populated();
-    // There has to be something to come back to.
+    // There has to be something to resume.
     let _taken = first.event("checkpoint");
     run_and_kill(first, &mut rng);
     let (mut hits, mut known) = (0, 0);
@@ -105,14 +106,14 @@ fn a_hundred_kills_lose_nothing_that_was_published() {
         run_and_kill(vm, &mut rng);
     }
     println!("{hits} of {rounds} kills hit a checkpoint; {known} snapshots");
-    // About a third do, as far as it shows: what was still in memory leaves no trace.
+    // About a third visibly do: what was still in memory leaves no trace.
     assert!(hits * 8 >= rounds, "too few kills hit a checkpoint: {hits} of {rounds}");
     assert!(known as u64 * 2 > rounds, "too few checkpoints: {known}");
     nothing_is_left_over(&host);
 }
 
-/// One more checkpoint clears away what the last killed writer left; lest that happens to be
-/// little, as much again as a writer leaves that is killed in the middle of a large checkpoint.
+/// Checks that one more checkpoint clears away what the last killed writer left. Since that may be
+/// little, adds what a writer killed in the middle of a large checkpoint would leave.
 fn nothing_is_left_over(host: &Host) {
     let journal = std::fs::read(host.store_path().join("journal")).expect("the journal");
     let (segment, _) = read_journal(&journal).tail.expect("a snapshot");

@@ -1,5 +1,5 @@
-//! A stock Linux guest with two vCPUs: checkpoints under load, kills, and what is resumed after
-//! them. `frazil_tests::linux` tells where it runs.
+//! A stock Linux guest with two vCPUs: checkpoints under load, kills, and resumes after them.
+//! `frazil_tests::linux` describes where the guest runs.
 
 use std::collections::BTreeSet;
 use std::ops::RangeInclusive;
@@ -12,7 +12,7 @@ use serde_json::Value;
 /// How far a guest's date may be from the host's while it runs undisturbed.
 const DATE_ERROR_MAX_S: i64 = 3;
 
-/// Everything in memory: a tmpfs, two loads, the kernel itself.
+/// A guest that is all in memory: a tmpfs, two loads, the kernel itself.
 const IN_MEMORY: &str = r#"
 tap tap1 10.0.1.1
 image /run/own original
@@ -84,8 +84,8 @@ end g
 try frazil verify /run/store >/dev/null
 "#;
 
-/// A database on a disk, written through to it all the time, and a connection that stays open. No
-/// command that resumes says anything of a disk.
+/// A database on a disk, written and synced all the time, and a connection that stays open. No
+/// resume names a disk.
 const DISK_AND_NETWORK: &str = r"
 network
 disk /run/disk
@@ -137,7 +137,7 @@ halt f
 try frazil verify /run/store >/dev/null
 ";
 
-/// Fails the test unless ticks follow each other without a gap, the clock and the loads going on.
+/// Fails the test unless ticks follow each other without a gap, and clocks and loads never go back.
 #[track_caller]
 fn expect_in_order(vm: &str, ticks: &[Tick]) {
     for pair in ticks.windows(2) {
@@ -157,7 +157,7 @@ fn expect_in_order(vm: &str, ticks: &[Tick]) {
     }
 }
 
-/// Fails the test unless a guest went on from where it was taken, well and in order.
+/// Fails the test unless a guest went on from a tick in `from`, in order and without any error.
 #[track_caller]
 fn expect_goes_on(outcome: &Outcome, vm: &str, from: &RangeInclusive<u64>) {
     outcome.expect_well(vm);
@@ -166,8 +166,8 @@ fn expect_goes_on(outcome: &Outcome, vm: &str, from: &RangeInclusive<u64>) {
     expect_in_order(vm, &ticks);
 }
 
-/// Fails the test unless the clocks of resumed guests are right: the date is the host's, or goes on from
-/// where the snapshot had it, and the monotonic clock has gone on as the date has.
+/// Fails the test unless the clocks of resumed guests are right: the date is the host's, or goes on
+/// from the snapshot's, and the monotonic clock has advanced as much as the date.
 #[track_caller]
 fn expect_clocks(outcome: &Outcome) {
     let only = |vm: &str| outcome.who(vm).remove(0);
@@ -183,7 +183,7 @@ fn expect_clocks(outcome: &Outcome) {
     let passed = (resumed.uptime - first.uptime) as i64;
     near("b's monotonic clock", passed, [resumed.date - first.date; 2]);
 
-    // As late as it was until it was resumed.
+    // With `--clock snapshot`, the date goes on from that of the cut.
     let late = only("c");
     let cut_ms = Checkpoint::find(outcome, "second").report["time_unix_ms"].as_i64();
     let cut = cut_ms.expect("a time") / 1000;
@@ -197,8 +197,8 @@ fn expect_clocks(outcome: &Outcome) {
     near("c's monotonic clock", passed, [late.date - first.date; 2]);
 }
 
-/// Fails the test unless whoever goes on from a snapshot is another generation and its kernel is told,
-/// and clones have what they were given, or else what the snapshot has.
+/// Fails the test unless each guest that goes on from a snapshot has a new generation id and its
+/// kernel is notified, and clones have what they were given, or else what the snapshot has.
 #[track_caller]
 fn expect_identities(outcome: &Outcome) {
     let asked: Vec<Who> =
@@ -209,7 +209,7 @@ fn expect_identities(outcome: &Outcome) {
     for who in &asked {
         assert_eq!((who.generation.len(), who.tables), (32, 1), "{who:?}");
     }
-    // Debian's kernel has no driver for it, but one for the events of such devices.
+    // Debian's kernel has no driver for the generation id, but one for the events of ACPI devices.
     assert_eq!(a.events, 0, "{a:?}");
     for who in [b, rewound, c, e1, e2] {
         assert!(who.events > 0, "{who:?}");
@@ -239,7 +239,7 @@ fn memory_and_processors_go_on() {
     let error = value::<i64>(here) - value::<i64>(there);
     assert!(error.abs() <= DATE_ERROR_MAX_S, "the guest's date is {error} s behind");
 
-    // The one that the power failed in is there, or it is not.
+    // The checkpoint during which power failed may or may not have been published.
     let last = outcome.ticks("a").pop().expect("a tick").number;
     let latest = *at("a4").next().start()..=last + 2;
     outcome.expect_well("b");
@@ -261,18 +261,18 @@ fn memory_and_processors_go_on() {
     expect_clocks(&outcome);
     expect_identities(&outcome);
 
-    // Lazily resumed or not: what nobody touched is not written again.
+    // Pages that were not touched are not written again, also after a lazy resume.
     let pages = |tag: &str| at(tag).report["dirty_pages"].as_u64().expect("a number");
     assert!(pages("lazily") < pages("first") / 2, "{} of {}", pages("lazily"), pages("first"));
 }
 
-/// Fails the test unless the guest of `vm` has at least the rows that the one it is from had told
-/// of before the checkpoint.
+/// Fails the test unless `vm`'s guest has at least the rows that the guest of `from` had reported
+/// before the checkpoint.
 #[track_caller]
 fn expect_rows(outcome: &Outcome, vm: &str, from: &str, checkpoint: &Checkpoint) {
     let [before, _] = checkpoint.ticks;
     let ticks = outcome.ticks(from);
-    // It may have been rewound later, and have been at the same ticks with other rows.
+    // Stops at the first later tick: after a rewind, the same ticks may come again with other rows.
     let before = ticks.iter().take_while(|tick| tick.number <= before);
     let told = before.map(|tick| tick.rows).max().expect("a tick before the checkpoint");
     let found = outcome.ticks(vm)[0].rows;
@@ -313,8 +313,8 @@ fn disk_and_network_go_on() {
     );
 }
 
-/// All that a machine can have, in use: what its snapshots hold, and how large they are beside its memory
-/// as zstd makes it.
+/// A guest that uses everything a machine can have: the state chunks of its snapshots, and its
+/// memory's size raw and compressed by zstd.
 const EVERYTHING: &str = r#"
 network
 disk /run/disk
@@ -336,13 +336,13 @@ done
 end a
 "#;
 
-/// Its one run.
+/// Runs `EVERYTHING` once per process.
 fn everything() -> Option<&'static Outcome> {
     static RUN: OnceLock<Option<Outcome>> = OnceLock::new();
     RUN.get_or_init(|| run("everything", EVERYTHING)).as_ref()
 }
 
-/// Prints what the README has of such a guest.
+/// Prints the README's figures for such a guest.
 #[test]
 #[ignore = "measures, and takes minutes"]
 fn sizes_of_snapshots() {
@@ -354,8 +354,8 @@ fn sizes_of_snapshots() {
     }
 }
 
-/// Writes what `golden_chunks.rs` reads, as this frazil saves it: to be added beside what is there when
-/// a version goes up. Those that are there never change.
+/// Writes the chunks that `golden_chunks.rs` reads, as this frazil saves them. Run it when a
+/// chunk's version goes up: it adds files of new versions, and never changes those that exist.
 #[test]
 #[ignore = "writes golden chunks of the present versions"]
 fn write_golden_chunks() {

@@ -1,14 +1,15 @@
-//! How a stock Linux guest begins and ends, and what it gives back while it runs. `frazil_tests::linux`
-//! tells where it runs.
+//! How a stock Linux guest boots and ends, and gives free memory back while it runs.
+//! `frazil_tests::linux` describes where the guest runs.
 
 use frazil_tests::linux::{Checkpoint, run_with, value};
 use frazil_tests::vm_harness::number;
 
-/// What the guest fills and frees again, in bytes.
+/// How much memory the guest fills and frees again, in bytes.
 const FILLED_BYTES: u64 = 100_000_000;
 const PAGE_BYTES: u64 = 4096;
 
-/// As distributions ship it and as it is unpacked; ended by `reboot`, and by a crash (`panic=`).
+/// Boots the kernel as distributions ship it (bzImage), and unpacked (vmlinux). The first guest
+/// ends by `reboot`, the last by a crash (`panic=`).
 const SCRIPT: &str = r#"
 boot a 'load shell' --vsock socket=/run/a.sock
 await a '^GUEST tick'
@@ -53,7 +54,7 @@ fn kernels_begin_and_end_and_give_memory_back() {
     assert_eq!(outcome.told("filled").pop().expect("the last part"), ["5", "100000000"]);
     assert_eq!(outcome.only("freed"), ["freed"]);
 
-    // What was freed is zero from then on, for frazil has been told.
+    // Freed memory is zero from then on, since the balloon has reported it.
     let (filled, freed) = (report("filled"), report("freed"));
     let pages = FILLED_BYTES / PAGE_BYTES;
     let written = number(&filled, "dirty_pages") - number(&filled, "zero_pages");

@@ -1,6 +1,6 @@
-//! A snapshot of a stock Linux guest, as those see it who want to know what the guest was doing: `frazil
-//! inspect`, and debuggers that open its core file. The guest runs where `frazil_tests::linux` tells; what is
-//! made of its snapshot is made here.
+//! Looks into a snapshot of a stock Linux guest with `frazil inspect`, and with debuggers that open
+//! its core file. The guest runs where `frazil_tests::linux` describes; its snapshot is examined on
+//! this machine.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -21,8 +21,9 @@ crash a
 keep /run/store
 ";
 
-/// A host whose store is the guest's, or none if there is no QEMU. Made once; `FRAZIL_LINUX_KEPT` names what an
-/// earlier run has left (`target/tmp/linux/core/kept.tar`), for who works on what is made of it.
+/// Returns a host whose store is the guest's, or `None` if there is no QEMU. It is made once per
+/// process. `FRAZIL_LINUX_KEPT` names the archive of an earlier run
+/// (`target/tmp/linux/core/kept.tar`), to work on these tests without running the guest again.
 fn host() -> Option<&'static Host> {
     static HOST: OnceLock<Option<Host>> = OnceLock::new();
     let make = || {
@@ -44,7 +45,7 @@ fn host() -> Option<&'static Host> {
     HOST.get_or_init(make).as_ref()
 }
 
-/// The core file, made once.
+/// Returns the core file and the report of its export, made once per process.
 fn core(host: &Host) -> &'static (PathBuf, Value) {
     static CORE: OnceLock<(PathBuf, Value)> = OnceLock::new();
     CORE.get_or_init(|| {
@@ -55,7 +56,7 @@ fn core(host: &Host) -> &'static (PathBuf, Value) {
     })
 }
 
-/// What a debugger says, if it is installed.
+/// Returns the standard output of a debugger, or `None` if it is not installed.
 fn debugger(program: &str, arguments: &[&str]) -> Option<String> {
     let found = Command::new(program).args(arguments).output();
     let output = match found {
@@ -71,7 +72,8 @@ fn debugger(program: &str, arguments: &[&str]) -> Option<String> {
     Some(said)
 }
 
-/// Where `make setup` unpacks a kernel's debug information, or where Debian installs it.
+/// Returns the kernel's debug information, where Debian installs it or `make setup-tests` unpacks
+/// it.
 fn debug_information(release: &str) -> Option<PathBuf> {
     let this = std::env::current_exe().expect("a test knows its file");
     let target = this.ancestors().nth(3).expect("tests are in TARGET/PROFILE/deps");
@@ -103,7 +105,7 @@ fn stacks_have_names_without_any_file() {
                         "{stack:#}"
                     );
                 }
-                // A program was running: of it nothing is known.
+                // A program was running, about which nothing is known.
                 ip if ip < "0xffff" => expected.extend(["no_way_up", "damaged"]),
                 _ => {
                     assert!(
@@ -114,7 +116,7 @@ fn stacks_have_names_without_any_file() {
             }
         }
         assert!(expected.contains(&text(stack, "end")), "{stack:#}");
-        // Whatever a vCPU does in the kernel begins in one of these.
+        // Every kernel stack begins in one of these functions.
         let roots = [
             "secondary_startup_64",
             "ret_from_fork",
@@ -134,7 +136,7 @@ fn stacks_have_names_without_any_file() {
     }
 }
 
-/// The guest has loaded some modules: all of them are found, by what its kernel tells of itself.
+/// The modules that the guest has loaded are found in its memory alone.
 #[test]
 fn modules_are_found_without_any_file() {
     let Some(host) = host() else { return };
@@ -147,13 +149,14 @@ fn modules_are_found_without_any_file() {
     assert!((2..200).contains(&count), "{said}");
 }
 
-/// As if a vCPU had been stopped at the beginning of a function of each module, called by what is on its stack.
+/// For each module, makes a snapshot as if a vCPU had stopped at the start of one of its functions,
+/// called from the frames on the vCPU's stack.
 #[test]
 fn stacks_go_through_modules() {
     let Some(host) = host() else { return };
     let stacks = host.ok(&["inspect", &host.at("one"), "--stack", "--json"]).json_lines();
     let hex = |text: &str| u64::from_str_radix(text.trim_start_matches("0x"), 16).expect("hex");
-    // A frame that was found by a return address on the stack of a vCPU in the kernel.
+    // The frames from the first that was found by unwinding the stack of a vCPU in the kernel.
     let called = stacks.iter().find_map(|stack| {
         let frames = stack["frames"].as_array()?;
         let place = frames.iter().position(|frame| frame["by"] == "orc")?;
@@ -193,7 +196,7 @@ fn stacks_go_through_modules() {
     }
 }
 
-/// The kernel's file names the same functions as its memory, and tells lines if it is asked to.
+/// The kernel's file gives the same functions as its memory, and source lines on request.
 #[test]
 fn a_kernel_s_file_agrees_with_its_memory() {
     let Some(host) = host() else { return };
@@ -226,7 +229,7 @@ fn a_kernel_s_file_agrees_with_its_memory() {
             );
         }
     }
-    // What is written in assembly has lines too; of the few frames all should.
+    // Code written in assembly has lines too, so all frames should.
     assert!(lines == frames, "{lines} of {frames} have lines: {with_lines:#?}");
 }
 
@@ -246,7 +249,7 @@ fn memory_is_found_and_read_by_virtual_address() {
     let (_, report) = core(host);
     let release = text(&report["kernel"], "release");
     assert!(banner.iter().any(|found| text(found, "text").contains(release)), "{banner:#?}");
-    // What is found by physical address is there by virtual address too, in the map of all memory.
+    // What is found by physical address is also at its virtual address in the direct map.
     let found = &banner[0];
     let hex = |text: &str| u64::from_str_radix(text.trim_start_matches("0x"), 16).expect("hex");
     let direct = hex(text(report, "direct_map"));
@@ -279,7 +282,7 @@ fn gdb_opens_the_core_file() {
     }
 }
 
-/// With the kernel's debug information: tasks, as the kernel has them.
+/// With the kernel's debug information, drgn lists the kernel's tasks.
 #[test]
 fn drgn_lists_the_tasks() {
     let Some(host) = host() else { return };
@@ -313,7 +316,7 @@ fn drgn_lists_the_tasks() {
     let Some(said) = debugger(python, &[&script, &path, &vmlinux]) else { return };
     assert!(said.contains(&format!("release {release}\n")), "{said}");
     let tasks: Vec<&str> = said.lines().filter_map(|line| line.strip_prefix("task ")).collect();
-    // The guest's first program, the kernel's first thread, and the loads that it runs.
+    // The guest's first program, the kernel's thread daemon, and many others.
     assert!(tasks.iter().any(|task| task.starts_with("1 ")), "{said}");
     assert!(tasks.contains(&"2 kthreadd"), "{said}");
     assert!(tasks.len() > 20, "{said}");

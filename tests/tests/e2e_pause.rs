@@ -1,8 +1,8 @@
-//! While a checkpoint keeps a guest standing, nobody asks for memory: an allocator's lock, or the
-//! kernel's for fresh pages, may be held by somebody who has all the time in the world.
+//! While a checkpoint pauses a guest, no thread involved allocates memory: the allocator's lock, or
+//! the kernel's for fresh pages, may be held by a thread that is in no hurry.
 //!
-//! `unsafe` is allowed here for the allocator that watches. It is that of the whole process, so this
-//! test is one of its own.
+//! `unsafe` is allowed here for the watching allocator. It serves the whole process, so this test
+//! is in a file of its own.
 #![allow(unsafe_code)]
 
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -18,17 +18,17 @@ use frazil_vmm::{CheckpointRequest, CheckpointStats};
 use tracing::span;
 
 thread_local! {
-    /// This thread keeps a guest standing.
+    /// True while this thread is in a pause.
     static IN_PAUSE: Cell<bool> = const { Cell::new(false) };
 }
-/// How often a thread has done so.
+/// How often a thread has entered a pause.
 static PAUSES: AtomicUsize = AtomicUsize::new(0);
-/// How often memory was asked for in one.
+/// Number of allocations during pauses.
 static ASKED: AtomicUsize = AtomicUsize::new(0);
-/// How much, the last time.
+/// Size of the last such allocation, in bytes.
 static LAST_BYTES: AtomicUsize = AtomicUsize::new(0);
 
-/// The system's, which sees who asks when.
+/// The system's allocator, which notes allocations during pauses.
 struct Watching;
 
 fn note(layout: Layout) {
@@ -38,16 +38,17 @@ fn note(layout: Layout) {
     }
 }
 
-// SAFETY: every call is the system allocator's, with the same arguments; `note` asks for no memory.
+// SAFETY: every call goes to the system allocator with the same arguments; `note` allocates
+// nothing.
 unsafe impl GlobalAlloc for Watching {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         note(layout);
-        // SAFETY: the caller keeps to the trait's contract, which is the system's too.
+        // SAFETY: the caller upholds the trait's contract, which is the system allocator's too.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: as above; what is given back is from the system.
+        // SAFETY: as above; the memory came from the system allocator.
         unsafe { System.dealloc(pointer, layout) };
     }
 }
@@ -55,7 +56,7 @@ unsafe impl GlobalAlloc for Watching {
 #[global_allocator]
 static ALLOCATOR: Watching = Watching;
 
-/// Hears of pauses, and of nothing else.
+/// Subscribes to the spans of pauses, and to nothing else.
 struct Pauses;
 
 impl tracing::Subscriber for Pauses {
@@ -83,7 +84,8 @@ impl tracing::Subscriber for Pauses {
     }
 }
 
-/// Takes checkpoints of a guest with two vCPUs and every device that needs nothing of the host.
+/// Takes four checkpoints of a guest with two vCPUs and all devices that need nothing from the
+/// host.
 fn checkpoints(load: &str, tracker: TrackerKind, staging_bytes: u64) -> Vec<CheckpointStats> {
     let guest = populated(load, 2, |folder, config, host| {
         let file = folder.join("disk.img");
@@ -112,11 +114,11 @@ fn nothing_is_allocated_while_the_guest_stands_still() {
         for (load, staging_bytes) in [(steady, 64 << 20), (storm, 1 << 20)] {
             let before = PAUSES.load(Ordering::SeqCst);
             let all = checkpoints(load, tracker, staging_bytes);
-            // The checkpoint's thread, and each vCPU's.
+            // The checkpoint's thread, and one per vCPU.
             assert_eq!(PAUSES.load(Ordering::SeqCst) - before, 3 * all.len());
             let (asked, bytes) = (ASKED.load(Ordering::SeqCst), LAST_BYTES.load(Ordering::SeqCst));
             assert_eq!(asked, 0, "{load}, {tracker}: the last time {bytes} bytes: {all:#?}");
-            // Both ways of a cut: pages copied, and pages left in place.
+            // Both ways to cut are used: pages copied, and pages protected in place.
             let protected: u64 = all.iter().map(|stats| stats.protected_pages).sum();
             assert!(protected > 0 || load == steady, "{all:#?}");
         }

@@ -1,7 +1,7 @@
-//! Random lives of a VM on a medium that fails, against the most naive oracle there is: a copy of
-//! all memory, page by page, of a guest that stands still.
+//! Random lives of a VM on a failing medium, against the most naive oracle there is: a copy of all
+//! memory, page by page, of a guest that stands still.
 //!
-//! `FRAZIL_PROPERTY_SEED` runs one sequence, as printed when it fails.
+//! `FRAZIL_PROPERTY_SEED` runs a single sequence; the seeds are printed.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -22,7 +22,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 const RAM_BYTES: u64 = 48 << 20;
 const PAGES: u64 = RAM_BYTES / PAGE_SIZE as u64;
-/// Pages the guest never touches: some below the first MiB, and all behind its data.
+/// Pages the guest never touches: some below 1 MiB, and all behind its data.
 const LOW_PAGES: std::ops::Range<u64> = 0x40..0x90;
 const HIGH_PAGES: std::ops::Range<u64> = (20 << 8)..PAGES;
 
@@ -35,29 +35,30 @@ fn spec(seed: u64) -> String {
     format!("touch=4MiB,rate=4000,report=0,seed={seed},content={content},pattern={pattern}")
 }
 
-/// A VM, its store on a failing medium, and all that is known of it.
+/// A VM, its store on a failing medium, and everything known about both.
 struct World {
     vm: Option<Vm>,
     store: Arc<Store>,
     faults: Arc<Faults>,
     rng: Rng,
     name: String,
-    /// How writes are tracked, and how much may be copied aside: next to nothing, some, all.
     tracker: TrackerKind,
+    /// How much may be copied aside: next to nothing, some, or everything.
     staging_bytes: u64,
-    /// What each published snapshot holds; none if it was taken while the guest ran.
+    /// The memory of each published snapshot; `None` if it was taken while the guest ran.
     published: HashMap<SnapshotId, Option<MemoryCopy>>,
-    /// What the VMM wrote where the guest does not, per snapshot and now.
+    /// The bytes that the VMM filled pages with that the guest never touches, by page.
     vmm_pages: HashMap<u64, u8>,
+    /// `vmm_pages` at the time of each snapshot.
     vmm_pages_of: HashMap<SnapshotId, HashMap<u64, u8>>,
-    /// The last checkpoint failed.
+    /// True if the last checkpoint failed.
     owes: bool,
     figures: Figures,
     _folder: TempDir,
     path: PathBuf,
 }
 
-/// What the sequences came to together: they must not have been harmless.
+/// What all sequences did together, to show that they were not harmless.
 #[derive(Clone, Copy, Debug, Default)]
 struct Figures {
     published: u64,
@@ -72,7 +73,7 @@ impl World {
         let folder = tempfile::tempdir().expect("a scratch folder");
         let path = folder.path().join("store");
         let (storage, faults) = FaultyStorage::new(&path);
-        // Small segments, so that sequences get to know several.
+        // Small segments, so that sequences use several.
         let options = StoreOptions { segment_max_bytes: 1 << 20, ..StoreOptions::default() };
         let store = Store::open_or_create_storage(Arc::new(storage), options).expect("a store");
         let name = format!("random-{seed}");
@@ -122,7 +123,7 @@ impl World {
         view.map_or(0, |view| view.vcpus.iter().map(|cpu| cpu.control.loops).sum())
     }
 
-    /// The guest runs a few milliseconds more; that it does is checked.
+    /// Lets the guest run for a few milliseconds, and checks that it does.
     fn let_it_run(&mut self) {
         let before = self.loops();
         let until = Instant::now() + Duration::from_secs(30);
@@ -133,12 +134,12 @@ impl World {
         std::thread::sleep(Duration::from_millis(self.rng.below(15)));
     }
 
-    /// Writes as a device would, where the guest does not.
+    /// Writes to guest memory as a device would, to pages that the guest never touches.
     fn vmm_writes(&mut self) {
         for _ in 0..=self.rng.below(40) {
             let range = if self.rng.chance(2) { LOW_PAGES } else { HIGH_PAGES };
             let page = range.start + self.rng.below(range.end - range.start);
-            // Zeros too: a page written full of zeros is data.
+            // Zeros too: a page overwritten with zeros is a change.
             let value = self.rng.below(4) as u8 * 0x3d;
             let address = GuestAddress(page * PAGE_SIZE as u64);
             let memory = self.vm().ram().memory();
@@ -157,16 +158,18 @@ impl World {
         }
     }
 
-    /// A checkpoint, the guest paused by its user or running, the medium good or not.
+    /// Takes a checkpoint, with the guest paused by its user or running, on a good or failing
+    /// medium.
     fn checkpoint(&mut self, paused: bool, failing: bool) {
         if paused {
             self.vm().pause().expect("it pauses");
         }
-        // Copying brings in what was not resident: sometimes that must not help the checkpoint.
+        // Copying pages memory in. In some rounds it comes after the checkpoint, which then has to
+        // deal with pages that are not resident.
         let copy_first = paused && self.rng.chance(4);
         let mut copy = copy_first.then(|| MemoryCopy::of_ram(self.vm().ram()));
-        // After a failure that could not even be taken back, a record may show up: that is not
-        // this checkpoint's doing.
+        // A record of an earlier failure that could not be undone may show up only now; it must not
+        // count as this checkpoint's.
         self.store.refresh().expect("the journal is good");
         let (known, injected) = (self.store.snapshots().len(), self.faults.injected());
         if failing {
@@ -207,7 +210,7 @@ impl World {
             assert!(wrong.is_empty(), "{id}: {} pages differ: {wrong:x?}", wrong.len());
             self.figures.compared += expected.len();
         }
-        // Where the VMM writes only when the guest does not run, and what the guest wrote.
+        // What the VMM wrote (never during a checkpoint), and then what the guest wrote.
         for (page, value) in &self.vmm_pages_of[&id] {
             assert!(
                 found.is(*page, &[*value; PAGE_SIZE]),
@@ -219,10 +222,10 @@ impl World {
             .expect("the workload");
     }
 
-    /// The VM goes away; one of its snapshots, any, goes on in its place.
+    /// Replaces the VM by one resumed from a random snapshot.
     fn resume_any(&mut self) {
         let mut ids: Vec<_> = self.store.snapshots().iter().map(|info| info.id).collect();
-        // What a failure left half published is not ours to resume.
+        // Leaves out snapshots that a failed checkpoint published after all.
         ids.retain(|id| self.published.contains_key(id));
         if ids.is_empty() {
             return;
@@ -248,7 +251,7 @@ impl World {
             let wrong = expected.differences(&MemoryCopy::of_ram(vm.ram()));
             assert!(wrong.is_empty(), "{id} {loading:?}: pages differ: {wrong:x?}");
         } else {
-            // Only some, so that most stay where they are.
+            // Compares only some, so that most stay in the store.
             for _ in 0..50 {
                 let page = self.rng.below(PAGES);
                 assert!(expected.has(vm.ram(), page), "{id} {loading:?}: page {page:#x} differs");
@@ -271,7 +274,8 @@ impl World {
         }
     }
 
-    /// One more checkpoint on a good medium, then everything once more, by a fresh reader.
+    /// Takes one more checkpoint on a good medium, then checks everything again with a fresh
+    /// reader.
     fn finish(mut self) -> Figures {
         self.vmm_writes();
         self.checkpoint(true, false);
@@ -317,12 +321,12 @@ fn whatever_happens_snapshots_are_what_memory_was() {
         all.compared += compared;
     }
     println!("{all:?}");
-    // The sequences are always the same ones, their timing is not: so with room to spare.
+    // The sequences are always the same, but their timing is not, so the bounds leave room.
     assert!(all.published >= 60 && all.failed >= 30 && all.recovered >= 20, "{all:?}");
     assert!(all.resumed >= 8 && all.compared >= 40 * PAGES, "{all:?}");
 }
 
-/// The same with no luck involved: the medium is full until it is not.
+/// The same, without chance: the medium is full during three checkpoints, then has room again.
 #[test]
 fn a_full_medium_costs_nothing_but_the_checkpoint() {
     if !kvm_or_skip() {

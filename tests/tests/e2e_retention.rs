@@ -1,4 +1,4 @@
-//! Forgetting, pruning and comparing snapshots, through the command line.
+//! Forgets, prunes and compares snapshots through the command line.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -12,7 +12,7 @@ use frazil_tests::vm_harness::{Finished, Host, RunningVm, kvm_or_skip, number, t
 use serde_json::{Value, json};
 
 const SMALL: &[&str] = &["--memory", "48MiB"];
-/// Random pages do not compress: what is forgotten is worth pruning.
+/// Random pages do not compress, so forgotten snapshots are worth pruning.
 const WORKLOAD: &str = "touch=8MiB,rate=3000,content=random,report=0,seed=9";
 const PAGES: u64 = 2048;
 const DAY_MS: u64 = 24 * 3600 * 1000;
@@ -23,7 +23,7 @@ fn log_ids(host: &Host) -> Vec<String> {
     log.iter().map(|line| text(line, "id").to_owned()).collect()
 }
 
-/// Every file of the store but who holds it: name and bytes.
+/// Returns every file of the store, with its size in bytes.
 fn files(host: &Host) -> BTreeMap<String, u64> {
     let mut out = BTreeMap::new();
     let mut folders = vec![host.store_path()];
@@ -41,7 +41,7 @@ fn files(host: &Host) -> BTreeMap<String, u64> {
     out
 }
 
-/// Splits what `forget --json` printed into the snapshots, as id, verdict and reasons, and totals.
+/// Splits the output of `forget --json` into snapshots (id, true if kept, reasons) and totals.
 fn verdicts(finished: &Finished) -> (Vec<(String, bool, Value)>, Value) {
     let mut lines = finished.json_lines();
     let totals = lines.pop().expect("totals");
@@ -52,7 +52,7 @@ fn verdicts(finished: &Finished) -> (Vec<(String, bool, Value)>, Value) {
     (lines.iter().map(verdict).collect(), totals)
 }
 
-/// Runs `args`, which must end with status `code` and say every one of `says`.
+/// Runs `args`, which must exit with status `code` and print every one of `says` on standard error.
 #[track_caller]
 fn refused(host: &Host, code: i32, args: &[&str], says: &[&str]) {
     let finished = host.frazil(args);
@@ -60,7 +60,7 @@ fn refused(host: &Host, code: i32, args: &[&str], says: &[&str]) {
     assert!(finished.stdout.is_empty() && !finished.stderr.contains("panicked"), "{finished:#?}");
 }
 
-/// A checkpoint with a good part of memory written since the one before.
+/// Takes a checkpoint after a good part of memory has been written since the previous one.
 fn checkpoint(host: &Host, vm: &RunningVm, more: &[&str]) -> String {
     vm.wait_beyond(vm.turns() + 700);
     let report = host.json(&[&["checkpoint", &vm.name], more].concat());
@@ -84,13 +84,13 @@ fn forget_by_rules_prune_and_go_on_from_what_was_kept() {
     ids.push(checkpoint(&host, &vm, &["--exit"]));
     vm.expect_ended("suspended");
 
-    // Said, not done.
+    // A dry run changes nothing.
     let before = files(&host);
     let rules = ["forget", &store, "--keep-last", "2", "--keep-yearly", "1", "--json"];
     let (said, totals) = verdicts(&host.ok(&[&rules[..], &["--dry-run", "--prune"]].concat()));
     assert_eq!(totals, json!({"forgotten": 4, "left": 3, "dry_run": true, "prune": null}));
     assert_eq!((files(&host), log_ids(&host).len()), (before, 7));
-    // Done as said.
+    // The real run does what the dry run said.
     let (done, totals) = verdicts(&host.ok(&rules));
     assert_eq!(totals, json!({"forgotten": 4, "left": 3, "dry_run": false, "prune": null}));
     assert_eq!(said, done);
@@ -108,10 +108,10 @@ fn forget_by_rules_prune_and_go_on_from_what_was_kept() {
     assert_eq!(done, expected);
     let kept = [ids[6].clone(), ids[5].clone(), ids[1].clone()];
     assert_eq!(log_ids(&host), kept);
-    // Children of what is gone have their nearest kept ancestor for parent.
+    // The parent of a snapshot is its nearest kept ancestor.
     assert_eq!(text(&host.json(&["show", &host.at("latest~2")]), "id"), ids[1]);
     refused(&host, 1, &["show", &host.at(&ids[3])], &["has that id", "frazil log"]);
-    // Again: nothing is left to do.
+    // A second run has nothing left to do.
     assert_eq!(verdicts(&host.ok(&rules)).1["forgotten"], 0);
 
     prune_gives_space_back(&host, &store);
@@ -163,7 +163,7 @@ fn what_a_running_vm_goes_on_from_can_be_forgotten_and_pruned() {
     let second = checkpoint(&host, &vm, &["--exit"]);
     vm.expect_ended("suspended");
     assert_eq!(host.verify_all(), PAGES);
-    // A resumed one reads from what was forgotten.
+    // A resumed VM reads from its snapshot although that was forgotten.
     let vm = host.resume("reader", "latest", &["--no-fill"]);
     let gone = host.ok(&["forget", &host.at(&second)]);
     assert!(gone.stdout.contains("1 snapshots forgotten, 0 left"), "{gone:#?}");
@@ -177,7 +177,7 @@ fn what_a_running_vm_goes_on_from_can_be_forgotten_and_pruned() {
     assert_eq!(host.verify_all(), PAGES);
 }
 
-/// Every page that differs, found by reading all of both.
+/// Returns every page that differs, found by reading both snapshots in full.
 fn pages_that_differ(store: &Arc<Store>, a: &str, b: &str) -> BTreeSet<u64> {
     let region = |id: &str| {
         let id: SnapshotId = id.parse().expect("an id");
@@ -194,7 +194,7 @@ fn pages_that_differ(store: &Arc<Store>, a: &str, b: &str) -> BTreeSet<u64> {
     (0..a.pages()).filter(differs).collect()
 }
 
-/// The pages that `diff --json` lists; they must be neither twice nor out of order.
+/// Returns the pages that `diff --json` lists, which must be in order and without duplicates.
 #[track_caller]
 fn pages_listed(region: &Value) -> BTreeSet<u64> {
     let ranges = region["ranges"].as_array().expect("ranges");
@@ -221,7 +221,7 @@ fn diff_lists_exactly_what_changed() {
         return;
     }
     let host = Host::new();
-    // `edit` changes little of a page: pages are stored as differences.
+    // `edit` changes little of a page, so pages are stored as deltas.
     let spec = "touch=4MiB,rate=500,content=edit,pattern=uniform,report=0,seed=4";
     let vm = host.run("vm", spec, SMALL);
     vm.wait_populated();
@@ -264,7 +264,7 @@ fn take_now(host: &Host) -> String {
     text(&host.json(&["checkpoint", "vm"]), "id").to_owned()
 }
 
-/// Compares the state that `diff` lists with what `show` prints of both.
+/// Compares the state changes that `diff` lists with what `show` prints for both snapshots.
 fn state_is_as_shown(host: &Host, a: &str, b: &str, diff: &Value) {
     let bodies = |id: &str| -> BTreeMap<String, Value> {
         let shown = host.json(&["show", &host.at(id)]);
@@ -287,7 +287,7 @@ fn state_is_as_shown(host: &Host, a: &str, b: &str, diff: &Value) {
         let expected = (old != new).then(|| json!({"path": path, "old": old, "new": new}));
         assert_eq!(field, expected.as_ref(), "{path}");
     }
-    // The time stamp counter, by its number.
+    // The time stamp counter, by its MSR number.
     assert!(fields.iter().any(|field| field["path"] == "msrs[0x10].value"), "{vcpu}");
 }
 
@@ -324,7 +324,7 @@ impl PageSource for Filled {
     }
 }
 
-/// A store made without a machine: snapshots of VMs, so many days before now, oldest first.
+/// Makes a store without a machine, from (VM, age in days, tag), oldest first. Returns the ids.
 fn store_of(host: &Host, snapshots: &[(&str, u64, Option<&str>)]) -> Vec<String> {
     let path = host.store_path();
     let store = Store::open_or_create(&path, StoreOptions::default()).expect("a store");
@@ -333,7 +333,7 @@ fn store_of(host: &Host, snapshots: &[(&str, u64, Option<&str>)]) -> Vec<String>
     let commit = |(index, (vm, days, tag)): (usize, &(&str, u64, Option<&str>))| {
         let mut pages = PageSet::new(1);
         pages.insert(0);
-        // The other tests' children have our lock for a moment, between fork and exec.
+        // Children of other tests hold our lock for a moment, between fork and exec.
         let mut transaction = wait_for("the writer lock", || match store.begin(parent) {
             Err(StoreError::Busy { .. }) => None,
             begun => Some(begun.expect("a good store")),
@@ -378,7 +378,7 @@ fn rules_judge_every_vm_apart() {
     assert_eq!(forgotten(&["--keep-within", "5w"]), [0]);
     assert_eq!(forgotten(&["--keep-within", "4w", "--keep-daily", "3"]), [0_usize; 0]);
     assert_eq!(forgotten(&["latest~4", "latest"]), [4, 0]);
-    // For people, with the store in the surroundings, and in its place on the line.
+    // Plain text, with the store in the environment, and as an argument.
     let mut command = host.command(&["forget", "--keep-last", "1", "--name", "a"]);
     command.env("FRAZIL_STORE", &store);
     let said = frazil_tests::vm_harness::finish(command, frazil_tests::vm_harness::PATIENCE);

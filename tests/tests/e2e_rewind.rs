@@ -1,5 +1,5 @@
-//! Taking running guests back to snapshots, in place: each time all memory is what the guest had
-//! written by then, and what it does afterwards is right as well.
+//! Rewinds running guests to snapshots in place: each time all memory is what the guest had written
+//! by then, and what it does afterwards is right as well.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -73,12 +73,12 @@ fn verify(vm: &Vm) {
     vm.verify_workload().expect("it can be verified").expect("memory is right");
 }
 
-/// Turns that a snapshot had.
+/// Verifies a snapshot's memory, and returns the turns that the workload had done.
 fn turns_of(store: &Arc<Store>, id: SnapshotId) -> u64 {
     verify_snapshot(&store.snapshot(id).expect("it")).expect("it is right").expect("ours").writes
 }
 
-/// While `vm` stands still, all its memory is that of snapshot `id`.
+/// Fails the test unless all memory of `vm`, which stands still, is that of snapshot `id`.
 fn expect_is(vm: &Vm, store: &Arc<Store>, id: SnapshotId) {
     let region = store.snapshot(id).expect("it").region("ram").expect("RAM");
     let (mut stored, mut live) = ([0; PAGE_SIZE], [0; PAGE_SIZE]);
@@ -89,7 +89,7 @@ fn expect_is(vm: &Vm, store: &Arc<Store>, id: SnapshotId) {
     }
 }
 
-/// The next checkpoint is a small change of `id`, and right.
+/// Takes a checkpoint, which must be a small change on top of `id` and verify. Returns its id.
 fn expect_incremental(bed: &Bed, id: SnapshotId) -> SnapshotId {
     let report = bed.vm.checkpoint(&CheckpointRequest::default()).expect("a checkpoint");
     assert_eq!(report.parent, Some(id));
@@ -169,13 +169,13 @@ fn ancestors_and_siblings() {
         line.push(checkpoint(&bed.vm));
     }
     run_on(&bed.vm, 200);
-    // The oldest, and a branch from it.
+    // To the oldest, and a branch from there.
     let report = bed.vm.rewind_to(Some("latest~3")).expect("it goes back");
     assert_eq!((report.id, report.from), (line[0], Some(line[3])));
     run_on(&bed.vm, 200);
     verify(&bed.vm);
     let branch = expect_incremental(&bed, line[0]);
-    // Across to the other branch, and to and fro.
+    // To and fro between the branches.
     for id in [line[3], branch, line[1], line[3]] {
         bed.vm.pause().expect("it stops");
         bed.vm.rewind_to(Some(&id.to_string())).expect("it goes there");
@@ -267,8 +267,8 @@ fn disks_go_back_with_memory() {
     verify(&vm);
 }
 
-/// A policy may forget the head under a machine that runs: it is held, and so a place to go back to, and
-/// to go from.
+/// A policy may forget the head of a running VM. The VM pins it, so it can still be rewound to, and
+/// from.
 #[test]
 fn a_head_that_was_forgotten_is_a_place_still() {
     if !kvm_or_skip() {
@@ -288,7 +288,7 @@ fn a_head_that_was_forgotten_is_a_place_still() {
     verify(&bed.vm);
     assert_eq!(bed.vm.rewind_to(Some(&first.to_string())).expect("it goes back").id, first);
     expect_is(&bed.vm, &bed.store, first);
-    // Nobody holds it any more.
+    // Nothing pins the old head any more.
     assert!(bed.vm.rewind_to(Some(&head.to_string())).is_err());
     bed.vm.go().expect("it goes on");
     run_on(&bed.vm, 200);
@@ -296,8 +296,8 @@ fn a_head_that_was_forgotten_is_a_place_still() {
     verify(&bed.vm);
 }
 
-/// Random lives: running, checkpoints, rewinds to anywhere, writes of the VMM's own, while the guest
-/// runs or stands still. `FRAZIL_PROPERTY_SEED` runs one of them.
+/// Random lives: runs, checkpoints, rewinds to any snapshot, writes by the VMM, while the guest
+/// runs or stands still. `FRAZIL_PROPERTY_SEED` runs a single one.
 #[test]
 fn random_lives() {
     if !kvm_or_skip() {
@@ -376,7 +376,7 @@ fn what_cannot_be_is_said_and_the_guest_goes_on() {
     assert!(error.contains("no store"), "{error}");
 }
 
-/// What differs between the states of two snapshots: chunk and field.
+/// Returns the fields that differ between the states of two snapshots, as `chunk: field`.
 fn state_fields(host: &Host, a: &str, b: &str) -> Vec<String> {
     let found = host.json(&["diff", &host.at(a), &host.at(b)]);
     let mut all = Vec::new();
@@ -389,7 +389,7 @@ fn state_fields(host: &Host, a: &str, b: &str) -> Vec<String> {
     all
 }
 
-/// A machine that was taken back and has not run since is saved as what it was taken back to.
+/// A machine that was rewound and has not run since is saved with the state it was rewound to.
 #[test]
 fn processors_and_interrupt_controllers_go_back_too() {
     if !kvm_or_skip() {
@@ -412,7 +412,7 @@ fn processors_and_interrupt_controllers_go_back_too() {
         let _back = host.ok(&["rewind", "state", text(&first, "id")]);
         let again = host.json(&["checkpoint", "state"]);
         let apart = state_fields(&host, text(&first, "id"), text(&again, "id"));
-        // Times go on.
+        // Times are not taken back.
         let time = |field: &String| {
             field.ends_with(": msrs[0x10].value")
                 || field.starts_with("pit: ") && field.ends_with(".count_load_time")

@@ -1,4 +1,4 @@
-//! Guests that write faster than anything can be saved: pages are left in place, copy-on-write, and
+//! Guests that write faster than pages can be saved: pages are left in place, copy-on-write, and
 //! every snapshot is memory as it was at its cut.
 
 use std::sync::Arc;
@@ -10,10 +10,11 @@ use frazil_vmm::devices::serial::SerialOutput;
 use frazil_vmm::dirty::TrackerKind;
 use frazil_vmm::{CheckpointRequest, CheckpointStats, HostConfig, Loading, Vm, verify_snapshot};
 
-/// Much less than storms make dirty.
+/// Far less than the guests make dirty, in bytes.
 const SMALL_STAGING_BYTES: u64 = 2 << 20;
 
-/// Takes checkpoints of a guest on two vCPUs that writes as fast as it can to 64 MiB; proves each.
+/// Takes checkpoints of a guest with two vCPUs that writes to 64 MiB as fast as it can; verifies
+/// each.
 fn storm(pattern: &str, tracker: TrackerKind, staging_bytes: u64) -> Vec<CheckpointStats> {
     let load = format!("touch=64MiB,rate=max,pattern={pattern},content=text");
     let Populated { folder: _folder, store, vm } = populated(&load, 2, |_, _, host| {
@@ -54,8 +55,9 @@ fn what_is_too_much_to_copy_is_left_in_place() {
     }
 }
 
-/// Memory that is still being paged in cannot be left in place: the guest is slowed down instead, and
-/// neither the pause nor what is copied aside grow with what is dirty.
+/// Memory that is still being paged in cannot be left in place. The guest is slowed down instead,
+/// so that neither the pause nor the number of pages copied aside grows with the number of dirty
+/// pages.
 #[test]
 fn a_guest_whose_pages_cannot_be_left_in_place_is_slowed_down() {
     if !kvm_or_skip() || !uffd_or_skip() {
@@ -82,8 +84,8 @@ fn a_guest_whose_pages_cannot_be_left_in_place_is_slowed_down() {
         let stats = report.stats;
         assert_eq!(stats.protected_pages, 0, "{stats:?}");
         assert!(stats.dirty_pages > 4 * SMALL_STAGING_BYTES / 4096, "{stats:?}");
-        // A checkpoint is cut when no more than 2,048 wait; what comes to that depends on how soon the
-        // guest can be stopped then.
+        // A checkpoint is cut when at most 2,048 dirty pages remain; how many are added depends on
+        // how soon the guest can be stopped then.
         assert!(stats.cut_pages < stats.dirty_pages / 2, "{stats:?}");
         assert!(stats.throttled_us > 0 && stats.throttle_percent >= 50, "{stats:?}");
         verify_snapshot(&store.snapshot(report.id).expect("the snapshot"))
@@ -93,8 +95,8 @@ fn a_guest_whose_pages_cannot_be_left_in_place_is_slowed_down() {
     vm.verify_workload().expect("it is asked").expect("the guest's own memory is right");
 }
 
-/// With room for everything, what was copied is overtaken by later copies, or by protection if the
-/// guest writes as fast as pages are copied.
+/// With room for everything, pages are copied aside, and copied again or protected if the guest
+/// writes to them as fast as they are copied.
 #[test]
 fn what_can_be_copied_is_copied() {
     if !kvm_or_skip() {

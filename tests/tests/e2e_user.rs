@@ -1,4 +1,4 @@
-//! `--user`: VMs that were started as root go on as somebody who is not, and can do all the others can.
+//! `--user`: VMs started as root go on as another user, and can do everything that other VMs can.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use frazil_tests::vm_harness::{Host, RunningVm, number, text, uffd_or_skip, wait_for};
 use rustix::process::{Pid, Signal, kill_process};
 
-/// A user that no host has; nothing is lent to it by mistake.
+/// A user that no host has, so that nothing belongs to it by accident.
 const UID: u32 = 54_321;
 const GID: u32 = 12_345;
 const USER: &str = "54321:12345";
@@ -22,26 +22,26 @@ fn root_or_skip() -> bool {
     uffd_or_skip()
 }
 
-/// A host to whose folder everybody finds a way.
+/// Makes a host whose folder every user can enter.
 fn open_host() -> Host {
     let host = Host::new();
     fs::set_permissions(host.path(""), fs::Permissions::from_mode(0o755)).expect("it is ours");
     host
 }
 
-/// What each thread of a process says of itself in its `status`.
+/// Returns /proc's `status` of each thread of a process.
 fn statuses(process: u64) -> Vec<String> {
     let threads = fs::read_dir(format!("/proc/{process}/task")).expect("it runs").flatten();
     threads.filter_map(|thread| fs::read_to_string(thread.path().join("status")).ok()).collect()
 }
 
-/// Fails the test unless every thread of `process` is the user, can be nobody else, and may do nothing
-/// that others may not.
+/// Fails the test unless every thread of `process` runs as the user, cannot become another, and has
+/// no capabilities.
 #[track_caller]
 fn expect_user(process: u64) {
     let statuses = statuses(process);
     assert!(!statuses.is_empty(), "{process} runs");
-    // KVM has a thread of the kernel's own among ours, which never runs a program.
+    // One of the threads may be KVM's kernel thread, which never runs a program.
     let ours = statuses.iter().filter(|status| !status.starts_with("Name:\tkvm-"));
     for status in ours {
         let field = |name: &str| {
@@ -57,7 +57,7 @@ fn expect_user(process: u64) {
     }
 }
 
-/// All there is in `folder`, and deeper.
+/// Returns everything in `folder`, at any depth.
 fn everything(folder: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(folder).expect("a folder").flatten().map(|entry| entry.path());
     let deeper = |path: PathBuf| {
@@ -79,7 +79,7 @@ fn process(vm: &RunningVm) -> u64 {
     number(&vm.started, "pid")
 }
 
-/// Processes of this host's VMs that bring in memory, besides the VMs.
+/// Returns the processes, besides the VMs, that serve shared memory to this host's VMs.
 fn servers(host: &Host) -> Vec<u64> {
     let folder = host.path("run").display().to_string();
     let pid = |entry: fs::DirEntry| entry.file_name().to_str()?.parse::<u64>().ok();
@@ -103,14 +103,15 @@ fn all_that_a_vm_does_it_does_as_that_user() {
     }
     let host = open_host();
     fs::write(host.path("disk"), vec![5; 1 << 20]).expect("the folder is ours");
-    // For root's eyes only, like what a device is made of.
+    // Readable by root only, as the files behind devices may be.
     fs::set_permissions(host.path("disk"), fs::Permissions::from_mode(0o600)).expect("ours");
     let disk = host.path("disk").display().to_string();
     let vm = host.run("a", WORKLOAD, &[SMALL, &["--disk", &disk]].concat());
     assert_eq!(text(&vm.started, "user"), USER);
     vm.wait_populated();
     expect_user(process(&vm));
-    // A first one that cannot copy all aside write-protects it, by a userfaultfd of its own.
+    // If the first checkpoint cannot copy everything aside, it write-protects memory by a
+    // userfaultfd of its own.
     let first = host.json(&["checkpoint", "a", "--tag", "first"]);
     assert!(number(&first, "dirty_pages") > 4096, "{first}");
     vm.wait_beyond(vm.turns());
@@ -120,7 +121,7 @@ fn all_that_a_vm_does_it_does_as_that_user() {
     let _done = host.json(&["checkpoint", "a", "--tag", "third", "--exit"]);
     vm.expect_ended("suspended");
     expect_store_of_user(&host);
-    // What root left in its own folder is cleared away by who looks.
+    // What the VM left in root's folder is removed by the next command that looks.
     assert!(host.ok(&["ps", "--json"]).stdout.is_empty());
     assert_eq!(fs::read_dir(host.path("run")).expect("it is there").count(), 0);
     host.verify_all();
@@ -138,7 +139,8 @@ fn protected_pages_are_had_without_root() {
     vm.wait_populated();
     expect_user(process(&vm));
     let report = host.json(&["checkpoint", "storm"]);
-    // With a userfaultfd nobody has to slow the guest down, which /dev/userfaultfd gives to who holds it.
+    // With a userfaultfd, which /dev/userfaultfd gives to whoever has it open, the guest need not
+    // be slowed down.
     if Path::new("/dev/userfaultfd").exists() {
         assert_eq!(number(&report, "throttled_us"), 0, "{report}");
     }
@@ -187,7 +189,7 @@ fn resumed_vms_their_pagers_and_clones_are_that_user_too() {
     }
     let [server] = servers(&host)[..] else { panic!("one process has the memory") };
     expect_user(server);
-    // They go on without it.
+    // The clones go on without it.
     kill(server);
     for vm in &running {
         let _taken = host.json(&["checkpoint", text(vm, "name"), "--exit"]);
@@ -215,7 +217,7 @@ fn what_cannot_be_is_said_before_a_guest_runs() {
     ] {
         host.frazil(&[&run[..], &["--user", user]].concat()).expect_code(2).expect_says(&[says]);
     }
-    // A store that is root's.
+    // A store that belongs to root is refused.
     let vm = host.run("mine", "touch=1MiB,report=0", &["--memory", "48MiB"]);
     let _taken = host.json(&["checkpoint", "mine", "--exit"]);
     vm.expect_ended("suspended");
@@ -224,7 +226,7 @@ fn what_cannot_be_is_said_before_a_guest_runs() {
     host.frazil(&theirs).expect_code(1).expect_says(&says);
     let resume = ["resume", &host.at("latest"), "--user", USER];
     host.frazil(&resume).expect_code(1).expect_says(&says);
-    // Given to them, it is good.
+    // Given to the user, it works.
     for path in everything(&host.store_path()).into_iter().chain([host.store_path()]) {
         std::os::unix::fs::lchown(path, Some(UID), Some(GID)).expect("root may");
     }

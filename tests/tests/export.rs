@@ -1,4 +1,4 @@
-//! Regions as plain files again.
+//! Exports regions as plain files.
 
 use std::os::unix::fs::MetadataExt;
 
@@ -7,7 +7,7 @@ use frazil_tests::oracle::{Edit, Model, content, small_options, take};
 use frazil_tests::storage_sim::SimStorage;
 use frazil_tests::vm_harness::{Host, kvm_or_skip, number, text};
 
-/// 20,000 pages, of which every seventh and a long stretch have contents.
+/// Takes a snapshot of 20,000 pages, of which every seventh and a long stretch have contents.
 fn model_of_a_snapshot() -> (std::sync::Arc<Store>, frazil_snapstore::SnapshotId, Model) {
     let storage = SimStorage::default();
     let store = Store::open_or_create_storage(std::sync::Arc::new(storage), small_options())
@@ -56,7 +56,7 @@ fn the_command_gives_memory_and_disks_back() {
     }
     let host = Host::new();
     let image = host.path("disk.img");
-    // Not whole pages: the file is as long as the disk.
+    // Not a whole number of pages: the exported file is as long as the disk.
     let contents: Vec<u8> = (0..3 * PAGE_SIZE + 512).map(|at| (at / 100) as u8).collect();
     std::fs::write(&image, &contents).expect("a file");
     let vm = host.run(
