@@ -1,5 +1,5 @@
-//! Checkpoints that nobody asks for, and what a running VM does beside them: it keeps its snapshots
-//! to a policy, leaves out what the store is too slow for, and gives one up when it is told to.
+//! Scheduled checkpoints, and what a running VM does besides taking them: it keeps its snapshots to
+//! a policy, skips checkpoints that the store is too slow for, and cancels one on request.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -26,11 +26,11 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 const SMALL: &[&str] = &["--memory", "48MiB"];
-/// Random pages do not compress: what is forgotten is worth pruning.
+/// Random pages do not compress, so forgotten snapshots are worth pruning.
 const WORKLOAD: &str = "touch=4MiB,rate=2000,content=random,report=0,seed=5";
 const DATA_PAGES: u64 = 1024;
 
-/// The store's snapshots, newest first, as `log` prints them.
+/// Returns the store's snapshots, newest first, as `frazil log --json` prints them.
 fn log(host: &Host) -> Vec<Value> {
     host.ok(&["log", &host.store_path().display().to_string(), "--json"]).json_lines()
 }
@@ -61,7 +61,7 @@ fn a_running_vm_keeps_its_snapshots_to_the_rules() {
     let told = vm.event("kept");
     assert!(number(&told, "forgotten") > 0 && number(&told, "left") >= 3, "{told}");
     assert_eq!(text(&told, "vm"), "kept");
-    // Space comes back while it runs.
+    // Space comes back while the VM runs.
     let kept = wait_for("a prune", || {
         let kept = keep(&vm);
         (number(&kept, "pruned_bytes") > 0).then_some(kept)
@@ -78,7 +78,7 @@ fn a_running_vm_keeps_its_snapshots_to_the_rules() {
     let last = host.json(&["checkpoint", "kept", "--exit"]);
     vm.expect_ended("suspended");
 
-    // What the rules keep is there, and nothing else of this VM; the other's are untouched.
+    // Only this VM's snapshots that the rules keep are left; the other VM's are untouched.
     let log = log(&host);
     let of = |name: &str| -> Vec<&Value> {
         log.iter().filter(|snapshot| snapshot["vm"] == name).collect()
@@ -124,7 +124,7 @@ fn continuous_checkpoints_follow_each_other_and_keep_nobody_out() {
     }
     let totals = || vm.get("/vm")["checkpoints"].clone();
     assert_eq!((number(&totals(), "skipped"), number(&totals(), "failed")), (0, 0));
-    // A guest that stands still is saved once, however long it does: one may be on its way.
+    // A guest that stands still is saved once, however long; one more may be under way already.
     let mut at_rest = 0;
     for _ in 0..2 {
         let _paused = host.ok(&["pause", "steady"]);
@@ -167,7 +167,7 @@ fn a_quiet_moment_is_waited_for_and_the_beat_is_kept() {
         .expect_says(&["--checkpoint-every"]);
 }
 
-/// A VM in this process, whose store is on a medium that can be made to fail or to hang.
+/// A VM in this process, whose store is on a medium that can be made to fail or hang.
 struct World {
     vm: Arc<Vm>,
     store: Arc<Store>,
@@ -197,7 +197,7 @@ impl World {
         wait_for("a checkpoint being taken", || self.vm.checkpoint_progress());
     }
 
-    /// The guest runs, its memory is right, live and in the last snapshot, and the store is sound.
+    /// Checks that the guest runs, live memory and snapshot `last` are right, and the store sound.
     #[track_caller]
     fn expect_good(&self, last: SnapshotId) {
         let loops = || -> u64 {
@@ -252,13 +252,13 @@ fn a_store_that_hangs_costs_moments_and_nothing_else() {
     };
     let totals = || world.vm.checkpoint_totals();
 
-    // The scheduler's own checkpoint hangs: what was due meanwhile is counted, not made up for.
+    // The scheduler's own checkpoint hangs: those due meanwhile are counted, not made up for.
     let scheduler = start();
     wait_for("a checkpoint", || (totals().taken > 0).then_some(()));
     world.faults.hang();
     world.wait_taking();
     let before = totals();
-    // It shows while it lasts, which is when somebody should look.
+    // The skips show while the hang lasts, which is when the user should look.
     let during =
         wait_for("skips", || Some(totals().skipped).filter(|now| *now > before.skipped + 20));
     let since_ms = |progress: ProgressReport| (progress.since_ms >= 100).then_some(());
@@ -269,7 +269,7 @@ fn a_store_that_hangs_costs_moments_and_nothing_else() {
     drop(scheduler);
     assert_eq!(*told.lock().expect("no panic"), totals().skipped, "all is said in the end");
 
-    // Somebody else's hangs: those that are due are left out, one by one.
+    // A requested checkpoint hangs: scheduled ones are skipped, one by one.
     world.faults.hang();
     std::thread::scope(|scope| {
         let asked = scope.spawn(|| world.take());
@@ -305,15 +305,15 @@ fn a_guest_that_always_writes_is_waited_for_and_what_that_costs_is_told() {
     let totals = || world.vm.checkpoint_totals();
     let scheduler =
         Scheduler::start(Arc::clone(&world.vm), schedule, Arc::new(tell)).expect("it starts");
-    // On a busy machine the guest may rest for a moment without wanting to.
+    // On a busy machine the guest may not get to run for a moment, which is quiet too.
     let taken = wait_for("a while without one", || {
         let before = totals();
         std::thread::sleep(Duration::from_millis(300));
         let after = totals();
-        // They are counted while one is waited for.
+        // Skips are counted while the scheduler waits for a quiet moment.
         (after.taken == before.taken && after.skipped > before.skipped + 30).then_some(after.taken)
     });
-    // This is a quiet moment.
+    // A pause is a quiet moment.
     world.vm.pause().expect("it runs");
     wait_for("one", || (totals().taken > taken).then_some(()));
     world.vm.go().expect("it goes on");
@@ -333,7 +333,7 @@ fn checkpoints_that_fail_are_not_tried_all_the_time_and_their_pauses_count() {
     }
     let world = World::new("full");
     let first = world.take();
-    // Not even the trees of the next one fit.
+    // Not even the trees of the next checkpoint fit.
     world.faults.limit(1);
     let every = Every::Interval(Duration::from_millis(5));
     let schedule = Schedule { every, quiet: None };
@@ -343,7 +343,7 @@ fn checkpoints_that_fail_are_not_tried_all_the_time_and_their_pauses_count() {
         let found = world.vm.checkpoint_statistics();
         (found.totals.failed >= 3).then_some(found)
     });
-    // 100 and 200 ms without, in which 60 were due.
+    // The back-offs of 100 and 200 ms, in which 60 checkpoints were due.
     assert!(found.totals.skipped >= 50, "{:?}", found.totals);
     assert_eq!(found.totals.taken, 1);
     assert_eq!(found.pause_us.count, 1 + found.totals.failed, "the guest stood still each time");
@@ -363,7 +363,7 @@ fn a_checkpoint_that_the_end_overtakes_has_not_failed() {
     let world = World::new("over");
     let last = world.take().id;
     world.vm.stop();
-    // As one whose turn comes just then.
+    // As a checkpoint whose turn comes just then.
     let refused = world.vm.checkpoint(&CheckpointRequest::default()).expect_err("it has ended");
     assert!(refused.to_string().contains("has ended"), "{refused}");
     let totals = world.vm.checkpoint_totals();
@@ -380,7 +380,7 @@ fn a_scheduler_that_cannot_go_on_says_so() {
     let start = |every, quiet, tell| {
         Scheduler::start(Arc::clone(&world.vm), Schedule { every, quiet }, tell)
     };
-    // No clock can tell when these are over.
+    // Intervals and waits that are out of range.
     let (ms, ages) = (Duration::from_millis(1), Duration::MAX);
     for (every, quiet) in [
         (Every::Interval(ages), None),
@@ -412,13 +412,13 @@ fn a_cancelled_checkpoint_loses_nothing() {
     let world = World::new("undecided");
     assert!(!world.vm.cancel_checkpoint(), "there is none");
     for round in 0..2 {
-        // All of memory at first, then what changed.
+        // First all of memory, then what changed.
         world.faults.hang();
         std::thread::scope(|scope| {
             let taken = scope.spawn(|| world.vm.checkpoint(&CheckpointRequest::default()));
             world.wait_taking();
             let cancelled = scope.spawn(|| world.vm.cancel_checkpoint());
-            // Where it stands it may notice before the medium answers.
+            // Depending on where it is, the checkpoint may notice before the medium answers.
             wait_for("the cancel", || {
                 let noticed = |progress: ProgressReport| progress.cancelled;
                 world.vm.checkpoint_progress().is_none_or(noticed).then_some(())
@@ -456,13 +456,13 @@ fn a_vm_being_suspended_neither_stops_nor_goes_on_but_can_change_its_mind() {
         world.faults.hang();
         std::thread::scope(|scope| {
             let suspended = scope.spawn(suspend);
-            // It goes on, so this does nothing until it may not.
+            // Until the cut the guest runs, and `go` does nothing; from then on it is refused.
             let refused = wait_for("the cut", || world.vm.go().err());
             for refused in [refused, world.vm.pause().expect_err("it stands still already")] {
                 assert!(refused.to_string().contains("is being suspended: wait"), "{refused}");
             }
             assert_eq!(world.vm.head(), Some(head), "until the next is published");
-            // The guest waits for all of this.
+            // All of this counts as the guest's pause.
             std::thread::sleep(Duration::from_millis(50));
             let cancelled = gives_up.then(|| scope.spawn(|| world.vm.cancel_checkpoint()));
             if gives_up {
@@ -499,7 +499,7 @@ fn cancelling_from_the_command_line() {
         return;
     }
     let host = Host::new();
-    // The slowest compression: there is time to change one's mind.
+    // Slow compression leaves time to cancel.
     let workload = "touch=24MiB,rate=max,content=text,report=0";
     let mut vm = host.run("vm", workload, &["--memory", "48MiB", "--compression", "19"]);
     vm.wait_populated();
@@ -545,7 +545,7 @@ impl PageSource for Filled {
     }
 }
 
-/// A snapshot of another VM, whose manifest is damaged then.
+/// Takes a snapshot of another VM, and damages its manifest.
 fn damaged_snapshot(world: &World) -> SnapshotId {
     let mut pages = PageSet::new(1);
     pages.insert(0);
@@ -557,7 +557,7 @@ fn damaged_snapshot(world: &World) -> SnapshotId {
     let id = transaction.commit(description).expect("committed").id;
     let segment = world.folder.path().join("store").join(SEGMENT_FOLDER);
     let segment = std::fs::read_dir(segment).expect("segments").next().expect("one").expect("it");
-    // The manifest is what a transaction writes last.
+    // The manifest is the last thing a transaction writes.
     let len = segment.metadata().expect("its length").len();
     flip_byte(&segment.path(), len - 8);
     assert!(world.store.snapshot(id).is_err(), "it is damaged");
@@ -590,7 +590,7 @@ fn a_prune_that_fails_is_told_and_stops_neither_forgetting_nor_checkpoints() {
     assert!(kept().forgotten > 10 && kept().prunes == 0, "{:?}", kept());
     let told = told.lock().expect("no panic");
     assert!(told.len() as u64 == kept().failed, "{told:?}");
-    // One that nobody can read is for a person to decide.
+    // What becomes of a snapshot that cannot be read is up to the user.
     let left: BTreeSet<SnapshotId> = world.store.snapshots().iter().map(|info| info.id).collect();
     assert_eq!(left, last.iter().copied().chain([damaged]).collect());
     assert_eq!(world.vm.checkpoint_totals().failed, 0);

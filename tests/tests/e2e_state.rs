@@ -1,5 +1,5 @@
-//! What snapshots keep of processors and devices: where it is forged it is refused by the name of its
-//! chunk, by who resumes it and by who rewinds to it, before anything of the running VM has changed.
+//! Forged state of processors and devices in snapshots: resume and rewind refuse it by the name of
+//! its chunk, before anything in the running VM has changed.
 
 use std::sync::Arc;
 
@@ -52,7 +52,7 @@ impl Bed {
         self.store.snapshot(self.good).and_then(|good| good.states()).expect("good chunks")
     }
 
-    /// The good snapshot with other chunks.
+    /// Publishes the good snapshot with other chunks.
     fn forge(&self, state: Vec<StateChunk>) -> SnapshotId {
         let good = self.store.snapshot(self.good).expect("it");
         let mut transaction = self.store.begin(Some(self.good)).expect("a transaction");
@@ -70,7 +70,8 @@ impl Bed {
             .map_err(|error| error.to_string())
     }
 
-    /// Whoever resumes `state` or rewinds to it is told each of `says`, and that is all that happens.
+    /// Fails the test unless resuming from `state` and rewinding to it are refused with each of
+    /// `says`, and have no other effect.
     #[track_caller]
     fn refused(&self, state: Vec<StateChunk>, says: &[&str]) {
         let id = self.forge(state);
@@ -92,7 +93,7 @@ impl Bed {
         }
     }
 
-    /// The guest goes on, with all of its memory, and can be taken back to where it was.
+    /// Fails the test unless the guest goes on with all of its memory, and can be rewound.
     fn expect_well(&self) {
         let turns = || self.vm.workload().expect("the workload").turns();
         let from = turns();
@@ -151,7 +152,8 @@ fn chunks_are_known_whole_and_once() {
     bed.expect_well();
 }
 
-/// What no machine can have: chunk, JSON pointer into its body, what is put there, what is said of it.
+/// State that no machine can have: the chunk, a JSON pointer into its body, the forged value, and
+/// part of the error.
 fn forgeries() -> Vec<(&'static str, &'static str, Value, &'static str)> {
     let zeros = |bytes: usize| Value::from("00".repeat(bytes));
     let queue = "/queues/0/ready";
@@ -210,7 +212,8 @@ fn what_no_machine_can_have_is_refused_by_name() {
         *found = value;
         bed.refused(chunks, &[&format!("chunk `{name}`"), says]);
     }
-    // Another gsi is another machine's to who rewinds, and one to refuse to who resumes.
+    // A rewind takes another gsi for another machine's, a resume for an invalid one; both refuse
+    // it.
     for gsi in [4, 9 + 15, 16, u32::MAX] {
         let mut chunks = good.clone();
         named(&mut chunks, "vmgenid").body["gsi"] = gsi.into();

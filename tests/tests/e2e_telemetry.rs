@@ -16,15 +16,15 @@ const QUIET: &str = "touch=8MiB,rate=400,report=0";
 /// A sample: its labels in order, and its value.
 type Sample = (Vec<(String, String)>, f64);
 
-/// A family of metrics as it was exposed.
+/// A family of metrics as exposed.
 #[derive(Debug, Default)]
 struct Family {
     kind: String,
-    /// By the samples' full names, which a histogram has several of.
+    /// The samples by their full names, of which a histogram has several.
     samples: BTreeMap<String, Vec<Sample>>,
 }
 
-/// A page of metrics, read as strictly as the format allows.
+/// A page of metrics, parsed as strictly as the format allows.
 struct Metrics(BTreeMap<String, Family>);
 
 #[track_caller]
@@ -34,7 +34,7 @@ fn check_name(name: &str) {
     assert!(name.chars().all(|c| first(c) || c.is_ascii_digit()), "{name:?}");
 }
 
-/// `name="value",…}` up to and with its brace; the rest of the line.
+/// Parses `name="value",…}` including the brace; returns the labels and the rest of the line.
 #[track_caller]
 fn parse_labels(mut line: &str) -> (Vec<(String, String)>, &str) {
     let mut labels = Vec::new();
@@ -149,7 +149,7 @@ impl Metrics {
         value.unwrap_or_else(|| panic!("no {labels:?} of {sample}: {found:?}")).1
     }
 
-    /// A whole number.
+    /// Returns the value of a sample, which must be a whole number.
     #[track_caller]
     fn count(&self, sample: &str, labels: &[(&str, &str)]) -> u64 {
         let value = self.value(sample, labels);
@@ -231,7 +231,7 @@ fn metrics_are_what_prometheus_reads_and_what_the_vm_says_elsewhere() {
     vm.expect_ended("stopped");
 }
 
-/// Every property that the description requires is there, and no other.
+/// Fails the test unless `found` has exactly the properties that the API's description lists.
 #[track_caller]
 fn expect_described(api: &Value, schema: &str, found: &Value) {
     let described = api["components"]["schemas"][schema]["properties"].as_object().expect("some");
@@ -250,7 +250,7 @@ fn statistics_are_as_described(vm: &RunningVm, reports: &[Value]) {
     assert_eq!(found["last"], reports[4]);
     let pauses = reports.iter().map(|report| number(report, "pause_us"));
     let (shortest, longest) = (pauses.clone().min().unwrap_or(0), pauses.max().unwrap_or(0));
-    // To a thousandth, which is how exact histograms are.
+    // To within 1/500, since histograms are exact to about a thousandth.
     let near = |name: &str, us: u64| number(&found["pause_us"], name).abs_diff(us) <= us / 500;
     assert!(near("min", shortest) && near("max", longest) && near("p99", longest), "{found}");
 }
@@ -312,7 +312,7 @@ fn top_prints_lines_in_a_pipe_until_the_vm_ends() {
     host.frazil(&["top", "watched"]).expect_code(1).expect_says(&["watched", "frazil ps"]);
 }
 
-/// `frazil` with `args` on a terminal of 80 by 24.
+/// Returns the command `frazil` with `args`, on a terminal of 80 by 24.
 fn on_a_terminal(host: &Host, args: &str) -> Command {
     let frazil = frazil_tests::vm_harness::frazil().display();
     let mut command = Command::new("script");
@@ -323,7 +323,8 @@ fn on_a_terminal(host: &Host, args: &str) -> Command {
     command
 }
 
-/// Takes the alternate screen, and gives it and the cursor back at the end.
+/// Fails the test unless `screen` enters the alternate screen, and in the end leaves it and shows
+/// the cursor.
 #[track_caller]
 fn expect_terminal_restored(screen: &str) {
     let (taken, given) = (screen.find("\u{1b}[?1049h"), screen.rfind("\u{1b}[?1049l"));
@@ -351,7 +352,7 @@ fn top_draws_on_a_terminal_and_q_gives_it_back() {
     let (mut keys, mut out) = (child.stdin.take().expect("a pipe"), child.stdout.take());
     let (mut screen, mut part) = (Vec::new(), [0; 4096]);
     let mut asked = false;
-    // A view that `q` does not end goes on to its count, which takes half a minute.
+    // If `q` does not end the view, it goes on to its count, which takes half a minute.
     while let Some(len) = out.as_mut().and_then(|out| out.read(&mut part).ok()).filter(|n| *n > 0) {
         screen.extend_from_slice(&part[..len]);
         if !asked && String::from_utf8_lossy(&screen).contains("quits") {

@@ -1,4 +1,5 @@
-//! Exports that cannot be whole: they say why, and leave nothing that could be taken for one.
+//! Exports that cannot be completed: they say why, and leave nothing that could be taken for a
+//! whole one.
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -21,7 +22,7 @@ struct Bed {
 }
 
 impl Bed {
-    /// A store with one snapshot: memory and another region, two chunks of state.
+    /// Makes a store with one snapshot: memory, another region, two state chunks.
     fn new() -> Self {
         let host = Host::new();
         let store = Store::open_or_create(&host.store_path(), StoreOptions::default());
@@ -47,7 +48,7 @@ impl Bed {
         all.next().expect("one").expect("it").path()
     }
 
-    /// Damages the record of which `is_it` says so.
+    /// Damages the first record whose payload satisfies `is_it`.
     fn damage(&self, is_it: impl Fn(&[u8]) -> bool) {
         let path = self.segment();
         let mut bytes = fs::read(&path).expect("it");
@@ -60,7 +61,7 @@ impl Bed {
         fs::write(&path, bytes).expect("it");
     }
 
-    /// What is in the host's folder besides its store.
+    /// Returns the names of what the host's folder holds besides the store and the runtime folder.
     fn leavings(&self) -> Vec<String> {
         let names = fs::read_dir(self.host.path("")).expect("a folder");
         let names = names.map(|entry| entry.expect("it").file_name().into_string().expect("UTF-8"));
@@ -91,7 +92,7 @@ fn damage_is_named_and_no_file_is_left() {
         }
     }
     assert_eq!(fs::read_to_string(bed.host.path("old")).expect("it"), "what was there");
-    // What is not damaged is exported all the same.
+    // What is not damaged can still be exported.
     let _done = bed.host.ok(&["export", &bed.at(), "second", "--region", "second"]);
     let piped = bed.host.command(&["export", &bed.at(), "-"]).stderr(Stdio::piped()).output();
     let piped = piped.expect("it runs");
@@ -125,7 +126,7 @@ fn what_is_exported_to_standard_output_is_what_a_file_would_have() {
         .frazil(&["export", &bed.at(), "-", "--format", "elf-core"])
         .expect_code(2)
         .expect_says(&["expected a file", "`-`"]);
-    // A reader that goes away ends it.
+    // A reader that goes away ends the export.
     let mut export = bed.host.command(&["export", &bed.at(), "-"]);
     export.stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = export.spawn().expect("it starts");
@@ -158,7 +159,7 @@ fn a_full_disk_is_an_error_and_so_is_a_full_standard_output() {
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(said.contains("No space left"), "{args:?}: {said}");
     }
-    // Nor is a standard error that nobody can read a reason for another end.
+    // A full standard error does not change the exit status.
     let mut command = bed.host.command(&["show", "nothing@latest"]);
     let status = command.stderr(full()).status().expect("it runs");
     assert_eq!(status.code(), Some(1));
@@ -208,7 +209,7 @@ fn only_files_are_replaced_and_only_those_that_may_be() {
         {
             let args = ["export", &latest, name, "--force", "--format", format];
             let refused = bed.host.frazil(&args);
-            // The oracle's snapshots have no machine, and that may come first.
+            // For `elf-core` the error may be that the oracle's snapshots have no machine.
             refused.expect_code(1);
             assert!(format == "elf-core" || refused.stderr.contains(says), "{refused:#?}");
         }
@@ -216,7 +217,7 @@ fn only_files_are_replaced_and_only_those_that_may_be() {
     assert!(at("pipe").symlink_metadata().expect("it").file_type().is_fifo());
     assert!(at("null").symlink_metadata().expect("it").is_symlink());
     assert!(fs::metadata("/dev/null").expect("it").file_type().is_char_device());
-    // Where a link leads, and for the owner alone.
+    // The file that a link leads to is replaced, and only its owner may read it.
     fs::write(at("file"), "old").expect("a file");
     symlink("file", at("link")).expect("a link");
     let _done = bed.host.ok(&["export", &bed.at(), "link", "--force"]);

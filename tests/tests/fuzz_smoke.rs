@@ -1,9 +1,9 @@
-//! Every parser of the store over its corpus and mutations of it, and virtio devices under drivers
-//! that do anything: what a fuzzer does, a little of it, on every run. `cargo fuzz run TARGET` in
-//! `snapstore` and `vmm` does it at length.
+//! A little fuzzing on every run: every parser of the store over its corpus and mutations of it,
+//! and virtio devices under drivers that do anything. `cargo fuzz run TARGET` in `snapstore` and
+//! `vmm` fuzzes at length.
 //!
-//! `cargo test -p frazil-tests --test fuzz_smoke -- --ignored` makes the corpus anew, from a store
-//! that has everything.
+//! `cargo test -p frazil-tests --test fuzz_smoke -- --ignored` writes the corpus, from a store that
+//! uses every feature of the format.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -21,7 +21,7 @@ fn corpus(target: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../snapstore/fuzz/corpus").join(target)
 }
 
-/// Changes a few bytes, copies pieces about, cuts, grows.
+/// Mutates `bytes`: changes bytes, inserts constants or a piece of `other`, cuts.
 fn mutate(rng: &mut Rng, bytes: &mut Vec<u8>, other: &[u8]) {
     for _ in 0..=rng.below(4) {
         let len = bytes.len() as u64;
@@ -65,7 +65,7 @@ fn parsers_refuse_or_understand_whatever_they_are_given() {
     }
 }
 
-/// Their drivers have no corpus: what they do next follows from any bytes.
+/// The drivers need no corpus: any bytes are something that a driver does.
 #[test]
 fn devices_withstand_whatever_their_drivers_do() {
     for (_, target) in frazil_vmm::virtio::fuzzing::TARGETS {

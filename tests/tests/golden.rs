@@ -1,8 +1,8 @@
-//! Stores written by earlier frazils open for ever: they read as they did, can be written to, and
-//! be pruned.
+//! Stores written by earlier versions of frazil open for ever: they read as they did, and can be
+//! written to and pruned.
 //!
-//! `cargo test -p frazil-tests --test golden -- --ignored` writes one of the present version, to be
-//! added beside the others when the format's version goes up. Those that are there never change.
+//! `cargo test -p frazil-tests --test golden -- --ignored` writes a store of the present version,
+//! to be added when the format's version goes up. Existing golden stores never change.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -31,7 +31,7 @@ struct ExpectedSnapshot {
     time_unix_ms: u64,
     name: String,
     message: String,
-    /// Per region, its pages and the BLAKE3 of all of them.
+    /// Per region, its number of pages and the BLAKE3 of all of them.
     regions: BTreeMap<String, (u64, Hash)>,
     /// Per state chunk, its kind, version and body.
     state: BTreeMap<String, (String, u32, serde_json::Value)>,
@@ -82,7 +82,7 @@ fn golden_stores_open_for_ever() {
         let folder = entry.expect("readable").path();
         let json = fs::read(folder.join("expected.json")).expect("what it must hold");
         let expected: Expected = serde_json::from_slice(&json).expect("JSON");
-        // As it lies there: reading changes nothing, not even a lock.
+        // Opened in place: reading changes nothing, not even a lock file.
         let store = Store::open(&folder.join("store"), StoreOptions::default())
             .unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
         assert_eq!(read(&store), expected, "{}", folder.display());
@@ -95,7 +95,8 @@ fn golden_stores_open_for_ever() {
     assert!(versions >= FORMAT_VERSION, "a golden store for every version");
 }
 
-/// A copy is written to, loses a snapshot, is pruned, and still holds the others.
+/// Writes to a copy of the store, forgets a snapshot, prunes, and checks that the rest is still
+/// there.
 fn go_on(folder: &Path, expected: &Expected) {
     let scratch = tempfile::tempdir().unwrap();
     copy_store(folder, scratch.path());

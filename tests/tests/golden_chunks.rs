@@ -1,9 +1,9 @@
-//! State chunks as frazils have saved them, each version of each: they are understood for ever, and what
-//! the present version saves again is the same.
+//! Golden state chunks, of every version that frazil ever saved: they are understood for ever, and
+//! the present version saves them again unchanged.
 //!
-//! They are those of a stock Linux guest with every device in use, and what earlier versions had.
-//! `cargo test -p frazil-tests --test e2e_linux -- --ignored write_golden_chunks` writes those that are
-//! missing, to be added when a version goes up. Those that are there never change.
+//! They come from a stock Linux guest with every device in use, and from earlier versions.
+//! `cargo test -p frazil-tests --test e2e_linux -- --ignored write_golden_chunks` writes those that
+//! are missing, to be added when a version goes up. Existing golden chunks never change.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -32,7 +32,7 @@ use frazil_vmm::virtio::{Interrupt, SavedVirtio, VirtioDevice, VirtioMmio, Zeroe
 use frazil_vmm::{SavedGuest, SavedMachine};
 use serde_json::{Value, json};
 
-/// The golden chunks by the name of their file, without its end.
+/// Returns the golden chunks by their file names without the extension.
 fn golden() -> BTreeMap<String, StateChunk> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden-chunks");
     let entries = fs::read_dir(folder).expect("golden chunks").map(|entry| entry.expect("a file"));
@@ -63,7 +63,8 @@ fn take<T: Saved>(golden: &StateChunk) -> T {
     taken
 }
 
-/// One of the present version is what would be saved now; of an older one, nothing is lost.
+/// Fails the test unless a chunk of the present version is saved again unchanged, and of an older
+/// one no field is lost.
 fn understood<T: Saved>(golden: &StateChunk) {
     let again = chunk(&golden.name, &take::<T>(golden)).expect("it can be saved");
     assert_eq!((&again.kind, again.version), (&golden.kind, T::VERSION));
@@ -89,7 +90,7 @@ fn every_chunk_that_was_ever_saved_is_understood() {
             SavedRtc::KIND => understood::<SavedRtc>(chunk),
             SavedVmGenId::KIND => understood::<SavedVmGenId>(chunk),
             SavedVirtio::KIND => understood::<SavedVirtio>(chunk),
-            // These three are taken together: see below.
+            // KVM's own three chunks are taken together, in another test.
             "kvm.irqchip" | "kvm.pit2" | "kvm.clock" => {}
             other => panic!("nobody knows {other}"),
         }
@@ -131,7 +132,7 @@ fn machines_of_old_had_what_they_had_and_nothing_else() {
     assert!(matches!(third.guest, SavedGuest::Kernel { .. }));
 }
 
-/// The chunks of KVM's own devices, with a clock of the version.
+/// Returns the chunks of KVM's own devices, with the clock's chunk `clock`.
 fn platform(clock: &str) -> ChunkSet {
     let golden = golden();
     let chunks = ["irqchip-v1", "pit-v1", clock].map(|name| golden[name].clone());
@@ -147,7 +148,7 @@ fn kvms_own_devices_take_their_states_and_give_them_back() {
         let mut chunks = platform(clock);
         let saved = SavedPlatform::take(&mut chunks).expect("they are understood");
         chunks.finish().expect("nothing is left");
-        // Nobody took note of when that was: no time has passed.
+        // Version 1 has no date, so no time has passed.
         assert_eq!(saved.age().is_zero(), clock == "clock-v1");
         let ram = Arc::new(GuestRam::new(2 << 20).expect("memory"));
         let shell = VmShell::new(&Hypervisor::open().expect("KVM"), ram, None).expect("a VM");
@@ -174,7 +175,7 @@ impl Interrupt for Unwired {
     fn raise(&self) {}
 }
 
-/// A device of a guest that was in the middle of its life, built again.
+/// Devices in mid-use are rebuilt from their saved states.
 #[test]
 fn devices_are_built_from_their_states() {
     let golden = golden();
@@ -192,7 +193,7 @@ fn devices_are_built_from_their_states() {
     assert_eq!(built.save(), rng);
 }
 
-/// What is said of a chunk that is not as it must be.
+/// The error about an invalid chunk names the chunk.
 #[test]
 fn chunks_that_are_not_what_they_say_are_refused_by_name() {
     for (stem, good) in golden() {
@@ -219,7 +220,7 @@ fn chunks_that_are_not_what_they_say_are_refused_by_name() {
         refused(&|chunk| chunk.body = json!(null));
         refused(&|chunk| chunk.body = json!([1]));
         refused(&|chunk| chunk.body["unheard of"] = json!(1));
-        // Each field is needed, in this version.
+        // Every field is needed.
         for field in good.body.as_object().expect("fields").keys() {
             refused(&|chunk| drop(chunk.body.as_object_mut().expect("fields").remove(field)));
         }
@@ -231,7 +232,7 @@ fn chunks_that_are_not_what_they_say_are_refused_by_name() {
     }
 }
 
-/// Writes something else somewhere into `value`.
+/// Replaces `value`, or a random value inside it, by something else.
 fn scribble(rng: &mut Rng, value: &mut Value) {
     let inside = match value {
         Value::Object(fields) if rng.below(8) > 0 => {
@@ -267,7 +268,7 @@ fn scribble(rng: &mut Rng, value: &mut Value) {
     };
 }
 
-/// A device of the kind that a chunk says it is of.
+/// Makes a device of the given kind.
 fn device(kind: &str, file: &Path, ram: &Arc<GuestRam>) -> Arc<dyn VirtioDevice> {
     match kind {
         "balloon" => {
@@ -292,8 +293,8 @@ fn device(kind: &str, file: &Path, ram: &Arc<GuestRam>) -> Arc<dyn VirtioDevice>
     }
 }
 
-/// Whatever is written into them, nothing panics; a device that takes its state goes on with it, and can be
-/// saved again.
+/// Whatever is written into chunks, nothing panics; a device that accepts its state goes on with it
+/// and can be saved again.
 #[test]
 fn chunks_that_anybody_has_written_into_are_refused_or_understood() {
     let disk = tempfile::NamedTempFile::new().expect("a file");

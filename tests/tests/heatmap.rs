@@ -1,4 +1,4 @@
-//! Pictures of memory: every cell has the colour of what it stands for.
+//! Heatmaps: every cell has the colour of the memory it stands for.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -9,7 +9,7 @@ use frazil_tests::oracle::{Edit, Model, take};
 use frazil_tests::vm_harness::{Host, number, text};
 use serde_json::Value;
 
-/// Each has a cell of its own: cells are of as few pages as there is room for.
+/// Few enough that each page has a cell of its own: cells hold as few pages as there is room for.
 const PAGES: usize = 6_000;
 const COLUMNS: usize = 128;
 const ROWS: usize = PAGES.div_ceil(COLUMNS);
@@ -42,8 +42,8 @@ impl Bed {
         let _taken = take(&self.store, parent, &mut self.model, &edit).expect("it works");
     }
 
-    /// Draws with `args`, as SVG and PNG; returns what is said of it, and the colours of all cells of
-    /// 7 by 7 pixels in the order of their places.
+    /// Draws with `args`, as SVG and PNG; returns the report, and the colours of all cells, which
+    /// are 7 by 7 pixels, row by row.
     fn draw(&self, args: &[&str]) -> (Value, Vec<String>) {
         let [svg, png] = ["map.svg", "map.PNG"].map(|name| self.host.path(name));
         let draw = |file: &std::path::Path| {
@@ -63,7 +63,7 @@ impl Bed {
     }
 }
 
-/// The colours of rectangles of 7 by 7 pixels, row by row.
+/// Returns the colours of the rectangles of 7 by 7 pixels, row by row.
 fn cells(svg: &str) -> Vec<String> {
     let mut found = BTreeMap::new();
     for line in svg.lines().filter_map(|line| line.strip_prefix("<path fill=\"")) {
@@ -123,7 +123,7 @@ fn two_snapshots_are_drawn_by_what_differs() {
         };
         assert!(is, "page {page}: {}", found[page]);
     }
-    // It is B that changed what A had: the other way round, too.
+    // With A and B exchanged, the same pages differ.
     let (_, back) = bed.draw(&["diff", &bed.host.at("latest"), "latest~1"]);
     let differs = |cells: &[String], page: usize| ![ZERO, UNCHANGED].contains(&&*cells[page]);
     assert!((0..PAGES).all(|page| differs(&found, page) == differs(&back, page)));
@@ -153,7 +153,7 @@ fn a_history_is_drawn_by_how_often_what_changed() {
         }
     }
     assert_eq!(color_of.len(), 4, "1, 2-3, 4-7, 8-9: {color_of:?}");
-    // Of an older snapshot: what it descends from.
+    // The history of an older snapshot is what it descends from.
     let (_, before) = bed.draw(&["log", &bed.host.at("latest~5")]);
     assert_eq!((&*before[4_003], &*before[4_004]), (color_of[&0], ZERO));
     let listed = bed.host.ok(&["log", &bed.host.at("latest~5"), "--json"]).json_lines();

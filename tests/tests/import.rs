@@ -1,4 +1,4 @@
-//! Files of other programs as snapshots, and snapshots as archives.
+//! Imports files of other programs as snapshots, and exports snapshots as archives.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -11,7 +11,8 @@ use frazil_tests::rng::Rng;
 use frazil_tests::vm_harness::{Finished, Host, PATIENCE, finish, kvm_or_skip, number, text};
 use serde_json::Value;
 
-/// A sparse file of `pages` pages, those of `contents` written, page numbers and contents; zeros too.
+/// Writes a sparse file of `pages` pages, in which the (page, content id) of `contents` are
+/// written, zeros included.
 fn write_sparse(path: &Path, pages: u64, contents: &[(u64, u8)]) {
     let file = File::create(path).expect("a file");
     file.set_len(pages * PAGE_SIZE as u64).expect("it grows");
@@ -29,7 +30,7 @@ fn import(host: &Host, args: &[&str]) -> Value {
     host.json(&[&["import", "--store", &store], args].concat())
 }
 
-/// Region `region` of `reference`, as `frazil export` gives it.
+/// Exports `region` of `reference`, and returns its contents.
 fn export(host: &Host, reference: &str, region: &str) -> Vec<u8> {
     let out = path(host, "exported");
     let _done = host.ok(&["export", &host.at(reference), &out, "--region", region, "--force"]);
@@ -56,7 +57,7 @@ fn memory_comes_in_and_goes_out_again() {
     let shown = host.json(&["show", &host.at("in")]);
     assert_eq!((text(&shown, "vm"), text(&shown, "message")), ("fc", "a text"));
     assert_eq!(shown["state"], Value::Array(Vec::new()));
-    // Everything else works on it.
+    // Other commands work on imported snapshots.
     let _log = host.ok(&["log", &host.store_path().display().to_string()]);
     let verified = host.json(&["verify", &host.store_path().display().to_string()]);
     assert_eq!(verified["ok"], true, "{verified}");
@@ -72,7 +73,7 @@ fn holes_of_a_diff_are_what_did_not_change_and_zeros_in_it_are_zeros() {
     let _first = import(&host, &["--memory", &path(&host, "full"), "--tag", "full"]);
     let mut expected = fs::read(host.path("full")).expect("it");
     for turn in 0..3_u8 {
-        // Firecracker writes whole pages, a few or many in a row.
+        // Firecracker writes whole pages, in runs of any length.
         let changes: Vec<(u64, u8)> = (0..40)
             .map(|_| (rng.bits() % (pages - 8), (rng.bits() % 36) as u8))
             .flat_map(|(first, id)| {
@@ -92,10 +93,10 @@ fn holes_of_a_diff_are_what_did_not_change_and_zeros_in_it_are_zeros() {
         assert!(number(&report["regions"][0], "pages_read") < 400, "{report}");
         assert!(export(&host, "latest", "ram") == expected, "{turn}");
     }
-    // Without --diff its holes are zeros.
+    // Without --diff, holes are zeros.
     let _zeros = import(&host, &["--memory", &path(&host, "diff"), "--base", &host.at("latest")]);
     assert!(export(&host, "latest", "ram") == fs::read(host.path("diff")).expect("it"));
-    // The same again is shared.
+    // The same contents imported again are shared.
     let again = import(
         &host,
         &["--memory", &path(&host, "full"), "--base", &host.at("full"), "-m", "again"],
@@ -147,7 +148,7 @@ fn disks_come_in_as_long_as_they_are() {
     for (region, disk) in ["disk0", "disk1"].iter().zip(&disks) {
         assert!(export(&host, "latest", region) == *disk, "{region}");
     }
-    // Memory comes beside them, and they stay.
+    // Importing memory on top of them keeps the disks.
     write_sparse(&host.path("memory"), 10, &[(1, 3)]);
     let _done = import(&host, &["--memory", &path(&host, "memory"), "--base", &host.at("latest")]);
     assert!(export(&host, "latest", "disk0") == disks[0]);
@@ -182,7 +183,7 @@ fn what_cannot_be_imported_is_refused_with_a_reason() {
     let refused = frazil(&["--memory", &at("dense"), "--base", &base, "--diff"]);
     refused.expect_code(1).expect_says(&["sparse", "without holes"]);
     assert_eq!(host.store().snapshots().len(), 1);
-    // Nothing to run.
+    // An imported snapshot cannot be resumed.
     let resumed = host.frazil(&["resume", &base, "--name", "x"]);
     resumed.expect_code(1).expect_says(&["import", "nothing to run"]);
     let cloned = host.frazil(&["resume", &base, "--name", "x", "--clones", "2"]);
@@ -209,7 +210,7 @@ fn what_is_no_file_is_refused_and_nothing_is_waited_for() {
     let gap = ["import", "--store", &store, "--memory", "small", "--gap", "4KiB..1000TiB"];
     host.frazil(&gap).expect_code(1).expect_says(&["--gap", "16.00 TiB"]);
     assert!(!host.store_path().exists());
-    // A guest may have written that; people seldom mean it.
+    // A guest may have written a qcow2 header to a raw disk, but more likely the file is qcow2.
     fs::write(host.path("disk"), [&b"QFI\xfb"[..], &[0; 4092]].concat()).expect("a file");
     let warned = host.ok(&["import", "--store", &store, "--disk", "disk"]);
     warned.expect_says(&["disk", "qcow2", "raw"]);
@@ -220,7 +221,7 @@ fn what_is_no_file_is_refused_and_nothing_is_waited_for() {
 #[test]
 fn a_file_that_is_written_meanwhile_is_refused() {
     let host = Host::new();
-    // Noise takes its time.
+    // Noise takes long enough to import.
     let contents: Vec<(u64, u8)> = (0..40_000).map(|page| (page, 3 * (page % 8) as u8)).collect();
     write_sparse(&host.path("memory"), 40_000, &contents);
     let file = File::options().write(true).open(host.path("memory")).expect("it");

@@ -1,4 +1,4 @@
-//! What people read of the command before they use it: help, man pages, completion; and its colours.
+//! The command's help, man pages, shell completion and colours.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -9,7 +9,7 @@ use frazil_snapstore::{Store, StoreOptions};
 use frazil_tests::oracle::{Edit, Model, take};
 use frazil_tests::vm_harness::{Host, PATIENCE, finish, frazil};
 
-/// Everything that `frazil help` lists, as its lines have it.
+/// Returns the commands that `frazil help` lists.
 fn commands(help: &str) -> Vec<&str> {
     let listed = help.split("what is the same everywhere").next().expect("it is there");
     let lines = listed.lines().filter_map(|line| line.strip_prefix("   "));
@@ -72,7 +72,7 @@ fn man_pages_are_written_for_every_command() {
     }
 }
 
-/// What `program` says; none if it is not installed.
+/// Runs `program`; returns its standard output, or `None` if it is not installed.
 fn shell(program: &str, args: &[&str]) -> Option<String> {
     let mut command = Command::new(program);
     command.args(args).env("MANWIDTH", "80").env("MANPAGER", "cat");
@@ -86,7 +86,7 @@ fn shell(program: &str, args: &[&str]) -> Option<String> {
     Some(finished.stdout)
 }
 
-/// Command lines, and what each is with a tab behind it.
+/// Command lines, and what a tab completes each to.
 const COMPLETIONS: [(&str, &str); 5] = [
     ("mo", "mount"),
     ("export x y --format e", "export x y --format elf-core"),
@@ -95,7 +95,7 @@ const COMPLETIONS: [(&str, &str); 5] = [
     ("show x --heatmap-", "show x --heatmap-region"),
 ];
 
-/// Types command lines into a zsh of its own, a tab behind each, and has it print what has become of them.
+/// Types each command line and a tab into an interactive zsh, which then prints the completed line.
 const ZSH: &str = r#"
 zmodload zsh/zpty
 zpty z zsh -f -i
@@ -166,7 +166,7 @@ fn fish_completes_what_people_may_use() {
     }
 }
 
-/// Everything in `folder`, by its path from there.
+/// Returns all files in `folder`, at any depth, by their paths relative to `from`.
 fn files(folder: &Path, from: &Path) -> Vec<String> {
     let entries = fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("it").path());
     let mut found: Vec<String> = entries
@@ -185,7 +185,7 @@ fn files(folder: &Path, from: &Path) -> Vec<String> {
 #[test]
 fn make_install_puts_everything_in_place() {
     let host = Host::new();
-    // As if it had been built: a program, a folder of the release, and a make that has nothing to do before.
+    // As if built already: the program in a release folder, and make told not to run `build`.
     let release = host.path("target dir/release");
     fs::create_dir_all(&release).expect("a folder");
     fs::copy(frazil(), release.join("frazil")).expect("it is copied");
@@ -236,7 +236,7 @@ fn colours_are_for_those_who_want_them() {
         assert_eq!(with("never"), plain);
         let colored = with("always");
         assert!(colored.contains("\u{1b}[") && colored.contains("\u{1b}[0m"), "{args:?}");
-        // Nothing but the colours is different.
+        // Only the colours differ.
         let mut rest = String::new();
         for (index, part) in colored.split('\u{1b}').enumerate() {
             let text = if index == 0 { part } else { part.split_once('m').expect("a colour").1 };

@@ -1,4 +1,4 @@
-//! `frazil mount`, through the kernel: what everyday tools make of it, and how it ends.
+//! `frazil mount` through the kernel: what everyday tools see, and how mounts end.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -19,7 +19,7 @@ fn fuse_or_skip() -> bool {
     let device = fs::OpenOptions::new().read(true).write(true).open("/dev/fuse");
     let why = match device {
         Err(error) => format!("/dev/fuse cannot be opened ({error})"),
-        // Containers may have the device, and no right to mount.
+        // Containers may have the device without the right to mount.
         Ok(_) if rustix::process::geteuid().is_root() && !may_mount() => {
             "root may not mount here (CAP_SYS_ADMIN is missing)".to_owned()
         }
@@ -40,7 +40,7 @@ fn may_mount() -> bool {
     caps >> CAP_SYS_ADMIN & 1 == 1
 }
 
-/// A store with one region of memory and a disk, and what is in it.
+/// A store with one region of memory and a disk, and the model of its contents.
 struct Bed {
     host: Host,
     store: Arc<Store>,
@@ -59,7 +59,7 @@ impl Bed {
         Self { store: store.expect("a store"), host, model, steps: 0 }
     }
 
-    /// Takes a snapshot in which these pages of memory are changed.
+    /// Takes a snapshot with these pages of memory changed; returns its short id.
     fn take(&mut self, pages: impl IntoIterator<Item = (u64, u8)>) -> String {
         let parent = self.store.latest().map(|info| info.id);
         let rounds = vec![("ram".to_owned(), pages.into_iter().collect())];
@@ -69,7 +69,8 @@ impl Bed {
         taken.id.short()
     }
 
-    /// Every seventh page and a long stretch, of text, noise and others.
+    /// Takes a snapshot in which every seventh page and a long stretch are set, to contents of all
+    /// kinds.
     fn take_first(&mut self) -> String {
         let pages = (0..PAGES as u64).step_by(7).chain(2_000..2_600);
         self.take(pages.map(|page| (page, 1 + (page % 30) as u8)).collect::<Vec<_>>())
@@ -81,7 +82,7 @@ impl Bed {
 
     fn mount(&self) -> Mounted {
         let folder = self.host.path("mnt");
-        // One that is there may have a dead file system on it, and then says nothing of itself.
+        // An existing folder may have a dead file system on it, and then cannot even be examined.
         let _there_already = fs::create_dir(&folder);
         mount_at(&self.host, &folder)
     }
@@ -120,13 +121,13 @@ fn everyday_tools_find_what_is_there() {
     fs::write(&plain, &memory).expect("a file");
     let (ram, plain) = (ram.to_str().expect("it"), plain.to_str().expect("it"));
     run("cmp", &[ram, plain]).expect_code(0);
-    // A part from the middle, in blocks that are no pages.
+    // A part from the middle, in blocks that are not page-sized.
     let part = bed.host.path("part").display().to_string();
     let of = format!("of={part}");
     let args = [&format!("if={ram}"), &of, "bs=1000", "skip=2500", "count=700", "status=none"];
     run("dd", &args).expect_code(0);
     assert!(fs::read(&part).expect("it") == memory[2_500_000..3_200_000]);
-    // Content 11 is nothing but words of 11.
+    // grep counts the same matches in both files.
     let grep = |path: &str, pattern: &str| run("grep", &["-c", "-a", "-P", pattern, path]);
     for pattern in [r"\x0b{8}", r"\x25\x25\x25"] {
         assert_eq!(grep(ram, pattern).stdout, grep(plain, pattern).stdout, "{pattern}");
@@ -229,7 +230,8 @@ fn snapshots_come_and_go_while_it_is_mounted() {
         .collect();
     assert_eq!(names, [second.as_str()]);
     assert!(fs::metadata(mounted.path("ids").join(&first).join("memory/ram")).is_err());
-    // Of what was forgotten the open file has everything, though nobody had read it yet.
+    // The open file of the forgotten snapshot still has everything, though none of it had been
+    // read.
     let mut all_of_it = vec![0; before.len()];
     open.read_exact_at(&mut all_of_it, 0).expect("it reads");
     assert!(all_of_it == before);
@@ -255,7 +257,7 @@ fn a_damaged_block_is_an_io_error_and_is_named() {
     let mut page = [1; PAGE_SIZE];
     let error = file.read_exact_at(&mut page, 10 * PAGE_SIZE as u64).expect_err("it is damaged");
     assert_eq!(error.raw_os_error(), Some(rustix::io::Errno::IO.raw_os_error()));
-    // What is beside it is read all the same.
+    // The page beside the damaged one can still be read.
     file.read_exact_at(&mut page, 9 * PAGE_SIZE as u64).expect("it is zero");
     assert_eq!(page, [0; PAGE_SIZE]);
     drop(file);
@@ -356,7 +358,7 @@ fn where_it_cannot_be_mounted_it_says_why() {
     fs::write(bed.host.path("file"), "x").expect("a file");
     let refused = bed.host.frazil(&["mount", &store, &at("file")]);
     refused.expect_code(1).expect_says(&["expected a folder"]);
-    // The scratch folder: with files, and with the store in it.
+    // The scratch folder is not empty, and a folder in the store is not apart from it.
     let refused = bed.host.frazil(&["mount", &store, &at("")]);
     refused.expect_code(1).expect_says(&["empty"]);
     fs::create_dir(bed.host.store_path().join("inside")).expect("a folder");

@@ -1,4 +1,4 @@
-//! `frazil mount` by a user who is not root: by way of `fusermount3`, which may mount for others.
+//! `frazil mount` by a user other than root, through `fusermount3`, which is allowed to mount.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
@@ -12,10 +12,10 @@ use frazil_tests::oracle::{Edit, Model, content, take};
 use frazil_tests::vm_harness::{Finished, Host, PATIENCE, finish, frazil};
 use rustix::process::Signal;
 
-/// `nobody`, as on most systems: the helper wants a user that has a name.
+/// The user `nobody` on most systems: the helper needs a user with a name.
 const UID: u32 = 65_534;
 
-/// True if this test can be somebody else who can mount; says why not otherwise.
+/// True if this test can become another user who can mount; otherwise says why not.
 fn helper_or_skip() -> bool {
     let why = if !rustix::process::geteuid().is_root() {
         "not root, who alone can be somebody else"
@@ -32,13 +32,13 @@ fn helper_or_skip() -> bool {
 
 struct Bed {
     host: Host,
-    /// A copy that nobody has a way to.
+    /// A copy of `frazil` that user nobody can reach.
     program: PathBuf,
     memory: Vec<u8>,
 }
 
 impl Bed {
-    /// A host whose store is nobody's, with one snapshot.
+    /// Makes a host whose store belongs to user nobody, with one snapshot.
     fn new() -> Self {
         let host = Host::new();
         let store = Store::open_or_create(&host.store_path(), StoreOptions::default());
@@ -54,7 +54,7 @@ impl Bed {
         Self { host, program, memory }
     }
 
-    /// `program` as nobody would start it.
+    /// Returns the command `program`, run as user nobody.
     fn command(&self, program: &Path) -> Command {
         let mut command = Command::new(program);
         self.host.surround(&mut command);
@@ -82,7 +82,7 @@ impl Bed {
     }
 }
 
-/// Makes `path`, and what is in it, nobody's.
+/// Gives `path` and everything in it to user nobody.
 fn give(path: &Path) {
     chown(path, Some(UID), Some(UID)).expect("root may");
     if path.is_dir() {
@@ -103,7 +103,7 @@ fn nobody_mounts_and_reads_and_unmounts() {
     assert_eq!(code, Some(0), "{said}");
     let left = fs::read_dir(bed.host.path("mnt")).expect("it is unmounted").count();
     assert_eq!(left, 0);
-    // What a kill leaves is cleared away by the next, without root.
+    // The next mount clears away what a killed one left, without root.
     let mut killed = bed.mount();
     killed.signal(Signal::KILL);
     let (code, _) = killed.end();

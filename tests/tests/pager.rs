@@ -1,4 +1,4 @@
-//! The pager with a memfd and plain threads: no virtual machine is needed to be wrong.
+//! The pager with a memfd and plain threads; no virtual machine is needed to find its bugs.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
@@ -23,7 +23,7 @@ fn many_threads_see_the_snapshot_and_keep_what_they_write() {
     within(120, || {
         for seed in 0..48 {
             let Fixture { region, contents, .. } = fixture(mixed(12, seed));
-            // As memory below and above a hole: two ranges of the region, one file.
+            // As memory below and above a hole: two ranges of the region in one file.
             let memory = Memory::new(&[(0, 5), (6 * CHUNK_PAGES, 6)]);
             let background_fill = seed % 3 != 0;
             let options = PagerOptions {
@@ -46,7 +46,7 @@ fn many_threads_see_the_snapshot_and_keep_what_they_write() {
     });
 }
 
-/// A fault on a zero page can be in flight when the background fill lets go of userfaultfd.
+/// A fault on a zero page can be in flight when the background fill gives up the userfaultfd.
 #[test]
 fn completing_while_zero_pages_are_touched_is_no_failure() {
     if !uffd_or_skip() {
@@ -71,7 +71,7 @@ fn completing_while_zero_pages_are_touched_is_no_failure() {
                 for thread in 0..3 {
                     let (memory, stop) = (&memory, &stop);
                     scope.spawn(move || {
-                        // One page a chunk, from the end: each is a fault of its own.
+                        // One page per chunk, from the end, so that each is a fault of its own.
                         for chunk in (6..64).rev().filter(|chunk| chunk % 3 == thread) {
                             if !stop.load(Ordering::Relaxed) {
                                 assert_eq!(memory.read_word(chunk * CHUNK_PAGES + seed % 64, 0), 0);
@@ -91,8 +91,8 @@ fn completing_while_zero_pages_are_touched_is_no_failure() {
     });
 }
 
-/// Somebody faults all the time where all is there, and has the fill look there again and again: what
-/// is far away is brought in all the same before the memory is said to be complete.
+/// Threads fault all the time where everything is resident, which makes the fill look there again
+/// and again. Pages far away must still be loaded before the memory counts as complete.
 #[test]
 fn faults_where_all_is_there_do_not_end_the_fill_early() {
     if !uffd_or_skip() {
@@ -137,7 +137,7 @@ fn faults_where_all_is_there_do_not_end_the_fill_early() {
             let expected = with_data.len() as u64;
             assert_eq!((stats.filled_pages, stats.total_pages), (expected, expected));
             drop(pager);
-            // Whoever comes later has no need of a pager.
+            // A later user of the image needs no pager.
             let late = Memory::private(&image);
             let pager = serve(&late);
             assert!(pager.stats().complete);
@@ -188,7 +188,7 @@ fn sparse_regions_stay_sparse() {
         .for_each(|(page, id)| assert!(&memory.read_page(page) == content(*id), "page {page}"));
 }
 
-/// Waits until nothing more is brought in.
+/// Waits until no more pages are loaded.
 fn wait_quiet(pager: &Pager) {
     let count = || (pager.stats().faults, pager.stats().filled_pages);
     let mut last = count();
@@ -226,12 +226,13 @@ fn who_goes_on_finds_what_is_next_and_who_jumps_pays_for_what_is_touched() {
         for page in memory.pages() {
             check(&memory, page);
             if pager.stats().faults > faults {
-                // One who takes time with each page.
+                // Lets the pager finish, as for a reader that takes its time.
                 wait_quiet(&pager);
                 faults = pager.stats().faults;
             }
         }
-        // Two in the first chunk, then one for as much as is behind, at last every eighth chunk.
+        // Two faults in the first chunk, then each loads as much as lies behind it, so that in the
+        // end only every eighth chunk faults.
         assert!(pager.stats().faults < CHUNKS / 2, "{:?}", pager.stats());
         drop(pager);
 
@@ -246,7 +247,7 @@ fn who_goes_on_finds_what_is_next_and_who_jumps_pays_for_what_is_touched() {
     });
 }
 
-/// The kernel may drop the page-table entry of a page that was served: reclaim, migration.
+/// The kernel may drop the page-table entry of a page that was served, by reclaim or migration.
 #[test]
 fn a_page_that_lost_its_page_table_entry_is_mapped_again() {
     if !uffd_or_skip() {
@@ -274,7 +275,7 @@ fn a_damaged_frame_is_reported_and_nobody_hangs() {
         return;
     }
     within(30, || {
-        // No two frames alike: what is verified once is as good for an equal one.
+        // No two frames are equal: a frame verified once would do for an equal one.
         let contents = (0..CHUNK_PAGES).map(|page| 2 + (page % 22) as u8).collect();
         let Fixture { storage, region, .. } = fixture(contents);
         let (frame, _) = region.locate(21).unwrap().block().expect("page 21 has data");
@@ -303,7 +304,7 @@ fn a_damaged_frame_is_reported_and_nobody_hangs() {
                 assert!(told.recv_timeout(Duration::from_millis(50)).is_err(), "it is called once");
                 assert!(pager.failure().unwrap().to_string() == text && !pager.stats().complete);
                 drop(pager);
-                // It is released, and sees nothing that was not verified.
+                // The reader is released, and sees nothing unverified.
                 assert!(&waiting.join().unwrap() == content(0));
             });
         }
@@ -340,7 +341,7 @@ fn memory_that_cannot_be_served_is_refused_at_once() {
         println!("{why}: {error}");
         assert!(error.contains("mapping"), "{why}: {error}");
     }
-    // And the memory is free again.
+    // The refused attempts leave the memory free to be served.
     let pager =
         Pager::start(region, &memory.file, &memory.mappings, PagerOptions::default(), no_failure())
             .unwrap();

@@ -20,7 +20,7 @@ use frazil_tests::vm_harness::uffd_or_skip;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recv, sendmsg};
 
-/// An image of all of `region`, of which nothing is there yet.
+/// Makes an image of all of `region`, with nothing loaded yet.
 fn image_of(region: &RegionReader) -> Arc<Image> {
     let pages = region.pages() - region.pages() % CHUNK_PAGES;
     let memory = Memory::new(&[(0, pages / CHUNK_PAGES)]);
@@ -66,7 +66,7 @@ fn users_of_one_image_see_the_snapshot_and_only_what_they_wrote_themselves() {
                     scope.spawn(move || run_threads(memory, contents, seed * 3 + index as u64));
                 }
             });
-            // One that goes hurts nobody.
+            // A user that leaves does not hurt the others.
             let mut users = users.into_iter();
             drop(users.next());
             for (memory, pager) in users {
@@ -76,7 +76,7 @@ fn users_of_one_image_see_the_snapshot_and_only_what_they_wrote_themselves() {
                 assert!(pager.failure().is_none());
                 check_memory(&memory, &contents);
             }
-            // Late, and complete or not, another one finds the snapshot as it was.
+            // A late user finds the snapshot unchanged, whether the image is complete or not.
             let memory = Memory::private(&image);
             let seat = seat_of(&memory);
             let pager = Pager::serve(Arc::clone(&image), seat, options, no_failure()).unwrap();
@@ -90,7 +90,8 @@ fn users_of_one_image_see_the_snapshot_and_only_what_they_wrote_themselves() {
     });
 }
 
-/// A store in a folder, which another process, or a second handle, can open.
+/// Makes a snapshot in a store in `folder`, and opens it by a second handle, as another process
+/// would.
 fn fixture_in(folder: &std::path::Path, contents: &[u8]) -> RegionReader {
     let store = Store::open_or_create(folder, StoreOptions::default()).unwrap();
     let mut model = Model { regions: [("ram".to_owned(), vec![0; contents.len()])].into() };
@@ -101,7 +102,7 @@ fn fixture_in(folder: &std::path::Path, contents: &[u8]) -> RegionReader {
     store.snapshot(id).unwrap().region("ram").unwrap()
 }
 
-/// Serves users in threads instead of processes: who is told to die just stops answering.
+/// Pagers run in this process instead of their own: a pager that is dropped just stops answering.
 #[test]
 fn another_pager_goes_on_where_one_stopped() {
     if !uffd_or_skip() {
@@ -127,7 +128,7 @@ fn another_pager_goes_on_where_one_stopped() {
                 let user = scope.spawn(|| run_threads(&memory, &contents, seed));
                 while !user.is_finished() {
                     std::thread::sleep(Duration::from_micros(300));
-                    // The seat is kept, so nobody finds zeros; they wait.
+                    // The seat is kept, so threads wait instead of finding zeros.
                     drop(pager.take());
                     let image = Image::take_over(
                         region.clone(),
@@ -166,7 +167,8 @@ fn a_server_of_shared_memory_can_die_and_its_users_go_on() {
                         let user = pager::accept(listener, Duration::from_secs(10)).unwrap();
                         let server = Arc::clone(server);
                         let user = user.expect("a user comes");
-                        // What a process that is killed does to its connections.
+                        // Serves until `hang_up`, which closes connections as a killed process
+                        // does.
                         std::thread::spawn(move || server.serve(user));
                     }
                 });
@@ -196,7 +198,7 @@ fn join(socket: &std::path::Path, region: &RegionReader) -> (Memory, pager::Remo
     let pages = region.pages();
     let extent = Extent { first_page: 0, pages, file_offset: 0 };
     let memory = Memory::private_of(offer.memory().try_clone().unwrap(), &[extent]);
-    // It is for reading.
+    // The offered memory is read-only.
     assert!(std::os::unix::fs::FileExt::write_at(&memory.file, &[1], 0).is_err());
     let pager = offer.accept(region.clone(), seat_of(&memory), no_failure()).unwrap();
     (memory, pager)
@@ -217,10 +219,10 @@ fn a_server_that_has_ended_is_said_to_have() {
     assert!(error.contains("has ended"), "{error}");
 }
 
-/// What a user that is not of this program says, with what it sends along.
+/// A test case's name, and the message and file descriptors that a hostile user sends.
 type Nonsense<'a> = (&'static str, String, Vec<BorrowedFd<'a>>);
 
-/// Says `nonsense` to the server at `socket`; returns what comes back, nothing if it hangs up.
+/// Sends nonsense to the server at `socket`; returns the answer, empty if the server hangs up.
 fn say(socket: &std::path::Path, (what, message, fds): &Nonsense<'_>) -> String {
     let user = pager::connect(socket).unwrap();
     let mut bytes = vec![0; 1 << 16];
@@ -234,7 +236,7 @@ fn say(socket: &std::path::Path, (what, message, fds): &Nonsense<'_>) -> String 
     String::from_utf8(bytes[..answer].to_vec()).unwrap()
 }
 
-/// Has every user that connects served, as long as the test runs.
+/// Serves every user that connects, as long as the test runs.
 fn serve_all(listener: OwnedFd, server: Arc<pager::ImageServer>) {
     std::thread::spawn(move || {
         loop {
@@ -246,7 +248,7 @@ fn serve_all(listener: OwnedFd, server: Arc<pager::ImageServer>) {
     });
 }
 
-/// The message by which a user sits down.
+/// Returns the message by which a user takes a seat.
 fn sit(mappings: &[Mapping]) -> String {
     let mappings = serde_json::to_string(mappings).unwrap();
     format!("{{\"message\":\"sit\",\"mappings\":{mappings}}}")
@@ -318,7 +320,7 @@ fn users_that_talk_nonsense_are_not_served_and_hurt_nobody() {
         for case in &nonsense {
             let answer = say(&socket, case);
             println!("{}: {answer}", case.0);
-            // It is told why it is not served, unless it could not even be understood.
+            // The user is told why it is not served, unless its message was unreadable.
             let unreadable = case.0.starts_with("unreadable: ");
             let refused =
                 if unreadable { answer.is_empty() } else { answer.contains("\"failed\"") };
@@ -350,7 +352,7 @@ fn a_working_set_is_recorded_once_and_there_before_it_is_wanted() {
         let scratch = tempfile::tempdir().unwrap();
         let mut contents: Vec<u8> =
             (0..32 * CHUNK_PAGES).map(|page| 1 + (page % 20) as u8).collect();
-        // Zero pages that are touched belong to it, too.
+        // Zero pages that are touched belong to the working set, too.
         contents[900..1000].fill(0);
         let region = fixture_in(&scratch.path().join("store"), &contents);
         let touched = [5_u64, 70, 333, 950, 951, 1500, 1501, 2000];
@@ -392,13 +394,13 @@ fn a_working_set_is_recorded_once_and_there_before_it_is_wanted() {
             assert!(&memory.read_page(page) == content(contents[page as usize]), "page {page}");
         }
         drop(pager);
-        // Damaged, it is as if it were not there.
+        // A damaged working set is treated as absent.
         let file = scratch.path().join(format!("store/working-set-{}", region.snapshot()));
         let mut bytes = std::fs::read(&file).unwrap();
         bytes[60] ^= 4;
         std::fs::write(&file, bytes).unwrap();
         assert_eq!(store.working_set(region.snapshot(), "ram"), None);
-        // And goes with its snapshot.
+        // A working set goes with its snapshot.
         store.forget(&[region.snapshot()]).unwrap();
         store.prune(&PruneOptions::default(), &PruneProgress::default()).unwrap();
         assert!(!file.exists());
@@ -411,7 +413,8 @@ fn the_background_fill_keeps_to_its_rate() {
         return;
     }
     within(60, || {
-        // One chunk every 20 ms, and one every 250: longer than it sleeps at a time.
+        // One chunk every 20 ms, and one every 250 ms, which is longer than the fill sleeps at a
+        // time.
         for (chunks, per_s, least_ms) in [(8, 50, 130), (4, 4, 700)] {
             keeps_to_rate(chunks, per_s, least_ms);
         }
@@ -433,7 +436,7 @@ fn keeps_to_rate(chunks: u64, chunks_per_s: u64, least_ms: u64) {
     let pager =
         Pager::start(region, &memory.file, &memory.mappings, options, no_failure()).unwrap();
     wait_until_complete(&pager);
-    // Never faster; how much slower is the host's business.
+    // Never faster; how much slower depends on the host.
     assert!(started.elapsed() >= Duration::from_millis(least_ms), "{:?}", started.elapsed());
     assert!(&memory.read_page(200) == content(contents[200]));
 }

@@ -1,4 +1,4 @@
-//! Searching regions, against one search of all their bytes from the beginning to the end.
+//! Searches of regions, compared with a single search through all their bytes.
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use proptest::prelude::*;
 use regex_automata::meta::Regex;
 use regex_automata::util::syntax;
 
-/// Three parts of what a core takes at once, and a bit.
+/// Three of the parts (512 pages) that a core searches at once, and a bit more.
 const PAGES: usize = 3 * 512 + 70;
 
 /// A region, and all its bytes.
@@ -30,7 +30,7 @@ impl Bed {
         Self { store, head: None, memory: vec![[0; PAGE_SIZE]; PAGES] }
     }
 
-    /// Writes each text at its place, in one snapshot on the last.
+    /// Writes each text at its offset, in one snapshot on top of the last.
     fn write(&mut self, texts: &[(usize, Vec<u8>)]) {
         let mut dirty = PageSet::new(PAGES as u64);
         let bytes = self.memory.as_flattened_mut();
@@ -54,7 +54,7 @@ impl Bed {
         snapshot.region("ram").expect("it")
     }
 
-    /// Offset and bytes of what is found, with what is around it checked.
+    /// Returns the offset and bytes of each match, after checking its context.
     fn found(&self, pattern: &Pattern, context: usize) -> Vec<(u64, Vec<u8>)> {
         let memory = self.memory.as_flattened();
         let mut all = Vec::new();
@@ -80,7 +80,7 @@ impl Bed {
     }
 }
 
-/// Places near the borders of pages and of parts, where matches could be missed.
+/// Offsets near the borders of pages and parts, where matches could be missed.
 fn place() -> impl Strategy<Value = usize> {
     let border = prop_oneof![
         (0..PAGES).prop_map(|page| page * PAGE_SIZE),
@@ -106,13 +106,13 @@ const EXPRESSIONS: [&str; 15] = [
     "(?i)ab",
     r"b\x00{1,9}a",
     "a.{0,6}b|ba",
-    // What looks at zeros from outside them, and the other way round.
+    // Assertions between zeros and what is beside them.
     r"\b\x00",
     r"\x00{3}\b",
-    // No byte of it is known beforehand.
+    // Expressions without any literal byte.
     r"\w{3}",
     r"\w[^ab]\w?",
-    // Matches may be of any length.
+    // Matches of any length.
     r"[ab]+\n",
     r"[^a\x00]+a",
 ];
@@ -171,7 +171,8 @@ fn only_what_is_not_zero_is_read_and_a_search_can_be_ended() {
     let all = run(u64::MAX, 0..u64::MAX);
     assert_eq!((all.matches, all.pages_read), (20, 20));
     assert_eq!(run(3, 0..u64::MAX).matches, 3);
-    // Only matches that lie in the range: one at its first byte, none that reaches beyond its last.
+    // Only matches inside the range: one at its first byte counts, one that ends beyond it does
+    // not.
     let page = 60 * PAGE_SIZE as u64;
     assert_eq!(run(u64::MAX, page..3 * page + 5).matches, 2);
     assert_eq!(run(u64::MAX, page..3 * page + 6).matches, 3);
@@ -179,7 +180,7 @@ fn only_what_is_not_zero_is_read_and_a_search_can_be_ended() {
     assert_eq!(run(u64::MAX, u64::MAX - 1..u64::MAX).matches, 0);
 }
 
-/// Many more matches than are found ahead of what is told, which reach from part to part.
+/// Many more matches than are buffered before they are reported, reaching from part to part.
 #[test]
 fn memory_full_of_matches_is_told_match_by_match() {
     let mut bed = Bed::new(StoreOptions::default());
@@ -214,7 +215,7 @@ fn memory_full_of_matches_is_told_match_by_match() {
     }
 }
 
-/// Where a part is cut is no end of a line.
+/// The end of a part is not the end of a line.
 #[test]
 fn what_is_cut_off_for_a_core_ends_nothing() {
     let mut bed = Bed::new(StoreOptions::default());
@@ -222,13 +223,13 @@ fn what_is_cut_off_for_a_core_ends_nothing() {
     for expression in ["a+$", r"a+\b", r"[a-z]+$", r"\b[a-z]{7}\b"] {
         let pattern = Pattern::regex(expression).expect("a pattern");
         for (offset, bytes) in bed.found(&pattern, 1) {
-            // The only place where it can end.
+            // The only place where a match can end.
             assert_eq!(offset as usize + bytes.len(), PAGES * PAGE_SIZE - 1, "{expression}");
         }
     }
 }
 
-/// Zeros that nothing but what is beside them makes a match of.
+/// Zeros that match only because of what is beside them.
 #[test]
 fn zeros_are_found_where_something_is_beside_them() {
     let mut bed = Bed::new(StoreOptions::default());
@@ -252,7 +253,7 @@ fn zeros_are_found_where_something_is_beside_them() {
     }
 }
 
-/// As around a hole between two pieces of memory.
+/// As on either side of a hole in memory.
 #[test]
 fn a_range_is_searched_as_if_there_was_nothing_else() {
     let mut bed = Bed::new(StoreOptions::default());
@@ -282,7 +283,7 @@ fn a_range_is_searched_as_if_there_was_nothing_else() {
     let above = look(&bytes(b"bbb"), border..u64::MAX);
     let [(offset, before, _, after)] = &above[..] else { panic!("{above:?}") };
     assert_eq!((*offset, &before[..], &after[..]), (border, &b""[..], &b"bb\0\0\0\0\0\0"[..]));
-    // One after the other with the same counters: each says what it read.
+    // Two searches with the same counters: each reports only what it read itself.
     let progress = SearchProgress::default();
     for _ in 0..2 {
         let all = |_: frazil_snapstore::search::Match<'_>| ControlFlow::Continue(());
@@ -306,7 +307,7 @@ fn patterns_that_say_nothing_are_refused() {
         (r"\Afoo", "no beginning"),
         ("a{70000}", "65536"),
         ("a{5000,}", "4096"),
-        // Empty at some places only, which zeros do not show.
+        // Matches that are empty only at some places, which a search of zeros does not reveal.
         (r"a*\b", "nothing at all"),
         (r"(?:foo)?\b|bar", "nothing at all"),
         ("[a&&b]", "nothing does"),

@@ -1,5 +1,5 @@
-//! What is not written: each sieve does what it says, with its switch and its figure, and nothing
-//! that is left out is lost.
+//! Elision: each way to avoid writing pages works as described, with its switch and its counter,
+//! and no page that is left out is lost.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use frazil_tests::storage_sim::SimStorage;
 
 const PAGES: u64 = 256;
 
-/// A guest's memory, all of it.
+/// All of a guest's memory.
 struct Memory(Vec<Page>);
 
 impl Memory {
@@ -45,7 +45,7 @@ impl Bed {
         Self { storage, store, head: None, step: 0 }
     }
 
-    /// Another process, with an empty head.
+    /// A handle as another process would have it, with nothing cached and no parent.
     fn fresh(&self, elide: Elide) -> Self {
         let options = StoreOptions { segment_max_bytes: 1 << 20, elide, ..small_options() };
         let store = Store::open_storage(Arc::new(self.storage.clone()), options).unwrap();
@@ -113,7 +113,7 @@ fn pages_equal_to_the_parents_are_not_written() {
         let stats = bed.write(&memory, 0..64);
         assert_eq!(stats.equal_pages, 62, "{stats:?}");
         assert_eq!(stats.dedup_pages, u64::from(elide.dedup), "{stats:?}");
-        // Back to what it was two snapshots ago, which only an index or a base can know.
+        // Back to the contents of two snapshots ago, which only dedup or delta can find.
         memory.0[3][5] ^= 1;
         let stats = bed.write(&memory, 0..64);
         assert!(stats.equal_pages >= 62, "{stats:?}");
@@ -130,7 +130,7 @@ fn a_page_that_went_back_within_one_transaction_is_what_it_was() {
     set.insert(5);
     let mut transaction = bed.store.begin(bed.head).unwrap();
     let region = transaction.region("ram", PAGES).unwrap();
-    // A round of pre-copy sees it changed, the cut sees it as it was.
+    // A round of pre-copy sees the page changed, the cut sees it as it was.
     memory.0[5].fill(0x5A);
     assert_eq!(transaction.write_pages(region, &set, &memory).unwrap().equal_pages, 0);
     memory.0[5] = before;
@@ -145,7 +145,7 @@ fn another_line_finds_the_pages_of_the_first() {
     let mut memory = Memory::noise();
     bed.write(&memory, 0..PAGES);
     let used = bed.storage.used_bytes();
-    // Elsewhere in memory, in another process.
+    // The pages move in memory, and another process writes them.
     memory.0.rotate_left(3);
     memory.0[40].fill(0x77);
     let mut other = bed.fresh(DEDUP);
@@ -164,7 +164,7 @@ fn small_edits_are_stored_as_differences_at_any_depth() {
             memory.0[page * 8][(step * 24 + page) % PAGE_SIZE] ^= 0x41;
         }
         let stats = bed.write(&memory, (0..32).map(|page| page * 8));
-        // The differences grow until a page is written whole again.
+        // The deltas grow until a page is written whole again.
         if step < 38 {
             assert_eq!(stats.delta_pages, 32, "step {step}: {stats:?}");
             assert!(stats.stored_bytes < 32 * PAGE_SIZE as u64 / 8, "step {step}: {stats:?}");
@@ -185,7 +185,7 @@ fn what_a_rolled_back_transaction_wrote_is_not_referred_to() {
         transaction.write_pages(region, &set, &memory).unwrap();
         drop(transaction);
     }
-    // Something else where those pages were.
+    // Something else is written where those pages were.
     let mut other = Memory::noise();
     other.0.reverse();
     other.0.iter_mut().for_each(|page| page[0] ^= 0xFF);
@@ -204,7 +204,7 @@ fn nothing_comes_of_looking_at_pages_that_always_change() {
         memory.0.iter_mut().flatten().for_each(|byte| *byte = byte.wrapping_mul(5) ^ round ^ 0x33);
         assert_eq!(bed.write(&memory, 0..PAGES).delta_pages, 0);
     }
-    // When the guest turns to small edits, that is found out before long.
+    // When the guest turns to small edits, the store soon notices.
     let mut delta_pages = 0;
     for round in 0..40_usize {
         memory.0.iter_mut().for_each(|page| page[round] ^= 0x10);
@@ -237,13 +237,13 @@ fn damage_in_the_parent_is_not_carried_on() {
     let stats = transaction.write_pages(region, &set, &memory).unwrap();
     assert_eq!((stats.delta_pages, stats.equal_pages, stats.dedup_pages), (1, 0, 0));
     fresh.head = Some(transaction.commit(describe(60)).unwrap().id);
-    // The frame's four pages were written anew, so the new snapshot is whole again.
+    // The frame's four pages were written again, so the new snapshot is whole.
     fresh.check(&memory);
 }
 
 #[test]
 fn models_and_elision_agree() {
-    // The oracle's own check, once with everything on: contents that are near, equal and zero.
+    // The oracle's own check with everything on: contents that are near, equal and zero.
     let storage = SimStorage::default();
     let store = Store::open_or_create_storage(Arc::new(storage), small_options()).unwrap();
     let mut model = frazil_tests::oracle::Model {

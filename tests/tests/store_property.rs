@@ -16,13 +16,13 @@ use frazil_tests::storage_sim::{Fault, FaultPlan, SimStorage};
 use proptest::prelude::*;
 use proptest::sample::Index;
 
-/// One region with a single leaf, one with an inner node, and their pages.
+/// A region with a single leaf and one with an inner node, with their numbers of pages.
 const REGIONS: [(&str, u64); 2] = [("disk", 40), ("ram", 640)];
 
 #[derive(Clone, Debug)]
 enum Trouble {
     None,
-    /// The n-th operation fails, and perhaps all behind it.
+    /// An operation fails, and perhaps all later ones.
     Fault(FaultPlan),
     /// The medium has this many bytes left.
     Full(u64),
@@ -44,17 +44,17 @@ enum Step {
         name: u8,
         target: Option<Index>,
     },
-    /// Forgets some snapshots, those whose bit is set.
+    /// Forgets the snapshots whose bit is set.
     Forget(u64),
     Prune {
         max_unused: f64,
         max_rewrite_bytes: u64,
         trouble: Trouble,
     },
-    /// Holds on to a snapshot, or lets go of the one held.
+    /// Pins a snapshot instead of the one pinned before, or none.
     Pin(Option<Index>),
     Reopen,
-    /// Another process opens the store from here on.
+    /// Replaces the handle by a new one, as of another process.
     Fresh,
 }
 
@@ -65,7 +65,7 @@ enum Parent {
     None,
 }
 
-/// Pages of one region: single ones, and a range filled with one content.
+/// Changes to one region: single pages, and a range of pages.
 #[derive(Clone, Debug)]
 struct Round {
     region: usize,
@@ -125,15 +125,16 @@ fn step() -> impl Strategy<Value = (usize, Step)> {
 /// The real store and the naive one, side by side.
 struct Pair {
     storage: SimStorage,
-    /// As two processes on one medium.
+    /// Two handles, as of two processes on one medium.
     handles: [Arc<Store>; 2],
     options: StoreOptions,
     published: Vec<(SnapshotId, Model)>,
     tags: BTreeMap<String, SnapshotId>,
-    /// A snapshot that is held on to, forgotten or not, by the handle that opened it.
+    /// The pinned snapshot, forgotten or not.
     pinned: Option<(Snapshot, Model)>,
     steps: u64,
-    /// Nothing may lie about, unless a torn journal or a doubtful segment made the store careful.
+    /// True if the medium must hold no orphans; false after a torn journal or a doubtful segment,
+    /// which make the store careful.
     tidy: bool,
 }
 
@@ -204,7 +205,8 @@ impl Pair {
             Step::Pin(which) => self.pin(handle, which.as_ref()),
             Step::Reopen => {
                 self.handles[handle].reopen().unwrap();
-                // It leaves the newest segment as it is, so what a failed roll back left there stays.
+                // Reopening leaves the newest segment alone, and so what a failed rollback left
+                // there.
                 self.tidy = false;
             }
             Step::Fresh => {
@@ -213,7 +215,7 @@ impl Pair {
             }
         }
         self.handles[handle].refresh().unwrap();
-        // In full through the handle that did not write: it has nothing cached of what is new.
+        // The full check uses the handle that did not write, which has none of the new data cached.
         let [writer, other] = [handle, 1 - handle].map(|index| &self.handles[index]);
         other.refresh().unwrap();
         check_all(other, &self.published);
@@ -266,7 +268,8 @@ impl Pair {
                     store.reopen().unwrap();
                 }
                 self.tidy = false;
-                // And again, without trouble. What a torn record may have named is left alone once.
+                // Again without trouble. The first prune after a torn record keeps what that may
+                // have named.
                 if store.torn_journal_bytes() > 0 {
                     store.prune(options, &progress).expect("the next one works");
                 }
@@ -307,7 +310,7 @@ impl Pair {
                     assert!(self.storage.used_bytes() <= used, "space was not given back");
                 }
                 self.recover(handle, &error, lasting.then_some(&model));
-                // And again, without trouble.
+                // Again without trouble.
                 self.steps += 1;
                 let edit = Edit { step: self.steps, ..edit };
                 let mut model = before;
@@ -317,8 +320,8 @@ impl Pair {
         }
     }
 
-    /// After `error`, with everything failing behind it if `doubtful`, which is the model of the
-    /// snapshot in question.
+    /// Makes the store usable again after `error`. If all later operations failed too, `doubtful`
+    /// is the model of the snapshot that may or may not have been published.
     fn recover(&mut self, handle: usize, error: &StoreError, doubtful: Option<&Model>) {
         let store = &self.handles[handle];
         if let Err(refused) = store.begin(None) {
@@ -327,7 +330,7 @@ impl Pair {
             store.reopen().unwrap();
             self.tidy = false;
         }
-        // When not even taking the record back worked, nobody knows: then it may be published.
+        // If not even undoing the record worked, the snapshot may have been published.
         store.refresh().unwrap();
         self.tidy &= store.torn_journal_bytes() == 0;
         if let (Some(model), Some(newest)) = (doubtful, store.snapshots().get(self.published.len()))
@@ -379,7 +382,7 @@ fn pages_of(round: &Round) -> (String, Vec<(u64, u8)>) {
     let single = round.pages.iter().map(|(index, id)| (index.index(count as usize) as u64, *id));
     let range = round.range.iter().flat_map(|(index, len, id)| {
         let first = index.index(count as usize) as u64;
-        // Neighbours differ, so that a slot too far is seen; content 0 stays a run of zeros.
+        // Neighbours differ, so that an off-by-one slot is noticed; content 0 stays a run of zeros.
         let next =
             move |page: u64| if *id == 0 { 0 } else { (u64::from(*id) + page) as u8 % CONTENTS };
         (first..(first + len).min(count)).map(move |page| (page, next(page)))
@@ -415,7 +418,7 @@ fn deep_trees_agree_with_a_naive_store() {
     let store = Store::open_or_create_storage(Arc::new(storage.clone()), options).unwrap();
     let mut model = Model { regions: [("ram".to_owned(), vec![0; PAGES as usize])].into() };
     let mut published: Vec<(SnapshotId, Model)> = Vec::new();
-    // Strides and contents: many single runs, zeros over data, data over zeros.
+    // (stride, offset, content): many single runs, zeros over data, data over zeros.
     for (step, (stride, offset, id)) in
         [(7, 0, 4), (7, 3, 1), (14, 0, 0), (9, 1, 7), (7, 3, 0), (11, 2, 10)]
             .into_iter()
@@ -432,15 +435,15 @@ fn deep_trees_agree_with_a_naive_store() {
     check_no_orphans(&storage);
 }
 
-/// Wherever a prune that moves blocks is torn, and whatever comes after, what is left behind is gone once
-/// nothing can be in it.
+/// Wherever a prune that moves blocks is torn, later prunes remove what it left behind, once
+/// nothing can refer to that.
 #[test]
 fn what_a_torn_prune_leaves_behind_goes() {
     for after in 0..60 {
         let elide = Elide { zero: false, equal: false, dedup: false, delta: false };
         let mut pair =
             Pair::new(StoreOptions { frame_pages: 3, workers: 1, elide, ..small_options() });
-        // What was overwritten before it was published is nobody's.
+        // Pages overwritten before they were published are unused.
         let pages = |id| (0..12).map(move |page| (page, id)).collect();
         let rounds = vec![("ram".into(), pages(3)), ("ram".into(), pages(1))];
         let mut model = Model { regions: [("ram".to_owned(), vec![0; 12])].into() };

@@ -1,4 +1,4 @@
-//! Forgetting and pruning: the space comes back, what is live is never touched, readers go on.
+//! Forgetting and pruning: space comes back, live data are never lost, readers go on.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -44,7 +44,7 @@ impl Line {
         self.published.push((id, self.model.clone()));
     }
 
-    /// Forgets all but those whose index `keep` likes.
+    /// Forgets all snapshots but those whose index satisfies `keep`.
     fn thin(&mut self, keep: impl Fn(usize) -> bool) {
         let (kept, gone): (Vec<_>, Vec<_>) =
             self.published.drain(..).enumerate().partition(|(index, _)| keep(*index));
@@ -64,7 +64,7 @@ impl Line {
 fn after_pruning_a_store_is_as_small_as_a_fresh_one() {
     let options = || StoreOptions {
         segment_max_bytes: 1 << 16,
-        // Equal pages would be found in the one and not in the other.
+        // With dedup, equal pages would be found in one of the stores and not in the other.
         elide: frazil_snapstore::Elide { dedup: false, ..frazil_snapstore::Elide::default() },
         ..small_options()
     };
@@ -117,7 +117,7 @@ fn readers_go_on_while_everything_moves_under_them() {
     .unwrap();
     let (kept_id, kept_model) = line.published[6].clone();
     let (gone_id, gone_model) = line.published[5].clone();
-    // Opened before, read after; the handle is never told.
+    // Opened before the prune and read after it, without a refresh of the handle.
     let kept = reader.snapshot(kept_id).unwrap();
     let pinned = reader.pin(gone_id).unwrap();
     let unpinned = reader.snapshot(line.published[4].0).unwrap();
@@ -139,7 +139,7 @@ fn readers_go_on_while_everything_moves_under_them() {
     assert_eq!(line.prune(&ALL).pinned, 0);
 }
 
-/// Threads with handles of their own read what is pinned, over and over, while another line of
+/// Threads with handles of their own read pinned snapshots over and over, while another line of
 /// snapshots is written, forgotten and pruned.
 #[test]
 fn readers_read_while_another_writes_forgets_and_prunes() {
@@ -243,7 +243,7 @@ fn damage_keeps_what_it_touches_and_stops_nothing_else() {
     assert_eq!(report.segments_skipped, 1, "{report:?}");
     assert!(report.segments_rewritten > 0, "{report:?}");
     assert_eq!(line.storage.content(&name), Some(bad), "it stays as it is");
-    // Whoever finds a good copy of that file has everything back.
+    // A good copy of that file brings everything back.
     line.storage.put(&name, Some(&good));
     let fresh = Store::open_storage(Arc::new(line.storage.clone()), small_options()).unwrap();
     check_all(&fresh, &line.published);
@@ -267,7 +267,7 @@ fn a_tree_that_cannot_be_read_stops_pruning_before_it_starts() {
     let error = fresh.prune(&ALL, &PruneProgress::default()).unwrap_err();
     assert!(error.to_string().contains(name.as_str()), "{error}");
     assert_eq!(line.storage.files(), files);
-    // Without the snapshot that is damaged, it works.
+    // Once the damaged snapshot is forgotten, pruning works.
     fresh.forget(&[line.published.last().unwrap().0]).unwrap();
     fresh.prune(&ALL, &PruneProgress::default()).unwrap();
     line.published.pop();
@@ -296,8 +296,8 @@ fn a_long_history_with_regular_pruning_stays_small() {
     assert!(files < 40, "{files} files");
 }
 
-/// A handle that has everything cached, beside one that forgets and prunes until the journal is
-/// written anew: it must not refer to what is no more.
+/// A handle that has everything cached must not refer to blocks that are gone, after another handle
+/// has forgotten and pruned and the journal was rewritten.
 #[test]
 fn what_others_pruned_is_not_referred_to() {
     let options = || StoreOptions { frame_cache_bytes: 8 << 20, ..small_options() };
@@ -333,7 +333,7 @@ fn a_cancelled_prune_keeps_what_it_did_and_can_be_run_again() {
     assert!(line.prune(&ALL).segments_rewritten > 0);
 }
 
-/// As it would be while it is at work: what is done stays done, the rest is not begun.
+/// Cancelled in the middle of its work, a prune keeps what is done and does not begin the rest.
 #[test]
 fn a_prune_that_is_cancelled_halfway_leaves_whole_packs_only() {
     for (op, number, whole) in [(Op::Create, 1, 0), (Op::Sync, 1, 1), (Op::Create, 3, 2)] {
@@ -355,8 +355,8 @@ fn a_prune_that_is_cancelled_halfway_leaves_whole_packs_only() {
     }
 }
 
-/// A torn newest record may be a damaged one: its blocks stay, whatever is written next, until
-/// somebody prunes.
+/// A torn newest record may really be a damaged one, so its blocks stay, whatever is written next,
+/// until the next prune.
 #[test]
 fn blocks_of_a_torn_record_survive_tags_and_checkpoints() {
     let mut line = Line::new(small_options());
@@ -376,7 +376,7 @@ fn blocks_of_a_torn_record_survive_tags_and_checkpoints() {
     for (name, len) in files.iter().filter(|(name, _)| name.starts_with("segments/")) {
         assert!(line.storage.files()[name] >= *len, "{name} lost something");
     }
-    // The record, put back by hand, brings the snapshot back.
+    // Restoring the record brings the snapshot back.
     line.storage.put("journal", Some(&good));
     let repaired = Store::open_storage(Arc::new(line.storage.clone()), small_options()).unwrap();
     compare_snapshot(&repaired.snapshot(newest.0).unwrap(), &newest.1).unwrap();
@@ -413,7 +413,8 @@ fn pages(ranges: &[PageRange]) -> Vec<u64> {
     ranges.iter().flat_map(|range| range.first..range.first + range.count).collect()
 }
 
-/// However little room there is, and wherever it ends: what a prune could not finish takes none.
+/// However little room there is, and wherever it runs out: what a prune could not finish takes
+/// none.
 #[test]
 fn a_full_medium_leaves_no_half_pack_and_no_half_journal() {
     let mut line = Line::new(small_options());
@@ -445,7 +446,7 @@ fn a_full_medium_leaves_no_half_pack_and_no_half_journal() {
             assert!(named.contains(&number), "{room} bytes of room: {name} is a pack of nothing");
             packs += 1;
         }
-        // And again, with room.
+        // Again with room.
         store.prune(&ALL, &PruneProgress::default()).unwrap();
         check_all(&store, &line.published);
     }
@@ -453,7 +454,7 @@ fn a_full_medium_leaves_no_half_pack_and_no_half_journal() {
     assert!(full > 5 && packs > 0, "{full} {packs}");
 }
 
-/// A crash left both a journal that was being written anew and one with a torn tail.
+/// A crash left both an unfinished rewritten journal and one with a torn tail.
 #[test]
 fn an_unfinished_journal_beside_a_torn_one_stops_no_prune() {
     let mut line = Line::new(small_options());
@@ -469,7 +470,8 @@ fn an_unfinished_journal_beside_a_torn_one_stops_no_prune() {
     check_all(&fresh, &line.published);
 }
 
-/// It would make every reader read it again, and every cache forget.
+/// Rewriting the journal makes every reader read it again and drop its caches, so it must be worth
+/// it.
 #[test]
 fn a_journal_that_says_nothing_in_vain_is_not_written_anew() {
     let elide = frazil_snapstore::Elide::NONE;

@@ -1,5 +1,5 @@
-//! One test for each way the store was, or could have been, broken: races between handles,
-//! failures at awkward places, files nobody expected.
+//! One test for each way the store was, or could have been, broken: races between handles, failures
+//! at awkward places, unexpected files.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -25,7 +25,7 @@ fn model(pages: usize) -> Model {
     Model { regions: [("ram".to_owned(), vec![0; pages])].into() }
 }
 
-/// Noise, so that it fills segments.
+/// Writes noise to `pages`, so that segments fill up.
 fn edit(step: u64, pages: std::ops::Range<u64>) -> Edit {
     Edit {
         rounds: vec![("ram".into(), pages.map(|page| (page, 3 + 3 * (page % 7) as u8)).collect())],
@@ -33,7 +33,7 @@ fn edit(step: u64, pages: std::ops::Range<u64>) -> Edit {
     }
 }
 
-/// Fails the test if `run` does not come back: a hang is the bug looked for.
+/// Fails the test if `run` does not return within `seconds`: a hang is the bug looked for.
 fn within(seconds: u64, run: impl FnOnce() + Send + 'static) {
     let (done, wait) = mpsc::channel();
     let thread = std::thread::spawn(move || {
@@ -79,7 +79,7 @@ fn a_transaction_that_failed_cannot_be_committed() {
     set.insert_range(0, 16);
     let error = transaction.write_pages(region, &set, &Broken).unwrap_err();
     assert!(error.to_string().contains("page 9 of region `ram`"), "{error}");
-    // Else the snapshot would silently lack the pages of the failed call.
+    // Otherwise the snapshot would silently lack the pages of the failed call.
     assert!(matches!(transaction.commit(describe(1)), Err(StoreError::Invalid(_))));
     assert_eq!(store.latest(), None);
     take(&store, None, &mut model(16), &edit(2, 0..16)).unwrap();
@@ -136,7 +136,7 @@ fn what_another_process_left_is_cleared_by_a_handle_that_was_idle() {
     let idle = store_on(&storage);
     let mut first = model(400);
     let id = take(&idle, None, &mut first, &edit(1, 0..5)).unwrap().id;
-    // The other process writes several segments and dies: its roll back fails like all else.
+    // The other process writes several segments and dies: its rollback fails like everything else.
     let other = store_on(&storage);
     let mut transaction = other.begin(Some(id)).unwrap();
     let region = transaction.region("ram", 400).unwrap();
@@ -396,8 +396,8 @@ fn verify_reads_past_the_caches() {
     assert!(report.damage[0].error.to_string().contains(&segment_name(1)));
 }
 
-/// A second line with the same pages has the same nodes, each written once more. They are cached by their
-/// hash: damage to either must be found all the same.
+/// A second line with the same pages has the same nodes, each written again. Nodes are cached by
+/// hash, but damage to either copy must be found.
 #[test]
 fn damage_to_a_node_that_stands_twice_is_found() {
     let storage = SimStorage::default();
@@ -421,7 +421,7 @@ fn damage_to_a_node_that_stands_twice_is_found() {
     }
 }
 
-/// A process may have a thousand files open, and a store of some hundred gigabytes has more.
+/// A process may have about a thousand files open, and a store of some hundred gigabytes has more.
 #[test]
 fn a_store_of_many_segments_keeps_few_files_open() {
     let storage = SimStorage::default();
@@ -446,7 +446,8 @@ fn a_store_of_many_segments_keeps_few_files_open() {
     assert!(open <= 200, "{open} files were open at a time");
 }
 
-/// What a failed sync left of a segment is in doubt, though a full medium latches nothing.
+/// After a failed sync the contents of a segment are in doubt, although a full medium does not
+/// latch the handle.
 #[test]
 fn a_segment_whose_sync_failed_is_not_appended_to() {
     let storage = SimStorage::default();
@@ -473,7 +474,7 @@ fn a_segment_whose_sync_failed_is_not_appended_to() {
     }
 }
 
-/// So that one knows which to forget.
+/// The report tells the user which snapshot to forget.
 #[test]
 fn verify_names_the_snapshot_of_whatever_is_damaged() {
     let storage = SimStorage::default();
@@ -526,8 +527,8 @@ fn levels_are_a_setting_and_noise_is_stored_as_it_is() {
     assert!(lens[0] > lens[2] && lens[2] > lens[3], "{lens:?}");
 }
 
-/// Segments that could not be taken back were read while they were written, to look for equal pages.
-/// Another process removes them, and gives their numbers to its own.
+/// Segments whose rollback failed are still open, since they were read while being written, to look
+/// for equal pages. Another process removes them and reuses their numbers.
 #[test]
 fn a_number_that_is_used_again_is_not_looked_for_in_an_open_file() {
     let storage = SimStorage::default();

@@ -1,5 +1,5 @@
-//! The shape of the sources: which room may see which, how long files are, why dependencies are
-//! there. Limits go down, never up.
+//! The shape of the sources: which room may depend on which, how long files may be, that
+//! dependencies and unsafe code give their reasons. Limits go down, never up.
 
 use std::fs;
 use std::path::{Path, PathBuf};
