@@ -9,14 +9,14 @@ all: build
 setup:
 	@tools/setup.sh
 
-# As setup, and what only tests want.
+# As setup, plus what only tests need.
 setup-tests:
 	@tools/setup.sh --tests
 
 build: setup
 	$(CARGO) build --release --locked -p frazil-tools -p frazil-benches
 
-# The command, its man pages, and what shells complete it by; DESTDIR is for who packages it.
+# Installs the command, its man pages and its shell completion. DESTDIR is for packagers.
 PREFIX ?= /usr/local
 share = $(DESTDIR)$(PREFIX)/share
 release = $(or $(CARGO_TARGET_DIR),target)/release
@@ -40,26 +40,26 @@ lint: setup
 test: setup-tests lint
 	$(CARGO) test --workspace --locked
 
-# Everything that is measured, against its limits and budgets. Takes long.
+# Runs all benchmarks, against their limits and budgets. Takes long.
 bench: build
 	target/release/frazil-bench all --report target/report.html
 
-# The loops that pages go through, one by one.
+# Benchmarks the hot loops that pages go through, one by one.
 hot-loops: setup
 	$(CARGO) bench --locked -p frazil-benches
 
-# Ten minutes of nothing but checkpoints: what grows.
+# Takes checkpoints for ten minutes, and shows what grows.
 endurance: build
 	target/release/frazil-bench endurance
 
-# The store on the memory of a stock Debian kernel under QEMU: dumps of 6 GiB, then the figures.
+# Measures the store on the memory of a stock Debian kernel under QEMU: makes 6 GiB of dumps first.
 images: build
 	benches/linux-images.sh target/linux-images
 	target/release/frazil-bench store-images --images target/linux-images/ram-*.raw
 
-# Every parser of the store, and devices under hostile drivers, under a coverage-guided fuzzer,
-# FUZZ_SECONDS each. Needs cargo-fuzz. What it finds worth keeping goes below target; the seeds stay as
-# they are. Devices have none: whatever the bytes, they are something that a driver does.
+# Runs every parser of the store, and devices under hostile drivers, under a coverage-guided fuzzer,
+# FUZZ_SECONDS each. Needs cargo-fuzz. New inputs go to fuzz/target/corpus; the seeds stay as they
+# are. Devices need no seeds: any bytes are something that a driver does.
 FUZZ_SECONDS ?= 60
 fuzz: setup
 	cd snapstore && for target in header record node delta fingerprints pack_index journal manifest reference; do \

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Dumps the RAM of a stock Debian kernel at work, again and again: FOLDER/ram-0.raw, ram-1.raw, ...
-# for `frazil-bench store-images`. Wants no KVM: the guest runs under QEMU's own translator, since
-# all that matters is what a real kernel and real programs leave in memory.
+# Dumps the RAM of a stock Debian kernel at work several times, to FOLDER/ram-0.raw, ram-1.raw, ...,
+# for `frazil-bench store-images`. Needs no KVM: the guest runs under QEMU's own translator (TCG),
+# since all that matters is what a real kernel and real programs leave in memory.
 #
 # usage: linux-images.sh [FOLDER]    (default: ./target/linux-images; 6 GiB)
 set -euo pipefail
 
 MEMORY_MIB=1024 # below 3 GiB, where a PC's RAM is one flat range
 DUMPS=6
-INTERVAL_S=1 # the guest runs so long between two dumps
+INTERVAL_S=1 # how long the guest runs between two dumps
 TIMEOUT_S=60 # for booting, and for every answer of QEMU
 
 out=${1:-target/linux-images}
@@ -31,7 +31,7 @@ fail() {
     exit 1
 }
 
-# Refuses, or installs, what is missing.
+# Fails if a tool is missing; QEMU is installed instead if root runs this.
 check_tools() {
     local tool
     for tool in apt-get dpkg-deb python3 gzip; do
@@ -46,13 +46,14 @@ check_tools() {
     fi
 }
 
-# take PACKAGE PATTERN FILE: the file of a Debian package that matches, nothing being installed.
+# take PACKAGE PATTERN FILE: extracts the file of a Debian package that matches PATTERN to FILE,
+# without installing anything.
 take() {
     local package=$1 pattern=$2 file=$3
     mkdir "$temp/$package"
     (
         cd "$temp/$package"
-        # The sandbox's user could not write here; apt would only warn, but on every run.
+        # apt's sandbox user cannot write here; apt would only warn, but on every run.
         apt-get download -qq -o APT::Sandbox::User=root "$package" >&2 ||
             fail "cannot download the Debian package $package (apt-get update may help)"
         dpkg-deb -x ./*.deb .
@@ -62,7 +63,7 @@ take() {
     rm -rf "${temp:?}/$package"
 }
 
-# Both are kept in the folder: a second run downloads nothing.
+# Fetches the kernel and busybox. Both are kept in the folder, so a second run downloads nothing.
 fetch_guest() {
     local package
     if [ ! -e "$out/vmlinuz" ]; then
@@ -74,8 +75,8 @@ fetch_guest() {
     [ -e "$out/busybox" ] || take busybox-static "bin/busybox" "$out/busybox"
 }
 
-# The guest's first program: a small server's day. A log that grows and is rotated, files that are
-# listed, searched, sorted and compressed, and a table of which a few bytes change at a time.
+# Prints the guest's init, which acts as a small server: a log that grows and is rotated, files that
+# are listed, searched, sorted and compressed, and a table of which a few bytes change at a time.
 write_init() {
     cat <<'INIT'
 #!/bin/busybox sh
@@ -136,7 +137,7 @@ make_initrd() {
     cp "$out/busybox" "$root/bin/busybox"
     write_init >"$root/init"
     chmod 755 "$root/init" "$root/bin/busybox"
-    # busybox knows cpio, so that no more needs to be installed.
+    # busybox has cpio, so nothing more needs to be installed.
     (cd "$root" && find . | "$out/busybox" cpio -o -H newc 2>/dev/null) | gzip -1 >"$temp/initrd"
 }
 
@@ -149,7 +150,7 @@ start_guest() {
     qemu=$!
 }
 
-# The end of the guest's console, without what its firmware tells a terminal to do.
+# Shows the end of the guest's console, without its firmware's terminal control characters.
 show_console() {
     tail -n 20 "$temp/console" 2>/dev/null | tr -cd '[:print:]\n' >&2 || true
 }
@@ -170,7 +171,7 @@ wait_for_guest() {
     done
 }
 
-# qmp COMMAND [ARGUMENTS as JSON]: waits for the answer.
+# qmp COMMAND [ARGUMENTS as JSON]: has QEMU run a QMP command, and waits for the answer.
 qmp() {
     python3 - "$temp/qmp" "$TIMEOUT_S" "$@" <<'QMP' || fail "QEMU did not do: $1"
 import json, socket, sys
@@ -202,8 +203,8 @@ execute(request)
 QMP
 }
 
-# dump FILE: all of the RAM at one moment. The folder's name goes by the environment, since it may
-# hold what JSON would have to escape.
+# dump FILE: dumps all of the RAM at one instant. Python makes the JSON, since the file's name may
+# hold characters that must be escaped.
 dump() {
     local file=$1 bytes=$((MEMORY_MIB << 20)) arguments found
     arguments=$(python3 -c 'import json, sys

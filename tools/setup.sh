@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Checks for what frazil builds and runs with, and installs what is missing: Debian packages if
-# this is Debian and we may, else it prints the list and stops.
+# Checks for what frazil needs to build and run, and installs the missing Debian packages if this is
+# Debian and the user may; otherwise prints their names and stops.
 #
-# usage: setup.sh [--tests]    also what only tests want: an emulator, and a stock kernel for guests
-#                              in it, debuggers, what mounts for others than root, and shells. Tests of
-#                              what is missing are skipped, and say so.
+# usage: setup.sh [--tests]    --tests: also what only tests need: an emulator, a stock kernel for
+#                              its guests, debuggers, fusermount3, and shells. Tests whose tools are
+#                              missing are skipped, and say so.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -43,8 +43,8 @@ if [ ${#missing[@]} -gt 0 ]; then
     fi
 fi
 
-# A stock kernel and its modules. One that is installed will do; else one is unpacked, and not
-# installed: the machine might start it the next time.
+# A stock kernel and its modules. An installed one will do; otherwise one is unpacked but not
+# installed, since the machine might boot it next time.
 kernels=${CARGO_TARGET_DIR:-target}/debian-kernel
 has_kernel() {
     compgen -G "/boot/vmlinuz-*-cloud-amd64" || compgen -G "$kernels/boot/vmlinuz-*-cloud-amd64"
@@ -57,19 +57,19 @@ unpack_kernel() {
     echo "unpacking: $package, to $kernels" >&2
     rm -rf "$kernels" "$temp"
     mkdir -p "$temp"
-    # The sandbox's user could not write here; apt would only warn, but on every run.
+    # apt's sandbox user cannot write here; apt would only warn, but on every run.
     (cd "$temp" && apt-get download -qq -o APT::Sandbox::User=root "$package" >&2) || return 1
     dpkg-deb -x "$temp"/*.deb "$temp" && rm "$temp"/*.deb || return 1
     [ -e "$temp/lib" ] || ln -s usr/lib "$temp/lib"
     anywhere depmod -b "$temp" "${package#linux-image-}" && mv "$temp" "$kernels"
 }
-anywhere() { # anywhere COMMAND..., which only root's PATH may lead to
+anywhere() { # anywhere COMMAND..., which may be on root's PATH only
     PATH=$PATH:/usr/sbin:/sbin "$@"
 }
-# The debug information of that kernel, for what debuggers see in a core file: 280 MB to fetch, of which
-# one file of 590 MB is unpacked.
+# The debug information of that kernel, with which debuggers read core files: a download of 280 MB,
+# from which one file of 590 MB is unpacked.
 debug=${CARGO_TARGET_DIR:-target}/debian-debug
-kernel_release() { # that of the newest
+kernel_release() { # prints the release of the newest kernel
     local file
     for file in /boot/vmlinuz-*-cloud-amd64 "$kernels"/boot/vmlinuz-*-cloud-amd64; do
         [ ! -e "$file" ] || echo "${file##*/vmlinuz-}"

@@ -1,16 +1,16 @@
 #!/bin/busybox sh
-# The first program of a guest. Words of the kernel's command line say what it does:
+# The init of a guest. Words on the kernel's command line say what it does:
 #
-#   until=N   power off after so many ticks
-#   load      both vCPUs are busy all the time, with what is checked again and again
-#   disk      mount /dev/vda (ext4) and write to a database there, all the time, each row made durable
-#             before it is acknowledged; at every tick all that it holds is checked, the file system
-#             at every other
-#   shell     have a shell at port 1024 of the socket device, for the host to ask: see `ask` in outer.sh
-#   net=A     take the address A and talk to port 7000 of NET_HOST, over one connection as long as it
-#             lasts: what is sent has to come back
+#   until=N   power off after N ticks
+#   load      keep both vCPUs busy with work whose results are checked every time
+#   disk      mount /dev/vda (ext4) and keep writing to a database there, each row made durable
+#             before it is acknowledged; check the whole database at every tick, and the file system
+#             at every other tick
+#   shell     offer a shell on vsock port 1024, for the host to run commands: see `ask` in outer.sh
+#   net=A     take the address A and talk to port 7000 of NET_HOST, over one connection while it
+#             lasts; what is sent has to come back
 #
-# What it says begins with GUEST. `GUEST bad …` is said when something is not as it must be.
+# Lines that it prints begin with GUEST. `GUEST bad …` means that something is wrong.
 
 /bin/busybox mkdir -p /proc /sys /dev /mem /run
 /bin/busybox mount -t proc proc /proc
@@ -19,7 +19,7 @@ mount -t sysfs sysfs /sys
 mount -t devtmpfs dev /dev
 mount -t tmpfs -o size=64m tmpfs /mem
 exec </dev/null
-# Lines end as they are written.
+# No carriage returns are added to lines.
 stty -onlcr -F /dev/console
 
 NET_HOST=10.0.0.1
@@ -37,24 +37,24 @@ done
 until_tick=$(word until)
 say up "$(uptime_s)" cpus "$(grep -c ^processor /proc/cpuinfo)" kernel "$(uname -r)"
 
-# What never changes, and what is another every turn and follows from its number.
+# A file that never changes, and one that changes every turn and follows from the turn's number.
 cp /known /mem/known
 known=$(sha256sum </mem/known)
 say known "${known%% *}"
 contents() { seq $(($1 * 1000)) $(($1 * 1000 + 20000)); }
 contents 0 >/mem/turn
 
-# Loads. Each does the same again and again, and notices when it comes to something else.
+# Loads. Each repeats the same computation, and notices when the result differs.
 floats() { awk 'BEGIN { for (i = 1; i < 4000; i++) s = s * 1.0001 + 1 / (i + 0.5); printf "%.15g", s }'; }
 packed() { head -c 100000 /mem/known | gzip -c | sha256sum; }
-load() { # load NAME: in turns, and how many
+load() { # load NAME: repeats it for ever, and counts the rounds in /mem/NAME
     local first again rounds=0
     first=$($1)
     while :; do
         again=$($1)
         [ "$again" = "$first" ] || bad "load $1: expected $first, found $again"
         rounds=$((rounds + 1))
-        # Never empty for who reads it.
+        # Replaced by a rename, so that readers never find it empty.
         echo $rounds >/mem/$1.new
         mv /mem/$1.new /mem/$1
     done
@@ -68,8 +68,8 @@ if has load; then
     renice -n 10 -p $! >/dev/null
 fi
 
-# A database that is written to by one process which stays, so that some of it is in memory only.
-# What a row holds follows from its number.
+# The statements for a database that a single long-lived process writes to, so that some of its
+# state is in memory only. A row's contents follow from its number.
 statements() {
     local row
     row=$(cat /mem/row)
@@ -78,7 +78,7 @@ statements() {
     while :; do
         row=$((row + 1))
         echo "INSERT INTO rows VALUES ($row, printf('%0900d', $row * 7919));"
-        # The file is closed, so it is written, before the next row begins.
+        # `.once` closes the file, and so has written it, before the next row begins.
         echo ".once /mem/row.new"
         echo "SELECT $row;"
         echo ".shell mv /mem/row.new /mem/row"
@@ -97,7 +97,7 @@ fi
 check_disk() {
     local acknowledged found
     acknowledged=$(cat /mem/row)
-    # What is read is to come from the disk.
+    # Makes the reads come from the disk.
     sync
     echo 3 >/proc/sys/vm/drop_caches
     found=$(sql "PRAGMA integrity_check; SELECT count(*), max(number), sum(text = printf('%0900d', number * 7919)) FROM rows" | tr '\n' ' ')
@@ -112,7 +112,7 @@ check_disk() {
     say fsck clean
 }
 
-# One connection, over which numbers go and come back.
+# Sends numbers over one connection, and checks that they come back.
 client() {
     local connections=0 number=0 answer
     trap '' PIPE
@@ -144,18 +144,18 @@ if [ -n "$(word net)" ]; then
     while [ ! -s /mem/echoed ]; do sleep 0.1; done
 fi
 if has shell; then
-    # Whoever asks says nothing more, and waits for the answer. What comes in is noted.
+    # Whoever asks sends nothing more, and waits for the answer. The log shows incoming connections.
     socat -t 60 -d -d -lf /run/asked VSOCK-LISTEN:1024,fork EXEC:/bin/sh &
 fi
-# The kernel stretches what it has for a minute before it asks for more, and this one has no driver for
-# the generation id that would have it ask at once: so the device itself is asked.
+# The kernel reseeds its generator only once a minute, and this one has no driver for the generation
+# id to make it reseed at once; so random bytes are read from the device itself.
 entropy=/dev/hwrng
 [ -e $entropy ] || entropy=/dev/urandom
 say devices $(cat /sys/bus/virtio/devices/*/device 2>/dev/null)
 
 TROUBLE='soft lockup|hard LOCKUP|rcu.*(stall|detected)|Call Trace|WARNING:|BUG:|timekeeping watchdog|blocked for more|segfault'
 trouble() { dmesg | grep -E "$TROUBLE"; }
-# An emulated processor is not all that the kernel expects when it boots.
+# An emulated processor is not everything that the kernel expects when it boots.
 at_boot=$(trouble | wc -l)
 trouble | while read -r line; do say boots with "$line"; done
 tick=0

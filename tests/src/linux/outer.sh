@@ -1,32 +1,34 @@
 #!/bin/busybox sh
-# The first program of the machine around the guests, and what scripts of tests are written with.
+# The init of the machine around the guests, with the functions that tests' scripts use:
 #
-#   tell KEY WORD…            a line for the test
-#   start VM ARGUMENT…        a frazil command that runs a VM, in the background; its name and serial
-#                             line are given
+#   tell KEY WORD…            prints a line for the test
+#   start VM ARGUMENT…        runs a VM by this frazil command, in the background; adds --name and
+#                             --serial
 #   boot VM WORDS ARGUMENT…   starts a new VM with 2 vCPUs; WORDS are for guest.sh
-#   network                   a tap `tap0` with 10.0.0.1 at this end, and a server on port 7000 that sends
-#                             back what it is sent
-#   tap NAME ADDRESS          a tap with this address here
-#   image FILE WORD           a file of 1 MiB, full of lines with WORD
-#   disk FILE                 an ext4 file system of 64 MiB
-#   await VM PATTERN [COUNT]  waits until so many lines of the guest's console match
-#   ticks VM COUNT            waits for so many more ticks
+#   network                   makes a tap `tap0` with 10.0.0.1 at this end, and an echo server on
+#                             port 7000
+#   tap NAME ADDRESS          makes a tap with this address at this end
+#   image FILE WORD           makes a file of 1 MiB, full of lines with WORD
+#   disk FILE                 makes an ext4 file system of 64 MiB
+#   await VM PATTERN [COUNT]  waits until COUNT lines (default: 1) of the guest's console match
+#   ticks VM COUNT            waits for COUNT more ticks
 #   tick VM                   prints the number of the last tick
-#   talks VM                  waits until the guest's connection, or a new one, carries more than it did
-#   ask VM COMMAND            has the guest's shell run it, over the VM's socket /run/VM.sock, and prints what
-#                             that says; VM was given --vsock socket=/run/VM.sock and the word `shell`
-#   whoami VM                 tells what the guest has for its own: see `who` there
-#   checkpoint VM TAG         takes one; tells the tick before and after it, and what frazil says
+#   talks VM                  waits until a higher number has come back over the guest's connection,
+#                             or a new one
+#   ask VM COMMAND            has the guest's shell run COMMAND, over the socket /run/VM.sock, and
+#                             prints the output; VM needs --vsock socket=/run/VM.sock and the word
+#                             `shell`
+#   whoami VM                 tells the guest's clocks and identities: see WHO below, and who.rs
+#   checkpoint VM TAG         takes a checkpoint; tells the ticks before and after it, and a report
 #   end VM                    waits for the end of the process; tells its exit status
-#   crash VM                  ends the process as a power cut would
-#   halt VM                   `frazil stop`, and waits
+#   crash VM                  kills the process, as a power cut would
+#   halt VM                   runs `frazil stop`, and waits for the end
 #   keep FOLDER               keeps a folder, for the test to unpack on its own machine
 #   clock VM                  tells the date here and the guest's, at a tick
-#   try COMMAND…              what must succeed
+#   try COMMAND…              runs a command that must succeed
 #
-# A guest that says nothing for QUIET_S seconds has stalled, and ends the script. Generous: a machine may be
-# busy, and a kernel says nothing until it has booted.
+# A guest that is silent for QUIET_S seconds has stalled, and ends the script. Generous, since the
+# machine may be busy, and a kernel is silent until it has booted.
 QUIET_S=90
 MEMORY=256MiB
 KERNEL=/vmlinuz
@@ -38,7 +40,7 @@ CMDLINE="nohz=off highres=off lapic=notscdeadline console=ttyS0 quiet mitigation
 export PATH=/bin
 mount -t sysfs sysfs /sys
 mount -t devtmpfs dev /dev
-# Only for lines: the kernel's own go to the first one.
+# Lines for the test have this serial port to themselves: the kernel's go to the first one.
 exec >/dev/ttyS1 2>/run/stderr.log </dev/null
 stty -opost -echo -F /dev/ttyS1
 export HOME=/tmp TMPDIR=/tmp FRAZIL_RUNTIME_DIR=/run/frazil
@@ -46,7 +48,7 @@ export HOME=/tmp TMPDIR=/tmp FRAZIL_RUNTIME_DIR=/run/frazil
 now() { cut -d' ' -f1 /proc/uptime; }
 tell() { echo "TEST $*"; }
 
-# Everything that is to be known, and off.
+# Prints all consoles and logs, and powers off.
 over() {
     local file
     for file in /run/*.console; do
@@ -56,7 +58,7 @@ over() {
         [ ! -e "$file" ] || show LOG "$file"
     done
     tell over
-    # The serial port has to have sent it.
+    # Time for the serial port to send everything.
     sleep 1
     poweroff -f
 }
@@ -104,8 +106,8 @@ disk() {
 is_up() { kill -0 "$(cat "/run/$1.pid")" 2>/dev/null; }
 lines() { grep -c "$2" "/run/$1.console"; }
 
-# What a guest is waited for with: `quiet VM PATTERN` begins; `still` tells that it goes on, and ends the
-# script if it does not.
+# For loops that wait for a guest: `quiet VM PATTERN` begins the wait; `still`, in the loop, ends
+# the script if the guest has stalled, and tells now and then that the wait goes on.
 quiet() {
     quiet_vm=$1 quiet_for=$2 quiet_size=0
     quiet_since=$(date +%s)
@@ -133,7 +135,7 @@ await() {
     local vm=$1 pattern=$2 count=${3:-1}
     quiet "$vm" "$pattern"
     while [ "$(lines "$vm" "$pattern")" -lt "$count" ]; do
-        # It may have said it at last.
+        # The guest may have printed it just before its end.
         is_up "$vm" || [ "$(lines "$vm" "$pattern")" -ge "$count" ] || fail "$vm ended before: $pattern"
         still
     done
@@ -159,9 +161,9 @@ talks() {
     done
 }
 
-# The line with OK, and the port that the connection is from, comes first. Who asks a guest that was resumed
-# waits until its driver knows that all connections are gone, but not for ever: if that takes longer, it is
-# dropped, and has to ask again.
+# The answer begins with a line with OK and the connection's port. A connection to a resumed guest
+# waits until the guest's driver knows that all earlier connections are gone, but not for ever: if
+# that takes longer it is dropped, and has to be made again.
 ask() {
     local answer turn
     while [ ! -S "/run/$1.sock" ]; do
@@ -175,9 +177,10 @@ ask() {
     done
     echo "$answer"
 }
-# A guest without a driver for the generation id reads it where the tables say that it is; the
-# interrupt that tells of another is counted by the kernel's driver for such events. A network card's
-# address is read when its driver starts. Whoever takes a connection in knows its own context id by that.
+# The guest has no driver for the generation id, and reads it from memory (page 255, where the ACPI
+# tables put it); the interrupt that announces a new one is counted by the kernel's driver for ACPI
+# events. A network card's address is read when its driver starts. The context id is that of the
+# connection which the guest's socat has accepted.
 WHO='echo date $(date +%s) rtc $(cat /sys/class/rtc/rtc0/since_epoch) uptime $(cut -d" " -f1 /proc/uptime) \
 generation $(dd if=/dev/mem bs=4096 skip=255 count=1 2>/dev/null | head -c 16 | xxd -p) \
 tables $(grep -c VM_Gen_Counter /sys/firmware/acpi/tables/DSDT) \
@@ -186,7 +189,7 @@ cid $(sed -n "s/.*accepting connection .* on AF=40 cid:\([0-9]*\) .*/\1/p" /run/
 whoami() {
     local before
     before=$(date +%s)
-    # Without quotes: words of one line.
+    # Unquoted, so that all the words are on one line.
     tell who "$1" $(ask "$1" "$WHO") between "$before" "$(date +%s)"
 }
 
