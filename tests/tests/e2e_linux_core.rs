@@ -62,7 +62,7 @@ fn debugger(program: &str, arguments: &[&str]) -> Option<String> {
     let output = match found {
         Ok(output) => output,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            eprintln!("SKIPPED: there is no {program} here; `make setup` brings it");
+            eprintln!("SKIPPED: there is no {program} here; `make setup-tests` brings it");
             return None;
         }
         Err(error) => panic!("{program}: {error}"),

@@ -37,14 +37,14 @@ impl Parts {
             let _said = writeln!(
                 std::io::stderr(),
                 "SKIPPED: there is no {QEMU} on this machine, and this test runs a kernel in it; \
-                 `make setup` installs it on Debian"
+                 `make setup-tests` installs it on Debian"
             );
             return None;
         };
         let (kernel, modules) = newest_kernel().unwrap_or_else(|| {
             panic!(
                 "expected a /boot/vmlinuz-*-cloud-amd64 and its /lib/modules, or both below {}; \
-                 found neither: `make setup` brings them",
+                 found neither: `make setup-tests` brings them",
                 unpacked_kernels().display()
             )
         });
@@ -57,7 +57,7 @@ impl Parts {
     /// If this machine does not have it.
     pub fn program(archive: &mut Archive, name: &str) {
         let path = on_path(name)
-            .unwrap_or_else(|| panic!("there is no {name} here; `make setup` brings it"));
+            .unwrap_or_else(|| panic!("there is no {name} here; `make setup-tests` brings it"));
         archive.program(&format!("/bin/{name}"), &path);
     }
 
