@@ -1,11 +1,11 @@
 //! Little-endian fields and LEB128 numbers, bounds-checked.
 //!
 //! Everything read from a medium goes through [`Decoder`], which never reads past the end, never
-//! panics and never allocates.
+//! panics, and allocates only to describe an error.
 
 use crate::id::{BlockRef, Hash};
 
-/// A field that did not parse: what was expected, what was found.
+/// A field that did not parse: what was expected, and what was found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Malformed {
     pub what: &'static str,
@@ -57,7 +57,7 @@ impl<'a> Decoder<'a> {
         Ok(u64::from_le_bytes(self.array(what)?))
     }
 
-    /// An unsigned LEB128 number, in its shortest form only.
+    /// An unsigned LEB128 number; any but its shortest form is an error.
     pub fn varint(&mut self, what: &'static str) -> Decoded<u64> {
         let mut value = 0_u64;
         for shift in (0..64).step_by(7) {
@@ -100,7 +100,7 @@ impl<'a> Decoder<'a> {
         std::mem::take(&mut self.rest)
     }
 
-    /// The fields must end here.
+    /// Checks that nothing is left.
     pub fn finish(self, what: &'static str) -> Decoded<()> {
         if self.rest.is_empty() {
             Ok(())

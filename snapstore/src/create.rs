@@ -1,4 +1,4 @@
-//! Making a store, and finishing one whose making was cut short.
+//! Creating a store, and completing one whose creation was cut short.
 
 use std::io;
 use std::sync::Arc;
@@ -13,18 +13,18 @@ use crate::journal::{self, Cursor};
 use crate::storage::{Storage, StoreFile, WriterLock};
 use crate::store::{lock, unix_ms};
 
-/// How long another process may take to make a store: a few syncs, on a disk that is busy.
+/// How long another process may take to create a store: a few syncs, on a busy disk.
 const CREATION_PATIENCE: Duration = Duration::from_secs(30);
-/// How often it is looked at meanwhile.
+/// How long to sleep between two looks at it meanwhile.
 const CREATION_LOOK: Duration = Duration::from_millis(10);
 
-/// Makes what is missing of the store's files, if anything is.
+/// Creates the store's files as far as they are missing.
 pub(crate) fn create_if_missing(storage: &dyn Storage) -> Result<()> {
     if unfinished(storage)?.is_none() {
         return Ok(());
     }
     let _lock = lock_to_create(storage)?;
-    // Looked at again: another process may have made the store before the lock was ours.
+    // Checked again: another process may have created the store before the lock was ours.
     match unfinished(storage)? {
         Some(Unfinished::Nothing) => create(storage),
         Some(Unfinished::StoreFile(header)) => {
@@ -35,8 +35,9 @@ pub(crate) fn create_if_missing(storage: &dyn Storage) -> Result<()> {
     }
 }
 
-/// Takes the lock of a store that is to be made; if somebody else has it, who makes the same store just now,
-/// or has made it by then and writes to it, waits for a while.
+/// Takes the writer lock of a store to be created. If another process holds it, which may just be
+/// creating the same store, waits up to [`CREATION_PATIENCE`]; returns none if the store is
+/// complete meanwhile.
 fn lock_to_create(storage: &dyn Storage) -> Result<Option<Box<dyn WriterLock>>> {
     let until = Instant::now() + CREATION_PATIENCE;
     loop {
@@ -51,7 +52,7 @@ fn lock_to_create(storage: &dyn Storage) -> Result<Option<Box<dyn WriterLock>>> 
     }
 }
 
-/// A directory that holds anything but what an interrupted creation leaves is not ours to fill.
+/// Refuses a directory that holds anything but what an interrupted creation leaves.
 pub(crate) fn refuse_foreign(storage: &dyn Storage, names: &[String]) -> Result<()> {
     let known = [LOCK_FILE, JOURNAL_FILE, SEGMENT_FOLDER, PIN_FOLDER];
     let foreign = names.iter().find(|name| !known.contains(&name.as_str()));
@@ -74,7 +75,7 @@ fn create(storage: &dyn Storage) -> Result<()> {
         store: random_uuid()?,
         created_unix_ms: unix_ms(),
     };
-    // The file that makes it a store comes last: before it, an interrupted creation starts over.
+    // `FRAZIL` comes last: until it exists, an interrupted creation starts over.
     match storage.remove(JOURNAL_FILE) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             return Err(StoreError::io("replace", JOURNAL_FILE, error));
@@ -87,7 +88,7 @@ fn create(storage: &dyn Storage) -> Result<()> {
     Ok(())
 }
 
-/// Writes a file that is nothing but its header so far, durably.
+/// Writes a file that consists of its header alone, durably.
 fn put_header(
     storage: &dyn Storage,
     name: &str,
@@ -99,27 +100,28 @@ fn put_header(
         .map_err(|error| StoreError::io("create", name, error))
 }
 
-/// How far a store's creation came.
+/// What is missing of a store.
 enum Unfinished {
-    /// There is no `FRAZIL`: whatever else creation leaves is made anew.
+    /// There is no `FRAZIL`: creation starts over.
     Nothing,
-    /// `FRAZIL` was being written when the power failed; this is what it has to say.
+    /// `FRAZIL` was being written when the power failed; this is the header it should have.
     StoreFile(FileHeader),
 }
 
-/// What is left to do to have a store here; none if `FRAZIL` stands.
+/// What is missing of the store; none if `FRAZIL` is whole, or damaged otherwise than by a crash.
 fn unfinished(storage: &dyn Storage) -> Result<Option<Unfinished>> {
     let names = storage.list("").map_err(|error| StoreError::io("list", "", error))?;
     if !names.iter().any(|name| name == STORE_FILE) {
         refuse_foreign(storage, &names)?;
         return Ok(Some(Unfinished::Nothing));
     }
-    // Whatever else is wrong with the files, opening the store will say it better.
+    // Whatever else is wrong with the files, opening the store reports it better.
     Ok(interrupted_store_file(storage).unwrap_or(None).map(Unfinished::StoreFile))
 }
 
-/// The header that `FRAZIL` was to have, if a crash left it cut short or with zeros in it. The
-/// journal was durable before, and nothing is appended to it before `FRAZIL` is.
+/// The header that `FRAZIL` should have, if a crash left it cut short or with zeros in it. The
+/// journal became durable before it, and nothing is appended to the journal until `FRAZIL` is
+/// durable too.
 fn interrupted_store_file(storage: &dyn Storage) -> io::Result<Option<FileHeader>> {
     let (file, journal) = (storage.open(STORE_FILE, false)?, storage.open(JOURNAL_FILE, false)?);
     let len = file.len_bytes()?;

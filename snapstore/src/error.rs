@@ -1,4 +1,4 @@
-//! What can go wrong in a store, said so that a person can act on it.
+//! Errors of the store, with messages that a person can act on.
 //!
 //! Each message names the place (store, file, offset), what was expected, what was found and
 //! what to do about it.
@@ -14,7 +14,7 @@ pub enum StoreError {
     /// The operating system refused an operation on one of the store's files.
     #[error("cannot {op} {file}: {source}")]
     Io {
-        /// What was tried, as a verb: "read", "append to", "sync", …
+        /// The attempted operation, as a verb: "read", "append to", "sync", …
         op: &'static str,
         /// The file, as the storage names it.
         file: String,
@@ -23,14 +23,14 @@ pub enum StoreError {
         source: io::Error,
     },
 
-    /// The medium is full. What the failed transaction had written was given back.
+    /// The medium is full. The space that the failed transaction had used was freed again.
     #[error(
         "no space left on the device while trying to {op} {file}; what was being written was \
          dropped and its space given back, and all snapshots there were are still there: free some \
          space (`frazil forget` and `frazil prune`, or another disk) and try again"
     )]
     DiskFull {
-        /// What was tried.
+        /// The attempted operation, as a verb.
         op: &'static str,
         /// The file that could not grow.
         file: String,
@@ -44,9 +44,9 @@ pub enum StoreError {
     NotAStore {
         /// The path that was opened.
         path: String,
-        /// What a store has there.
+        /// What a store would have there.
         expected: &'static str,
-        /// What was there.
+        /// What was found there.
         found: String,
     },
 
@@ -56,7 +56,7 @@ pub enum StoreError {
          newer frazil"
     )]
     UnsupportedVersion {
-        /// The file with the version field.
+        /// The file whose header has that version.
         file: String,
         /// The newest version this program reads.
         expected: u32,
@@ -64,7 +64,7 @@ pub enum StoreError {
         found: u32,
     },
 
-    /// Bytes are not what the reference to them says, or do not parse.
+    /// Bytes do not match the reference to them, or do not parse.
     #[error(
         "{file} is damaged at offset {offset}: {what}: expected {expected}, found {found}; {}",
         remedy(.file)
@@ -74,7 +74,7 @@ pub enum StoreError {
         file: String,
         /// Offset of the damaged record in bytes.
         offset: u64,
-        /// Which record or field.
+        /// The damaged record or field.
         what: String,
         /// What the reference or the format demands.
         expected: String,
@@ -89,7 +89,7 @@ pub enum StoreError {
          verify` says how far"
     )]
     Missing {
-        /// The file it was in, or was written to.
+        /// The file that should hold it, or that it was first written to.
         file: String,
         /// Offset of the record in bytes.
         offset: u64,
@@ -97,25 +97,25 @@ pub enum StoreError {
         found: String,
     },
 
-    /// The reference names no snapshot.
+    /// No snapshot matches the reference.
     #[error("no snapshot `{reference}` in {store}: {hint}")]
     UnknownRef {
         /// The reference as given.
         reference: String,
         /// The store searched.
         store: String,
-        /// What there is instead, and what to do.
+        /// Why nothing matches, or what there is instead.
         hint: String,
     },
 
-    /// The prefix fits more than one snapshot.
+    /// More than one snapshot id starts with the prefix.
     #[error("`{reference}` is ambiguous in {store}: it fits {matches}; give more digits")]
     AmbiguousRef {
         /// The prefix as given.
         reference: String,
         /// The store searched.
         store: String,
-        /// Some of the snapshots it fits.
+        /// Some of the ids that start with it.
         matches: String,
     },
 
@@ -127,7 +127,7 @@ pub enum StoreError {
     Busy {
         /// The store.
         store: String,
-        /// Who holds the lock.
+        /// The process that holds the writer lock.
         holder: String,
     },
 
@@ -155,7 +155,7 @@ pub enum StoreError {
         source: io::Error,
     },
 
-    /// The caller asked for something outside the snapshot's shape.
+    /// The caller asked for something invalid; the message says what.
     #[error("{0}")]
     Invalid(String),
 
@@ -164,7 +164,7 @@ pub enum StoreError {
     Cancelled(String),
 }
 
-/// What to do about damage in `file`.
+/// Advice on damage in `file`.
 fn remedy(file: &str) -> &'static str {
     match file {
         STORE_FILE => "put a copy of that file back: all else in the store may be whole",
@@ -190,13 +190,13 @@ impl StoreError {
         }
     }
 
-    /// True if after this error nobody knows what the medium holds, so that the writer must not
-    /// go on (a failed sync may have dropped dirty pages).
+    /// True if nobody knows what the medium holds after this error (a failed sync may have dropped
+    /// dirty pages), so the writer must not go on.
     #[must_use]
     pub fn latches(&self) -> bool {
         matches!(self, Self::Io { .. })
     }
 }
 
-/// The store's result.
+/// A result whose error is a [`StoreError`] unless given.
 pub type Result<T, E = StoreError> = std::result::Result<T, E>;

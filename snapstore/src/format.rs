@@ -1,5 +1,5 @@
-//! The fixed layouts of a store: file names, headers, record headers. `FORMAT.md` beside this
-//! crate's sources is the normative text; the constants here are asserted against each other.
+//! The fixed layouts of a store: file names, file headers, record headers. `FORMAT.md`, beside this
+//! crate's sources, is normative; assertions check the constants here against each other.
 
 use crate::codec::{Decoded, Decoder, Malformed};
 use crate::error::{Result, StoreError};
@@ -11,15 +11,15 @@ pub const FORMAT_VERSION: u32 = 1;
 
 /// The file that makes a directory a store.
 pub const STORE_FILE: &str = "FRAZIL";
-/// The file whose flock is the writer lock.
+/// The file whose `flock` is the writer lock.
 pub const LOCK_FILE: &str = "lock";
-/// The log of published snapshots and tags.
+/// The log of published and forgotten snapshots, tags and relayouts.
 pub const JOURNAL_FILE: &str = "journal";
-/// The journal being written anew, before it takes the other's place.
+/// A rewritten journal, before it replaces the old one.
 pub const JOURNAL_NEW_FILE: &str = "journal.new";
 /// The folder of segments and packs.
 pub const SEGMENT_FOLDER: &str = "segments";
-/// The folder of pins: who reads what, so that it is not pruned away. Not part of the data.
+/// The folder of pins, which keep snapshots in use from being pruned. Not part of the data.
 pub const PIN_FOLDER: &str = "pins";
 
 /// The name of segment `number`.
@@ -34,7 +34,7 @@ pub fn pack_name(number: u32) -> String {
     format!("{SEGMENT_FOLDER}/{number:08x}.pack")
 }
 
-/// The kind and number that the file `name` of the segment folder stands for, if it is ours.
+/// The kind and number of the segment or pack called `name` in the segment folder, if it is one.
 pub(crate) fn parse_name(name: &str) -> Option<(FileKind, u32)> {
     let (digits, kind) = match name.rsplit_once('.')? {
         (digits, "seg") => (digits, FileKind::Segment),
@@ -42,7 +42,7 @@ pub(crate) fn parse_name(name: &str) -> Option<(FileKind, u32)> {
         _ => return None,
     };
     let number = u32::from_str_radix(digits, 16).ok()?;
-    // Only names we would have given: the others are somebody else's files.
+    // Only names in exactly our form: others are not files of the store.
     (format!("{number:08x}") == digits).then_some((kind, number))
 }
 
@@ -53,15 +53,15 @@ pub(crate) const RECORD_HEADER_LEN: usize = 16;
 /// First byte of every record in a segment.
 pub(crate) const RECORD_MAGIC: u8 = 0xF5;
 
-/// The most pages one frame may hold, so that a damaged length cannot ask for much memory.
+/// The most pages one frame may hold. Bounds what a damaged length can make a reader allocate.
 pub const MAX_FRAME_PAGES: usize = 64;
 /// The most bytes a decoded node may have.
 pub(crate) const MAX_NODE_LEN: usize = 4 << 20;
-/// The most bytes a decoded delta frame may have: pages, and 46 bytes a page to name its base.
+/// The most bytes a decoded delta frame may have: pages, and up to 46 bytes each to name the base.
 pub(crate) const MAX_DELTA_LEN: usize = MAX_FRAME_PAGES * (PAGE_SIZE + 64);
-/// The most bytes a decoded manifest or state chunk may have.
+/// The most bytes a decoded manifest, state chunk, pack index or block of fingerprints may have.
 pub const MAX_BLOB_LEN: usize = 64 << 20;
-/// The most bytes a segment may reach; offsets are 32 bits.
+/// The most bytes a segment may have before it is closed; offsets are 32 bits.
 pub(crate) const MAX_SEGMENT_LEN: u64 = 1 << 31;
 
 const _: () = {
@@ -91,14 +91,14 @@ impl FileKind {
     }
 }
 
-/// The header at the start of every file of a store. Every later version can read it: magic,
-/// version and checksum keep their places.
+/// The header at the start of every file of a store. All versions can read it: magic, version and
+/// checksum keep their places.
 ///
 /// | offset | bytes | field |
 /// |---|---|---|
 /// | 0 | 8 | magic |
 /// | 8 | 4 | format version |
-/// | 12 | 4 | file number (of the segment or pack; how often the journal was written anew) |
+/// | 12 | 4 | number of the segment or pack; for a journal, how often it was rewritten before |
 /// | 16 | 16 | the store's UUID |
 /// | 32 | 8 | time of creation, Unix milliseconds |
 /// | 40 | 8 | zero |
@@ -184,7 +184,7 @@ pub(crate) enum RecordKind {
     Delta = 5,
     /// Fingerprints of the pages of frames.
     Fingerprints = 6,
-    /// What a pack holds, and where.
+    /// The index of a pack: what it holds, and where.
     PackIndex = 7,
 }
 
@@ -215,13 +215,13 @@ impl RecordKind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub(crate) enum Codec {
-    /// As it is.
+    /// Uncompressed.
     Plain = 0,
     /// One zstd frame.
     Zstd = 1,
 }
 
-/// The header of a record; the hash in a reference covers it and the payload.
+/// The header of a record; the hash in a reference covers both header and payload.
 ///
 /// | offset | bytes | field |
 /// |---|---|---|

@@ -1,4 +1,4 @@
-//! Frames and delta frames as they are read: verified, decoded, cached.
+//! Reading frames and delta frames: verified, decoded, cached.
 
 use std::sync::Arc;
 
@@ -13,17 +13,17 @@ use crate::record::VerifiedRecord;
 use crate::segment::Physical;
 use crate::store::Store;
 
-/// A decoded frame: its pages, or what they differ by from their bases.
+/// A decoded frame: its pages or, in a delta frame, their differences from their bases.
 #[derive(Debug)]
 pub(crate) struct Frame {
-    /// Whole pages, one after the other.
+    /// The pages or differences, one after the other.
     pub pages: Vec<u8>,
-    /// Per page, what it is the difference from; empty for a plain frame.
+    /// The base of each page of a delta frame; empty for a plain frame.
     pub bases: Box<[Base]>,
 }
 
 impl Frame {
-    /// Decodes a frame, or, if `delta`, a delta frame.
+    /// Decodes a plain frame or, if `delta`, a delta frame.
     pub fn decode(record: &VerifiedRecord<'_>, delta: bool) -> Decoded<Self> {
         if !delta {
             check_frame_len(record.raw_len())?;
@@ -45,7 +45,7 @@ pub(crate) fn kind_of(delta: bool) -> RecordKind {
     if delta { RecordKind::Delta } else { RecordKind::Frame }
 }
 
-/// A plain frame is whole pages, and at least one.
+/// Checks that a plain frame consists of whole pages, at least one.
 pub(crate) fn check_frame_len(raw_len: usize) -> Decoded<()> {
     if raw_len == 0 || !raw_len.is_multiple_of(PAGE_SIZE) {
         return Err(Malformed::new("decoded length", "whole pages", format!("{raw_len} bytes")));
@@ -53,7 +53,7 @@ pub(crate) fn check_frame_len(raw_len: usize) -> Decoded<()> {
     Ok(())
 }
 
-/// A frame as one reference to it sees it.
+/// A frame as seen through one reference: by the slots of the frame that was first written.
 #[derive(Clone, Debug)]
 pub(crate) struct FrameView {
     block: BlockRef,
@@ -66,10 +66,10 @@ impl FrameView {
         Self { block, place, frame }
     }
 
-    /// The bytes of `count` slots from `slot` on.
+    /// The bytes of `count` consecutive slots from `slot` on.
     pub fn bytes(&self, slot: u8, count: u64) -> Result<&[u8]> {
         let first = self.index(slot)?;
-        // Slots of a run are all live, so they lie side by side wherever they were moved to.
+        // All slots of a run are live, so they stay adjacent wherever they are moved to.
         let last = self.index(slot.saturating_add((count - 1).min(255) as u8))?;
         if last - first + 1 != count as usize {
             return Err(self.damaged(slot, count));
@@ -80,19 +80,19 @@ impl FrameView {
             .ok_or_else(|| self.damaged(slot, count))
     }
 
-    /// The base of slot `slot` of a delta frame.
+    /// The base of slot `slot`, in a delta frame.
     pub fn base(&self, slot: u8) -> Result<Base> {
         let base = self.frame.bases.get(self.index(slot)?);
         base.copied().ok_or_else(|| self.damaged(slot, 1))
     }
 
-    /// Where slot `slot` is in the record that was read.
+    /// The index of slot `slot` in the record that was read.
     fn index(&self, slot: u8) -> Result<usize> {
         let index = self.place.slots.get(slot).map(usize::from);
         index.filter(|index| *index < self.frame.slots()).ok_or_else(|| self.damaged(slot, 1))
     }
 
-    /// A reference beyond the frame's end, or to a slot that is not kept, is damage.
+    /// The error for slots beyond the frame's end, or that were not kept: damage.
     fn damaged(&self, slot: u8, count: u64) -> StoreError {
         StoreError::Corrupt {
             file: segment_name(self.block.segment),
@@ -105,7 +105,7 @@ impl FrameView {
 }
 
 impl Store {
-    /// Reads a frame, or, if `delta`, a delta frame.
+    /// Reads a plain frame or, if `delta`, a delta frame.
     pub(crate) fn frame(&self, block: &BlockRef, delta: bool) -> Result<FrameView> {
         self.reading(|| self.frame_at(block, self.segments.resolve(block)?, delta))
     }
@@ -125,7 +125,7 @@ impl Store {
         Ok(FrameView { block: *block, place, frame })
     }
 
-    /// Reads one page that is a base.
+    /// Reads one base page, through the cache of bases.
     pub(crate) fn base_page(&self, base: &Base) -> Result<Arc<Page>> {
         if let Some(page) = self.bases.get(base) {
             return Ok(page);
@@ -137,7 +137,7 @@ impl Store {
         Ok(page)
     }
 
-    /// Copies the `out.len()` bytes of pages at `location` into `out`, verified.
+    /// Fills `out` with the pages from `location` on, verified.
     pub(crate) fn read_location(&self, location: &Location, out: &mut [u8]) -> Result<()> {
         let count = (out.len() / PAGE_SIZE) as u64;
         match *location {
@@ -165,8 +165,8 @@ impl Store {
         Ok(())
     }
 
-    /// Decodes a plain frame straight into `out`, without the cache, if it is exactly that long
-    /// and all of it is where it was written. Else false, with `out` untouched.
+    /// Decodes a plain frame straight into `out`, without adding it to the cache, if it is exactly
+    /// as long as `out` and was not regrouped. Returns false otherwise, with `out` untouched.
     fn read_whole_frame(&self, block: &BlockRef, out: &mut [u8]) -> Result<bool> {
         self.reading(|| {
             let place = self.segments.resolve(block)?;

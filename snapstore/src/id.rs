@@ -9,7 +9,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Hash(pub [u8; 32]);
 
-/// For tables: eight bytes of a hash are as good as all, and a quarter of the work.
+/// For hash tables: the first eight bytes are as good as all 32, and a quarter of the work.
 impl std::hash::Hash for Hash {
     fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
         let (words, _) = self.0.as_chunks();
@@ -24,7 +24,7 @@ impl Hash {
         Self(*blake3::hash(bytes).as_bytes())
     }
 
-    /// The first twelve hex digits: enough for a person.
+    /// The first twelve hex digits, for people to read.
     #[must_use]
     pub fn short(&self) -> String {
         self.to_string()[..12].to_owned()
@@ -73,15 +73,16 @@ impl<'de> Deserialize<'de> for Hash {
     }
 }
 
-/// A snapshot's id: the hash of its manifest, and so of all it holds.
+/// A snapshot's id: the hash of its manifest, and so (through the references in it) of all it
+/// holds.
 pub type SnapshotId = Hash;
 
-/// Where a block (a record of a segment) is, and what it must hash to.
+/// A reference to a block (a record of a segment): where it was first written, and its hash.
 ///
-/// The location never changes: compaction moves a record, but keeps its name.
+/// A reference never changes: when pruning moves the block, its first location remains its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct BlockRef {
-    /// Number of the segment the record was written to.
+    /// Number of the segment the record was first written to.
     pub segment: u32,
     /// Offset of the record's header in that segment, in bytes.
     pub offset: u32,
@@ -92,7 +93,7 @@ pub struct BlockRef {
 }
 
 impl BlockRef {
-    /// Bytes of an encoded reference.
+    /// Length of an encoded reference in bytes.
     pub const ENCODED_LEN: usize = 4 + 4 + 4 + 32;
 }
 

@@ -5,8 +5,8 @@
 //! writes the pages that changed and the few nodes above them; everything else is shared with the
 //! parent. [`pager`] serves a snapshot's pages to a mapping through userfaultfd.
 //!
-//! This crate knows pages, regions and opaque state, and nothing of virtual machines. The layout
-//! on the medium is fixed in `FORMAT.md`, the reasons for it in `DESIGN.md`.
+//! This crate knows pages, regions and opaque state, and nothing about virtual machines.
+//! `FORMAT.md` specifies the on-disk format, `DESIGN.md` gives the reasons for it.
 
 mod catalog;
 mod changes;

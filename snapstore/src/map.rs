@@ -1,4 +1,4 @@
-//! What a region is made of.
+//! How the pages of a region are stored: zero, in frames or as deltas.
 
 use std::collections::HashSet;
 use std::ops::ControlFlow;
@@ -7,13 +7,13 @@ use crate::error::Result;
 use crate::node::{Location, Run};
 use crate::snapshot::RegionReader;
 
-/// Pages whose runs are looked up at once: 64 MiB.
+/// Pages whose runs are looked up at once: 64 MiB of memory.
 const PART_PAGES: u64 = 1 << 14;
 
 /// How pages are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PageKind {
-    /// Not at all: they are zero.
+    /// Not at all: the pages are zero.
     Zero,
     /// In frames.
     Whole,
@@ -26,33 +26,33 @@ pub enum PageKind {
 pub struct MapRange {
     /// Number of the first page.
     pub first: u64,
-    /// How many.
+    /// Number of pages.
     pub count: u64,
-    /// How they are stored.
+    /// How the pages are stored.
     pub kind: PageKind,
-    /// Bytes of the distinct frames that they are in, as stored. Other pages may be in them too.
+    /// Stored bytes of the distinct frames that hold the pages, which may hold other pages too.
     pub stored_bytes: u64,
 }
 
-/// What a region comes to.
+/// Totals of a region.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RegionMap {
     /// Pages that are zero.
     pub zero_pages: u64,
     /// Pages in frames.
     pub whole_pages: u64,
-    /// Pages that are differences.
+    /// Pages stored as differences.
     pub delta_pages: u64,
-    /// Distinct frames, of both kinds.
+    /// Distinct frames, plain and delta.
     pub frames: u64,
-    /// Their bytes, as stored.
+    /// Stored bytes of these frames.
     pub stored_bytes: u64,
-    /// Ranges told.
+    /// Number of ranges passed to `tell`.
     pub ranges: u64,
 }
 
-/// Looks at the tree of `region` and tells its ranges in order, until `tell` has had enough. No contents
-/// are read.
+/// Passes the ranges of `region` to `tell` in order, until it breaks. Reads the tree only, no
+/// page contents.
 ///
 /// # Errors
 /// [`StoreError::Corrupt`](crate::StoreError::Corrupt) if a node is damaged.
@@ -85,9 +85,9 @@ pub fn map(
 }
 
 struct Mapper {
-    /// Frames, by the names of their places.
+    /// Frames seen in the region, by segment and offset.
     seen: HashSet<(u32, u32)>,
-    /// Those of the current range.
+    /// Frames seen in the current range.
     here: HashSet<(u32, u32)>,
     current: Option<MapRange>,
     found: RegionMap,

@@ -1,8 +1,8 @@
 //! Nodes of a page tree, and the runs they are made of.
 //!
 //! A leaf holds runs of pages. An inner node holds references to its children and, like a node of
-//! a Bε-tree, *pending* runs that override what the children say: a small commit rewrites the
-//! root only, and changes move down in batches that are worth a child's rewriting.
+//! a Bε-tree, *pending* runs that override the children: a small commit rewrites only the root, and
+//! changes move down in batches large enough to be worth rewriting a child for.
 
 use crate::codec::{Decoded, Decoder, Malformed, put_block_ref, put_varint};
 use crate::format::MAX_FRAME_PAGES;
@@ -13,12 +13,12 @@ use crate::numbered::Numbered;
 pub(crate) const LEAF_PAGES: u64 = 512;
 /// Children of an inner node.
 pub(crate) const FAN_OUT: u64 = 64;
-/// The highest level a node can have: 64 levels of nothing would overflow page numbers first.
+/// The highest level a node can have; it spans 2^45 pages (128 PiB).
 pub(crate) const MAX_LEVEL: u8 = 6;
 
 const _: () = assert!(LEAF_PAGES.is_power_of_two() && FAN_OUT == u64::BITS as u64);
 
-/// Where the contents of a page are.
+/// Where the contents of a page are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Location {
     /// Nowhere: the page is all zero.
@@ -30,7 +30,7 @@ pub enum Location {
         /// The page's place in the decoded frame.
         slot: u8,
     },
-    /// In slot `slot` of a delta frame, as the difference from a page of a plain one.
+    /// In slot `slot` of a delta frame, as the difference from a page of a plain frame.
     Delta {
         /// The delta frame's record.
         frame: BlockRef,
@@ -59,14 +59,14 @@ impl Location {
     }
 }
 
-/// `count` pages from page `first` on, in consecutive slots of one frame, or all zero.
+/// `count` pages from page `first` on that are in consecutive slots of one frame, or all zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Run {
     /// Number of the first page in its region.
     pub first: u64,
     /// How many pages, at least one.
     pub count: u64,
-    /// Where the first page is; the others follow it.
+    /// Where the first page is; the others are in the slots that follow.
     pub location: Location,
 }
 
@@ -106,7 +106,7 @@ impl Location {
     }
 }
 
-/// Appends `run` to sorted `runs`, joining it to the last one if it goes on where that ends.
+/// Appends `run` to sorted `runs`, merging it into the last one if it continues that one.
 pub(crate) fn push_run(runs: &mut Vec<Run>, run: Run) {
     if let Some(last) = runs.last_mut()
         && last.is_followed_by(&run)
@@ -117,7 +117,7 @@ pub(crate) fn push_run(runs: &mut Vec<Run>, run: Run) {
     runs.push(run);
 }
 
-/// `older` with `newer` laid over it. Both are sorted and without overlaps, and so is the result.
+/// Lays `newer` over `older`. Both must be sorted and without overlaps, and so is the result.
 pub(crate) fn overlay(older: &[Run], newer: &[Run]) -> Vec<Run> {
     if older.is_empty() {
         return newer.to_vec();
@@ -126,7 +126,7 @@ pub(crate) fn overlay(older: &[Run], newer: &[Run]) -> Vec<Run> {
     let mut old = older.iter().copied();
     let mut current = old.next();
     for run in newer {
-        // What of the older runs lies before this one.
+        // Keep the older runs as far as they lie before this one.
         while let Some(older_run) = current {
             if let Some(before) = older_run.clip(0, run.first) {
                 push_run(&mut out, before);
@@ -138,7 +138,7 @@ pub(crate) fn overlay(older: &[Run], newer: &[Run]) -> Vec<Run> {
             current = old.next();
         }
         push_run(&mut out, *run);
-        // Skip what it covers.
+        // Skip what this one covers.
         while let Some(older_run) = current {
             current = older_run.clip(run.end(), u64::MAX);
             if current.is_some() {
@@ -163,7 +163,7 @@ pub(crate) fn clip_runs(runs: &[Run], start: u64, end: u64) -> impl Iterator<Ite
         .filter_map(move |run| run.clip(start, end))
 }
 
-/// The run that holds `page`, cut to that page.
+/// The location of `page`, if one of the sorted `runs` holds it.
 pub(crate) fn find_page(runs: &[Run], page: u64) -> Option<Location> {
     clip_runs(runs, page, page + 1).next().map(|run| run.location)
 }
@@ -190,7 +190,7 @@ pub(crate) struct Node {
     pub first: u64,
     /// Sorted runs: a leaf's contents, an inner node's pending changes.
     pub runs: Vec<Run>,
-    /// Sorted `(index, child)`; none in a leaf.
+    /// `(index, child)`, sorted by index; none in a leaf.
     pub children: Vec<(u8, BlockRef)>,
 }
 
@@ -223,14 +223,15 @@ impl Node {
     }
 
     /// Layout: level (1 byte), first page, numbers of frames, delta frames and runs (varints),
-    /// references to frames and to delta frames; then of all runs the gaps to the end of the run
-    /// before (varints), the counts (varints), the frames (varints: 0 for zero pages, else 1 + the
-    /// zigzag distance from the frame of the run before), and of those with a frame the slots (1
-    /// byte: the zigzag distance from where the frame's last run ended); bit map of children (8
-    /// bytes) and their references.
+    /// references to frames and to delta frames; then, for all runs, the gaps to the end of the
+    /// previous run (varints), the counts (varints), the frames (varints: 0 for zero pages, else 1
+    /// + the zigzag distance from the frame of the previous run that has one), and, for runs with
+    /// a frame, the slots (1 byte: the zigzag distance from where the last run in that frame
+    /// ended); in inner nodes, the bit map of children (8 bytes) and their references.
     ///
-    /// By columns, and as distances: pending runs are mostly single pages of frames that each take
-    /// their turn, so that but for the gaps there is little in them that a compressor would keep.
+    /// Fields are stored by column and as distances because pending runs are mostly single pages
+    /// that take slot after slot of their frames: all columns but the gaps then compress to almost
+    /// nothing.
     pub fn encode(&self) -> Vec<u8> {
         let table = FrameTable::of(&self.runs);
         let mut out = Vec::with_capacity(
@@ -306,7 +307,8 @@ impl Node {
     }
 }
 
-/// The pages of `count` runs inside `place`; where they are comes behind.
+/// Decodes the pages of `count` runs inside the pages `place.0 .. place.1`; their locations follow
+/// in the encoding and are left zero here.
 fn decode_runs(decoder: &mut Decoder<'_>, count: usize, place: (u64, u64)) -> Decoded<Vec<Run>> {
     let mut runs = Vec::with_capacity(count);
     for _ in 0..count {
@@ -340,7 +342,7 @@ fn decode_locations(
     let table_len = frames.len() + deltas.len();
     let mut places = Places::new(table_len);
     for (run, number) in runs.iter_mut().zip(numbers) {
-        // Zero pages, as they came.
+        // 0 stands for zero pages, which the run says already.
         let Some(distance) = number.checked_sub(1) else { continue };
         let index = places.index(distance).ok_or_else(|| {
             Malformed::new("frame of a run", format!("one of {table_len}"), number)
@@ -357,7 +359,7 @@ fn decode_locations(
     Ok(())
 }
 
-/// Where the next run is expected to be: in the frame of the one before, behind that frame's last.
+/// Predicts where the next run is: in the frame of the previous run, behind its last slot used.
 struct Places {
     last: usize,
     next_slots: Vec<u8>,
@@ -368,7 +370,7 @@ impl Places {
         Self { last: 0, next_slots: vec![0; frames] }
     }
 
-    /// The number for a frame, and the byte for the slot; for zero pages 0 and none.
+    /// The encoded frame number and slot byte of a run; 0 and none for zero pages.
     fn encode(&mut self, place: Option<(usize, u8)>, count: u64) -> (u64, Option<u8>) {
         let Some((index, slot)) = place else { return (0, None) };
         let frame = 1 + zigzag(index as i64 - self.last as i64);
@@ -378,14 +380,14 @@ impl Places {
         (frame, Some(slot_distance as u8))
     }
 
-    /// The index of the frame at this zigzag distance, if there is one.
+    /// The index of the frame at this zigzag distance from the last one, if there is such a frame.
     fn index(&mut self, distance: u64) -> Option<usize> {
         let index = usize::try_from((self.last as i64).checked_add(unzigzag(distance))?).ok()?;
         self.last = index;
         (index < self.next_slots.len()).then_some(index)
     }
 
-    /// The slot that `byte` stands for in a frame, if `count` pages from there on are inside.
+    /// The slot that `byte` stands for in frame `index`, if `count` slots from there on fit a frame.
     fn slot(&mut self, index: usize, byte: u8, count: u64) -> Option<u8> {
         let slot = i64::from(self.next_slots[index]) + unzigzag(u64::from(byte));
         let slot = u8::try_from(slot).ok()?;
@@ -396,7 +398,7 @@ impl Places {
     }
 }
 
-/// Small numbers for those near zero, on either side.
+/// Maps numbers near zero, of either sign, to small unsigned ones.
 fn zigzag(number: i64) -> u64 {
     (number << 1 ^ number >> 63) as u64
 }
@@ -405,12 +407,12 @@ fn unzigzag(number: u64) -> i64 {
     (number >> 1) as i64 ^ -((number & 1) as i64)
 }
 
-/// The distinct frames and delta frames of runs, in order of first use.
+/// The distinct frames and delta frames that runs refer to, each in order of first use.
 #[derive(Default)]
 struct FrameTable {
     frames: Numbered<BlockRef>,
     deltas: Numbered<BlockRef>,
-    /// Of each run: where its frame is in its list, and the slot there.
+    /// For each run, the index of its frame in its list, and the slot.
     used: Vec<Used>,
 }
 
@@ -442,7 +444,8 @@ impl FrameTable {
         self.frames.items().len() + self.deltas.items().len()
     }
 
-    /// Of each run, the index of its frame and the slot; delta frames come behind the others.
+    /// For each run, the index of its frame in the encoded table (delta frames after plain ones)
+    /// and the slot.
     fn places(&self) -> impl Iterator<Item = Option<(usize, u8)>> + '_ {
         self.used.iter().map(|used| match *used {
             Used::None => None,

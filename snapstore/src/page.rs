@@ -10,12 +10,12 @@ pub type Page = [u8; PAGE_SIZE];
 
 /// Where the pages of a region are read from when they are written to the store.
 ///
-/// The store calls it from several threads at once.
+/// The store reads from several threads at once.
 pub trait PageSource: Sync {
     /// Copies page number `page` of the region into `buf`.
     ///
     /// # Errors
-    /// Any failure ends the transaction that asked.
+    /// Any error makes the transaction fail.
     fn read_page(&self, page: u64, buf: &mut Page) -> io::Result<()>;
 }
 
@@ -42,7 +42,7 @@ impl PageSource for Vec<Page> {
 /// True if every byte is zero.
 #[must_use]
 pub fn is_zero(page: &[u8]) -> bool {
-    // Eight words at a time keeps the early exit and still vectorises.
+    // Chunks of 64 bytes vectorise and still allow an early exit.
     page.chunks(64).all(|chunk| chunk.iter().fold(0_u8, |acc, byte| acc | byte) == 0)
 }
 

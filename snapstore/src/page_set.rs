@@ -1,8 +1,9 @@
 //! Sets of pages.
 //!
 //! Dirty sets are small and regions are large, so a set has two levels: a bit for each page, and a
-//! bit for each word of those that is not zero. Counting, listing, joining and emptying a set cost
-//! what is in it, and a look at one bit for every 64 pages of the region: 8 KiB of them for 16 GiB.
+//! bit for each 64-bit word of these that is not zero. Counting, listing, joining and emptying a
+//! set take time in proportion to its contents, plus a scan of one bit for every 64 pages of the
+//! region: 8 KiB of bits for 16 GiB.
 
 use bitvec::prelude::{BitVec, Lsb0};
 
@@ -19,7 +20,7 @@ impl PageSet {
     #[must_use]
     pub fn new(pages: u64) -> Self {
         let len = usize::try_from(pages).expect("a region fits the address space");
-        // Zeroed by the system, and no memory until it is used: a machine has a dozen of these.
+        // Allocated zeroed: takes no memory until it is used, and a machine has a dozen of these.
         let zeros = |len: usize| {
             let mut bits = BitVec::from_vec(vec![0; len.div_ceil(64)]);
             bits.truncate(len);
@@ -71,7 +72,7 @@ impl PageSet {
         self.occupied.set(index / 64, true);
     }
 
-    /// Takes `page` out; nothing happens if it is not there.
+    /// Removes `page`, if the set contains it.
     pub fn remove(&mut self, page: u64) {
         if self.contains(page) {
             let index = page as usize;
@@ -116,7 +117,7 @@ impl PageSet {
         }
     }
 
-    /// The bits of word `index` that are pages of the region.
+    /// The bits of word `index` that stand for pages of the region.
     fn mask(&self, index: usize) -> u64 {
         match self.bits.len() - index * 64 {
             pages @ 0..64 => (1 << pages) - 1,
@@ -124,7 +125,7 @@ impl PageSet {
         }
     }
 
-    /// Adds every page of `other` that is not beyond this set's capacity.
+    /// Adds every page of `other` that is within this set's capacity.
     pub fn union(&mut self, other: &Self) {
         let len = self.words().len();
         for (index, word) in other.occupied_words().take_while(|(index, _)| *index < len) {
@@ -132,7 +133,7 @@ impl PageSet {
         }
     }
 
-    /// Takes every page of `other` out.
+    /// Removes every page of `other`.
     pub fn subtract(&mut self, other: &Self) {
         let len = self.words().len();
         for (index, word) in other.occupied_words().take_while(|(index, _)| *index < len) {

@@ -1,4 +1,4 @@
-//! Records: the unit that is compressed, hashed, stored and verified.
+//! Records: the units that are compressed, hashed, stored and verified.
 
 use std::cell::RefCell;
 
@@ -22,7 +22,7 @@ impl EncodedRecord {
     }
 }
 
-/// As [`EncodedRecord`], in its encoder's memory.
+/// An [`EncodedRecord`] that borrows its bytes, such as from its encoder.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RecordView<'a> {
     pub bytes: &'a [u8],
@@ -38,7 +38,7 @@ impl RecordView<'_> {
 /// Compresses and hashes records; one per thread, since a zstd context is costly to make.
 pub(crate) struct RecordEncoder {
     compressor: zstd::bulk::Compressor<'static>,
-    /// Where records are made.
+    /// Holds the record being encoded.
     out: Vec<u8>,
 }
 
@@ -56,19 +56,18 @@ impl RecordEncoder {
         Ok(Self { compressor, out: Vec::new() })
     }
 
-    /// Encodes `raw`, compressed if that saves at least a sixteenth of it; valid until the next
-    /// call.
+    /// Encodes `raw` in the encoder's own buffer, compressed if that saves at least a sixteenth.
     pub fn encode_here(&mut self, kind: RecordKind, raw: &[u8]) -> RecordView<'_> {
         self.encode_if_it_saves(kind, raw, raw.len() / 16)
     }
 
-    /// As [`Self::encode_here`], in memory of its own.
+    /// As [`Self::encode_here`], but returns a copy.
     pub fn encode(&mut self, kind: RecordKind, raw: &[u8]) -> EncodedRecord {
         self.encode_here(kind, raw).to_record()
     }
 
-    /// Encodes a tree node: compressed only if that saves an eighth. References are noise, and what
-    /// is decoded for every look-up should be worth it; pending runs shrink to a third.
+    /// Encodes a tree node, compressed only if that saves an eighth: nodes are decoded for every
+    /// look-up, so it should pay. References do not compress; pending runs shrink to a third.
     pub fn encode_node(&mut self, raw: &[u8]) -> RecordView<'_> {
         self.encode_if_it_saves(RecordKind::Node, raw, raw.len() / 8)
     }
@@ -78,7 +77,7 @@ impl RecordEncoder {
         if self.out.len() < end {
             self.out.resize(end, 0);
         }
-        // zstd stops as soon as the output does not fit, which is how incompressible data shows.
+        // zstd fails as soon as the output does not fit: then the data does not compress enough.
         let room = &mut self.out[RECORD_HEADER_LEN..end - saved];
         let (codec, stored_len) = match self.compressor.compress_to_buffer(raw, room) {
             Ok(stored_len) => (Codec::Zstd, stored_len),
@@ -92,7 +91,7 @@ impl RecordEncoder {
         RecordView { bytes, hash }
     }
 
-    /// Encodes `raw` as it is.
+    /// Encodes `raw` uncompressed.
     pub fn encode_plain(kind: RecordKind, raw: &[u8]) -> EncodedRecord {
         let mut bytes = Vec::with_capacity(RECORD_HEADER_LEN + raw.len());
         bytes.resize(RECORD_HEADER_LEN, 0);
@@ -102,7 +101,7 @@ impl RecordEncoder {
     }
 }
 
-/// Fills in the header of the record in `bytes`; returns the record's hash.
+/// Fills in the header of the record in `bytes` and returns the record's hash.
 fn seal(kind: RecordKind, codec: Codec, raw_len: usize, bytes: &mut [u8]) -> Hash {
     let len = |len: usize| u32::try_from(len).expect("records are bounded far below 4 GiB");
     let stored_len = len(bytes.len() - RECORD_HEADER_LEN);
@@ -120,7 +119,7 @@ pub(crate) struct VerifiedRecord<'a> {
 }
 
 impl<'a> VerifiedRecord<'a> {
-    /// Checks `bytes` against `hash`, and that it is a record of `kind`.
+    /// Checks `bytes` against `hash`, and that they are a record of `kind`.
     pub fn check(bytes: &'a [u8], hash: &Hash, kind: RecordKind) -> Decoded<Self> {
         let found = Hash::of(bytes);
         if found != *hash {
@@ -137,12 +136,12 @@ impl<'a> VerifiedRecord<'a> {
         Ok(Self { bytes, header, payload })
     }
 
-    /// The whole record as it is stored.
+    /// The whole record as stored.
     pub fn bytes(&self) -> &'a [u8] {
         self.bytes
     }
 
-    /// Bytes of the payload when decoded.
+    /// Length of the decoded payload in bytes.
     pub fn raw_len(&self) -> usize {
         self.header.raw_len as usize
     }

@@ -21,7 +21,7 @@ pub struct Snapshot {
     id: SnapshotId,
     manifest: Arc<Manifest>,
     pin: Option<Arc<dyn Pin>>,
-    /// Segment and offset its manifest was written to: what was written later lies behind.
+    /// Segment and offset of the manifest's block: later blocks lie behind it.
     pub(crate) written_at: (u32, u32),
 }
 
@@ -45,25 +45,25 @@ impl Snapshot {
         Ok(Self { store, id: info.id, manifest: Arc::new(manifest), pin, written_at })
     }
 
-    /// Its id.
+    /// The snapshot's id.
     #[must_use]
     pub fn id(&self) -> SnapshotId {
         self.id
     }
 
-    /// The store it is in.
+    /// The store that holds the snapshot.
     #[must_use]
     pub fn store(&self) -> &Arc<Store> {
-        &self.store
+    &self.store
     }
 
-    /// What it holds.
+    /// The manifest: what the snapshot holds.
     #[must_use]
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
     }
 
-    /// What keeps it from being pruned away, if it was opened by [`Store::pin`].
+    /// The pin that keeps the snapshot from being pruned, if it was opened by [`Store::pin`].
     #[must_use]
     pub fn pin(&self) -> Option<Arc<dyn Pin>> {
         self.pin.clone()
@@ -95,7 +95,7 @@ impl Snapshot {
     /// Reads the state chunk that `chunk` refers to.
     ///
     /// # Errors
-    /// [`StoreError::Corrupt`] if it is damaged.
+    /// [`StoreError::Corrupt`] if the chunk is damaged.
     pub fn state(&self, chunk: &StateRef) -> Result<StateChunk> {
         let body = self.store.reading(|| {
             self.store.segments.read(&chunk.body, RecordKind::Blob, |record| {
@@ -150,28 +150,29 @@ impl RegionReader {
         &self.name
     }
 
-    /// The snapshot whose region it is.
+    /// The id of the snapshot the region belongs to.
     #[must_use]
     pub fn snapshot(&self) -> SnapshotId {
         self.snapshot
     }
 
-    /// The store it is in.
+    /// The store that holds the snapshot.
     #[must_use]
     pub fn store(&self) -> &Arc<Store> {
-        &self.store
+    &self.store
     }
 
-    /// Number of pages the region ranges over.
+    /// The region's size in pages.
     #[must_use]
     pub fn pages(&self) -> u64 {
         self.tree.pages
     }
 
-    /// Where `page` is; pages the tree does not name are zero.
+    /// Where `page` is stored; pages the tree does not name are zero.
     ///
     /// # Errors
-    /// [`StoreError::Corrupt`] if a node on the way is damaged.
+    /// [`StoreError::Corrupt`] if a node on the way is damaged; [`StoreError::Invalid`] if `page`
+    /// is beyond the region.
     pub fn locate(&self, page: u64) -> Result<Location> {
         self.check_page(page)?;
         self.tree.page(self.store.as_ref(), page)
@@ -181,7 +182,7 @@ impl RegionReader {
     /// page there is zero.
     ///
     /// # Errors
-    /// As [`Self::locate`].
+    /// [`StoreError::Corrupt`] if a node on the way is damaged.
     pub fn runs(&self, first: u64, count: u64) -> Result<Vec<Run>> {
         self.tree.runs(self.store.as_ref(), first, first.saturating_add(count))
     }
@@ -189,16 +190,17 @@ impl RegionReader {
     /// Copies `page` into `buf`, verified.
     ///
     /// # Errors
-    /// [`StoreError::Corrupt`] if it, or a node on the way to it, is damaged.
+    /// [`StoreError::Corrupt`] if its frame, or a node on the way to it, is damaged;
+    /// [`StoreError::Invalid`] if `page` is beyond the region.
     pub fn read_page(&self, page: u64, buf: &mut Page) -> Result<()> {
         self.store.read_location(&self.locate(page)?, buf)
     }
 
-    /// Copies the pages from `first` on into `out`, as many as fit: whole pages, verified.
+    /// Fills `out` with the pages from `first` on, verified.
     ///
     /// # Errors
-    /// As [`Self::read_page`]; [`StoreError::Invalid`] if `out` is no number of pages or reaches
-    /// beyond the region.
+    /// As [`Self::read_page`]; [`StoreError::Invalid`] if `out` is not a whole number of pages or
+    /// reaches beyond the region.
     pub fn read_pages(&self, first: u64, out: &mut [u8]) -> Result<()> {
         let count = (out.len() / PAGE_SIZE) as u64;
         let fits = first.checked_add(count).is_some_and(|end| end <= self.tree.pages);

@@ -1,4 +1,4 @@
-//! A store: opening it, its catalog of snapshots, and finding one by what a person types.
+//! [`Store`]: opening a store, listing its snapshots, and opening, pinning or resolving one.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -33,31 +33,32 @@ use crate::tree::{FlushPolicy, NodeSource};
 pub struct StoreOptions {
     /// zstd level for frames; negative levels are the fast ones.
     pub compression_level: i32,
-    /// Pages compressed together: small frames make faults quick, large ones compress better.
+    /// Pages compressed together in one frame, 1 to [`MAX_FRAME_PAGES`]: small frames make faults
+    /// quick, large ones compress better.
     pub frame_pages: usize,
-    /// A segment is closed when it would grow beyond this many bytes.
+    /// The length in bytes beyond which a segment is closed and a new one started.
     pub segment_max_bytes: u64,
-    /// Threads that compress; 0 means one a core.
+    /// Number of compressing threads; 0 means one per core.
     pub workers: usize,
-    /// Memory for decoded tree nodes in bytes.
+    /// Memory for decoded tree nodes, in bytes.
     pub node_cache_bytes: u64,
-    /// Memory for decoded frames in bytes.
+    /// Memory for decoded frames, in bytes.
     pub frame_cache_bytes: u64,
-    /// Memory for single pages that deltas are made against, in bytes.
+    /// Memory for single base pages that deltas are computed against, in bytes.
     pub base_cache_bytes: u64,
-    /// Memory for the fingerprints of pages in the store, in bytes.
+    /// Memory for the index of fingerprints of stored pages, in bytes.
     pub dedup_index_bytes: u64,
-    /// About how many scattered changes a tree node right above the leaves keeps before they move
-    /// down; at most 16,384, so that nodes stay small enough to be read.
+    /// About how many scattered changes an inner tree node holds before they move down; at most
+    /// 16,384, to keep nodes small enough to read quickly.
     pub pending_runs: usize,
-    /// What need not be written.
+    /// Which pages need not be written.
     pub elide: Elide,
 }
 
-/// The most of [`StoreOptions::pending_runs`].
+/// The largest effective [`StoreOptions::pending_runs`].
 const PENDING_RUNS_MAX: usize = 1 << 14;
 
-/// What is left out of what is written. Reading needs none of these.
+/// Which pages are not written in full. Reading does not depend on these switches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(clippy::struct_excessive_bools)] // four independent switches
 pub struct Elide {
@@ -65,9 +66,9 @@ pub struct Elide {
     pub zero: bool,
     /// Pages equal to the parent's are not written again.
     pub equal: bool,
-    /// Pages equal to any in the store that is still known refer to that one.
+    /// Pages equal to a stored page found in the fingerprint index refer to that page.
     pub dedup: bool,
-    /// Pages that differ little from the parent's are stored as the difference.
+    /// Pages that differ little from the parent's are stored as a delta.
     pub delta: bool,
 }
 
@@ -78,7 +79,7 @@ impl Default for Elide {
 }
 
 impl Elide {
-    /// Every page is written as it is.
+    /// Every page is written in full.
     pub const NONE: Self = Self { zero: false, equal: false, dedup: false, delta: false };
 }
 
@@ -127,7 +128,7 @@ impl fmt::Debug for Store {
 pub(crate) struct WriterState {
     /// Why no more transactions may start, after an I/O error.
     pub latched: Option<String>,
-    /// Leave the newest segment alone and start another.
+    /// True if the newest segment must not be appended to: the next transaction starts another.
     pub abandon_tail: bool,
 }
 
@@ -163,7 +164,8 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError::NotAStore`] if there is none; [`StoreError::Corrupt`] if its journal is
-    /// damaged before the newest record.
+    /// damaged before the newest record; [`StoreError::Invalid`] if `options` ask for frames of
+    /// an impossible size.
     pub fn open(path: &Path, options: StoreOptions) -> Result<Arc<Self>> {
         Self::open_storage(Arc::new(DirStorage::new(path)), options)
     }
@@ -171,7 +173,7 @@ impl Store {
     /// Opens the store in directory `path`, creating it if the directory is missing or empty.
     ///
     /// # Errors
-    /// [`StoreError::NotAStore`] if the directory holds anything else.
+    /// [`StoreError::NotAStore`] if the directory holds anything else; else as [`Self::open`].
     pub fn open_or_create(path: &Path, options: StoreOptions) -> Result<Arc<Self>> {
         let storage = DirStorage::new(path);
         if path.exists() && !path.is_dir() {
@@ -243,13 +245,13 @@ impl Store {
         Ok(Arc::new(store))
     }
 
-    /// The store's place, for messages.
+    /// Where the store is, for messages.
     #[must_use]
     pub fn describe(&self) -> String {
         self.storage.describe()
     }
 
-    /// The folder it is in, if it is in one of a local file system.
+    /// The local folder that holds the store, if there is one.
     #[must_use]
     pub fn folder(&self) -> Option<std::path::PathBuf> {
         self.storage.folder()
@@ -267,8 +269,8 @@ impl Store {
             catalog.advance(file.as_ref())?;
             self.follow(&catalog);
         } else {
-            // Written anew by `prune`, or a record that was seen was taken back, since its sync
-            // failed. From this file: its name may change hands again.
+            // `prune` rewrote the journal, or a writer took back a record we had read because its
+            // sync failed. Read the file already open: the name may be given to another one.
             *catalog = Catalog::read(file.as_ref(), self.uuid)?;
             self.follow(&catalog);
             self.segments.close();
@@ -277,25 +279,25 @@ impl Store {
         Ok(())
     }
 
-    /// The journal as it is now: its name may have changed hands.
+    /// Opens the journal by name, every time anew: `prune` may have replaced the file.
     pub(crate) fn open_journal(&self, writable: bool) -> Result<Arc<dyn StoreFile>> {
         self.storage
             .open(JOURNAL_FILE, writable)
             .map_err(|error| StoreError::io("open", JOURNAL_FILE, error))
     }
 
-    /// Lets a handle that was latched by an I/O error write again, as a new process would: what
-    /// is published is read anew, and nothing is appended to the segment in doubt.
+    /// Lets a handle latched by an I/O error write again, as a new process would: rereads what is
+    /// published, and never appends to the segment in doubt.
     ///
     /// # Errors
     /// As [`Self::open`].
     pub fn reopen(&self) -> Result<()> {
         let mut writer = self.writer_state();
         let file = self.open_journal(false)?;
-        // Replaced as a whole: readers never see an empty store.
+        // Read in full before the old one is replaced: readers never see an empty store.
         let catalog = Catalog::read(file.as_ref(), self.uuid)?;
         self.follow(&catalog);
-        // Whatever the handle wrote and was not published is no more.
+        // Nothing this handle wrote without publishing it may be read any more.
         self.segments.close();
         self.forget_contents();
         *self.catalog.write().unwrap_or_else(PoisonError::into_inner) = catalog;
@@ -309,7 +311,8 @@ impl Store {
         self.catalog().snapshots().to_vec()
     }
 
-    /// A hash of all of the journal that was read: as long as it stays the same, so do snapshots and tags.
+    /// A hash over the journal as far as it was read: while it is unchanged, so are the snapshots
+    /// and tags.
     #[must_use]
     pub fn journal_hash(&self) -> Hash {
         self.catalog().cursor.chain()
@@ -334,8 +337,8 @@ impl Store {
         self.catalog().cursor.torn_bytes
     }
 
-    /// Finds the snapshot that `reference` names: an id or a unique prefix of at least four
-    /// digits, a tag, `latest`, each with an optional `~N` for the N-th ancestor.
+    /// Finds the snapshot that `reference` names: an id, a unique prefix of at least four hex
+    /// digits, a tag, or `latest`, each optionally followed by `~N` for the N-th ancestor.
     ///
     /// # Errors
     /// [`StoreError::UnknownRef`] or [`StoreError::AmbiguousRef`].
@@ -344,8 +347,8 @@ impl Store {
         crate::reference::resolve(catalog.snapshots(), catalog.tags(), reference, &self.describe())
     }
 
-    /// Opens snapshot `id` for reading. If it is forgotten and pruned meanwhile, reading fails:
-    /// see [`Self::pin`].
+    /// Opens snapshot `id` for reading. Reads fail once the snapshot is forgotten and pruned;
+    /// [`Self::pin`] prevents that.
     ///
     /// # Errors
     /// [`StoreError::UnknownRef`] if it is not published; [`StoreError::Corrupt`] if its manifest
@@ -354,22 +357,22 @@ impl Store {
         Snapshot::load(Arc::clone(self), &self.published(id)?, None)
     }
 
-    /// Opens snapshot `id` for as long as the returned one, and what is made of it, lives: nobody
-    /// prunes it away meanwhile, though it may be forgotten. On a medium that cannot be written
-    /// to, as [`Self::snapshot`].
+    /// Opens snapshot `id` and keeps it from being pruned, even if it is forgotten, as long as the
+    /// returned snapshot or any of its region readers lives. On a medium that cannot be written
+    /// to, the same as [`Self::snapshot`].
     ///
     /// # Errors
     /// As [`Self::snapshot`].
     pub fn pin(self: &Arc<Self>, id: SnapshotId) -> Result<Snapshot> {
         let pin = self.pin_name(id);
-        // Behind the pin: whoever prunes from here on sees it, and what was forgotten before is
-        // not published any more.
+        // After pinning: a prune that starts from here on sees the pin, and a snapshot that was
+        // forgotten earlier is no longer published.
         self.refresh()?;
         Snapshot::load(Arc::clone(self), &self.published(id)?, pin)
     }
 
-    /// As [`Self::pin`]; or a snapshot that was forgotten while somebody, such as the running
-    /// machine that goes on from it, holds a pin on it, and does until this returns.
+    /// As [`Self::pin`], but also opens a forgotten snapshot if somebody else (such as a running
+    /// machine that continues from it) holds a pin on it until this returns.
     ///
     /// # Errors
     /// As [`Self::snapshot`].
@@ -378,12 +381,12 @@ impl Store {
         if self.find(id).is_some() {
             return self.pin(id);
         }
-        // Before there is a pin of our own, which would be no sign that the data is still there.
+        // Looked up before pinning: our own pin would prove nothing about the data still existing.
         let info = self.published_or_held(id)?;
         Snapshot::load(Arc::clone(self), &info, self.pin_name(id))
     }
 
-    /// A snapshot that is published, or was forgotten while somebody holds a pin on it.
+    /// Finds snapshot `id` if it is published, or forgotten but still pinned by somebody.
     pub(crate) fn published_or_held(&self, id: SnapshotId) -> Result<SnapshotInfo> {
         let forgotten = self.catalog().find_forgotten(id);
         match forgotten {
@@ -410,7 +413,7 @@ impl Store {
         })
     }
 
-    /// The published snapshot `id`, if there is one, as far as the store was read.
+    /// The published snapshot `id`, if there was one when the journal was last read.
     #[must_use]
     pub fn find(&self, id: SnapshotId) -> Option<SnapshotInfo> {
         self.catalog().find(id)
@@ -424,7 +427,7 @@ impl Store {
         self.catalog.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes note of an entry this handle has just made durable.
+    /// Adds an entry to the catalog that this handle has just made durable.
     pub(crate) fn appended(&self, entry: Entry, cursor: Cursor) {
         let mut catalog = self.catalog.write().unwrap_or_else(PoisonError::into_inner);
         // A `refresh` in another thread may have read it from the file already.
@@ -435,32 +438,32 @@ impl Store {
         self.follow(&catalog);
     }
 
-    /// Takes note of a journal this handle has just written anew.
+    /// Replaces the catalog after this handle has rewritten the journal.
     pub(crate) fn replaced(&self, catalog: Catalog) {
         self.follow(&catalog);
         *self.catalog.write().unwrap_or_else(PoisonError::into_inner) = catalog;
     }
 
-    /// Goes by the layout of `catalog` from here on.
+    /// Resolves blocks by the layout of `catalog` from here on.
     fn follow(&self, catalog: &Catalog) {
         if self.segments.set_layout(&catalog.layout) {
             self.forget_contents();
         }
     }
 
-    /// Forgets which contents are where: a page found by what the store no longer has would be
-    /// referred to, and lost.
+    /// Empties fingerprint index and caches: an entry for a block that the store no longer has
+    /// could make a new snapshot refer to it, and lose that page.
     pub(crate) fn forget_contents(&self) {
         self.fingerprints.clear();
         self.frames.clear();
         self.bases.clear();
     }
 
-    /// Does `read`; if something is missing, once more after looking at what others pruned: it
-    /// may have been moved.
+    /// Calls `read`; if a block is missing, refreshes and calls it again, as long as the layout
+    /// has changed: a prune may have moved the block.
     pub(crate) fn reading<T>(&self, mut read: impl FnMut() -> Result<T>) -> Result<T> {
-        // As of before the read: whoever looks at the journal at the same time must not make it
-        // seem that nothing happened.
+        // Taken before the read: if another thread refreshes meanwhile, the layouts must still be
+        // seen to differ.
         let mut before = self.segments.layout();
         for _ in 0..MOVED_MAX {
             match read() {
@@ -480,8 +483,8 @@ impl Store {
 }
 
 impl Store {
-    /// A node as it stands where `block` says, whatever is cached. Nodes are cached by their hash, and
-    /// the same node may stand in several places: where a line has the pages of another.
+    /// Reads the node at `block` from its segment, bypassing the cache. The cache is keyed by hash,
+    /// and equal nodes may be stored in several places: two lines can hold the same pages.
     pub(crate) fn node_as_stored(
         &self,
         block: &BlockRef,
@@ -499,7 +502,7 @@ impl Store {
     }
 }
 
-/// How often in a row a block may be moved while it is being read.
+/// The most times that a read is repeated because its block was moved.
 const MOVED_MAX: usize = 8;
 
 impl NodeSource for Store {
@@ -513,7 +516,7 @@ impl NodeSource for Store {
     }
 }
 
-/// Now, in Unix milliseconds.
+/// The current time in Unix milliseconds.
 #[must_use]
 pub fn unix_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();

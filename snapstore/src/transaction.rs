@@ -1,4 +1,5 @@
-//! Writing a snapshot: pages in rounds, then one commit that publishes all or nothing.
+//! Writing a snapshot: pages in any number of rounds, then one commit that publishes all or
+//! nothing.
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -32,49 +33,51 @@ use crate::tree::{NodeSink, Tree};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RegionHandle(usize);
 
-/// What a snapshot is besides its pages.
+/// Everything that goes into a snapshot besides its pages.
 #[derive(Clone, Debug, Default)]
 pub struct Description {
-    /// Whose state it is: the VM's name.
+    /// The name of the VM whose state it is.
     pub name: String,
-    /// What the user says about it.
+    /// The user's message.
     pub message: String,
-    /// A tag to point to it.
+    /// A tag to point to the snapshot.
     pub tag: Option<String>,
-    /// When it was cut, Unix milliseconds.
+    /// When the snapshot was cut, in Unix milliseconds; 0 stands for the time of the commit.
     pub time_unix_ms: u64,
-    /// The machine, vCPUs, devices.
+    /// State chunks: the machine, vCPUs, devices.
     pub state: Vec<StateChunk>,
-    /// Figures to keep with it. If they are an object, it also gets what only the transaction knows:
-    /// `meta_bytes`, all it wrote but frames and the manifest, and `write_us`, how long it took so
-    /// far, in microseconds.
+    /// Figures to keep with the snapshot. To an object, the transaction adds what only it knows:
+    /// `meta_bytes`, the bytes it appended besides frames and the manifest, and `write_us`, the
+    /// time since it began, in microseconds.
     pub stats: Value,
-    /// Keep it from being pruned as long as [`Committed::pin`] lives: for who goes on from it.
+    /// True to keep the snapshot from being pruned as long as [`Committed::pin`] lives, for a
+    /// caller that continues from it.
     pub pin: bool,
 }
 
-/// A published snapshot and what publishing it came to.
+/// A published snapshot and what it cost.
 #[derive(Clone, Debug)]
 pub struct Committed {
-    /// The snapshot.
+    /// The snapshot's id.
     pub id: SnapshotId,
     /// Bytes of frames, including those of pages written again in a later round.
     pub frame_bytes: u64,
-    /// Bytes of tree nodes, state chunks and the manifest.
+    /// Bytes appended besides frames: tree nodes, state chunks, fingerprints, the manifest and
+    /// headers of new segments.
     pub meta_bytes: u64,
     /// Tree nodes written.
     pub nodes: u64,
-    /// Time to make it durable and publish it, in microseconds.
+    /// Time to make the snapshot durable and publish it, in microseconds.
     pub sync_us: u64,
-    /// Why the tag could not be set, if it could not: the snapshot is published all the same.
+    /// Why the tag could not be set, if that failed: the snapshot is published all the same.
     pub tag_failure: Option<String>,
-    /// The pin, if one was asked for and can be had.
+    /// The pin, if one was asked for and the medium allows it.
     pub pin: Option<Arc<dyn Pin>>,
 }
 
 /// A snapshot being written. Dropping it without [`Self::commit`] takes back all it wrote.
 ///
-/// One at a time per store, over all processes.
+/// Only one at a time can be open per store, across all processes.
 #[derive(Debug)]
 pub struct Transaction {
     store: Arc<Store>,
@@ -85,12 +88,12 @@ pub struct Transaction {
     segments: Option<SegmentWriter>,
     frame_bytes: u64,
     nodes: u64,
-    /// Of the pages written.
+    /// Fingerprints of the pages written.
     fingerprints: Vec<FrameFingerprints>,
     started: Instant,
-    /// True once a write failed: some pages of it are missing.
+    /// True once a write failed: some of its pages are missing.
     failed: bool,
-    // Last, so that it is given up last.
+    // The last field, so that it is dropped last.
     _lock: Box<dyn WriterLock>,
 }
 
@@ -102,19 +105,19 @@ struct RegionDraft {
 }
 
 impl Store {
-    /// Starts a snapshot that changes `parent`, or the first of a new line.
+    /// Begins a snapshot that changes `parent`, or without one, the first of a new line.
     ///
     /// # Errors
     /// [`StoreError::Busy`] if another transaction is open, here or in another process;
-    /// [`StoreError::Latched`] after an I/O error; [`StoreError::UnknownRef`] if there is no such
-    /// parent.
+    /// [`StoreError::Latched`] after an I/O error; [`StoreError::UnknownRef`] if `parent` is
+    /// neither published nor pinned.
     pub fn begin(self: &Arc<Self>, parent: Option<SnapshotId>) -> Result<Transaction> {
         let lock = self.start_writing()?;
         let open = |id| Snapshot::load(Arc::clone(self), &self.published_or_held(id)?, None);
         let parent = parent.map(open).transpose()?;
         if self.options.elide.dedup && parent.is_none() {
-            // A new line may have much in common with the others; one that goes on is best known
-            // by what this handle writes.
+            // A new line may have much in common with other lines. In a line that continues, the
+            // pages this handle wrote itself are the best candidates.
             self.load_fingerprints();
         }
         let segments = self.continue_segments()?;
@@ -135,12 +138,13 @@ impl Store {
 }
 
 impl Transaction {
-    /// Names a region of the new snapshot. Its pages are the parent's region of that name until
-    /// written, or zero if the parent has none. Regions of the parent that are not named here are
-    /// not part of the new snapshot.
+    /// Adds region `name` to the new snapshot. Until written, its pages are those of the parent's
+    /// region of that name, or zero if the parent has none. The parent's regions that are not added
+    /// are not part of the new snapshot.
     ///
     /// # Errors
-    /// [`StoreError::Invalid`] if the parent's region has another size, or the name was used.
+    /// [`StoreError::Invalid`] if the parent's region has another size, the name was used before,
+    /// or `pages` is 0 or above [`MAX_REGION_PAGES`].
     pub fn region(&mut self, name: &str, pages: u64) -> Result<RegionHandle> {
         let inherited = self.parent.as_ref().and_then(|parent| parent.manifest().region(name));
         if let Some(region) = inherited
@@ -164,14 +168,14 @@ impl Transaction {
         Ok(RegionHandle(self.regions.len() - 1))
     }
 
-    /// Where others can watch, or cancel.
+    /// The progress, through which other threads can watch or cancel.
     #[must_use]
     pub fn progress(&self) -> Arc<Progress> {
         Arc::clone(&self.progress)
     }
 
-    /// Reads `pages` from `source`, and appends them compressed. May be called many times: what
-    /// is written later counts.
+    /// Reads `pages` from `source` and appends them compressed. May be called many times: later
+    /// contents of a page replace earlier ones.
     ///
     /// # Errors
     /// After any error the transaction can only be dropped.
@@ -208,7 +212,7 @@ impl Transaction {
         Ok(stats)
     }
 
-    /// Remembers fingerprints to be stored, as many as a block of them may hold.
+    /// Keeps `fingerprints` to be stored at commit, as many as [`FINGERPRINTS_LEN_MAX`] allows.
     fn keep_fingerprints(&mut self, fingerprints: Vec<FrameFingerprints>) {
         let len = |(_, list): &FrameFingerprints| BlockRef::ENCODED_LEN + 1 + list.len() * 4;
         let mut room = FINGERPRINTS_LEN_MAX - self.fingerprints.iter().map(len).sum::<usize>();
@@ -222,9 +226,9 @@ impl Transaction {
     /// Writes trees, state and manifest, makes everything durable, and publishes the snapshot.
     ///
     /// # Errors
-    /// Nothing is published then, and what was written is taken back. After an I/O error (not a
-    /// full disk) the store is latched. [`StoreError::Invalid`] if writing pages failed before:
-    /// the snapshot would lack them.
+    /// After any error, nothing is published and what was written is taken back, as far as the
+    /// medium allows. An I/O error (other than a full disk) latches the store.
+    /// [`StoreError::Invalid`] if an earlier write of pages failed: the snapshot would lack them.
     pub fn commit(mut self, description: Description) -> Result<Committed> {
         let committed = self.try_commit(description);
         match &committed {
@@ -261,7 +265,7 @@ impl Transaction {
         let json = encode_json(&manifest, "the manifest")?;
         let block = self.put_blob(RecordKind::Manifest, &json, "manifest")?;
         let id = Hash::of(&json);
-        // Two snapshots with equal manifests would share an id; their time or stats differ in practice.
+        // Snapshots with equal manifests would share an id; in practice, time or stats differ.
         if self.store.find(id).is_some() {
             return Err(StoreError::Invalid(format!(
                 "snapshot {} was published already",
@@ -272,15 +276,15 @@ impl Transaction {
         let syncing = Instant::now();
         let segments = self.segments.as_mut().expect("held until commit");
         let tail = segments.sync().inspect_err(|_| {
-            // Full media latch nothing, but what a failed sync left of that segment is in doubt.
+            // A full disk latches nothing, but what a failed sync left of this segment is in doubt.
             self.store.writer_state().abandon_tail = true;
         })?;
         let meta_bytes = segments.appended_bytes() - self.frame_bytes;
-        // Somebody may have thought better of it while the medium was slow.
+        // Checked again: the caller may have cancelled during a slow sync.
         self.progress.check()?;
-        // Before it is published: there is no moment in which it could be pruned.
+        // Pinned before it is published, so that it can at no time be pruned.
         let pin = description.pin.then(|| self.store.pin_name(id)).flatten();
-        // As the catalog has it for snapshots whose parent is forgotten later.
+        // The same parent that the catalog shows for a snapshot whose parent is forgotten later.
         let parent = self.store.catalog().nearest_kept(manifest.parent);
         self.publish(Publication {
             id,
@@ -291,7 +295,7 @@ impl Transaction {
             fingerprints,
         })?;
         let sync_us = micros(syncing.elapsed());
-        // Still under the writer lock, so that nobody comes between.
+        // Still under the writer lock, so that no other writer comes in between.
         let tag_failure = description.tag.and_then(|name| {
             let entry = Entry::Tag { name, target: Some(id) };
             self.store.record(entry).err().map(|error| error.to_string())
@@ -307,7 +311,8 @@ impl Transaction {
         })
     }
 
-    /// `stats` with the transaction's own figures, as far as they can be known in a manifest.
+    /// Adds the transaction's own figures to `stats`, as far as they are known before the manifest
+    /// is written.
     fn with_figures(&self, mut stats: Value) -> Value {
         if let Some(stats) = stats.as_object_mut() {
             let appended = self.segments.as_ref().map_or(0, SegmentWriter::appended_bytes);
@@ -342,7 +347,7 @@ impl Transaction {
             return Ok(None);
         }
         let payload = encode_fingerprints(&fingerprints);
-        // They are noise: not worth a compressor's time.
+        // Fingerprints do not compress.
         let record = RecordEncoder::encode_plain(RecordKind::Fingerprints, &payload);
         self.segments.as_mut().expect("held until commit").append(record.view()).map(Some)
     }
@@ -369,7 +374,7 @@ impl Transaction {
         Ok(refs)
     }
 
-    /// Appends a blob, unless the parent has the same one.
+    /// Appends a blob, or returns the reference to the parent's state chunk if it has the same one.
     fn put_blob(&mut self, kind: RecordKind, json: &[u8], what: &str) -> Result<BlockRef> {
         if json.len() > MAX_BLOB_LEN {
             return Err(StoreError::Invalid(format!(
@@ -393,8 +398,8 @@ impl Transaction {
     fn publish(&mut self, publication: Publication) -> Result<()> {
         self.store.append_to_journal(Entry::Publish(publication)).map_err(|failure| {
             if !failure.undone {
-                // Somebody may see it as published: its data must stay. Or nobody does, and the next
-                // writer removes it.
+                // The record may have been read, so the snapshot's data must stay. If the record is
+                // not there, the next writer removes the data.
                 self.segments = None;
                 self.store.forget_contents();
                 self.store.writer_state().latched = Some(failure.error.to_string());
@@ -410,10 +415,10 @@ impl Transaction {
         let Some(segments) = self.segments.take() else { return };
         self.store.forget_contents();
         if let Err(error) = segments.roll_back(&self.store.segments) {
-            // What could not be taken back is cleared away by the next writer, who leaves a segment
-            // in doubt alone.
+            // The next writer clears away what could not be taken back; it does not append to a
+            // segment in doubt.
             tracing::warn!(%error, "could not take back an unfinished transaction");
-            // Nor keep what it has open of them: their numbers will be those of others.
+            // Close the new segments: their numbers will be given to other files.
             self.store.segments.close();
             self.store.writer_state().abandon_tail = true;
         }
@@ -427,11 +432,11 @@ fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
-/// The most bytes of fingerprints that one snapshot keeps: of 18 GiB of pages.
+/// The most bytes of fingerprints that one snapshot stores: enough for 18 GiB of pages.
 const FINGERPRINTS_LEN_MAX: usize = 32 << 20;
 
-/// JSON that is certain to be readable: the parser has limits, such as the depth of nesting, that
-/// the printer does not have.
+/// Encodes `value` as JSON and checks that it can be read back: the parser has limits, such as
+/// the depth of nesting, that the serializer does not have.
 fn encode_json<T: Serialize + DeserializeOwned>(value: &T, what: &str) -> Result<Vec<u8>> {
     serde_json::to_vec(value)
         .and_then(|json| serde_json::from_slice::<T>(&json).map(|_readable| json))
@@ -444,11 +449,11 @@ impl Drop for Transaction {
     }
 }
 
-/// Encodes nodes on any thread, and appends them.
+/// Encodes nodes on any thread and appends them.
 struct NodeAppender<'a> {
     store: &'a Store,
     segments: Mutex<&'a mut SegmentWriter>,
-    /// Those not in use.
+    /// Encoders not in use.
     encoders: Mutex<Vec<RecordEncoder>>,
     nodes: AtomicU64,
 }
@@ -458,7 +463,7 @@ impl NodeSink for NodeAppender<'_> {
         let spare = lock(&self.encoders).pop();
         let mut encoder = match spare {
             Some(encoder) => encoder,
-            // Nodes are mostly hashes and small numbers: the fastest level does as well as any.
+            // Nodes are mostly hashes and small numbers: a low level does as well as any.
             None => RecordEncoder::new(1)?,
         };
         let record = encoder.encode_node(&node.encode());

@@ -1,4 +1,4 @@
-//! Page trees: looking pages up, and writing a changed tree beside the old one.
+//! Page trees: looking up pages, and writing a changed tree beside the old one.
 
 use std::sync::Arc;
 
@@ -12,31 +12,31 @@ use crate::node::{
 };
 use crate::numbered::Numbered;
 
-/// Reads nodes, verified.
+/// Reads and verifies nodes.
 pub(crate) trait NodeSource {
     fn node(&self, block: &BlockRef, level: u8, first: u64) -> Result<Arc<Node>>;
 }
 
-/// Appends nodes, from any thread and in any order: those below a node are there before it.
+/// Appends nodes, from any thread; children are appended before their parent.
 pub(crate) trait NodeSink: Sync {
     fn put(&self, node: Node) -> Result<BlockRef>;
 }
 
-/// When pending runs move down. Chosen so that a child is rewritten for a batch that is worth it;
-/// the figures stand in `DESIGN.md`.
+/// When pending runs move down: in batches large enough to be worth rewriting a child for.
+/// `DESIGN.md` has the figures.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct FlushPolicy {
-    /// What the pending runs of a node right above the leaves may weigh; see [`weight`].
+    /// The most that the pending runs of a node right above the leaves may weigh; see [`weight`].
     pub above_leaves: usize,
-    /// The same of a node further up.
+    /// The same for nodes further up.
     pub further_up: usize,
-    /// Groups smaller than this stay while the rest moves down.
+    /// Groups of fewer runs than this stay while the rest moves down.
     pub least_group: usize,
 }
 
 impl FlushPolicy {
-    /// For nodes that keep about `pending_runs` scattered runs: the rest of their weight is for the
-    /// frames they are in.
+    /// The policy under which nodes keep about `pending_runs` scattered runs: three quarters of the
+    /// weight allowed are for the frames these are in.
     pub fn of(pending_runs: usize) -> Self {
         let pending_runs = pending_runs.max(2);
         let (above_leaves, further_up) = (pending_runs * 4, pending_runs * 4);
@@ -56,12 +56,12 @@ pub(crate) struct Tree {
 }
 
 impl Tree {
-    /// Where `page` is. Costs one node a level, whatever the history.
+    /// Where `page` is stored. Reads one node per level, whatever the history.
     pub fn page(&self, nodes: &impl NodeSource, page: u64) -> Result<Location> {
         Self::page_below(nodes, self.root, root_level(self.pages), 0, page)
     }
 
-    /// Where `page` is below the node `next`, which stands at `(level, first)`.
+    /// Where `page` is stored, looking from the node `next` at `(level, first)` down.
     pub fn page_below(
         nodes: &impl NodeSource,
         mut next: Option<BlockRef>,
@@ -96,8 +96,8 @@ impl Tree {
         Ok(runs)
     }
 
-    /// A tree with `changes` laid over this one. Only the nodes on the way to what moved are
-    /// written, on all threads of the pool this is called in.
+    /// Writes a tree with `changes` laid over this one. Only nodes from the root down to where
+    /// changes move are written, on all threads of the current pool.
     pub fn apply(
         &self,
         nodes: &(impl NodeSource + Sync),
@@ -139,7 +139,8 @@ fn collect(
     Ok(overlay(&below, &own))
 }
 
-/// Up to so many times the most runs of a node are merged before it is decided what moves down.
+/// Changes are merged into a node before deciding what moves down, as long as its runs stay within
+/// this many times the weight allowed.
 const MUCH: usize = 4;
 
 /// Writes a changed tree.
@@ -151,8 +152,8 @@ struct Writer<'a, N, S> {
 }
 
 impl<N: NodeSource + Sync, S: NodeSink> Writer<'_, N, S> {
-    /// Writes the node at `(level, first)` with `inherited`, what comes down from its parent, and
-    /// then the changes laid over it; both may reach beyond the node.
+    /// Writes the node at `(level, first)` with `inherited` (the runs pushed down from its parent)
+    /// and then the changes laid over it. Both may reach beyond the node.
     fn write(
         &self,
         old: Option<BlockRef>,
@@ -166,7 +167,7 @@ impl<N: NodeSource + Sync, S: NodeSink> Writer<'_, N, S> {
         }
         let mut node = open(self.nodes, old, level, first, inherited)?;
         let most = self.policy.most(level);
-        // Many changes are handed down as they are: unpacked at once, they would take much memory.
+        // Many changes are handed down packed: unpacking all at once would take much memory.
         if node.runs.len() + self.changes.count(first, node.end()) <= MUCH * most {
             node.runs = overlay(&node.runs, &self.changes.collect(first, node.end()));
             if weight(&node.runs) > most {
@@ -176,7 +177,7 @@ impl<N: NodeSource + Sync, S: NodeSink> Writer<'_, N, S> {
             self.push_down(&mut node, self.changes)?;
         }
         if node.children.is_empty() {
-            // Nothing lies below: what the node does not name is zero.
+            // Without children, pages that the node does not name are zero anyway.
             node.runs.retain(|run| run.location != Location::Zero);
         }
         if node.runs.is_empty() && node.children.is_empty() {
@@ -200,7 +201,7 @@ impl<N: NodeSource + Sync, S: NodeSink> Writer<'_, N, S> {
             if group < self.policy.least_group {
                 let group: Vec<Run> = clip_runs(&pending, first, end).collect();
                 let merged = overlay(&group, &changes.collect(first, end));
-                // Where there is no child, a page is zero without being named.
+                // Without a child, pages are zero without being named.
                 let there = node.child(index).is_some();
                 let needed =
                     merged.into_iter().filter(|run| there || run.location != Location::Zero);
@@ -216,16 +217,16 @@ impl<N: NodeSource + Sync, S: NodeSink> Writer<'_, N, S> {
             let (first, level) = node.child_place(*index);
             below.write(node.child(*index).copied(), level, first, &pending)
         };
-        // Scattered changes rewrite every leaf there is: all threads read, merge and compress.
+        // Scattered changes rewrite every leaf: let all threads read, merge and compress.
         let children = moving.par_iter().map(write).collect::<Result<Vec<_>>>()?;
         moving.iter().zip(children).for_each(|(index, child)| set_child(node, *index, child));
         Ok(())
     }
 }
 
-/// What runs cost when their node is written, in units of a run: a reference to a frame is much
-/// longer. Dense pages have a frame of their own every few, and belong in leaves; scattered ones
-/// share theirs.
+/// How much `runs` add to the encoded size of a node, in units of one run. References to frames are
+/// much longer than runs: dense pages, with a new frame every few pages, belong in leaves, while
+/// scattered pages share frames.
 fn weight(runs: &[Run]) -> usize {
     let mut frames = Numbered::default();
     for (frame, _) in runs.iter().filter_map(|run| run.location.block()) {
@@ -234,16 +235,17 @@ fn weight(runs: &[Run]) -> usize {
     runs.len() + FRAME_WEIGHT * frames.items().len()
 }
 
-/// 44 bytes of noise for a reference, about 3 for a run.
+/// The weight of a frame: its reference is 44 incompressible bytes, a run is about 3.
 const FRAME_WEIGHT: usize = 14;
 
-/// The first page from `from` on that a run names, or `end`.
+/// The first page in `from .. end` that a pending run or a change names, or `end`.
 fn next_page(pending: &[Run], changes: &Changes, from: u64, end: u64) -> u64 {
     let next = clip_runs(pending, from, end).next().into_iter();
     next.chain(changes.view(from, end).next()).map(|run| run.first).min().unwrap_or(end)
 }
 
-/// The node at `(level, first)`, new if there is none, with `inherited` laid over it.
+/// Reads the node at `(level, first)`, or makes an empty one if there is none, and lays `inherited`
+/// over it.
 fn open(
     nodes: &impl NodeSource,
     old: Option<BlockRef>,
@@ -260,7 +262,7 @@ fn open(
     Ok(node)
 }
 
-/// The leaf at `first` with `inherited` and then `changes` laid over it; none if it is all zero.
+/// The leaf at `first` with `inherited` and then `changes` laid over it, or none if it is all zero.
 fn leaf(
     nodes: &impl NodeSource,
     old: Option<BlockRef>,
