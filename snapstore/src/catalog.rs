@@ -1,4 +1,4 @@
-//! What the journal says: which snapshots there are, what is tagged, where everything is.
+//! What the journal amounts to: the snapshots, the tags, and which files hold what.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -13,37 +13,37 @@ use crate::storage::StoreFile;
 /// A published snapshot, as the catalog lists it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SnapshotInfo {
-    /// Its id.
+    /// The snapshot's id.
     pub id: SnapshotId,
-    /// The snapshot it changed; if that was forgotten, the nearest ancestor that was not.
+    /// The snapshot it was based on; if that was forgotten, the nearest ancestor that was not.
     pub parent: Option<SnapshotId>,
-    /// When it was cut, Unix milliseconds.
+    /// When the snapshot was cut, in Unix milliseconds.
     pub time_unix_ms: u64,
     pub(crate) manifest: BlockRef,
     pub(crate) fingerprints: Option<BlockRef>,
 }
 
 impl SnapshotInfo {
-    /// Bytes that its manifest takes in the store.
+    /// Bytes of the manifest as stored, with its record header.
     #[must_use]
     pub fn manifest_bytes(&self) -> u64 {
         u64::from(self.manifest.len)
     }
 }
 
-/// The journal as far as it was read.
+/// The state of the store as of where the journal was read to.
 #[derive(Debug)]
 pub(crate) struct Catalog {
     pub cursor: Cursor,
     snapshots: Vec<SnapshotInfo>,
     index: HashMap<SnapshotId, usize>,
     tags: BTreeMap<String, SnapshotId>,
-    /// Snapshots that were forgotten since the journal was last written anew: somebody may still
-    /// be reading them.
+    /// Snapshots forgotten since the journal was last rewritten, or listed there as forgotten:
+    /// somebody may still be reading them.
     forgotten: HashMap<SnapshotId, SnapshotInfo>,
     /// Where the newest transaction ended: segment and offset.
     pub tail: Option<(u32, u64)>,
-    /// Which files hold what.
+    /// Which files hold which blocks.
     pub layout: Arc<Layout>,
 }
 
@@ -80,12 +80,12 @@ impl Catalog {
         self.index.get(&id).map(|index| self.snapshots[*index])
     }
 
-    /// A snapshot that was forgotten and may be there still.
+    /// A forgotten snapshot, whose blocks may still exist.
     pub fn find_forgotten(&self, id: SnapshotId) -> Option<SnapshotInfo> {
         self.forgotten.get(&id).copied()
     }
 
-    /// `parent`, or, if it was forgotten, its nearest ancestor that was not.
+    /// `parent` or, if it was forgotten, its nearest ancestor that was not.
     pub fn nearest_kept(&self, mut parent: Option<SnapshotId>) -> Option<SnapshotId> {
         for _ in 0..=self.forgotten.len() {
             let Some(info) = parent.and_then(|id| self.forgotten.get(&id)) else { return parent };
@@ -94,7 +94,7 @@ impl Catalog {
         None
     }
 
-    /// Takes in what was appended to the journal, or nothing if it is damaged.
+    /// Applies what was appended to the journal, or nothing if it is damaged.
     pub fn advance(&mut self, journal: &dyn StoreFile) -> Result<()> {
         let mut cursor = self.cursor.clone();
         let entries = cursor.advance(journal)?;
@@ -128,7 +128,7 @@ impl Catalog {
         self.tail = Some(tail);
     }
 
-    /// Takes snapshots out; their children become those of the nearest ancestor that stays.
+    /// Removes snapshots; their children become children of the nearest ancestor that is kept.
     fn forget(&mut self, ids: &[SnapshotId]) {
         let gone: HashSet<SnapshotId> = ids.iter().copied().collect();
         let parent_of: HashMap<SnapshotId, Option<SnapshotId>> = self
@@ -140,7 +140,8 @@ impl Catalog {
         let (gone_infos, mut kept): (Vec<_>, Vec<_>) =
             self.snapshots.drain(..).partition(|info| gone.contains(&info.id));
         for info in &mut kept {
-            // Bounded, though a parent is older than its children: a journal can say anything.
+            // Parents are older than their children, but a crafted journal could have a cycle:
+            // bound the loop.
             for _ in 0..parent_of.len() {
                 let Some(ancestor) = info.parent.and_then(|parent| parent_of.get(&parent)) else {
                     break;
@@ -155,8 +156,8 @@ impl Catalog {
         self.tags.retain(|_, target| !gone.contains(target));
     }
 
-    /// The records of a journal that says the same and no more: the layout, the snapshots, those of
-    /// the `pinned` ones that were forgotten, and the tags.
+    /// The entries of a rewritten journal with the same meaning: the layout, the `pinned` snapshots
+    /// that were forgotten, the published snapshots, and the tags.
     pub fn records(&self, pinned: &[SnapshotId]) -> Vec<Entry> {
         let layout = self.layout.as_steps(self.tail).into_iter().map(Entry::Relayout);
         let tail = self.tail.unwrap_or_default();
@@ -165,7 +166,7 @@ impl Catalog {
             Entry::Publish(Publication { id, parent, manifest, time_unix_ms, tail, fingerprints })
         };
         let kept = self.snapshots.iter().map(publish);
-        // Of these nobody will know any more which ancestors were forgotten.
+        // The new journal no longer tells which ancestors of these were forgotten.
         let relinked =
             |info: &SnapshotInfo| SnapshotInfo { parent: self.nearest_kept(info.parent), ..*info };
         let forgotten: Vec<SnapshotInfo> =
@@ -173,7 +174,7 @@ impl Catalog {
         let ids: Vec<SnapshotId> = forgotten.iter().map(|info| info.id).collect();
         let tags =
             self.tags.iter().map(|(name, id)| Entry::Tag { name: name.clone(), target: Some(*id) });
-        // In front of the others, so that `latest` is what it was.
+        // Forgotten ones come before the others, so that `latest` stays the same.
         layout
             .chain(forgotten.iter().map(publish))
             .chain(ids.chunks(MAX_LISTED).map(|ids| Entry::Forget(ids.to_vec())))

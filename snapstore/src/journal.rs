@@ -1,7 +1,7 @@
-//! The journal: an append-only log that says which snapshots are published and what is tagged.
+//! The journal: an append-only log of published and forgotten snapshots, tags and relayouts.
 //!
-//! A record is one write and one sync. Its checksum covers the checksum before it, so a record
-//! cannot be lost, moved or changed without the next one showing it.
+//! A record is one write and one sync. Its checksum covers the previous record's, so a record
+//! cannot be lost, moved or changed without the next one failing its check.
 
 use std::io;
 
@@ -13,20 +13,20 @@ use crate::journal_entry::Entry;
 use crate::storage::StoreFile;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"FRJR");
-/// magic, kind, sequence number, body length, zero.
+/// Magic, kind, sequence number, body length, zero.
 const HEADER_LEN: usize = 4 + 4 + 8 + 4 + 4;
 const CHECK_LEN: usize = 32;
-/// Bounds what a damaged length can ask for; 32,000 forgotten snapshots fit one record.
+/// Bounds what a damaged length can ask for; 32,000 forgotten snapshots fit in one record.
 pub(crate) const MAX_BODY_LEN: usize = 1 << 20;
-/// Bytes of a journal that are read at a time: the longest record fits.
+/// Bytes of a journal read at a time; the longest record fits.
 const PART_LEN: u64 = 4 << 20;
 
 const _: () = assert!(HEADER_LEN + MAX_BODY_LEN + CHECK_LEN <= PART_LEN as usize);
 
-/// Where reading the journal stands: after the last good record.
+/// A position in the journal, after the last good record read.
 #[derive(Clone, Debug)]
 pub(crate) struct Cursor {
-    /// The header of the journal that was read: another one is another journal.
+    /// The header of the journal that was read; a different header means a different journal.
     header: [u8; FILE_HEADER_LEN],
     /// Offset after the last good record, in bytes.
     pub end: u64,
@@ -37,7 +37,7 @@ pub(crate) struct Cursor {
 }
 
 impl Cursor {
-    /// At the start of a journal with this header.
+    /// The start of a journal with this header.
     pub fn start(header: &[u8; FILE_HEADER_LEN]) -> Self {
         Self {
             header: *header,
@@ -48,13 +48,13 @@ impl Cursor {
         }
     }
 
-    /// A hash of all that was read.
+    /// A hash of everything read so far.
     pub fn chain(&self) -> Hash {
         self.chain
     }
 
-    /// True if `file` is the journal that was read so far: the same header, and the same check at
-    /// the end of what was read.
+    /// True if `file` continues the journal read so far: it has the same header, and the same check
+    /// at the cursor's position.
     pub fn goes_on_in(&self, file: &dyn StoreFile) -> Result<bool> {
         let read = |bytes: &mut [u8], offset| match file.read_exact_at(bytes, offset) {
             Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => {
@@ -72,17 +72,17 @@ impl Cursor {
         Ok(read(&mut check, self.end - CHECK_LEN as u64)? && check == self.chain.0)
     }
 
-    /// How many records were read so far.
+    /// Number of records read so far.
     pub fn records(&self) -> u64 {
         self.next_sequence
     }
 
-    /// How often the journal was written anew before this one.
+    /// How often the journal had been rewritten before this one.
     pub fn generation(&self) -> u32 {
         u32::from_le_bytes(self.header[12..16].try_into().expect("four bytes"))
     }
 
-    /// Reads what was appended since.
+    /// Reads the entries appended since.
     pub fn advance(&mut self, file: &dyn StoreFile) -> Result<Vec<Entry>> {
         let len = file.len_bytes().map_err(|error| StoreError::io("read", JOURNAL_FILE, error))?;
         if len < self.end {
@@ -96,13 +96,13 @@ impl Cursor {
         }
         self.read_to(len, |bytes, at| match file.read_exact_at(bytes, at) {
             Ok(()) => Ok(true),
-            // Cut meanwhile by a writer that dropped a torn tail: nothing more.
+            // A writer has cut off a torn tail meanwhile: there is nothing more.
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
             Err(error) => Err(StoreError::io("read", JOURNAL_FILE, error)),
         })
     }
 
-    /// As [`Self::advance`], of what is in memory.
+    /// As [`Self::advance`], from `bytes` in memory.
     pub fn parse(&mut self, bytes: &[u8]) -> Result<Vec<Entry>> {
         let start = self.end;
         self.read_to(start + bytes.len() as u64, |part, at| {
@@ -111,8 +111,8 @@ impl Cursor {
         })
     }
 
-    /// Takes what is there up to `len`, in parts: whatever a journal's length is, little of it is in
-    /// memory. `read` fills a buffer from an offset, or says that the journal ends before.
+    /// Reads the records up to `len`, in parts, so that memory is bounded however long the journal
+    /// is. `read` fills a buffer from an offset, or returns false if the journal ends before.
     fn read_to(
         &mut self,
         len: u64,
@@ -131,13 +131,13 @@ impl Cursor {
             }
             let Some(malformed) = self.take_records(&bytes, &mut entries)? else { continue };
             if self.end > start && start + (bytes.len() as u64) < len {
-                // The rest of it is in the next part.
+                // The rest of the record is in the next part.
                 continue;
             }
             let mut at = self.end + HEADER_LEN as u64;
             while at + HEADER_LEN as u64 <= len && part(&mut bytes, at)? {
                 if self.has_later_record(&bytes) {
-                    // Only the newest can be torn; one with another behind it was durable.
+                    // Only the newest record can be torn; one followed by another was durable.
                     return Err(self.damaged(malformed));
                 }
                 at += (bytes.len() - HEADER_LEN + 1) as u64;
@@ -148,7 +148,7 @@ impl Cursor {
         Ok(entries)
     }
 
-    /// Takes the records at the start of `bytes`; returns what is wrong with the first that is not
+    /// Parses records from the start of `bytes`; returns what is wrong with the first that is not
     /// whole, if there is one.
     fn take_records(
         &mut self,
@@ -161,7 +161,7 @@ impl Cursor {
                 Ok(record) => record,
                 Err(malformed) => return Ok(Some(malformed)),
             };
-            // Its checksum is right, so it is no torn append, whatever it says.
+            // The checksum is right, so a record we cannot decode is not a torn append.
             let entry =
                 Entry::decode_body(kind, body).map_err(|malformed| self.damaged(malformed))?;
             entries.push(entry);
@@ -184,11 +184,11 @@ impl Cursor {
         }
     }
 
-    /// True if the header of a later record than the next stands anywhere in `bytes`. The magic alone
-    /// would not do: a tag may be called that.
+    /// True if a header with a later sequence number than the next is anywhere in `bytes`. The
+    /// magic alone would not do: a tag may contain it.
     fn has_later_record(&self, bytes: &[u8]) -> bool {
         bytes.windows(HEADER_LEN).any(|window| {
-            // First what is cheap to tell: there may be much to look through.
+            // The cheap test first: there may be much to scan.
             window.starts_with(&MAGIC.to_le_bytes())
                 && decode_header(&mut Decoder::new(window))
                     .is_ok_and(|(_, sequence, _)| sequence > self.next_sequence)
@@ -212,7 +212,7 @@ impl Cursor {
         Ok((kind, body, check))
     }
 
-    /// The bytes of `entry` as the next record, and the cursor after it.
+    /// Encodes `entry` as the next record; returns its bytes and the cursor after it.
     pub fn encode_next(&self, entry: &Entry) -> (Vec<u8>, Self) {
         let body = entry.encode_body();
         let mut bytes = Vec::with_capacity(HEADER_LEN + body.len() + CHECK_LEN);
@@ -261,7 +261,7 @@ fn chain(previous: &Hash, record: &[u8]) -> Hash {
     Hash(*hasher.finalize().as_bytes())
 }
 
-/// Reads and checks the journal's header; returns its bytes, which the first check starts from.
+/// Reads and checks the journal's header; returns its bytes, from which the chain of checks starts.
 pub(crate) fn read_header(file: &dyn StoreFile, store: [u8; 16]) -> Result<[u8; FILE_HEADER_LEN]> {
     let mut bytes = [0; FILE_HEADER_LEN];
     file.read_exact_at(&mut bytes, 0).map_err(|error| {
@@ -290,7 +290,7 @@ pub(crate) fn read_header(file: &dyn StoreFile, store: [u8; 16]) -> Result<[u8; 
     Ok(bytes)
 }
 
-/// Records with their checks made right, as far as there are records; for fuzzers.
+/// Corrects the checks of the records in `bytes`, as far as they parse; for fuzzers.
 pub(crate) fn with_checks(bytes: &[u8], header: &FileHeader) -> Vec<u8> {
     let mut out = bytes.to_vec();
     let (mut at, mut check) = (0, Cursor::start(&header.encode()).chain);
@@ -385,7 +385,7 @@ mod tests {
         }
     }
 
-    /// The longest records there are, so many that they are read in several parts.
+    /// Uses the longest possible records, enough of them to be read in several parts.
     #[test]
     fn a_journal_of_many_parts_is_read_as_one() {
         let long = Entry::Forget(vec![Hash([7; 32]); MAX_LISTED]);
@@ -399,13 +399,13 @@ mod tests {
         let mut whole = start();
         assert_eq!(whole.parse(&bytes).unwrap().len(), ends.len() - 1);
         assert_eq!((whole.end, whole.torn_bytes), (cursor.end, 0));
-        // Torn in the last part, and what follows is zeros for longer than a part.
+        // Torn in the last part, followed by zeros for longer than a part.
         let mut torn = bytes[..bytes.len() - 9].to_vec();
         torn.resize(bytes.len() + 2 * PART_LEN as usize, 0);
         let mut cursor = start();
         assert_eq!(cursor.parse(&torn).unwrap().len(), ends.len() - 2);
         assert_eq!(cursor.torn_bytes as usize, torn.len() - ends[ends.len() - 2]);
-        // Damaged in the first part, and nothing to be recognised before the last.
+        // Damaged in the first part, with no recognisable record before the last part.
         bytes[100] ^= 1;
         let last = ends[ends.len() - 2];
         bytes[ends[1]..last].fill(0);
@@ -413,7 +413,7 @@ mod tests {
         assert!(error.contains("journal is damaged at offset 64"), "{error}");
     }
 
-    /// What a later version may append is not a torn tail that the next writer may cut off.
+    /// A later version may have appended it: the next writer must not cut it off as a torn tail.
     #[test]
     fn a_whole_record_of_an_unknown_kind_is_an_error() {
         let (mut bytes, _) = start().encode_next(&sample()[0]);

@@ -1,11 +1,11 @@
-//! What the records of the journal say.
+//! The contents of journal records.
 
 use crate::codec::{Decoded, Decoder, Malformed, put_block_ref};
 use crate::id::{BlockRef, Hash, SnapshotId};
 use crate::journal::MAX_BODY_LEN;
 use crate::layout::Relayout;
 
-/// The most snapshots of one record, and the most segments of one relayout.
+/// The most snapshots in one forget record, and the most numbers in each list of a relayout.
 pub(crate) const MAX_LISTED: usize = 30_000;
 /// The longest tag, in bytes.
 pub(crate) const MAX_TAG_LEN: usize = 255;
@@ -17,29 +17,29 @@ const KIND_RELAYOUT: u32 = 4;
 
 const _: () = assert!(MAX_LISTED * 32 <= MAX_BODY_LEN && MAX_LISTED * 3 * 4 + 128 <= MAX_BODY_LEN);
 
-/// One event.
+/// The event that one journal record stands for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Entry {
     Publish(Publication),
-    /// The tag points to the snapshot from here on; no snapshot removes it.
+    /// The tag points to `target` from here on; without a target, the tag is removed.
     Tag {
         name: String,
         target: Option<SnapshotId>,
     },
-    /// These snapshots are no more; at most [`MAX_LISTED`].
+    /// These snapshots are forgotten; at most [`MAX_LISTED`].
     Forget(Vec<SnapshotId>),
-    /// Files changed places; at most [`MAX_LISTED`] in each list.
+    /// Pruning changed the files; at most [`MAX_LISTED`] numbers in each list.
     Relayout(Relayout),
 }
 
-/// A snapshot became visible.
+/// A snapshot that is published.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Publication {
     pub id: SnapshotId,
     pub parent: Option<SnapshotId>,
     pub manifest: BlockRef,
     pub time_unix_ms: u64,
-    /// Where the next transaction goes on: segment and offset in bytes.
+    /// Where the next transaction continues: segment and offset in bytes.
     pub tail: (u32, u64),
     /// The fingerprints of the pages this transaction wrote, if it kept any.
     pub fingerprints: Option<BlockRef>,

@@ -1,35 +1,35 @@
-//! Which file of the store holds what was written to a segment.
+//! Which file of the store now holds the blocks first written to a segment.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use crate::id::BlockRef;
 use crate::journal_entry::MAX_LISTED;
 
-/// What a step of pruning did to the files, as the journal records it.
+/// What one step of pruning did to the files, as the journal records it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Relayout {
     /// Where the newest transaction ended: segment and offset in bytes.
     pub tail: Option<(u32, u64)>,
-    /// The number of the next pack; numbers are not used twice.
+    /// The number of the next pack; numbers are never reused.
     pub next_pack: u32,
-    /// The index of a new pack; its segment number is the pack's.
+    /// A reference to the index of a new pack; its segment number is the pack's number.
     pub pack: Option<BlockRef>,
     /// Segments whose live records the new pack holds.
     pub moved: Vec<u32>,
-    /// Segments that nobody needs any more.
+    /// Segments in which nothing is in use.
     pub dropped: Vec<u32>,
-    /// Packs that nobody needs any more; what was live in them is in the new one.
+    /// Packs that are removed; what was live in them is in the new one.
     pub retired_packs: Vec<u32>,
 }
 
-/// Where everything is, as of a point of the journal.
+/// Where all blocks are, as of some point in the journal.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Layout {
-    /// Per segment, the pack that holds its live records.
+    /// Segment number to the number of the pack that holds its live records.
     pub moved: HashMap<u32, u32>,
-    /// Indexes of the packs.
+    /// References to the indexes of the packs.
     pub packs: BTreeMap<u32, BlockRef>,
-    /// Segments that are no more, `moved` ones too.
+    /// Segments whose files are gone, including the `moved` ones.
     pub retired: BTreeSet<u32>,
     /// The number of the next pack.
     pub next_pack: u32,
@@ -56,16 +56,17 @@ impl Layout {
         self.moved.retain(|_, pack| self.packs.contains_key(pack));
     }
 
-    /// True if segment `number` is not a file of its own any more.
+    /// True if segment `number` no longer has a file of its own.
     pub fn is_retired(&self, number: u32) -> bool {
         self.retired.contains(&number) || self.moved.contains_key(&number)
     }
 
-    /// The layout as steps from nothing: one a pack, and one for what is left.
+    /// The steps that lead from an empty layout to this one: one for `tail`, some for retired
+    /// segments without a pack, and one per pack.
     pub fn as_steps(&self, tail: Option<(u32, u64)>) -> Vec<Relayout> {
         let step = Relayout { tail, next_pack: self.next_pack, ..Relayout::default() };
         let mut steps = vec![step.clone()];
-        // Those too whose names mean nothing any more: they must not be looked for as files.
+        // List even those without a pack: they must not be looked for as files.
         let gone = self.retired.iter().filter(|number| !self.moved.contains_key(number));
         let gone: Vec<u32> = gone.copied().collect();
         let dropped = gone.chunks(MAX_LISTED).map(<[u32]>::to_vec);

@@ -387,7 +387,7 @@ impl Places {
         (index < self.next_slots.len()).then_some(index)
     }
 
-    /// The slot that `byte` stands for in frame `index`, if `count` slots from there on fit a frame.
+    /// The slot that `byte` stands for in frame `index`, if `count` slots from there on fit in it.
     fn slot(&mut self, index: usize, byte: u8, count: u64) -> Option<u8> {
         let slot = i64::from(self.next_slots[index]) + unzigzag(u64::from(byte));
         let slot = u8::try_from(slot).ok()?;

@@ -1,4 +1,4 @@
-//! Segments: append-only files of records; and finding what was written to them, wherever it is.
+//! Segments, append-only files of records; and finding records wherever pruning moved them.
 
 use std::cell::Cell;
 use std::io;
@@ -21,39 +21,39 @@ use crate::record::{RecordView, VerifiedRecord};
 use crate::storage::{Storage, StoreFile};
 use crate::writeback::{WRITE_BACK_LEN, WriteBack};
 
-/// Bytes gathered before they are written to the medium.
+/// Bytes gathered before they are written to the file.
 ///
-/// Few enough that they are still in a core's cache when the system copies them.
+/// Few enough to be still in a core's cache when the kernel copies them.
 const WRITE_BUFFER_LEN: usize = 256 << 10;
 
-/// The segments and packs of a store, opened as they are needed.
+/// The segments and packs of a store, opened on demand.
 #[derive(Debug)]
 pub(crate) struct Segments {
     storage: Arc<dyn Storage>,
     store: [u8; 16],
     layout: RwLock<Arc<Layout>>,
-    /// Some of them: a store has more than a process may have open.
+    /// Open files, bounded: a store may have more files than a process may have open.
     open: Cache<(FileKind, u32), Arc<dyn StoreFile>>,
     indexes: IndexCache,
 }
 
-/// The most files that are kept open.
+/// The most files kept open.
 const OPEN_FILES_MAX: usize = 128;
-/// The most memory for decoded indexes of packs, but for the one that is being used.
+/// The most memory for decoded pack indexes, in bytes, apart from one that is larger by itself.
 const INDEXES_LEN_MAX: u64 = 64 << 20;
 
-/// Where the record of a reference is now.
+/// Where the record that a reference names is now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Physical {
-    /// A segment or a pack.
+    /// The segment or pack that holds it.
     pub file: (FileKind, u32),
     /// Offset of the record's header there, in bytes.
     pub position: u32,
-    /// Length with its header, in bytes.
+    /// Length of the record, header included, in bytes.
     pub len: u32,
     /// BLAKE3 of the record.
     pub hash: Hash,
-    /// Which slots of the frame are where in it.
+    /// Where the slots of the referenced frame are in the record.
     pub slots: SlotMap,
 }
 
@@ -62,7 +62,7 @@ impl Physical {
         file_name(self.file)
     }
 
-    /// What is there is not what `what` should be.
+    /// The error for a damaged record; `what` is the kind of record it should be.
     fn damaged(&self, what: &str, malformed: Malformed) -> StoreError {
         StoreError::Corrupt {
             file: self.file_name(),
@@ -79,11 +79,11 @@ pub(crate) fn file_name((kind, number): (FileKind, u32)) -> String {
 }
 
 thread_local! {
-    /// Where records are read into: a new buffer each time would cost as much as the read.
+    /// The buffer for reading records: allocating one each time would cost as much as the read.
     static BUFFER: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
 }
 
-/// What a thread keeps of it between reads at the most.
+/// The largest buffer that a thread keeps between reads, in bytes.
 const BUFFER_KEPT_MAX: usize = 1 << 20;
 
 impl Segments {
@@ -97,16 +97,16 @@ impl Segments {
         }
     }
 
-    /// Where everything is, as far as the journal was read.
+    /// The layout as of where the journal was read to.
     pub fn layout(&self) -> Arc<Layout> {
         Arc::clone(&self.layout.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Takes note of a layout; if it is another than before, closes all files, since those that
-    /// are open may be no more, and returns true.
+    /// Adopts `layout`. If it differs from the previous one, closes all files, which may have been
+    /// removed, and returns true.
     pub fn set_layout(&self, layout: &Arc<Layout>) -> bool {
         let known = self.layout();
-        // Mostly it is the very same, and need not be compared: it lists all segments that are no more.
+        // Usually it is the same object. Comparing is costly: it lists every retired segment.
         if Arc::ptr_eq(&known, layout) {
             return false;
         }
@@ -118,7 +118,7 @@ impl Segments {
         true
     }
 
-    /// Finds the record `block` refers to.
+    /// Finds where the record that `block` refers to is now.
     pub fn resolve(&self, block: &BlockRef) -> Result<Physical> {
         let layout = self.layout();
         let (position, len, hash) = (block.offset, block.len, block.hash);
@@ -144,7 +144,7 @@ impl Segments {
         }
     }
 
-    /// The index of a pack.
+    /// The index of `pack`, from the cache or read and verified.
     pub fn index(&self, pack: u32, layout: &Layout) -> Result<Arc<PackIndex>> {
         let block = layout.packs.get(&pack).ok_or_else(|| StoreError::Missing {
             file: pack_name(pack),
@@ -192,7 +192,7 @@ impl Segments {
             return Err(damaged(Malformed::new("length in the reference", "a record", len)));
         }
         let file = self.file(place.file)?;
-        // Taken out while it is in use: `with` may read another record.
+        // Taken out of the thread-local while in use: `with` may read another record.
         let mut bytes = BUFFER.take();
         bytes.resize(len, 0);
         let read = read_record(file.as_ref(), place, &mut bytes, damaged).and_then(|()| {
@@ -205,18 +205,19 @@ impl Segments {
         read
     }
 
-    /// How many pages the frame or delta frame at `place` has, by its header alone, which is not
-    /// verified: for estimates, and for choosing how to read what is verified then.
+    /// The number of pages in the frame or delta frame at `place`, according to its header alone,
+    /// which is not verified: for estimates, and for choosing how to read the frame.
     pub fn slots(&self, place: &Physical) -> Result<u64> {
         let mut bytes = [0; RECORD_HEADER_LEN];
         let damaged = |malformed| place.damaged("frame", malformed);
         read_record(self.file(place.file)?.as_ref(), place, &mut bytes, damaged)?;
         let header = RecordHeader::decode(&bytes).map_err(damaged)?;
-        // What names the bases of a delta frame is shorter than a page.
+        // Rounding down is right for delta frames: the bytes that name their bases are less than a
+        // page.
         Ok(u64::from(header.raw_len) / PAGE_SIZE as u64)
     }
 
-    /// A segment or pack, its header checked when it is first opened.
+    /// Opens a segment or pack, or returns it if it is open. Checks the header on opening.
     pub fn file(&self, key: (FileKind, u32)) -> Result<Arc<dyn StoreFile>> {
         if let Some(file) = self.open.get(&key) {
             return Ok(file);
@@ -235,13 +236,13 @@ impl Segments {
         Ok(file)
     }
 
-    /// Closes all files, and forgets what was read of them: they are opened and checked anew.
+    /// Closes all files and drops the cached indexes: they are opened and checked anew.
     pub fn close(&self) {
         self.open.clear();
         self.indexes.clear();
     }
 
-    /// Forgets the open file of a segment that was cut or removed.
+    /// Closes a file that is to be removed.
     pub fn forget(&self, key: (FileKind, u32)) {
         self.open.remove(&key);
     }
@@ -312,22 +313,22 @@ fn check_header(
     Ok(())
 }
 
-/// A file that grows: what is appended goes to the medium in large pieces.
+/// Appends to a segment or pack, gathering small appends into large writes.
 #[derive(Debug)]
 pub(crate) struct Appender {
     name: String,
     file: Arc<dyn StoreFile>,
-    /// Bytes already handed to the medium.
+    /// Length of the file as written so far, in bytes.
     written: u64,
-    /// Bytes behind them, not handed over yet.
+    /// Bytes appended behind it, not written yet.
     buffer: Vec<u8>,
-    /// Bytes handed over since the last sync in the background was asked for.
+    /// Bytes written since the last request for a background sync.
     unsynced: u64,
     write_back: WriteBack,
 }
 
 impl Appender {
-    /// Creates segment or pack `key` of `store`, to be appended to behind its header.
+    /// Creates segment or pack `key` of `store` and appends its header.
     pub fn create(storage: &dyn Storage, key: (FileKind, u32), store: [u8; 16]) -> Result<Self> {
         let name = file_name(key);
         let file =
@@ -342,18 +343,18 @@ impl Appender {
         Ok(Self { buffer: header.encode().to_vec(), ..Self::open(name, file, 0) })
     }
 
-    /// Goes on at `end` of a file that is there.
+    /// Continues the existing `file` at offset `end`.
     pub fn open(name: String, file: Arc<dyn StoreFile>, end: u64) -> Self {
         let (buffer, write_back) = Default::default();
         Self { name, file, written: end, buffer, unsynced: 0, write_back }
     }
 
-    /// Length with all that was appended, in bytes.
+    /// Length including everything appended, in bytes.
     pub fn len(&self) -> u64 {
         self.written + self.buffer.len() as u64
     }
 
-    /// Appends `bytes`; returns where they start.
+    /// Appends `bytes` and returns the offset where they start.
     pub fn append(&mut self, bytes: &[u8]) -> Result<u32> {
         let offset = u32::try_from(self.len())
             .map_err(|_| StoreError::Invalid(format!("{} would grow beyond 4 GiB", self.name)))?;
@@ -364,7 +365,7 @@ impl Appender {
         Ok(offset)
     }
 
-    /// Hands everything gathered to the medium.
+    /// Writes everything gathered to the file.
     pub fn flush(&mut self) -> Result<()> {
         if self.buffer.is_empty() {
             return Ok(());
@@ -392,8 +393,8 @@ impl Appender {
 
 /// Appends records to segments for one transaction.
 ///
-/// Nothing it writes is referred to by a published snapshot before the journal says so; until
-/// then [`Self::roll_back`] gives all of it back.
+/// No published snapshot refers to what it writes until the journal publishes one; until then,
+/// [`Self::roll_back`] takes everything back.
 #[derive(Debug)]
 pub(crate) struct SegmentWriter {
     storage: Arc<dyn Storage>,
@@ -401,7 +402,7 @@ pub(crate) struct SegmentWriter {
     max_len_bytes: u64,
     number: u32,
     current: Option<Appender>,
-    /// Segment and length to return to.
+    /// Segment and length to restore when rolling back.
     started_at: Option<(u32, u64)>,
     /// Segments created by this transaction.
     created: Vec<u32>,
@@ -411,7 +412,8 @@ pub(crate) struct SegmentWriter {
 }
 
 impl SegmentWriter {
-    /// Goes on at `(segment, end)`, or with a new segment `next` if there is none to go on with.
+    /// Continues the segment `tail` (number, end, file), or starts new segment `next` if there is
+    /// no tail.
     pub fn new(
         storage: Arc<dyn Storage>,
         store: [u8; 16],
@@ -436,7 +438,7 @@ impl SegmentWriter {
         }
     }
 
-    /// Appends `record`; it is on the medium for certain only after [`Self::sync`].
+    /// Appends `record`, which becomes durable only by [`Self::sync`].
     pub fn append(&mut self, record: RecordView<'_>) -> Result<BlockRef> {
         let len = record.bytes.len() as u64;
         let full = |current: &Appender| {
@@ -444,7 +446,7 @@ impl SegmentWriter {
             end + len > self.max_len_bytes && end > FILE_HEADER_LEN as u64
         };
         if let Some(current) = self.current.as_mut().filter(|current| full(current)) {
-            // While it is still the current one: if this fails, so it stays.
+            // Flushed while still current: if this fails, it remains the current one.
             current.flush()?;
             self.full.extend(self.current.take());
             self.number += 1;
@@ -467,7 +469,7 @@ impl SegmentWriter {
         })
     }
 
-    /// Makes everything appended durable; returns the segment to go on with and its length.
+    /// Makes everything appended durable; returns the segment to continue with and its length.
     pub fn sync(&mut self) -> Result<(u32, u64)> {
         for mut full in self.full.drain(..) {
             full.sync()?;
@@ -488,10 +490,10 @@ impl SegmentWriter {
         self.appended_bytes
     }
 
-    /// Takes back everything appended. The caller drops its references.
+    /// Takes back everything appended. The caller must drop all references to it.
     pub fn roll_back(self, segments: &Segments) -> Result<()> {
         let Self { storage, created, started_at, current, full, .. } = self;
-        // Nobody syncs a file that is being cut.
+        // Wait for background syncs first, so that no file is cut while it is being synced.
         let synced = full.into_iter().chain(current).map(|mut file| file.write_back.finish());
         let synced: Vec<Result<()>> = synced.collect();
         for number in created {

@@ -54,7 +54,7 @@ impl Snapshot {
     /// The store that holds the snapshot.
     #[must_use]
     pub fn store(&self) -> &Arc<Store> {
-    &self.store
+        &self.store
     }
 
     /// The manifest: what the snapshot holds.
@@ -159,7 +159,7 @@ impl RegionReader {
     /// The store that holds the snapshot.
     #[must_use]
     pub fn store(&self) -> &Arc<Store> {
-    &self.store
+        &self.store
     }
 
     /// The region's size in pages.

@@ -1,7 +1,7 @@
-//! The only door to the medium: a small trait, and its implementation on a directory.
+//! All access to the medium: a small trait, and its implementation on a directory.
 //!
-//! Everything the store knows about durability is in these few calls, so a crash simulator or a
-//! failing disk is another implementation of them (see the `tests` room).
+//! The store relies on these few calls alone for durability, so a crash simulator or a failing
+//! disk is just another implementation of them (see the `tests` crate).
 
 use std::fmt::Debug;
 use std::fs::{self, File, OpenOptions, TryLockError};
@@ -18,10 +18,11 @@ pub trait StoreFile: Send + Sync + Debug {
     /// Fills `buf` from `offset`.
     ///
     /// # Errors
-    /// `UnexpectedEof` if the file ends before.
+    /// `UnexpectedEof` if the file ends before `buf` is full.
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()>;
 
-    /// Writes all of `buf` at `offset`, growing the file if needed. Not durable before [`Self::sync`].
+    /// Writes all of `buf` at `offset`, growing the file if needed. [`Self::sync`] makes it
+    /// durable.
     ///
     /// # Errors
     /// The medium's; after one, any part of `buf` may have been written.
@@ -49,12 +50,12 @@ pub trait StoreFile: Send + Sync + Debug {
 /// Held while a transaction writes; dropping it lets the next writer in.
 pub trait WriterLock: Send + Debug {}
 
-/// Why the writer lock could not be had.
+/// Why the writer lock could not be taken.
 #[derive(Debug)]
 pub enum LockError {
-    /// Somebody else holds it; the text says who.
+    /// Another writer holds the lock; the text says who.
     Held(String),
-    /// The lock itself failed.
+    /// An I/O error.
     Io(io::Error),
 }
 
@@ -63,14 +64,14 @@ pub trait Storage: Send + Sync + Debug {
     /// Opens an existing file for reading, and for writing if `writable`.
     ///
     /// # Errors
-    /// `NotFound` if there is none.
+    /// `NotFound` if it does not exist.
     fn open(&self, name: &str, writable: bool) -> io::Result<Arc<dyn StoreFile>>;
 
-    /// Creates a new, empty file for reading and writing. Its name is not durable before
-    /// [`Self::sync_names`].
+    /// Creates a new, empty file for reading and writing. [`Self::sync_names`] makes its name
+    /// durable.
     ///
     /// # Errors
-    /// `AlreadyExists` if there is one.
+    /// `AlreadyExists` if it exists.
     fn create(&self, name: &str) -> io::Result<Arc<dyn StoreFile>>;
 
     /// Removes a file.
@@ -79,14 +80,13 @@ pub trait Storage: Send + Sync + Debug {
     /// The medium's.
     fn remove(&self, name: &str) -> io::Result<()>;
 
-    /// Gives file `from` the name `to` in the same folder, in place of what had it before, at once
-    /// and as a whole.
+    /// Renames file `from` to `to` in the same folder, atomically replacing an existing `to`.
     ///
     /// # Errors
     /// The medium's.
     fn rename(&self, from: &str, to: &str) -> io::Result<()>;
 
-    /// Names of the files in folder `folder` ("" is the store itself), in no order.
+    /// Names of the files in `folder` ("" is the store itself), in no particular order.
     ///
     /// # Errors
     /// The medium's.
@@ -104,30 +104,30 @@ pub trait Storage: Send + Sync + Debug {
     /// [`LockError::Held`] if another writer, in this or another process, has it.
     fn try_lock(&self) -> Result<Box<dyn WriterLock>, LockError>;
 
-    /// Marks `name` as in use by this process, until the pin is dropped or the process ends,
-    /// however it ends. The same name may be pinned many times.
+    /// Marks `name` as in use by this process, until the pin is dropped or the process ends in any
+    /// way. The same name may be pinned many times.
     ///
     /// # Errors
-    /// The medium's, such as when it cannot be written to.
+    /// The medium's, such as when it is read-only.
     fn pin(&self, name: &str) -> io::Result<Box<dyn Pin>>;
 
-    /// The names that are pinned, by this or another process.
+    /// The names pinned by this or any other process.
     ///
     /// # Errors
     /// The medium's.
     fn pinned(&self) -> io::Result<Vec<String>>;
 
-    /// The store's place, for messages.
+    /// Where the store is, for messages.
     fn describe(&self) -> String;
 
-    /// The folder of a local file system that the store is, if it is one: where another process finds
-    /// it.
+    /// The store's folder in a local file system, where another process can open it, if it has
+    /// one.
     fn folder(&self) -> Option<PathBuf> {
         None
     }
 }
 
-/// Keeps a snapshot that is being read from being pruned away.
+/// Keeps a snapshot from being pruned while it is in use.
 pub trait Pin: Send + Sync + Debug {}
 
 /// A store in a directory of a local file system.
@@ -143,7 +143,7 @@ impl DirStorage {
         Self { root: root.into() }
     }
 
-    /// Creates the directory and its folders, if they are missing, durably.
+    /// Creates the directory and its folders if they are missing, durably.
     ///
     /// # Errors
     /// The file system's.
@@ -153,11 +153,11 @@ impl DirStorage {
         to_sync.iter().try_for_each(|folder| File::open(folder)?.sync_all())
     }
 
-    /// The folders that get a new name when the store is made: its own, the one it is in, and on as
-    /// far up as they are missing.
+    /// The folders to sync when the store is created: those that get a new entry, from the store's
+    /// own up to the nearest one that exists.
     fn folders_to_sync(&self) -> Vec<PathBuf> {
         let segments = self.root.join(SEGMENT_FOLDER);
-        // Those two always: whoever made them before may not have come to it.
+        // These two are synced even if they exist: whoever made them may not have got that far.
         let own = |folder: &Path| folder == segments || folder == self.root;
         let made = segments.ancestors().take_while(|folder| own(folder) || !folder.exists());
         let here = Path::new(".");
@@ -217,7 +217,7 @@ impl Storage for DirStorage {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
                 let mut holder = String::new();
-                // Only a hint for the message: the holder may be just writing it.
+                // Only a hint for the message: the holder may be writing it just now.
                 let _unread = file.read_to_string(&mut holder);
                 let holder = holder.trim();
                 return Err(LockError::Held(if holder.is_empty() {
@@ -228,8 +228,8 @@ impl Storage for DirStorage {
             }
             Err(TryLockError::Error(error)) => return Err(LockError::Io(error)),
         }
-        // The lock is the flock; the number only helps whoever finds it held. Too full a disk
-        // to write it must not stop a `prune` that would make room.
+        // The lock is the flock; the process id is only a hint for others. Failing to write it on
+        // a full disk must not stop a `prune` that would free space.
         let _unwritten = file.set_len(0).and_then(|()| write!(file, "{}", std::process::id()));
         Ok(Box::new(DirLock { file }))
     }
@@ -259,8 +259,8 @@ struct DirLock {
 
 impl Drop for DirLock {
     fn drop(&mut self) {
-        // Not left to closing the file: a child process that is just being started has a copy of
-        // the descriptor until it executes its program.
+        // Closing the file is not enough: a child process being started has a copy of the
+        // descriptor until it calls exec.
         let _closed_below_at_the_latest = self.file.unlock();
     }
 }

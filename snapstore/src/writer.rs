@@ -1,4 +1,5 @@
-//! The writing side of a store: the journal, the newest segment, what others left behind.
+//! The writing side of a store: appending to the journal, continuing the newest segment, and
+//! clearing away what crashed writers left behind.
 
 use std::collections::HashSet;
 use std::io;
@@ -31,18 +32,18 @@ impl Store {
         self.record(Entry::Tag { name: name.to_owned(), target })
     }
 
-    /// Takes snapshots out of the catalog, and the tags that point to them. Their children become
-    /// those of the nearest ancestor that stays. The space comes back with [`Self::prune`].
+    /// Removes snapshots, and the tags that point to them, from the catalog. Their children become
+    /// children of the nearest ancestor that is kept. [`Self::prune`] frees the space.
     ///
     /// # Errors
-    /// As [`Self::begin`]; [`StoreError::UnknownRef`] if one of them is not published, and then
-    /// none is forgotten.
+    /// As [`Self::begin`]; [`StoreError::UnknownRef`] if any of `ids` is not published; then none
+    /// is forgotten.
     pub fn forget(&self, ids: &[SnapshotId]) -> Result<()> {
         let _lock = self.start_writing()?;
         self.forget_published(ids)
     }
 
-    /// As [`Self::forget`], but leaves those that have a tag by now; returns those forgotten.
+    /// As [`Self::forget`], but spares snapshots that have a tag by now. Returns those forgotten.
     ///
     /// # Errors
     /// As [`Self::forget`].
@@ -63,7 +64,7 @@ impl Store {
         ids.chunks(MAX_LISTED).try_for_each(|ids| self.record(Entry::Forget(ids.to_vec())))
     }
 
-    /// Appends `entry` to the journal, durably, under the writer lock.
+    /// Appends `entry` to the journal, durably. The caller holds the writer lock.
     pub(crate) fn record(&self, entry: Entry) -> Result<()> {
         self.keep_doubtful_blocks()?;
         self.record_as_it_is(entry)
@@ -78,9 +79,9 @@ impl Store {
         })
     }
 
-    /// If the journal ends in a torn record, moves the tail behind all there is. That record is cut
-    /// off with the next; but it may be a damaged one that was durable, and its blocks all that is
-    /// left of a snapshot.
+    /// If the journal ends in a torn record, moves the tail behind all existing blocks. The next
+    /// append cuts off that record; but it may be a damaged one that was durable, and its blocks
+    /// all that is left of a snapshot.
     pub(crate) fn keep_doubtful_blocks(&self) -> Result<()> {
         if self.torn_journal_bytes() == 0 {
             return Ok(());
@@ -97,7 +98,7 @@ impl Store {
         self.record_as_it_is(Entry::Relayout(step))
     }
 
-    /// The writer lock, and what others wrote before it was ours.
+    /// Takes the writer lock, then reads what others published before.
     pub(crate) fn start_writing(&self) -> Result<Box<dyn WriterLock>> {
         if let Some(cause) = &self.writer_state().latched {
             return Err(StoreError::Latched { store: self.describe(), cause: cause.clone() });
@@ -107,15 +108,16 @@ impl Store {
         Ok(lock)
     }
 
-    /// The snapshots that some process has pinned.
+    /// The snapshots that are pinned by any process.
     pub(crate) fn pinned(&self) -> Result<HashSet<SnapshotId>> {
         let names =
             self.storage.pinned().map_err(|error| StoreError::io("list", PIN_FOLDER, error))?;
-        // Whatever else lies there is not ours.
+        // Other files in that folder are not pins.
         Ok(names.iter().filter_map(|name| name.parse().ok()).collect())
     }
 
-    /// Reads the fingerprints that the store keeps, the newest that fit memory, once.
+    /// Loads the store's fingerprints into the index, newest snapshots first, until it is full.
+    /// Does so only once.
     pub(crate) fn load_fingerprints(&self) {
         if self.fingerprints.loaded.swap(true, Ordering::Relaxed) {
             return;
@@ -130,7 +132,7 @@ impl Store {
                     decode_fingerprints(&record.decode()?)
                 })
             });
-            // Without them, pages are written that need not be: nothing is lost.
+            // Without them, some pages are written needlessly, but nothing is lost.
             let Ok(frames) = read else { continue };
             let pages: usize = frames.iter().map(|(_, list)| list.len()).sum();
             lists.push(frames);
@@ -139,14 +141,14 @@ impl Store {
                 break;
             }
         }
-        // The oldest first: the newest place of a page is the likeliest to be near in time.
+        // Insert the oldest first: of equal pages, the newest is to be found.
         for (frame, fingerprints) in lists.into_iter().rev().flatten() {
             self.fingerprints.insert(frame, &fingerprints);
         }
     }
 
-    /// Where to append: after the newest published snapshot, with what a crashed writer left
-    /// behind it cleared away.
+    /// A writer that appends behind the newest published snapshot, after clearing away what a
+    /// crashed writer left there.
     pub(crate) fn continue_segments(&self) -> Result<SegmentWriter> {
         let (tail, torn) = {
             let catalog = self.catalog();
@@ -154,9 +156,9 @@ impl Store {
         };
         let abandon_tail = self.writer_state().abandon_tail;
         let mut last_used = tail.map_or(0, |(last, _)| last);
-        // A torn newest record may be damage to one that was durable. Its data is then all that is
-        // left of it: leave it alone. Else every writer looks, even one that tidied up before: the
-        // one that crashed may have been another process.
+        // A torn newest record may be a damaged one that was durable, and its blocks all that is
+        // left of a snapshot: leave them alone. Otherwise clean up, even if this handle has before:
+        // another process may have crashed since.
         let mut newest = None;
         if torn == 0 {
             newest = self.remove_orphans()?;
@@ -185,16 +187,16 @@ impl Store {
         ))
     }
 
-    /// True if the newest segment is one to be appended to: one that was pruned is no more, and one
-    /// whose header is damaged could not be read back.
+    /// True if the newest segment can be appended to: it was not pruned away, and its header is
+    /// intact (otherwise nothing in it could be read back).
     fn can_go_on(&self, number: u32) -> bool {
         let layout = self.segments.layout();
         !layout.is_retired(number) && self.segments.file((FileKind::Segment, number)).is_ok()
     }
 
-    /// Removes what no published snapshot can be in: what lies behind the tail, what was pruned,
-    /// packs and a journal that were not finished. Returns the newest segment, if it is there and
-    /// now ends at the tail.
+    /// Removes what no published snapshot can refer to: everything behind the tail, pruned files,
+    /// and unfinished packs and journals; nothing if the journal is torn. Returns the newest
+    /// segment, if it exists and now ends at the tail.
     pub(crate) fn remove_orphans(&self) -> Result<Option<Arc<dyn StoreFile>>> {
         if self.torn_journal_bytes() > 0 {
             return Ok(None);
@@ -212,7 +214,7 @@ impl Store {
         self.cut_tail()
     }
 
-    /// Removes a journal whose writing was interrupted, if there is one.
+    /// Removes an unfinished rewritten journal, if there is one.
     pub(crate) fn remove_new_journal(&self) -> Result<()> {
         match self.storage.remove(JOURNAL_NEW_FILE) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -222,7 +224,7 @@ impl Store {
         }
     }
 
-    /// Cuts what lies behind the tail off the newest segment.
+    /// Cuts the newest segment at the tail. Returns it, unless it is missing or too short.
     fn cut_tail(&self) -> Result<Option<Arc<dyn StoreFile>>> {
         let Some((number, end)) = self.catalog().tail else { return Ok(None) };
         let name = segment_name(number);
@@ -234,7 +236,7 @@ impl Store {
         if len > end {
             file.set_len(end).map_err(|error| StoreError::io("truncate", name, error))?;
         }
-        // A shorter one has lost published data: `verify` tells; never append to it.
+        // A shorter one has lost published data, which `verify` reports: never append to it.
         Ok((len >= end).then_some(file))
     }
 
@@ -244,7 +246,7 @@ impl Store {
         self.storage.remove(&name).map_err(|error| StoreError::io("remove", name, error))
     }
 
-    /// The segments and packs that are there.
+    /// The segments and packs that exist, sorted.
     pub(crate) fn segment_files(&self) -> Result<Vec<(FileKind, u32)>> {
         let names = self
             .storage

@@ -1,4 +1,4 @@
-//! Messages between a pager and the process whose memory it serves: JSON, with file descriptors.
+//! Messages between a pager and the process whose memory it serves: JSON with file descriptors.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -17,17 +17,17 @@ use serde::{Deserialize, Serialize};
 use super::{Extent, Mapping, PagerOptions};
 use crate::id::SnapshotId;
 
-/// The version that both ends must speak: they are of one program.
+/// The version of the messages. Both ends must have the same: they are one program.
 pub(super) const VERSION: u32 = 1;
 const MESSAGE_MAX: usize = 32 << 10;
-/// No message has more file descriptors.
+/// The most file descriptors in a message.
 const FDS_MAX: usize = 4;
 
-/// A message. In brackets the file descriptors that come with it.
+/// A message. Brackets list the file descriptors sent with it.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "message", rename_all = "snake_case", deny_unknown_fields)]
 pub(super) enum Message {
-    /// To a pager that is for one user: serve this. [memory, filled, userfaultfd, counters]
+    /// To a pager for one user: what to serve. [memory, filled, userfaultfd, counters]
     Serve {
         version: u32,
         store: PathBuf,
@@ -37,22 +37,22 @@ pub(super) enum Message {
         mappings: Vec<Mapping>,
         options: PagerOptions,
     },
-    /// From one that serves an image to many: this is it. [memory, filled; both only to be read]
+    /// From a server of an image: the image. [memory, filled; both read-only]
     Offer { version: u32, snapshot: SnapshotId, region: String, extents: Vec<Extent> },
-    /// To that one: here I sit. [userfaultfd, counters]
+    /// To a server of an image: the seat to serve. [userfaultfd, counters]
     Sit { mappings: Vec<Mapping> },
-    /// From a pager: faults are answered from here on; if `replays`, it brings in a working set that the
-    /// user may want to wait for.
+    /// From a pager: faults are answered from here on. If `replays`, [`Self::Replayed`] follows,
+    /// which the user may want to wait for.
     Ready { replays: bool },
-    /// From a pager: the working set is there.
+    /// From a pager: the working set, if there is one, is filled.
     Replayed,
     /// From a pager: a page cannot be served.
     Failed { error: String },
-    /// From a pager: all is there, and memory was let go of.
+    /// From a pager: the image is complete, and the memory was let go of.
     Complete,
 }
 
-/// Listens at `path` for the users of an image; nothing may be there.
+/// Listens for users of an image at `path`, which must not exist.
 ///
 /// # Errors
 /// The system's.
@@ -63,7 +63,7 @@ pub fn listen(path: &Path) -> io::Result<OwnedFd> {
     Ok(listener)
 }
 
-/// The next user that connects to `listener`; none if there was none for `patience`.
+/// Waits for the next user to connect to `listener`; none after `patience` or a signal.
 ///
 /// # Errors
 /// The system's.
@@ -101,7 +101,7 @@ impl Channel {
         Self(socket)
     }
 
-    /// Two ends; the second is for another process.
+    /// Creates both ends of a connection; the second is for another process.
     pub fn pair() -> io::Result<(Self, OwnedFd)> {
         let (ours, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
@@ -112,7 +112,7 @@ impl Channel {
         self.0.try_clone().map(Self)
     }
 
-    /// Has whoever waits for a message, here or at the other end, find that none comes.
+    /// Ends the connection: anyone waiting for a message, at either end, finds that none comes.
     pub fn close(&self) {
         let _gone = shutdown(&self.0, Shutdown::Both);
     }
@@ -133,7 +133,7 @@ impl Channel {
         Ok(())
     }
 
-    /// The next message; none if the other end is gone.
+    /// Waits for the next message; none if the other end is gone.
     pub fn receive(&self) -> io::Result<Option<(Message, Vec<OwnedFd>)>> {
         let mut bytes = vec![0; MESSAGE_MAX];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
@@ -165,7 +165,7 @@ impl Channel {
         Ok(Some((message, fds)))
     }
 
-    /// Waits for a message, or the other end's end; false if neither came within `patience`.
+    /// Waits for a message or the end of the connection; false after `patience` or a signal.
     pub fn wait(&self, patience: Duration) -> io::Result<bool> {
         let patience = Timespec::try_from(patience).map_err(io::Error::other)?;
         let mut fds = [PollFd::from_borrowed_fd(self.0.as_fd(), PollFlags::IN)];

@@ -1,4 +1,4 @@
-//! Bringing in what nobody has asked for yet, beside those who use the memory.
+//! The background fill: brings in what nobody has asked for yet, while the memory is in use.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -8,19 +8,20 @@ use super::image::{Count, Image};
 use super::{CHUNK_PAGES, PagerError, User};
 use crate::page::PAGE_SIZE;
 
-/// Chunks from where somebody was seen in which one that lacks something is looked for: 16 MiB.
+/// How many chunks behind the latest fault are searched for one that is not whole: 16 MiB.
 const FOLLOW_CHUNKS: u64 = 64;
 
-/// Where the threads that fill an image stand.
+/// The shared state of the threads that fill an image.
 #[derive(Debug, Default)]
 pub(super) struct FillState {
     users: Mutex<Vec<Weak<User>>>,
     cursor: Mutex<Cursor>,
-    /// 1 + the chunk, counted through all extents, where somebody was last seen; 0 is nowhere new.
+    /// 1 + the index (counted through all extents) of the chunk after the latest fault; 0 if there
+    /// was no fault since this was last taken.
     seen: AtomicU64,
-    /// Threads that fill.
+    /// Number of filling threads.
     running: AtomicUsize,
-    /// Bytes a second that all threads together bring in; 0 is as many as they can.
+    /// Rate limit of all threads together, in bytes per second; 0 is none.
     bytes_per_s: AtomicU64,
 }
 
@@ -28,7 +29,7 @@ pub(super) struct FillState {
 struct Cursor {
     /// The chunk to look at next.
     next: u64,
-    /// When the next chunk is due, if there is a rate.
+    /// When the next chunk may be filled, under a rate limit.
     due: Option<Instant>,
 }
 
@@ -37,14 +38,14 @@ impl FillState {
         self.users.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// True while threads fill: they follow those who use the memory.
+    /// True while threads are filling; they follow the users' faults.
     pub fn is_running(&self) -> bool {
         self.running.load(Ordering::Relaxed) > 0
     }
 }
 
 impl Image {
-    /// Everyone who uses the image hears when it is complete.
+    /// Registers a user, to be told when the image is complete.
     pub(super) fn enter(&self, user: &Arc<User>) {
         self.fill.users().push(Arc::downgrade(user));
     }
@@ -54,7 +55,7 @@ impl Image {
     }
 
     fn each_user(&self, with: impl Fn(&User)) {
-        // Not under the lock: one user's trouble is not to hold up the others.
+        // Not under the lock: trouble with one user must not hold up the others.
         let users: Vec<Arc<User>> = self.fill.users().iter().filter_map(Weak::upgrade).collect();
         users.iter().for_each(|user| with(user));
     }
@@ -71,7 +72,8 @@ impl Image {
         unreachable!("the cursor stays below the number of chunks")
     }
 
-    /// Somebody wanted `page`: what comes next is likely to be wanted next.
+    /// Has the background fill go on behind `page`, which was just asked for: what follows is
+    /// likely to be wanted next.
     pub(super) fn follow(&self, page: u64) {
         let mut before = 0;
         for extent in self.extents() {
@@ -84,11 +86,11 @@ impl Image {
         }
     }
 
-    /// Starts filling in the background, with `threads` threads, unless that goes on already. It
-    /// ends when all is there, or nobody uses the image any more.
+    /// Starts filling in the background with `threads` threads, unless that is going on already.
+    /// It ends when the image is complete or has no users left.
     ///
     /// # Errors
-    /// [`PagerError::Memory`] if no thread can be had.
+    /// [`PagerError::Memory`] if no thread can be started.
     pub fn fill_in_background(
         self: &Arc<Self>,
         threads: usize,
@@ -117,7 +119,8 @@ impl Image {
         Ok(())
     }
 
-    /// True if nobody uses the image: then this thread counts as ended, and whoever comes starts another.
+    /// True if the image has no users left. Then this thread is counted as ended, so that a new user
+    /// starts another one.
     fn is_left(&self) -> bool {
         let users = self.fill.users();
         let left = nobody_left(&users);
@@ -142,8 +145,8 @@ impl Image {
         self.fill.running.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// The chunk to fill next; none if there is nothing to do any more. Whoever finds that all is
-    /// there says so.
+    /// The first page of the chunk to fill next, or none if the image is complete. The thread that
+    /// finds it complete tells all users.
     fn next_chunk(&self) -> Option<u64> {
         let chunks = self.chunks();
         let mut cursor = self.fill.cursor.lock().unwrap_or_else(PoisonError::into_inner);
@@ -151,9 +154,10 @@ impl Image {
             return None;
         }
         let seen = self.fill.seen.swap(0, Ordering::Relaxed);
-        // Only to where something is to be done: the fill comes round, whoever uses the memory.
+        // Follow a fault only to where something is missing, so that faults elsewhere do not keep
+        // the fill from going round.
         let near = seen.checked_sub(1).and_then(|from| self.lacking(from, FOLLOW_CHUNKS));
-        // A chunk can become whole behind the one who looks, so only the count tells that all are.
+        // A chunk can become whole behind a scan in progress, so only the count tells that all are.
         let found = loop {
             if self.whole_chunks() == chunks {
                 self.set_filled();
@@ -171,8 +175,8 @@ impl Image {
         Some(self.chunk_start(found))
     }
 
-    /// The first of `count` chunks from `from` on, counted through all extents and round at the end,
-    /// that is not known to lack nothing.
+    /// The first chunk not known to be whole among `count` from `from` on, counted through all
+    /// extents and wrapping around at the end.
     fn lacking(&self, from: u64, count: u64) -> Option<u64> {
         let chunks = self.chunks();
         (from..from + count.min(chunks))
@@ -180,7 +184,7 @@ impl Image {
             .find(|index| !self.is_whole(self.chunk_start(*index)))
     }
 
-    /// Keeps to the rate.
+    /// Sleeps until the next chunk may be filled, under a rate limit.
     fn wait_until_due(&self, cursor: &mut Cursor) {
         let rate = self.fill.bytes_per_s.load(Ordering::Relaxed);
         if rate == 0 {
@@ -188,8 +192,8 @@ impl Image {
         }
         let mut now = Instant::now();
         let due = cursor.due.unwrap_or(now);
-        // Under the lock: the others have to wait as well. A little at a time, for nobody may be left
-        // meanwhile.
+        // Sleep under the lock, so that the other threads wait as well; a little at a time, since
+        // the last user may leave meanwhile.
         while now < due && !nobody_left(&self.fill.users()) {
             std::thread::sleep((due - now).min(Duration::from_millis(100)));
             now = Instant::now();
@@ -198,21 +202,21 @@ impl Image {
         cursor.due = Some(due.max(now) + Duration::from_secs_f64(chunk_bytes / rate as f64));
     }
 
-    /// Brings in what is missing of the chunk that starts at `first`, and maps it for those who want
-    /// that.
+    /// Fills what is missing of the chunk that starts at `first`, and maps it for the users that ask
+    /// for that.
     fn fill_chunk(&self, first: u64) -> Result<(), PagerError> {
         let runs = self.runs_of(first)?;
         let mut chunk = self.chunk(first);
         for run in &runs {
             self.fill(&mut chunk, run)?;
-            // At once: somebody may be waiting for the first of them.
+            // After each run, not at the end: somebody may be waiting for this one.
             self.each_user(|user| user.map_ahead(run));
         }
         self.set_whole(&chunk);
         Ok(())
     }
 
-    /// All is there: what was filled is all there is.
+    /// Marks the image as complete: the pages filled by now are all pages with contents.
     fn set_filled(&self) {
         let filled = self.count(Count::Filled).load(Ordering::Relaxed);
         self.count(Count::Total).store(filled, Ordering::Relaxed);

@@ -1,8 +1,8 @@
-//! A memory file that comes to hold a region's pages, one after the other, for all its users.
+//! A memory file that is gradually filled with a region's pages, for all its users.
 //!
-//! A page is filled at most once, under the lock of its chunk, and only then said to be filled, and
-//! only then mapped for anybody. So nothing that a user wrote is ever undone, and whoever takes over
-//! from a pager that died knows which pages can be trusted.
+//! A page is filled at most once, under the lock of its chunk, then marked as filled, and only then
+//! mapped for any user. So a fill never undoes a user's write, and whoever takes over from a dead
+//! pager knows which pages can be trusted.
 
 use std::cell::RefCell;
 use std::fs::File;
@@ -22,60 +22,62 @@ use crate::node::{Location, Run};
 use crate::page::PAGE_SIZE;
 use crate::snapshot::RegionReader;
 
-/// Bytes of a chunk.
+/// Length of a chunk in bytes.
 pub(super) const CHUNK_BYTES: u64 = CHUNK_PAGES * PAGE_SIZE as u64;
-/// Chunks share locks: so many are far more than threads that fill at a time.
+/// Number of locks, which chunks share: far more than there are filling threads.
 const LOCKS: usize = 1024;
 
 const _: () = assert!(CHUNK_PAGES == u64::BITS as u64);
 
 thread_local! {
-    /// What was decoded last. To decode into a mapping of the memory file looks cheaper by a copy, and
-    /// is not: see `DESIGN.md`.
+    /// The buffer that runs are decoded into. Decoding straight into a mapping of the memory file
+    /// would save a copy but is slower: see `DESIGN.md`.
     static DECODED: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
-/// The contents of a region in a memory file, as far as they were wanted by now. Shared by everyone
-/// who uses that memory; see [`super::Pager`].
+/// A memory file that holds the contents of a region as far as they were filled, shared by all its
+/// users; see [`super::Pager`].
 #[derive(Debug)]
 pub struct Image {
     region: RegionReader,
     memory: File,
     extents: Vec<Extent>,
-    /// A word a chunk of the memory file, a bit a page: its contents are there.
+    /// One word per chunk of the memory file, one bit per page: set if the page is filled. The
+    /// counters of [`Count`] follow.
     filled: SharedWords,
     locks: Box<[Mutex<()>]>,
-    /// False if another process fills it, or did until it died.
+    /// False if another process fills the image, or did until it died.
     writable: bool,
-    /// Chunks of the memory file in which nothing with contents is missing, and how many they are: all
-    /// is there when all of the extents' are. Known to this process only, so who takes over looks at
-    /// each once more.
+    /// The chunks of the memory file in which no page with contents is missing. The image is
+    /// complete when all chunks of the extents are whole. Not shared: whoever takes over checks
+    /// each chunk again.
     whole: Box<[AtomicBool]>,
+    /// Number of whole chunks.
     whole_chunks: AtomicU64,
     pub(super) fill: FillState,
 }
 
-/// What is counted behind the words of the chunks.
+/// The counters that follow the words of the chunks.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Count {
-    /// Pages whose contents came from the store.
+    /// Pages filled with contents from the store.
     Filled,
-    /// Zero pages that somebody touched.
+    /// Zero pages allocated because they were wanted.
     Zero,
-    /// Pages with contents, once that is known.
+    /// All pages with contents, once their number is known.
     Total,
-    /// 1 once all contents are there.
+    /// 1 once all pages with contents are filled.
     Complete,
 }
 
 const COUNTS: usize = 4;
 
 impl Image {
-    /// An image of `region` in `memory`, where nothing is yet.
+    /// An image of `region` in `memory`, nothing of which is filled yet.
     ///
     /// # Errors
-    /// [`PagerError::Store`] if `extents` are not whole chunks of both, each once;
-    /// [`PagerError::Memory`] if there are no file descriptors left.
+    /// [`PagerError::Store`] if `extents` are not whole chunks of both or overlap;
+    /// [`PagerError::Memory`] if a system call fails, such as for want of file descriptors.
     pub fn new(
         region: RegionReader,
         memory: &File,
@@ -85,7 +87,7 @@ impl Image {
         Self::assemble(region, memory, extents, filled, true)
     }
 
-    /// The image that another pager began: `filled` is its [`Self::filled_file`].
+    /// Takes over an image that another pager began; `filled` is its [`Self::filled_file`].
     ///
     /// # Errors
     /// As [`Self::new`]; [`PagerError::Memory`] if `filled` does not fit.
@@ -98,8 +100,8 @@ impl Image {
         Self::assemble(region, memory, extents, |words| SharedWords::of(filled, words), true)
     }
 
-    /// The image that another process fills: to be read only. Pages that are not there are copied to
-    /// whoever wants them.
+    /// Joins an image that another process fills, read-only. If that process dies, a user gets
+    /// private copies of the pages that are not filled.
     ///
     /// # Errors
     /// As [`Self::take_over`].
@@ -136,7 +138,7 @@ impl Image {
         })
     }
 
-    /// The region whose contents these are.
+    /// The region that the image is filled from.
     #[must_use]
     pub fn region(&self) -> &RegionReader {
         &self.region
@@ -148,19 +150,19 @@ impl Image {
         &self.memory
     }
 
-    /// Which part of the region is where in the memory file.
+    /// The parts of the region, and their places in the memory file.
     #[must_use]
     pub fn extents(&self) -> &[Extent] {
         &self.extents
     }
 
-    /// What says which pages are filled, for who takes over.
+    /// The file of marks that say which pages are filled, for whoever takes over.
     #[must_use]
     pub fn filled_file(&self) -> &File {
         self.filled.file()
     }
 
-    /// True once all contents are there.
+    /// True once all pages with contents are filled.
     #[must_use]
     pub fn is_complete(&self) -> bool {
         self.count(Count::Complete).load(Ordering::Acquire) != 0
@@ -184,7 +186,7 @@ impl Image {
         self.writable
     }
 
-    /// Hands the contents of `run`, or zeros, to `with`.
+    /// Decodes `run`, or fills a buffer with zeros, and passes it to `with`.
     pub(super) fn decoded<T>(
         &self,
         run: &Run,
@@ -203,7 +205,7 @@ impl Image {
         })
     }
 
-    /// Brings in everything at once, on all cores.
+    /// Fills everything at once, on all cores.
     ///
     /// # Errors
     /// [`PagerError::Store`] if a page cannot be read.
@@ -226,7 +228,7 @@ impl Image {
         self.region.runs(first, CHUNK_PAGES).map_err(|source| self.store_error(first, source))
     }
 
-    /// The chunk that `page` is in, locked.
+    /// Locks the chunk that contains `page`.
     ///
     /// # Panics
     /// If `page` is in no extent.
@@ -236,7 +238,7 @@ impl Image {
         self.locked(place, lock)
     }
 
-    /// The same, or none if somebody has it locked.
+    /// As [`Self::chunk`], or none if the lock is taken.
     pub(super) fn try_chunk(&self, page: u64) -> Option<Chunk<'_>> {
         let place = self.chunk_place(page);
         let lock = match self.lock_of(&place).try_lock() {
@@ -263,36 +265,34 @@ impl Image {
         Chunk { image: self, first, index, offset, bits, _lock: lock }
     }
 
-    /// Whether nothing with contents is missing in the chunk that `page` is in, as far as is known.
-    /// False for pages in no extent.
+    /// True if the chunk that contains `page` is known to be whole. False for pages in no extent.
     pub(super) fn is_whole(&self, page: u64) -> bool {
         self.place(page).is_some_and(|offset| {
             self.whole[(offset / CHUNK_BYTES) as usize].load(Ordering::Relaxed)
         })
     }
 
-    /// Takes note that the chunk lacks nothing: each of its runs was filled.
+    /// Marks the chunk as whole, after each of its runs was filled.
     pub(super) fn set_whole(&self, chunk: &Chunk<'_>) {
         if !self.whole[chunk.index].swap(true, Ordering::Relaxed) {
-            // Behind the contents and what they were counted as.
+            // Release: after the contents were written and counted.
             self.whole_chunks.fetch_add(1, Ordering::Release);
         }
     }
 
-    /// Chunks that are known to lack nothing. What was brought into them is seen by who sees the
-    /// number.
+    /// Number of chunks known to be whole. Whoever sees the number also sees their contents.
     pub(super) fn whole_chunks(&self) -> u64 {
         self.whole_chunks.load(Ordering::Acquire)
     }
 
-    /// Chunks of all extents.
+    /// Number of chunks in all extents.
     pub(super) fn chunks(&self) -> u64 {
         self.extents.iter().map(|extent| extent.pages / CHUNK_PAGES).sum()
     }
 
-    /// Whether all of `part` is in the image, at the same place of the memory file.
+    /// True if all of `part` is in the image, at the same place in the memory file.
     pub(super) fn holds(&self, part: &Extent) -> bool {
-        // A user in another process may say anything.
+        // A user in another process may send anything.
         let Some(end) = part.first_page.checked_add(part.pages) else { return false };
         let inside = |extent: &Extent| {
             part.first_page >= extent.first_page && end <= extent.first_page + extent.pages
@@ -303,7 +303,7 @@ impl Image {
             && self.place(part.first_page) == Some(part.file_offset)
     }
 
-    /// Where `page` is in the memory file, if it is in an extent.
+    /// Offset of `page` in the memory file, if it is in an extent.
     fn place(&self, page: u64) -> Option<u64> {
         let extent = self.extents.iter().find(|extent| extent.contains(page))?;
         Some(extent.file_offset + (page - extent.first_page) * PAGE_SIZE as u64)
@@ -313,9 +313,9 @@ impl Image {
         PagerError::Store { region: self.region.name().to_owned(), page, source }
     }
 
-    /// Fills what is missing of `run`, which lies in the chunk.
+    /// Fills the missing pages of `run`, which lies in the chunk.
     pub(super) fn fill(&self, chunk: &mut Chunk<'_>, run: &Run) -> Result<(), PagerError> {
-        // A chunk is filled frame by frame, so usually all of a run or nothing is missing.
+        // Chunks are filled run by run, so usually all of a run or nothing is missing.
         for missing in chunk.missing(run) {
             self.write(chunk.offset_of(missing.first), &missing)?;
             chunk.mark(&missing);
@@ -324,7 +324,7 @@ impl Image {
         Ok(())
     }
 
-    /// Writes the contents of `run` to the memory file.
+    /// Writes the contents of `run` to the memory file at `offset`.
     fn write(&self, offset: u64, run: &Run) -> Result<(), PagerError> {
         self.decoded(run, |contents| {
             self.memory
@@ -333,8 +333,8 @@ impl Image {
         })
     }
 
-    /// Has the memory file hold zero pages around `page`, which is in no run of `runs`: up to the
-    /// next page with contents or the chunk's end. Returns them.
+    /// Allocates the zero pages around `page`, which is in none of `runs`, up to the next page with
+    /// contents or the end of the chunk on either side. Returns these pages.
     pub(super) fn fill_zero(
         &self,
         chunk: &mut Chunk<'_>,
@@ -346,7 +346,7 @@ impl Image {
         Ok(gap)
     }
 
-    /// Brings in the pages `first .. end` of one chunk, zero pages too.
+    /// Fills the pages `first .. end` of one chunk, zero pages too.
     pub(super) fn fill_part(&self, first: u64, end: u64) -> Result<(), PagerError> {
         let runs = self.runs_of(first - first % CHUNK_PAGES)?;
         let mut chunk = self.chunk(first);
@@ -372,7 +372,7 @@ impl Image {
         Ok(())
     }
 
-    /// Has the memory file hold these pages: those that nobody wrote are zero then.
+    /// Allocates pages of the memory file; those not written yet are zero.
     pub(super) fn allocate(
         &self,
         chunk: &Chunk<'_>,
@@ -386,13 +386,13 @@ impl Image {
     }
 }
 
-/// Where a chunk is.
+/// The place of a chunk.
 struct ChunkPlace {
-    /// Its first page.
+    /// Number of its first page.
     first: u64,
-    /// Where that is in the memory file, in bytes.
+    /// Offset in the memory file, in bytes.
     offset: u64,
-    /// Counted through the memory file.
+    /// Index in the memory file, in chunks.
     index: usize,
 }
 
@@ -413,7 +413,8 @@ impl Chunk<'_> {
 
     fn mark(&mut self, run: &Run) {
         let new = mask(run.first - self.first, run.count);
-        // Behind the contents, for who reads it without the lock. Never less than was there.
+        // Released after the contents were written, for readers without the lock. OR-ed, so that
+        // no mark is ever lost.
         self.bits = new | self.image.filled.word(self.index).fetch_or(new, Ordering::AcqRel);
     }
 
@@ -421,7 +422,7 @@ impl Chunk<'_> {
         self.bits == 0
     }
 
-    /// The pages around `page` that are filled, itself among them.
+    /// The filled pages adjacent to `page`, including `page` itself.
     pub fn filled_around(&self, page: u64) -> Run {
         let at = page - self.first;
         let below = (self.bits << (63 - at)).leading_ones();
@@ -451,7 +452,7 @@ impl Chunk<'_> {
     }
 }
 
-/// The zero pages around `page` of its chunk, up to the next of `runs` on either side.
+/// The zero pages around `page` in its chunk, up to the nearest of `runs` on either side.
 pub(super) fn gap_around(page: u64, runs: &[Run]) -> Run {
     let chunk = page - page % CHUNK_PAGES;
     let first = runs.iter().map(Run::end).filter(|end| *end <= page).max().unwrap_or(chunk);
@@ -460,12 +461,12 @@ pub(super) fn gap_around(page: u64, runs: &[Run]) -> Run {
     Run { first, count, location: Location::Zero }
 }
 
-/// `count` bits from bit `first` on.
+/// A word with `count` bits set, from bit `first` on.
 fn mask(first: u64, count: u64) -> u64 {
     u64::MAX.checked_shr(64 - count as u32).unwrap_or(0) << first
 }
 
-/// Checks that `extents` can be served; returns how many chunks the memory file has.
+/// Checks that `extents` can be served; returns the number of chunks in the memory file.
 fn check_extents(
     region: &RegionReader,
     memory: &File,
@@ -478,7 +479,7 @@ fn check_extents(
             && extent.first_page.is_multiple_of(CHUNK_PAGES)
             && extent.file_offset.is_multiple_of(CHUNK_BYTES)
             && extent.first_page + extent.pages <= region.pages()
-            // A page beyond the file's end would kill the process, not fail.
+            // Touching a page beyond the file's end would raise SIGBUS, not return an error.
             && extent.file_offset + extent.pages * PAGE_SIZE as u64 <= memory_len
             && !extents[..index].iter().any(|other| other.overlaps(extent));
         if !whole {

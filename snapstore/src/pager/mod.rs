@@ -1,11 +1,12 @@
 //! Serving a region's pages to a mapping, as they are touched, through userfaultfd.
 //!
-//! The memory is a memfd, an [`Image`]. Its user's mapping is registered with userfaultfd; the pager
-//! writes decoded frames to the memfd, past the mapping, and maps what it filled with
-//! `UFFDIO_CONTINUE`. A page is filled at most once, so nothing its user wrote is ever undone.
+//! The memory is a memfd, wrapped in an [`Image`]. The user's mapping of it is registered with
+//! userfaultfd; the pager writes decoded frames to the memfd, bypassing the mapping, and then maps
+//! the filled pages with `UFFDIO_CONTINUE`. A page is filled at most once, so a fill never undoes a
+//! user's write.
 //!
-//! Several users can share an image, each with a pager: what one of them waits for is there for all.
-//! Those map it `MAP_PRIVATE`, so that what one writes is its own.
+//! Several users can share an image, each with its own pager: a page filled for one is there for
+//! all. They map it `MAP_PRIVATE`, so that each writes only to its own copy.
 //!
 //! See `Documentation/admin-guide/mm/userfaultfd.rst` in the Linux sources.
 
@@ -38,40 +39,40 @@ pub use stats::PagerStats;
 pub(crate) use user::User;
 pub use user::{OnFailure, Seat};
 
-/// Pages that are filled under one lock: 256 KiB.
+/// Pages in a chunk, which is filled under one lock: 256 KiB.
 pub const CHUNK_PAGES: u64 = 64;
 
-/// `UFFD_FEATURE_MINOR_SHMEM`, which the userfaultfd crate has no name for.
+/// `UFFD_FEATURE_MINOR_SHMEM`, for which the userfaultfd crate has no name.
 const FEATURE_MINOR_SHMEM: u64 = 1 << 10;
 
-/// Why the pager could not start, or had to stop.
+/// Why the pager could not start or had to stop.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PagerError {
-    /// userfaultfd cannot be had at all.
+    /// userfaultfd is not available to this process.
     #[error(
         "userfaultfd is not available: {reason}; lazy resume needs Linux 5.13 or later and either \
          CAP_SYS_PTRACE, which root has, or read and write permission on /dev/userfaultfd; \
          `--eager` resumes without it"
     )]
     Unavailable {
-        /// What the system said.
+        /// The system's error.
         reason: String,
     },
     /// A userfaultfd operation failed.
     #[error("userfaultfd cannot {op} at {address:#x}: {reason}")]
     Uffd {
-        /// What was tried, as a verb.
+        /// The attempted operation, as a verb.
         op: &'static str,
-        /// The address it was tried at.
+        /// The address concerned (host virtual).
         address: usize,
-        /// What the system said.
+        /// The system's error.
         reason: String,
     },
-    /// A memory operation of the pager's own failed.
+    /// Another system call of the pager failed.
     #[error("the pager cannot {op}: {source}")]
     Memory {
-        /// What was tried, as a verb.
+        /// The attempted operation, as a verb.
         op: &'static str,
         /// The system's error.
         #[source]
@@ -80,7 +81,7 @@ pub enum PagerError {
     /// A pager in another process failed.
     #[error("{error}")]
     Remote {
-        /// What it said.
+        /// The message of its error.
         error: String,
     },
     /// The snapshot could not be read.
@@ -88,22 +89,22 @@ pub enum PagerError {
     Store {
         /// The region.
         region: String,
-        /// The page that was asked for, or the first of those being filled.
+        /// The page asked for, or the first of those being filled.
         page: u64,
-        /// What is wrong with the store.
+        /// The store's error.
         #[source]
         source: StoreError,
     },
 }
 
-/// A part of a region, and where in the memory file it is.
+/// A part of a region, and its place in the memory file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Extent {
-    /// Its first page, a multiple of [`CHUNK_PAGES`].
+    /// Number of the first page, a multiple of [`CHUNK_PAGES`].
     pub first_page: u64,
-    /// How many pages, whole chunks of [`CHUNK_PAGES`].
+    /// Number of pages, a multiple of [`CHUNK_PAGES`].
     pub pages: u64,
-    /// Where the first is in the memory file, in bytes; whole chunks again.
+    /// Offset of the first page in the memory file, in bytes; a multiple of a chunk's length.
     pub file_offset: u64,
 }
 
@@ -112,7 +113,7 @@ impl Extent {
         (self.first_page..self.first_page + self.pages).contains(&page)
     }
 
-    /// True if a page of the region, or of the memory file, is in both: each page has one place.
+    /// True if the two share a page of the region or of the memory file.
     fn overlaps(&self, other: &Self) -> bool {
         let cross = |a: u64, a_len: u64, b: u64, b_len: u64| a < b + b_len && b < a + a_len;
         let (len, other_len) = (self.pages * PAGE_SIZE as u64, other.pages * PAGE_SIZE as u64);
@@ -121,21 +122,21 @@ impl Extent {
     }
 }
 
-/// A range of addresses whose memory is pages of the region.
+/// A range of addresses at which a part of the memory file is mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mapping {
-    /// Where the user mapped it (host virtual address).
+    /// Start address in the user's process (host virtual).
     pub address: usize,
-    /// Length in bytes, whole chunks of [`CHUNK_PAGES`] pages.
+    /// Length in bytes, a multiple of a chunk's length.
     pub len_bytes: usize,
-    /// Where the memory is in the memory file, in bytes.
+    /// Offset in the memory file, in bytes.
     pub file_offset: u64,
     /// The region's page at `address`, a multiple of [`CHUNK_PAGES`].
     pub first_page: u64,
 }
 
 impl Mapping {
-    /// What is mapped there.
+    /// The part of the region that is mapped there.
     #[must_use]
     pub fn extent(&self) -> Extent {
         Extent {
@@ -145,7 +146,7 @@ impl Mapping {
         }
     }
 
-    /// The page after its last.
+    /// The page after the last.
     pub(crate) fn end_page(&self) -> u64 {
         self.first_page + (self.len_bytes / PAGE_SIZE) as u64
     }
@@ -155,37 +156,37 @@ impl Mapping {
     }
 }
 
-/// When the pages that were wanted first the last time are brought in.
+/// When to bring in the working set: the pages that an earlier resume wanted first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Replay {
-    /// When they are touched, as all others.
+    /// Not at all: its pages are filled when touched, like all others.
     Off,
-    /// While the user runs already.
+    /// While the user is already running.
     #[default]
     Beside,
-    /// Before anything else: the pager starts when they are there.
+    /// Before the pager's start returns.
     Before,
 }
 
 /// How a region is served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PagerOptions {
-    /// Threads that serve faults.
+    /// Number of threads that serve faults.
     pub fault_threads: usize,
-    /// Fill what nobody asked for in the background, and let go of userfaultfd when all is there.
+    /// Fill untouched pages in the background, and let go of userfaultfd once everything is filled.
     pub background_fill: bool,
-    /// Threads that do so.
+    /// Number of threads of the background fill.
     pub fill_threads: usize,
-    /// Bytes a second that they bring in; None is as many as they can.
+    /// Rate limit of the background fill in bytes per second; none if `None`.
     pub fill_bytes_per_s: Option<u64>,
-    /// Bring in the working set that the snapshot has, if it has one.
+    /// When to bring in the snapshot's working set, if it has one.
     pub replay: Replay,
-    /// If it has none: take note for so long of what is asked for, keep that as the working set, and
-    /// only then fill in the background, which would hide it.
+    /// If no working set is replayed: how long to record the pages asked for and keep them as the
+    /// working set. The background fill starts only then, since it would hide accesses.
     pub record: Option<Duration>,
-    /// Map what is filled in the background for the user, who then finds it without a fault of any
-    /// kind. Costs page tables for all of it, so not for many who share an image.
+    /// Map for the user what is filled in the background, so that it never faults there. Costs page
+    /// tables for everything, so not for many users that share an image.
     pub maps_ahead: bool,
 }
 
@@ -195,7 +196,7 @@ impl Default for PagerOptions {
         Self {
             fault_threads: 2,
             background_fill: true,
-            // The others are the guest's.
+            // The other cores are left to the guest.
             fill_threads: (cores / 2).clamp(1, 4),
             fill_bytes_per_s: None,
             replay: Replay::Beside,
@@ -207,8 +208,8 @@ impl Default for PagerOptions {
 
 /// Serves an image to one user's mappings, until dropped or complete.
 ///
-/// Dropping it lets go of the memory: pages not filled by then read as zero. So its user must be
-/// stopped first, unless [`PagerStats::complete`].
+/// Dropping it lets go of the memory: pages not filled by then read as zero. So the user must be
+/// stopped first, unless [`PagerStats::complete`] is set.
 pub struct Pager {
     user: Arc<User>,
     threads: Mutex<Vec<JoinHandle<()>>>,
@@ -220,24 +221,24 @@ impl std::fmt::Debug for Pager {
     }
 }
 
-/// Checks that userfaultfd is there with what the pager needs.
+/// Checks that userfaultfd is available, with the features the pager needs.
 ///
 /// # Errors
-/// [`PagerError::Unavailable`].
+/// [`PagerError::Unavailable`] if not.
 pub fn probe() -> Result<(), PagerError> {
     uffd::open(features()).map(drop)
 }
 
-/// `MAP_PRIVATE` and `MAP_SHARED` mappings of shared memory are both served by these.
+/// The features for serving `MAP_PRIVATE` and `MAP_SHARED` mappings of shared memory.
 fn features() -> FeatureFlags {
     FeatureFlags::MISSING_SHMEM | FeatureFlags::from_bits_retain(FEATURE_MINOR_SHMEM)
 }
 
 impl Pager {
-    /// Starts serving `region` to `mappings` of `memory`, of which nothing was touched yet.
+    /// Starts serving `region` to `mappings` of `memory`, none of which was touched yet.
     ///
     /// # Errors
-    /// [`PagerError::Unavailable`] if userfaultfd cannot be had; others name what failed.
+    /// [`PagerError::Unavailable`] if userfaultfd is not available; others name what failed.
     pub fn start(
         region: RegionReader,
         memory: &File,
@@ -253,7 +254,8 @@ impl Pager {
     /// Starts serving `image` to the user in `seat`.
     ///
     /// # Errors
-    /// [`PagerError::Store`] if what is mapped there is not in the image; others name what failed.
+    /// [`PagerError::Store`] if a mapping of the seat is not part of the image; others name what
+    /// failed.
     pub fn serve(
         image: Arc<Image>,
         seat: Seat,
@@ -265,7 +267,7 @@ impl Pager {
         Ok(pager)
     }
 
-    /// Starts answering faults, and nothing else before [`Self::begin`].
+    /// Starts answering faults only; [`Self::begin`] starts the rest.
     pub(crate) fn attend(
         image: Arc<Image>,
         seat: Seat,
@@ -276,7 +278,7 @@ impl Pager {
         let pager = Self { user, threads: Mutex::default() };
         pager.user.image.enter(&pager.user);
         if pager.user.image.is_complete() {
-            // Nobody would tell it.
+            // There is no fill any more that would report completion.
             pager.user.let_go_complete();
             return Ok(pager);
         }
@@ -286,7 +288,8 @@ impl Pager {
         Ok(pager)
     }
 
-    /// What is brought in without being asked for.
+    /// Starts what goes on besides answering faults: replaying or recording the working set, and
+    /// the background fill.
     pub(crate) fn begin(&self) -> Result<(), PagerError> {
         if self.user.image.is_complete() {
             return Ok(());
@@ -331,20 +334,20 @@ impl Pager {
         self.user.options
     }
 
-    /// The image it serves.
+    /// The image that is served.
     #[must_use]
     pub fn image(&self) -> &Arc<Image> {
         &self.user.image
     }
 
-    /// Lets go of the memory if all of it is there.
+    /// Lets go of the memory if the image is complete.
     pub(crate) fn look_complete(&self) {
         if self.user.image.is_complete() && !self.user.stats().complete {
             self.user.let_go_complete();
         }
     }
 
-    /// What the pager did so far.
+    /// What the pager has done so far.
     #[must_use]
     pub fn stats(&self) -> PagerStats {
         self.user.stats()
@@ -365,17 +368,17 @@ impl Drop for Pager {
         let threads =
             std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
         for thread in threads {
-            // A panic in a pager thread was reported by the panic hook; nothing is left to do.
+            // The panic hook has reported a panic in a pager thread; nothing is left to do.
             let _joined = thread.join();
         }
     }
 }
 
-/// Brings in all of `region` at once, into memory that nobody uses yet. Needs no userfaultfd.
+/// Fills all of `memory` from `region` at once. Nobody may use it yet. Needs no userfaultfd.
 ///
 /// # Errors
 /// [`PagerError::Store`] if a page cannot be read; [`PagerError::Memory`] if the memory cannot
-/// be mapped.
+/// be written.
 pub fn load(region: &RegionReader, memory: &File, mappings: &[Mapping]) -> Result<(), PagerError> {
     let extents: Vec<Extent> = mappings.iter().map(Mapping::extent).collect();
     Image::new(region.clone(), memory, &extents)?.load()

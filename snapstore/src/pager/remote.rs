@@ -1,13 +1,13 @@
 //! Pagers in processes of their own.
 //!
-//! A user's seat (its userfaultfd, its counters), the memory and what says which pages are filled are
-//! all file descriptors, so another process can serve it. The user's process keeps them too. Should
-//! the pager die, another one goes on where it stopped: what was filled is known, and those who wait
-//! are woken to fault again. Nobody notices but by the time it takes.
+//! A user's seat (userfaultfd and counters), the memory and the marks of filled pages are all file
+//! descriptors, so another process can serve the user. The user's process keeps them too. If the
+//! pager dies, another one continues: the marks tell what is filled, and waiting threads are woken
+//! to fault again. The user only sees a delay.
 //!
-//! There are two kinds. [`serve_one`] is for one user, that starts it and starts another when it dies.
-//! [`ImageServer`] has the memory that many users share; they can read it and no more, so if it dies
-//! each of them serves itself, from the store, with copies of its own of what was not there yet.
+//! There are two kinds. [`serve_one`] serves one user, which starts the pager's process and replaces
+//! it when it dies. [`ImageServer`] has memory that many users share and can only read. If it dies,
+//! each user serves itself from the store, with private copies of pages that were not filled.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -25,11 +25,11 @@ use super::{Extent, Image, OnFailure, Pager, PagerError, PagerOptions, PagerStat
 use crate::snapshot::RegionReader;
 use crate::store::{Store, StoreOptions};
 
-/// How long a pager may take until it serves.
+/// How long a pager may take to start serving.
 const READY_PATIENCE: Duration = Duration::from_secs(20);
-/// How often a pager looks whether it is done.
+/// How often a pager checks whether the image is complete.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
-/// Pagers that die before they serve, one after the other, until none is started any more.
+/// After this many failed starts in a row, no other pager is started.
 const FAILED_STARTS_MAX: u32 = 3;
 
 fn remote_error(source: io::Error) -> PagerError {
@@ -40,11 +40,11 @@ fn invalid(what: &str) -> PagerError {
     remote_error(io::Error::new(io::ErrorKind::InvalidData, what.to_owned()))
 }
 
-/// Serves the user at the other end of `socket` until it is gone or all its memory is there: what the
-/// process of an external pager does.
+/// Serves the user at the other end of `socket` until it is gone or its image is complete: the main
+/// function of an external pager's process.
 ///
 /// # Errors
-/// What failed; the other end was told.
+/// What failed; if a page could not be served, the other end was told.
 pub fn serve_one(socket: OwnedFd) -> Result<(), PagerError> {
     let channel = Arc::new(Channel::new(socket));
     let Some((message, fds)) = channel.receive().map_err(remote_error)? else { return Ok(()) };
@@ -54,7 +54,7 @@ pub fn serve_one(socket: OwnedFd) -> Result<(), PagerError> {
     serve_until_complete(&channel, &pager).map(drop)
 }
 
-/// Says that faults are answered, and begins with what is brought in besides.
+/// Tells the user that faults are answered, then starts replay and background fill.
 fn begin(channel: &Channel, pager: &Pager) -> Result<(), PagerError> {
     let replays = pager.options().replay == Replay::Before;
     channel.send(&Message::Ready { replays }, &[]).map_err(remote_error)?;
@@ -70,10 +70,10 @@ fn on_failure(channel: &Arc<Channel>) -> OnFailure {
     Box::new(move |error| tell_failure(&channel, error))
 }
 
-/// Tells the other end that a page cannot be served: it stops its guest, and then lets those go who wait
-/// for the page.
+/// Tells the other end that a page cannot be served: it stops its guest, then releases the threads
+/// waiting for pages.
 fn tell_failure(channel: &Channel, error: &PagerError) {
-    // If it is gone there is nobody to tell.
+    // If the other end is gone, there is nobody to tell.
     let _gone = channel.send(&Message::Failed { error: error.to_string() }, &[]);
 }
 
@@ -93,7 +93,7 @@ fn start_for(
     };
     let of = |source| PagerError::Store { region: region.clone(), page: 0, source };
     let store = Store::open(&store, StoreOptions::default()).map_err(of)?;
-    // It may have been forgotten since the user was resumed from it; the user holds it.
+    // The snapshot may have been forgotten since the user was resumed from it; the user pins it.
     let snapshot = store.pin_held(snapshot).map_err(of)?;
     let reader = snapshot.region(&region).map_err(of)?;
     let image = Image::take_over(reader, &File::from(memory), &extents, File::from(filled))?;
@@ -101,10 +101,10 @@ fn start_for(
     Pager::attend(Arc::new(image), seat, options, on_failure)
 }
 
-/// False if the user went first.
+/// Waits until the image is complete; returns false if the user is gone before.
 fn serve_until_complete(channel: &Channel, pager: &Pager) -> Result<bool, PagerError> {
     while !pager.stats().complete {
-        // Nothing more is ever said to a pager: its user is gone, or does not need it.
+        // A pager gets no further messages, so the connection has ended.
         if channel.wait(LOOK_EVERY).map_err(remote_error)? {
             return Ok(false);
         }
@@ -114,17 +114,17 @@ fn serve_until_complete(channel: &Channel, pager: &Pager) -> Result<bool, PagerE
     Ok(true)
 }
 
-/// Serves one image to the users that connect, each until it is gone.
+/// Serves one image to all users that connect, each until it is gone.
 #[derive(Debug)]
 pub struct ImageServer {
     image: Arc<Image>,
-    /// The memory and what says which pages are filled, for reading only.
+    /// The memory and the marks of filled pages, opened read-only.
     offered: [File; 2],
     options: PagerOptions,
     connections: Mutex<Connections>,
 }
 
-/// How many there were so far, and those that are there.
+/// The number of connections so far, and the current ones.
 type Connections = (u64, BTreeMap<u64, Connection>);
 
 #[derive(Debug)]
@@ -134,15 +134,15 @@ struct Connection {
 }
 
 impl ImageServer {
-    /// A server of `image`. Its memory can be written by this process alone from here on, as far as
-    /// file permissions go.
+    /// Creates a server of `image`. From here on, file permissions keep other processes from opening
+    /// the memory for writing.
     ///
     /// # Errors
-    /// [`PagerError::Memory`] if the memory cannot be had for reading only.
+    /// [`PagerError::Memory`] if the memory cannot be opened read-only.
     pub fn new(image: Arc<Image>, options: PagerOptions) -> Result<Self, PagerError> {
         let offer = |file: &File| read_only(file).map_err(remote_error);
         let offered = [offer(image.memory())?, offer(image.filled_file())?];
-        // Page tables for all of it, in all of them, would be most of what clones take.
+        // Page tables for all of the image in every clone would be most of the memory clones take.
         let options = PagerOptions { maps_ahead: false, ..options };
         Ok(Self { image, offered, options, connections: Mutex::default() })
     }
@@ -151,28 +151,28 @@ impl ImageServer {
         self.connections.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends the connections to all users, which go on by themselves.
+    /// Ends the connections to all users, which then serve themselves.
     pub fn hang_up(&self) {
         self.connections().1.values().for_each(|connection| connection.channel.close());
     }
 
-    /// Users being served.
+    /// Number of connected users.
     #[must_use]
     pub fn users(&self) -> usize {
         self.connections().1.len()
     }
 
-    /// Those of them that have not sat down yet.
+    /// Number of connected users that have not sent their seat yet.
     #[must_use]
     pub fn standing(&self) -> usize {
         self.connections().1.values().filter(|connection| !connection.seated).count()
     }
 
-    /// Serves the user at the other end of `socket` until it is gone. A user that talks nonsense is
-    /// not served, and hurts nobody else.
+    /// Serves the user at the other end of `socket` until it is gone. A user that sends nonsense is
+    /// not served, without harm to others.
     ///
     /// # Errors
-    /// What failed; the user was told.
+    /// What failed; if a page could not be served, the user was told.
     pub fn serve(&self, socket: OwnedFd) -> Result<(), PagerError> {
         let channel = Arc::new(Channel::new(socket));
         let connected = self.connect(&channel);
@@ -195,7 +195,7 @@ impl ImageServer {
         begin(&channel, &pager)?;
         if serve_until_complete(&channel, &pager)? {
             drop(pager);
-            // As long as it is there, others can share what it has.
+            // Keep the connection, by which users are counted, until the user is gone.
             while !channel.wait(Duration::from_hours(1)).map_err(remote_error)? {}
         }
         Ok(())
@@ -226,7 +226,7 @@ impl ImageServer {
     }
 }
 
-/// A user, as long as it is there.
+/// A guard for the entry of a connected user.
 struct Connected<'a> {
     server: &'a ImageServer,
     number: u64,
@@ -246,7 +246,7 @@ impl Drop for Connected<'_> {
     }
 }
 
-/// `file` once more, for reading only, and so for everyone from here on.
+/// Reopens `file` read-only, after removing the permission to write for everyone.
 fn read_only(file: &File) -> io::Result<File> {
     use std::os::fd::AsRawFd;
 
@@ -254,7 +254,7 @@ fn read_only(file: &File) -> io::Result<File> {
     File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
-/// What an [`ImageServer`] offers, as its user finds it.
+/// The image that an [`ImageServer`] offers, on the user's side.
 #[derive(Debug)]
 pub struct Offer {
     channel: Channel,
@@ -264,10 +264,10 @@ pub struct Offer {
 }
 
 impl Offer {
-    /// Hears what the server at the other end of `socket` has, which must be `region`.
+    /// Receives the offer of the server at the other end of `socket`, which must be of `region`.
     ///
     /// # Errors
-    /// [`PagerError::Memory`] if it is something else, or the server does not answer.
+    /// [`PagerError::Memory`] if it is of something else, or the server does not answer.
     pub fn receive(socket: OwnedFd, region: &RegionReader) -> Result<Self, PagerError> {
         let channel = Channel::new(socket);
         if !channel.wait(READY_PATIENCE).map_err(remote_error)? {
@@ -297,10 +297,10 @@ impl Offer {
         &self.memory
     }
 
-    /// Sits down in `seat`, whose mappings are of [`Self::memory`]: the server serves it.
+    /// Has the server serve `seat`, whose mappings must be of [`Self::memory`].
     ///
     /// # Errors
-    /// What the server or this process met.
+    /// What failed in the server or this process.
     pub fn accept(
         self,
         region: RegionReader,
@@ -326,10 +326,10 @@ impl Offer {
     }
 }
 
-/// Starts the process of a pager, which gets the socket and calls [`serve_one`].
+/// Starts the process of a pager, which inherits the socket and calls [`serve_one`].
 pub type StartPager = Box<dyn Fn(OwnedFd) -> io::Result<Child> + Send + Sync>;
 
-/// A pager in another process, as its user sees it: watched, and replaced when it dies.
+/// A pager in another process, on the user's side: watched, and replaced when it dies.
 #[derive(Debug)]
 pub struct RemotePager {
     remote: Arc<Remote>,
@@ -342,12 +342,13 @@ struct Remote {
     options: PagerOptions,
     on_failure: Arc<OnFailure>,
     failure: OnceLock<Arc<PagerError>>,
-    /// None if there is nobody else: then this process takes over.
+    /// How to start another pager, and the store's folder for it. If none, this process takes over
+    /// when the pager dies.
     start: Option<(StartPager, std::path::PathBuf)>,
     stopping: AtomicBool,
-    /// To have the pager end.
+    /// The connection, to be closed so that the pager ends.
     channel: Mutex<Option<Channel>>,
-    /// This process's own pager, once it had to take over.
+    /// This process's own pager, once it has taken over.
     own: Mutex<Option<Pager>>,
     deaths: AtomicU64,
     /// The pager's process, if this one started it.
@@ -361,11 +362,11 @@ impl std::fmt::Debug for Remote {
 }
 
 impl RemotePager {
-    /// Has a process that `start` starts serve `image`, of the store in folder `store`, to the user in
-    /// `seat`.
+    /// Starts a pager process with `start` and has it serve `image`, from the store in folder
+    /// `store`, to the user in `seat`.
     ///
     /// # Errors
-    /// What that process, or starting it, met.
+    /// What failed in that process or in starting it.
     pub fn start(
         image: Image,
         store: &Path,
@@ -394,13 +395,13 @@ impl RemotePager {
         Ok(Self { remote, watcher: Some(watcher) })
     }
 
-    /// What the pagers did so far, all together.
+    /// What all the pagers together have done so far.
     #[must_use]
     pub fn stats(&self) -> PagerStats {
         self.remote.seat.stats(&self.remote.image)
     }
 
-    /// Pagers that died so far and were replaced.
+    /// Number of pagers that have died.
     #[must_use]
     pub fn deaths(&self) -> u64 {
         self.remote.deaths.load(Ordering::Relaxed)
@@ -412,7 +413,7 @@ impl RemotePager {
         self.remote.lock_process().as_ref().map(Child::id)
     }
 
-    /// Why memory is not served any more, if so.
+    /// Why the memory is no longer served, if it is not.
     #[must_use]
     pub fn failure(&self) -> Option<Arc<PagerError>> {
         self.remote.failure.get().cloned()
@@ -424,12 +425,12 @@ impl Drop for RemotePager {
         self.remote.stopping.store(true, Ordering::Release);
         self.remote.lock_channel().iter().for_each(Channel::close);
         if let Some(watcher) = self.watcher.take() {
-            // A panic was reported by the panic hook.
+            // The panic hook has reported a panic.
             let _joined = watcher.join();
         }
         self.remote.end_process();
         *self.remote.own.lock().unwrap_or_else(PoisonError::into_inner) = None;
-        // Others may have the userfaultfd for a moment yet: those who wait must not.
+        // Others may hold the userfaultfd a moment longer; release waiting threads now.
         let _unregistered = self.remote.seat.let_go();
     }
 }
@@ -467,17 +468,18 @@ impl Remote {
         self.process.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// After this the pager that this process started is no more: two that fill the same memory would
-    /// undo what the guest writes.
+    /// Kills the pager that this process started, if any, and waits until it is gone: two pagers that
+    /// fill the same memory would undo the guest's writes.
     fn end_process(&self) {
         if let Some(mut child) = self.lock_process().take() {
-            // Gone already is as good.
+            // It may be gone already.
             let _gone = child.kill();
             let _waited = child.wait();
         }
     }
 
-    /// Starts a process and gives it everything; also returns whether it replays a working set.
+    /// Starts a pager process and sends it everything; also returns whether it replays a working set
+    /// first.
     fn hand_over(&self) -> Result<(Channel, bool), PagerError> {
         self.end_process();
         let handed = self.start_and_send();
@@ -510,7 +512,8 @@ impl Remote {
         Ok((channel, replays.map_err(remote_error)?))
     }
 
-    /// Waits for the pager's end, and sees to it that there is another.
+    /// The body of the watching thread: replaces the pager whenever it dies, until the image is
+    /// complete or a page cannot be served.
     fn watch(&self, mut channel: Channel) {
         loop {
             match channel.receive() {
@@ -556,7 +559,7 @@ impl Remote {
         None
     }
 
-    /// There is nobody else: this process serves itself from here on.
+    /// Starts a pager in this process, since there is no other.
     fn serve_here(&self) {
         self.end_process();
         if self.stopping.load(Ordering::Acquire) {

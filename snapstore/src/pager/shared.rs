@@ -1,10 +1,10 @@
-//! Words in memory that several processes may share: which pages are filled, and what was counted.
+//! Words in memory that several processes may share: marks of filled pages, and counters.
 //!
-//! A pager that dies must leave behind what it knew, so that another can go on where it stopped. So
-//! both are kept in memory files, which live as long as anybody has them.
+//! Both must survive a pager that dies, so that another can go on where it stopped. So they are kept
+//! in memory files, which live as long as any process has them open.
 //!
-//! `unsafe` is allowed here because this module owns the raw pointer: whatever it points to is only
-//! ever accessed as atomics.
+//! `unsafe` is allowed here because this module owns the raw pointer and accesses what it points to
+//! only as atomics.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -18,8 +18,8 @@ use rustix::fs::{
 
 const WORD_BYTES: usize = 8;
 
-/// A number of words in a memory file whose length is fixed: nobody can cut it short, which would
-/// kill those who look at it.
+/// Words in a memory file whose length is sealed: truncating it would raise SIGBUS in processes that
+/// map it.
 #[derive(Debug)]
 pub(super) struct SharedWords {
     map: MmapRaw,
@@ -28,7 +28,7 @@ pub(super) struct SharedWords {
 }
 
 impl SharedWords {
-    /// `count` words, all zero.
+    /// Creates a memory file of `count` words, all zero.
     pub fn new(name: &str, count: usize) -> io::Result<Self> {
         let file = File::from(memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?);
         ftruncate(&file, (count.max(1) * WORD_BYTES) as u64)?;
@@ -36,17 +36,17 @@ impl SharedWords {
         Self::of(file, count)
     }
 
-    /// The words that another process made.
+    /// Maps a file of words that was created elsewhere, such as by another process.
     ///
     /// # Errors
-    /// `InvalidData` if it is not `count` words long, or its length is not fixed.
+    /// `InvalidData` if it is not `count` words long, or can be truncated.
     pub fn of(file: File, count: usize) -> io::Result<Self> {
         let len = check(&file, count)?;
         let map = MmapOptions::new().len(len).map_raw(&file)?;
         Ok(Self { map, file, count })
     }
 
-    /// The same, only to be read.
+    /// As [`Self::of`], mapped read-only.
     ///
     /// # Errors
     /// As [`Self::of`].
@@ -61,20 +61,20 @@ impl SharedWords {
         &self.file
     }
 
-    /// A word. Of those that are only to be read, whoever writes to it is killed.
+    /// The word at `index`. Writing to one that is mapped read-only raises SIGSEGV.
     pub fn word(&self, index: usize) -> &AtomicU64 {
         assert!(index < self.count, "word {index} of {}", self.count);
-        // Mappings begin with a page.
+        // Mappings are aligned to pages.
         #[allow(clippy::cast_ptr_alignment)]
         let words = self.map.as_mut_ptr().cast::<u64>();
         // SAFETY: the index was just checked to be inside the mapping, which lives as long as
-        // `self`, is aligned to pages and cannot be cut short (sealed); whoever else has it
-        // accesses it through this type too, or is a process whose writes are as good as atomic.
+        // `self`, is aligned to pages and cannot be truncated (sealed). Everyone else accesses it
+        // through this type too, or is another process, whose writes are as good as atomic.
         unsafe { AtomicU64::from_ptr(words.add(index)) }
     }
 }
 
-/// Checks that `file` is `count` words long and stays so; returns its length in bytes.
+/// Checks that `file` is `count` words long and cannot be truncated; returns its length in bytes.
 fn check(file: &File, count: usize) -> io::Result<usize> {
     let len = count.max(1) * WORD_BYTES;
     let fixed = fcntl_get_seals(file)?.contains(SealFlags::SHRINK);

@@ -1,4 +1,4 @@
-//! What a pager counts, where another can go on counting.
+//! A pager's counters, kept in shared memory so that another pager can go on counting.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -8,41 +8,40 @@ use serde::{Deserialize, Serialize};
 use super::image::{Count, Image};
 use super::shared::SharedWords;
 
-/// Classes of [`PagerStats::fault_us_log2`].
+/// Number of classes of [`PagerStats::fault_us_log2`].
 pub const FAULT_CLASSES: usize = 24;
 
-/// What the pager did so far.
+/// What a pager has done so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PagerStats {
     /// Faults answered.
     pub faults: u64,
-    /// Time spent answering them, in microseconds.
+    /// Total time spent answering faults, in microseconds.
     pub fault_us_total: u64,
-    /// The slowest, in microseconds.
+    /// Time spent on the slowest fault, in microseconds.
     pub fault_us_max: u64,
-    /// Faults by the time they took: class 0 is below 1 us, class n from 2^(n-1) us to below 2^n us;
-    /// the last one has no end.
+    /// Number of faults by the time they took: class 0 is below 1 us, class n from 2^(n-1) us to
+    /// below 2^n us; the last class has no upper bound.
     pub fault_us_log2: [u64; FAULT_CLASSES],
-    /// Pages whose contents came from the store.
+    /// Pages filled with contents from the store.
     pub filled_pages: u64,
-    /// Pages mapped as zero because somebody touched them.
+    /// Zero pages allocated because they were touched or in the working set.
     pub zero_pages: u64,
-    /// Pages with contents in the store, when all are filled; 0 until that is known.
+    /// All pages with contents in the store; 0 until all of them are filled.
     pub total_pages: u64,
-    /// True once everything is resident and userfaultfd was let go.
+    /// True once everything is filled and userfaultfd was let go of.
     pub complete: bool,
 }
 
 impl PagerStats {
-    /// Pages that need no fault any more. Until all is there, zero pages that nobody touched are
-    /// not among them.
+    /// Number of pages in the memory file. Zero pages that nobody touched are not counted.
     #[must_use]
     pub fn resident_pages(&self) -> u64 {
         self.filled_pages + self.zero_pages
     }
 
-    /// The time, in microseconds, within which a `share` of the faults were answered, 0 to 1: the end
-    /// of the class they are in. 0 if there were none.
+    /// The time in microseconds within which `share` (0 to 1) of the faults were answered, rounded
+    /// up to the upper bound of its class; 0 if there were no faults.
     #[must_use]
     pub fn fault_us_within(&self, share: f64) -> u64 {
         let wanted = (share * self.faults as f64).ceil() as u64;
@@ -62,10 +61,10 @@ const US_TOTAL: usize = 1;
 const US_MAX: usize = 2;
 const CLASSES: usize = 3;
 const LET_GO: usize = CLASSES + FAULT_CLASSES;
-/// Words that a user's counters are.
+/// Number of words that a user's counters take.
 pub(super) const COUNTER_WORDS: usize = LET_GO + 1;
 
-/// What is counted for one user.
+/// The counters of one user.
 #[derive(Debug)]
 pub(super) struct Counters(pub SharedWords);
 
@@ -79,7 +78,7 @@ impl Counters {
         self.0.word(CLASSES + class.min(FAULT_CLASSES - 1)).fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Its memory was given back, complete.
+    /// Records that the memory is complete and was let go of.
     pub fn set_let_go(&self) {
         self.0.word(LET_GO).store(1, Ordering::Release);
     }

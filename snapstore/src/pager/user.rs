@@ -1,4 +1,4 @@
-//! One user of an image: whose memory faults, and how those faults are answered.
+//! One user of an image: its mappings, and answering their faults.
 
 use std::fs::File;
 use std::io;
@@ -20,28 +20,29 @@ use crate::page::PAGE_SIZE;
 use crate::uffd::{Watch, uffd_error};
 use crate::working_set::WorkingSet;
 
-/// Called once, from a pager thread, when a page cannot be served. The callee has to stop the users
-/// of the memory: once it returns, those who wait for a page are let go and find zeros.
+/// Called once, from a pager thread, when a page cannot be served. The callee must stop whatever
+/// uses the memory: once it returns, threads waiting for a page are released and find zeros.
 pub type OnFailure = Box<dyn Fn(&PagerError) + Send + Sync>;
 
-/// Chunks that are read ahead of somebody who goes from one to the next, at the most: 2 MiB.
+/// The most chunks that sequential access fills at a time: 2 MiB.
 const AHEAD_CHUNKS_MAX: u64 = 8;
 
-/// Where a user of an image sits: its mappings, registered with a userfaultfd, and its counters.
-/// Whoever has it, in whatever process, can serve that user.
+/// A user's mappings, registered with a userfaultfd, and its counters: all that a pager, in any
+/// process, needs to serve that user.
 #[derive(Debug)]
 pub struct Seat {
     watch: Watch,
     counters: Counters,
-    /// Its user is another process.
+    /// True if the user is another process.
     foreign: bool,
 }
 
 impl Seat {
-    /// Registers `mappings` of this process: from here on, whoever touches them waits for a pager.
+    /// Registers `mappings` of this process: from here on, a thread that touches them waits for a
+    /// pager.
     ///
     /// # Errors
-    /// [`PagerError::Unavailable`] if userfaultfd cannot be had; others name what failed.
+    /// [`PagerError::Unavailable`] if userfaultfd is not available; others name what failed.
     pub fn take(mappings: &[Mapping]) -> Result<Self, PagerError> {
         let mode = RegisterMode::MISSING | RegisterMode::MINOR;
         let watch = Watch::new(features(), mode, mappings)?;
@@ -50,10 +51,10 @@ impl Seat {
         Ok(Self { watch, counters: Counters(words), foreign: false })
     }
 
-    /// The seat of a user in another process: its userfaultfd, its mappings there, its counters.
+    /// The seat of a user in another process, from its userfaultfd, its mappings and its counters.
     ///
     /// # Errors
-    /// [`PagerError::Memory`] if the counters are none.
+    /// [`PagerError::Memory`] if `counters` is not a file of counters.
     pub fn of(uffd: OwnedFd, mappings: &[Mapping], counters: File) -> Result<Self, PagerError> {
         let words = SharedWords::of(counters, COUNTER_WORDS)
             .map_err(|source| PagerError::Memory { op: "use the memory it shares", source })?;
@@ -61,7 +62,7 @@ impl Seat {
         Ok(Self { watch, counters: Counters(words), foreign: true })
     }
 
-    /// The same seat once more: for who takes over should the one who has this one die.
+    /// A duplicate of the seat, for taking over if the pager that has this one dies.
     ///
     /// # Errors
     /// [`PagerError::Memory`] if there are no file descriptors left.
@@ -73,13 +74,13 @@ impl Seat {
         Ok(Self { foreign: self.foreign, ..clone })
     }
 
-    /// Its mappings.
+    /// The user's mappings.
     #[must_use]
     pub fn mappings(&self) -> &[Mapping] {
         &self.watch.mappings
     }
 
-    /// Its userfaultfd and its counters, to be sent to another process.
+    /// Duplicates of the userfaultfd and the file of counters, to be sent to another process.
     ///
     /// # Errors
     /// [`PagerError::Memory`] if there are no file descriptors left.
@@ -89,16 +90,16 @@ impl Seat {
         Ok([self.watch.try_clone_fd().map_err(duplicate)?, counters.into()])
     }
 
-    /// What was counted here, and in `image`.
+    /// The statistics counted in this seat and in `image`.
     #[must_use]
     pub fn stats(&self, image: &Image) -> PagerStats {
         self.counters.stats(image)
     }
 
-    /// Gives the memory back to the kernel: pages that are missing read as zero from here on.
+    /// Unregisters the mappings from userfaultfd: missing pages read as zero from here on.
     ///
     /// # Errors
-    /// [`PagerError::Uffd`]: those who wait for a page may hang.
+    /// [`PagerError::Uffd`] if the kernel refuses; threads waiting for a page may then hang.
     pub fn let_go(&self) -> Result<(), PagerError> {
         self.watch.let_go()
     }
@@ -111,11 +112,11 @@ pub(crate) struct User {
     seat: Seat,
     failure: OnceLock<Arc<PagerError>>,
     on_failure: OnFailure,
-    /// Set before userfaultfd is let go of: faults in flight need no answer from then on.
+    /// Set before the mappings are unregistered: faults in flight need no answer from then on.
     letting_go: AtomicBool,
-    /// What was asked for, while that is noted.
+    /// The pages asked for, while the working set is recorded.
     recorded: Mutex<Option<WorkingSet>>,
-    /// Held while somebody else than its own threads maps pages for it.
+    /// Held while threads of others map pages for this user.
     visited: Mutex<()>,
 }
 
@@ -142,10 +143,10 @@ impl User {
                 )),
             });
         }
-        // Somebody may have waited for a pager that is no more, with an answer on its way.
+        // A pager that died may have read faults and not answered them: have them fault again.
         seat.watch.wake_all()?;
         let (failure, letting_go) = Default::default();
-        // From the first fault on, though it may turn out not to be wanted.
+        // Recorded from the first fault on; dropped if a working set turns out to exist.
         let recorded = Mutex::new(options.record.map(|_| WorkingSet::default()));
         let visited = Mutex::default();
         Ok(Self { image, options, seat, failure, on_failure, letting_go, recorded, visited })
@@ -159,12 +160,12 @@ impl User {
         self.failure.get().cloned()
     }
 
-    /// Has the threads that answer its faults come to their end.
+    /// Tells the threads that answer the user's faults to end.
     pub fn stop(&self) {
         self.seat.watch.stop();
     }
 
-    /// After [`Self::stop`], waits until nobody maps pages for it any more.
+    /// After [`Self::stop`], waits until no thread of others maps pages for this user.
     pub fn wait_alone(&self) {
         drop(self.visited.lock().unwrap_or_else(PoisonError::into_inner));
     }
@@ -173,9 +174,9 @@ impl User {
         if self.failure.set(Arc::clone(error)).is_ok() {
             tracing::error!(%error, "the pager stops");
             (self.on_failure)(error);
-            // Whoever waits for a page would wait for ever. The user was told, so nothing that
-            // comes of the zero pages they find now will be kept. In another process it sees to that
-            // itself, when it has stopped whoever waits.
+            // Threads waiting for a page would wait for ever. `on_failure` has stopped the user,
+            // so nothing computed from the zero pages they find now is kept. A user in another
+            // process lets go itself, after stopping its threads.
             if !self.seat.foreign
                 && let Err(error) = self.let_go()
             {
@@ -190,16 +191,17 @@ impl User {
         self.seat.let_go()
     }
 
-    /// All contents are there, says a thread that has others to tell as well.
+    /// Called when the image is complete, by a thread that tells all its users.
     pub fn image_complete(&self) {
-        // Those of other processes are looked after one by one: who knows what they call a userfaultfd.
+        // Users in other processes are left to the threads that serve them: what they passed as a
+        // userfaultfd may be anything.
         if !self.seat.foreign {
             self.let_go_complete();
         }
     }
 
-    /// All contents are there. Pages that are still missing are zero in the snapshot, and so they
-    /// are without us.
+    /// Lets go of the memory because the image is complete: pages still missing are zero in the
+    /// snapshot, and without a pager they read as zero too.
     pub fn let_go_complete(&self) {
         match self.let_go() {
             Ok(()) => {
@@ -210,7 +212,7 @@ impl User {
         }
     }
 
-    /// Starts filling in the background, if that is wanted.
+    /// Starts the background fill, if the options ask for it.
     pub fn begin_to_fill(&self) -> Result<(), PagerError> {
         let PagerOptions { background_fill, fill_threads, fill_bytes_per_s, .. } = self.options;
         if background_fill {
@@ -219,20 +221,20 @@ impl User {
         Ok(())
     }
 
-    /// Brings in a working set on all cores, and maps it.
+    /// Fills and maps a working set, on all cores.
     pub fn replay(&self, set: &WorkingSet) -> Result<(), PagerError> {
         set.ranges.par_iter().try_for_each(|(first, count)| self.bring(*first, *count))
     }
 
-    /// The same, on a thread of its own; then goes on with the rest.
+    /// The body of the replay thread: [`Self::replay`], then starts the background fill.
     pub fn replay_beside(&self, set: &WorkingSet) {
         if let Err(error) = self.replay(set).and_then(|()| self.begin_to_fill()) {
             self.fail(&Arc::new(error));
         }
     }
 
-    /// Takes note of what is asked for, for as long as the options say, and keeps it with the snapshot;
-    /// then goes on with the rest.
+    /// The body of the recording thread: waits as long as the options say, saves the pages asked
+    /// for as the snapshot's working set, then starts the background fill.
     pub fn record(&self) {
         self.seat.watch.wait_stopped(self.options.record.unwrap_or_default());
         let set = self.lock_recorded().take().unwrap_or_default();
@@ -255,7 +257,7 @@ impl User {
         self.recorded.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes no more note of what is asked for.
+    /// Stops recording the pages asked for.
     pub fn forget_recorded(&self) {
         *self.lock_recorded() = None;
     }
@@ -268,7 +270,7 @@ impl User {
         }
     }
 
-    /// Brings in `count` pages from `first` on, zero pages too, as if they had been touched.
+    /// Fills and maps `count` pages from `first` on, zero pages too, as if they had been touched.
     fn bring(&self, first: u64, count: u64) -> Result<(), PagerError> {
         for mapping in self.seat.mappings() {
             let start = first.max(mapping.first_page);
@@ -298,8 +300,8 @@ impl User {
         }
     }
 
-    /// Makes `page` resident: its frame, or what is there already around it. Returns whether anything
-    /// in its chunk was.
+    /// Answers a fault on `page`: fills and maps its run or, if it is filled already, maps the
+    /// filled pages around it. Returns true if anything in its chunk had been filled before.
     fn serve(&self, mapping: &Mapping, page: u64) -> Result<bool, PagerError> {
         if !self.image.is_writable() {
             return self.serve_by_copy(mapping, page).map(|()| true);
@@ -312,7 +314,7 @@ impl User {
         };
         if chunk.has(page) {
             // Filled for another user, or the kernel has dropped the page-table entry since
-            // (reclaim, migration, a hole punched): waking alone would have it fault for ever.
+            // (reclaim, migration, a punched hole): waking alone would make it fault for ever.
             self.image.allocate(&chunk, page, 1)?;
             let around = chunk.filled_around(page);
             drop(chunk);
@@ -335,8 +337,8 @@ impl User {
         Ok(near)
     }
 
-    /// Serves `page` of an image that nobody fills any more: what is there is mapped, of the rest the
-    /// user gets copies of its own.
+    /// Answers a fault on `page` of an image that nobody fills any more: maps filled pages, and
+    /// gives the user private copies of others.
     fn serve_by_copy(&self, mapping: &Mapping, page: u64) -> Result<(), PagerError> {
         let chunk = self.image.chunk(page);
         if chunk.has(page) {
@@ -350,7 +352,7 @@ impl User {
         self.image.decoded(&run, |contents| self.copy(mapping, &run, contents))
     }
 
-    /// Gives the user copies of the pages of `run`, where it has none, and wakes it.
+    /// Gives the user private copies of the pages of `run` that are not mapped, and wakes it.
     fn copy(&self, mapping: &Mapping, run: &Run, contents: &[u8]) -> Result<(), PagerError> {
         for (page, contents) in (run.first..).zip(contents.chunks_exact(PAGE_SIZE)) {
             let address = mapping.address_of(page);
@@ -373,8 +375,8 @@ impl User {
         Ok(())
     }
 
-    /// Somebody fills the chunk that is wanted, and wakes whoever waits for it: what is next is better
-    /// done than waited for.
+    /// Called while another thread holds the lock of the wanted chunk. If that may be the
+    /// background fill, which also wakes the waiting user, does the next chunk rather than wait.
     fn help(&self, mapping: &Mapping, page: u64) -> Result<(), PagerError> {
         let next = page - page % CHUNK_PAGES + CHUNK_PAGES;
         if self.options.maps_ahead && self.image.fill.is_running() && next < mapping.end_page() {
@@ -383,8 +385,9 @@ impl User {
         Ok(())
     }
 
-    /// Brings in the rest of the chunk, if somebody was `near` before, and then as much ahead as there
-    /// is behind: who goes from page to page soon finds 2 MiB, who jumps pays for one frame.
+    /// If something in the chunk of `page` was filled before (`near`) or the chunk before it is
+    /// whole, fills the rest of it, and as many chunks in all as are whole right behind it:
+    /// sequential access soon gets 2 MiB at a time, random access pays for one run.
     fn read_ahead(&self, mapping: &Mapping, page: u64, near: bool) -> Result<(), PagerError> {
         if !self.image.is_writable() {
             return Ok(());
@@ -396,7 +399,7 @@ impl User {
         if !near && behind == 0 {
             return Ok(());
         }
-        // Those who fill in the background follow, and go further.
+        // The background fill follows faults, and does the chunks further on.
         let chunks = if self.image.fill.is_running() { 1 } else { behind.max(1) };
         let end = mapping.end_page();
         for (index, first) in (first..end).step_by(CHUNK_PAGES as usize).enumerate() {
@@ -426,7 +429,7 @@ impl User {
         Ok(())
     }
 
-    /// Maps what was filled in the background, if it is to be.
+    /// Maps `run`, filled in the background, if the options ask for it.
     pub fn map_ahead(&self, run: &Run) {
         if !self.options.maps_ahead {
             return;
@@ -443,7 +446,7 @@ impl User {
         }
     }
 
-    /// Maps `count` filled pages for the user, and wakes whoever waits for one of them.
+    /// Maps `count` filled pages for the user, and wakes the threads waiting for them.
     fn map(
         &self,
         mapping: &Mapping,
@@ -459,17 +462,16 @@ impl User {
             match self.seat.watch.uffd.r#continue(address as *mut _, len, true) {
                 Ok(mapped) => page += mapped / PAGE_SIZE as u64,
                 Err(userfaultfd::Error::SystemError(errno)) => match errno as i32 {
-                    // Mapped already, by a fault that raced with us: success, but nobody was woken.
+                    // A racing fault has mapped it already: success, but this call woke nobody.
                     EEXIST => {
                         self.wake(mapping, page, 1)?;
                         page += 1;
                     }
-                    // Punched since it was filled.
+                    // A hole was punched there since it was filled.
                     EFAULT if holes == Holes::Skipped => page += 1,
-                    // The address space is being changed: again.
+                    // The address space is being changed: try again.
                     EAGAIN => std::thread::yield_now(),
-                    // Everything is there and userfaultfd was let go of, which woke all; or the user
-                    // is gone.
+                    // The mappings were unregistered, which woke everybody; or the user is gone.
                     ENOENT if self.letting_go.load(Ordering::Acquire) => return Ok(()),
                     ENOENT | ESRCH if self.seat.watch.stopped() => return Ok(()),
                     _ => {
@@ -493,11 +495,12 @@ impl User {
     }
 }
 
-/// What becomes of pages to be mapped that are not in the memory file, though they were filled.
+/// How [`User::map`] treats pages that were filled but are no longer in the memory file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Holes {
+    /// As an error.
     Refused,
-    /// Whoever wants one will ask for it.
+    /// Not mapped: a user that wants one will fault on it.
     Skipped,
 }
 
