@@ -1,14 +1,15 @@
-//! Memory that stays as it is for a reader while its users go on writing: userfaultfd's
-//! write-protection as copy-on-write.
+//! Copy-on-write by userfaultfd write-protection: memory stays unchanged for a reader while its
+//! users go on writing.
 //!
-//! For pages too many to be copied while their users stand still. They are protected *before*
-//! that moment, the cut, while users run: who writes to one by then is let go on at once, and the
-//! page noted. At the cut only those few are looked at, so its length does not depend on how many
-//! pages are protected. From the cut on a page is copied before its protection is taken away for
-//! whoever wants to write to it; the store reads that copy, or the page itself if there is none.
+//! For pages that are too many to be copied while their users are stopped. They are protected
+//! *before* that moment, the cut, while users run: until then, a write fault is answered at once
+//! and the page noted. The cut looks only at those few pages, so its length does not depend on how
+//! many are protected. After the cut, a page is copied before its protection is removed for a
+//! writer; the store reads that copy, or the page itself if there is none.
 //!
-//! Protection belongs to a mapping: memory must be written through the mappings given here only.
-//! See "Write Protect Notifications" in the Linux kernel's Documentation/admin-guide/mm/userfaultfd.rst.
+//! Protection belongs to a mapping: memory must be written only through the mappings given here.
+//! See "Write Protect Notifications" in the Linux kernel's
+//! Documentation/admin-guide/mm/userfaultfd.rst.
 
 use std::collections::HashMap;
 use std::io;
@@ -29,44 +30,45 @@ use crate::uffd::{Watch, uffd_error};
 
 /// `UFFD_FEATURE_WP_HUGETLBFS_SHMEM` of include/uapi/linux/userfaultfd.h, Linux 5.19.
 const FEATURE_WP_SHMEM: u64 = 1 << 12;
-/// Pages written to the store before their protection is taken away, all at once.
+/// Pages written to the store at a time, after which their protection is removed.
 const PAGES_AT_ONCE: u64 = 8192;
-/// The same while somebody waits for one of them.
+/// The same while a user waits for one of them.
 const PAGES_AT_ONCE_IN_HASTE: u64 = 1024;
-/// Pages whose protection changes while the lock is held, for which users that fault have to wait;
-/// a run of few counts as [`RUN_PAGES_MIN`].
+/// Pages whose protection changes under one hold of the lock, during which faulting users wait;
+/// a run of few pages counts as [`RUN_PAGES_MIN`].
 const PAGES_LOCKED: u64 = 1024;
 const RUN_PAGES_MIN: u64 = 16;
-/// Pages freed at a fault, if faults come in order of address.
+/// The most pages released per fault, if faults come in order of address.
 const CLUSTER_MAX: u64 = 64;
 
-/// Where memory is and how it is read.
+/// The memory to be protected, as a source of pages.
 pub type Memory = Arc<dyn PageSource + Send + Sync>;
 
-/// What faults mean at the moment.
+/// How faults are handled at the moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
-    /// Nothing is protected; a fault is a late one.
+    /// Nothing is protected; any fault is a late one.
     Idle,
-    /// A page that is written to is only noted.
+    /// A page about to be written is only noted.
     BeforeCut,
-    /// A page that is written to is copied first.
+    /// A page about to be written is copied first.
     AfterCut,
 }
 
 struct State {
     phase: Phase,
-    /// Pages whose protection was taken away before the cut, and not made again since.
+    /// Pages whose protection was removed before the cut and not restored since.
     released: PageSet,
-    /// What pages contained at the cut that have been written to since.
+    /// Contents at the cut of pages that were released to writers since.
     copies: HashMap<u64, Box<Page>>,
-    /// The most of them.
+    /// The most copies.
     copies_max: usize,
-    /// Pages that somebody waits for until the store has them, since there are so many copies.
+    /// Pages that users wait to write until the store has read them, since no more copies are
+    /// allowed.
     wanted: PageSet,
-    /// Since when they do; also once the store has begun with them.
+    /// Since when users have waited for a page; also kept while the store is writing it.
     waiting: HashMap<u64, Instant>,
-    /// The page after the last fault's, and how many that fault freed.
+    /// The page after those that the last fault released, and how many it was to release.
     after_last: u64,
     cluster: u64,
 }
@@ -74,15 +76,15 @@ struct State {
 struct Shared {
     watch: Watch,
     memory: Memory,
-    /// A bit for each page that is protected. Changed under the lock of `state` only, together with
-    /// the protection itself; read without it.
+    /// One bit per page, set while it is protected. Changed only under the lock of `state`,
+    /// together with the protection itself; read without the lock.
     protected: Vec<AtomicU64>,
     state: Mutex<State>,
-    /// Protection is gone and nobody answers faults any more.
+    /// True once protection was given up and nobody answers faults any more.
     broken: AtomicBool,
 }
 
-/// Protects pages of some mappings when asked to. Costs nothing meanwhile.
+/// Protects pages of some mappings on demand. Costs nothing in between.
 pub struct CopyOnWrite {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
@@ -95,11 +97,12 @@ impl std::fmt::Debug for CopyOnWrite {
 }
 
 impl CopyOnWrite {
-    /// Gets ready to protect pages of `mappings`, which `memory` reads. No other userfaultfd may
-    /// watch them.
+    /// Prepares to protect pages of `mappings`, whose contents `memory` reads. No other userfaultfd
+    /// may watch these mappings.
     ///
     /// # Errors
-    /// [`PagerError::Unavailable`] if there is no userfaultfd that can; others name what failed.
+    /// [`PagerError::Unavailable`] if userfaultfd, or write-protection by it, is not available;
+    /// others name what failed.
     pub fn new(memory: Memory, mappings: &[Mapping]) -> Result<Self, PagerError> {
         let features =
             FeatureFlags::PAGEFAULT_FLAG_WP | FeatureFlags::from_bits_retain(FEATURE_WP_SHMEM);
@@ -130,8 +133,8 @@ impl CopyOnWrite {
         Ok(Self { shared, thread: Some(thread) })
     }
 
-    /// Starts protecting pages for one cut: none yet. Once `copies_max` pages had to be copied,
-    /// whoever wants to write to another waits until the store has it.
+    /// Begins protection for one cut, with no pages yet. Once `copies_max` pages had to be copied,
+    /// a user that writes to another one waits until the store has read it.
     #[must_use]
     pub fn begin(&self, copies_max: usize) -> Protected {
         let mut state = self.shared.lock();
@@ -148,26 +151,26 @@ impl Drop for CopyOnWrite {
     fn drop(&mut self) {
         self.shared.watch.stop();
         if let Some(thread) = self.thread.take() {
-            // A panic was reported by the panic hook.
+            // The panic hook has reported a panic.
             let _joined = thread.join();
         }
     }
 }
 
-/// Times that somebody had to wait with a change to a page until the store had it, because as many
-/// pages were copied as may be.
+/// How often, and how long, users had to wait to write a page until the store had read it, because
+/// no more pages could be copied.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Waits {
-    /// How many.
+    /// Number of waits.
     pub count: u64,
-    /// The longest.
+    /// Duration of the longest.
     pub longest: Duration,
 }
 
-/// The pages protected for one cut. Dropping it takes all protection away.
+/// The pages protected for one cut. Dropping it removes all protection.
 pub struct Protected {
     shared: Arc<Shared>,
-    /// Those the store has not been given yet.
+    /// Pages that the store has not read yet.
     pages: PageSet,
     copied: u64,
     waits: Waits,
@@ -180,32 +183,34 @@ impl std::fmt::Debug for Protected {
 }
 
 impl Protected {
-    /// Protects `pages`. Their users may be running: what they write meanwhile is noted by whoever
-    /// tracks writes, and may not be protected any more.
+    /// Protects `pages`. Their users may be running: a page written meanwhile may have lost its
+    /// protection again, and appears in the caller's log of writes.
     ///
     /// # Errors
-    /// What userfaultfd refuses.
+    /// [`PagerError::Uffd`] if the kernel refuses.
     pub fn protect(&mut self, pages: &PageSet) -> Result<(), PagerError> {
         self.pages.union(pages);
         let shared = &self.shared;
-        // With the lock: a late answer to an old fault must not come between the two.
+        // Bit and protection are set under one hold of the lock: a late answer to an old fault must
+        // not come in between.
         shared.in_parts(pages, |state, first, count| {
             for page in first..first + count {
                 shared.set_bit(page);
-                // Whoever was let go and has not written yet faults once more.
+                // A writer that was released but has not written yet faults once more.
                 state.released.remove(page);
             }
             shared.protect(first, count)
         })
     }
 
-    /// The cut: users stand still. `others` are pages that were written since they were protected,
-    /// which the caller copies; added to them are those that may have been, for it to copy too.
+    /// Makes the cut, while users are stopped. `others` are the pages written since they were
+    /// protected, which the caller copies itself. Adds to them the pages that may have been
+    /// written, for the caller to copy too.
     pub fn cut(&mut self, others: &mut PageSet) {
         let mut state = self.shared.lock();
         state.phase = Phase::AfterCut;
         others.union(&state.released);
-        // Still protected, as likely as not: the first to write to one takes that away.
+        // They may still be protected: the first write to one then removes the protection.
         for page in others.iter() {
             self.shared.clear_bit(page);
         }
@@ -213,26 +218,26 @@ impl Protected {
         self.pages.subtract(others);
     }
 
-    /// The pages that are protected, as far as the store has not read them.
+    /// The protected pages that the store has not read yet.
     #[must_use]
     pub fn pages(&self) -> &PageSet {
         &self.pages
     }
 
-    /// Pages that were copied because their users wanted to write to them.
+    /// Number of pages that had to be copied because a user wrote to them, among those that the
+    /// store has read.
     #[must_use]
     pub fn copied(&self) -> u64 {
         self.copied
     }
 
-    /// How often its users had to wait, as far as that is over.
+    /// The waits of users that have ended.
     #[must_use]
     pub fn waits(&self) -> Waits {
         self.waits
     }
 
-    /// Writes the pages as they were at the cut, and takes the protection away from what is
-    /// written. Returns what that came to.
+    /// Writes the pages as they were at the cut, and removes the protection of what is written.
     ///
     /// # Errors
     /// Those of [`Transaction::write_pages`].
@@ -251,7 +256,7 @@ impl Protected {
         Ok(stats)
     }
 
-    /// What is written next: what somebody waits for, and then from the front.
+    /// The pages to write next: those that users wait for, then the first ones left.
     fn next_part(&self) -> PageSet {
         let none = PageSet::new(self.pages.capacity());
         let mut part = std::mem::replace(&mut self.shared.lock().wanted, none);
@@ -267,7 +272,7 @@ impl Protected {
         part
     }
 
-    /// Nobody needs the contents of `pages` at the cut any more.
+    /// Removes protection and copies of `pages`, whose contents at the cut are no longer needed.
     fn release(&mut self, pages: &PageSet) {
         let (shared, mut copied, waits) = (&self.shared, 0, &mut self.waits);
         let released = shared.in_parts(pages, |state, first, count| {
@@ -305,10 +310,11 @@ impl Drop for Protected {
 }
 
 impl PageSource for Shared {
-    /// A page as it was at the cut.
+    /// Reads a page as it was at the cut.
     fn read_page(&self, page: u64, buf: &mut Page) -> io::Result<()> {
         self.memory.read_page(page, buf)?;
-        // The copy is right if the page is protected still: protection goes after the bit.
+        // What was read is right if the bit is still set: the protection is removed only after the
+        // bit is cleared.
         fence(Ordering::Acquire);
         if !self.bit(page) {
             let state = self.lock();
@@ -329,7 +335,7 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Does `with` each run of `pages`, a bounded number of them each time the lock is taken.
+    /// Calls `with` for each run of `pages`, releasing the lock after a bounded number of pages.
     fn in_parts(
         &self,
         pages: &PageSet,
@@ -348,7 +354,7 @@ impl Shared {
                 room = room.saturating_sub(count.max(RUN_PAGES_MIN));
             }
             drop(state);
-            // To those who wait for the lock: it is not handed over.
+            // Let threads that wait for the lock have it: unlocking does not hand it over.
             std::thread::yield_now();
         }
     }
@@ -369,7 +375,7 @@ impl Shared {
         }
     }
 
-    /// The parts of mappings that pages `first .. first + count` are at: address and length.
+    /// The addresses and lengths at which pages `first .. first + count` are mapped.
     fn places(&self, first: u64, count: u64) -> impl Iterator<Item = (usize, usize)> + '_ {
         self.watch.mappings.iter().filter_map(move |mapping| {
             let start = first.max(mapping.first_page);
@@ -390,7 +396,7 @@ impl Shared {
         Ok(())
     }
 
-    /// Takes protection away, and wakes those who wait for that.
+    /// Removes the protection of pages, and wakes the threads that wait to write them.
     fn unprotect(&self, first: u64, count: u64) {
         for (address, len) in self.places(first, count) {
             if let Err(error) =
@@ -402,8 +408,8 @@ impl Shared {
         }
     }
 
-    /// Lets go of all memory, so that nobody waits for an answer that never comes. The checkpoint
-    /// that reads it fails.
+    /// Lets go of all memory, so that no thread waits for an answer that never comes. A checkpoint
+    /// in progress fails.
     fn give_up(&self, why: &str) {
         if self.broken.swap(true, Ordering::AcqRel) {
             return;
@@ -425,14 +431,14 @@ impl Shared {
         }
     }
 
-    /// Somebody wants to write to the page at `address`.
+    /// Answers a write fault at `address`.
     fn fault(&self, address: usize) {
         let Ok((_, page)) = self.watch.place(address) else {
             return tracing::warn!(address, "a fault outside of registered memory");
         };
         let mut state = self.lock();
         if !self.bit(page) {
-            // Written by the store meanwhile, or copied at the cut.
+            // The store has read it meanwhile, or the caller copied it at the cut.
             return self.unprotect(page, 1);
         }
         match state.phase {
@@ -442,7 +448,7 @@ impl Shared {
                 self.unprotect(page, 1);
             }
             Phase::AfterCut if state.copies.len() >= state.copies_max => {
-                // It is let go on by the writing of this page, which comes next.
+                // The writer is released once the store has written this page, which it does next.
                 state.wanted.insert(page);
                 state.waiting.entry(page).or_insert_with(Instant::now);
             }
@@ -454,7 +460,8 @@ impl Shared {
                         return self.give_up(&error.to_string());
                     }
                     state.copies.insert(page, copy);
-                    // After the copy and before the protection goes, as `read_page` wants it.
+                    // After copying and before removing protection: `read_page` relies on this
+                    // order.
                     self.clear_bit(page);
                 }
                 self.unprotect(page, pages);
@@ -462,8 +469,8 @@ impl Shared {
         }
     }
 
-    /// How many pages from `page` on to free: more and more of them as long as faults come in the
-    /// order of addresses, since a fault costs as much as copying a hundred pages.
+    /// How many pages from `page` on to release: twice as many each time while faults come in order
+    /// of address, since a fault costs as much as copying a hundred pages.
     fn cluster(&self, state: &mut State, page: u64) -> u64 {
         state.cluster =
             if page == state.after_last { (state.cluster * 2).min(CLUSTER_MAX) } else { 1 };
@@ -473,7 +480,7 @@ impl Shared {
     }
 }
 
-/// However the thread ends, nobody may wait for it.
+/// Lets go of all memory however the thread ends, so that nobody waits for it.
 struct Ending<'a>(&'a Shared);
 
 impl Drop for Ending<'_> {

@@ -29,10 +29,10 @@ const ENTRY_LEN: u64 = 8 + 3;
 
 /// Which page of the store has which fingerprint, as far as a fixed amount of memory goes.
 ///
-/// The pages of a frame are looked up together, with no lock between one and the next, so that their
-/// misses overlap: nearly every bucket comes from memory. Entries are hints. One that is out of date, or
-/// lost because two threads wrote to its bucket at once, does no harm: what an entry points to is
-/// read and compared.
+/// The pages of a frame are looked up together, with no lock between one and the next, so that
+/// their misses overlap: nearly every bucket comes from memory. Entries are hints. One that is out
+/// of date, or lost because two threads wrote to its bucket at once, does no harm: what an entry
+/// points to is read and compared.
 #[derive(Debug)]
 pub(crate) struct FingerprintIndex {
     chunks: RwLock<Chunks>,
@@ -206,8 +206,8 @@ pub(crate) fn decode_fingerprints(bytes: &[u8]) -> Decoded<Vec<FrameFingerprints
 /// new one, and with most workloads nothing comes of it.
 ///
 /// Pages with small edits stand together, so each area of memory is judged by itself, by what came
-/// of looking there. Areas about which nothing is known yet share one judgement. When something comes
-/// of looking where it never did, what is known of such areas is old.
+/// of looking there. Areas about which nothing is known yet share one judgement. When something
+/// comes of looking where it never did, what is known of such areas is old.
 #[derive(Debug)]
 pub(crate) struct Gate {
     /// What is known of each, and in the high half the age in which it was found not worth it.
@@ -378,7 +378,8 @@ mod tests {
         assert_eq!(index.frames.read().unwrap().frames.len(), 1);
     }
 
-    /// Looks at `pages` as a write does; how many were looked at, and how many of those were useful.
+    /// Looks at `pages` as a write does; how many were looked at, and how many of those were
+    /// useful.
     fn look(
         gate: &Gate,
         pages: impl Iterator<Item = u64>,

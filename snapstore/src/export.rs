@@ -37,12 +37,13 @@ pub struct ExportProgress {
     pub pages_written: AtomicU64,
 }
 
-/// Writes the first `len_bytes` of `region` to `file`, page `n` at byte 4096 · `n`, on all cores. Pages
-/// that are zero are left out: `file` is new, so they are holes. Its length is set.
+/// Writes the first `len_bytes` of `region` to `file`, page `n` at byte 4096 · `n`, on all cores.
+/// Pages that are zero are left out: `file` is new, so they are holes. Its length is set.
 ///
 /// # Errors
 /// [`StoreError::Corrupt`] if a page cannot be read, before anything of it is written;
-/// [`StoreError::Invalid`] if the region is shorter; those of the file. What is in it then is of no use.
+/// [`StoreError::Invalid`] if the region is shorter; those of the file. What is in it then is of no
+/// use.
 pub fn export(
     region: &RegionReader,
     file: &File,
@@ -56,9 +57,9 @@ pub fn export(
     part.write(0..pages)
 }
 
-/// Writes the pages `pages` of `region` to `file`, the first at byte `start` and the others behind it, on
-/// all cores. Pages that are zero are left out: there is nothing in that part of `file`, and it is long
-/// enough.
+/// Writes the pages `pages` of `region` to `file`, the first at byte `start` and the others behind
+/// it, on all cores. Pages that are zero are left out: there is nothing in that part of `file`, and
+/// it is long enough.
 ///
 /// # Errors
 /// As [`export`].

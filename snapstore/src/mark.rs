@@ -1,8 +1,8 @@
-//! What snapshots reach: every block once, and of frames which slots.
+//! Marking: finds every block that snapshots reach, and the slots reached in each frame.
 //!
-//! A page that a run further up overrides is not reached, so its slot may go. The same node can
-//! hang below different overrides in different snapshots; it is looked at again only for pages that
-//! were hidden before. In a line of snapshots that makes every visit but the first a short one.
+//! A page that is overridden by a run further up is not reached, so its slot may go. In different
+//! snapshots, the same node can be below different overrides; it is visited again only for pages
+//! that were hidden before. In a line of snapshots, every visit but the first is therefore short.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -18,38 +18,38 @@ use crate::snapshot::Snapshot;
 use crate::store::Store;
 use crate::tree::NodeSource;
 
-/// A frame, and which of its slots are reached.
+/// A frame, and the slots reached in it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct FrameUse {
     pub frame: BlockRef,
     pub delta: bool,
-    /// Bit n: slot n.
+    /// Bit n is set if slot n is reached.
     pub slots: u64,
-    /// Index of a snapshot that reaches it, the first that was found.
+    /// Index in [`Marked::snapshots`] of the first snapshot found to reach it.
     pub snapshot: u32,
 }
 
-/// Something on the way that cannot be read.
+/// A manifest, node or delta frame that cannot be read.
 #[derive(Debug)]
 pub(crate) struct Obstacle {
     pub error: StoreError,
     pub snapshot: SnapshotId,
-    /// It is a delta frame, which is among the frames that were reached.
+    /// True for a delta frame, which is in [`Marked::frames`] too.
     pub is_frame: bool,
 }
 
-/// What was reached.
+/// Everything that was reached.
 #[derive(Debug, Default)]
 pub(crate) struct Marked {
-    /// Snapshots looked at, for [`FrameUse::snapshot`].
+    /// Snapshots visited, in order; others fields refer to them by index.
     pub snapshots: Vec<SnapshotId>,
-    /// Frames by segment and offset, each once.
+    /// Frames, sorted by segment and offset, each once.
     pub frames: Vec<FrameUse>,
     pub nodes: Vec<BlockRef>,
-    /// With the index of a snapshot that reaches it, the first that was found.
+    /// State chunks, each with the index of the first snapshot found to reach it.
     pub chunks: Vec<(BlockRef, u32)>,
     pub manifests: Vec<BlockRef>,
-    /// With the index of their snapshot.
+    /// Blocks of fingerprints, each with the index of its snapshot.
     pub fingerprints: Vec<(BlockRef, u32)>,
     pub obstacles: Vec<Obstacle>,
 }
@@ -57,22 +57,22 @@ pub(crate) struct Marked {
 /// Sorted page ranges `start .. end` without overlaps.
 type Ranges = Vec<(u64, u64)>;
 
-/// Looks at snapshots one after the other.
+/// Visits snapshots one after the other.
 pub(crate) struct Marker<'a> {
     store: &'a Arc<Store>,
     marked: Marked,
-    /// Per node, the pages that were visible in it so far.
+    /// The pages visible so far in each node.
     visited: HashMap<BlockRef, Ranges>,
     seen_chunks: HashSet<BlockRef>,
-    /// Entries of `marked.frames` up to which they are sorted and each is there once.
+    /// Length of the part of `marked.frames` that is sorted and without duplicates.
     settled: usize,
-    /// Every node is read where it stands, though the same is cached from another place.
+    /// Read each node from its own place, even if an equal node is cached from another place.
     as_stored: bool,
     is_cancelled: &'a (dyn Fn() -> bool + Sync),
 }
 
 impl<'a> Marker<'a> {
-    /// Once `is_cancelled`, it looks at nothing more, and what it has is worth nothing.
+    /// A marker that stops visiting once `is_cancelled`; its results are then incomplete.
     pub fn new(store: &'a Arc<Store>, is_cancelled: &'a (dyn Fn() -> bool + Sync)) -> Self {
         Self {
             store,
@@ -85,12 +85,12 @@ impl<'a> Marker<'a> {
         }
     }
 
-    /// One that trusts no cache: each node it comes across was read from the medium.
+    /// A marker that trusts no cache: it reads each node from the medium.
     pub fn as_stored(store: &'a Arc<Store>) -> Self {
         Self { as_stored: true, ..Self::new(store, &|| false) }
     }
 
-    /// Marks everything that a snapshot reaches. The newest first: it hides least.
+    /// Marks everything that a snapshot reaches. Callers go from the newest to the oldest.
     pub fn snapshot(&mut self, info: &SnapshotInfo) {
         self.marked.snapshots.push(info.id);
         self.marked.manifests.push(info.manifest);
@@ -159,14 +159,14 @@ impl<'a> Marker<'a> {
         for (index, child) in &node.children {
             let (first, level) = node.child_place(*index);
             let part = clip(&below, first, first + crate::node::span_pages(level));
-            // Also if nothing in it is visible: readers go by the references.
+            // Visit it even if nothing in it is visible: readers follow the references.
             if first_visit || !part.is_empty() {
                 self.node(child, level, first, part);
             }
         }
     }
 
-    /// Merges what was found of the same frame, once there is much that is not merged.
+    /// Sorts the frames and merges entries for the same frame, once many are not merged yet.
     fn settle(&mut self, least: usize) {
         let frames = &mut self.marked.frames;
         if frames.len() < self.settled * 2 + least {
@@ -185,13 +185,13 @@ impl<'a> Marker<'a> {
         self.settled = frames.len();
     }
 
-    /// Adds the frames that delta frames are the difference from, and returns everything.
+    /// Adds the base frames of the delta frames, and returns everything.
     pub fn finish(mut self) -> Marked {
         self.settled = 0;
         self.settle(0);
         let deltas: Vec<FrameUse> =
             self.marked.frames.iter().filter(|usage| usage.delta).copied().collect();
-        // All of them must be decoded, on all cores.
+        // All delta frames must be decoded for this: do it on all cores.
         let read = |usage: &FrameUse| bases_of(self.store, usage, self.is_cancelled);
         let found: Vec<_> =
             self.store.pool.install(|| deltas.par_iter().map(read).collect::<Vec<_>>());
@@ -212,7 +212,7 @@ impl<'a> Marker<'a> {
     }
 }
 
-/// What the slots of a delta frame that are in use are the difference from.
+/// The base frames, with their slots, of the slots in use of a delta frame.
 fn bases_of(
     store: &Store,
     usage: &FrameUse,
@@ -241,19 +241,19 @@ fn push_use(frames: &mut Vec<FrameUse>, run: &Run, snapshot: u32) {
         Location::Delta { frame, slot } => (frame, slot, true),
     };
     let slots = ones(run.count) << slot;
-    // Runs of one frame usually stand together.
+    // Runs of one frame are usually adjacent.
     match frames.last_mut() {
         Some(last) if last.frame == frame && last.delta == delta => last.slots |= slots,
         _ => frames.push(FrameUse { frame, delta, slots, snapshot }),
     }
 }
 
-/// The lowest `count` bits set.
+/// A word with the lowest `count` bits set.
 fn ones(count: u64) -> u64 {
     if count >= 64 { u64::MAX } else { (1 << count) - 1 }
 }
 
-/// Hands every part of sorted `runs` that lies in `ranges` to `with`.
+/// Passes every part of sorted `runs` that lies in `ranges` to `with`.
 fn each_visible(runs: &[Run], ranges: &[(u64, u64)], mut with: impl FnMut(Run)) {
     let mut ranges = ranges.iter().peekable();
     for run in runs {
@@ -265,7 +265,7 @@ fn each_visible(runs: &[Run], ranges: &[(u64, u64)], mut with: impl FnMut(Run)) 
     }
 }
 
-/// The part of `ranges` inside `start .. end`, cut at neither: a node looks only at its own pages.
+/// The ranges that overlap `start .. end`, not clipped: a node looks only at its own pages.
 fn clip(ranges: &[(u64, u64)], start: u64, end: u64) -> &[(u64, u64)] {
     let from = ranges.partition_point(|range| range.1 <= start);
     let to = ranges.partition_point(|range| range.0 < end);

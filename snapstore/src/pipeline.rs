@@ -1,8 +1,8 @@
 //! From pages to appended frames: all cores read, sift, compress and append.
 //!
 //! Each core takes the next batch, and whoever has a frame appends it under a lock: that is a copy,
-//! and now and then a write of what was gathered. There is nothing in flight between threads: memory
-//! is bounded by a frame or two a core, and by 16 bytes for each run of changed pages.
+//! and now and then a write of what was gathered. There is nothing in flight between threads:
+//! memory is bounded by a frame or two a core, and by 16 bytes for each run of changed pages.
 
 use std::iter::Peekable;
 use std::sync::atomic::{AtomicBool, Ordering};

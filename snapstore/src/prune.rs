@@ -1,8 +1,8 @@
-//! Pruning: what no snapshot reaches is removed, and files that are mostly that are written anew.
+//! Pruning: removes files that no snapshot reaches, and rewrites those that are largely unused.
 //!
-//! [`Store::prune`] is the list of phases. Every step of the last two is a commit of its own: a
-//! pack is durable before the journal names it, and what it replaces is removed after. So it can
-//! be interrupted anywhere and run again.
+//! [`Store::prune`] lists the phases. Each step that removes or rewrites files is a commit of its
+//! own: a pack is durable before the journal names it, and what it replaces is removed afterwards.
+//! So pruning can be interrupted anywhere and run again.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -24,14 +24,14 @@ use crate::mark::{Marked, Marker};
 use crate::repack;
 use crate::store::{Store, unix_ms};
 
-/// How far to go.
+/// How far pruning goes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PruneOptions {
-    /// Unused bytes that may stay, as a share of those in use.
+    /// Unused bytes that may remain, as a share of the bytes in use.
     pub max_unused: f64,
-    /// At most so many bytes are written anew; 0 only removes files that nobody needs.
+    /// The most bytes to write to packs; with 0, only files without anything in use are removed.
     pub max_rewrite_bytes: u64,
-    /// Change nothing, only say what would be done.
+    /// Change nothing, only report what would be done.
     pub dry_run: bool,
 }
 
@@ -48,20 +48,20 @@ pub struct PruneProgress {
     pub snapshots_total: AtomicU64,
     /// Snapshots marked.
     pub snapshots_done: AtomicU64,
-    /// Bytes to be written anew.
+    /// Bytes in use to be written to packs.
     pub rewrite_bytes_total: AtomicU64,
-    /// Bytes of them written.
+    /// Bytes of these already written.
     pub rewrite_bytes_done: AtomicU64,
     cancelled: AtomicBool,
 }
 
 impl PruneProgress {
-    /// Makes the prune that reports here end at its next step. What it did until then stays done.
+    /// Makes the prune that reports here end at its next step. Steps done stay done.
     pub fn cancel(&self) {
         self.cancelled.store(true, Ordering::Relaxed);
     }
 
-    /// True once it was cancelled.
+    /// True once [`Self::cancel`] was called.
     #[must_use]
     pub fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::Relaxed)
@@ -75,18 +75,18 @@ impl PruneProgress {
     }
 }
 
-/// What pruning came to, or would come to.
+/// What pruning did, or would do.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PruneReport {
-    /// Snapshots whose blocks stay.
+    /// Snapshots whose blocks are kept.
     pub snapshots: u64,
-    /// Of these, forgotten ones that a process still has in use.
+    /// Of these, forgotten ones that a process has pinned.
     pub pinned: u64,
-    /// Bytes of all segments and packs before.
+    /// Bytes of all segments and packs beforehand.
     pub bytes_before: u64,
-    /// Of these, bytes in use, as near as can be told without reading them.
+    /// Of these, bytes in use, estimated without reading the blocks.
     pub bytes_live: u64,
-    /// The others.
+    /// Of these, bytes not in use.
     pub bytes_unused: u64,
     /// Bytes of all segments and packs afterwards; an estimate if nothing was changed.
     pub bytes_after: u64,
@@ -94,7 +94,8 @@ pub struct PruneReport {
     pub segments_removed: u64,
     /// Files whose blocks in use were moved into packs.
     pub segments_rewritten: u64,
-    /// Files that could not be rewritten, because something in use in them is damaged.
+    /// Files that could not be rewritten, because something in use in them is damaged (or is more
+    /// than the index of a pack can list).
     pub segments_skipped: u64,
     /// Bytes of the packs written.
     pub bytes_rewritten: u64,
@@ -107,17 +108,17 @@ pub struct PruneReport {
 pub(crate) struct Item {
     pub block: BlockRef,
     pub kind: RecordKind,
-    /// Slots in use, of a frame.
+    /// For a frame, bit n is set if slot n is in use.
     pub slots: u64,
 }
 
-/// A segment or pack, and what is in use of it.
+/// A segment or pack, and its blocks in use.
 #[derive(Debug)]
 pub(crate) struct Source {
     pub key: (FileKind, u32),
     pub total_bytes: u64,
     pub live_bytes: u64,
-    /// By name, ascending.
+    /// Sorted by name.
     pub items: Vec<Item>,
 }
 
@@ -126,35 +127,38 @@ impl Source {
         self.total_bytes.saturating_sub(self.live_bytes)
     }
 
-    /// The segments whose names these items have.
+    /// The segments that the items were first written to.
     pub fn segments(&self) -> BTreeSet<u32> {
         self.items.iter().map(|item| item.block.segment).collect()
     }
 }
 
-/// More small packs than this are written into one.
+/// If there are more small packs than this, they are merged.
 const SMALL_PACKS_MAX: usize = 16;
-/// The most blocks of several files that go into one pack: its index must stay readable.
+/// The most blocks that several files together may put into one pack, so that its index stays
+/// readable.
 const ITEMS_MAX: usize = 1 << 20;
-/// A journal is written anew when it has so many records that say nothing any more, and they are
-/// at least a quarter.
+/// The journal is rewritten if at least so many of its records are obsolete, and these are at least
+/// a quarter of all.
 const STALE_RECORDS_MIN: usize = 8;
 
 impl Store {
-    /// Gives back the space of what no snapshot reaches. Readers go on meanwhile; writers find the
+    /// Frees the space of what no snapshot reaches. Readers can go on meanwhile; writers find the
     /// store busy.
     ///
     /// # Errors
-    /// As [`Store::begin`]. Nothing is removed if a snapshot's tree cannot be read in full, for
-    /// then nobody knows what it reaches: [`StoreError::Corrupt`] or [`StoreError::Missing`] says
-    /// what; forget that snapshot first.
+    /// As [`Store::begin`]; [`StoreError::Cancelled`] after [`PruneProgress::cancel`]. If a
+    /// snapshot's tree cannot be read in full, nobody knows what it reaches, so nothing is removed:
+    /// [`StoreError::Corrupt`] or [`StoreError::Missing`] says what is wrong. Forget that snapshot
+    /// first.
     pub fn prune(
         self: &Arc<Self>,
         options: &PruneOptions,
         progress: &PruneProgress,
     ) -> Result<PruneReport> {
         let _lock = self.start_writing()?;
-        // The blocks of a torn record may be all that is left of a snapshot: not in this run.
+        // The blocks of a torn record may be all that is left of a snapshot: leave the segments
+        // from the old tail on alone in this run.
         let doubtful = self.catalog().tail.unwrap_or_default().0;
         let doubtful = (self.torn_journal_bytes() > 0).then_some(doubtful);
         if doubtful.is_some() && !options.dry_run {
@@ -221,7 +225,7 @@ impl Store {
         progress.snapshots_total.store(report.snapshots, Ordering::Relaxed);
         let is_cancelled = || progress.is_cancelled();
         let mut marker = Marker::new(self, &is_cancelled);
-        // The newest first: see there.
+        // Newest first, as the marker expects.
         for info in published.iter().rev().chain(pinned) {
             progress.check()?;
             marker.snapshot(info);
@@ -251,7 +255,7 @@ impl Store {
         Ok(lengths)
     }
 
-    /// The files that are there, and what is in use of each.
+    /// The existing files, with what is in use of each.
     fn sources(&self, marked: &Marked, report: &mut PruneReport) -> Result<Vec<Source>> {
         let mut sources: BTreeMap<(FileKind, u32), Source> = self
             .segment_lengths()?
@@ -279,7 +283,7 @@ impl Store {
             );
         for item in items {
             let (key, bytes) = repack::live_bytes(self, &item)?;
-            // A file that is missing is damage, and its frames stay damaged: nothing to move.
+            // A missing file is damage: there is nothing to move.
             if let Some(source) = sources.get_mut(&key) {
                 source.live_bytes += bytes;
                 source.items.push(item);
@@ -300,8 +304,9 @@ impl Store {
         Ok(sources.into_values().collect())
     }
 
-    /// Which files to write anew: those with most that is unused first, until little enough is
-    /// left, or as much is written as may be. And small packs, when they are many.
+    /// Chooses the files to rewrite: those with the largest unused share first, until few enough
+    /// unused bytes are left or the limit of bytes to write is reached; and small packs, if they
+    /// are many. Returns the files chosen and the others.
     fn choose(&self, mut live: Vec<Source>, options: &PruneOptions) -> (Vec<Source>, Vec<Source>) {
         let share =
             |source: &Source| source.unused_bytes() as f64 / source.total_bytes.max(1) as f64;
@@ -351,14 +356,14 @@ impl Store {
             .map_err(|error| StoreError::io("sync", SEGMENT_FOLDER, error))
     }
 
-    /// A step that changes nothing.
+    /// A relayout that changes nothing.
     fn relayout(&self) -> Relayout {
         let catalog = self.catalog();
         let next_pack = catalog.layout.next_pack.max(1);
         Relayout { tail: catalog.tail, next_pack, ..Relayout::default() }
     }
 
-    /// Writes what is in use of `chosen` into packs, and removes them, a pack at a time.
+    /// Writes what is in use of `chosen` into packs, one pack at a time, and removes the files.
     fn rewrite(
         self: &Arc<Self>,
         mut chosen: Vec<Source>,
@@ -381,8 +386,8 @@ impl Store {
                         report.bytes_rewritten += bytes;
                         break;
                     }
-                    // Something in use is damaged, or it has more blocks than an index holds: that
-                    // file stays as it is, the others go on.
+                    // Something in use is damaged, or an index cannot list it all: leave that file
+                    // as it is, and go on with the others.
                     Err(repack::Failure { error, source: Some(index) }) => {
                         tracing::warn!(%error, "a damaged file is left as it is");
                         group.remove(index);
@@ -399,7 +404,7 @@ impl Store {
         let (mut bytes, mut total_bytes, mut segments, mut items) = (0, 0, 0, 0);
         let fits = sources.iter().take_while(|source| {
             bytes += source.live_bytes;
-            // What is in use is an estimate, and may be all there is.
+            // `live_bytes` is an estimate: up to all of the file may be in use.
             total_bytes += source.total_bytes;
             segments += source.segments().len();
             items += source.items.len();
@@ -411,7 +416,7 @@ impl Store {
         fits.count().max(1)
     }
 
-    /// Makes a finished pack part of the store, in place of `sources`.
+    /// Makes a finished pack replace `sources`.
     fn adopt(&self, index: BlockRef, sources: &[Source], step: Relayout) -> Result<()> {
         let moved: BTreeSet<u32> = sources.iter().flat_map(Source::segments).collect();
         let packs = sources.iter().filter(|source| source.key.0 == FileKind::Pack);
@@ -424,25 +429,25 @@ impl Store {
         };
         let number = index.segment;
         self.record(Entry::Relayout(step)).inspect_err(|_| {
-            // If it is certain that the journal does not name it, its space comes back.
+            // If it is certain that the journal does not name the pack, free its space.
             if self.writer_state().latched.is_none() {
                 let _left_behind = self.remove_file((FileKind::Pack, number));
             }
         })?;
-        // With another record behind it, damage to that one is never taken for a torn append: what
-        // it names would be removed, and there would be nothing else.
+        // Append another record, so that damage to the first is never taken for a torn append: then
+        // the pack would be removed as an orphan, and its sources are gone.
         self.record(Entry::Relayout(self.relayout()))?;
         self.remove_files(sources)
     }
 
-    /// A number above those of all packs that are there, whosever they are.
+    /// A number above those of all existing packs, even orphans.
     fn unused_pack(&self) -> Result<u32> {
         let files = self.segment_files()?;
         let packs = files.iter().filter(|(kind, _)| *kind == FileKind::Pack);
         Ok(packs.map(|(_, number)| number.saturating_add(1)).max().unwrap_or(1))
     }
 
-    /// Writes the journal anew, if much of it says nothing any more.
+    /// Rewrites the journal if much of it is obsolete.
     fn rewrite_journal(&self, pinned: &[SnapshotInfo]) -> Result<()> {
         let pinned: Vec<SnapshotId> = pinned.iter().map(|info| info.id).collect();
         let (entries, generation) = {
@@ -473,7 +478,7 @@ impl Store {
 
     fn replace_journal(&self, bytes: &[u8]) -> Result<()> {
         let failed = |op| move |error| StoreError::io(op, JOURNAL_NEW_FILE, error);
-        // One that a crash left is still there if the journal was torn: nothing was tidied then.
+        // A crash may have left one, which is still there if the journal was torn.
         self.remove_new_journal()?;
         let file = self.storage.create(JOURNAL_NEW_FILE).map_err(failed("create"))?;
         let written = file
@@ -481,12 +486,12 @@ impl Store {
             .map_err(failed("write"))
             .and_then(|()| file.sync().map_err(failed("sync")));
         if let Err(error) = written {
-            // What stays is an orphan, which the next writer removes.
+            // If it stays, it is an orphan, which the next writer removes.
             let _left_behind = self.remove_new_journal();
             return Err(error);
         }
-        // From here on nobody knows which of the two a crash leaves, until the folder is synced:
-        // nothing may be appended before.
+        // Until the folder is synced, a crash may leave either journal: nothing may be appended
+        // before.
         let replaced = self
             .storage
             .rename(JOURNAL_NEW_FILE, JOURNAL_FILE)

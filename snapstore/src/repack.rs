@@ -1,4 +1,4 @@
-//! Writing a pack: what is in use of segments and older packs, in one file.
+//! Writing a pack: collects what is in use of segments and older packs in one file.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -16,12 +16,11 @@ use crate::record::{EncodedRecord, RecordEncoder};
 use crate::segment::Appender;
 use crate::store::Store;
 
-/// Bytes that are read and decoded together, and of pages that are gathered before they are
-/// compressed together, on all cores.
+/// Bytes read and decoded at a time, and bytes of pages gathered before they are compressed, each
+/// on all cores.
 const WINDOW_LEN: usize = 16 << 20;
 
-/// Why a pack could not be written; `source` is the index of the one that is damaged, if that is
-/// why.
+/// Why a pack could not be written; `source` is the index of the source to blame, if one is.
 pub(crate) struct Failure {
     pub error: StoreError,
     pub source: Option<usize>,
@@ -33,30 +32,30 @@ impl From<StoreError> for Failure {
     }
 }
 
-/// The file that holds an item, and how many of its bytes that is: of a frame only some of whose
-/// pages are in use, their share.
+/// The file that holds an item, and the bytes it takes there: for a frame only partly in use, the
+/// share of the pages in use.
 pub(crate) fn live_bytes(store: &Store, item: &Item) -> Result<((FileKind, u32), u64)> {
     let place = store.segments.resolve(&item.block)?;
     let len = u64::from(place.len);
     if !matches!(item.kind, RecordKind::Frame | RecordKind::Delta) {
         return Ok((place.file, len));
     }
-    // What cannot be read cannot be told; it stays whole.
+    // If the header cannot be read, count the whole frame.
     let slots = store.segments.slots(&place).unwrap_or(0);
     let used = u64::from(item.slots.count_ones());
     let share = if used >= slots { len } else { len * used / slots };
     Ok((place.file, share))
 }
 
-/// Writes pack `number` with the items of `sources`; returns the reference to its index, and its
-/// length. What was written is removed if that fails.
+/// Writes pack `number` with the items of `sources`; returns the reference to its index, and the
+/// length of the pack. If this fails, removes the file.
 pub(crate) fn write_pack(
     store: &Arc<Store>,
     number: u32,
     sources: &[Source],
     progress: &PruneProgress,
 ) -> Result<(BlockRef, u64), Failure> {
-    // One that is there already is somebody's.
+    // Fails without removing anything if the file exists: it is not ours.
     let mut pack = PackWriter::create(store, number)?;
     let fill = || -> Result<(BlockRef, u64), Failure> {
         for (index, source) in sources.iter().enumerate() {
@@ -81,7 +80,7 @@ pub(crate) fn write_pack(
         }
         match pack.finish()? {
             Some(written) => Ok(written),
-            // Several files together are chosen to be far from that.
+            // Only a single file can have so many blocks: groups are chosen to stay far below.
             None => Err(Failure {
                 error: StoreError::Invalid(format!(
                     "what is in use cannot be listed in {}",
@@ -93,21 +92,21 @@ pub(crate) fn write_pack(
     };
     let written = fill();
     if written.is_err() {
-        // What stays is an orphan, which the next writer removes.
+        // If it stays, it is an orphan, which the next writer removes.
         let _left_behind = store.storage.remove(&pack_name(number));
     }
     written
 }
 
-/// What an item is made of.
+/// What is to be written for an item.
 enum Piece {
-    /// A record, to be copied as it is.
+    /// A record to be copied byte for byte.
     Record(Vec<u8>),
-    /// Pages of a frame, and of a delta frame their bases.
+    /// The pages in use of a frame, with their bases if it is a delta frame.
     Pages { raw: Vec<u8>, bases: Vec<Base> },
 }
 
-/// How many of `items` to read together.
+/// How many of `items` to read at a time.
 fn window(items: &[Item]) -> usize {
     let mut bytes = 0;
     let fits = items.iter().take_while(|item| {
@@ -166,7 +165,7 @@ struct PackWriter<'a> {
     index: PackIndex,
     plain: Group,
     delta: Group,
-    /// Groups that are full, `true` for those of delta frames.
+    /// Full groups; `true` for those of delta frames.
     full: Vec<(Group, bool)>,
 }
 
@@ -207,7 +206,7 @@ impl<'a> PackWriter<'a> {
         self.index.segments.entry(name.segment).or_default().push((name.offset, place));
     }
 
-    /// Compresses the groups that are full, and appends them.
+    /// Compresses and appends the full groups.
     fn flush(&mut self) -> Result<()> {
         let full = std::mem::take(&mut self.full);
         let level = self.store.options.compression_level;
@@ -233,7 +232,7 @@ impl<'a> PackWriter<'a> {
         Ok(())
     }
 
-    /// Writes what is left and the index, durably; none if the index is longer than readers
+    /// Writes what is left and the index, durably; returns none if the index is longer than readers
     /// accept.
     fn finish(mut self) -> Result<Option<(BlockRef, u64)>> {
         for (group, is_delta) in
@@ -248,7 +247,7 @@ impl<'a> PackWriter<'a> {
             entries.sort_unstable_by_key(|(offset, _)| *offset);
         }
         let payload = self.index.encode();
-        // What it replaces will be removed: it must be readable.
+        // The files it replaces will be removed, so make sure that it can be read.
         if payload.len() > MAX_BLOB_LEN
             || PackIndex::decode(&payload).ok().as_ref() != Some(&self.index)
         {

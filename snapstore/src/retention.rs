@@ -1,65 +1,66 @@
-//! Retention: which snapshots a policy keeps, as `restic forget` does it. Decides, touches nothing.
+//! Retention: decides which snapshots a policy keeps, by the rules of `restic forget`. Changes
+//! nothing itself.
 //!
-//! Snapshots are judged a VM at a time, so that one which takes many does not push out another's.
-//! A rule for a period keeps the newest snapshot of each of the last so many periods *that have
-//! one*: a VM that stood still for a month loses nothing by it.
+//! Each VM's snapshots are judged by themselves, so that a VM that takes many does not push out
+//! another's. A rule for a period keeps the newest snapshot of each of the last N periods *that
+//! have one*: a VM that was idle for a month loses nothing by it.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::str::FromStr;
 use std::time::Duration;
 
-/// Where days begin, for [`decide`].
+/// The time zone in which [`decide`] tells days apart.
 pub use jiff::tz::TimeZone;
 use jiff::{SignedDuration, Span, SpanRelativeTo, Timestamp};
 
 use crate::id::SnapshotId;
 
-/// What to keep. A snapshot stays if any of the rules wants it; a rule of 0 is none.
+/// Which snapshots to keep. A snapshot is kept if any rule keeps it; a rule of 0 does not count.
 ///
 /// A policy with at least one rule keeps at least the newest snapshot of every VM, and one without
-/// keeps everything: none forgets all there is.
+/// rules keeps everything: no policy forgets everything.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Policy {
-    /// The newest so many.
+    /// Keep the newest N snapshots.
     pub last: Option<u32>,
-    /// The newest of each of the last so many minutes that have one.
+    /// Keep the newest of each of the last N minutes that have one.
     pub minutely: Option<u32>,
-    /// The same of hours. An hour that a clock change repeats is two.
+    /// The same for hours. An hour that a clock change repeats counts as two.
     pub hourly: Option<u32>,
-    /// The same of calendar days.
+    /// The same for calendar days.
     pub daily: Option<u32>,
-    /// The same of ISO weeks, which begin on Mondays and may lie in two years.
+    /// The same for ISO weeks, which begin on Mondays and may span two years.
     pub weekly: Option<u32>,
-    /// The same of calendar months.
+    /// The same for calendar months.
     pub monthly: Option<u32>,
-    /// The same of calendar years.
+    /// The same for calendar years.
     pub yearly: Option<u32>,
-    /// All that are less than so much older than the VM's newest.
+    /// Keep all that are older than the VM's newest by less than this.
     pub within: Option<Duration>,
 }
 
 /// A snapshot to judge.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Candidate {
-    /// Which one.
+    /// The snapshot's id.
     pub id: SnapshotId,
-    /// When it was cut, Unix milliseconds.
+    /// When it was cut, in Unix milliseconds.
     pub time_unix_ms: u64,
-    /// Snapshots of one group are judged together: the VM's name.
+    /// The VM's name: snapshots of one group are judged together.
     pub group: String,
-    /// Tagged ones stay whatever the rules say. They count all the same.
+    /// Tagged snapshots are kept whatever the rules say, but the rules count them.
     pub tagged: bool,
 }
 
-/// What becomes of a candidate.
+/// The decision on a candidate.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Verdict {
-    /// Which one.
+    /// The snapshot's id.
     pub id: SnapshotId,
-    /// True if it stays.
+    /// True if it is kept.
     pub keep: bool,
-    /// What keeps it: the names of rules, `tagged`, or `no rules`.
+    /// Why it is kept: names of rules, `tagged` or `no rules`.
     pub reasons: Vec<&'static str>,
 }
 
@@ -75,7 +76,7 @@ enum Period {
 }
 
 impl Policy {
-    /// True if there is no rule in it: it keeps everything.
+    /// True if the policy has no rules and so keeps everything.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.period_rules().iter().all(|(_, count, _)| *count == 0) && self.within().is_none()
@@ -113,7 +114,7 @@ impl Policy {
     }
 }
 
-/// Reads `last=10,hourly=24,within=2h`.
+/// Parses a policy such as `last=10,hourly=24,within=2h`.
 impl FromStr for Policy {
     type Err = String;
 
@@ -144,10 +145,10 @@ impl FromStr for Policy {
     }
 }
 
-/// Reads a length of time for `within` of a [`Policy`]: `90m`, `2h`, `1d12h`, `6w`.
+/// Parses a duration for `within` of a [`Policy`]: `90m`, `2h`, `1d12h`, `6w`.
 ///
 /// # Errors
-/// What was expected, and what found.
+/// A message that says what was expected and what was found.
 pub fn parse_within(text: &str) -> Result<Duration, String> {
     let wrong = |why: String| {
         format!("expected a time such as 90m, 2h, 1d12h or 6w, found `{text}`: {why}")
@@ -165,8 +166,8 @@ pub fn parse_within(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// Judges `candidates`, whose times are seen in `zone`: a verdict each, in their order. Of equal
-/// times, the later one in the list is the newer.
+/// Judges `candidates` by calendar times in `zone`; returns a verdict for each, in the same order.
+/// Of equal times, the later in the list is the newer.
 #[must_use]
 pub fn decide(policy: &Policy, candidates: &[Candidate], zone: &TimeZone) -> Vec<Verdict> {
     let mut reasons: Vec<Vec<&'static str>> = candidates
@@ -186,7 +187,7 @@ pub fn decide(policy: &Policy, candidates: &[Candidate], zone: &TimeZone) -> Vec
         for (name, count, period) in policy.period_rules() {
             let mut seen = BTreeSet::new();
             for index in newest_first.iter().copied() {
-                // Periods come one after the other, but for clock changes across midnight.
+                // A set, since periods can recur: clocks may go back across midnight.
                 let key = period.key(candidates[index].time_unix_ms, index, zone);
                 if seen.len() < count as usize && seen.insert(key) {
                     reasons[index].push(name);
@@ -211,12 +212,12 @@ pub fn decide(policy: &Policy, candidates: &[Candidate], zone: &TimeZone) -> Vec
 }
 
 impl Period {
-    /// The same for two snapshots if they are of one period.
+    /// A key that is equal for two snapshots exactly if they are of the same period.
     fn key(self, time_unix_ms: u64, position: usize, zone: &TimeZone) -> (i64, i64) {
         if matches!(self, Self::Snapshot) {
             return (position as i64, 0);
         }
-        // A clock that shows a year beyond 9999 is wrong anyway.
+        // A clock beyond the year 9999 is wrong anyway.
         let time = i64::try_from(time_unix_ms)
             .ok()
             .and_then(|ms| Timestamp::from_millisecond(ms).ok())
@@ -226,7 +227,7 @@ impl Period {
         let shown = time.timestamp().as_second() + offset;
         match self {
             Self::Snapshot => (position as i64, 0),
-            // With the offset, what is shown twice when clocks go back is two.
+            // With the offset, a time shown twice when clocks go back counts as two.
             Self::Minute => (shown.div_euclid(60), offset),
             Self::Hour => (shown.div_euclid(3600), offset),
             Self::Day => (i64::from(time.year()), i64::from(time.day_of_year())),
@@ -321,7 +322,7 @@ mod tests {
         let hour = 3_600_000;
         let start = at("2020-05-05T05:05Z");
         let times = [start, start + 1, start + hour, start + 2 * hour];
-        // What is exactly so old is out, as it is with restic.
+        // A snapshot of exactly that age is out, as with restic.
         expect_kept("within=2h", &times, &[1, 2, 3]);
         expect_kept("within=1ms", &times, &[3]);
         expect_kept("within=600w", &times, &[0, 1, 2, 3]);
@@ -362,7 +363,7 @@ mod tests {
         expect_kept("hourly=3", &times, &[2, 4, 5]);
         expect_kept("minutely=4", &times, &[2, 3, 4, 5]);
         expect_kept("daily=9", &times, &[5]);
-        // One that is left out: 1:59 is followed by 3:00.
+        // A skipped hour: 1:59 is followed by 3:00.
         let spring = ["2026-03-29T01:59+01:00", "2026-03-29T03:00+02:00"].map(at);
         expect_kept("hourly=2", &spring, &[0, 1]);
         expect_kept("hourly=1", &spring, &[1]);
@@ -370,11 +371,11 @@ mod tests {
 
     #[test]
     fn days_are_those_of_the_zone() {
-        // In Central Europe both are of the 26th, in UTC only the second is.
+        // In Central Europe both are on the 26th, in UTC only the second is.
         let times = ["2026-10-25T23:30Z", "2026-10-26T01:00Z"].map(at);
         expect_kept("daily=2", &times, &[1]);
         assert_eq!(kept_of(&policy("daily=2"), &candidates(&times), &TimeZone::UTC), [0, 1]);
-        // A day of 25 hours is one.
+        // A day of 25 hours is one day.
         let times = ["2026-10-25T00:00+02:00", "2026-10-25T23:59+01:00"].map(at);
         expect_kept("daily=2", &times, &[1]);
     }
@@ -404,7 +405,7 @@ mod tests {
         expect_kept("weekly=9", &times, &[0, 2, 3]);
         expect_kept("weekly=2", &times, &[2, 3]);
         expect_kept("yearly=9", &times, &[1, 3]);
-        // 29 December 2025 is of the first week of 2026: not of that of 2025.
+        // 29 December 2025 is in the first week of 2026, not of 2025.
         let times = noons(&["2025-01-02", "2025-12-29", "2026-01-01"]);
         expect_kept("weekly=9", &times, &[0, 2]);
     }
@@ -481,8 +482,8 @@ mod tests {
         }
     }
 
-    /// Asks of a single candidate, rule by rule, what a person would: is there a newer one of the
-    /// same period, and how many periods have newer ones?
+    /// Judges a single candidate as a person would, rule by rule: is there a newer one in the same
+    /// period, and how many periods have newer ones?
     fn oracle(policy: &Policy, all: &[Candidate], zone: &TimeZone, position: usize) -> bool {
         let shown = |index: usize, format: &str| {
             let time = Timestamp::from_millisecond(all[index].time_unix_ms as i64).unwrap();

@@ -11,8 +11,8 @@ use crate::page::{PAGE_SIZE, Page, is_zero};
 use crate::store::{Elide, Store};
 use crate::tree::Tree;
 
-/// A page that differs from its base in more words of eight bytes than this is written whole, and is
-/// a base itself from then on: the differences after it are small again. See `DESIGN.md`.
+/// A page that differs from its base in more words of eight bytes than this is written whole, and
+/// is a base itself from then on: the differences after it are small again. See `DESIGN.md`.
 const DELTA_WORDS_MAX: usize = 40;
 
 /// What is to become of a page.

@@ -1,8 +1,8 @@
-//! A userfaultfd over some mappings, and threads that answer its faults until told to stop.
+//! A userfaultfd over some mappings, and the loop that answers its faults until told to stop.
 //!
-//! `unsafe` is allowed here for three things: to take a file descriptor that another process sent for the
-//! userfaultfd that it is said to be, to have the kernel copy a page, and to open a userfaultfd by the
-//! system call, or by a device that is open, where the crate opens the device only.
+//! `unsafe` is allowed here for three things: treating a file descriptor sent by another process as
+//! a userfaultfd, having the kernel copy a page, and opening a userfaultfd by the system call or an
+//! already open device (the userfaultfd crate only opens the device by itself).
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
@@ -22,7 +22,7 @@ use userfaultfd::{Event, FeatureFlags, RegisterMode, Uffd, UffdBuilder};
 use crate::page::PAGE_SIZE;
 use crate::pager::{Mapping, PagerError};
 
-/// Opens a userfaultfd that has `features`.
+/// Opens a userfaultfd with `features`.
 pub(crate) fn open(features: FeatureFlags) -> Result<Uffd, PagerError> {
     if let Some(device) = DEVICE.get() {
         return open_by_device(device, features).map_err(|errno| PagerError::Unavailable {
@@ -32,13 +32,13 @@ pub(crate) fn open(features: FeatureFlags) -> Result<Uffd, PagerError> {
     let opened = UffdBuilder::new()
         .close_on_exec(true)
         .non_blocking(true)
-        // vCPUs fault inside the kernel.
+        // vCPUs fault in kernel mode.
         .user_mode_only(false)
         .require_features(features)
         .create();
     opened
         .or_else(|error| match &error {
-            // The device is not for us; who has CAP_SYS_PTRACE does not need it.
+            // No permission for the device; with CAP_SYS_PTRACE the system call works without it.
             userfaultfd::Error::OpenDevUserfaultfd(refused)
                 if refused.kind() == io::ErrorKind::PermissionDenied =>
             {
@@ -49,11 +49,11 @@ pub(crate) fn open(features: FeatureFlags) -> Result<Uffd, PagerError> {
         .map_err(|error| PagerError::Unavailable { reason: describe(&error) })
 }
 
-/// The device, where it is [kept](keep_device).
+/// The open device, if it is [kept](keep_device).
 static DEVICE: OnceLock<File> = OnceLock::new();
 
-/// Keeps /dev/userfaultfd open, if it may be opened: for a process that will have no right to it when
-/// it needs a userfaultfd. Without the device nothing changes.
+/// Opens /dev/userfaultfd, if permitted, and keeps it: for a process that will have dropped its
+/// privileges by the time it needs a userfaultfd. Otherwise does nothing.
 pub fn keep_device() {
     if let Ok(device) = File::options().read(true).write(true).open("/dev/userfaultfd") {
         let _kept_already = DEVICE.set(device);
@@ -70,12 +70,12 @@ struct Handshake {
 
 const UFFD_API: u64 = 0xAA;
 const UFFDIO_API: Opcode = opcode::read_write::<Handshake>(0xAA, 0x3F);
-/// `USERFAULTFD_IOC_NEW`: its argument is flags, its answer a descriptor.
+/// `USERFAULTFD_IOC_NEW`: takes flags, returns a descriptor.
 const USERFAULTFD_IOC_NEW: Opcode = opcode::none(0xAA, 0x00);
 
 fn open_by_call(features: FeatureFlags) -> rustix::io::Result<Uffd> {
     let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
-    // SAFETY: it watches nothing yet.
+    // SAFETY: the new userfaultfd watches nothing yet.
     let fd = unsafe { rustix::mm::userfaultfd(flags) }?;
     shake_hands(fd, features)
 }
@@ -83,7 +83,7 @@ fn open_by_call(features: FeatureFlags) -> rustix::io::Result<Uffd> {
 /// `USERFAULTFD_IOC_NEW` on the device.
 struct New(UserfaultfdFlags);
 
-// SAFETY: the operation reads no memory of ours and writes none.
+// SAFETY: the operation neither reads nor writes any of our memory.
 unsafe impl Ioctl for New {
     type Output = OwnedFd;
 
@@ -101,29 +101,30 @@ unsafe impl Ioctl for New {
         new: IoctlOutput,
         _argument: *mut c_void,
     ) -> rustix::io::Result<OwnedFd> {
-        // SAFETY: where the operation did not fail, it returned a descriptor that nobody else has.
+        // SAFETY: the operation did not fail, so it returned a new descriptor that nobody else
+        // owns.
         Ok(unsafe { OwnedFd::from_raw_fd(new) })
     }
 }
 
 fn open_by_device(device: &File, features: FeatureFlags) -> rustix::io::Result<Uffd> {
     let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
-    // SAFETY: the descriptor is the device's, whose operation this is.
+    // SAFETY: the descriptor is the device's, and the operation is one of that device.
     let fd = unsafe { ioctl(device, New(flags)) }?;
     shake_hands(fd, features)
 }
 
 fn shake_hands(fd: OwnedFd, features: FeatureFlags) -> rustix::io::Result<Uffd> {
     let mut asked = Handshake { api: UFFD_API, features: features.bits(), ioctls: 0 };
-    // SAFETY: the operation gets the structure that it reads and writes. The descriptor is a
-    // userfaultfd that watches nothing yet, owned, and given to nobody else.
+    // SAFETY: the operation gets the structure that it reads and writes. The descriptor is an
+    // owned userfaultfd that watches nothing yet, and is given to nobody else.
     unsafe {
         ioctl(&fd, Updater::<UFFDIO_API, Handshake>::new(&mut asked))?;
         Ok(Uffd::from_raw_fd(fd.into_raw_fd()))
     }
 }
 
-/// The crate's errors print without their cause.
+/// The message of `error` with its cause, which the crate's `Display` leaves out.
 fn describe(error: &userfaultfd::Error) -> String {
     match error {
         userfaultfd::Error::SystemError(errno) => errno.to_string(),
@@ -139,7 +140,7 @@ pub(crate) fn uffd_error(
     PagerError::Uffd { op, address, reason: describe(error) }
 }
 
-/// A userfaultfd, the mappings it watches, and what tells its threads to stop.
+/// A userfaultfd, the mappings it watches, and the signal for its threads to stop.
 #[derive(Debug)]
 pub(crate) struct Watch {
     pub uffd: Uffd,
@@ -163,16 +164,16 @@ impl Watch {
         Self::assemble(uffd, mappings)
     }
 
-    /// Watches `mappings` of the process that registered them with `fd`, a userfaultfd.
+    /// Watches `mappings` of the process that registered them with the userfaultfd `fd`.
     pub fn of(fd: OwnedFd, mappings: &[Mapping]) -> Result<Self, PagerError> {
-        // Whatever it is, to read it is not to block.
+        // Whatever it is, reading it must not block.
         let flags = fcntl_getfl(&fd).map(|flags| flags | OFlags::NONBLOCK);
         flags.and_then(|flags| fcntl_setfl(&fd, flags)).map_err(|error| PagerError::Memory {
             op: "use a file descriptor",
             source: error.into(),
         })?;
-        // SAFETY: the descriptor is owned, and given to nobody else. One that is no userfaultfd fails
-        // at the first operation, as any would whose other end is gone.
+        // SAFETY: the descriptor is owned, and given to nobody else. If it is not a userfaultfd,
+        // its first operation fails, as it would if the watched process were gone.
         let uffd = unsafe { Uffd::from_raw_fd(fd.into_raw_fd()) };
         Self::assemble(uffd, mappings)
     }
@@ -185,19 +186,19 @@ impl Watch {
         Ok(Self { uffd, mappings: mappings.to_vec(), stop: AtomicBool::new(false), stop_event })
     }
 
-    /// The userfaultfd once more.
+    /// Duplicates the userfaultfd.
     pub fn try_clone_fd(&self) -> io::Result<OwnedFd> {
         self.uffd.as_fd().try_clone_to_owned()
     }
 
-    /// Puts a copy of `contents`, a page, at `address`, and wakes whoever waits for it.
+    /// Maps a copy of `contents`, one page, at `address`, and wakes the threads waiting for it.
     ///
     /// # Errors
-    /// The system's error number: `EEXIST` if there is a page.
+    /// The system's error number: `EEXIST` if a page is mapped there already.
     pub fn copy(&self, address: usize, contents: &[u8]) -> Result<(), i32> {
         assert_eq!(contents.len(), PAGE_SIZE, "a page at a time");
-        // SAFETY: the source is a slice of as many bytes; the destination is memory that userfaultfd
-        // watches, in whatever process: the kernel checks that, and touches nothing else.
+        // SAFETY: the source is a slice of that many bytes. The kernel checks that the destination
+        // is memory watched by this userfaultfd, in whatever process, and touches nothing else.
         let copied =
             unsafe { self.uffd.copy(contents.as_ptr().cast(), address as *mut _, PAGE_SIZE, true) };
         match copied {
@@ -212,7 +213,7 @@ impl Watch {
         }
     }
 
-    /// Has everyone who waits look again: their faults are reported once more.
+    /// Wakes all waiting threads; those that still miss a page fault again, and are reported again.
     pub fn wake_all(&self) -> Result<(), PagerError> {
         self.mappings.iter().try_for_each(|mapping| {
             self.uffd
@@ -221,21 +222,21 @@ impl Watch {
         })
     }
 
-    /// Whether somebody waits for an answer.
+    /// True if a fault is waiting to be read.
     pub fn is_due(&self) -> bool {
         let mut fds = [PollFd::new(&self.uffd, PollFlags::IN)];
         let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
         matches!(poll(&mut fds, Some(&now)), Ok(1..))
     }
 
-    /// Has every thread that answers faults come to its end.
+    /// Tells every thread that answers faults to end.
     pub fn stop(&self) {
         self.stop.store(true, Ordering::Release);
-        // Wakes every thread that polls; the counter only grows, so it stays readable.
+        // Wakes every polling thread: nobody reads the counter, so it stays readable.
         let _full = rustix::io::write(&self.stop_event, &1_u64.to_ne_bytes());
     }
 
-    /// Waits until it is told to stop, `patience` at the most.
+    /// Waits until [`Self::stop`] is called, for at most `patience`.
     pub fn wait_stopped(&self, patience: Duration) {
         let until = Instant::now() + patience;
         while !self.stopped() {
@@ -252,7 +253,7 @@ impl Watch {
         self.stop.load(Ordering::Acquire)
     }
 
-    /// The mapping that `address` is in, and the page there.
+    /// The mapping that contains `address`, and the page at that address.
     pub fn place(&self, address: usize) -> Result<(&Mapping, u64), PagerError> {
         self.mappings
             .iter()
@@ -269,7 +270,7 @@ impl Watch {
             })
     }
 
-    /// Gives all memory back to the kernel, and wakes whoever waits; returns the first failure.
+    /// Unregisters all mappings and wakes all waiting threads; returns the first failure.
     pub fn let_go(&self) -> Result<(), PagerError> {
         let mut done = Ok(());
         for mapping in &self.mappings {
@@ -278,8 +279,8 @@ impl Watch {
                 .uffd
                 .unregister(address, mapping.len_bytes)
                 .map_err(|error| uffd_error("unregister memory", mapping.address, &error));
-            // The kernel wakes those who wait before it lets go: one that faults again in between
-            // would wait for somebody who is gone.
+            // The kernel wakes waiting threads before it unregisters: one that faults again in
+            // between would wait for ever without another wake-up.
             let woken = self
                 .uffd
                 .wake(address, mapping.len_bytes)
@@ -289,7 +290,7 @@ impl Watch {
         done
     }
 
-    /// Hands the address of each fault to `answer`, until told to stop or something fails.
+    /// Passes the address of each fault to `answer`, until told to stop or something fails.
     pub fn answer_faults(
         &self,
         mut answer: impl FnMut(usize) -> Result<(), PagerError>,

@@ -32,7 +32,8 @@ pub struct VerifyProgress {
 pub struct Damage {
     /// What, where, expected and found.
     pub error: StoreError,
-    /// A snapshot it was found under, the newest if it is in several; none for damage to the journal.
+    /// A snapshot it was found under, the newest if it is in several; none for damage to the
+    /// journal.
     pub snapshot: Option<SnapshotId>,
 }
 

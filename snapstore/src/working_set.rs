@@ -1,8 +1,8 @@
 //! Working sets: which pages of a snapshot were wanted first, when it was resumed.
 //!
-//! Kept beside the snapshot in a small file of its own, for it is a hint: one that is lost, damaged or
-//! of another snapshot costs a resume its head start and nothing else. See REAP (Ustiugov et al.,
-//! ASPLOS 2021) for what such a record is worth.
+//! Kept beside the snapshot in a small file of its own, for it is a hint: one that is lost, damaged
+//! or of another snapshot costs a resume its head start and nothing else. See REAP (Ustiugov et
+//! al., ASPLOS 2021) for what such a record is worth.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -101,7 +101,8 @@ fn file_name(id: SnapshotId) -> String {
 }
 
 impl Store {
-    /// The working set that was recorded of region `region` of snapshot `id`, if one is there and good.
+    /// The working set that was recorded of region `region` of snapshot `id`, if one is there and
+    /// good.
     #[must_use]
     pub fn working_set(&self, id: SnapshotId, region: &str) -> Option<WorkingSet> {
         let file = self.storage.open(&file_name(id), false).ok()?;
@@ -112,8 +113,8 @@ impl Store {
         decoded.inspect_err(|error| tracing::warn!(?error, %id, "a working set is ignored")).ok()
     }
 
-    /// Keeps `set` as the working set of region `region` of snapshot `id`, in place of the one before: a
-    /// snapshot has one.
+    /// Keeps `set` as the working set of region `region` of snapshot `id`, in place of the one
+    /// before: a snapshot has one.
     ///
     /// # Errors
     /// The medium's; the one before is still there then.

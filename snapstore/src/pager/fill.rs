@@ -119,8 +119,8 @@ impl Image {
         Ok(())
     }
 
-    /// True if the image has no users left. Then this thread is counted as ended, so that a new user
-    /// starts another one.
+    /// True if the image has no users left. Then this thread is counted as ended, so that a new
+    /// user starts another one.
     fn is_left(&self) -> bool {
         let users = self.fill.users();
         let left = nobody_left(&users);
@@ -202,8 +202,8 @@ impl Image {
         cursor.due = Some(due.max(now) + Duration::from_secs_f64(chunk_bytes / rate as f64));
     }
 
-    /// Fills what is missing of the chunk that starts at `first`, and maps it for the users that ask
-    /// for that.
+    /// Fills what is missing of the chunk that starts at `first`, and maps it for the users that
+    /// ask for that.
     fn fill_chunk(&self, first: u64) -> Result<(), PagerError> {
         let runs = self.runs_of(first)?;
         let mut chunk = self.chunk(first);

@@ -5,9 +5,10 @@
 //! pager dies, another one continues: the marks tell what is filled, and waiting threads are woken
 //! to fault again. The user only sees a delay.
 //!
-//! There are two kinds. [`serve_one`] serves one user, which starts the pager's process and replaces
-//! it when it dies. [`ImageServer`] has memory that many users share and can only read. If it dies,
-//! each user serves itself from the store, with private copies of pages that were not filled.
+//! There are two kinds. [`serve_one`] serves one user, which starts the pager's process and
+//! replaces it when it dies. [`ImageServer`] has memory that many users share and can only read. If
+//! it dies, each user serves itself from the store, with private copies of pages not filled by
+//! then.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -44,7 +45,7 @@ fn invalid(what: &str) -> PagerError {
 /// function of an external pager's process.
 ///
 /// # Errors
-/// What failed; if a page could not be served, the other end was told.
+/// What failed. The other end is told of failures of the pager.
 pub fn serve_one(socket: OwnedFd) -> Result<(), PagerError> {
     let channel = Arc::new(Channel::new(socket));
     let Some((message, fds)) = channel.receive().map_err(remote_error)? else { return Ok(()) };
@@ -134,8 +135,8 @@ struct Connection {
 }
 
 impl ImageServer {
-    /// Creates a server of `image`. From here on, file permissions keep other processes from opening
-    /// the memory for writing.
+    /// Creates a server of `image`. From here on, file permissions keep other processes from
+    /// opening the memory for writing.
     ///
     /// # Errors
     /// [`PagerError::Memory`] if the memory cannot be opened read-only.
@@ -172,7 +173,7 @@ impl ImageServer {
     /// not served, without harm to others.
     ///
     /// # Errors
-    /// What failed; if a page could not be served, the user was told.
+    /// What failed. The user is told of failures of its pager.
     pub fn serve(&self, socket: OwnedFd) -> Result<(), PagerError> {
         let channel = Arc::new(Channel::new(socket));
         let connected = self.connect(&channel);
@@ -468,8 +469,8 @@ impl Remote {
         self.process.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Kills the pager that this process started, if any, and waits until it is gone: two pagers that
-    /// fill the same memory would undo the guest's writes.
+    /// Kills the pager that this process started, if any, and waits until it is gone: two pagers
+    /// that fill the same memory would undo the guest's writes.
     fn end_process(&self) {
         if let Some(mut child) = self.lock_process().take() {
             // It may be gone already.
@@ -478,8 +479,8 @@ impl Remote {
         }
     }
 
-    /// Starts a pager process and sends it everything; also returns whether it replays a working set
-    /// first.
+    /// Starts a pager process and sends it everything; also returns whether it replays a working
+    /// set first.
     fn hand_over(&self) -> Result<(Channel, bool), PagerError> {
         self.end_process();
         let handed = self.start_and_send();

@@ -1,7 +1,7 @@
 //! Words in memory that several processes may share: marks of filled pages, and counters.
 //!
-//! Both must survive a pager that dies, so that another can go on where it stopped. So they are kept
-//! in memory files, which live as long as any process has them open.
+//! Both must survive a pager that dies, so that another can go on where it stopped. So they are
+//! kept in memory files, which live as long as any process has them open.
 //!
 //! `unsafe` is allowed here because this module owns the raw pointer and accesses what it points to
 //! only as atomics.
@@ -18,8 +18,8 @@ use rustix::fs::{
 
 const WORD_BYTES: usize = 8;
 
-/// Words in a memory file whose length is sealed: truncating it would raise SIGBUS in processes that
-/// map it.
+/// Words in a memory file whose length is sealed: truncating it would raise SIGBUS in processes
+/// that map it.
 #[derive(Debug)]
 pub(super) struct SharedWords {
     map: MmapRaw,
