@@ -1,7 +1,7 @@
-//! What a transaction changes in a region, packed: 16 bytes a run however many there are.
+//! What a transaction changes in a region, packed into 16 bytes per run.
 //!
 //! A guest of 16 GiB may have two million scattered pages to write; as [`Run`]s they would take
-//! more memory than all else together.
+//! more memory than everything else together.
 
 use crate::id::BlockRef;
 use crate::node::{Location, Run, push_run};
@@ -10,10 +10,10 @@ use crate::numbered::Numbered;
 /// A frame or, with `true`, a delta frame.
 type Frame = (BlockRef, bool);
 
-/// Stands for zero pages in place of a frame's index.
+/// In place of a frame's index: zero pages.
 const ZERO: u32 = u32::MAX;
 
-/// The most pages of one packed run.
+/// The most pages in one packed run.
 const COUNT_MAX: u64 = u16::MAX as u64;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,19 +75,19 @@ impl Changes {
         self.runs.is_empty()
     }
 
-    /// The runs inside `start .. end`.
+    /// The runs inside `start .. end`, clipped to it.
     pub fn view(&self, start: u64, end: u64) -> impl Iterator<Item = Run> + '_ {
         self.packed(start, end).map(|run| self.unpack(run))
     }
 
-    /// How many runs reach into `start .. end`.
+    /// How many runs overlap `start .. end`.
     pub fn count(&self, start: u64, end: u64) -> usize {
         let from = self.runs.partition_point(|run| run.end() <= start);
         let to = self.runs.partition_point(|run| run.first < end);
         if start < end { to - from } else { 0 }
     }
 
-    /// The runs inside `start .. end`, neighbours joined.
+    /// The runs inside `start .. end`, clipped to it, with adjacent ones merged.
     pub fn collect(&self, start: u64, end: u64) -> Vec<Run> {
         let mut runs = Vec::new();
         self.view(start, end).for_each(|run| push_run(&mut runs, run));
@@ -113,13 +113,13 @@ impl Changes {
         Run { first: run.first, count: u64::from(run.count), location }
     }
 
-    /// Those runs of `other` that lie, in part at least, on pages changed here.
+    /// The runs of `other` that overlap runs of `self`.
     pub fn touched_by(&self, mut other: Self) -> Self {
         other.runs.retain(|run| self.count(run.first, run.end()) > 0);
         other
     }
 
-    /// These with `newer` laid over them.
+    /// Lays `newer` over these changes.
     pub fn overlay(self, newer: Self) -> Self {
         if self.is_empty() {
             return newer;
@@ -138,7 +138,7 @@ impl Changes {
                 if let Some(before) = old.clip(0, run.first) {
                     push(&mut out, before);
                 }
-                // What of it lies behind the newer run is looked at with the next one.
+                // The part behind the newer run is compared with the next one.
                 current = old.clip(run.end(), u64::MAX);
                 if current.is_some() {
                     break;
@@ -155,7 +155,7 @@ impl Changes {
     }
 }
 
-/// Collects runs in any order; pages must not repeat.
+/// Collects runs in any order; they must not overlap.
 #[derive(Debug, Default)]
 pub(crate) struct ChangesBuilder {
     frames: Numbered<Frame>,
@@ -181,7 +181,7 @@ impl ChangesBuilder {
     pub fn finish(self) -> Changes {
         let Self { frames, mut runs } = self;
         runs.sort_unstable_by_key(|run| run.first);
-        // In place: the joined runs are never ahead of the reader.
+        // Merge in place: the merged runs never get ahead of the reader.
         let mut kept: usize = 0;
         for at in 0..runs.len() {
             let run = runs[at];

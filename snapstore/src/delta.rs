@@ -1,24 +1,24 @@
 //! Delta frames: pages stored as their difference from pages of plain frames.
 //!
-//! A guest often changes a few bytes of a page. The exclusive-or with the page as it was is then
-//! nearly all zero, and compresses to little more than those bytes. A base is always a page of a
-//! plain frame, never a delta itself, so reading one costs two frames at any depth of history.
+//! A guest often changes a few bytes of a page. The exclusive-or with the old page is then nearly
+//! all zero, and compresses to little more than those bytes. A base is always a page of a plain
+//! frame, never a delta itself, so reading a delta costs two frames at any depth of history.
 
 use crate::codec::{Decoded, Decoder, Malformed, put_block_ref, put_varint};
 use crate::format::MAX_FRAME_PAGES;
 use crate::id::BlockRef;
 use crate::page::PAGE_SIZE;
 
-/// The page that a delta is the difference from.
+/// The page that a delta is relative to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Base {
-    /// A plain frame.
+    /// The plain frame that holds it.
     pub frame: BlockRef,
-    /// Its slot there.
+    /// Its slot in that frame.
     pub slot: u8,
 }
 
-/// The payload of a delta frame: per page its base, and the difference.
+/// Encodes the payload of a delta frame from each page's base and difference.
 ///
 /// Layout: number of pages (1 byte), number of distinct base frames (varint), their references,
 /// per page the index of its base frame (varint) and the slot (1 byte), then the differences, a
@@ -48,7 +48,7 @@ pub(crate) fn encode(bases: &[Base], differences: &[u8]) -> Vec<u8> {
     out
 }
 
-/// The bases of a delta frame, and how many bytes of the payload come before the differences.
+/// Decodes the bases of a delta frame; also returns the offset of the differences in the payload.
 pub(crate) fn decode(payload: &[u8]) -> Decoded<(Vec<Base>, usize)> {
     let mut decoder = Decoder::new(payload);
     let pages = usize::from(decoder.u8("number of pages")?);
@@ -85,7 +85,7 @@ pub(crate) fn xor(page: &mut [u8], base: &[u8]) {
     page.iter_mut().zip(base).for_each(|(byte, base)| *byte ^= base);
 }
 
-/// How many of the page's 512 words of eight bytes differ.
+/// How many of the page's 512 8-byte words differ.
 pub(crate) fn differing_words(page: &[u8], base: &[u8]) -> usize {
     page.as_chunks::<8>().0.iter().zip(base.as_chunks::<8>().0).filter(|(a, b)| a != b).count()
 }

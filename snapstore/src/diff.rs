@@ -1,4 +1,4 @@
-//! What differs between two snapshots: two trees walked side by side, equal subtrees skipped.
+//! Differences between two snapshots: walks two trees side by side and skips equal subtrees.
 
 use std::collections::HashSet;
 
@@ -15,18 +15,18 @@ use crate::snapshot::Snapshot;
 use crate::store::Store;
 use crate::tree::{NodeSource, Tree};
 
-/// How to compare.
+/// How to compare snapshots.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DiffOptions {
-    /// Compare contents: pages written again with what was there before do not count. Without it,
-    /// pages differ if they are stored in different places, and nothing but trees is read.
+    /// Compare contents, so that pages rewritten with the same contents do not count. Otherwise,
+    /// pages differ if they are stored in different places, and only trees are read.
     pub exact: bool,
 }
 
 /// What differs between snapshot A and snapshot B.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SnapshotDiff {
-    /// Every region of either, in B's order, then those that only A has.
+    /// All regions of either snapshot: first B's, in its order, then those that only A has.
     pub regions: Vec<RegionDiff>,
     /// State chunks that differ.
     pub state: Vec<StateDiff>,
@@ -37,15 +37,15 @@ pub struct SnapshotDiff {
 pub struct RegionDiff {
     /// The region's name.
     pub name: String,
-    /// Pages it ranges over in A; none if A does not have it.
+    /// Its size in pages in A; none if A does not have it.
     pub pages_a: Option<u64>,
-    /// The same of B.
+    /// The same for B.
     pub pages_b: Option<u64>,
-    /// Pages that differ; of a region that only one has, those that are not zero.
+    /// Number of pages that differ; in a region that only one has, those that are not zero.
     pub changed_pages: u64,
-    /// Bytes of the distinct frames of B that hold pages that differ.
+    /// Stored bytes of the distinct frames that hold B's version of these pages.
     pub stored_bytes: u64,
-    /// Where they are, ascending.
+    /// The pages that differ, ascending.
     pub ranges: Vec<PageRange>,
 }
 
@@ -54,7 +54,7 @@ pub struct RegionDiff {
 pub struct PageRange {
     /// Number of the first page.
     pub first: u64,
-    /// How many.
+    /// Number of pages.
     pub count: u64,
 }
 
@@ -63,16 +63,17 @@ pub struct PageRange {
 pub struct StateDiff {
     /// The chunk's name.
     pub name: String,
-    /// As it is in A.
+    /// The chunk in A.
     pub a: Option<StateChunk>,
-    /// As it is in B.
+    /// The chunk in B.
     pub b: Option<StateChunk>,
 }
 
-/// Compares `a` with `b`, which are of one store. Costs what differs, whatever there is.
+/// Compares `a` with `b`, which must be in the same store. Takes time in proportion to what
+/// differs, not to the size of the snapshots.
 ///
 /// # Errors
-/// [`StoreError::Invalid`] if they are of different stores; [`StoreError::Corrupt`] if something
+/// [`StoreError::Invalid`] if they are in different stores; [`StoreError::Corrupt`] if something
 /// that must be read is damaged.
 pub fn diff(a: &Snapshot, b: &Snapshot, options: DiffOptions) -> Result<SnapshotDiff> {
     of_one_store(a, b)?;
@@ -98,8 +99,8 @@ fn of_one_store(a: &Snapshot, b: &Snapshot) -> Result<()> {
     )))
 }
 
-/// Compares region `name` alone. Of a region that only one of them has, all pages that are not zero
-/// differ.
+/// Compares region `name` alone. In a region that only one of the snapshots has, all pages that are
+/// not zero differ.
 ///
 /// # Errors
 /// As [`diff`]; [`StoreError::Invalid`] if neither has such a region.
@@ -112,7 +113,7 @@ pub fn diff_region(
     of_one_store(a, b)?;
     let (in_a, in_b) = (a.manifest().region(name), b.manifest().region(name));
     if in_a.is_none() {
-        // Says which regions there are, if there is none of this name either.
+        // If B has no such region either, this fails, and the error lists B's regions.
         b.region(name)?;
     }
     compare_region(b.store(), in_a, in_b, (options, a.written_at))
@@ -133,7 +134,7 @@ fn diff_state(a: &Snapshot, b: &Snapshot) -> Result<Vec<StateDiff>> {
             chunk.map(|chunk| snapshot.state(chunk)).transpose()
         };
         let (old, new) = (read(a, in_a.as_ref())?, read(b, in_b.as_ref())?);
-        // The same state may be stored twice.
+        // Equal state may be stored twice.
         if old != new {
             let name = in_b.or(in_a).map(|chunk| chunk.name).unwrap_or_default();
             out.push(StateDiff { name, a: old, b: new });
@@ -171,20 +172,21 @@ fn compare_region(
     })
 }
 
-/// A subtree as one side has it: a node, if there is one, and what lies over it.
+/// A subtree on one side: its node, if there is one, and the pending runs above that override it.
 #[derive(Clone, Debug, Default)]
 struct Side {
     node: Option<BlockRef>,
     pending: Vec<Run>,
 }
 
-/// The root of a region, seen from `level`, which may be above its own if the other is larger.
+/// The root of a region as a subtree of `level`, which is above the region's own level if the other
+/// side's region is larger.
 fn side(store: &Store, region: Option<&RegionManifest>, level: u8) -> Result<Side> {
     let Some(region) = region else { return Ok(Side::default()) };
     if root_level(region.pages) == level {
         return Ok(Side { node: region.root, pending: Vec::new() });
     }
-    // Regions do not change their size in a line: this is for unrelated snapshots.
+    // Regions keep their size within a line, so this only happens with unrelated snapshots.
     let tree = Tree { root: region.root, pages: region.pages };
     Ok(Side { node: None, pending: tree.runs(store, 0, region.pages)? })
 }
@@ -192,7 +194,7 @@ fn side(store: &Store, region: Option<&RegionManifest>, level: u8) -> Result<Sid
 struct Walk<'a> {
     store: &'a Store,
     options: DiffOptions,
-    /// Where A's manifest was written: A refers to nothing behind it.
+    /// Where A's manifest was written: A refers to nothing written later.
     a_written_at: (u32, u32),
     pages: u64,
     ranges: Vec<PageRange>,
@@ -203,7 +205,8 @@ impl Walk<'_> {
     fn compare(&mut self, a: &Side, b: &Side, level: u8, first: u64) -> Result<()> {
         let end = (first + span_pages(level)).min(self.pages);
         if a.node.is_none() && b.node.is_none() {
-            // There is nothing but what lies over them, and zeros say nothing then.
+            // Only pending runs are left, in which zeros mean nothing: there is nothing to
+            // override.
             let named = |side: &Side| {
                 let mut runs = side.pending.clone();
                 runs.retain(|run| run.location != Location::Zero);
@@ -219,14 +222,14 @@ impl Walk<'_> {
             return Ok(());
         }
         if a.node == b.node {
-            // What lies below is the same; only what lies over it can differ, where it does.
+            // The same node: pages can only differ where the pending runs do.
             let (only_a, only_b) =
                 (without(&a.pending, &b.pending), without(&b.pending, &a.pending));
             for run in covered(&only_a, &only_b) {
                 for page in run.first..run.end() {
                     let find = |side: &Side| self.locate(side, level, first, page);
                     let new = find(b)?;
-                    // Mostly nobody has to look where A has it.
+                    // Usually there is no need to look up the page in A.
                     let old = if self.is_news(&new) { Location::Zero } else { find(a)? };
                     self.page(page, old, new)?;
                 }
@@ -248,7 +251,7 @@ impl Walk<'_> {
             let end = first + span_pages(level);
             let pending = |node: &Node| clip_runs(&node.runs, first, end).collect();
             let (left, right) = (a.child(index).copied(), b.child(index).copied());
-            // Most children are alike, with what lies over them.
+            // Most children are equal, and so are the runs that override them.
             if left == right && clip_runs(&a.runs, first, end).eq(clip_runs(&b.runs, first, end)) {
                 continue;
             }
@@ -261,7 +264,7 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// The node of a side with what lies over it laid on.
+    /// Reads the node of a side, and lays the pending runs over it.
     fn open(&self, side: &Side, level: u8, first: u64) -> Result<Node> {
         let mut node = match &side.node {
             Some(block) => (*self.store.node(block, level, first)?).clone(),
@@ -278,7 +281,8 @@ impl Walk<'_> {
         }
     }
 
-    /// True if what is at `location` was written after A, so that A has something else.
+    /// True if `location` was written after A, so that A must have the page elsewhere. Always false
+    /// for an exact comparison, which needs A's page.
     fn is_news(&self, location: &Location) -> bool {
         let written_at = location.block().map(|(frame, _)| (frame.segment, frame.offset));
         !self.options.exact && written_at.is_some_and(|place| place > self.a_written_at)
@@ -305,7 +309,7 @@ impl Walk<'_> {
     }
 }
 
-/// The parts of sorted `runs` that are not in `others` just so.
+/// The parts of sorted `runs` for which `others` have no equal location.
 fn without(runs: &[Run], others: &[Run]) -> Vec<Run> {
     let mut out = Vec::new();
     let mut others = others.iter().peekable();
@@ -327,7 +331,7 @@ fn without(runs: &[Run], others: &[Run]) -> Vec<Run> {
     out
 }
 
-/// The pages that either of two sorted lists of runs names.
+/// The pages in either of two sorted lists of runs.
 fn covered(a: &[Run], b: &[Run]) -> Vec<Run> {
     let blank = |runs: &[Run]| {
         let mut out = Vec::with_capacity(runs.len());
@@ -347,7 +351,7 @@ mod tests {
     proptest! {
         #[test]
         fn equal_parts_are_left_out(a in runs(512), changes in runs(512), keep in any::<bool>()) {
-            // Related lists, as those of a snapshot and its parent are.
+            // Related lists, like those of a snapshot and its parent.
             let b = if keep { overlay(&a, &changes) } else { changes };
             let mut expected = explode(&a);
             let other = explode(&b);

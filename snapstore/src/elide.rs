@@ -1,4 +1,5 @@
-//! What need not be written: pages that are in the store already, and pages that are nearly.
+//! What need not be written: the index that finds pages already in the store, and the gate that
+//! decides which pages to compare with the parent's.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU64, Ordering};
 use std::sync::{OnceLock, PoisonError, RwLock};
@@ -9,36 +10,36 @@ use crate::codec::{Decoded, Decoder, Malformed, put_block_ref, put_varint};
 use crate::format::MAX_FRAME_PAGES;
 use crate::id::BlockRef;
 
-/// A short hash of a page. Equal ones are only a hint: contents are compared before anything is
-/// left out, so it need not be strong.
+/// A short hash of a page. Equal fingerprints are only a hint: contents are compared before
+/// anything is left out, so the hash need not be strong.
 pub(crate) type Fingerprint = u32;
 
-/// The fingerprint of a page in the store whose UUID is `seed`: a guest cannot prepare pages that
-/// collide in every store.
+/// The fingerprint of a page in the store whose UUID is `seed`. Seeded, so that a guest cannot
+/// prepare pages that collide in every store.
 pub(crate) fn fingerprint(page: &[u8], seed: [u8; 16]) -> Fingerprint {
     let seed = u64::from_le_bytes(seed[..8].try_into().expect("eight bytes"));
     xxh3_64_with_seed(page, seed) as Fingerprint
 }
 
-/// Entries of one bucket; the oldest makes way.
+/// Entries per bucket; a new one replaces the oldest.
 const WAYS: usize = 8;
-/// Buckets that are allocated together, when the first of them is needed.
+/// Buckets allocated together, when the first of them is needed.
 const CHUNK_BUCKETS: usize = 64;
-/// Bytes of an entry, and of its share of the table of frames (16 pages to a frame).
+/// Bytes of an entry, and its share of the table of frames (16 pages to a frame).
 const ENTRY_LEN: u64 = 8 + 3;
 
-/// Which page of the store has which fingerprint, as far as a fixed amount of memory goes.
+/// An index from fingerprints to pages in the store, in a fixed amount of memory.
 ///
-/// The pages of a frame are looked up together, with no lock between one and the next, so that
-/// their misses overlap: nearly every bucket comes from memory. Entries are hints. One that is out
-/// of date, or lost because two threads wrote to its bucket at once, does no harm: what an entry
-/// points to is read and compared.
+/// The pages of a batch are looked up together, under one lock, so that their cache misses overlap:
+/// nearly every bucket comes from memory. Entries are hints. One that is out of date, or lost
+/// because two threads wrote to its bucket at once, does no harm: the page that an entry points to
+/// is read and compared.
 #[derive(Debug)]
 pub(crate) struct FingerprintIndex {
     chunks: RwLock<Chunks>,
     frames: RwLock<FrameRing>,
     buckets: usize,
-    /// Set once the fingerprints that the store keeps were read.
+    /// Set once the store's own fingerprints were loaded.
     pub loaded: AtomicBool,
 }
 
@@ -49,12 +50,12 @@ type Chunks = Vec<OnceLock<Box<[Bucket; CHUNK_BUCKETS]>>>;
 #[repr(align(64))]
 struct Bucket([AtomicU64; WAYS]);
 
-/// Fingerprint, index of the frame (26 bits) and slot (6 bits); 0 is none.
+/// Fingerprint (32 bits), 1 + index of the frame (26 bits) and slot (6 bits); 0 is none.
 pub(crate) type Entry = u64;
 
 const FRAME_BITS: u32 = 26;
 
-/// The frames that entries point to; the oldest are overwritten.
+/// The frames that entries point to; new ones overwrite the oldest.
 #[derive(Debug)]
 struct FrameRing {
     frames: Vec<BlockRef>,
@@ -68,7 +69,8 @@ impl Bucket {
         entries.filter(|entry| *entry != 0).find(|entry| is_of(*entry, fingerprint))
     }
 
-    /// Puts `entry` in front of the others, in place of its like or of the oldest.
+    /// Inserts `entry` in front of the others, dropping one with the same fingerprint or, in a full
+    /// bucket, the oldest.
     fn insert(&self, entry: Entry, fingerprint: Fingerprint) {
         let mut moving = entry;
         for place in &self.0 {
@@ -90,7 +92,7 @@ impl FingerprintIndex {
     pub fn new(memory_bytes: u64) -> Self {
         let entries = (memory_bytes / ENTRY_LEN).clamp(WAYS as u64, 1 << 32) as usize;
         let buckets = entries / WAYS;
-        // One less than 26 bits hold: index 0 stands for none.
+        // One less than fits 26 bits, since 0 stands for none.
         let most = (entries / 16).clamp(1, (1 << FRAME_BITS) - 1);
         Self {
             chunks: RwLock::new(empty_chunks(buckets)),
@@ -100,13 +102,13 @@ impl FingerprintIndex {
         }
     }
 
-    /// Chunk and bucket of a fingerprint.
+    /// The chunk of a fingerprint, and its bucket in it.
     fn place(&self, fingerprint: Fingerprint) -> (usize, usize) {
         let bucket = fingerprint as usize % self.buckets;
         (bucket / CHUNK_BUCKETS, bucket % CHUNK_BUCKETS)
     }
 
-    /// What was last seen with these fingerprints, in their order, into `found`.
+    /// Looks up `fingerprints`; stores the newest entry for each in `found`, in the same order.
     pub fn find(&self, fingerprints: &[Option<Fingerprint>], found: &mut Vec<Option<Entry>>) {
         let chunks = self.chunks.read().unwrap_or_else(PoisonError::into_inner);
         found.clear();
@@ -116,19 +118,19 @@ impl FingerprintIndex {
         }));
     }
 
-    /// The frame and slot of an entry.
+    /// The frame and slot that an entry points to.
     pub fn page_of(&self, entry: Entry) -> Option<(BlockRef, u8)> {
         let index = (entry >> 6) as usize & ((1 << FRAME_BITS) - 1);
         let frames = self.frames.read().unwrap_or_else(PoisonError::into_inner);
         Some((*frames.frames.get(index.checked_sub(1)?)?, entry as u8 & 63))
     }
 
-    /// How many pages it can know.
+    /// The most pages that the index can hold.
     pub fn capacity(&self) -> usize {
         self.buckets * WAYS
     }
 
-    /// Forgets everything.
+    /// Empties the index.
     pub fn clear(&self) {
         *self.chunks.write().unwrap_or_else(PoisonError::into_inner) = empty_chunks(self.buckets);
         let mut ring = self.frames.write().unwrap_or_else(PoisonError::into_inner);
@@ -136,7 +138,7 @@ impl FingerprintIndex {
         self.loaded.store(false, Ordering::Relaxed);
     }
 
-    /// Takes note of the pages of a frame, in slot order.
+    /// Adds the pages of a frame, in slot order.
     pub fn insert(&self, frame: BlockRef, fingerprints: &[Fingerprint]) {
         let index = {
             let mut ring = self.frames.write().unwrap_or_else(PoisonError::into_inner);
@@ -167,7 +169,7 @@ fn empty_chunks(buckets: usize) -> Chunks {
 pub(crate) type FrameFingerprints = (BlockRef, Vec<Fingerprint>);
 
 /// Layout: number of frames (varint), then per frame its reference, its number of pages (1 byte),
-/// and a fingerprint a page (4 bytes).
+/// and a fingerprint per page (4 bytes).
 pub(crate) fn encode_fingerprints(frames: &[FrameFingerprints]) -> Vec<u8> {
     let pages: usize = frames.iter().map(|(_, list)| list.len()).sum();
     let mut out = Vec::with_capacity(10 + frames.len() * 45 + pages * 4);
@@ -202,44 +204,47 @@ pub(crate) fn decode_fingerprints(bytes: &[u8]) -> Decoded<Vec<FrameFingerprints
     Ok(frames)
 }
 
-/// Decides which of the parent's pages to look at: reading one back costs more than compressing a
-/// new one, and with most workloads nothing comes of it.
+/// Decides which pages to compare with the parent's: reading the parent's page costs more than
+/// compressing a new one, and with most workloads it is in vain.
 ///
-/// Pages with small edits stand together, so each area of memory is judged by itself, by what came
-/// of looking there. Areas about which nothing is known yet share one judgement. When something
-/// comes of looking where it never did, what is known of such areas is old.
+/// Pages with small edits are near each other, so each area of memory is judged by itself, by how
+/// useful comparing was there. Areas about which nothing is known yet share one judgement. When a
+/// probe in an area found useless turns out useful, all such areas count as unknown again.
 #[derive(Debug)]
 pub(crate) struct Gate {
-    /// What is known of each, and in the high half the age in which it was found not worth it.
+    /// Per area, the age as of its last comparison in the high byte, and its credit in the low one:
+    /// [`UNKNOWN`], [`SHUT`], or [`SHUT`] + how many more useless comparisons it may have.
     areas: Box<[AtomicU16]>,
+    /// Incremented to make all shut areas unknown again.
     age: AtomicU8,
-    /// First pages of areas in the high half, useful ones of them in the low; starts over with each
-    /// window.
+    /// In this window, first comparisons of areas in the high half, and the useful ones of these in
+    /// the low half.
     score: AtomicU64,
-    /// Areas not known are not looked at.
+    /// True while pages of unknown areas are not compared.
     shut: AtomicBool,
     batches: AtomicU64,
 }
 
-/// Pages of an area.
+/// Pages per area.
 const AREA_PAGES: u64 = 64;
-/// Areas with a judgement of their own; further ones share: 16 GiB of 64 pages each.
+/// Number of areas judged by themselves: 16 GiB of memory; areas further on share with these.
 const AREAS: usize = 1 << 16;
-/// Of an area: nothing known, not worth it, or more: how many useless looks it may still have.
+/// The credit of an area about which nothing is known.
 const UNKNOWN: u8 = 0;
+/// The credit of an area that is not worth comparing.
 const SHUT: u8 = 1;
-/// What an area begins with when the first look at it was useless.
+/// The credit of an area after its first comparison, if that was useless.
 const FIRST_CREDIT: u8 = SHUT + 3;
-/// So long is usefulness remembered.
+/// The most credit, which bounds how long usefulness is remembered.
 const MOST_CREDIT: u8 = SHUT + 24;
 
-/// Where looking does not pay, one batch of so many is tried.
+/// Where comparing does not pay, one batch in so many is probed.
 const PROBE_EVERY: u64 = 32;
-/// Pages of such a batch that are looked at.
+/// Pages compared in such a batch.
 const PROBE_PAGES: usize = 2;
-/// Areas after whose first page the score is looked at.
+/// Unknown areas compared before they are judged together.
 const WINDOW: u64 = 32;
-/// It pays if one page in so many is useful: then it saves about what the others cost.
+/// Comparing pays if one page in so many is useful: that saves about what the others cost.
 const USEFUL_SHARE: u8 = 6;
 
 impl Default for Gate {
@@ -255,13 +260,13 @@ impl Default for Gate {
 }
 
 impl Gate {
-    /// How many pages of the next batch to look at where it does not seem to pay.
+    /// How many pages of the next batch may be compared although it does not seem to pay.
     pub fn probes(&self) -> usize {
         let batch = self.batches.fetch_add(1, Ordering::Relaxed);
         if batch.is_multiple_of(PROBE_EVERY) { PROBE_PAGES } else { 0 }
     }
 
-    /// True if the parent's page `number` should be looked at; may use up one of `probes`.
+    /// True if page `number` should be compared with the parent's; may use up one of `probes`.
     pub fn lets_in(&self, number: u64, probes: &mut usize) -> bool {
         let pays = match self.known(number) {
             UNKNOWN => !self.shut.load(Ordering::Relaxed),
@@ -272,7 +277,7 @@ impl Gate {
         pays || probe
     }
 
-    /// Says what came of looking at page `number`.
+    /// Records whether comparing page `number` was useful.
     pub fn tried(&self, number: u64, useful: bool) {
         let before = self.known(number);
         let shut = self.shut.load(Ordering::Relaxed);
@@ -282,10 +287,10 @@ impl Gate {
             self.age.fetch_add(1, Ordering::Relaxed);
             self.open();
         }
-        // Threads may overwrite each other's credit: it is a guess either way.
+        // Threads may overwrite each other's credit, which is only a guess anyway.
         let credit = match (before, useful) {
             (_, true) => (before.max(SHUT) + USEFUL_SHARE - 1).min(MOST_CREDIT),
-            // A probe that hits nothing says little about the rest of its area.
+            // A useless probe says little about the rest of its area.
             (UNKNOWN, false) => {
                 if shut {
                     UNKNOWN
@@ -378,8 +383,8 @@ mod tests {
         assert_eq!(index.frames.read().unwrap().frames.len(), 1);
     }
 
-    /// Looks at `pages` as a write does; how many were looked at, and how many of those were
-    /// useful.
+    /// Passes `pages` through the gate as a write does; returns how many it let in, and how many of
+    /// those were useful.
     fn look(
         gate: &Gate,
         pages: impl Iterator<Item = u64>,
@@ -418,7 +423,7 @@ mod tests {
     #[test]
     fn areas_are_judged_by_themselves() {
         let gate = Gate::default();
-        // One area in eight is worth it: one page in eight is below the share that pays.
+        // One area in eight is worth comparing: one page in eight is below the share that pays.
         let useful = |page: u64| (page / AREA_PAGES).is_multiple_of(8);
         let pages = AREA_PAGES * 64;
         for _ in 0..60 {
@@ -427,7 +432,7 @@ mod tests {
         let (tried, found) = look(&gate, 0..pages, useful);
         assert_eq!(found, pages / 8, "every page that is worth it");
         assert!(tried < pages / 4, "{tried} of {pages} looked at");
-        // And when it is worth it no more, it stops.
+        // Once it is no longer worth it, comparing stops.
         look(&gate, 0..pages, |_| false);
         assert!(look(&gate, 0..pages, |_| false).0 < pages / 100 + WINDOW);
     }

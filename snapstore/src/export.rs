@@ -1,4 +1,4 @@
-//! A region as a plain file again.
+//! Exporting a region to a plain file.
 
 use std::fs::File;
 use std::io;
@@ -12,15 +12,15 @@ use crate::error::StoreError;
 use crate::page::PAGE_SIZE;
 use crate::snapshot::RegionReader;
 
-/// Pages looked up at once, by one core: 4 MiB.
+/// Pages that one core looks up at once: 4 MiB.
 const PART_PAGES: u64 = 1024;
-/// The longest stretch that is written at once.
+/// Bytes of adjacent pages after which they are written.
 const WRITE_BYTES_MAX: u64 = 1 << 20;
 
 /// Why a region could not be exported.
 #[derive(Debug, thiserror::Error)]
 pub enum ExportError {
-    /// It cannot be read.
+    /// The region cannot be read.
     #[error(transparent)]
     Store(#[from] StoreError),
     /// The file cannot be written.
@@ -31,19 +31,19 @@ pub enum ExportError {
 /// How far exporting has come.
 #[derive(Debug, Default)]
 pub struct ExportProgress {
-    /// Pages looked at, zero or not.
+    /// Pages processed, zero or not.
     pub pages_done: AtomicU64,
-    /// Of them, pages written.
+    /// Of these, pages with contents.
     pub pages_written: AtomicU64,
 }
 
-/// Writes the first `len_bytes` of `region` to `file`, page `n` at byte 4096 · `n`, on all cores.
-/// Pages that are zero are left out: `file` is new, so they are holes. Its length is set.
+/// Writes the first `len_bytes` of `region` to `file`, page `n` at byte 4096 · `n`, on all cores,
+/// and sets its length. Zero pages are left out: `file` must be new, so that they are holes.
 ///
 /// # Errors
-/// [`StoreError::Corrupt`] if a page cannot be read, before anything of it is written;
-/// [`StoreError::Invalid`] if the region is shorter; those of the file. What is in it then is of no
-/// use.
+/// [`StoreError::Corrupt`] if a page cannot be read (nothing of such a page is written);
+/// [`StoreError::Invalid`] if the region is shorter; [`ExportError::File`] for errors of the file.
+/// In any case the file is then incomplete.
 pub fn export(
     region: &RegionReader,
     file: &File,
@@ -57,9 +57,8 @@ pub fn export(
     part.write(0..pages)
 }
 
-/// Writes the pages `pages` of `region` to `file`, the first at byte `start` and the others behind
-/// it, on all cores. Pages that are zero are left out: there is nothing in that part of `file`, and
-/// it is long enough.
+/// Writes the pages `pages` of `region` to `file`, from byte `start` on, on all cores. Zero pages
+/// are left out: that part of `file` must be a hole, and `file` must be long enough.
 ///
 /// # Errors
 /// As [`export`].
@@ -84,14 +83,14 @@ fn check(region: &RegionReader, end_page: u64) -> Result<(), ExportError> {
     Err(StoreError::Invalid(short).into())
 }
 
-/// A part of a region that becomes a part of a file.
+/// A part of a region, and the part of a file that it is written to.
 struct Part<'a> {
     region: &'a RegionReader,
     file: &'a File,
     /// The page at byte `start` of the file.
     first: u64,
     start: u64,
-    /// The byte of the file behind the part.
+    /// The offset in the file behind the part.
     end: u64,
     progress: &'a ExportProgress,
 }
@@ -108,7 +107,7 @@ impl Part<'_> {
         })
     }
 
-    /// Writes the pages `pages`, neighbours together.
+    /// Writes the pages `pages`, adjacent ones together.
     fn write_some(&self, pages: Range<u64>) -> Result<(), ExportError> {
         let mut at = pages.start;
         let mut contents = Vec::new();

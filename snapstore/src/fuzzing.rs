@@ -1,6 +1,6 @@
-//! One function a parser, for fuzzers: any bytes must be refused or understood, and what is
-//! understood must be written the same way again. Each is below the hash that protects it, since a
-//! fuzzer does not guess those.
+//! Fuzz targets, one function per parser: any bytes must be refused or parsed, and what was parsed
+//! must survive being encoded and parsed again. Targets bypass the hashes that protect the parsers,
+//! since a fuzzer cannot guess them.
 
 use std::collections::BTreeMap;
 
@@ -16,10 +16,10 @@ use crate::pack::PackIndex;
 use crate::record::VerifiedRecord;
 use crate::{delta, elide, reference};
 
-/// A parser under its name.
+/// The name of a target and its function.
 pub type Target = (&'static str, fn(&[u8]));
 
-/// Every target. The folders of `fuzz/corpus` have these names.
+/// All targets. The folders of `fuzz/corpus` have the same names.
 pub const TARGETS: [Target; 9] = [
     ("header", header),
     ("record", record),
@@ -35,7 +35,7 @@ pub const TARGETS: [Target; 9] = [
 /// The target called `name`.
 ///
 /// # Panics
-/// If there is none.
+/// If there is no such target.
 #[must_use]
 pub fn target(name: &str) -> fn(&[u8]) {
     let found = TARGETS.iter().find(|(known, _)| *known == name);
@@ -44,7 +44,7 @@ pub fn target(name: &str) -> fn(&[u8]) {
 
 fn header(bytes: &[u8]) {
     for kind in [FileKind::Store, FileKind::Segment, FileKind::Pack, FileKind::Journal] {
-        // With the right check, or next to nothing gets past it.
+        // Correct the checksum, or next to nothing gets past it.
         let mut fixed = bytes.to_vec();
         if let Some((covered, check)) = fixed.split_at_mut_checked(48)
             && let Some(check) = check.get_mut(..16)
@@ -83,13 +83,13 @@ fn record(bytes: &[u8]) {
 }
 
 fn node(bytes: &[u8]) {
-    // Level and place are what the reader expects; the bytes say what that is here.
+    // A reader knows which level and first page to expect; here they are taken from the bytes.
     let mut decoder = Decoder::new(bytes);
     let (Ok(level), Ok(first)) = (decoder.u8("level"), decoder.varint("first page")) else {
         return;
     };
     let level = level % (MAX_LEVEL + 1);
-    // Where such a node can be.
+    // Round down to where such a node can be.
     let first = first - first % span_pages(level);
     if first >= MAX_REGION_PAGES {
         return;
@@ -134,7 +134,7 @@ fn journal(bytes: &[u8]) {
         store: [0; 16],
         created_unix_ms: 0,
     };
-    // As it comes, and with its checks made right.
+    // The bytes as they are, and with their checks corrected.
     for fixed in [bytes.to_vec(), crate::journal::with_checks(bytes, &header)] {
         let mut cursor = Cursor::start(&header.encode());
         let mut catalog = crate::catalog::Catalog::new(cursor.clone());

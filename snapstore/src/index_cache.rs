@@ -1,7 +1,7 @@
-//! Decoded indexes of packs, as many as fit a fixed amount of memory.
+//! A cache of decoded pack indexes, in a bounded amount of memory.
 //!
-//! Not one of the caches of nodes and frames: an index is many megabytes, and the one that is being
-//! used must stay however large it is, or each look-up would decode it anew.
+//! Nodes and frames have another kind of cache. An index can take many megabytes, and the one in
+//! use must stay however large it is, or each look-up would decode it anew.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,30 +10,30 @@ use std::sync::{Arc, PoisonError, RwLock};
 use crate::id::Hash;
 use crate::pack::PackIndex;
 
-/// Indexes by the number of their pack; those that were not used for longest make way.
+/// Indexes by the number of their pack; the least recently used are dropped first.
 #[derive(Debug)]
 pub(crate) struct IndexCache {
     most_bytes: u64,
     known: RwLock<HashMap<u32, Known>>,
-    /// Look-ups so far.
+    /// Number of look-ups and insertions so far.
     clock: AtomicU64,
 }
 
 #[derive(Debug)]
 struct Known {
-    /// Of the record it was decoded from.
+    /// Hash of the record that the index was decoded from.
     hash: Hash,
     index: Arc<PackIndex>,
     used_at: AtomicU64,
 }
 
 impl IndexCache {
-    /// A cache of `most_bytes`, or of one index if that has more.
+    /// A cache of at most `most_bytes`, or of a single larger index.
     pub fn new(most_bytes: u64) -> Self {
         Self { most_bytes, known: RwLock::default(), clock: AtomicU64::new(0) }
     }
 
-    /// The index of pack `number` that was decoded from a record with this hash, if it is here.
+    /// The index of pack `number`, if it is cached and was decoded from a record with this hash.
     pub fn get(&self, number: u32, hash: &Hash) -> Option<Arc<PackIndex>> {
         let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
         let found = known.get(&number).filter(|known| known.hash == *hash)?;

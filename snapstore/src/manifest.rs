@@ -1,28 +1,28 @@
-//! The manifest: what a snapshot is, in JSON that explains itself.
+//! The manifest: what a snapshot consists of, in self-describing JSON.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::id::{BlockRef, SnapshotId};
 
-/// What a snapshot holds. Its id is the BLAKE3 of this, as JSON bytes.
+/// What a snapshot holds. The snapshot's id is the BLAKE3 of the manifest's JSON as stored.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
-    /// The snapshot this one changed, none for the first of a line.
+    /// The snapshot that this one was based on; none for the first of a line.
     pub parent: Option<SnapshotId>,
-    /// When the snapshot was cut, Unix milliseconds.
+    /// When the snapshot was cut, in Unix milliseconds.
     pub time_unix_ms: u64,
-    /// Whose state it is: the VM's name.
+    /// The name of the VM whose state it is.
     pub name: String,
-    /// What the user said about it.
+    /// The user's message.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub message: String,
     /// Page trees: guest memory, disks.
     pub regions: Vec<RegionManifest>,
     /// Opaque named state: the machine, vCPUs, devices.
     pub state: Vec<StateRef>,
-    /// Figures of the checkpoint that made it, as its maker chose to record them.
+    /// Figures about the checkpoint, as its maker chose to record them.
     #[serde(default, skip_serializing_if = "Value::is_null")]
     pub stats: Value,
 }
@@ -33,23 +33,23 @@ pub struct Manifest {
 pub struct RegionManifest {
     /// Unique in the snapshot.
     pub name: String,
-    /// Number of 4 KiB pages the region ranges over; pages that no tree entry names are zero.
+    /// Size of the region in pages of 4 KiB; pages that no tree entry names are zero.
     pub pages: u64,
     /// Root of the page tree; none if every page is zero.
     pub root: Option<BlockRef>,
 }
 
-/// A state chunk, and where its body is.
+/// A state chunk with a reference to its body.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct StateRef {
     /// Unique in the snapshot: "vcpu0", "serial0".
     pub name: String,
-    /// What kind of thing it is the state of.
+    /// The kind of thing whose state it is.
     pub kind: String,
     /// Version of the body's layout, per kind.
     pub version: u32,
-    /// The body.
+    /// Where the body is stored.
     pub body: BlockRef,
 }
 
@@ -58,7 +58,7 @@ pub struct StateRef {
 pub struct StateChunk {
     /// Unique in the snapshot: "vcpu0", "serial0".
     pub name: String,
-    /// What kind of thing it is the state of.
+    /// The kind of thing whose state it is.
     pub kind: String,
     /// Version of the body's layout, per kind.
     pub version: u32,

@@ -90,7 +90,8 @@ impl<'a> Marker<'a> {
         Self { as_stored: true, ..Self::new(store, &|| false) }
     }
 
-    /// Marks everything that a snapshot reaches. Callers go from the newest to the oldest.
+    /// Marks everything that a snapshot reaches. Callers begin with the newest snapshot: blocks in
+    /// several snapshots are attributed to the first one visited.
     pub fn snapshot(&mut self, info: &SnapshotInfo) {
         self.marked.snapshots.push(info.id);
         self.marked.manifests.push(info.manifest);

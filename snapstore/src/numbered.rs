@@ -1,10 +1,10 @@
-//! Items numbered in the order in which they are first seen.
+//! Numbering of items in the order in which they are first seen.
 
 use std::hash::Hash;
 
 use foldhash::HashMap;
 
-/// Distinct items, each with its place in the list of them.
+/// A list of distinct items, with a look-up of their numbers.
 #[derive(Debug)]
 pub(crate) struct Numbered<T> {
     items: Vec<T>,
@@ -19,8 +19,8 @@ impl<T> Default for Numbered<T> {
 }
 
 impl<T: Copy + Eq + Hash> Numbered<T> {
-    /// The number of `item`, which is added if it is new. Fastest if it is the one asked for last:
-    /// runs of one frame are mostly neighbours.
+    /// The number of `item`, which is added if it is new. Fastest for the item asked for last,
+    /// since runs of one frame are mostly adjacent.
     pub fn number(&mut self, item: T) -> u32 {
         if let Some((newest, number)) = self.newest
             && newest == item
@@ -35,7 +35,7 @@ impl<T: Copy + Eq + Hash> Numbered<T> {
         number
     }
 
-    /// The items so far, by number.
+    /// The items so far, in order of their numbers.
     pub fn items(&self) -> &[T] {
         &self.items
     }

@@ -1,9 +1,9 @@
 //! Packs: where `prune` puts the live records of segments it removes.
 //!
-//! References are names, the place where a record was first written, and are never rewritten. A
-//! pack's index says where a name's record is now. Frames of which only some pages are live are
-//! not carried along whole: their live pages are regrouped into new records, several frames to
-//! one, and the index says which slot became which.
+//! A reference names the place where a record was first written, and is never rewritten. A pack's
+//! index says where the record of a name is now. Frames that are only partly live are not copied
+//! whole: their live pages are regrouped into new records, several frames to one, and the index
+//! maps the slots.
 
 use std::collections::HashMap;
 
@@ -11,16 +11,16 @@ use crate::codec::{Decoded, Decoder, Malformed, put_varint};
 use crate::format::{FILE_HEADER_LEN, MAX_BLOB_LEN, MAX_FRAME_PAGES, RECORD_HEADER_LEN};
 use crate::id::Hash;
 
-/// Which slots of a frame are where in its record.
+/// Where the slots of a frame are in the record that now holds them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum SlotMap {
-    /// As they were written.
+    /// Where they were first written.
     Identity,
-    /// The slots in `live`, ascending, from `first` on.
+    /// The slots in `live` are, ascending, the record's slots from `first` on; the others are gone.
     Packed {
-        /// Slot of the first live one in the record.
+        /// The record's slot that holds the first live one.
         first: u8,
-        /// Bit n: slot n of the frame is there.
+        /// Bit n is set if slot n of the frame is live.
         live: u64,
     },
 }
@@ -50,30 +50,30 @@ pub(crate) struct PackedRecord {
     pub position: u32,
     /// Length with its header, in bytes.
     pub len: u32,
-    /// BLAKE3 of the whole record: the reference's hash is of a record that is no more.
+    /// BLAKE3 of the whole record (references have the hash of the original record).
     pub hash: Hash,
 }
 
-/// Where the record of a name is in a pack.
+/// Where a pack has the record of a name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Place {
-    /// The same bytes, at this offset.
+    /// The same bytes are at this offset.
     Verbatim(u32),
-    /// Some slots, in record `record` of the index's table.
+    /// Some of its slots are in record `record` of the index's table.
     Regrouped { record: u32, slots: SlotMap },
 }
 
 /// The index of a pack.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct PackIndex {
-    /// Records that are not verbatim.
+    /// The regrouped records.
     pub records: Vec<PackedRecord>,
-    /// Per segment, sorted by offset.
+    /// Entries (offset, place) per segment, sorted by offset.
     pub segments: HashMap<u32, Vec<(u32, Place)>>,
 }
 
 impl PackIndex {
-    /// About how much memory it takes.
+    /// About how many bytes the index takes in memory.
     pub fn memory_bytes(&self) -> u64 {
         let entries: usize = self.segments.values().map(Vec::len).sum();
         let bytes = size_of_val(self.records.as_slice())
@@ -82,7 +82,7 @@ impl PackIndex {
         bytes as u64
     }
 
-    /// Where the record that was written to `offset` of `segment` is.
+    /// Where the record first written to `offset` of `segment` is.
     pub fn find(&self, segment: u32, offset: u32) -> Option<Place> {
         let entries = self.segments.get(&segment)?;
         let at = entries.binary_search_by_key(&offset, |(offset, _)| *offset).ok()?;

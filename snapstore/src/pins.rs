@@ -1,4 +1,4 @@
-//! Pins in a directory: a file a pin, whose `flock` says that its owner lives.
+//! Pins in a directory: one file per pin, whose `flock` shows that its owner is alive.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::storage::Pin;
 
-/// Pins of this process so far: the names of their files differ.
+/// Number of pins this process has made so far, to give their files different names.
 static COUNT: AtomicU64 = AtomicU64::new(0);
 
 #[derive(Debug)]
@@ -22,7 +22,7 @@ impl Pin for DirPin {}
 
 impl Drop for DirPin {
     fn drop(&mut self) {
-        // One that stays is found to be nobody's by the next `pinned`.
+        // If the file stays, the next `pinned` finds it unlocked and removes it.
         let _left_behind = fs::remove_file(&self.path);
     }
 }
@@ -36,11 +36,11 @@ pub(crate) fn pin(folder: &Path, name: &str) -> io::Result<Box<dyn Pin>> {
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let path = folder.join(format!("{name}.{}.{count}", std::process::id()));
         let file = match OpenOptions::new().write(true).create_new(true).open(&path) {
-            // Left by a process that had this number before: another name will do.
+            // Left by an earlier process with the same id: use another name.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
             other => other?,
         };
-        // Before the lock is ours, `pinned` may take the file for a dead process's and remove it.
+        // Until we have the lock, `pinned` may take the file for a dead process's and remove it.
         match file.try_lock() {
             Ok(()) if file.metadata()?.nlink() > 0 => {
                 return Ok(Box::new(DirPin { path, _file: file }));
@@ -63,9 +63,9 @@ pub(crate) fn pinned(folder: &Path) -> io::Result<Vec<String>> {
     for entry in entries {
         let path = entry?.path();
         let file_name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        // Whatever else lies there is not ours.
+        // Other files in the folder are not pins.
         let Some(name) = file_name.split('.').next().filter(|name| is_hex(name)) else { continue };
-        // For writing, where that can be: some file systems lock no other descriptors.
+        // Open for writing if possible: some file systems lock only writable descriptors.
         let opened = OpenOptions::new().write(true).open(&path).or_else(|_| File::open(&path));
         let file = match opened {
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
@@ -73,9 +73,8 @@ pub(crate) fn pinned(folder: &Path) -> io::Result<Vec<String>> {
         };
         match file.try_lock() {
             Ok(()) => {
-                // Nobody's. Its owner may be just going to lock it, and then looks whether it is
-                // still there.
-                // Not a file at all: not ours either.
+                // Nobody owns it. If its owner is just about to lock it, it then checks that the
+                // file still exists. A directory is not a pin.
                 fs::remove_file(&path).or_else(|error| match error.kind() {
                     io::ErrorKind::NotFound | io::ErrorKind::IsADirectory => Ok(()),
                     _ => Err(error),

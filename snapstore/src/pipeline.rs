@@ -1,8 +1,8 @@
 //! From pages to appended frames: all cores read, sift, compress and append.
 //!
-//! Each core takes the next batch, and whoever has a frame appends it under a lock: that is a copy,
-//! and now and then a write of what was gathered. There is nothing in flight between threads:
-//! memory is bounded by a frame or two a core, and by 16 bytes for each run of changed pages.
+//! Each core takes the next batch, and appends a finished frame under a lock, which costs a copy
+//! and now and then a write of what was gathered. Nothing is in flight between threads: memory is
+//! bounded by a frame or two per core, and 16 bytes for each run of changed pages.
 
 use std::iter::Peekable;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,33 +23,33 @@ use crate::sift::{Sifter, Verdict};
 use crate::store::Store;
 use crate::tree::Tree;
 
-/// What one write needs to know.
+/// The input of one write.
 pub(crate) struct Job<'a> {
     pub store: &'a Store,
     pub region: &'a str,
     pub pages: &'a PageSet,
     pub source: &'a dyn PageSource,
-    /// The region as the parent has it.
+    /// The region's tree in the parent.
     pub parent: Tree,
     pub progress: &'a Progress,
 }
 
-/// What one write came to.
+/// The result of one write.
 #[derive(Default)]
 pub(crate) struct Written {
-    /// Where the pages are now.
+    /// Where the changed pages are now.
     pub changes: Changes,
-    /// Pages that are what they are in the parent, and where that is.
+    /// Pages found equal to the parent's, and where the parent has them.
     pub equal: Changes,
     pub stats: WriteStats,
-    /// Of the pages in new frames, if they are kept.
+    /// Fingerprints of the pages in new frames, if there are any.
     pub fingerprints: Vec<FrameFingerprints>,
 }
 
 /// Pages gathered for one frame.
 #[derive(Default)]
 struct Gathered {
-    /// Their contents, and what may be left behind them of a frame before.
+    /// The contents of the pages, possibly followed by leftovers of an earlier frame.
     raw: Vec<u8>,
     pages: Vec<u64>,
     fingerprints: Vec<Fingerprint>,
@@ -68,7 +68,7 @@ impl Gathered {
     }
 
     fn clear(&mut self) {
-        // The bytes stay: to make them all zero before they are read into again is wasted.
+        // Keep the bytes of `raw`: zeroing them before the next read would be a waste.
         let Self { raw: _, pages, fingerprints, bases } = self;
         pages.clear();
         fingerprints.clear();
@@ -76,7 +76,7 @@ impl Gathered {
     }
 }
 
-/// Writes the pages of `job`, and returns where they are.
+/// Writes the pages of `job`; returns where they are now.
 pub(crate) fn write(segments: &mut SegmentWriter, job: &Job<'_>) -> Result<Written> {
     let frame_pages = job.store.options.frame_pages;
     let shared = Shared {
@@ -94,16 +94,16 @@ pub(crate) fn write(segments: &mut SegmentWriter, job: &Job<'_>) -> Result<Writt
     Ok(shared.output.into_inner().unwrap_or_else(PoisonError::into_inner).finish())
 }
 
-/// What the workers of one write share.
+/// The state shared by the workers of one write.
 struct Shared<'a, I: Iterator<Item = u64>> {
     job: &'a Job<'a>,
     batches: Mutex<Batches<I>>,
     output: Mutex<Output<'a>>,
-    /// One of them failed: the others need not go on.
+    /// True once a worker failed: the others need not go on.
     failed: AtomicBool,
 }
 
-/// Where frames are appended, and what came of it.
+/// Where frames are appended, and the results so far.
 struct Output<'a> {
     segments: &'a mut SegmentWriter,
     changes: ChangesBuilder,
@@ -128,16 +128,16 @@ impl<'a> Output<'a> {
     }
 }
 
-/// Cuts ascending page numbers into batches of at most `frame_pages`. Batches end on multiples of
-/// `frame_pages` where they are half full, so that dense memory gets aligned frames, and scattered
-/// pages full ones.
+/// Cuts ascending page numbers into batches of at most `frame_pages`. A batch that is at least half
+/// full ends before a multiple of `frame_pages`, so that dense memory gets aligned frames, and
+/// scattered pages get full ones.
 struct Batches<I: Iterator<Item = u64>> {
     pages: Peekable<I>,
     frame_pages: usize,
 }
 
 impl<I: Iterator<Item = u64>> Batches<I> {
-    /// Fills `batch` with the next one; empty at the end.
+    /// Replaces `batch` by the next one; it is empty at the end.
     fn next(&mut self, batch: &mut Vec<u64>) {
         batch.clear();
         while let Some(page) = self.pages.peek() {
@@ -156,7 +156,7 @@ struct Worker<'w, 'a, I: Iterator<Item = u64>> {
     shared: &'w Shared<'a, I>,
     encoder: RecordEncoder,
     sifter: Sifter<'a>,
-    /// The batch being looked at, and what was found.
+    /// The contents of the current batch, and the verdicts on its pages.
     raw: Vec<u8>,
     verdicts: Vec<Verdict>,
     plain: Gathered,
@@ -174,10 +174,11 @@ impl<'w, 'a, I: Iterator<Item = u64>> Worker<'w, 'a, I> {
 
     fn run(&mut self) -> Result<()> {
         let mut batch = Vec::new();
-        // Whoever failed has the error to tell.
+        // The worker that failed returns the error.
         while !self.shared.failed.load(Ordering::Relaxed) {
             self.shared.job.progress.check()?;
-            // One at a time and in order, so that the segment's order is nearly the region's.
+            // Batches are handed out one at a time and in order, so that the segment's order is
+            // nearly the region's.
             lock(&self.shared.batches).next(&mut batch);
             if batch.is_empty() {
                 self.append(RecordKind::Frame)?;
@@ -188,14 +189,14 @@ impl<'w, 'a, I: Iterator<Item = u64>> Worker<'w, 'a, I> {
         Ok(())
     }
 
-    /// Reads a batch, and appends what must be written.
+    /// Reads and sifts a batch, and appends what must be written.
     fn sift(&mut self, batch: &[u64]) -> Result<()> {
         self.read(batch)?;
         let mut verdicts = std::mem::take(&mut self.verdicts);
         self.sifter.judge(batch, &self.raw, &mut verdicts);
         let all_new = verdicts.iter().all(|verdict| matches!(verdict, Verdict::New(_)));
         if all_new && self.plain.pages.is_empty() {
-            // By far the most frequent case: the frame is there already.
+            // By far the most frequent case: the batch as read is the frame.
             std::mem::swap(&mut self.plain.raw, &mut self.raw);
             self.plain.pages.extend_from_slice(batch);
             self.plain.fingerprints.extend(verdicts.drain(..).filter_map(Verdict::fingerprint));
@@ -203,14 +204,14 @@ impl<'w, 'a, I: Iterator<Item = u64>> Worker<'w, 'a, I> {
             self.gather(batch, &mut verdicts)?;
         }
         self.verdicts = verdicts;
-        // What is left of a thinned batch goes with the next.
+        // Less than half a frame waits for pages of the next batch.
         if self.plain.pages.len() >= self.shared.job.store.options.frame_pages.div_ceil(2) {
             self.append(RecordKind::Frame)?;
         }
         Ok(())
     }
 
-    /// Puts the pages of a batch where their verdicts say.
+    /// Distributes the pages of a batch by their verdicts.
     fn gather(&mut self, batch: &[u64], verdicts: &mut Vec<Verdict>) -> Result<()> {
         let frame_pages = self.shared.job.store.options.frame_pages;
         let (mut found, mut stats) = (Vec::new(), WriteStats::default());
@@ -254,7 +255,7 @@ impl<'w, 'a, I: Iterator<Item = u64>> Worker<'w, 'a, I> {
         Ok(())
     }
 
-    /// Takes note of pages that need no frame, `true` for those equal to the parent's.
+    /// Records pages that need no frame, with `true` for those equal to the parent's.
     fn note(&self, found: &[(Run, bool)], stats: WriteStats) {
         if found.is_empty() {
             return;
@@ -283,7 +284,7 @@ impl<'w, 'a, I: Iterator<Item = u64>> Worker<'w, 'a, I> {
         Ok(())
     }
 
-    /// Appends what was gathered for a frame, or a delta frame, if anything was.
+    /// Appends a frame or delta frame of the pages gathered for it, if there are any.
     fn append(&mut self, kind: RecordKind) -> Result<()> {
         let delta = kind == RecordKind::Delta;
         let gathered = if delta { &mut self.delta } else { &mut self.plain };
@@ -320,7 +321,7 @@ impl<'w, 'a, I: Iterator<Item = u64>> Worker<'w, 'a, I> {
     }
 }
 
-/// Locks what is whole after every step, so that a panic elsewhere is no reason to stop.
+/// Locks a mutex even if it is poisoned: for data that is consistent after every step.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,17 +1,17 @@
-//! How far writing has come, and what it came to.
+//! Progress and statistics of writing pages.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::error::{Result, StoreError};
 
-/// How far writing pages has come; shared with whoever draws a progress bar or cancels.
+/// How far writing pages has come; shared with threads that show progress or cancel.
 #[derive(Debug, Default)]
 pub struct Progress {
-    /// Pages to write, as far as is known.
+    /// Pages to write, as far as known.
     pub pages_total: AtomicU64,
-    /// Pages read, and written if they had to be.
+    /// Pages finished, whether they had to be written or not.
     pub pages_done: AtomicU64,
-    /// Bytes appended for them.
+    /// Bytes appended for these pages.
     pub stored_bytes: AtomicU64,
     cancelled: AtomicBool,
 }
@@ -22,7 +22,7 @@ impl Progress {
         self.cancelled.store(true, Ordering::Relaxed);
     }
 
-    /// True once it was cancelled.
+    /// True once [`Self::cancel`] was called.
     #[must_use]
     pub fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::Relaxed)
@@ -43,7 +43,7 @@ impl Progress {
     }
 }
 
-/// What writing a batch of pages came to.
+/// Statistics of writing pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct WriteStats {
     /// Pages read from the source.
@@ -52,13 +52,13 @@ pub struct WriteStats {
     pub zero_pages: u64,
     /// Pages found equal to the parent's, which are not written.
     pub equal_pages: u64,
-    /// Pages found elsewhere in the store, which are referred to there.
+    /// Pages found elsewhere in the store, and referred to there.
     pub dedup_pages: u64,
-    /// Pages written as the difference from an older one.
+    /// Pages written as the difference from an older page.
     pub delta_pages: u64,
     /// Frames and delta frames appended.
     pub frames: u64,
-    /// Bytes of those as stored, headers included.
+    /// Stored bytes of these frames, record headers included.
     pub stored_bytes: u64,
     /// Of these, bytes of delta frames.
     pub delta_bytes: u64,

@@ -1,4 +1,4 @@
-//! What a person types to name a snapshot: `latest`, `latest~3`, `3f9a`, a tag.
+//! References to snapshots as people type them: `latest`, `latest~3`, `3f9a`, a tag.
 
 use std::collections::BTreeMap;
 
@@ -6,13 +6,14 @@ use crate::catalog::SnapshotInfo;
 use crate::error::{Result, StoreError};
 use crate::id::SnapshotId;
 
-/// The shortest prefix of an id that is looked up.
+/// The shortest prefix that is taken for an id.
 const MIN_PREFIX_LEN: usize = 4;
 
-/// The name of the newest snapshot.
+/// The reference to the newest snapshot.
 pub const LATEST: &str = "latest";
 
-/// Splits `STORE@REF`; either part may be missing. The last `@` counts, so a path may hold one.
+/// Splits `STORE@REF`; either part may be missing. Splits at the last `@`, since a path may contain
+/// one. A missing REF after `@` is [`LATEST`].
 #[must_use]
 pub fn split(text: &str) -> (Option<&str>, &str) {
     match text.rsplit_once('@') {
@@ -27,7 +28,7 @@ pub fn split(text: &str) -> (Option<&str>, &str) {
 /// Checks that `name` can be a tag: it must not look like another kind of reference.
 ///
 /// # Errors
-/// [`StoreError::Invalid`] saying what a tag may be.
+/// [`StoreError::Invalid`] if not; the message says what a tag may be.
 pub fn check_tag(name: &str) -> Result<()> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '/');
     let like_an_id =
@@ -72,7 +73,7 @@ pub(crate) fn resolve(
     };
     let mut found = resolve_base(snapshots, tags, base, store, &unknown)?;
     for generation in 0..generations {
-        // Parents that go round in a circle: only a forged journal has them.
+        // Parents form a cycle, which only a forged journal can have.
         if generation >= snapshots.len() {
             return Err(unknown(format!("{base} cannot have {generations} ancestors")));
         }

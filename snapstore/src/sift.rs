@@ -1,4 +1,4 @@
-//! Looking at a page before it is written: must it be, and whole?
+//! Sifting: decides for each page whether it must be written, and whether as a whole.
 
 use std::sync::Arc;
 
@@ -11,26 +11,26 @@ use crate::page::{PAGE_SIZE, Page, is_zero};
 use crate::store::{Elide, Store};
 use crate::tree::Tree;
 
-/// A page that differs from its base in more words of eight bytes than this is written whole, and
-/// is a base itself from then on: the differences after it are small again. See `DESIGN.md`.
+/// A page that differs from its base in more 8-byte words than this is written whole. From then on
+/// it is a base itself, so later differences are small again. See `DESIGN.md`.
 const DELTA_WORDS_MAX: usize = 40;
 
-/// What is to become of a page.
+/// What to do with a page.
 pub(crate) enum Verdict {
-    /// It is zero, and in the parent too if `equal`.
+    /// The page is zero; if `equal`, it is zero in the parent too.
     Zero { equal: bool },
-    /// It is what the parent has there.
+    /// The page is the same as in the parent, which has it at this location.
     Equal(Location),
-    /// It is in the store already.
+    /// The page is in the store already, at this location.
     Known(Location),
-    /// It is nearly this page.
+    /// The page is nearly the same as this base, whose contents follow.
     Near(Base, Arc<Page>),
-    /// It must be written.
+    /// The page must be written; its fingerprint, if it has one.
     New(Option<Fingerprint>),
 }
 
 impl Verdict {
-    /// Of a page that must be written, if it has one.
+    /// The fingerprint of a page that must be written, if it has one.
     pub fn fingerprint(self) -> Option<Fingerprint> {
         if let Self::New(fingerprint) = self { fingerprint } else { None }
     }
@@ -41,12 +41,12 @@ pub(crate) struct Sifter<'a> {
     store: &'a Store,
     parent: Tree,
     elide: Elide,
-    /// The parent's pages may help at all.
+    /// True if pages can be compared with the parent's at all.
     compares: bool,
-    /// Pages of this batch that may be compared with the parent's where that does not seem to pay.
+    /// How many more pages of this batch may be compared although it does not seem to pay.
     probes: usize,
-    /// Of this batch: which pages are zero, if that matters; fingerprints of the pages that have
-    /// any; and what is known of them.
+    /// For the pages of this batch: whether they are zero (if zero pages are elided), their
+    /// fingerprints (if they have any), and the entries found for these.
     zero: Vec<bool>,
     fingerprints: Vec<Option<Fingerprint>>,
     known: Vec<Option<Entry>>,
@@ -60,7 +60,8 @@ impl<'a> Sifter<'a> {
         Self { store, parent, elide, compares, probes: 0, zero, fingerprints, known }
     }
 
-    /// Judges the pages `numbers`, whose contents are `raw`, one after the other in `verdicts`.
+    /// Judges the pages `numbers`, whose contents are in `raw`; stores the results in `verdicts`,
+    /// in the same order.
     pub fn judge(&mut self, numbers: &[u64], raw: &[u8], verdicts: &mut Vec<Verdict>) {
         self.probes = self.store.delta_gate.probes();
         let (pages, _) = raw.as_chunks::<PAGE_SIZE>();
@@ -71,7 +72,7 @@ impl<'a> Sifter<'a> {
         }
     }
 
-    /// Looks all pages up at once: each is a miss in every cache, and they overlap.
+    /// Looks up all pages at once, so that their cache misses overlap.
     fn look_up(&mut self, pages: &[Page]) {
         let (elide, seed) = (self.elide, self.store.uuid);
         self.zero.clear();
@@ -98,7 +99,7 @@ impl<'a> Sifter<'a> {
         }
         let gate = &self.store.delta_gate;
         if self.compares && gate.lets_in(number, &mut self.probes) {
-            // A parent that cannot be read is no reason to lose the page: it is written whole.
+            // If the parent cannot be read, the page is written whole.
             let verdict = self.compare(number, page).unwrap_or_default();
             gate.tried(number, verdict.is_some());
             if let Some(verdict) = verdict {
@@ -108,21 +109,21 @@ impl<'a> Sifter<'a> {
         Verdict::New(self.fingerprints[index])
     }
 
-    /// Where the parent has the page; none if there is no parent, or it cannot be read.
+    /// Where the parent has page `number`; none if there is no parent, or its tree cannot be read.
     fn parent_location(&self, number: u64) -> Option<Location> {
         self.parent.root?;
         self.parent.page(self.store, number).ok()
     }
 
-    /// Where in the store `entry` points, if that is a page with the same contents.
+    /// The location that `entry` points to, if the page there has the same contents.
     fn holder(&self, entry: Entry, page: &Page) -> Option<Location> {
         let (frame, slot) = self.store.fingerprints.page_of(entry)?;
         self.holds(&frame, slot, page).then_some(Location::Frame { frame, slot })
     }
 
-    /// True if slot `slot` of `frame` is there, is kept by every later prune once it is referred
-    /// to, and holds `page`. The reference is resolved anew, since the cache may know frames that
-    /// the store has lost.
+    /// True if slot `slot` of `frame` exists in the store, so that every later prune keeps it once
+    /// it is referred to, and holds `page`. Resolves the reference anew, since the cache may hold
+    /// frames that the store has lost.
     fn holds(&self, frame: &BlockRef, slot: u8, page: &[u8]) -> bool {
         let there = self.store.segments.resolve(frame);
         there.is_ok_and(|place| place.slots.get(slot).is_some())
@@ -132,7 +133,7 @@ impl<'a> Sifter<'a> {
                 .is_ok_and(|view| view.bytes(slot, 1).is_ok_and(|bytes| bytes == page))
     }
 
-    /// Compares with what the parent has.
+    /// Compares a page with the parent's; none if it must be written whole.
     fn compare(&self, number: u64, page: &[u8]) -> Result<Option<Verdict>> {
         let location = self.parent.page(self.store, number)?;
         let base = match location {
@@ -153,7 +154,7 @@ impl<'a> Sifter<'a> {
         match delta::differing_words(page, contents.as_slice()) {
             0 if self.elide.equal => {
                 let found = Location::Frame { frame: base.frame, slot: base.slot };
-                // Else it is what it was before the parent's change.
+                // Otherwise the page is again what it was before the parent changed it.
                 let same = found == location;
                 Ok(Some(if same { Verdict::Equal(found) } else { Verdict::Known(found) }))
             }

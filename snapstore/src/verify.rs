@@ -1,4 +1,4 @@
-//! Reading everything that snapshots refer to, and telling what does not check.
+//! Verifying: reads everything that snapshots refer to, and reports damage.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,28 +16,27 @@ use crate::pack::slots_of;
 use crate::segment::Physical;
 use crate::store::Store;
 
-/// How far verifying has come.
+/// How far verification has come.
 #[derive(Debug, Default)]
 pub struct VerifyProgress {
     /// Frames to check.
     pub frames_total: AtomicU64,
     /// Frames checked.
     pub frames_done: AtomicU64,
-    /// Bytes of those frames as stored.
+    /// Stored bytes of the frames checked.
     pub stored_bytes: AtomicU64,
 }
 
-/// Something that did not check.
+/// Something that failed its check.
 #[derive(Debug)]
 pub struct Damage {
-    /// What, where, expected and found.
+    /// What is damaged, where, and what was expected and found.
     pub error: StoreError,
-    /// A snapshot it was found under, the newest if it is in several; none for damage to the
-    /// journal.
+    /// The newest snapshot that reaches it; none for damage to the journal.
     pub snapshot: Option<SnapshotId>,
 }
 
-/// What verifying found.
+/// The result of verification.
 #[derive(Debug, Default)]
 pub struct VerifyReport {
     /// Snapshots checked.
@@ -48,18 +47,18 @@ pub struct VerifyReport {
     pub frames: u64,
     /// Distinct state chunks read.
     pub chunks: u64,
-    /// Bytes of everything read, as stored.
+    /// Stored bytes of everything read.
     pub stored_bytes: u64,
-    /// Bytes of the frames when decoded.
+    /// Decoded bytes of the frames.
     pub page_bytes: u64,
-    /// What did not check.
+    /// What failed its check.
     pub damage: Vec<Damage>,
 }
 
-/// Reads and checks every block that `snapshots` can reach, each once.
+/// Reads and checks every block that `snapshots`, oldest first, can reach, each once.
 ///
 /// # Errors
-/// Damage is in the report; an error is only what keeps the walk from going on at all.
+/// As [`Store::refresh`]. Damage is not an error, but is in the report.
 pub fn verify(
     store: &Arc<Store>,
     snapshots: &[SnapshotId],
@@ -73,7 +72,7 @@ pub fn verify(
     if report.damage.iter().any(missing) {
         store.refresh()?;
         if *before != *store.segments.layout() {
-            // Somebody pruned meanwhile, and it was moved.
+            // Somebody pruned meanwhile, and the missing blocks were moved.
             return Ok(verify_once(store, snapshots, progress));
         }
     }
@@ -87,12 +86,12 @@ fn verify_once(
 ) -> VerifyReport {
     let mut report = VerifyReport { snapshots: snapshots.len() as u64, ..VerifyReport::default() };
     report.damage.extend(torn_journal(store));
-    // Past the caches, which may hold a good copy of what the medium has lost.
+    // Bypass the caches, which may hold good copies of what the medium has lost.
     store.nodes.clear();
     store.frames.clear();
     store.segments.close();
     let mut marker = Marker::as_stored(store);
-    // The newest first: see there.
+    // Newest first: damage is attributed to the first snapshot visited.
     for id in snapshots.iter().rev() {
         match store.published(*id) {
             Ok(info) => marker.snapshot(&info),
@@ -103,14 +102,14 @@ fn verify_once(
         marker.finish();
     let found =
         |obstacle: Obstacle| Damage { error: obstacle.error, snapshot: Some(obstacle.snapshot) };
-    // Frames are read below, each once.
+    // Delta frames are checked below, with all frames.
     report.damage.extend(obstacles.into_iter().filter(|found| !found.is_frame).map(found));
     report.nodes = nodes.len() as u64;
     report.chunks = chunks.len() as u64;
     let owned = chunks.iter().chain(&fingerprints).map(|(block, _)| block);
     let read = nodes.iter().chain(&manifests).chain(owned);
     report.stored_bytes = read.map(|block| u64::from(block.len)).sum();
-    // Nodes and manifests were read on the way.
+    // The marker has read nodes and manifests; the rest is read here.
     let damage = |parsed: Result<()>, index: u32| {
         let snapshot = snapshots.get(index as usize).copied();
         parsed.err().map(|error| Damage { error, snapshot })
@@ -150,7 +149,7 @@ fn read_chunk(store: &Store, block: &BlockRef) -> Result<()> {
     })
 }
 
-/// A record of a file, and the frames that are in it.
+/// A record, and the frames that are in it.
 struct Batch<'a> {
     place: Physical,
     uses: &'a [(Physical, FrameUse)],
@@ -176,7 +175,7 @@ fn check_frames(
             Err(error) => report.damage.push(damage(error, usage)),
         }
     }
-    // In the order of the medium, and each record once, though several frames may share it.
+    // Read records in the order of the medium, each once, though several frames may share one.
     placed.sort_by_key(|(place, _)| (place.file, place.position));
     let same = |a: &(Physical, FrameUse), b: &(Physical, FrameUse)| {
         (a.0.file, a.0.position, a.0.hash) == (b.0.file, b.0.position, b.0.hash)
@@ -208,7 +207,7 @@ fn check_frames(
     report.damage.extend(found);
 }
 
-/// Reads a record; returns the bytes of its pages, and what refers to slots that are not there.
+/// Reads a record; returns the bytes of its pages, and errors for uses of slots it does not have.
 fn check_batch(store: &Store, batch: &Batch<'_>) -> Result<(u64, Vec<(StoreError, FrameUse)>)> {
     let delta = batch.uses[0].1.delta;
     let frame = store

@@ -1,4 +1,4 @@
-//! Working sets: which pages of a snapshot were wanted first, when it was resumed.
+//! Working sets: the pages of a snapshot that were wanted first when it was resumed.
 //!
 //! Kept beside the snapshot in a small file of its own, for it is a hint: one that is lost, damaged
 //! or of another snapshot costs a resume its head start and nothing else. See REAP (Ustiugov et
@@ -14,7 +14,7 @@ use crate::store::Store;
 
 const MAGIC: &[u8; 8] = b"FRZLWSET";
 const VERSION: u8 = 1;
-/// More ranges than this are not kept: 16 GiB in frames.
+/// The most ranges kept: 16 GiB, at a frame of 16 pages each.
 const RANGES_MAX: usize = 1 << 18;
 const PREFIX: &str = "working-set-";
 
@@ -26,18 +26,18 @@ pub struct WorkingSet {
 }
 
 impl WorkingSet {
-    /// How many pages that is.
+    /// Number of pages in the ranges.
     #[must_use]
     pub fn pages(&self) -> u64 {
         self.ranges.iter().map(|(_, count)| count).sum()
     }
 
-    /// Adds pages that were wanted next.
+    /// Appends pages that were wanted next.
     pub fn push(&mut self, first: u64, count: u64) {
         let full = self.ranges.len() >= RANGES_MAX;
         match self.ranges.last_mut() {
             Some((start, len)) if *start + *len == first => *len += count,
-            // What comes so late is wanted little.
+            // Pages wanted so late matter little.
             _ if full => {}
             _ => self.ranges.push((first, count)),
         }
@@ -88,7 +88,7 @@ impl WorkingSet {
     }
 }
 
-/// What a file of version 1 begins with.
+/// The beginning of a file of version 1.
 fn head(id: SnapshotId, region: &str) -> Vec<u8> {
     let mut out = [&MAGIC[..], &[VERSION], &id.0].concat();
     put_varint(&mut out, region.len() as u64);
@@ -127,7 +127,7 @@ impl Store {
             let new = new.clone();
             move |error| StoreError::io(op, new, error)
         };
-        // One that a crash left.
+        // A crash may have left one.
         let _none = self.storage.remove(&new);
         let file = self.storage.create(&new).map_err(failed("create"))?;
         let written = file
@@ -144,7 +144,7 @@ impl Store {
     pub(crate) fn remove_working_sets(&self, kept: impl Fn(&str) -> bool) {
         for name in self.storage.list("").unwrap_or_default() {
             if name.strip_prefix(PREFIX).is_some_and(|id| !kept(id)) {
-                // It stays until the next time; it is a hint of nothing.
+                // If it stays, it does no harm, and the next prune tries again.
                 let _stays = self.storage.remove(&name);
             }
         }

@@ -1,6 +1,6 @@
-//! Making what was written durable while more is being written.
+//! Syncs what was written in the background, while more is being written.
 //!
-//! Left to the end, the sync of a large checkpoint would find the disk idle until then, and the
+//! If all of a large checkpoint were synced at its end, the disk would be idle until then, and the
 //! cores from then on.
 
 use std::sync::Arc;
@@ -11,13 +11,13 @@ use crossbeam_channel::{Sender, bounded};
 use crate::error::{Result, StoreError};
 use crate::storage::StoreFile;
 
-/// Bytes handed to the medium after which they are synced.
+/// Bytes written to a file after which a background sync is requested.
 pub(crate) const WRITE_BACK_LEN: u64 = 8 << 20;
 
 /// A file to be synced, and its name for messages.
 type Request = (String, Arc<dyn StoreFile>);
 
-/// A thread that syncs files, if there was anything to sync yet.
+/// A thread that syncs files, started with the first request.
 #[derive(Debug, Default)]
 pub(crate) struct WriteBack {
     running: Option<(Sender<Request>, JoinHandle<Result<()>>)>,
@@ -33,7 +33,7 @@ impl WriteBack {
                     file.sync().map_err(|error| StoreError::io("sync", name, error))
                 })
             };
-            // Without a thread, the sync at the end does it all.
+            // If no thread can be started, the sync at the end does it all.
             let thread = std::thread::Builder::new().name("frazil-sync".into()).spawn(sync_all);
             self.running = thread.ok().map(|thread| (sender, thread));
         }
@@ -43,11 +43,11 @@ impl WriteBack {
         }
     }
 
-    /// Waits until nothing is going on any more.
+    /// Waits until all requested syncs are done.
     ///
     /// # Errors
-    /// That of a sync: then nothing is known of what was written since the one before, even if a
-    /// later one succeeds.
+    /// The first failure of a sync: then nothing is known of what was written since the sync before
+    /// it, even if a later one succeeds.
     pub fn finish(&mut self) -> Result<()> {
         let Some((sender, thread)) = self.running.take() else { return Ok(()) };
         drop(sender);
