@@ -138,7 +138,7 @@ impl Changes {
                 if let Some(before) = old.clip(0, run.first) {
                     push(&mut out, before);
                 }
-                // The part behind the newer run is compared with the next one.
+                // The part after the newer run is compared with the next one.
                 current = old.clip(run.end(), u64::MAX);
                 if current.is_some() {
                     break;

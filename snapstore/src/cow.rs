@@ -68,7 +68,7 @@ struct State {
     wanted: PageSet,
     /// Since when users have waited for a page; also kept while the store is writing it.
     waiting: HashMap<u64, Instant>,
-    /// The page after those that the last fault released, and how many it was to release.
+    /// The page after those that the last fault released, and the most that it could release.
     after_last: u64,
     cluster: u64,
 }
@@ -231,7 +231,7 @@ impl Protected {
         self.copied
     }
 
-    /// The waits of users that have ended.
+    /// The waits of users, as far as they are over.
     #[must_use]
     pub fn waits(&self) -> Waits {
         self.waits
@@ -460,8 +460,7 @@ impl Shared {
                         return self.give_up(&error.to_string());
                     }
                     state.copies.insert(page, copy);
-                    // After copying and before removing protection: `read_page` relies on this
-                    // order.
+                    // After copying, before removing protection: `read_page` relies on this.
                     self.clear_bit(page);
                 }
                 self.unprotect(page, pages);

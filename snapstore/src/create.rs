@@ -15,7 +15,7 @@ use crate::store::{lock, unix_ms};
 
 /// How long another process may take to create a store: a few syncs, on a busy disk.
 const CREATION_PATIENCE: Duration = Duration::from_secs(30);
-/// How long to sleep between two looks at it meanwhile.
+/// How often to check whether it has.
 const CREATION_LOOK: Duration = Duration::from_millis(10);
 
 /// Creates the store's files as far as they are missing.

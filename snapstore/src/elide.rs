@@ -69,7 +69,7 @@ impl Bucket {
         entries.filter(|entry| *entry != 0).find(|entry| is_of(*entry, fingerprint))
     }
 
-    /// Inserts `entry` in front of the others, dropping one with the same fingerprint or, in a full
+    /// Inserts `entry` before the others, dropping one with the same fingerprint or, from a full
     /// bucket, the oldest.
     fn insert(&self, entry: Entry, fingerprint: Fingerprint) {
         let mut moving = entry;

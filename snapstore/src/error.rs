@@ -159,7 +159,7 @@ pub enum StoreError {
     #[error("{0}")]
     Invalid(String),
 
-    /// The transaction was cancelled by its owner.
+    /// The transaction or prune was cancelled by its owner.
     #[error("cancelled: {0}")]
     Cancelled(String),
 }

@@ -90,7 +90,7 @@ struct Part<'a> {
     /// The page at byte `start` of the file.
     first: u64,
     start: u64,
-    /// The offset in the file behind the part.
+    /// The offset in the file where the part ends.
     end: u64,
     progress: &'a ExportProgress,
 }

@@ -44,8 +44,7 @@ impl RegionReader {
         self.visit_runs(from, |run| ControlFlow::Break(run.first))
     }
 
-    /// The first page from `from` on that is zero; pages behind the end of the region count as
-    /// zero.
+    /// The first page from `from` on that is zero; pages past the end of the region count as zero.
     ///
     /// # Errors
     /// As [`Self::visit_runs`].

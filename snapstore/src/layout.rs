@@ -18,7 +18,7 @@ pub(crate) struct Relayout {
     pub moved: Vec<u32>,
     /// Segments in which nothing is in use.
     pub dropped: Vec<u32>,
-    /// Packs that are removed; what was live in them is in the new one.
+    /// Packs that are removed; what was live in them, if anything, is in the new pack.
     pub retired_packs: Vec<u32>,
 }
 

@@ -41,7 +41,7 @@ pub(crate) struct Obstacle {
 /// Everything that was reached.
 #[derive(Debug, Default)]
 pub(crate) struct Marked {
-    /// Snapshots visited, in order; others fields refer to them by index.
+    /// Snapshots visited, in order; other fields refer to them by index.
     pub snapshots: Vec<SnapshotId>,
     /// Frames, sorted by segment and offset, each once.
     pub frames: Vec<FrameUse>,

@@ -224,9 +224,9 @@ impl Node {
 
     /// Layout: level (1 byte), first page, numbers of frames, delta frames and runs (varints),
     /// references to frames and to delta frames; then, for all runs, the gaps to the end of the
-    /// previous run (varints), the counts (varints), the frames (varints: 0 for zero pages, else 1
-    /// + the zigzag distance from the frame of the previous run that has one), and, for runs with
-    /// a frame, the slots (1 byte: the zigzag distance from where the last run in that frame
+    /// previous run (varints), the counts (varints), the frames (varints: 0 for zero pages, else
+    /// the zigzag distance from the frame of the previous run that has one, plus 1), and, for runs
+    /// with a frame, the slots (1 byte: the zigzag distance from where the last run in that frame
     /// ended); in inner nodes, the bit map of children (8 bytes) and their references.
     ///
     /// Fields are stored by column and as distances because pending runs are mostly single pages
@@ -359,7 +359,7 @@ fn decode_locations(
     Ok(())
 }
 
-/// Predicts where the next run is: in the frame of the previous run, behind its last slot used.
+/// Predicts where the next run is: in the frame of the previous run, after its last slot used.
 struct Places {
     last: usize,
     next_slots: Vec<u8>,

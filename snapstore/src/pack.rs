@@ -14,7 +14,7 @@ use crate::id::Hash;
 /// Where the slots of a frame are in the record that now holds them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum SlotMap {
-    /// Where they were first written.
+    /// In the same places as when the frame was first written.
     Identity,
     /// The slots in `live` are, ascending, the record's slots from `first` on; the others are gone.
     Packed {
@@ -91,9 +91,9 @@ impl PackIndex {
 
     /// Layout: number of records (varint), per record position and length (4 bytes each) and hash;
     /// number of segments (varint), per segment, ascending, its number (4 bytes), how many entries
-    /// (varint), and the entries by ascending offset: distance to the entry before (varint), then
-    /// 0 and the position (4 bytes), or 1 + the record's index (varint), the first slot (1 byte)
-    /// and the live slots (8 bytes).
+    /// (varint), and the entries by ascending offset: distance from the previous entry (varint),
+    /// then 0 (varint) and the position (4 bytes), or 1 + the record's index (varint), the first
+    /// slot (1 byte) and the live slots (8 bytes).
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::new();
         put_varint(&mut out, self.records.len() as u64);

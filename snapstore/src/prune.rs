@@ -434,8 +434,8 @@ impl Store {
                 let _left_behind = self.remove_file((FileKind::Pack, number));
             }
         })?;
-        // Append another record, so that damage to the first is never taken for a torn append: then
-        // the pack would be removed as an orphan, and its sources are gone.
+        // Append another record, so that damage to the first is never taken for a torn append: the
+        // pack would then be removed as an orphan, although its sources are gone.
         self.record(Entry::Relayout(self.relayout()))?;
         self.remove_files(sources)
     }

@@ -277,7 +277,7 @@ mod tests {
         times.iter().enumerate().map(|(position, time)| candidate(position, *time)).collect()
     }
 
-    /// The positions of those that stay.
+    /// The positions of the candidates kept.
     fn kept_of(policy: &Policy, candidates: &[Candidate], zone: &TimeZone) -> Vec<usize> {
         let verdicts = decide(policy, candidates, zone);
         assert!(verdicts.iter().map(|verdict| verdict.id).eq(candidates.iter().map(|c| c.id)));

@@ -320,7 +320,7 @@ pub(crate) struct Appender {
     file: Arc<dyn StoreFile>,
     /// Length of the file as written so far, in bytes.
     written: u64,
-    /// Bytes appended behind it, not written yet.
+    /// Bytes appended after these, not written yet.
     buffer: Vec<u8>,
     /// Bytes written since the last request for a background sync.
     unsynced: u64,
@@ -438,7 +438,7 @@ impl SegmentWriter {
         }
     }
 
-    /// Appends `record`, which becomes durable only by [`Self::sync`].
+    /// Appends `record`; [`Self::sync`] makes it durable.
     pub fn append(&mut self, record: RecordView<'_>) -> Result<BlockRef> {
         let len = record.bytes.len() as u64;
         let full = |current: &Appender| {

@@ -21,7 +21,7 @@ pub struct Snapshot {
     id: SnapshotId,
     manifest: Arc<Manifest>,
     pin: Option<Arc<dyn Pin>>,
-    /// Segment and offset of the manifest's block: later blocks lie behind it.
+    /// Segment and offset of the manifest's block: whatever was written later comes after it.
     pub(crate) written_at: (u32, u32),
 }
 

@@ -1,7 +1,7 @@
 //! All access to the medium: a small trait, and its implementation on a directory.
 //!
 //! The store relies on these few calls alone for durability, so a crash simulator or a failing
-//! disk is just another implementation of them (see the `tests` crate).
+//! disk is just another implementation of them (see the `tests` folder of the repository).
 
 use std::fmt::Debug;
 use std::fs::{self, File, OpenOptions, TryLockError};

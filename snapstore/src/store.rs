@@ -270,7 +270,7 @@ impl Store {
             self.follow(&catalog);
         } else {
             // `prune` rewrote the journal, or a writer took back a record we had read because its
-            // sync failed. Read the file already open: the name may be given to another one.
+            // sync failed. Read the file just opened: its name may be given to another one again.
             *catalog = Catalog::read(file.as_ref(), self.uuid)?;
             self.follow(&catalog);
             self.segments.close();
@@ -279,7 +279,7 @@ impl Store {
         Ok(())
     }
 
-    /// Opens the journal by name, every time anew: `prune` may have replaced the file.
+    /// Opens the journal by name each time, since `prune` may have replaced the file.
     pub(crate) fn open_journal(&self, writable: bool) -> Result<Arc<dyn StoreFile>> {
         self.storage
             .open(JOURNAL_FILE, writable)

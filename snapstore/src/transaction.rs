@@ -105,7 +105,7 @@ struct RegionDraft {
 }
 
 impl Store {
-    /// Begins a snapshot that changes `parent`, or without one, the first of a new line.
+    /// Begins a snapshot that is based on `parent` or, without a parent, starts a new line.
     ///
     /// # Errors
     /// [`StoreError::Busy`] if another transaction is open, here or in another process;

@@ -1,8 +1,8 @@
 //! Working sets: the pages of a snapshot that were wanted first when it was resumed.
 //!
-//! Kept beside the snapshot in a small file of its own, for it is a hint: one that is lost, damaged
-//! or of another snapshot costs a resume its head start and nothing else. See REAP (Ustiugov et
-//! al., ASPLOS 2021) for what such a record is worth.
+//! Kept in a small file of its own, since it is only a hint: one that is lost, damaged or of
+//! another snapshot costs a resume its head start and nothing else. See REAP (Ustiugov et al.,
+//! ASPLOS 2021) for what such a record is worth.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -21,7 +21,7 @@ const PREFIX: &str = "working-set-";
 /// Ranges of pages of a region, in the order in which they were wanted.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct WorkingSet {
-    /// First page and number of pages; some may be there twice.
+    /// First page and number of pages of each range; some pages may be in two ranges.
     pub ranges: Vec<(u64, u64)>,
 }
 
@@ -101,8 +101,7 @@ fn file_name(id: SnapshotId) -> String {
 }
 
 impl Store {
-    /// The working set that was recorded of region `region` of snapshot `id`, if one is there and
-    /// good.
+    /// The working set recorded for region `region` of snapshot `id`, if there is an intact one.
     #[must_use]
     pub fn working_set(&self, id: SnapshotId, region: &str) -> Option<WorkingSet> {
         let file = self.storage.open(&file_name(id), false).ok()?;
@@ -113,11 +112,11 @@ impl Store {
         decoded.inspect_err(|error| tracing::warn!(?error, %id, "a working set is ignored")).ok()
     }
 
-    /// Keeps `set` as the working set of region `region` of snapshot `id`, in place of the one
-    /// before: a snapshot has one.
+    /// Saves `set` as the working set of region `region` of snapshot `id`, replacing any earlier
+    /// one: a snapshot has only one.
     ///
     /// # Errors
-    /// The medium's; the one before is still there then.
+    /// The medium's; an earlier working set then remains.
     pub fn save_working_set(&self, id: SnapshotId, region: &str, set: &WorkingSet) -> Result<()> {
         static SAVED: AtomicU64 = AtomicU64::new(0);
         let number = SAVED.fetch_add(1, Ordering::Relaxed);

@@ -79,7 +79,7 @@ impl Store {
         })
     }
 
-    /// If the journal ends in a torn record, moves the tail behind all existing blocks. The next
+    /// If the journal ends in a torn record, moves the tail past all existing blocks. The next
     /// append cuts off that record; but it may be a damaged one that was durable, and its blocks
     /// all that is left of a snapshot.
     pub(crate) fn keep_doubtful_blocks(&self) -> Result<()> {
@@ -147,8 +147,8 @@ impl Store {
         }
     }
 
-    /// A writer that appends behind the newest published snapshot, after clearing away what a
-    /// crashed writer left there.
+    /// A writer that appends after the newest published snapshot. First clears away what a crashed
+    /// writer left there.
     pub(crate) fn continue_segments(&self) -> Result<SegmentWriter> {
         let (tail, torn) = {
             let catalog = self.catalog();
@@ -194,9 +194,9 @@ impl Store {
         !layout.is_retired(number) && self.segments.file((FileKind::Segment, number)).is_ok()
     }
 
-    /// Removes what no published snapshot can refer to: everything behind the tail, pruned files,
-    /// and unfinished packs and journals; nothing if the journal is torn. Returns the newest
-    /// segment, if it exists and now ends at the tail.
+    /// Removes what no published snapshot can refer to: everything past the tail, pruned files, and
+    /// unfinished packs and journals; nothing if the journal is torn. Returns the newest segment,
+    /// if it exists and now ends at the tail.
     pub(crate) fn remove_orphans(&self) -> Result<Option<Arc<dyn StoreFile>>> {
         if self.torn_journal_bytes() > 0 {
             return Ok(None);

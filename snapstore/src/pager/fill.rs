@@ -8,7 +8,7 @@ use super::image::{Count, Image};
 use super::{CHUNK_PAGES, PagerError, User};
 use crate::page::PAGE_SIZE;
 
-/// How many chunks behind the latest fault are searched for one that is not whole: 16 MiB.
+/// How many chunks after the latest fault are searched for one that is not whole: 16 MiB.
 const FOLLOW_CHUNKS: u64 = 64;
 
 /// The shared state of the threads that fill an image.
@@ -72,7 +72,7 @@ impl Image {
         unreachable!("the cursor stays below the number of chunks")
     }
 
-    /// Has the background fill go on behind `page`, which was just asked for: what follows is
+    /// Has the background fill continue after `page`, which was just asked for: what follows is
     /// likely to be wanted next.
     pub(super) fn follow(&self, page: u64) {
         let mut before = 0;

@@ -76,7 +76,7 @@ impl Image {
     /// An image of `region` in `memory`, nothing of which is filled yet.
     ///
     /// # Errors
-    /// [`PagerError::Store`] if `extents` are not whole chunks of both or overlap;
+    /// [`PagerError::Store`] if `extents` overlap or are not whole chunks inside both;
     /// [`PagerError::Memory`] if a system call fails, such as for want of file descriptors.
     pub fn new(
         region: RegionReader,

@@ -102,7 +102,7 @@ fn start_for(
     Pager::attend(Arc::new(image), seat, options, on_failure)
 }
 
-/// Waits until the image is complete; returns false if the user is gone before.
+/// Waits until the image is complete; returns false if the user is gone first.
 fn serve_until_complete(channel: &Channel, pager: &Pager) -> Result<bool, PagerError> {
     while !pager.stats().complete {
         // A pager gets no further messages, so the connection has ended.

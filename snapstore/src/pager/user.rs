@@ -116,7 +116,8 @@ pub(crate) struct User {
     letting_go: AtomicBool,
     /// The pages asked for, while the working set is recorded.
     recorded: Mutex<Option<WorkingSet>>,
-    /// Held while threads of others map pages for this user.
+    /// Held while threads other than the user's own pager's, such as those of the background fill,
+    /// map pages for it.
     visited: Mutex<()>,
 }
 
@@ -165,7 +166,7 @@ impl User {
         self.seat.watch.stop();
     }
 
-    /// After [`Self::stop`], waits until no thread of others maps pages for this user.
+    /// After [`Self::stop`], waits until no other thread is mapping pages for this user.
     pub fn wait_alone(&self) {
         drop(self.visited.lock().unwrap_or_else(PoisonError::into_inner));
     }
@@ -385,9 +386,11 @@ impl User {
         Ok(())
     }
 
-    /// If something in the chunk of `page` was filled before (`near`) or the chunk before it is
-    /// whole, fills the rest of it, and as many chunks in all as are whole right behind it:
-    /// sequential access soon gets 2 MiB at a time, random access pays for one run.
+    /// If something in the chunk of `page` was filled before (`near`), or the previous chunk is
+    /// whole, fills and maps the rest of the chunk and the next ones, as many in all as there are
+    /// whole chunks right before it (at least one, at most [`AHEAD_CHUNKS_MAX`]): sequential access
+    /// soon gets 2 MiB at a time, random access pays for one run. With the background fill running,
+    /// does only the one chunk.
     fn read_ahead(&self, mapping: &Mapping, page: u64, near: bool) -> Result<(), PagerError> {
         if !self.image.is_writable() {
             return Ok(());
@@ -399,7 +402,7 @@ impl User {
         if !near && behind == 0 {
             return Ok(());
         }
-        // The background fill follows faults, and does the chunks further on.
+        // The background fill follows faults, and does the next chunks.
         let chunks = if self.image.fill.is_running() { 1 } else { behind.max(1) };
         let end = mapping.end_page();
         for (index, first) in (first..end).step_by(CHUNK_PAGES as usize).enumerate() {
