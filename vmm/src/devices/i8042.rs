@@ -13,7 +13,7 @@ pub const COMMAND_RESET: u8 = 0xfe;
 #[derive(Clone, Copy, Debug)]
 pub struct I8042;
 
-/// True if `port` is one of its two.
+/// Returns true if `port` is one of the controller's two.
 #[must_use]
 pub fn owns(port: u16) -> bool {
     matches!(port, DATA | COMMAND)
@@ -26,7 +26,7 @@ impl I8042 {
         (port == COMMAND && value == COMMAND_RESET).then_some(Ended::GuestReset)
     }
 
-    /// Status and data both read as zero: nothing in, nothing out.
+    /// Handles a read: status and data are both zero, since the buffers are empty.
     #[must_use]
     pub fn read(self, _port: u16) -> u8 {
         0

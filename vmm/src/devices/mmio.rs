@@ -7,11 +7,11 @@ use std::sync::Arc;
 use crate::error::{Result, VmmError};
 use crate::memory::HOLE_START;
 
-/// Where the part of the hole ends that devices may have: behind it are the interrupt controllers,
-/// which KVM answers for, and pages that KVM wants for itself.
+/// End of the part of the hole that devices may use. From here on are the interrupt controllers,
+/// which KVM emulates, and pages that KVM needs for itself.
 pub const DEVICES_END: u64 = 0xfec0_0000;
 
-/// A device with registers on the MMIO bus. It is called by every vCPU's thread, at any time.
+/// A device with registers on the MMIO bus. Any vCPU's thread may call it at any time.
 pub trait MmioDevice: Debug + Send + Sync {
     /// Handles a read of `data.len()` bytes, 1 to 8, at `offset` bytes into its registers.
     fn read(&self, offset: u64, data: &mut [u8]);
@@ -20,14 +20,14 @@ pub trait MmioDevice: Debug + Send + Sync {
     fn write(&self, offset: u64, data: &[u8]);
 }
 
-/// A device, and the bytes of its registers.
+/// A device, and the length of its registers in bytes.
 #[derive(Debug)]
 struct Window {
     len: u64,
     device: Arc<dyn MmioDevice>,
 }
 
-/// The devices by guest physical address. Put together before the machine runs, and then only read.
+/// The devices by guest physical address. Built before the machine runs, and only read afterwards.
 #[derive(Debug, Default)]
 pub struct MmioBus {
     windows: BTreeMap<u64, Window>,
@@ -37,8 +37,8 @@ impl MmioBus {
     /// Adds a device with `len` bytes of registers from `base` on.
     ///
     /// # Errors
-    /// [`VmmError::Config`] if they are not all between [`HOLE_START`] and [`DEVICES_END`], or in the
-    /// way of another device's.
+    /// [`VmmError::Config`] if the registers do not lie between [`HOLE_START`] and [`DEVICES_END`],
+    /// or overlap another device's.
     pub fn add(&mut self, base: u64, len: u64, device: Arc<dyn MmioDevice>) -> Result<()> {
         let refused =
             |why: &str| VmmError::Config(format!("a device of {len:#x} bytes at {base:#x}: {why}"));
@@ -58,7 +58,7 @@ impl MmioBus {
         Ok(())
     }
 
-    /// The device that has all of `len` bytes at `address`, and where in its registers they are.
+    /// Finds the device that owns all `len` bytes at `address`, and their offset in its registers.
     fn find(&self, address: u64, len: usize) -> Option<(&dyn MmioDevice, u64)> {
         let (base, window) = self.windows.range(..=address).next_back()?;
         let offset = address - base;
@@ -66,7 +66,7 @@ impl MmioBus {
         (end <= window.len).then(|| (window.device.as_ref(), offset))
     }
 
-    /// Handles a read. What no device has reads as ones.
+    /// Handles a read. Addresses without a device read as ones.
     pub fn read(&self, address: u64, data: &mut [u8]) {
         match self.find(address, data.len()) {
             Some((device, offset)) => device.read(offset, data),
@@ -74,7 +74,7 @@ impl MmioBus {
         }
     }
 
-    /// Handles a write. What no device has goes nowhere.
+    /// Handles a write. Writes to addresses without a device are ignored.
     pub fn write(&self, address: u64, data: &[u8]) {
         if let Some((device, offset)) = self.find(address, data.len()) {
             device.write(offset, data);
@@ -88,7 +88,7 @@ mod tests {
 
     use super::*;
 
-    /// Reads as its name and the offset, and remembers what was written.
+    /// Reads as its offset followed by its name, and records what is written.
     #[derive(Debug, Default)]
     struct Register {
         name: u8,
@@ -131,7 +131,7 @@ mod tests {
         let mut bus = MmioBus::default();
         assert_eq!(read(&bus, HOLE_START), [0xff; 4]);
         bus.add(HOLE_START + 0x1000, 0x100, Arc::clone(&device) as _).unwrap();
-        // Before it, behind it, half in it, and at the end of all addresses.
+        // Before the window, after it, half inside it, and at the end of the address space.
         for address in [HOLE_START + 0xffc, HOLE_START + 0x1100, HOLE_START + 0x10fe, u64::MAX] {
             assert_eq!(read(&bus, address), [0xff; 4], "{address:#x}");
             bus.write(address, &[0; 4]);

@@ -22,29 +22,30 @@ use rtc::{Rtc, SavedRtc};
 use serial::{SavedSerial, SerialPort};
 use vmgenid::{SavedVmGenId, VmGenId};
 
-/// A device, as checkpoints see it. Restoring is each type's own constructor.
+/// A device as checkpoints see it. To restore one, each type has its own constructor.
 pub trait Device {
-    /// What is saved of it; [`Stateless`] if there is nothing. There is no default: each device decides.
+    /// The state to save, or [`Stateless`] if there is none. There is no default: each device
+    /// decides.
     type State: Captured;
 
-    /// Its state at this moment, which also makes the room for [`Self::capture`].
+    /// Returns the current state. This also allocates what [`Self::capture`] later fills.
     fn state(&self) -> Self::State;
 
-    /// Its state at this moment, in place of an earlier one of its own. The vCPUs stand still and wait:
-    /// nothing is encoded here, and no memory asked for.
+    /// Overwrites `into`, an earlier state of this device, with the current one. The vCPUs stand
+    /// still and wait, so nothing is encoded or allocated here.
     fn capture(&self, into: &mut Self::State);
 }
 
-/// A device's state, copied while the guest stood still, to be encoded once it runs again.
+/// A device's state, copied while the guest stands still and encoded once it runs again.
 pub trait Captured: Send + std::fmt::Debug {
-    /// Its chunk, if it has one.
+    /// Encodes the state as a chunk, if there is any.
     ///
     /// # Errors
     /// If it cannot be encoded.
     fn chunk(&self) -> Result<Option<StateChunk>>;
 }
 
-/// The state of a device that has none: a new one is as good as the old.
+/// The state of a device that has none: a new device is as good as the old one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stateless;
 
@@ -66,10 +67,10 @@ pub struct CapturedDevices {
 }
 
 impl CapturedDevices {
-    /// Their chunks.
+    /// Encodes the devices' chunks.
     ///
     /// # Errors
-    /// The first device's that cannot be encoded.
+    /// The error of the first device whose state cannot be encoded.
     pub fn save(&self) -> Result<Vec<StateChunk>> {
         let Self { serial, keyboard, power, rtc, generation, virtio } = self;
         let some = rtc.iter().map(|it| it as &dyn Captured);
@@ -80,12 +81,12 @@ impl CapturedDevices {
     }
 }
 
-/// The buses of a machine: port I/O, on which all ports that no device has read as ones, and MMIO, on
-/// which the virtio devices are.
+/// The buses of a machine: port I/O, where ports without a device read as ones, and MMIO, with the
+/// virtio devices.
 #[derive(Debug)]
 pub struct Bus {
     serial: Mutex<SerialPort>,
-    /// The serial port's own, for those who must not wait for it.
+    /// The serial port's own counter, for readers that must not wait for the port's lock.
     serial_dropped_bytes: Arc<AtomicU64>,
     keyboard: I8042,
     power: Power,
@@ -95,8 +96,8 @@ pub struct Bus {
 }
 
 impl Bus {
-    /// COM1, the keyboard controller, the sleep registers and the clock by port I/O, the generation id in
-    /// memory, and `virtio`.
+    /// Puts together COM1, the keyboard controller, the sleep registers and the clock on port I/O,
+    /// the generation id in memory, and `virtio`.
     #[must_use]
     pub fn new(
         serial: SerialPort,
@@ -137,8 +138,8 @@ impl Bus {
         self.generation.as_ref()
     }
 
-    /// Has each device take up what was under way when its state was saved, and the guest look whether it
-    /// is a new generation. Of no harm at any other time.
+    /// Makes each device resume what was under way when its state was saved, and the guest check
+    /// whether its generation is new. Harmless at any other time.
     pub(crate) fn go_on(&self) {
         self.virtio.go_on();
         if let Some(generation) = &self.generation {
@@ -153,7 +154,7 @@ impl Bus {
     }
 
     /// Handles a write to a port. Devices on the bus are eight bits wide: wider accesses touch
-    /// consecutive ports. Returns the machine's end, if the write asks for that.
+    /// consecutive ports. Returns how the machine ended if the write ends it.
     pub fn pio_write(&self, port: u16, data: &[u8]) -> Option<Ended> {
         let mut ended = None;
         for (offset, value) in data.iter().enumerate() {
@@ -193,7 +194,7 @@ impl Bus {
         }
     }
 
-    /// The state of every device as it is now, to be [captured](Self::capture) into.
+    /// Returns the current state of every device, for [`Self::capture`] to overwrite.
     #[must_use]
     pub fn room(&self) -> CapturedDevices {
         CapturedDevices {
@@ -206,8 +207,9 @@ impl Bus {
         }
     }
 
-    /// The state of every device, in place of an earlier one of the same machine. The vCPUs have stopped
-    /// and the virtio devices are still. Asks for no memory, but for input that the guest has not read.
+    /// Overwrites `into`, an earlier state of this machine, with the current state of every device.
+    /// The vCPUs must have stopped and the virtio devices be still. Allocates only for serial input
+    /// that the guest has not read.
     pub fn capture(&self, into: &mut CapturedDevices) {
         let CapturedDevices { serial, keyboard, power, rtc, generation, virtio } = into;
         self.serial().capture(serial);

@@ -1,4 +1,4 @@
-//! The devices KVM itself plays: interrupt controllers, interval timer, clock.
+//! The devices that KVM emulates itself: interrupt controllers, interval timer, clock.
 //!
 //! `unsafe` is allowed here because KVM's interrupt controller state is a C union.
 #![allow(unsafe_code)]
@@ -39,7 +39,7 @@ impl std::fmt::Debug for SavedIrqchip {
     }
 }
 
-/// Reads the platform's state. The vCPUs are stopped.
+/// Reads the platform's state. The vCPUs must have stopped.
 ///
 /// # Errors
 /// [`VmmError::Kvm`].
@@ -54,7 +54,7 @@ pub fn capture(vm: &VmFd) -> Result<CapturedPlatform> {
     // SAFETY: KVM filled the member of the union that the chip id names.
     let (pics, ioapic) = unsafe { ([master.chip.pic, slave.chip.pic], ioapic.chip.ioapic) };
     let clock = vm.get_clock().map_err(VmmError::kvm("read the clock"))?;
-    // From the same moment, where KVM can tell (Linux 5.16).
+    // KVM tells the time of day at that very moment since Linux 5.16.
     let realtime_ns =
         if clock.flags & KVM_CLOCK_REALTIME == 0 { realtime_ns() } else { clock.realtime };
     Ok(CapturedPlatform {
@@ -67,7 +67,7 @@ pub fn capture(vm: &VmFd) -> Result<CapturedPlatform> {
 }
 
 impl CapturedPlatform {
-    /// Its chunks.
+    /// Encodes the platform's chunks.
     ///
     /// # Errors
     /// If one cannot be encoded.
@@ -97,10 +97,10 @@ pub struct SavedPlatform {
 }
 
 impl SavedPlatform {
-    /// Takes its chunks.
+    /// Takes the platform's chunks out of `chunks`.
     ///
     /// # Errors
-    /// [`VmmError::State`].
+    /// [`VmmError::State`] if one is missing or makes no sense.
     pub fn take(chunks: &mut ChunkSet) -> Result<Self> {
         let irqchip: SavedIrqchip = chunks.take(IRQCHIP)?;
         let (inputs, found) =
@@ -115,8 +115,8 @@ impl SavedPlatform {
         Ok(Self { irqchip, pit: chunks.take(PIT)?, clock: chunks.take(CLOCK)? })
     }
 
-    /// How long ago it was saved by the host's time of day; none if that has gone back since, or nobody
-    /// took note of it.
+    /// Returns how long ago the platform was saved, by the host's time of day. Zero if the host's
+    /// clock has gone back since, or the snapshot does not record the time.
     #[must_use]
     pub fn age(&self) -> Duration {
         let saved = self.clock.realtime_ns.map_or(u64::MAX, |saved| saved.0);
@@ -130,8 +130,8 @@ fn realtime_ns() -> u64 {
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// Puts `saved` into a VM whose vCPUs stand still and have their state already. The guest's clock has
-/// gone on for `later` since.
+/// Puts `saved` into a VM whose vCPUs stand still and have their state already. The guest's clock
+/// is advanced by `later`.
 ///
 /// # Errors
 /// [`VmmError::State`] if KVM refuses.
@@ -276,7 +276,7 @@ impl Saved for SavedClock {
 
     fn upgrade(version: u32, mut body: Value) -> Result<Value, String> {
         match version {
-            // Nobody took note of the time of day.
+            // Version 1 did not record the time of day.
             1 => {
                 body["realtime_ns"] = Value::Null;
                 Ok(body)

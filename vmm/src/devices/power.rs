@@ -8,17 +8,17 @@ use crate::vcpu::Ended;
 pub const CONTROL: u16 = 0x600;
 /// The sleep status register, one byte wide.
 pub const STATUS: u16 = 0x601;
-/// What the guest writes for "powered off" (S5), as its tables tell it.
+/// The sleep type that powers the machine off (S5), as given in the guest's ACPI tables.
 pub const SLEEP_TYPE_OFF: u8 = 5;
 
 const SLEEP_ENABLE: u8 = 1 << 5;
 const SLEEP_TYPE: u8 = 7 << 2;
 
-/// Both registers. There is no sleep but S5, so nothing to wake up from, and nothing to remember.
+/// Both registers. S5 is the only sleep state, so there is nothing to wake up from or to remember.
 #[derive(Clone, Copy, Debug)]
 pub struct Power;
 
-/// True if `port` is one of its two.
+/// Returns true if `port` is one of the two sleep registers.
 #[must_use]
 pub fn owns(port: u16) -> bool {
     matches!(port, CONTROL | STATUS)
@@ -32,7 +32,7 @@ impl Power {
         (port == CONTROL && value & (SLEEP_ENABLE | SLEEP_TYPE) == off).then_some(Ended::PoweredOff)
     }
 
-    /// Both read as zero: it has not been woken up.
+    /// Handles a read: both are zero, as the machine has not been woken up.
     #[must_use]
     pub fn read(self, _port: u16) -> u8 {
         0

@@ -1,8 +1,10 @@
-//! The clock of a PC: an MC146818 at ports 0x70 and 0x71, with 128 bytes of which the first are the time.
+//! The clock of a PC: an MC146818 at ports 0x70 and 0x71, with 128 bytes, the first of which hold
+//! the time.
 //!
-//! The time is the host's, ahead or behind by as much as a snapshot's was when its machine goes on from
-//! then. It cannot be set: what a guest writes to the registers of the time goes nowhere, as there is a
-//! clock that is right already. There are no alarms and no interrupt, and guests are told of none.
+//! The time is the host's, or the host's at a constant offset if the machine continues with a
+//! snapshot's time. It cannot be set: the host's clock is right already, so what a guest writes to
+//! the time registers is ignored. There are no alarms and no interrupt, and guests are told of
+//! none.
 
 use std::fmt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -16,11 +18,11 @@ use crate::error::{Result, VmmError};
 use crate::state::{HexBytes, Saved, chunk};
 use frazil_snapstore::StateChunk;
 
-/// Where the number of a byte is written to. Bit 7 is a PC's switch for its NMI.
+/// The port that selects a byte. Bit 7 is a PC's NMI switch.
 pub const INDEX: u16 = 0x70;
-/// Where that byte is.
+/// The port to read or write the selected byte.
 pub const DATA: u16 = 0x71;
-/// The byte that has the century, as the tables tell a guest.
+/// The byte that holds the century, as given in the guest's ACPI tables.
 pub const CENTURY: u8 = 0x32;
 /// The name of its chunk.
 pub const CHUNK: &str = "rtc";
@@ -38,44 +40,44 @@ const REGISTER_B: u8 = 11;
 const REGISTER_C: u8 = 12;
 const REGISTER_D: u8 = 13;
 
-/// Register A: the time is about to change.
+/// Register A: set when the time is about to change.
 const UPDATE_IN_PROGRESS: u8 = 0x80;
-/// Its other bits as they are on a PC: 32,768 Hz, a periodic rate of 1,024 Hz.
+/// Register A: its other bits as on a PC, a 32,768 Hz time base and a periodic rate of 1,024 Hz.
 const RATES: u8 = 0x26;
-/// Register B: the time does not change; it is in binary; hours go to 24.
+/// Register B: the time stands still; it is binary, not BCD; hours run to 24, not 12.
 const SET: u8 = 0x80;
 const BINARY: u8 = 4;
 const HOURS_24: u8 = 2;
-/// Register D: its battery is good.
+/// Register D: the battery is good.
 const VALID: u8 = 0x80;
-/// How long before it changes that is told.
+/// How long before the time changes [`UPDATE_IN_PROGRESS`] is set.
 const NOTICE: Duration = Duration::from_micros(244);
-/// Afternoon, on a clock with hours up to 12.
+/// Set in the hours in the afternoon, on a 12-hour clock.
 const AFTERNOON: u8 = 0x80;
 
 /// Where the time comes from.
 pub trait WallClock: Send + Sync + fmt::Debug {
-    /// The time since the beginning of 1970, UTC.
+    /// Returns the time since the beginning of 1970, UTC.
     fn since_epoch(&self) -> Duration;
 }
 
-/// The host's.
+/// The host's clock.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct HostClock;
 
 impl WallClock for HostClock {
     fn since_epoch(&self) -> Duration {
-        // A host whose clock is before 1970 has a clock that was never set.
+        // A host clock before 1970 was never set.
         SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
     }
 }
 
-/// Which time it is for a guest that goes on from a snapshot.
+/// What time it is for a guest that continues from a snapshot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TimeAfterResume {
-    /// The host's.
+    /// The host's time.
     Host,
-    /// That of the snapshot: no time has passed.
+    /// The snapshot's time, as if none had passed.
     Snapshot,
 }
 
@@ -83,14 +85,14 @@ pub enum TimeAfterResume {
 #[derive(Debug)]
 pub struct Rtc {
     clock: Box<dyn WallClock>,
-    /// How far the guest's time is from `clock`'s.
+    /// The guest's time relative to `clock`.
     offset: Shift,
     index: u8,
-    /// What was written, those bytes aside that have the time or say how the clock is.
+    /// What was written, except to bytes that hold the time or the clock's status.
     bytes: [u8; BYTES],
 }
 
-/// A difference of two times.
+/// The difference between two times.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Shift {
     Ahead(Duration),
@@ -98,7 +100,7 @@ enum Shift {
 }
 
 impl Shift {
-    /// From `clock` to `guest`.
+    /// The shift that leads from `clock` to `guest`.
     fn between(clock: Duration, guest: Duration) -> Self {
         match guest.checked_sub(clock) {
             Some(ahead) => Self::Ahead(ahead),
@@ -114,14 +116,14 @@ impl Shift {
     }
 }
 
-/// True if `port` is one of its two.
+/// Returns true if `port` is one of the clock's two.
 #[must_use]
 pub fn owns(port: u16) -> bool {
     matches!(port, INDEX | DATA)
 }
 
 impl Rtc {
-    /// One that has the time of `clock`, as after power-on.
+    /// Creates a clock with the time of `clock`, as after power-on.
     #[must_use]
     pub fn new(clock: Box<dyn WallClock>) -> Self {
         let mut bytes = [0; BYTES];
@@ -129,10 +131,10 @@ impl Rtc {
         Self { clock, offset: Shift::Ahead(Duration::ZERO), index: 0, bytes }
     }
 
-    /// One with the state `saved`.
+    /// Creates a clock with the state `saved`.
     ///
     /// # Errors
-    /// [`VmmError::State`] if that makes no sense.
+    /// [`VmmError::State`] if `saved` makes no sense.
     pub fn restore(
         clock: Box<dyn WallClock>,
         saved: &SavedRtc,
@@ -143,10 +145,10 @@ impl Rtc {
         Ok(restored)
     }
 
-    /// Gives it the state `saved`.
+    /// Gives the clock the state `saved`.
     ///
     /// # Errors
-    /// As [`Self::restore`]; it is as it was then.
+    /// As [`Self::restore`]; the clock is then unchanged.
     pub fn put_back(&mut self, saved: &SavedRtc, time: TimeAfterResume) -> Result<()> {
         let bytes = saved.check()?;
         let SavedRtc { unix_seconds, nanoseconds, index, bytes: _ } = saved;
@@ -160,7 +162,7 @@ impl Rtc {
         Ok(())
     }
 
-    /// The guest's time since the beginning of 1970, UTC.
+    /// Returns the guest's time since the beginning of 1970, UTC.
     #[must_use]
     pub fn since_epoch(&self) -> Duration {
         self.offset.applied_to(self.clock.since_epoch())
@@ -206,14 +208,14 @@ impl Rtc {
         self.bytes[usize::from(REGISTER_B)]
     }
 
-    /// The register of the time at the index, at `now`.
+    /// Returns the time register that the index selects, as of `now`.
     fn time(&self, now: Duration) -> u8 {
         let encode = |value: i16| {
             let value = value as u8;
             if self.register_b() & BINARY != 0 { value } else { ((value / 10) << 4) | (value % 10) }
         };
         let seconds = i64::try_from(now.as_secs()).unwrap_or(i64::MAX);
-        // The time of a host that is thousands of years wrong is as good as any.
+        // If the host's clock is off by thousands of years, any time will do.
         let time = Offset::UTC.to_datetime(Timestamp::from_second(seconds).unwrap_or_default());
         match self.index {
             SECONDS => encode(time.second().into()),
@@ -224,7 +226,7 @@ impl Rtc {
                 let hour = (i16::from(time.hour()) + 11) % 12 + 1;
                 encode(hour) | afternoon
             }
-            // Sunday is the first.
+            // Sunday is day 1.
             WEEKDAY => encode(time.weekday().to_sunday_one_offset().into()),
             DAY => encode(time.day().into()),
             MONTH => encode(time.month().into()),
@@ -258,22 +260,22 @@ impl Device for Rtc {
     }
 }
 
-/// The state of the clock, and what the guest's time was.
+/// The state of the clock, and the guest's time.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SavedRtc {
     /// The guest's time, in seconds since the beginning of 1970, UTC.
     pub unix_seconds: u64,
-    /// And nanoseconds.
+    /// The nanoseconds of that time, less than a second.
     pub nanoseconds: u32,
-    /// The number of the byte that is read or written next.
+    /// The number of the selected byte.
     pub index: u8,
-    /// All 128 bytes; those of the time are zero.
+    /// All 128 bytes; those that hold the time are zero.
     pub bytes: HexBytes,
 }
 
 impl SavedRtc {
-    /// Its bytes, if it is the state of a clock.
+    /// Checks the state and returns its bytes.
     ///
     /// # Errors
     /// [`VmmError::State`] if it makes no sense.
@@ -311,7 +313,7 @@ mod tests {
     use super::*;
     use crate::state::ChunkSet;
 
-    /// A clock that is set by hand, in nanoseconds.
+    /// A clock set by hand, in nanoseconds.
     #[derive(Clone, Debug)]
     struct Manual(Arc<AtomicU64>);
 
@@ -331,7 +333,7 @@ mod tests {
         }
     }
 
-    /// Friday, 2024-03-01, 23:59:58 UTC, behind a leap day.
+    /// Friday, 2024-03-01, 23:59:58 UTC, the day after a leap day.
     const FRIDAY: u64 = 1_709_337_598;
 
     fn rtc(clock: &Manual) -> Rtc {
@@ -407,7 +409,7 @@ mod tests {
         for index in 0..=0xff {
             set(&mut rtc, index, 0x55);
         }
-        // Register B makes it binary, and hours go to 12.
+        // Register B now asks for binary and hours up to 12.
         assert_eq!(get(&mut rtc, REGISTER_B), 0x55);
         set(&mut rtc, REGISTER_B, HOURS_24);
         assert_eq!(time(&mut rtc), before);
@@ -438,7 +440,7 @@ mod tests {
             elsewhere.advance(Duration::from_secs(1));
             assert_eq!(then.since_epoch(), clock.since_epoch() + Duration::from_secs(1));
             assert_eq!((then.read(DATA), get(&mut then, SECONDS)), (7, 0x59));
-            // Its own snapshots have the time that it has.
+            // A snapshot of the restored clock, restored in turn with the host's time.
             let again = Rtc::restore(Box::new(clock.clone()), &then.state(), TimeAfterResume::Host);
             assert_eq!(again.unwrap().since_epoch(), clock.since_epoch());
         }
@@ -455,7 +457,7 @@ mod tests {
             assert!(rtc.put_back(&bad, TimeAfterResume::Snapshot).is_err());
             assert_eq!(rtc.state(), good);
         }
-        // The end of time is no reason to fail.
+        // The latest possible time must not fail.
         let last = SavedRtc { unix_seconds: u64::MAX, ..good };
         rtc.put_back(&last, TimeAfterResume::Snapshot).unwrap();
         let _any = time(&mut rtc);

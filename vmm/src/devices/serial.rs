@@ -22,17 +22,17 @@ use frazil_snapstore::StateChunk;
 
 /// COM1's ports.
 pub const PORTS: RangeInclusive<u16> = 0x3f8..=0x3ff;
-/// Its interrupt: the input of the IOAPIC, and of the 8259A.
+/// COM1's interrupt: the input of the IOAPIC, and of the 8259A.
 pub const GSI: u32 = 4;
 /// The name of its chunk.
 pub const CHUNK: &str = "serial0";
-/// Writes that wait for a slow reader before they are dropped.
+/// How many writes may wait for a slow reader before more are dropped.
 const QUEUE_WRITES: usize = 64 * 1024;
 
-/// How long a slow reader of the guest's last words is waited for.
+/// How long to wait for a slow reader of the guest's last output.
 const LAST_OUTPUT_PATIENCE: Duration = Duration::from_secs(1);
 
-/// The register behind `port`, if it is one of the serial port's.
+/// Returns the register at `port`, if `port` is one of the serial port's.
 #[must_use]
 pub fn register(port: u16) -> Option<u8> {
     PORTS.contains(&port).then(|| (port - PORTS.start()) as u8)
@@ -45,7 +45,7 @@ pub enum SerialOutput {
     Stdout,
     /// This process's standard error.
     Stderr,
-    /// Appended to a file.
+    /// A file, which is appended to.
     File(std::path::PathBuf),
     /// Nowhere.
     Null,
@@ -68,16 +68,16 @@ impl SerialOutput {
 /// Hands output to a thread, so that a slow terminal or a full pipe never stops a vCPU.
 #[derive(Clone, Debug)]
 struct QueuedOutput {
-    /// None once finished.
+    /// `None` once finished.
     queue: Option<Sender<Vec<u8>>>,
-    /// Disconnected when the thread has written everything, or gave up.
+    /// Disconnects when the thread has written everything, or has given up.
     written: Receiver<()>,
     dropped: Arc<AtomicU64>,
 }
 
 impl QueuedOutput {
     fn new(mut output: Box<dyn Write + Send>) -> Result<Self> {
-        // Not a bounded one, which has room for all from the start: 2 MiB in each of many clones.
+        // A bounded channel would allocate all its slots up front: 2 MiB in each of many clones.
         let (queue, waiting) = crossbeam_channel::unbounded::<Vec<u8>>();
         let (writing, written) = crossbeam_channel::bounded::<()>(0);
         confine::spawn("frazil-serial".into(), Role::Output, move || {
@@ -85,7 +85,7 @@ impl QueuedOutput {
             while let Ok(first) = waiting.recv() {
                 let bytes: Vec<u8> =
                     std::iter::once(first).chain(waiting.try_iter()).flatten().collect();
-                // A reader that is gone must not stop the guest.
+                // A reader that has gone away must not stop the guest.
                 if output.write_all(&bytes).and_then(|()| output.flush()).is_err() {
                     return;
                 }
@@ -94,10 +94,10 @@ impl QueuedOutput {
         Ok(Self { queue: Some(queue), written, dropped: Arc::default() })
     }
 
-    /// Takes no more, and waits for a moment until all is written.
+    /// Stops accepting output, and briefly waits until all of it is written.
     fn finish(&mut self) {
         self.queue = None;
-        // Nothing is ever sent: this returns when the thread ends, or time is up.
+        // Nothing is ever sent: this returns when the thread ends or the time is up.
         let _done_or_late = self.written.recv_timeout(LAST_OUTPUT_PATIENCE);
     }
 }
@@ -128,22 +128,22 @@ impl Trigger for Irq {
     }
 }
 
-/// The port.
+/// The serial port.
 #[derive(Debug)]
 pub struct SerialPort {
     serial: Serial<Irq, NoEvents, QueuedOutput>,
 }
 
 impl SerialPort {
-    /// A port in its reset state, its interrupt wired to `vm`.
+    /// Creates a port in its reset state, its interrupt wired to `vm`.
     ///
     /// # Errors
-    /// If the output or the interrupt cannot be had.
+    /// If the output cannot be opened or the interrupt cannot be wired.
     pub fn new(vm: &VmFd, output: &SerialOutput) -> Result<Self> {
         Ok(Self { serial: Serial::new(irq(vm)?, QueuedOutput::new(output.open()?)?) })
     }
 
-    /// A port with the state `saved`.
+    /// Creates a port with the state `saved`.
     ///
     /// # Errors
     /// As [`Self::new`], and [`VmmError::State`] if the state makes no sense.
@@ -152,10 +152,10 @@ impl SerialPort {
         Ok(Self { serial: from_state(saved, irq(vm)?, output)? })
     }
 
-    /// Gives the port the state `saved`. What it has put out stays where it went.
+    /// Gives the port the state `saved`. Output that has left the port stays where it went.
     ///
     /// # Errors
-    /// As [`Self::restore`]; the port is as it was then.
+    /// As [`Self::restore`]; the port is then unchanged.
     pub fn rewind(&mut self, saved: SavedSerial) -> Result<()> {
         let irq = self.serial.interrupt_evt().0.try_clone();
         let irq = Irq(irq.map_err(VmmError::host("duplicate the serial interrupt"))?);
@@ -165,8 +165,8 @@ impl SerialPort {
     }
 
     pub(super) fn write(&mut self, register: u8, value: u8) {
-        // Only the interrupt's eventfd could fail: when its counter is full, an interrupt is
-        // pending anyway.
+        // Only the interrupt's eventfd can fail, when its counter is full; an interrupt is pending
+        // then anyway.
         let _full = self.serial.write(register, value);
     }
 
@@ -174,18 +174,20 @@ impl SerialPort {
         self.serial.read(register)
     }
 
-    /// Has the guest read `bytes`; returns how many of them there was room for, the first ones.
+    /// Queues `bytes` for the guest to read. Returns how many of them, from the first on, there was
+    /// room for.
     pub fn input(&mut self, bytes: &[u8]) -> usize {
-        // No room, or the interrupt's counter is full, and then one is pending anyway.
+        // Fails if there is no room, or the interrupt's counter is full: one is pending then
+        // anyway.
         self.serial.enqueue_raw_bytes(bytes).unwrap_or(0)
     }
 
-    /// Takes no more output, and waits for a moment until all of it is written.
+    /// Stops accepting output, and briefly waits until all of it is written.
     pub fn finish_output(&mut self) {
         self.serial.writer_mut().finish();
     }
 
-    /// Counts the bytes dropped because nobody read them in time.
+    /// Returns the counter of bytes dropped because nobody read them in time.
     #[must_use]
     pub fn dropped_bytes(&self) -> Arc<AtomicU64> {
         Arc::clone(&self.serial.writer().dropped)
@@ -229,7 +231,7 @@ impl Captured for SavedSerial {
 }
 
 saved_twin! {
-    /// The registers of a 16550A and what waits in its receive buffer.
+    /// The registers of a 16550A, and the contents of its receive buffer.
     pub struct SavedSerial = SerialState {
         baud_divisor_low: u8,
         baud_divisor_high: u8,
@@ -245,7 +247,7 @@ saved_twin! {
 }
 
 impl SavedSerial {
-    /// Fails unless a port can be given it.
+    /// Checks that a port can be given this state.
     ///
     /// # Errors
     /// [`VmmError::State`] if it makes no sense.
@@ -254,7 +256,7 @@ impl SavedSerial {
     }
 }
 
-/// The interrupt of a port that no guest has.
+/// The interrupt of a port that belongs to no guest.
 struct NoIrq;
 
 impl Trigger for NoIrq {

@@ -1,10 +1,12 @@
-//! The generation of a virtual machine, by which a guest notices that it was copied or taken back.
+//! The generation id of a virtual machine, by which a guest notices that it was cloned or rewound.
 //!
-//! Sixteen random bytes in guest memory, of which ACPI tells where they are (`VM_Gen_Counter`). Wherever
-//! a machine goes on from a snapshot they are others, and an interrupt, which the tables make a
-//! notification of the device, has the guest look: Linux then reseeds its random numbers.
+//! The id is sixteen random bytes in guest memory, whose address ACPI gives (`VM_Gen_Counter`).
+//! Whenever a machine continues from a snapshot, the id is replaced and an interrupt, which the
+//! tables turn into a notification of the device, makes the guest look at it: Linux then reseeds
+//! its random number generator.
 //!
-//! The bytes are written through vm-memory, so that the next checkpoint has them, as any other page.
+//! The bytes are written through vm-memory, so that the next checkpoint saves them like any other
+//! page.
 
 use std::fmt;
 use std::io;
@@ -22,41 +24,41 @@ use crate::vcpu::saved::Reg;
 use crate::virtio::Interrupt;
 use frazil_snapstore::StateChunk;
 
-/// Where a new machine has it, in guest physical addresses: a page of its own, the last of those that
-/// a PC's firmware has, which kernels leave alone. Behind the tables.
+/// Guest physical address of the id in a new machine: a page of its own after the tables, the last
+/// page of a PC's firmware area, which kernels leave alone.
 pub const ADDRESS: u64 = 0xf_f000;
 /// The name of its chunk.
 pub const CHUNK: &str = "vmgenid";
 
-/// Inputs that KVM's IOAPIC has.
+/// Number of inputs of KVM's IOAPIC.
 const GSIS_END: u32 = 24;
 
-/// Bytes of a generation.
+/// Length of a generation id in bytes.
 const LEN: usize = 16;
 
-/// Where the bytes of a generation come from.
+/// A source of generation ids.
 pub trait Generations: Send + Sync + fmt::Debug {
-    /// One that never was.
+    /// Returns an id that was never used before.
     ///
     /// # Errors
-    /// If there are no random bytes to be had.
+    /// If no random bytes are available.
     fn next(&self) -> io::Result<[u8; LEN]>;
 }
 
-/// Random bytes of the host's kernel.
+/// Random bytes from the host's kernel.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RandomGenerations;
 
 impl Generations for RandomGenerations {
     fn next(&self) -> io::Result<[u8; LEN]> {
         let mut id = [0; LEN];
-        // So few are given all at once, or not at all.
+        // So few bytes come all at once or not at all.
         getrandom(&mut id, GetRandomFlags::empty())?;
         Ok(id)
     }
 }
 
-/// The generation of a machine.
+/// The generation id of a machine.
 #[derive(Debug)]
 pub struct VmGenId {
     ram: Arc<GuestRam>,
@@ -65,7 +67,7 @@ pub struct VmGenId {
     place: Mutex<Place>,
 }
 
-/// Where the generation is, and which.
+/// The generation id, and where it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Place {
     address: u64,
@@ -74,10 +76,11 @@ struct Place {
 }
 
 impl VmGenId {
-    /// That of a new machine, at [`ADDRESS`] in `ram`; `interrupt` is the input `gsi` of the IOAPIC.
+    /// Creates the id of a new machine, at [`ADDRESS`] in `ram`; `interrupt` is the input `gsi` of
+    /// the IOAPIC.
     ///
     /// # Errors
-    /// [`VmmError::Host`] if there are no random bytes, or `ram` does not reach that far.
+    /// [`VmmError::Host`] if no random bytes are available, or `ram` does not reach that far.
     pub fn new(
         ram: Arc<GuestRam>,
         interrupt: Arc<dyn Interrupt>,
@@ -90,11 +93,11 @@ impl VmGenId {
         Ok(new)
     }
 
-    /// That of a machine with the state `saved`, whose memory is in `ram` or comes when it is touched. It
-    /// is a new one at once; the guest is told by [`Self::go_on`].
+    /// Creates the id of a machine with the state `saved`, whose memory is in `ram` or loaded on
+    /// access. The id is renewed at once; [`Self::go_on`] tells the guest.
     ///
     /// # Errors
-    /// [`VmmError::State`] if that makes no sense; others as [`Self::new`].
+    /// [`VmmError::State`] if `saved` makes no sense; otherwise as [`Self::new`].
     pub fn restore(
         ram: Arc<GuestRam>,
         interrupt: Arc<dyn Interrupt>,
@@ -107,20 +110,21 @@ impl VmGenId {
         Ok(restored)
     }
 
-    /// The state of a machine that is taken back to where it had the state `saved`, whose memory has been
-    /// put back. It is a new one at once; the guest is told by [`Self::go_on`].
+    /// Rewinds the id of a machine to the state `saved`, once its memory has been put back. The id
+    /// is renewed at once; [`Self::go_on`] tells the guest.
     ///
     /// # Errors
-    /// As [`Self::restore`], and [`VmmError::State`] if the tables told another guest of it.
+    /// As [`Self::restore`], and [`VmmError::State`] if `saved` has another address or interrupt,
+    /// since the guest's tables do too.
     pub fn put_back(&self, saved: &SavedVmGenId) -> Result<()> {
         self.check(saved)?;
         self.renew()
     }
 
-    /// Fails unless `saved` can be [put back](Self::put_back).
+    /// Checks that `saved` can be [put back](Self::put_back).
     ///
     /// # Errors
-    /// As that.
+    /// [`VmmError::State`] if it cannot.
     pub fn check(&self, saved: &SavedVmGenId) -> Result<()> {
         let (saved, ours) = (saved.place(&self.ram)?, *self.place());
         if (saved.address, saved.gsi) == (ours.address, ours.gsi) {
@@ -130,7 +134,7 @@ impl VmGenId {
         Err(refuse(&place(ours), place(saved)))
     }
 
-    /// Makes it a new generation. No vCPU runs.
+    /// Replaces the id with a new one. No vCPU may run.
     fn renew(&self) -> Result<()> {
         let id = self.generations.next().map_err(VmmError::host("make a generation id"))?;
         let mut place = self.place();
@@ -142,13 +146,13 @@ impl VmGenId {
         Ok(())
     }
 
-    /// Has the guest look. Of no harm where nothing has changed. The interrupt controllers have their
-    /// state.
+    /// Raises the interrupt that makes the guest look at its id; harmless if it has not changed.
+    /// The interrupt controllers must have their state already.
     pub fn go_on(&self) {
         self.interrupt.raise();
     }
 
-    /// The generation.
+    /// The current id.
     #[must_use]
     pub fn id(&self) -> [u8; LEN] {
         self.place().id
@@ -175,23 +179,23 @@ impl Device for VmGenId {
     }
 }
 
-/// Which generation a machine was, and what its tables tell of that.
+/// A machine's generation id, and what its tables say of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SavedVmGenId {
-    /// Guest physical address of the generation.
+    /// Guest physical address of the id.
     pub address: Reg,
-    /// The input of the IOAPIC that tells of a new one.
+    /// The input of the IOAPIC that announces a new id.
     pub gsi: u32,
-    /// The generation, 16 bytes.
+    /// The id, 16 bytes.
     pub id: HexBytes,
 }
 
 impl SavedVmGenId {
-    /// The input of the IOAPIC, if one that is not there or another device's is not asked for.
+    /// Returns the input of the IOAPIC, if it exists and `is_free`.
     ///
     /// # Errors
-    /// [`VmmError::State`].
+    /// [`VmmError::State`] otherwise.
     pub(crate) fn gsi(&self, is_free: impl Fn(u32) -> bool) -> Result<u32> {
         if self.gsi < GSIS_END && is_free(self.gsi) {
             return Ok(self.gsi);
@@ -248,7 +252,7 @@ mod tests {
         }
     }
 
-    /// Generations of ones, of twos, and so on.
+    /// Yields an id of all ones, then of all twos, and so on.
     #[derive(Debug, Default)]
     struct Numbered(AtomicU8);
 
@@ -287,7 +291,7 @@ mod tests {
         let mut chunks = ChunkSet::new(vec![state]).unwrap();
         let saved: SavedVmGenId = chunks.take(CHUNK).unwrap();
         assert_eq!((saved.gsi, saved.address.0), (9, ADDRESS));
-        // Its page is written, and counts as that, though KVM sees nothing of it.
+        // The write to its page is noted, though KVM does not see it.
         let numbered = Box::new(Numbered(AtomicU8::new(7)));
         let clone = VmGenId::restore(Arc::clone(&ram), Arc::clone(&count) as _, &saved, numbered);
         let clone = clone.unwrap();
@@ -295,7 +299,7 @@ mod tests {
         assert_eq!((clone.id(), count.0.load(Ordering::SeqCst)), ([8; LEN], 0));
         clone.go_on();
         assert_eq!(count.0.load(Ordering::SeqCst), 1);
-        // One that is taken back is another too.
+        // A rewind makes a new generation, too.
         ram.memory().write_slice(&[1; LEN], GuestAddress(ADDRESS)).unwrap();
         clone.put_back(&saved).unwrap();
         assert_eq!((in_memory(&ram, ADDRESS), clone.id()), ([9; LEN], [9; LEN]));

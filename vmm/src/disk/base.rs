@@ -13,8 +13,8 @@ use super::pages::{CHUNK_PAGES, mask};
 use super::{DISK_MAX_BYTES, PAGE_BYTES, SECTOR_BYTES};
 use crate::error::{Result, VmmError};
 
-/// The contents of a disk as they were when the machine was built. They never change, so whatever
-/// the overlay does not hold can be read here at any time.
+/// The contents of a disk as of when the machine was built. They never change, so whatever the
+/// overlay does not hold can be read here at any time.
 #[derive(Debug)]
 pub(super) enum Base {
     File(BaseFile),
@@ -22,7 +22,7 @@ pub(super) enum Base {
 }
 
 impl Base {
-    /// Fills `buf` from `offset`; zeros behind the disk's end, up to the end of its last page.
+    /// Fills `buf` from `offset`, with zeros past the disk's end, up to the end of its last page.
     pub(super) fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         match self {
             Self::File(file) => file.read(offset, buf),
@@ -35,7 +35,7 @@ impl Base {
         self.read(page * PAGE_BYTES, buf)
     }
 
-    /// Which pages of a chunk may be other than zero.
+    /// Returns which pages of a chunk may be nonzero.
     pub(super) fn data(&self, chunk: u64) -> io::Result<u64> {
         let first = chunk * CHUNK_PAGES;
         match self {
@@ -50,7 +50,7 @@ impl Base {
     }
 }
 
-/// Reads what is not whole pages, which is all that a region gives, by way of a page of its own.
+/// Reads from a region, which yields only whole pages: partial ones go through a buffer.
 fn read_region(region: &RegionReader, offset: u64, buf: &mut [u8]) -> frazil_snapstore::Result<()> {
     let mut at = 0;
     while at < buf.len() {
@@ -72,7 +72,7 @@ fn read_region(region: &RegionReader, offset: u64, buf: &mut [u8]) -> frazil_sna
     Ok(())
 }
 
-/// A file with the contents of a disk. It is opened for reading alone.
+/// A file with the contents of a disk, opened read-only.
 #[derive(Debug)]
 pub(super) struct BaseFile {
     file: File,
@@ -84,11 +84,11 @@ pub(super) struct BaseFile {
 
 impl BaseFile {
     /// # Errors
-    /// [`VmmError::Host`] if it cannot be read; [`VmmError::Config`] if it is no disk.
+    /// [`VmmError::Host`] if the file cannot be read; [`VmmError::Config`] if it cannot be a disk.
     pub(super) fn open(path: &Path) -> Result<Self> {
         let host = || VmmError::host(format!("open disk {}", path.display()));
         let file = File::open(path).map_err(host())?;
-        // Not the metadata's: a block device says nothing there.
+        // Not from the metadata, where a block device's length is 0.
         let len_bytes = seek(&file, SeekFrom::End(0)).map_err(|error| host()(error.into()))?;
         let wrong = |found: String| {
             Err(VmmError::Config(format!(
@@ -121,12 +121,12 @@ impl BaseFile {
     }
 }
 
-/// True for what a disk may have: whole sectors, at least one, and not too many.
+/// Returns true for a valid disk length: whole sectors, at least one, up to the maximum.
 pub(super) fn is_disk_len(len_bytes: u64) -> bool {
     (1..=DISK_MAX_BYTES).contains(&len_bytes) && len_bytes.is_multiple_of(SECTOR_BYTES)
 }
 
-/// The pages of `file` that are not in holes, as far as its file system says where those are.
+/// Returns the pages of `file` that are not in holes, as far as its file system reports holes.
 fn data_pages(file: &File, len_bytes: u64) -> io::Result<PageSet> {
     let pages = len_bytes.div_ceil(PAGE_BYTES);
     let mut data = PageSet::new(pages);
@@ -134,7 +134,7 @@ fn data_pages(file: &File, len_bytes: u64) -> io::Result<PageSet> {
     while at < len_bytes {
         let start = match seek(file, SeekFrom::Data(at)) {
             Ok(start) => start,
-            // Nothing but a hole is left.
+            // Only a hole is left.
             Err(Errno::NXIO) => break,
             // A block device, or a file system without holes.
             Err(Errno::INVAL | Errno::OPNOTSUPP) => {

@@ -1,7 +1,8 @@
 //! The bytes of a disk: overlay over base, chunk by chunk, and what a checkpoint has frozen.
 //!
-//! A chunk of 64 pages is one word of every set and is changed under one lock, which it shares with
-//! every 64th other chunk. Reads of a chunk share it. I/O is done under it, of this chunk alone.
+//! A chunk of 64 pages is one word of every set and changes under one lock, which it shares with
+//! every 64th other chunk. Readers share the lock. I/O is done while holding it, for one chunk at a
+//! time.
 
 use std::collections::hash_map::Entry;
 use std::io;
@@ -32,17 +33,17 @@ pub(super) struct Contents {
     freeze: RwLock<Freeze>,
 }
 
-/// What of a request lies in one chunk.
+/// The part of a request that lies in one chunk.
 struct Part {
     chunk: u64,
-    /// Where it begins in the disk.
+    /// Where it begins on the disk.
     offset: u64,
     /// Where it is in the request.
     within: Range<usize>,
 }
 
 impl Part {
-    /// The bits of the pages it touches.
+    /// Returns the bits of the pages that the part touches.
     fn pages(&self) -> u64 {
         let first = self.offset / PAGE_BYTES;
         let end = (self.offset + self.within.len() as u64).div_ceil(PAGE_BYTES);
@@ -52,7 +53,7 @@ impl Part {
 
 fn parts(offset: u64, len_bytes: u64) -> impl Iterator<Item = Part> {
     let end = offset + len_bytes;
-    // None at all for nothing.
+    // An empty request has no parts.
     let chunks =
         if len_bytes == 0 { 0..0 } else { offset / CHUNK_BYTES..end.div_ceil(CHUNK_BYTES) };
     chunks.map(move |chunk| {
@@ -89,7 +90,7 @@ impl Contents {
         self.stripe(chunk).write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Fills `buf` from `offset`.
+    /// Fills `buf` with the bytes at `offset`.
     pub(super) fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         parts(offset, buf.len() as u64).try_for_each(|part| {
             let _unchanging = self.read_stripe(part.chunk);
@@ -106,12 +107,12 @@ impl Contents {
         })
     }
 
-    /// Makes `len_bytes` bytes from `offset` on zero.
+    /// Zeros `len_bytes` bytes from `offset` on.
     pub(super) fn zero(&self, offset: u64, len_bytes: u64) -> io::Result<()> {
         parts(offset, len_bytes).try_for_each(|part| {
             let mut kept = self.write_stripe(part.chunk);
-            // What nobody ever wrote need not be written now: a guest that discards all of its new
-            // disk leaves nothing for the checkpoint to look at.
+            // Pages without data are zero already and stay as they are: a guest that discards all
+            // of its new disk adds nothing to the next checkpoint.
             let present = self.overlay.present(part.chunk);
             let pages = part.pages() & (present | self.base.data(part.chunk)?);
             if pages != 0 {
@@ -122,8 +123,8 @@ impl Contents {
         })
     }
 
-    /// Pages of a chunk are about to change: keeps those that are frozen, and notes all as written,
-    /// also for a write that fails half way.
+    /// Called before `pages` of a chunk change: keeps what the frozen ones hold, and marks all as
+    /// written, even if the write then fails half way.
     fn before_change(&self, kept: &mut KeptPages, chunk: u64, pages: u64) -> io::Result<()> {
         for page in bits(self.frozen(chunk, pages)).map(|bit| chunk * CHUNK_PAGES + bit) {
             if let Entry::Vacant(place) = kept.entry(page) {
@@ -134,8 +135,8 @@ impl Contents {
         Ok(())
     }
 
-    /// Those of some pages of a chunk that are frozen. If they are thawed meanwhile, what is kept
-    /// of them is forgotten after the chunk's lock, which the caller holds.
+    /// Returns which of `pages` of a chunk are frozen. The caller holds the chunk's lock: if the
+    /// pages are thawed meanwhile, what is kept of them is not forgotten before it is released.
     fn frozen(&self, chunk: u64, pages: u64) -> u64 {
         let freeze = self.freeze.read().unwrap_or_else(PoisonError::into_inner);
         if freeze.is_off() {
@@ -161,7 +162,7 @@ impl Contents {
         Ok(Kept::InSlot(self.overlay.put_slot(&old)?))
     }
 
-    /// What a frozen page held at the cut.
+    /// Reads what a frozen page held at the cut.
     pub(super) fn read_frozen(&self, page: u64, buf: &mut Page) -> io::Result<()> {
         let chunk = page / CHUNK_PAGES;
         let kept = self.read_stripe(chunk);
@@ -185,7 +186,8 @@ impl Contents {
         }
     }
 
-    /// Reads bytes of one chunk, whose lock is held: each run of pages from where it is.
+    /// Reads bytes of one chunk, whose lock is held: each run of pages from the overlay or the
+    /// base.
     fn read_part(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         let end = offset + buf.len() as u64;
         let mut at = offset;
@@ -207,7 +209,7 @@ impl Contents {
         Ok(())
     }
 
-    /// Writes bytes of one chunk, whose lock is held: whole pages at once, parts by themselves.
+    /// Writes bytes of one chunk, whose lock is held: whole pages together, partial ones singly.
     fn write_part(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         let mut at = 0;
         while at < bytes.len() {
@@ -226,7 +228,8 @@ impl Contents {
         Ok(())
     }
 
-    /// Writes a part of one page, over what lies below if the overlay does not hold it yet.
+    /// Writes a part of one page. If the overlay does not hold it yet, the rest comes from the
+    /// base.
     fn write_in_page(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         let page = offset / PAGE_BYTES;
         if self.overlay.holds(page) {
@@ -238,7 +241,7 @@ impl Contents {
         self.overlay.write(page * PAGE_BYTES, &whole)
     }
 
-    /// Makes what a part has of `pages` zero: whole pages become holes.
+    /// Zeros the bytes of `part` that lie in `pages`: whole pages become holes.
     fn zero_part(&self, part: &Part, pages: u64) -> io::Result<()> {
         let part_end = part.offset + part.within.len() as u64;
         let mut holes = 0;
@@ -262,8 +265,8 @@ impl Contents {
         Ok(())
     }
 
-    /// Makes a page what a snapshot has of it, which does not count as written. The disk stands
-    /// still, and no page is frozen.
+    /// Sets a page to what a snapshot holds, without counting it as written. The disk must stand
+    /// still, and no page may be frozen.
     pub(super) fn put_back(&self, page: u64, contents: &Page) -> io::Result<()> {
         let _unchanging = self.write_stripe(page / CHUNK_PAGES);
         if is_zero(contents) {
@@ -276,7 +279,7 @@ impl Contents {
         self.freeze.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Forgets the pages that were kept: none is frozen any more.
+    /// Forgets the kept pages. None may be frozen any more.
     pub(super) fn forget_kept(&self) {
         for stripe in 0..STRIPES {
             self.write_stripe(stripe).drain().for_each(|(_, kept)| self.room.give_back(&kept));
@@ -292,7 +295,7 @@ impl Contents {
     }
 }
 
-/// Where the page around `offset` ends.
+/// Returns where the page around `offset` ends.
 fn page_end(offset: u64) -> u64 {
     (offset / PAGE_BYTES + 1) * PAGE_BYTES
 }

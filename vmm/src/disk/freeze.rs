@@ -1,8 +1,8 @@
-//! Contents as they were at a cut, while requests go on.
+//! A disk's contents as of a cut, while requests go on.
 //!
-//! Freezing copies nothing: it says which pages a checkpoint still has to read. Whoever is about to
-//! change one of them keeps what it holds first, under the lock of its chunk, so that at any time
-//! it is either unchanged or kept.
+//! Freezing copies nothing: it only marks the pages that a checkpoint still has to read. A request
+//! that is about to change one of them first keeps its contents, under the lock of its chunk, so
+//! that at any time the page is either unchanged or kept.
 
 use std::collections::HashMap;
 use std::io;
@@ -14,10 +14,10 @@ use frazil_snapstore::{Page, PageSet, PageSource, RegionHandle, Transaction, Wri
 use super::Disk;
 use crate::error::{Result, VmmError};
 
-/// What a page held at the cut; it holds something else by now.
+/// What a page that has changed since the cut held then.
 #[derive(Debug)]
 pub(super) enum Kept {
-    /// What lies below the overlay, which never changes: nothing had to be copied.
+    /// What the base holds, which never changes: nothing had to be copied.
     Below,
     /// Zeros.
     Zero,
@@ -26,15 +26,15 @@ pub(super) enum Kept {
     InSlot(u64),
 }
 
-/// The kept pages of one stripe of chunks, by number.
+/// The kept pages of one stripe of chunks, by page number.
 pub(super) type KeptPages = HashMap<u64, Kept>;
 
-/// Which pages have to be kept before they change.
+/// Which pages to keep before they change.
 #[derive(Debug, Default)]
 pub(super) struct Freeze {
-    /// From the cut until the last kept page is forgotten.
+    /// True from the cut until the last kept page is forgotten.
     busy: bool,
-    /// None while nothing has to be kept.
+    /// `None` while nothing has to be kept.
     pages: Option<Arc<PageSet>>,
 }
 
@@ -47,7 +47,7 @@ impl Freeze {
         self.pages.as_ref().is_some_and(|pages| pages.contains(page))
     }
 
-    /// False if it is in use.
+    /// Starts a freeze; returns false if the one before is not over.
     fn start(&mut self, pages: &Arc<PageSet>) -> bool {
         if self.busy {
             return false;
@@ -57,7 +57,7 @@ impl Freeze {
     }
 }
 
-/// How many kept pages are in memory, and may be.
+/// How many kept pages are in memory, and how many may be.
 #[derive(Debug)]
 pub(super) struct KeptRoom {
     used: AtomicU64,
@@ -82,8 +82,8 @@ impl KeptRoom {
     }
 }
 
-/// The contents of some pages of a disk at the cut of a checkpoint, as a source for the store. The
-/// disk is in use meanwhile; dropping this lets go of what had to be kept.
+/// The contents of some pages of a disk as of a checkpoint's cut, as a source for the store. The
+/// disk stays in use; dropping this thaws the pages.
 #[derive(Debug)]
 pub struct FrozenDisk {
     disk: Arc<Disk>,
@@ -91,7 +91,7 @@ pub struct FrozenDisk {
 }
 
 impl FrozenDisk {
-    /// The disk stands still.
+    /// Freezes `pages`. The disk must stand still.
     pub(super) fn new(disk: &Arc<Disk>, pages: Arc<PageSet>) -> Result<Self> {
         if !disk.contents.freeze_mut().start(&pages) {
             return Err(VmmError::NotNow(format!(
@@ -108,16 +108,16 @@ impl FrozenDisk {
         &self.pages
     }
 
-    /// The disk they are of.
+    /// The disk that the pages belong to.
     #[must_use]
     pub fn disk(&self) -> &Arc<Disk> {
         &self.disk
     }
 
-    /// Writes them to `region` of a transaction, and lets go of them.
+    /// Writes the frozen pages to `region` of a transaction, and thaws them.
     ///
     /// # Errors
-    /// The store's, or those of reading the disk; the pages stay frozen then.
+    /// Errors of the store or of reading the disk; the pages stay frozen then.
     pub fn write_to(
         &self,
         transaction: &mut Transaction,
@@ -129,7 +129,7 @@ impl FrozenDisk {
         Ok(written)
     }
 
-    /// Lets go of all pages: nothing is kept any more, and what was is forgotten.
+    /// Thaws all pages: no more contents are kept, and those that were are forgotten.
     pub fn thaw(&self) {
         let contents = &self.disk.contents;
         contents.freeze_mut().pages = None;
@@ -137,7 +137,7 @@ impl FrozenDisk {
         contents.drop_slots();
     }
 
-    /// Pages that were kept since they changed after the cut.
+    /// Number of pages that are kept because they changed after the cut.
     #[must_use]
     pub fn kept_pages(&self) -> u64 {
         self.disk.contents.kept_count()
@@ -156,7 +156,7 @@ impl PageSource for FrozenDisk {
 impl Drop for FrozenDisk {
     fn drop(&mut self) {
         self.thaw();
-        // Only now may another checkpoint begin, which must not find what this one kept.
+        // Only now may another checkpoint freeze pages: it must not find what this one kept.
         self.disk.contents.freeze_mut().busy = false;
     }
 }

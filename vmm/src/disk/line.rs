@@ -8,24 +8,25 @@ use super::pages::CHUNK_PAGES;
 use super::{Disk, Drained, FrozenDisk};
 use crate::error::{Result, VmmError};
 
-/// A disk, and what the snapshot that its machine stands on lacks of it.
+/// A disk, and which of its pages the machine's head snapshot lacks.
 ///
 /// A checkpoint calls, in this order: [`Self::prepare`] and [`Self::region`] while the guest runs;
-/// [`Disk::drain`] and [`Self::cut`] while the vCPUs stand still, dropping what `drain` returned when
+/// [`Disk::drain`] and [`Self::cut`] while the vCPUs stand still, dropping what `drain` returned
+/// when
 /// they go on; [`FrozenDisk::write_to`] while the guest runs; [`Self::published`] once the snapshot
-/// is. One that fails in between just drops what it has.
+/// is published. A checkpoint that fails in between just drops what it has.
 #[derive(Debug)]
 pub struct DiskLine {
     disk: Arc<Disk>,
-    /// Pages written since the head, as far as they were harvested. They leave the set only when a
-    /// snapshot that holds them is published, so a failed checkpoint loses none.
+    /// Harvested pages that were written since the head. They leave the set only when a snapshot
+    /// that holds them is published, so a failed checkpoint loses none.
     since_head: PageSet,
-    /// A copy of it, made before the pause so that nothing is allocated in it.
+    /// A copy of `since_head`, made before the pause so that nothing is allocated during it.
     ready: Option<Arc<PageSet>>,
 }
 
 impl DiskLine {
-    /// A disk that has just been opened or resumed.
+    /// Tracks a disk that has just been opened or resumed.
     #[must_use]
     pub fn new(disk: Arc<Disk>) -> Self {
         let since_head = PageSet::new(disk.pages());
@@ -38,7 +39,7 @@ impl DiskLine {
         &self.disk
     }
 
-    /// Pages that the head lacks, as far as they were harvested.
+    /// Harvested pages that the head lacks.
     #[must_use]
     pub fn since_head(&self) -> &PageSet {
         &self.since_head
@@ -47,24 +48,24 @@ impl DiskLine {
     /// Names the disk's region in a transaction.
     ///
     /// # Errors
-    /// The store's.
+    /// Errors of the store.
     pub fn region(&self, transaction: &mut Transaction) -> Result<RegionHandle> {
         Ok(transaction.region(self.disk.name(), self.disk.pages())?)
     }
 
-    /// Shortens the pause that follows: what was written by now is harvested now.
+    /// Shortens the pause that follows by harvesting what was written so far.
     pub fn prepare(&mut self) {
         self.disk.harvest(&mut self.since_head);
         self.ready = Some(Arc::new(self.since_head.clone()));
     }
 
-    /// Takes note of what was written by now.
+    /// Harvests what was written so far.
     pub fn harvest(&mut self) {
         self.disk.harvest(&mut self.since_head);
     }
 
-    /// Makes a page what the snapshot has of it that is about to be the head. The disk stands still,
-    /// which `drained` proves, and no checkpoint is being taken.
+    /// Sets a page to what it holds in the snapshot that is about to become the head. `drained`
+    /// proves that the disk stands still; no checkpoint may be under way.
     ///
     /// # Errors
     /// [`VmmError::Host`] if the overlay cannot be written.
@@ -73,23 +74,23 @@ impl DiskLine {
         drained.disk().contents.put_back(page, contents).map_err(cannot())
     }
 
-    /// The disk has become what the head has: it lacks nothing.
+    /// Notes that the disk now equals the head, which therefore lacks nothing.
     pub fn rewound(&mut self) {
         self.since_head.clear();
     }
 
-    /// Freezes all that the head lacks. What this takes depends on what was written since
-    /// [`Self::prepare`], not on the disk.
+    /// Freezes all pages that the head lacks. How long this takes depends on what was written since
+    /// [`Self::prepare`], not on the size of the disk.
     ///
     /// # Errors
     /// As [`Drained::freeze`].
     ///
     /// # Panics
-    /// If `drained` is another disk.
+    /// If `drained` is another disk's.
     pub fn cut(&mut self, drained: &Drained) -> Result<FrozenDisk> {
         assert!(Arc::ptr_eq(drained.disk(), &self.disk), "the disk of this line stands still");
         let mut ready = self.ready.take().unwrap_or_else(|| Arc::new(self.since_head.clone()));
-        // Nobody else has it yet, so nothing is cloned.
+        // Nobody else holds this `Arc` yet, so nothing is cloned.
         let pages = Arc::make_mut(&mut ready);
         self.disk.contents.dirty.take(|chunk, word| {
             pages.insert_words(chunk * CHUNK_PAGES, &[word]);
@@ -98,7 +99,7 @@ impl DiskLine {
         drained.freeze(ready)
     }
 
-    /// The snapshot that holds what was frozen is published: it is the head.
+    /// Notes that the snapshot with the frozen pages is published, and so is the head.
     pub fn published(&mut self, frozen: &FrozenDisk) {
         self.since_head.subtract(frozen.pages());
     }

@@ -1,10 +1,11 @@
-//! Disks: block storage whose contents are in every snapshot, cut together with memory.
+//! Disks: block storage whose contents are part of every snapshot, cut at the same moment as
+//! memory.
 //!
 //! A [`Disk`] is a base that never changes, a file or a snapshot's region, and an overlay of the
-//! pages the guest wrote. Devices work on it through [`Request`]s from any thread; a checkpoint
-//! [drains](Disk::drain) them while the guest stands still, [freezes](Drained::freeze) what was
-//! written since the last one, and reads it from the [`FrozenDisk`] while the guest runs again.
-//! [`DiskLine`] keeps the books for that. How the device meets the guest is not in here.
+//! pages the guest wrote. Devices work on it through [`Request`]s from any thread. A checkpoint
+//! [drains](Disk::drain) them while the guest stands still, [freezes](Drained::freeze) the pages
+//! written since the last one, and reads them from the [`FrozenDisk`] while the guest runs again.
+//! [`DiskLine`] keeps track of those pages. The block device that the guest sees is elsewhere.
 
 mod base;
 mod contents;
@@ -35,11 +36,11 @@ pub use state::{SERIAL_LEN_MAX, SavedDisk};
 
 /// Bytes in a sector: the unit of every request, and of a disk's length.
 pub const SECTOR_BYTES: u64 = 512;
-/// The longest disk: what sets of its pages comfortably range over.
+/// Maximum length of a disk, up to which sets of its pages remain manageable.
 pub const DISK_MAX_BYTES: u64 = 16 << 40;
 
 const PAGE_BYTES: u64 = PAGE_SIZE as u64;
-/// Pages of a region that are asked for at once, where they are.
+/// Pages of a region that one query for its runs covers.
 const RUNS_PAGES: u64 = 1 << 16;
 
 /// The name of disk `index` of a machine: of its region in the store, whose page numbers count
@@ -56,11 +57,11 @@ pub struct DiskConfig {
     pub file: PathBuf,
     /// Refuse the guest's writes.
     pub read_only: bool,
-    /// What the guest sees as its serial number; the disk's name if there is none.
+    /// The serial number that the guest sees; the disk's name if `None`.
     pub serial: Option<String>,
 }
 
-/// A disk of a machine. See the module's text.
+/// A disk of a machine. See the module documentation.
 #[derive(Debug)]
 pub struct Disk {
     saved: SavedDisk,
@@ -69,12 +70,13 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// Disk `index` of a machine, with the contents of a file. All of them count as written: the
-    /// first checkpoint has no parent to share them with. Holes of the file are zero as they are.
+    /// Opens disk `index` of a machine, with the contents of a file. All of them count as written,
+    /// since the first checkpoint has no parent to share them with, except holes, which are zero
+    /// anyway.
     ///
     /// # Errors
-    /// [`VmmError::Config`] if the file is no disk or the serial number is none;
-    /// [`VmmError::Host`] if it cannot be read or the overlay cannot be made.
+    /// [`VmmError::Config`] if the file cannot be a disk or the serial number is invalid;
+    /// [`VmmError::Host`] if the file cannot be read or the overlay cannot be created.
     pub fn open(index: usize, config: &DiskConfig, options: &OverlayOptions) -> Result<Self> {
         let file = BaseFile::open(&config.file)?;
         let region = disk_name(index);
@@ -98,12 +100,12 @@ impl Disk {
         Ok(disk)
     }
 
-    /// The disk that a snapshot holds as `saved` and `region`; its pages are read when they are
-    /// needed. None of them count as written.
+    /// Creates the disk that a snapshot holds as `saved` and `region`. Its pages are read on
+    /// demand, and none of them count as written.
     ///
     /// # Errors
-    /// [`VmmError::State`] if the two do not fit each other; [`VmmError::Host`] if the overlay
-    /// cannot be made.
+    /// [`VmmError::State`] if `saved` and `region` do not match; [`VmmError::Host`] if the overlay
+    /// cannot be created.
     pub fn resume(
         saved: SavedDisk,
         region: RegionReader,
@@ -113,8 +115,8 @@ impl Disk {
         Self::assemble(saved, Base::Snapshot(region), options)
     }
 
-    /// As [`Self::resume`], with the contents of `file` in place of `region`'s. Wherever one of the two
-    /// has something counts as written: the snapshot has something else there.
+    /// As [`Self::resume`], with the contents of `file` in place of `region`'s. Pages for which
+    /// either has data count as written, since the snapshot may hold something else there.
     ///
     /// # Errors
     /// As [`Self::resume`] and [`Self::open`]; [`VmmError::Config`] if the file is not as long as the
@@ -154,7 +156,7 @@ impl Disk {
     }
 
     fn assemble(saved: SavedDisk, base: Base, options: &OverlayOptions) -> Result<Self> {
-        // Nothing is ever written over a disk that is only read.
+        // The overlay of a read-only disk stays empty, so it needs no file in the folder.
         let folder = options.folder.as_deref().filter(|_| !saved.read_only);
         let overlay = Overlay::create(folder, saved.pages())?;
         Ok(Self::on(saved, base, overlay, options.kept_pages_max))
@@ -165,37 +167,37 @@ impl Disk {
         Self { saved, contents, requests: RequestGate::default() }
     }
 
-    /// Its name, which is that of its region and of its state chunk.
+    /// The disk's name, which is also that of its region and of its state chunk.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.saved.region
     }
 
-    /// Its length, always whole sectors.
+    /// The disk's length, always whole sectors.
     #[must_use]
     pub fn len_bytes(&self) -> u64 {
         self.contents.len_bytes
     }
 
-    /// How many pages its region ranges over; what the last one has behind the disk's end is zero.
+    /// Number of pages in the disk's region; the last one is padded with zeros past the disk's end.
     #[must_use]
     pub fn pages(&self) -> u64 {
         self.saved.pages()
     }
 
-    /// True if the guest's writes are refused.
+    /// Returns true if the guest's writes are refused.
     #[must_use]
     pub fn is_read_only(&self) -> bool {
         self.saved.read_only
     }
 
-    /// What the guest sees as its serial number.
+    /// The serial number that the guest sees.
     #[must_use]
     pub fn serial(&self) -> &str {
         &self.saved.serial
     }
 
-    /// What a snapshot keeps of it besides its pages. Never changes.
+    /// What a snapshot saves of the disk besides its pages. Never changes.
     #[must_use]
     pub fn saved(&self) -> &SavedDisk {
         &self.saved

@@ -1,4 +1,4 @@
-//! The pages the guest wrote, in a sparse file without a name, which goes with the process.
+//! The pages the guest wrote, in a sparse, unnamed file that vanishes with the process.
 
 use std::fmt::Debug;
 use std::fs::{File, OpenOptions};
@@ -15,14 +15,14 @@ use super::PAGE_BYTES;
 use super::pages::{CHUNK_PAGES, LockedPages, mask};
 use crate::error::{Result, VmmError};
 
-/// Where what the guest writes is kept until it is in a snapshot, and how much of what a checkpoint
-/// still has to read may be in memory.
+/// Where the guest's writes are kept, and how much of what a checkpoint still has to read may be in
+/// memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OverlayOptions {
-    /// The folder of the overlay's file, which has no name there; None keeps it in memory.
+    /// The folder for the overlay's unnamed file; `None` keeps the overlay in memory.
     pub folder: Option<PathBuf>,
-    /// Pages that were overwritten during a checkpoint, and are not saved yet, beyond which the old
-    /// contents go to the overlay's file.
+    /// How many pages that are overwritten before a checkpoint has saved them are kept in memory;
+    /// the old contents of more go to the overlay's file.
     pub kept_pages_max: u64,
 }
 
@@ -33,13 +33,13 @@ impl Default for OverlayOptions {
     }
 }
 
-/// The few calls an overlay makes to its file. Tests have another that fails.
+/// The few operations an overlay needs of its file. Tests have an implementation that fails.
 pub(super) trait Medium: Send + Sync + Debug {
     fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()>;
 
     fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
 
-    /// Makes a range of whole pages read as zeros, and gives its space back.
+    /// Makes a range of whole pages read as zeros, and frees its space.
     fn punch(&self, offset: u64, len_bytes: u64) -> io::Result<()>;
 
     fn set_len(&self, len_bytes: u64) -> io::Result<()>;
@@ -70,24 +70,24 @@ impl Medium for File {
     }
 }
 
-/// See the module's text. Behind the disk's own pages the file has *slots*, for old contents that a
-/// checkpoint has not read yet.
+/// See the module documentation. After the disk's own pages the file has *slots*, for old contents
+/// that a checkpoint has not read yet.
 #[derive(Debug)]
 pub(super) struct Overlay {
     medium: Box<dyn Medium>,
-    /// Where it is, for messages.
+    /// Where the overlay is, for messages.
     place: String,
     pages: u64,
-    /// Pages whose contents are here, no longer below.
+    /// Pages that the overlay holds; all others are in the base.
     present: LockedPages,
     slots: AtomicU64,
 }
 
 impl Overlay {
-    /// An overlay that holds none of a disk's `pages` pages yet.
+    /// Creates an overlay that holds none of a disk's `pages` pages yet.
     ///
     /// # Errors
-    /// [`VmmError::Host`] if its file cannot be made.
+    /// [`VmmError::Host`] if its file cannot be created.
     pub(super) fn create(folder: Option<&Path>, pages: u64) -> Result<Self> {
         let place =
             folder.map_or_else(|| "memory".to_owned(), |folder| folder.display().to_string());
@@ -108,7 +108,8 @@ impl Overlay {
         Ok(Self { medium, place, pages, present, slots: AtomicU64::new(0) })
     }
 
-    /// Which pages of a chunk are here. The caller holds the chunk's lock, as for all that follows.
+    /// Returns which pages of a chunk the overlay holds. The caller holds the chunk's lock, as for
+    /// all methods below.
     pub(super) fn present(&self, chunk: u64) -> u64 {
         self.present.word(chunk)
     }
@@ -121,7 +122,7 @@ impl Overlay {
         self.medium.read(offset, buf).map_err(self.named())
     }
 
-    /// Writes bytes of one chunk: whole pages, or a part of a page that is here.
+    /// Writes bytes of one chunk: whole pages, or a part of a page that the overlay holds.
     pub(super) fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         self.medium.write(offset, bytes).map_err(self.named())?;
         let first = offset / PAGE_BYTES;
@@ -129,9 +130,9 @@ impl Overlay {
         Ok(())
     }
 
-    /// Makes pages of one chunk zero.
+    /// Zeros pages of one chunk.
     pub(super) fn punch(&self, first: u64, count: u64) -> io::Result<()> {
-        // Whether they are here or not: a write that failed may have left something.
+        // Even if the overlay does not hold them: a failed write may have left something there.
         self.medium.punch(first * PAGE_BYTES, count * PAGE_BYTES).map_err(self.named())?;
         self.mark(first, count);
         Ok(())
@@ -141,7 +142,7 @@ impl Overlay {
         self.present.insert(first / CHUNK_PAGES, mask(first % CHUNK_PAGES, count));
     }
 
-    /// Puts a page behind the disk's own; returns where.
+    /// Stores a page after the disk's own and returns its slot.
     pub(super) fn put_slot(&self, page: &Page) -> io::Result<u64> {
         let slot = self.slots.fetch_add(1, Ordering::Relaxed);
         self.medium.write((self.pages + slot) * PAGE_BYTES, page).map_err(self.named())?;
@@ -152,13 +153,13 @@ impl Overlay {
         self.medium.read((self.pages + slot) * PAGE_BYTES, buf).map_err(self.named())
     }
 
-    /// Gives the space of all slots back. Nobody uses one any more.
+    /// Frees the space of all slots. None may be in use any more.
     pub(super) fn drop_slots(&self) {
         if self.slots.swap(0, Ordering::Relaxed) == 0 {
             return;
         }
         if let Err(error) = self.medium.set_len(self.pages * PAGE_BYTES) {
-            // They are written over by the next checkpoint's.
+            // The next checkpoint's slots overwrite these.
             tracing::warn!(%error, place = self.place, "cannot shorten a disk's overlay");
         }
     }
@@ -170,15 +171,15 @@ impl Overlay {
     }
 }
 
-/// Files made with a name that was taken away again; makes those names differ.
+/// Number of files created under a temporary name; makes those names differ.
 static NAMELESS_FILES: AtomicU64 = AtomicU64::new(0);
 
-/// A file that is in `folder`'s file system and in no folder.
+/// Creates a file in `folder`'s file system that is in no folder.
 fn nameless_file(folder: &Path) -> io::Result<File> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
     match open(folder, flags, Mode::RUSR | Mode::WUSR) {
         Ok(file) => return Ok(File::from(file)),
-        // A file system that always wants a name, NFS for one.
+        // The file system does not support unnamed files; NFS is one.
         Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) => {}
         Err(error) => return Err(error.into()),
     }

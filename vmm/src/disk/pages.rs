@@ -1,17 +1,17 @@
-//! Which pages of a disk are where, a word for each chunk of 64 pages.
+//! Sets of a disk's pages, one word for each chunk of 64 pages.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Pages under one lock, and bits of one word: 256 KiB.
+/// Pages in a chunk (256 KiB), which are under one lock and in one word of each set.
 pub(super) const CHUNK_PAGES: u64 = u64::BITS as u64;
 
-/// The word of pages `first .. first + count` of a chunk, counted from its start.
+/// Returns the word with the bits `first .. first + count` set, counted from the chunk's start.
 pub(super) fn mask(first: u64, count: u64) -> u64 {
     debug_assert!(count > 0 && first + count <= CHUNK_PAGES, "pages of one chunk");
     (u64::MAX >> (CHUNK_PAGES - count)) << first
 }
 
-/// A set that is changed under the chunk's lock, which also orders its changes for those who read.
+/// A set that changes under the chunk's lock, which also orders the changes for readers.
 #[derive(Debug)]
 pub(super) struct LockedPages(Vec<AtomicU64>);
 

@@ -13,12 +13,12 @@ use crate::error::{Result, VmmError};
 #[derive(Debug, Default)]
 struct Counts {
     in_flight: u64,
-    /// How many want the disk to stand still.
+    /// How many callers want the disk to stand still.
     drains: u64,
 }
 
-/// Counts requests, and holds new ones back while somebody looks at a disk, or another device, that
-/// stands still.
+/// Counts requests in flight, and holds new ones back while a disk, or another device, has to stand
+/// still.
 #[derive(Debug, Default)]
 pub(crate) struct RequestGate {
     counts: Mutex<Counts>,
@@ -30,7 +30,7 @@ impl RequestGate {
         self.counts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Begins a request; waits while nothing may begin.
+    /// Begins a request; waits while none may begin.
     pub(crate) fn enter(&self) {
         let mut counts = self.lock();
         while counts.drains > 0 {
@@ -39,7 +39,7 @@ impl RequestGate {
         counts.in_flight += 1;
     }
 
-    /// Ends one.
+    /// Ends a request.
     pub(crate) fn leave(&self) {
         let mut counts = self.lock();
         counts.in_flight -= 1;
@@ -49,8 +49,8 @@ impl RequestGate {
         }
     }
 
-    /// Returns how many requests were still in flight after `patience`; 0 is success, and only then
-    /// are new ones held back until [`Self::reopen`].
+    /// Waits for requests to end, and returns how many are still in flight after `patience`. Only
+    /// if that is 0, which is success, are new ones held back until [`Self::reopen`].
     pub(crate) fn drain(&self, patience: Duration) -> u64 {
         let until = Instant::now() + patience;
         let mut counts = self.lock();
@@ -68,7 +68,7 @@ impl RequestGate {
         0
     }
 
-    /// True while somebody waits for requests to be done, or looks.
+    /// Returns true from the beginning of a drain until the gate is reopened.
     pub(crate) fn is_wanted(&self) -> bool {
         self.lock().drains > 0
     }
@@ -79,11 +79,11 @@ impl RequestGate {
     }
 }
 
-/// A request being worked on. A checkpoint waits until it is dropped, so a device takes it before
-/// it takes the guest's request off its queue, and keeps it until the answer is in guest memory.
+/// A request in flight. A checkpoint waits until it is dropped, so a device begins it before it
+/// takes the guest's request off its queue, and keeps it until the answer is in guest memory.
 ///
-/// A thread that holds one must not begin another: if a checkpoint came in between, each would wait
-/// for the other.
+/// A thread that holds one must not begin another: a checkpoint in between would wait for the
+/// first, and the second for the checkpoint.
 #[derive(Debug)]
 pub struct Request<'a> {
     disk: &'a Disk,
@@ -97,10 +97,11 @@ impl Disk {
         Request { disk: self }
     }
 
-    /// Waits until no request is in flight, and holds new ones back until the answer is dropped.
+    /// Waits until no request is in flight, and holds new ones back until the returned guard is
+    /// dropped.
     ///
     /// # Errors
-    /// [`VmmError::NotNow`] if some take longer than `patience`; the disk goes on then.
+    /// [`VmmError::NotNow`] if some take longer than `patience`; requests then go on as before.
     pub fn drain(self: &Arc<Self>, patience: Duration) -> Result<Drained> {
         match self.requests.drain(patience) {
             0 => Ok(Drained { disk: Arc::clone(self) }),
@@ -116,7 +117,8 @@ impl Request<'_> {
     /// Fills `buf` from byte `offset` on.
     ///
     /// # Errors
-    /// [`VmmError::Host`] if that is not inside the disk, not whole sectors, or cannot be read.
+    /// [`VmmError::Host`] if the range is not inside the disk, not whole sectors, or cannot be
+    /// read.
     pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         let len = buf.len() as u64;
         let read = self.check(offset, len).and_then(|()| self.disk.contents.read(offset, buf));
@@ -126,9 +128,10 @@ impl Request<'_> {
     /// Writes `bytes` at byte `offset`.
     ///
     /// # Errors
-    /// [`VmmError::Host`] if that is not inside the disk, not whole sectors, or cannot be kept,
-    /// such as when the overlay's file system is full. Sectors of a write that failed hold what
-    /// they held or what they should hold now; what a checkpoint reads is not touched.
+    /// [`VmmError::Host`] if the range is not inside the disk or not whole sectors, if the disk is
+    /// read-only, or if the bytes cannot be stored, such as when the overlay's file system is full.
+    /// Each sector of a failed write holds either its old or its new contents; what a checkpoint
+    /// reads is unaffected.
     pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
         let len = bytes.len() as u64;
         let written = self
@@ -138,8 +141,8 @@ impl Request<'_> {
         written.map_err(self.failed("write", offset, len))
     }
 
-    /// Makes `len_bytes` bytes from byte `offset` on zero, and gives back what they took. Serves
-    /// discards too: what is not needed any more may read as anything, and zeros cost nothing.
+    /// Zeros `len_bytes` bytes from byte `offset` on, and frees their space. Serves discards too:
+    /// discarded bytes may read as anything, and zeros cost nothing.
     ///
     /// # Errors
     /// As [`Self::write_at`].
@@ -151,12 +154,12 @@ impl Request<'_> {
         written.map_err(self.failed("write zeros to", offset, len_bytes))
     }
 
-    /// What was written so far is to outlast the guest's power. It does: the overlay is part of
-    /// the machine, as RAM is, and snapshots are what outlasts the machine.
+    /// Makes completed writes survive a power loss of the guest. There is nothing to do: the
+    /// overlay is part of the machine, as RAM is, and what outlasts the machine is its snapshots.
     ///
     /// # Errors
     /// None today.
-    #[allow(clippy::unused_self, clippy::unnecessary_wraps)] // devices answer what it says
+    #[allow(clippy::unused_self, clippy::unnecessary_wraps)] // devices pass its result to the guest
     pub fn flush(&self) -> Result<()> {
         Ok(())
     }
@@ -204,11 +207,11 @@ pub struct Drained {
 }
 
 impl Drained {
-    /// Freezes the contents of `pages`: until the answer is dropped it reads them as they are now,
-    /// whatever requests do. Takes no longer for many pages than for one.
+    /// Freezes the contents of `pages`: until the returned value is dropped or thawed, it reads
+    /// them as they are now, whatever requests do. Takes no longer for many pages than for one.
     ///
     /// # Errors
-    /// [`VmmError::NotNow`] if a checkpoint before is not done with its pages.
+    /// [`VmmError::NotNow`] if an earlier checkpoint is not done with its pages.
     pub fn freeze(&self, pages: impl Into<Arc<PageSet>>) -> Result<FrozenDisk> {
         FrozenDisk::new(&self.disk, pages.into())
     }

@@ -1,4 +1,4 @@
-//! What a snapshot keeps of a disk besides its pages.
+//! What a snapshot saves of a disk besides its pages.
 
 use frazil_snapstore::RegionReader;
 use serde::{Deserialize, Serialize};
@@ -8,10 +8,10 @@ use super::{DISK_MAX_BYTES, PAGE_BYTES, SECTOR_BYTES};
 use crate::error::{Result, VmmError};
 use crate::state::Saved;
 
-/// The longest serial number: what a virtio block device has room for.
+/// Maximum length of a serial number in bytes: what a virtio block device has room for.
 pub const SERIAL_LEN_MAX: usize = 20;
 
-/// A disk, as snapshots list it. Its chunk has the name of its region.
+/// A disk as saved in a snapshot. Its chunk has the name of its region.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SavedDisk {
@@ -19,9 +19,9 @@ pub struct SavedDisk {
     pub region: String,
     /// Its length in sectors of 512 bytes; the region's last page is padded with zeros.
     pub sectors: u64,
-    /// The guest cannot write to it.
+    /// True if the guest cannot write to it.
     pub read_only: bool,
-    /// What the guest sees as its serial number.
+    /// The serial number that the guest sees.
     pub serial: String,
 }
 
@@ -30,14 +30,14 @@ impl Saved for SavedDisk {
     const VERSION: u32 = 1;
 }
 
-/// Something about a disk that cannot be.
+/// An invalid property of a disk.
 pub(super) struct Wrong {
     pub(super) expected: String,
     pub(super) found: String,
 }
 
 impl SavedDisk {
-    /// Its length; nonsense for one that no machine had.
+    /// The disk's length in bytes; meaningless if `sectors` is invalid.
     #[must_use]
     pub fn len_bytes(&self) -> u64 {
         self.sectors.saturating_mul(SECTOR_BYTES)

@@ -1,5 +1,5 @@
-//! A disk by itself: its bytes against plain files, freezing among threads, media that fail. What
-//! snapshots hold of disks is tested with a store, in the `tests` room.
+//! Tests of a disk by itself: its bytes against plain files, freezing among threads, media that
+//! fail. The `tests` room tests, with a store, what snapshots hold of disks.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -28,7 +28,7 @@ fn file_of(contents: &[u8]) -> NamedTempFile {
     file
 }
 
-/// `len` bytes that differ from page to page and sector to sector.
+/// Returns `len` bytes that differ from page to page and from sector to sector.
 fn noise(len: usize, seed: u64) -> Vec<u8> {
     (0..len as u64)
         .map(|at| ((at / 8 + seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as u8 | 1)
@@ -59,7 +59,7 @@ fn page_of(frozen: &FrozenDisk, page: u64) -> Page {
     buf
 }
 
-/// A memory file that can be full, from one write on or for good.
+/// A memory file that can run full, after some number of writes or at once.
 #[derive(Debug)]
 struct Failing {
     file: File,
@@ -86,7 +86,7 @@ impl Medium for Arc<Failing> {
     }
 
     fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        // As a full disk does: a part is written.
+        // Like a full disk, write a part.
         let half = &bytes[..bytes.len() / 2];
         self.check().or_else(|error| self.file.write_all_at(half, offset).and(Err(error)))?;
         self.file.write_all_at(bytes, offset)
@@ -103,7 +103,8 @@ impl Medium for Arc<Failing> {
     }
 }
 
-/// A disk on `file` whose overlay can be made to fail, with room for so many kept pages in memory.
+/// Returns a disk on `file` whose overlay can be made to fail, with room for `kept_pages_max` kept
+/// pages in memory.
 fn failing_disk(file: &NamedTempFile, kept_pages_max: u64) -> (Arc<Disk>, Arc<Failing>) {
     let base = BaseFile::open(file.path()).unwrap();
     let saved = SavedDisk {
@@ -282,7 +283,7 @@ fn a_full_overlay_fails_the_write_and_nothing_else() {
     // The old contents cannot be kept: the new ones are refused.
     fails(0, PAGE_SIZE);
     assert!(dirty(&disk).is_empty(), "nothing changed");
-    // They need not be kept, but the new ones find no room.
+    // Here no old contents need be kept, but the new ones find no room.
     fails(PAGE_BYTES, 3 * PAGE_SIZE);
     fails(5 * PAGE_BYTES + 512, 512);
     assert!(disk.begin().write_zeroes(6 * PAGE_BYTES, PAGE_BYTES).is_err());
@@ -297,7 +298,7 @@ fn a_full_overlay_fails_the_write_and_nothing_else() {
     let live = read_all(&disk);
     check(&|page| live[page as usize * PAGE_SIZE..][..PAGE_SIZE].try_into().unwrap());
     assert_eq!(live[4 * PAGE_SIZE..], contents[4 * PAGE_SIZE..]);
-    // There is room again, for the slot alone: then the page may have changed, but not what is kept.
+    // There is room again, but only for the slot: the page may have changed, but not what is kept.
     medium.full.store(false, Ordering::SeqCst);
     medium.left.store(1, Ordering::SeqCst);
     fails(0, PAGE_SIZE);
@@ -346,7 +347,7 @@ fn a_drain_waits_for_requests_and_holds_new_ones_back() {
     });
 }
 
-/// Ends writers, also when a check fails: a scope waits for its threads.
+/// Ends the writers even if a check fails, since a scope waits for its threads.
 struct EndOnDrop<'a>(&'a AtomicBool);
 
 impl Drop for EndOnDrop<'_> {
@@ -355,7 +356,7 @@ impl Drop for EndOnDrop<'_> {
     }
 }
 
-/// Writers that change frozen pages as fast as they can, while several readers read them.
+/// Writers change frozen pages as fast as they can while several readers read them.
 #[test]
 fn what_is_frozen_stands_still_under_hammering_writers() {
     const PAGES: u64 = 300;
@@ -390,7 +391,7 @@ fn what_is_frozen_stands_still_under_hammering_writers() {
                 (drained.freeze(set_of(&disk, pages)).unwrap(), all)
             };
             let check = || {
-                // Some of them have changed by now, others change while they are read.
+                // Wait until some pages have changed; others change while they are read.
                 let patience = Instant::now() + PATIENCE;
                 while frozen.kept_pages() < 50 && Instant::now() < patience {
                     std::thread::yield_now();
@@ -406,7 +407,7 @@ fn what_is_frozen_stands_still_under_hammering_writers() {
     assert_eq!(disk.contents.kept_count(), 0);
 }
 
-/// What the pause costs depends on what was written, not on the disk.
+/// The cost of the pause depends on what was written, not on the size of the disk.
 #[test]
 fn a_large_disk_is_cut_as_fast_as_a_small_one() {
     let file = NamedTempFile::new().unwrap();
@@ -427,6 +428,6 @@ fn a_large_disk_is_cut_as_fast_as_a_small_one() {
     });
     let fastest = fastest.min().unwrap();
     println!("a disk of 1 TiB was cut in {fastest:?}");
-    // A set of its pages has 32 MiB: going through one takes milliseconds.
+    // A set of the disk's pages takes 32 MiB: a pass over one would take milliseconds.
     assert!(fastest < Duration::from_millis(2), "{fastest:?}");
 }

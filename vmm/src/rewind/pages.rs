@@ -1,4 +1,4 @@
-//! Pages of a snapshot's region that were needed before, kept in memory.
+//! A cache of the pages of a snapshot's region that rewinds have needed.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -7,23 +7,24 @@ use rayon::prelude::*;
 
 use crate::error::Result;
 
-/// Pages read from the store at once.
+/// Pages per read from the store.
 const READ_PAGES: u64 = 64;
-/// Pages handed out at once.
+/// Pages that one task hands out.
 const HAND_OUT_PAGES: usize = 128;
 /// Pages that are allocated together: 2 MiB.
 const ARENA_PAGES: usize = 512;
 
-/// A region, and as many of its pages as there is room for.
+/// A region, and as many of its pages as the cache has room for.
 #[derive(Debug)]
 pub(super) struct CachedRegion {
     reader: RegionReader,
-    /// The pages that are here.
+    /// The pages in the cache.
     here: PageSet,
-    /// Of those, by page number, the slot. The rest of it is never touched, so it takes no memory.
+    /// The slot of each cached page, by page number. Other entries are never touched, so they take
+    /// no memory.
     slots: Vec<u32>,
     arena: Vec<Vec<Page>>,
-    /// Slots that nobody has.
+    /// Slots that no page uses.
     free: Vec<u32>,
     max_pages: usize,
 }
@@ -47,7 +48,7 @@ impl CachedRegion {
         }
     }
 
-    /// Reads those of `wanted` that are not here, as far as there is room; returns how many it read.
+    /// Reads those of `wanted` that are not cached, as far as there is room; returns how many.
     pub(super) fn fetch(&mut self, wanted: &PageSet) -> Result<u64> {
         let mut missing = wanted.clone();
         missing.subtract(&self.here);
@@ -67,7 +68,7 @@ impl CachedRegion {
                 (first, count, room) = (first + now, count - now, room - now);
             }
         }
-        // Each page may be a frame to unpack, and the guest writes on meanwhile: on all cores.
+        // On all cores: each page may need a frame unpacked, and the guest keeps writing meanwhile.
         let read = parts.par_iter().map(|(first, count)| read_part(&self.reader, *first, *count));
         let mut pages = 0;
         for (first, bytes) in read.collect::<Result<Vec<_>>>()? {
@@ -79,8 +80,8 @@ impl CachedRegion {
         Ok(pages)
     }
 
-    /// Those that this time does not need make room. The others stay: to go round in a set that is too
-    /// large must not cost all of it each time.
+    /// Drops the pages that are not in `wanted`. The others stay, so that looping over a set larger
+    /// than the cache does not read all of it each time.
     fn make_room(&mut self, wanted: &PageSet) {
         let mut gone = self.here.clone();
         gone.subtract(wanted);
@@ -108,8 +109,8 @@ impl CachedRegion {
         Some(&self.arena[slot / ARENA_PAGES][slot % ARENA_PAGES])
     }
 
-    /// Hands each of `wanted` to `put`, on all cores: there is nobody else who needs them now. What is
-    /// not here is read. Returns how many pages that was.
+    /// Hands each page of `wanted` to `put`, on all cores, which nobody else needs now. Pages that
+    /// are not cached are read from the store; returns how many were.
     pub(super) fn each(
         &self,
         wanted: &PageSet,
@@ -130,7 +131,7 @@ impl CachedRegion {
             }
             Ok(())
         };
-        // For few it takes longer to wake somebody up.
+        // For few pages, waking other threads would take longer.
         if pages.len() <= 2 * HAND_OUT_PAGES {
             hand_out(&pages)?;
         } else {
@@ -139,7 +140,7 @@ impl CachedRegion {
         Ok(read.into_inner())
     }
 
-    /// Adds every page that is not zero to `pages`.
+    /// Adds every page that may be nonzero to `pages`.
     pub(super) fn add_contents(&self, pages: &mut PageSet) -> Result<()> {
         for run in self.reader.runs(0, self.reader.pages())? {
             pages.insert_range(run.first, run.count);

@@ -1,8 +1,8 @@
-//! Checkpoints that nobody has to ask for: every so often, or one after the other, and if wanted at
-//! moments in which the guest writes little.
+//! Scheduled checkpoints: at intervals or back to back and, if wanted, at moments in which the
+//! guest writes little.
 //!
-//! What to do when is decided in `plan` and `quiet`, which know no clock; the thread below has
-//! one, and does it.
+//! `plan` and `quiet` decide what to do when, without reading a clock; the thread below reads the
+//! clock and acts.
 
 mod plan;
 mod quiet;
@@ -28,14 +28,14 @@ use quiet::{LOOK_EVERY, Quiet};
 /// How often to take a checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Every {
-    /// So often, on the clock: one that takes longer costs those that were due meanwhile.
+    /// At a fixed beat: checkpoints that fall due while another is being taken are left out.
     Interval(Duration),
-    /// The next as soon as the one before is published.
+    /// Each as soon as the one before is published.
     Continuous,
 }
 
-/// The longest interval, and the longest that a quiet moment is waited for: a hundred years. Clocks
-/// cannot add any time there is.
+/// The longest interval, and the longest wait for a quiet moment: a hundred years. Adding much more
+/// to a clock's time could overflow.
 pub const TIME_MAX: Duration = Duration::from_hours(36_525 * 24);
 
 /// When to take checkpoints.
@@ -43,8 +43,8 @@ pub const TIME_MAX: Duration = Duration::from_hours(36_525 * 24);
 pub struct Schedule {
     /// How often.
     pub every: Every,
-    /// How long one that is due may wait for a moment in which the guest writes little; it is
-    /// taken then, such a moment or not.
+    /// How long a checkpoint that is due may wait for a moment in which the guest writes little;
+    /// after that it is taken anyway.
     pub quiet: Option<Duration>,
 }
 
@@ -52,23 +52,23 @@ pub struct Schedule {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SkipReason {
-    /// One was being taken: the one before, or one that somebody asked for.
+    /// Another was being taken: the one before, or one that somebody asked for.
     NotDone,
     /// The one before was waiting for a quiet moment.
     Quiet,
-    /// The one before had failed, or was cancelled: the next is tried after a while.
+    /// The one before failed or was cancelled: the next is tried after a while.
     Failed,
 }
 
-/// What the scheduler has to tell.
+/// What the scheduler reports.
 #[derive(Debug)]
 pub enum ScheduleEvent<'a> {
-    /// One was taken, or failed.
+    /// A checkpoint was taken, or failed.
     Checkpoint(&'a Result<CheckpointReport>),
-    /// Some were left out since this was last told. Told at once, then only every so often, and
-    /// once more at the end.
+    /// Checkpoints were left out since the last such event. Reported at once, then only every so
+    /// often, and once more at the end.
     Skipped {
-        /// How many, for this reason.
+        /// How many were left out for this reason.
         count: u64,
         /// The reason.
         because: SkipReason,
@@ -99,8 +99,7 @@ impl Schedule {
 }
 
 /// Takes checkpoints by a [`Schedule`] until dropped: never two at once, and none that would have
-/// to wait for the one before. What is left out is counted among the VM's totals, and not made up
-/// for.
+/// to wait for the one before. Those left out are counted in the VM's totals, but not made up for.
 #[derive(Debug)]
 pub struct Scheduler {
     stop: Option<Sender<()>>,
@@ -111,8 +110,8 @@ impl Scheduler {
     /// Starts taking checkpoints of `vm` by `schedule`.
     ///
     /// # Errors
-    /// [`VmmError::Config`] if a time is zero or longer than [`TIME_MAX`]; [`VmmError::Host`] if its
-    /// thread cannot be started.
+    /// [`VmmError::Config`] if a time is zero or longer than [`TIME_MAX`]; [`VmmError::Host`] if
+    /// the scheduler's thread cannot be started.
     pub fn start(vm: Arc<Vm>, schedule: Schedule, on_event: OnEvent) -> Result<Self> {
         schedule.check()?;
         let (stop, stopped) = crossbeam_channel::bounded::<()>(0);
@@ -128,7 +127,7 @@ impl Scheduler {
         let thread = std::thread::Builder::new()
             .name("frazil-schedule".into())
             .spawn(move || {
-                // What a panic says was said by the panic hook.
+                // The panic hook has printed the panic's message.
                 if catch_unwind(AssertUnwindSafe(|| work.run(&stopped))).is_err() {
                     on_event(&ScheduleEvent::Died);
                 }
@@ -142,23 +141,22 @@ impl Drop for Scheduler {
     fn drop(&mut self) {
         self.stop = None;
         if let Some(thread) = self.thread.take() {
-            // One that panicked has told so.
+            // If the thread panicked, it has reported that.
             let _joined = thread.join();
         }
     }
 }
 
-/// Waits until `until`; false if the scheduler is to stop.
+/// Waits until `until`; returns false if the scheduler is to stop.
 fn wait(stopped: &Receiver<()>, until: Instant) -> bool {
     let left = until.saturating_duration_since(Instant::now());
     stopped.recv_timeout(left) == Err(RecvTimeoutError::Timeout)
 }
 
 impl Vm {
-    /// While the user wants the guest to stand still, a number that another such time will not
-    /// have.
+    /// While the guest is paused by the user, returns a number that is unique to this pause.
     fn rest(&self) -> Option<u64> {
-        // First: a number that is too old is of no time that comes.
+        // Read before `is_paused`: if stale, the number matches no later pause.
         let pauses = self.pauses.load(Ordering::Acquire);
         self.is_paused().then_some(pauses)
     }
@@ -172,7 +170,7 @@ struct Work {
     plan: Plan,
     skips: Skips,
     quiet: Quiet,
-    /// The last time that the guest stood still by the user's wish and was saved since it did.
+    /// The last pause by the user during which the guest was saved.
     saved_at_rest: Option<u64>,
 }
 
@@ -181,11 +179,11 @@ impl Work {
         while wait(stopped, self.plan.due()) && self.vm.ended().is_none() {
             let at_rest = self.vm.rest();
             if at_rest.is_some() && at_rest == self.saved_at_rest {
-                // A snapshot of nothing new takes room as well.
+                // A snapshot takes up room even if nothing has changed.
                 let _at_rest = self.plan.over(Outcome::Resting, Instant::now());
                 continue;
             }
-            // From here on it is counted what is missed, however long this takes.
+            // From here on, missed checkpoints are counted, however long this one takes.
             self.vm.expect_beat(self.plan.beat());
             if !self.wait_for_quiet(stopped) {
                 break;
@@ -194,11 +192,11 @@ impl Work {
             let request = CheckpointRequest::default();
             let taken = match self.schedule.every {
                 Every::Interval(_) => self.vm.checkpoint_if_idle(&request),
-                // One that was asked for is waited for: there is no moment to miss.
+                // Waits for one that somebody asked for: there is no beat to miss.
                 Every::Continuous => Some(self.vm.checkpoint(&request)),
             };
             if matches!(&taken, Some(Err(_)) if self.vm.ended().is_some()) {
-                // Ended meanwhile: nothing failed.
+                // The VM ended meanwhile, which is no failure.
                 break;
             }
             self.saved_at_rest = at_rest.filter(|_| matches!(&taken, Some(Ok(_))));
@@ -209,7 +207,7 @@ impl Work {
         self.say(rest);
     }
 
-    /// Counts and says what became of the one that was due, and was begun at `begun`.
+    /// Counts and reports the outcome of the checkpoint that was due, and began at `begun`.
     fn tell(&mut self, taken: Option<&Result<CheckpointReport>>, begun: Instant) {
         let now = Instant::now();
         taken.iter().for_each(|taken| (self.on_event)(&ScheduleEvent::Checkpoint(taken)));
@@ -223,7 +221,7 @@ impl Work {
         let all = self.plan.over(outcome, now);
         self.vm.count_beat(all);
         let left_out = LeftOut {
-            // One that was left out itself has been counted already.
+            // A due one left out itself is in the totals already (`checkpoint_if_idle`).
             not_done: missed - quiet + u64::from(outcome == Outcome::LeftOut),
             quiet,
             failed: all - missed,
@@ -238,13 +236,13 @@ impl Work {
         }
     }
 
-    /// Waits until the guest writes little, or has been waited for long enough; false if the
-    /// scheduler is to stop.
+    /// Waits until the guest writes little or patience runs out; returns false if the scheduler is
+    /// to stop.
     fn wait_for_quiet(&mut self, stopped: &Receiver<()>) -> bool {
         let Some(patience) = self.schedule.quiet else { return true };
         let until = Instant::now() + patience;
         let mut seen = PageSet::new(self.vm.ram().end_page());
-        // What was written before this moment is no news.
+        // The first look discards what was written before now.
         let mut look = || self.vm.look(&mut seen);
         if look().is_none() {
             return true;

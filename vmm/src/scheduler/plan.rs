@@ -1,16 +1,16 @@
-//! When the next checkpoint is due, and what is left out. Decides, and knows no clock.
+//! Decides when the next checkpoint is due, and which are left out, without reading a clock.
 
 use std::time::{Duration, Instant};
 
 use super::{Every, SkipReason};
 
-/// How long there is no checkpoint after one that failed; twice as long after the next.
+/// How long to take no checkpoint after one that failed; doubles with each further failure.
 const PAUSE_MIN: Duration = Duration::from_millis(100);
-/// What that comes to at the most.
+/// The longest such pause.
 const PAUSE_MAX: Duration = Duration::from_secs(10);
-/// How often continuous checkpoints look whether a guest at rest goes on.
+/// How often continuous checkpoints check whether a guest at rest has gone on.
 const LOOK_AT_REST_EVERY: Duration = Duration::from_millis(10);
-/// What is left out is told at once, and then only this often.
+/// Checkpoints left out are reported at once, and then only this often.
 const TELL_EVERY: Duration = Duration::from_secs(10);
 
 /// What became of a checkpoint that was due.
@@ -26,7 +26,7 @@ pub(super) enum Outcome {
     Resting,
 }
 
-/// The beat of a schedule, from a checkpoint that is due on.
+/// The beat of a schedule, counted from a checkpoint that is due.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Beat {
     due: Instant,
@@ -34,14 +34,14 @@ pub(crate) struct Beat {
 }
 
 impl Beat {
-    /// How many more were due by `now`.
+    /// Returns how many more checkpoints fell due by `now`.
     pub(crate) fn missed(self, now: Instant) -> u64 {
         let late = now.saturating_duration_since(self.due).as_nanos();
         u64::try_from(late / self.interval.as_nanos().max(1)).unwrap_or(u64::MAX)
     }
 }
 
-/// How many were left out, and why.
+/// How many checkpoints were left out, by reason.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct LeftOut {
     pub not_done: u64,
@@ -50,7 +50,7 @@ pub(super) struct LeftOut {
 }
 
 impl LeftOut {
-    /// Each reason there is, and how many for it.
+    /// Returns each reason that applied, and how many were left out for it.
     pub fn reasons(self) -> impl Iterator<Item = (SkipReason, u64)> {
         [
             (SkipReason::NotDone, self.not_done),
@@ -79,12 +79,13 @@ impl Plan {
         Self { every, due, failed_in_a_row: 0 }
     }
 
-    /// When the next one is due; that may have been a while ago.
+    /// Returns when the next checkpoint is due, which may be in the past.
     pub fn due(&self) -> Instant {
         self.due
     }
 
-    /// The beat from the one that is due on; None of continuous ones, which miss nothing.
+    /// Returns the beat from the checkpoint that is due; `None` for continuous checkpoints, which
+    /// miss nothing.
     pub fn beat(&self) -> Option<Beat> {
         match self.every {
             Every::Interval(interval) => Some(Beat { due: self.due, interval }),
@@ -92,13 +93,13 @@ impl Plan {
         }
     }
 
-    /// How many more were due by `now`.
+    /// Returns how many more checkpoints fell due by `now`.
     pub fn missed(&self, now: Instant) -> u64 {
         self.beat().map_or(0, |beat| beat.missed(now))
     }
 
-    /// Plans the next one, now that it is known what became of the last. Returns how many are due
-    /// before it, and have been already or, after a failure, will be: those are left out, not made
+    /// Plans the next checkpoint, given the outcome of the last. Returns how many fall due before
+    /// it, up to now or, after a failure, in the pause that follows: those are left out, not made
     /// up for.
     pub fn over(&mut self, outcome: Outcome, now: Instant) -> u64 {
         self.failed_in_a_row = match outcome {
@@ -107,8 +108,8 @@ impl Plan {
         };
         let not_before = match self.failed_in_a_row {
             0 => now,
-            // The store is full, say: asking it all the time helps nobody, and each time the guest
-            // stands still.
+            // If the store is full, say, trying all the time helps nobody, and pauses the guest
+            // each time.
             n => now + (PAUSE_MIN * 2_u32.pow((n - 1).min(16))).min(PAUSE_MAX),
         };
         match self.every {
@@ -119,7 +120,7 @@ impl Plan {
                 }
                 let late = not_before.saturating_duration_since(self.due).as_nanos();
                 let beat = interval.as_nanos().max(1);
-                // On the beat as before, whatever was missed.
+                // Stay on the same beat, whatever was missed.
                 self.due = not_before
                     + interval.saturating_sub(Duration::from_nanos((late % beat) as u64));
                 if outcome == Outcome::Resting { 0 } else { (late / beat + 1) as u64 }
@@ -135,7 +136,7 @@ impl Plan {
     }
 }
 
-/// Gathers what was left out until it is told.
+/// Collects the counts of checkpoints left out until they are reported.
 #[derive(Debug, Default)]
 pub(super) struct Skips {
     untold: LeftOut,
@@ -143,7 +144,7 @@ pub(super) struct Skips {
 }
 
 impl Skips {
-    /// Adds `more`; returns what is to be told now.
+    /// Adds `more`; returns what to report now.
     pub fn add(&mut self, more: LeftOut, now: Instant) -> LeftOut {
         self.untold.not_done += more.not_done;
         self.untold.quiet += more.quiet;
@@ -156,7 +157,7 @@ impl Skips {
         self.rest()
     }
 
-    /// What was not told yet, for nothing comes any more.
+    /// Takes everything not reported yet.
     pub fn rest(&mut self) -> LeftOut {
         std::mem::take(&mut self.untold)
     }
@@ -175,10 +176,10 @@ mod tests {
         assert_eq!(plan.due(), start + 100 * MS, "not at once");
         assert_eq!(plan.over(Outcome::Taken, start + 130 * MS), 0);
         assert_eq!(plan.due(), start + 200 * MS, "on the beat, however long it took");
-        // Those of 300, 400 and 500 are gone.
+        // Those due at 300, 400 and 500 are left out.
         assert_eq!(plan.over(Outcome::Taken, start + 510 * MS), 3);
         assert_eq!(plan.due(), start + 600 * MS);
-        // One that is done when the next is due has just missed it.
+        // A checkpoint that is done just when the next is due has missed it.
         assert_eq!(plan.over(Outcome::Taken, start + 700 * MS), 1);
         assert_eq!(plan.due(), start + 800 * MS);
         assert_eq!(plan.over(Outcome::LeftOut, start + 800 * MS), 0);
@@ -228,7 +229,8 @@ mod tests {
     fn intervals_that_fail_leave_out_more_and_more_and_keep_the_beat() {
         let start = Instant::now();
         let mut plan = Plan::new(Every::Interval(50 * MS), start);
-        // 100 ms without: those of 100 and 150 are left out. Then 200 ms: those of 250 to 400.
+        // A pause of 100 ms leaves out those due at 100 and 150; then one of 200 ms, those at 250
+        // to 400.
         assert_eq!(plan.over(Outcome::Failed, start + 51 * MS), 2);
         assert_eq!(plan.due(), start + 200 * MS);
         assert_eq!(plan.over(Outcome::Failed, start + 201 * MS), 4);
@@ -243,7 +245,7 @@ mod tests {
         assert_eq!(left_out + failed, (plan.due() - start).as_millis() as u64 / 50 - 9);
         assert_eq!(plan.over(Outcome::Taken, now), 0);
         assert_eq!(plan.due(), now + 50 * MS, "forgiven");
-        // One that comes seldom misses nothing.
+        // With a long interval, none are missed.
         let mut plan = Plan::new(Every::Interval(1_000 * MS), start);
         assert_eq!(plan.over(Outcome::Failed, start + 1_001 * MS), 0);
         assert_eq!(plan.due(), start + 2_000 * MS);
@@ -286,7 +288,7 @@ mod tests {
     fn what_is_missed_can_be_told_before_it_is_over() {
         let start = Instant::now();
         let mut plan = Plan::new(Every::Interval(100 * MS), start);
-        // Due at 100: those of 200 and 300 pass while it is taken.
+        // Due at 100; those due at 200 and 300 pass while it is taken.
         for (now, missed) in [(0, 0), (100, 0), (199, 0), (200, 1), (399, 2)] {
             assert_eq!(plan.missed(start + now * MS), missed, "{now}");
             assert_eq!(plan.beat().expect("a beat").missed(start + now * MS), missed, "{now}");

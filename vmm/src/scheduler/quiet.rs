@@ -1,10 +1,10 @@
 //! Moments in which the guest writes little. A checkpoint taken in one has less to copy while the
 //! guest stands still.
 //!
-//! The measure is what matters: the pages that were written within [`LOOK_EVERY`], as dirty
-//! tracking finds them. A look is a harvest, which loses nothing, since what it finds is kept with
-//! the pages that the head lacks; but those pages are watched anew, so each look costs the guest a
-//! fault for every page that it writes again. That is why nobody looks but who waits.
+//! The measure is the number of pages written within [`LOOK_EVERY`], as dirty tracking finds them.
+//! A look is a harvest. It loses nothing, since the pages it finds join those that the head lacks;
+//! but they are watched anew, so each look costs the guest a fault for every page that it writes
+//! again. Hence only a checkpoint that waits for a quiet moment looks.
 
 use std::sync::TryLockError;
 use std::time::Duration;
@@ -13,25 +13,27 @@ use frazil_snapstore::PageSet;
 
 use crate::vm::Vm;
 
-/// Between two looks.
+/// The time between two looks.
 pub(super) const LOOK_EVERY: Duration = Duration::from_millis(2);
-/// So few pages are quiet, whatever is usual.
+/// So few pages count as quiet, whatever is usual.
 const FEW_PAGES: u64 = 4;
-/// And so is this share of what is usual.
+/// This share of the usual number of pages counts as quiet, too.
 const QUIET_SHARE: f64 = 0.5;
-/// What a look adds to what is usual; looks of some hundred milliseconds count.
+/// The weight of a new look in the moving average, which thus covers about a hundred milliseconds
+/// of looks.
 const NEW_SHARE: f64 = 0.05;
 
-/// Tells quiet from busy by what is usual for this guest.
+/// Tells quiet from busy moments by what is usual for this guest.
 #[derive(Debug, Default)]
 pub(super) struct Quiet {
-    /// Pages a look finds, as a moving average over all looks, also those of earlier waits.
+    /// Moving average of the pages that a look finds, over all looks, including those of earlier
+    /// waits.
     usual: Option<f64>,
 }
 
 impl Quiet {
-    /// True if a look that found `pages` found a quiet moment. A guest that always writes as much
-    /// has none; and what lasts becomes usual.
+    /// Returns true if a look that found `pages` pages found a quiet moment. A guest that always
+    /// writes the same amount has none, and a change that lasts becomes usual.
     pub fn is_now(&mut self, pages: u64) -> bool {
         let found = pages as f64;
         let usual = *self.usual.get_or_insert(found);
@@ -41,8 +43,9 @@ impl Quiet {
 }
 
 impl Vm {
-    /// How many pages were written since the last look or checkpoint; `seen` is room for them.
-    /// None if that cannot be told: a checkpoint is being taken, or dirty tracking fails.
+    /// Returns how many pages were written since the last look or checkpoint, using `seen` as a
+    /// scratch set. `None` if that is unknown: a checkpoint is being taken, or dirty tracking
+    /// fails.
     pub(super) fn look(&self, seen: &mut PageSet) -> Option<u64> {
         let mut line = match self.line.try_lock() {
             Ok(line) => line,

@@ -1,11 +1,11 @@
-//! How often, and why, vCPUs left the guest for us. Exits that KVM handles itself are not seen.
+//! Counts how often, and why, vCPUs exit to user space. Exits that KVM handles itself are not seen.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, kvm_run};
 use kvm_ioctls::VcpuExit;
 
-/// Counters that all vCPUs of a machine share.
+/// Counters shared by all vCPUs of a machine.
 #[derive(Debug, Default)]
 pub(super) struct ExitCounters {
     port_io: AtomicU64,
@@ -20,23 +20,23 @@ pub(super) struct ExitCounters {
 pub struct ExitCounts {
     /// For an access to an I/O port.
     pub port_io: u64,
-    /// For an access to where there is no RAM: a device on the MMIO bus, or nothing.
+    /// For an access outside RAM: to a device on the MMIO bus, or to nothing.
     pub mmio: u64,
     /// Because somebody wanted the vCPU to stop, or a signal came.
     pub kicked: u64,
-    /// Because its dirty ring was full.
+    /// Because the vCPU's dirty ring was full.
     pub ring_full: u64,
     /// For anything else.
     pub other: u64,
 }
 
-/// Bytes of one access to a port. What a string instruction (`rep insb`) reads or writes comes in one exit:
-/// many accesses, all of them to the same port. No wrapper tells how wide they are.
+/// Returns the width in bytes of one port access. A string instruction (`rep insb`) makes many
+/// accesses to the same port in one exit, and no wrapper tells how wide they are.
 ///
 /// # Safety
-/// `run` is that of a vCPU that has just left KVM_RUN for port I/O.
+/// `run` must be that of a vCPU that has just left KVM_RUN for port I/O.
 pub(super) unsafe fn port_access_bytes(run: *const kvm_run) -> usize {
-    // SAFETY: the caller's; this is the member of the union that such an exit fills.
+    // SAFETY: as the caller guarantees; such an exit fills this member of the union.
     let size = unsafe { (&raw const (*run).__bindgen_anon_1.io.size).read_volatile() };
     usize::from(size).max(1)
 }

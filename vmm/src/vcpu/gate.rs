@@ -1,4 +1,4 @@
-//! Where vCPU threads and those who stop them meet.
+//! Where vCPU threads meet the threads that stop them.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "reason", rename_all = "snake_case")]
 pub enum Ended {
-    /// Somebody asked for it.
+    /// Somebody asked for the end.
     Stopped,
     /// Suspended to a snapshot with `checkpoint --exit`.
     Suspended,
@@ -34,25 +34,25 @@ pub enum Ended {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Goal {
     Run,
-    /// Stop at an instruction boundary, and do something once all have.
+    /// Stop at an instruction boundary, and do `task` once all vCPUs have.
     Park {
         task: Task,
     },
     Exit,
 }
 
-/// What a vCPU's thread does with its vCPU when all have stopped: nobody else may.
+/// What a thread does with its own vCPU, which no other thread may touch, once all have stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Task {
     Nothing,
-    /// Read its state.
+    /// Read the vCPU's state.
     Capture,
-    /// Give it another state.
+    /// Give the vCPU another state.
     Restore,
 }
 
-/// How long to look out for somebody before going to sleep: longer than everything in a checkpoint's
-/// pause that is waited for, of which being woken up would be the largest part.
+/// How long to spin before going to sleep: longer than any wait in a checkpoint's pause, since
+/// being woken up would take longer than anything else in it.
 const SPIN_AT_MOST: Duration = Duration::from_micros(400);
 
 #[derive(Debug)]
@@ -63,14 +63,14 @@ struct Inner {
     progress: Progress,
 }
 
-/// How far threads have come with the goal.
+/// How far the threads have come towards the goal.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Progress {
-    /// Threads parked for this goal: one that is still asleep from the goal before is not.
+    /// Threads parked for this goal, not counting those still asleep from the one before.
     parked: u16,
     /// Threads whose vCPU has stopped for this goal.
     stopped: u16,
-    /// Threads that wait in the gate, whichever goal brought them there.
+    /// Threads that wait in the gate, for whichever goal they came.
     waiting: u16,
     /// Threads that have not left for good.
     alive: u16,
@@ -100,29 +100,29 @@ impl Inner {
     }
 }
 
-/// See the module's text.
+/// See the module documentation.
 ///
-/// Everything is settled under the lock. `epoch` and `progress` follow what is behind it, for those
-/// who look out for a change: they lock, and look again, when they have seen one.
+/// Everything is decided under the lock. The atomics `epoch` and `progress` mirror what is under it
+/// for threads that spin: once they see a change, they lock and look again.
 #[derive(Debug)]
 pub(super) struct Gate {
     inner: Mutex<Inner>,
-    /// Set under the lock, and read without it: whoever asks how the machine is must not hold up
-    /// those who stop it.
+    /// Set under the lock and read without it, so that asking how the machine is does not hold up
+    /// the threads that stop it.
     ended: OnceLock<Ended>,
-    /// Threads wait here for another goal, or for each other.
+    /// vCPU threads wait here for another goal, or for each other.
     goal_changed: Condvar,
-    /// Those who stop them wait here for threads to arrive or leave.
+    /// The threads that stop them wait here for vCPU threads to arrive or leave.
     moved: Condvar,
     epoch: AtomicU64,
     progress: AtomicU64,
-    /// Looking out is for hosts with a core for every thread; elsewhere it keeps those from running
-    /// who are waited for.
+    /// Whether to spin: only on hosts with a core for every vCPU thread and one more. Elsewhere
+    /// spinning would keep the threads that are waited for from running.
     spins: bool,
 }
 
 impl Gate {
-    /// A gate for `threads` vCPU threads, which start parked.
+    /// Creates a gate for `threads` vCPU threads, which start parked.
     pub(super) fn new(threads: usize) -> Self {
         let alive = u16::try_from(threads).expect("a machine has at most 254 vCPUs");
         let progress = Progress { alive, ..Progress::default() };
@@ -146,7 +146,7 @@ impl Gate {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets go of the lock, having told those who look out.
+    /// Updates what spinning threads see, and unlocks.
     fn unlock(&self, inner: MutexGuard<'_, Inner>) {
         self.epoch.store(inner.epoch, Ordering::Release);
         self.progress.store(inner.progress.to_bits(), Ordering::Release);
@@ -167,9 +167,9 @@ impl Gate {
         self.moved.notify_all();
     }
 
-    /// Called by a vCPU thread that has stopped for `epoch`: waits until all have, so that nothing
-    /// one of them still does, an interrupt to another vCPU say, is missing from what is read
-    /// afterwards. False if the goal has changed.
+    /// Called by a vCPU thread that has stopped for `epoch`: waits until all have, so that the
+    /// states read afterwards include everything that the others still did, such as sending an
+    /// interrupt to this vCPU. Returns false if the goal has changed.
     pub(super) fn wait_all_stopped(&self, epoch: u64) -> bool {
         let mut inner = self.lock();
         if inner.epoch == epoch {
@@ -218,19 +218,19 @@ impl Gate {
         self.goal_changed.notify_all();
     }
 
-    /// Waits until the vCPUs of all threads have stopped; false if that took longer than
-    /// `patience`. Their threads may be reading them still.
+    /// Waits until the vCPUs of all threads have stopped, though the threads may still be reading
+    /// them. Returns false if that takes longer than `patience`.
     pub(super) fn wait_stopped(&self, patience: Duration) -> bool {
         self.wait(patience, |progress| progress.stopped == progress.alive)
     }
 
-    /// Waits until all threads are parked; false if that took longer than `patience`.
+    /// Waits until all threads are parked; returns false if that takes longer than `patience`.
     pub(super) fn wait_parked(&self, patience: Duration) -> bool {
         self.wait(patience, |progress| progress.parked == progress.alive)
     }
 
-    /// Waits until all threads have left the gate, or somebody sets another goal; false if that
-    /// took longer than `patience`.
+    /// Waits until all threads have left the gate, or somebody sets another goal. Returns false if
+    /// that takes longer than `patience`.
     pub(super) fn wait_unparked(&self, patience: Duration) -> bool {
         let epoch = self.epoch.load(Ordering::Acquire);
         self.wait(patience, |progress| {
@@ -253,7 +253,7 @@ impl Gate {
         Progress::from_bits(self.progress.load(Ordering::Acquire))
     }
 
-    /// Looks out for `reached`, for a while and if there is a core for it.
+    /// Spins until `reached`, for a limited time and only if there is a core for it.
     fn spin_until(&self, reached: impl Fn() -> bool) {
         if !self.spins {
             return;
@@ -264,10 +264,10 @@ impl Gate {
         }
     }
 
-    /// Ends the machine, for the first reason given.
+    /// Ends the machine. Of several reasons, the first stands.
     pub(super) fn end(&self, reason: Ended) {
         let mut inner = self.lock();
-        // The first reason counts.
+        // Fails if there is a reason already.
         let _one_before = self.ended.set(reason);
         inner.change(Goal::Exit);
         self.unlock(inner);
@@ -279,7 +279,7 @@ impl Gate {
         self.ended.get().cloned()
     }
 
-    /// Waits for the machine's end; None if it goes on after `patience`.
+    /// Waits for the machine's end; returns `None` if it has not ended after `patience`.
     pub(super) fn wait_ended(&self, patience: Duration) -> Option<Ended> {
         let until = Instant::now() + patience;
         let mut inner = self.lock();
@@ -300,7 +300,7 @@ mod tests {
 
     const PATIENCE: Duration = Duration::from_secs(20);
 
-    /// A thread that does what a vCPU's does at the gate, and counts its captures.
+    /// Starts a thread that uses the gate as a vCPU's thread does, and counts its captures.
     fn thread(gate: &Arc<Gate>, captures: &Arc<AtomicU64>) -> std::thread::JoinHandle<()> {
         let (gate, captures) = (Arc::clone(gate), Arc::clone(captures));
         std::thread::spawn(move || {
@@ -341,7 +341,7 @@ mod tests {
         let threads: Vec<_> = (0..3).map(|_| thread(&gate, &captures)).collect();
         assert!(gate.wait_parked(PATIENCE));
         for round in 1..=300 {
-            // Parked already, as in a VM that the user paused.
+            // The threads are parked already, as in a VM that the user paused.
             gate.set_goal(Goal::Park { task: Task::Capture });
             assert!(gate.wait_parked(PATIENCE));
             assert_eq!(

@@ -1,8 +1,8 @@
-//! vCPUs: a thread each, that can be stopped at an instruction boundary and read.
+//! vCPUs: one thread each, which can be stopped at an instruction boundary and read.
 //!
-//! `unsafe` is allowed here for the signal that kicks a thread out of KVM_RUN: its handler sets
-//! `immediate_exit` in the thread's own `kvm_run`, which no wrapper can do from outside; and for what
-//! wrappers leave out of that of port I/O.
+//! `unsafe` is allowed here for the signal that kicks a thread out of KVM_RUN, whose handler sets
+//! `immediate_exit` in the thread's own `kvm_run`, which no wrapper can do from outside; and for
+//! reading from `kvm_run` what wrappers do not tell of port I/O.
 #![allow(unsafe_code)]
 
 mod exits;
@@ -35,20 +35,21 @@ use gate::{Gate, Goal, Task};
 use saved::SavedVcpu;
 use state::{RawVcpu, StateReader};
 
-/// The signal that kicks a vCPU thread; the C library keeps the first two real-time signals.
+/// The signal that kicks a vCPU thread. `SIGRTMIN` is past the signals the C library keeps for
+/// itself.
 fn kick_signal() -> i32 {
     libc::SIGRTMIN() + 1
 }
 
-/// How long to wait for a kick before kicking again.
+/// How long to wait for a kick to take effect before kicking again.
 const REKICK_AFTER: Duration = Duration::from_millis(50);
-/// How long all vCPUs may take to stop; a fault that cannot be served ends the machine first.
+/// How long the vCPUs may take to stop; a page fault that cannot be served ends the machine sooner.
 const STOP_PATIENCE: Duration = Duration::from_mins(1);
-/// A guest that uses kvmclock is told of pauses that are longer.
+/// A guest that uses kvmclock is told of pauses longer than this.
 const LONG_PAUSE: Duration = Duration::from_millis(500);
 
 thread_local! {
-    /// `kvm_run.immediate_exit` of the vCPU this thread runs.
+    /// Points to `kvm_run.immediate_exit` of the vCPU that this thread runs, or is null.
     static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(std::ptr::null_mut()) };
 }
 
@@ -60,12 +61,13 @@ extern "C" fn on_kick(
     let flag = IMMEDIATE_EXIT.get();
     if !flag.is_null() {
         // SAFETY: the thread sets the pointer to a field of its vCPU's kvm_run, and resets it
-        // before that is unmapped. A volatile store of a byte is all a signal handler may do.
+        // before the kvm_run is unmapped. A volatile store of a byte is allowed in a signal
+        // handler.
         unsafe { flag.write_volatile(1) };
     }
 }
 
-/// A vCPU that no thread runs yet.
+/// A vCPU that has no thread yet.
 #[derive(Debug)]
 pub struct Vcpu {
     fd: VcpuFd,
@@ -75,7 +77,7 @@ pub struct Vcpu {
 }
 
 impl Vcpu {
-    /// A fresh vCPU, for a machine that is about to boot.
+    /// Creates a fresh vCPU, for a machine that is about to boot.
     ///
     /// # Errors
     /// [`VmmError::Kvm`] naming what KVM refused.
@@ -95,7 +97,7 @@ impl Vcpu {
         Ok(Self { fd, index, reader, rings })
     }
 
-    /// A vCPU with the state `saved`, from the chunk `chunk`.
+    /// Creates a vCPU with the state `saved`, from the chunk `chunk`.
     ///
     /// # Errors
     /// [`VmmError::State`] or [`VmmError::Kvm`] naming what does not fit this host.
@@ -123,13 +125,13 @@ impl Vcpu {
     }
 }
 
-/// Has the guest's watchdogs not take a pause for a lockup (`KVM_KVMCLOCK_CTRL`).
+/// Keeps the guest's watchdogs from taking a pause for a lockup (`KVM_KVMCLOCK_CTRL`).
 fn tell_of_pause(vcpu: &VcpuFd) {
     // A guest without kvmclock cannot be told.
     let _has_none = vcpu.kvmclock_ctrl();
 }
 
-/// A stopped vCPU's state, as read: to be encoded once the guest runs again.
+/// A stopped vCPU's state as read, to be encoded once the guest runs again.
 #[derive(Debug)]
 pub struct CapturedVcpu {
     raw: Box<RawVcpu>,
@@ -137,21 +139,21 @@ pub struct CapturedVcpu {
 }
 
 impl CapturedVcpu {
-    /// Its saved form.
+    /// Returns the saved form of the state.
     #[must_use]
     pub fn save(&self) -> SavedVcpu {
         self.reader.save(&self.raw)
     }
 }
 
-/// The state of a vCPU, from the making of room for it to its being taken away.
+/// Hands over a vCPU's state: first the room for it, then what the thread captured.
 #[derive(Debug, Default)]
 struct CaptureSlot {
     room: Option<Box<RawVcpu>>,
     captured: Option<Result<Box<RawVcpu>>>,
 }
 
-/// A state that a vCPU is to be given, and what came of it.
+/// Hands a vCPU's thread a state to restore, and holds the result.
 #[derive(Debug, Default)]
 struct RestoreSlot {
     wanted: Option<Arc<SavedVcpu>>,
@@ -172,7 +174,7 @@ impl VcpuThread {
     }
 }
 
-/// Nobody holds these for longer than it takes to move a pointer, and nothing in them is half done.
+/// Locks a slot. Poisoning is ignored: a panic leaves nothing in a slot half done.
 fn lock<T>(slot: &Mutex<T>) -> MutexGuard<'_, T> {
     slot.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -189,7 +191,7 @@ impl VcpuSet {
     /// Starts a thread for each vCPU. They are parked until [`Self::resume`].
     ///
     /// # Errors
-    /// [`VmmError::Host`] if a thread or the signal handler cannot be had.
+    /// [`VmmError::Host`] if a thread cannot be started or the signal handler cannot be registered.
     pub fn start(vcpus: Vec<Vcpu>, bus: &Arc<Bus>) -> Result<Self> {
         register_signal_handler(kick_signal(), on_kick).map_err(|error| VmmError::Host {
             op: "register a signal handler".into(),
@@ -225,16 +227,16 @@ impl VcpuSet {
     /// Stops every vCPU at an instruction boundary, with half-done exits finished.
     ///
     /// # Errors
-    /// [`VmmError::NotNow`] if the machine ended, or a vCPU could not be stopped in a minute.
+    /// [`VmmError::NotNow`] if the machine has ended, or a vCPU does not stop within a minute.
     pub fn pause(&self) -> Result<()> {
         self.gate.set_goal(Goal::Park { task: Task::Nothing });
         self.kick_until(|patience| self.gate.wait_parked(patience))
     }
 
-    /// Makes room for the states that [`Self::pause_and_capture`] reads, while the guest runs.
+    /// While the guest runs, allocates room for the states that [`Self::pause_and_capture`] reads.
     ///
     /// # Errors
-    /// [`VmmError::Config`] if there is none.
+    /// [`VmmError::Config`] if it cannot be allocated.
     pub fn prepare_capture(&self) -> Result<()> {
         self.threads.iter().try_for_each(|thread| {
             // A capture that failed may have left something behind.
@@ -244,8 +246,8 @@ impl VcpuSet {
         })
     }
 
-    /// As [`Self::pause`], and each thread goes on to read its own vCPU's state, into the room that
-    /// [`Self::prepare_capture`] made: [`Self::take_captured`] waits for that.
+    /// As [`Self::pause`], after which each thread goes on to read its own vCPU's state into the
+    /// room that [`Self::prepare_capture`] made; [`Self::take_captured`] waits for that.
     ///
     /// # Errors
     /// As [`Self::pause`].
@@ -271,16 +273,18 @@ impl VcpuSet {
         }
     }
 
-    /// Lets the vCPUs run; returns once all of them are on their way.
+    /// Lets the vCPUs run; returns once all of their threads have left the gate.
     pub fn resume(&self) {
         self.gate.set_goal(Goal::Run);
         self.gate.wait_unparked(STOP_PATIENCE);
     }
 
-    /// Adds the states that follow [`Self::pause_and_capture`] to `captured`, when all are there.
+    /// Waits until the states that [`Self::pause_and_capture`] asked for are read, and adds them to
+    /// `captured`.
     ///
     /// # Errors
-    /// What a vCPU's thread met while reading it.
+    /// The error of a vCPU's thread that could not read its state; [`VmmError::NotNow`] if the
+    /// machine ended.
     pub fn take_captured(&self, captured: &mut Vec<CapturedVcpu>) -> Result<()> {
         if !self.gate.wait_parked(STOP_PATIENCE) || self.gate.ended().is_some() {
             return Err(VmmError::NotNow("the vCPUs ended while they were read".into()));
@@ -293,11 +297,11 @@ impl VcpuSet {
         })
     }
 
-    /// Checks that each vCPU can be given the state in `states` that has its place: what it was
-    /// told of its processor cannot be changed any more.
+    /// Checks that each vCPU can be given the state at its index in `states`: the CPUID that it
+    /// runs with cannot be changed any more.
     ///
     /// # Errors
-    /// [`VmmError::State`] naming the first that cannot.
+    /// [`VmmError::State`] naming the first vCPU that cannot.
     pub fn check_states(&self, states: &[Arc<SavedVcpu>]) -> Result<()> {
         for (index, (thread, state)) in self.threads.iter().zip(states).enumerate() {
             thread.reader.check_cpuid(&format!("vcpu{index}"), state)?;
@@ -305,18 +309,18 @@ impl VcpuSet {
         Ok(())
     }
 
-    /// Gives each vCPU the state in `states` that has its place. They stand still after
-    /// [`Self::pause`], and go on doing so.
+    /// Gives each vCPU the state at its index in `states`. The vCPUs must stand still after
+    /// [`Self::pause`], and stay so.
     ///
     /// # Errors
-    /// What KVM refused: some vCPUs may have the new state by then, and none may run. Also if the
-    /// machine ends meanwhile.
+    /// What KVM refused: some vCPUs may have the new state by then, so none may run.
+    /// [`VmmError::NotNow`] if the machine ends meanwhile.
     pub fn restore(&self, states: &[Arc<SavedVcpu>]) -> Result<()> {
         for (thread, state) in self.threads.iter().zip(states) {
             let wanted = Some(Arc::clone(state));
             *lock(&thread.restoring) = RestoreSlot { wanted, done: None };
         }
-        // Nobody is kicked: they wait in the gate, and a signal would only be in KVM's way.
+        // No kick: the threads wait in the gate, and a signal would only get in KVM's way.
         self.gate.set_goal(Goal::Park { task: Task::Restore });
         if !self.gate.wait_parked(STOP_PATIENCE) || self.gate.ended().is_some() {
             return Err(VmmError::NotNow("the vCPUs ended while they were given a state".into()));
@@ -333,13 +337,13 @@ impl VcpuSet {
         self.kick();
     }
 
-    /// Why the machine ended, if it did.
+    /// Returns why the machine ended, if it has.
     #[must_use]
     pub fn ended(&self) -> Option<Ended> {
         self.gate.ended()
     }
 
-    /// Waits for the machine's end; None if it goes on after `patience`.
+    /// Waits for the machine's end; returns `None` if it has not ended after `patience`.
     #[must_use]
     pub fn wait_ended(&self, patience: Duration) -> Option<Ended> {
         let ended = self.gate.wait_ended(patience);
@@ -350,13 +354,13 @@ impl VcpuSet {
         ended
     }
 
-    /// How often they left the guest.
+    /// Returns how often the vCPUs left the guest.
     #[must_use]
     pub fn exits(&self) -> ExitCounts {
         self.exits.counts()
     }
 
-    /// How many there are.
+    /// The number of vCPUs.
     #[must_use]
     pub fn count(&self) -> usize {
         self.threads.len()
@@ -364,7 +368,7 @@ impl VcpuSet {
 
     fn kick(&self) {
         for thread in &self.threads {
-            // A thread that is gone needs no kick.
+            // A thread that has ended needs no kick.
             let _gone = thread.join.kill(kick_signal());
         }
     }
@@ -394,11 +398,11 @@ struct RunningVcpu {
     exits: Arc<ExitCounters>,
     capturing: Arc<Mutex<CaptureSlot>>,
     restoring: Arc<Mutex<RestoreSlot>>,
-    /// Nothing is pending: it was interrupted, or has not run yet.
+    /// True if no exit is pending: KVM_RUN last returned because it was interrupted.
     settled: bool,
 }
 
-/// What one entry into the guest came to.
+/// The outcome of one entry into the guest.
 enum Turn {
     Again,
     /// Kicked: look at the gate.
@@ -470,7 +474,7 @@ impl RunningVcpu {
         }
     }
 
-    /// Gives the vCPU the state that waits for it. Nothing is pending: its last exit is finished.
+    /// Gives the vCPU the state in its slot. Its last exit has been finished.
     fn restore(&mut self) {
         let mut slot = lock(&self.restoring);
         if let Some(saved) = slot.wanted.take() {
@@ -494,8 +498,9 @@ impl RunningVcpu {
         Ok(raw)
     }
 
-    /// A vCPU that left KVM_RUN for an I/O has half an instruction pending. Entering again with
-    /// `immediate_exit` finishes it without running another. One that was interrupted has none.
+    /// Finishes a pending exit: a vCPU that left KVM_RUN for I/O is in the middle of an
+    /// instruction, which entering again with `immediate_exit` completes without starting another.
+    /// A vCPU that was interrupted has none pending.
     fn finish_exit(&mut self) -> Option<Ended> {
         while !self.settled {
             self.fd.set_kvm_immediate_exit(1);
@@ -513,10 +518,10 @@ impl RunningVcpu {
         self.exits.count(&exit);
         match exit {
             Ok(VcpuExit::IoOut(port, data)) => {
-                // SAFETY: it has just left for port I/O.
+                // SAFETY: the vCPU has just left KVM_RUN for port I/O.
                 let accesses = data.chunks(unsafe { port_access_bytes(run) });
                 let ends = accesses.filter_map(|access| self.bus.pio_write(port, access));
-                // All of them are done, also behind one that ends the machine.
+                // Every access is carried out, even after one that ends the machine.
                 ends.reduce(|first, _| first).map_or(Turn::Again, Turn::End)
             }
             Ok(VcpuExit::IoIn(port, data)) => {
@@ -554,7 +559,7 @@ impl RunningVcpu {
         }
     }
 
-    /// Its ring is full: KVM lets it go on once there is room.
+    /// Makes room in the dirty rings: KVM lets the vCPU go on once its ring is not full.
     fn relieve_rings(&self) -> Turn {
         match self.rings.as_ref().map(|rings| rings.relieve()) {
             Some(Ok(())) => Turn::Again,
@@ -564,9 +569,9 @@ impl RunningVcpu {
     }
 
     fn kicked(&mut self) -> Turn {
-        // Before the gate is looked at: a kick that comes after it sets the flag again.
+        // Cleared before the gate is looked at: a kick after that look sets the flag again.
         self.fd.set_kvm_immediate_exit(0);
-        // KVM finishes what is pending before it looks for an interruption.
+        // KVM finishes a pending exit before it checks for interruptions.
         self.settled = true;
         Turn::Kicked
     }

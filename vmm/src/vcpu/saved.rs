@@ -1,4 +1,4 @@
-//! The saved form of a vCPU: named fields, readable as JSON, apart from KVM's structures.
+//! The saved form of a vCPU: named fields, readable as JSON, separate from KVM's structures.
 
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use crate::state::{HexBytes, Saved, hex_u64};
 pub(super) const MSR_IA32_TSC: u32 = 0x10;
 
 /// Declares a saved type with the fields of a KVM structure, and both conversions. The pattern
-/// names every field: one that KVM adds breaks the build.
+/// names every field, so one that KVM adds breaks the build.
 macro_rules! mirror {
     ($(#[$doc:meta])* $saved:ident = $kvm:ident { $($field:ident: $type:ty),* $(,)? } skip { $($skip:ident),* $(,)? }) => {
         $(#[$doc])*
@@ -122,7 +122,7 @@ mirror! {
     SavedDebugRegs = kvm_debugregs { db: [u64; 4], dr6: Reg, dr7: Reg, flags: u64 } skip { reserved }
 }
 
-/// Exceptions, interrupts, NMIs and SMIs on their way.
+/// Exceptions, interrupts, NMIs and SMIs that are pending or being delivered.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[allow(missing_docs)] // the names are KVM's
@@ -315,7 +315,7 @@ impl SavedXcr {
     }
 }
 
-/// All KVM keeps of one vCPU.
+/// Everything KVM keeps for one vCPU.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SavedVcpu {
@@ -333,18 +333,18 @@ pub struct SavedVcpu {
     pub xcrs: Vec<SavedXcr>,
     /// The XSAVE area (Intel SDM vol. 1, 13.4): FPU, SSE, AVX and whatever else there is.
     pub xsave: HexBytes,
-    /// The local APIC's registers page.
+    /// The local APIC's register page.
     pub lapic: HexBytes,
     /// Model-specific registers, in the order KVM lists them.
     pub msrs: Vec<SavedMsr>,
-    /// Events on their way.
+    /// Events that are pending or being delivered.
     pub events: SavedEvents,
-    /// What CPUID says.
+    /// The CPUID leaves.
     pub cpuid: Vec<SavedCpuid>,
 }
 
 impl SavedVcpu {
-    /// Has its TSC go on for `later`.
+    /// Advances the TSC by `later`.
     pub(crate) fn advance(&mut self, later: Duration) {
         let ticks = later.as_nanos().saturating_mul(self.tsc_khz.into()) / 1_000_000;
         for msr in self.msrs.iter_mut().filter(|msr| msr.index.0 == u64::from(MSR_IA32_TSC)) {
@@ -358,7 +358,8 @@ impl Saved for SavedVcpu {
     const VERSION: u32 = 1;
 }
 
-/// None if no processor of a PC is ever in that state: KVM takes any number.
+/// Converts a saved MP state to KVM's form; `None` if no processor of a PC is ever in that state,
+/// which KVM does not check.
 pub(super) fn mp_state(saved: u32) -> Option<kvm_mp_state> {
     let known = [
         KVM_MP_STATE_RUNNABLE,

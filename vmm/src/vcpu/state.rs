@@ -1,6 +1,6 @@
-//! Reading a vCPU's state out of KVM, and putting it into a new one.
+//! Reads a vCPU's state out of KVM, and puts it into a vCPU, new or used.
 //!
-//! `unsafe` is allowed here for the XSAVE calls, whose buffer must be as long as KVM writes.
+//! `unsafe` is allowed here for the XSAVE calls, whose buffers must be as long as KVM expects.
 #![allow(unsafe_code)]
 
 use std::sync::OnceLock;
@@ -21,7 +21,7 @@ const XSAVE_LEN: usize = 4096;
 /// The lowest bit of CR3 that is part of the address of a page table.
 const PAGE_TABLE_BIT: u64 = 1 << 12;
 
-/// Everything KVM keeps of one vCPU, in KVM's own form: what is read while the guest is stopped.
+/// Everything KVM keeps for one vCPU, in KVM's own form, as read while the guest is stopped.
 #[derive(Debug)]
 pub(super) struct RawVcpu {
     mp_state: kvm_mp_state,
@@ -36,7 +36,7 @@ pub(super) struct RawVcpu {
     tsc_khz: u32,
 }
 
-/// What reading the state needs, made once: which MSRs there are, how long the XSAVE area is.
+/// What reading the state needs, found out once: which MSRs there are, how long the XSAVE area is.
 #[derive(Debug)]
 pub(super) struct StateReader {
     msrs: Msrs,
@@ -47,11 +47,11 @@ pub(super) struct StateReader {
     tsc_khz: OnceLock<u32>,
 }
 
-/// What `kvm_run` can have of a vCPU's state: `KVM_SYNC_X86_REGS`, `_SREGS` and `_EVENTS`.
+/// The parts of a vCPU's state that `kvm_run` can hold.
 const SYNC_ALL: u32 = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS;
 
 impl StateReader {
-    /// Finds out which of `msr_indices` this vCPU has. KVM lists some that a guest lacks.
+    /// Finds out which of `msr_indices` this vCPU has: KVM lists some that a guest lacks.
     pub(super) fn new(
         vm: &VmFd,
         vcpu: &VcpuFd,
@@ -65,7 +65,7 @@ impl StateReader {
             if read == indices.len() {
                 break msrs;
             }
-            // KVM stops at the first it cannot read.
+            // KVM stops at the first MSR that it cannot read.
             indices.remove(read);
         };
         let xsave_len =
@@ -79,8 +79,9 @@ impl StateReader {
         })
     }
 
-    /// Has the next KVM_RUN that is left leave registers and events in `kvm_run`, if this KVM can:
-    /// each call that asks a vCPU for something costs as much as loading it does.
+    /// Sets whether KVM_RUN leaves registers and events in `kvm_run` when it returns, if this KVM
+    /// can. This is cheaper than asking: each call that reads part of a vCPU's state has to load
+    /// the vCPU.
     pub(super) fn want_sync(&self, vcpu: &mut VcpuFd, wanted: bool) {
         if self.can_sync {
             for reg in [SyncReg::Register, SyncReg::SystemRegister, SyncReg::VcpuEvents] {
@@ -89,13 +90,14 @@ impl StateReader {
         }
     }
 
-    /// The MP state, which comes first of all: reading it makes KVM apply events that wait for the
-    /// vCPU and may change everything else.
+    /// Reads the MP state. It must be read first: reading it makes KVM apply the vCPU's pending
+    /// events, which may change everything else.
     pub(super) fn read_mp_state(vcpu: &VcpuFd) -> Result<kvm_mp_state> {
         vcpu.get_mp_state().map_err(VmmError::kvm("read the MP state"))
     }
 
-    /// Room for the state of a vCPU, so that none has to be found while the guest stands still.
+    /// Allocates room for the state of a vCPU, so that nothing is allocated while the guest stands
+    /// still.
     pub(super) fn room(&self) -> Result<Box<RawVcpu>> {
         let xsave = Xsave::new(self.xsave_extra_words).map_err(|error| {
             VmmError::Config(format!("cannot make room for the XSAVE area: {error:?}"))
@@ -115,8 +117,8 @@ impl StateReader {
     }
 
     /// Reads the state of a vCPU that has left KVM_RUN after [`Self::read_mp_state`] and
-    /// [`Self::want_sync`], and has done nothing since. The MSRs come after the LAPIC, since the
-    /// TSC deadline timer belongs to both.
+    /// [`Self::want_sync`], and has done nothing since. The MSRs are read after the LAPIC, since
+    /// the TSC deadline timer belongs to both.
     pub(super) fn read(
         &self,
         vcpu: &VcpuFd,
@@ -151,7 +153,7 @@ impl StateReader {
                 found: "KVM refuses to read it".into(),
             });
         }
-        // Nobody but us changes it, and not after the start.
+        // Only this VMM changes the frequency, and only before the vCPU starts.
         *tsc_khz = *self.tsc_khz.get_or_init(|| vcpu.get_tsc_khz().unwrap_or(0));
         Ok(())
     }
@@ -184,7 +186,7 @@ impl StateReader {
         restore(vcpu, chunk, saved, self.xsave_extra_words)
     }
 
-    /// Checks that `saved` is of a processor like this one: CPUID is fixed once a vCPU has run.
+    /// Checks that `saved` has the CPUID of this vCPU, which is fixed once the vCPU has run.
     pub(super) fn check_cpuid(&self, chunk: &str, saved: &SavedVcpu) -> Result<()> {
         if saved.cpuid == self.cpuid {
             return Ok(());
@@ -196,19 +198,19 @@ impl StateReader {
         })
     }
 
-    /// Puts `saved` in place of the state of vCPU `index`, which has run and has nothing pending.
+    /// Replaces the state of vCPU `index`, which has run and has nothing pending, with `saved`.
     pub(super) fn replace(&self, vcpu: &VcpuFd, index: usize, saved: &SavedVcpu) -> Result<()> {
-        // Applies the events that wait for it (INIT, SIPI), so that none comes afterwards.
+        // Applies the vCPU's pending events (INIT, SIPI), so that none comes afterwards.
         Self::read_mp_state(vcpu)?;
-        // Page tables have changed under it without its knowing. Its CR3 may be the same as before,
-        // and only one that changes makes KVM forget what it translated.
+        // The page tables were changed behind the vCPU's back. CR3 may be the same as before, and
+        // KVM forgets its translations only when CR3 changes.
         let mut elsewhere: kvm_sregs = (&saved.sregs).into();
         elsewhere.cr3 ^= PAGE_TABLE_BIT;
         vcpu.set_sregs(&elsewhere).map_err(VmmError::kvm("set segment registers"))?;
         self.restore(vcpu, &format!("vcpu{index}"), saved)
     }
 
-    /// The saved form of what was read.
+    /// Converts what was read to its saved form.
     pub(super) fn save(&self, raw: &RawVcpu) -> SavedVcpu {
         let fixed = raw.xsave.as_fam_struct_ref().xsave.region;
         let words = fixed.iter().chain(raw.xsave.as_slice());
@@ -240,13 +242,13 @@ fn msr_list(indices: &[u32]) -> Result<Msrs> {
         .map_err(|error| VmmError::Config(format!("cannot make a list of MSRs: {error:?}")))
 }
 
-/// The CPUID leaves of a saved vCPU.
+/// Converts the CPUID leaves of a saved vCPU to KVM's form.
 pub(super) fn restore_cpuid(chunk: &str, saved: &[SavedCpuid]) -> Result<CpuId> {
     let entries: Vec<_> = saved.iter().map(Into::into).collect();
     CpuId::from_entries(&entries).map_err(|_| too_many(chunk, "CPUID leaves", saved.len()))
 }
 
-/// Of a list that is longer than KVM takes.
+/// The error for a list that is longer than KVM takes.
 fn too_many(chunk: &str, what: &str, found: usize) -> VmmError {
     VmmError::State {
         chunk: chunk.to_owned(),
@@ -256,8 +258,8 @@ fn too_many(chunk: &str, what: &str, found: usize) -> VmmError {
 }
 
 /// Puts `saved` into a new vCPU whose CPUID is set already. Where the order matters:
-/// - SREGS before the LAPIC: they hold the APIC base, which decides its mode;
-/// - XCRS after XSAVE would do as well, but both after SREGS, whose CR4 allows them;
+/// - SREGS before the LAPIC: they hold the APIC base, which decides the LAPIC's mode;
+/// - XSAVE and XCRS, in either order, after SREGS, whose CR4 enables them;
 /// - the LAPIC before the MSRs: the deadline timer needs the timer mode;
 /// - the TSC before the TSC deadline;
 /// - the events after everything that may clear one; the MP state last, since it lets the vCPU go.
@@ -303,7 +305,8 @@ fn restore(vcpu: &VcpuFd, chunk: &str, saved: &SavedVcpu, extra_words: usize) ->
     vcpu.set_mp_state(mp_state).map_err(refuses("a state of a processor"))
 }
 
-/// `extra_words` is how much longer this VM's area is than the fixed part: KVM reads so many.
+/// Restores the XSAVE area. `extra_words` is how much longer this VM's area is than the fixed part:
+/// KVM reads that many.
 fn restore_xsave(vcpu: &VcpuFd, saved: &HexBytes, extra_words: usize) -> Result<(), String> {
     let (words, rest) = saved.0.as_chunks::<4>();
     let most = XSAVE_LEN + extra_words * 4;
@@ -319,7 +322,7 @@ fn restore_xsave(vcpu: &VcpuFd, saved: &HexBytes, extra_words: usize) -> Result<
     unsafe { xsave.as_mut_fam_struct() }.xsave.region.copy_from_slice(fixed);
     xsave.as_mut_slice().copy_from_slice(extra);
     let set = if extra.is_empty() {
-        // SAFETY: KVM reads the fixed part alone.
+        // SAFETY: KVM reads only the fixed part.
         unsafe { vcpu.set_xsave(&xsave.as_fam_struct_ref().xsave) }
     } else {
         // SAFETY: the buffer is as long as KVM_CAP_XSAVE2 said.
@@ -351,7 +354,8 @@ fn restore_msrs(vcpu: &VcpuFd, chunk: &str, saved: &[SavedMsr]) -> Result<()> {
         if set == rest.len() {
             break;
         }
-        // KVM stopped at one it refuses. That is no loss if the new vCPU has that value anyway.
+        // KVM stopped at an MSR that it refuses to set. That is no loss if the vCPU has the value
+        // anyway.
         let refused = rest[set];
         let mut now = msr_list(&[refused.index])?;
         let read = vcpu.get_msrs(&mut now).map_err(VmmError::kvm("read MSRs"))?;
