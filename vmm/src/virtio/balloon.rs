@@ -1,11 +1,12 @@
-//! The memory balloon (virtio 1.2, 5.5): pages that the guest lends to the host, and reports of pages
-//! that it does not use. What they held is forgotten, so snapshots need not keep it.
+//! The memory balloon (virtio 1.2, 5.5): pages that the guest lends to the host, and reports of
+//! pages
+//! that it does not use. Their contents are discarded, so snapshots need not keep them.
 //!
 //! Queues are numbered as Linux numbers them behind MMIO, without gaps: inflate, deflate, reports.
-//! A page that the guest takes back is zero, as new memory is; deflating needs nothing to be done.
+//! A page that the guest takes back is zero, as new memory is, so deflating takes no work.
 //!
-//! Its thread frees a piece at a time. While somebody waits for it to be still, or a vCPU for one of its queues,
-//! what is left of a chain stays as it is: to free pages is only ever a favour.
+//! The device's thread frees one piece at a time. If somebody waits for the device to be still, or
+//! a vCPU for one of its queues, the rest of a chain is left as it is: freeing pages is optional.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -30,7 +31,7 @@ use crate::memory::GuestMemory;
 
 /// The guest may take pages back when it runs out of memory (5.5.3).
 const DEFLATE_ON_OOM: u64 = bit(2);
-/// It may report free pages.
+/// The guest may report free pages.
 const REPORTING: u64 = bit(5);
 
 const QUEUE_SIZE: u16 = 128;
@@ -38,12 +39,12 @@ const INFLATE: u16 = 0;
 const QUEUES: [u16; 3] = [QUEUE_SIZE; 3];
 const REPORTS: u16 = 2;
 
-/// Where `actual` is in the configuration space, after `num_pages`.
+/// Offset of `actual` in the configuration space, after `num_pages`.
 const ACTUAL: u64 = 4;
 const PAGE_BYTES: u64 = PAGE_SIZE as u64;
-/// Freed without looking up: zeroing that much takes some 30 µs.
+/// Bytes freed between two checks of whether somebody waits: zeroing that much takes some 30 µs.
 const PIECE_BYTES: u64 = 256 << 10;
-/// Page numbers that are looked at in one inflating chain. Linux sends 256.
+/// How many page numbers of one inflating chain are looked at. Linux sends 256.
 const PAGES_MAX: u64 = 4096;
 
 /// A memory balloon.
@@ -61,16 +62,16 @@ struct Parts {
     free: Arc<dyn FreePages>,
     /// Pages that the host asks for.
     target: AtomicU32,
-    /// Pages that the guest says it gave.
+    /// Pages that the guest says it has given.
     actual: AtomicU32,
     gate: WorkGate,
 }
 
 impl Balloon {
-    /// An empty one. `free` gets the pages.
+    /// Creates an empty balloon that hands pages to `free`.
     ///
     /// # Errors
-    /// [`VmmError::Host`](crate::VmmError::Host) if there is no eventfd to be had.
+    /// [`VmmError::Host`](crate::VmmError::Host) if an eventfd cannot be created.
     pub fn new(free: Arc<dyn FreePages>) -> Result<Self> {
         let parts = Arc::new(Parts {
             free,
@@ -82,7 +83,7 @@ impl Balloon {
         Ok(Self { parts, link, doorbell: doorbell(0)?, in_place: false, worker })
     }
 
-    /// One without a thread: chains are served before a notification returns.
+    /// Creates a balloon without a thread: chains are served before a notification returns.
     ///
     /// # Errors
     /// As [`Self::new`].
@@ -90,10 +91,10 @@ impl Balloon {
         Ok(Self { in_place: true, ..Self::new(free)? })
     }
 
-    /// Asks the guest for so many pages of 4 KiB in all. It gives them, or takes them back, as it can.
-    /// Waits while the device must be still.
+    /// Asks the guest for `pages` pages of 4 KiB in all. It gives pages, or takes some back, as it
+    /// can. Waits while the device must be still.
     pub fn set_target(&self, pages: u32) {
-        // Not half of it in a snapshot: the wish and that the guest is to be told.
+        // A snapshot must have the target and the notice to the guest both or not at all.
         let _work = self.parts.gate.begin();
         let before = self.parts.target.swap(pages, Ordering::AcqRel);
         if let Some(link) = self.link.get().filter(|_| before != pages) {
@@ -101,7 +102,7 @@ impl Balloon {
         }
     }
 
-    /// Pages of 4 KiB that the host asks for, and that the guest says it gave.
+    /// The pages of 4 KiB that the host asks for, and those that the guest says it has given.
     #[must_use]
     pub fn pages(&self) -> (u32, u32) {
         (self.parts.target.load(Ordering::Acquire), self.parts.actual.load(Ordering::Acquire))
@@ -109,14 +110,14 @@ impl Balloon {
 }
 
 impl Parts {
-    /// Serves all queues until nothing waits, or it is to end.
+    /// Serves all queues until nothing waits, or `is_over`.
     fn serve(&self, link: &Link, is_over: impl Fn() -> bool) {
         for queue in 0..QUEUES.len() as u16 {
             while !is_over() && self.serve_one(link, queue) {}
         }
     }
 
-    /// Serves the next chain of a queue. False if there is none.
+    /// Serves the next chain of a queue. Returns false if there is none.
     fn serve_one(&self, link: &Link, index: u16) -> bool {
         let _work = self.gate.begin();
         let served = link.with_queue(index, |queue, memory| {
@@ -136,7 +137,7 @@ impl Parts {
         served.unwrap_or(false)
     }
 
-    /// Frees the pages whose numbers a chain has (5.5.6), neighbours together.
+    /// Frees the pages whose numbers are in a chain (5.5.6), adjacent ones together.
     fn inflate(
         &self,
         link: &Link,
@@ -148,7 +149,7 @@ impl Parts {
             let mut number = [0; 4];
             numbers.read(memory, &mut number)?;
             let page = u64::from(u32::from_le_bytes(number));
-            // What is not RAM is left out: there is nothing to forget.
+            // Pages outside RAM are left out: there is nothing to free.
             let start = GuestAddress(page * PAGE_BYTES);
             if !memory.check_range(start, PAGE_SIZE, Permissions::Write) {
                 continue;
@@ -196,7 +197,7 @@ impl VirtioDevice for Balloon {
         [target.to_le_bytes(), actual.to_le_bytes()].concat()
     }
 
-    /// The driver tells how many pages it gave. In the width of the field (4.2.2.2), all at once.
+    /// The driver tells how many pages it has given, in one write as wide as the field (4.2.2.2).
     fn write_config(&self, offset: u64, data: &[u8]) {
         if let (ACTUAL, Ok(value)) = (offset, data.try_into()) {
             self.parts.actual.store(u32::from_le_bytes(value), Ordering::Release);
@@ -214,7 +215,7 @@ impl VirtioDevice for Balloon {
                 let serve = || parts.serve(&link, || ending.is_wanted());
                 serve_when_rung(link.name(), doorbell, ending, serve);
             })?;
-        // The link is set once, and so is this.
+        // Never set before: the link is set only once.
         let _first = self.worker.set(worker);
         Ok(())
     }
@@ -231,7 +232,7 @@ impl VirtioDevice for Balloon {
         Some(&self.doorbell)
     }
 
-    /// The guest has its pages again (5.5.5.1).
+    /// After a reset, the guest has all its pages again (5.5.5.1).
     fn reset(&self) {
         self.parts.actual.store(0, Ordering::Release);
     }

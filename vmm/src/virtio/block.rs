@@ -1,8 +1,8 @@
 //! The block device (virtio 1.2, 5.2), over a [`Disk`].
 //!
-//! A thread of its own does the requests, one after the other. It begins a disk request before it takes
-//! the guest's off the queue and ends it when the answer is in guest memory: so whoever has drained the
-//! disk finds queue, memory and disk of one mind.
+//! The device's own thread handles requests one at a time. It begins a disk request before it takes
+//! the guest's off the queue and ends it when the answer is in guest memory: so once the disk is
+//! drained, queue, memory and disk agree.
 
 mod request;
 
@@ -23,46 +23,47 @@ use crate::disk::{Disk, SECTOR_BYTES};
 use crate::error::Result;
 use request::Scratch;
 
-/// Entries of its queue.
+/// Entries of the queue.
 const QUEUE_SIZE: u16 = 256;
-/// Buffers of data in a request: with header and status it fits the queue.
+/// Maximum number of data buffers in a request: with header and status they fit the queue.
 const SEGMENTS_MAX: u32 = 126;
-/// Bytes in one of them. A request is thus 8 MiB at the most, and done soon when a checkpoint waits.
+/// Maximum bytes in one of them. A request is thus at most 8 MiB, and soon done when a checkpoint
+/// waits.
 const SEGMENT_BYTES_MAX: u32 = 64 << 10;
-/// Ranges that one request may discard or fill with zeros.
+/// Maximum number of ranges that one request may discard or fill with zeros.
 const RANGES_MAX: u32 = 8;
-/// Sectors in each of them: 256 MiB, of which each 256 KiB is looked at.
+/// Maximum sectors in each of them: 256 MiB, of which every chunk of 256 KiB is looked at.
 const RANGE_SECTORS_MAX: u32 = (256 << 20) / SECTOR_BYTES as u32;
-/// What drivers are told of these two: a checkpoint waits for the request that is being done, with the guest
-/// standing still. Drivers that were told more, and are in snapshots, may do more.
+/// The limits that drivers are told instead of these two: a checkpoint waits for the request in
+/// flight while the guest stands still. Drivers in older snapshots were told more, and may do more.
 const RANGES_TOLD: u32 = 1;
 const RANGE_SECTORS_TOLD: u32 = (32 << 20) / SECTOR_BYTES as u32;
-/// Physical blocks are pages of 8 sectors, 2 to the power of this: a write of less reads first.
+/// Physical blocks are pages of 2 to the power of this, 8, sectors: a smaller write reads first.
 const PHYSICAL_BLOCK_EXP: u8 = 3;
 
 /// A block device.
 #[derive(Debug)]
 pub struct Block {
     disk: Arc<Disk>,
-    /// The disk's.
+    /// The disk's name.
     name: Arc<str>,
     doorbell: Arc<EventFd>,
-    /// For requests that are done where they are notified, for tests that want one thing after the other.
+    /// `Some` if requests are handled by whoever notifies, for tests that want a fixed order.
     in_place: Option<Mutex<Scratch>>,
     worker: OnceLock<Worker>,
 }
 
 impl Block {
-    /// The device of `disk`.
+    /// Creates the device of `disk`.
     ///
     /// # Errors
-    /// [`VmmError::Host`](crate::VmmError::Host) if there is no eventfd to be had.
+    /// [`VmmError::Host`](crate::VmmError::Host) if an eventfd cannot be created.
     pub fn new(disk: Arc<Disk>) -> Result<Self> {
         let (name, doorbell) = (disk.name().into(), doorbell(0)?);
         Ok(Self { disk, name, doorbell, in_place: None, worker: OnceLock::new() })
     }
 
-    /// One without a thread: requests are done before a notification returns.
+    /// Creates a device without a thread: requests are handled before a notification returns.
     ///
     /// # Errors
     /// As [`Self::new`].
@@ -70,14 +71,15 @@ impl Block {
         Ok(Self { in_place: Some(Mutex::default()), ..Self::new(disk)? })
     }
 
-    /// Its disk.
+    /// The device's disk.
     #[must_use]
     pub fn disk(&self) -> &Arc<Disk> {
         &self.disk
     }
 }
 
-/// Does what waits. Each request is one of the disk, so that a checkpoint comes in between.
+/// Handles the requests that wait, each as a disk request of its own, so that a checkpoint can come
+/// in between.
 fn serve(link: &Link, disk: &Disk, scratch: &mut Scratch, is_over: impl Fn() -> bool) {
     let mut goes_on = true;
     while goes_on && !is_over() {
@@ -131,14 +133,14 @@ impl VirtioDevice for Block {
         config.extend((SECTOR_BYTES as u32).to_le_bytes());
         config.extend([PHYSICAL_BLOCK_EXP, 0]);
         config.extend((1_u16 << PHYSICAL_BLOCK_EXP).to_le_bytes());
-        // No optimal length, no cache to switch, one queue that is not told of.
+        // No optimal I/O length, no cache mode to switch, and the number of queues is not offered.
         config.extend([0; 8]);
         config.extend(RANGE_SECTORS_TOLD.to_le_bytes());
         config.extend(RANGES_TOLD.to_le_bytes());
         config.extend((1_u32 << PHYSICAL_BLOCK_EXP).to_le_bytes());
         config.extend(RANGE_SECTORS_TOLD.to_le_bytes());
         config.extend(RANGES_TOLD.to_le_bytes());
-        // Zeros may be holes, and are.
+        // Writing zeros may unmap, and does.
         config.extend([1, 0, 0, 0]);
         config
     }
@@ -159,7 +161,7 @@ impl VirtioDevice for Block {
                 });
             },
         )?;
-        // One that is started twice has its second thread ended at once.
+        // If the device is started twice, the second thread ends at once.
         let _first = self.worker.set(worker);
         Ok(())
     }

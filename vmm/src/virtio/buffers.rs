@@ -1,4 +1,4 @@
-//! The buffers of a descriptor chain, read or written from their start.
+//! The buffers of a descriptor chain, read or written from the start.
 
 use std::collections::VecDeque;
 
@@ -7,18 +7,18 @@ use vm_memory::{Address, Bytes, GuestAddress};
 use super::queue::Nonsense;
 use crate::memory::GuestMemory;
 
-/// Buffers in guest memory that were found to lie in RAM, and are used up in order.
+/// Buffers known to lie in guest RAM, which are used up in order.
 #[derive(Debug, Default)]
 pub(super) struct Buffers {
     parts: VecDeque<(GuestAddress, u32)>,
-    /// Bytes that are left.
+    /// Bytes left.
     len: u64,
-    /// True once there was one, if only of no bytes.
+    /// True once a buffer was added, even an empty one.
     any: bool,
 }
 
 impl Buffers {
-    /// Adds one at the end.
+    /// Adds a buffer at the end.
     pub(super) fn push(&mut self, address: GuestAddress, len: u32) {
         self.any = true;
         if len > 0 {
@@ -27,17 +27,17 @@ impl Buffers {
         }
     }
 
-    /// True if there never was one.
+    /// Returns true if no buffer was ever added.
     pub(super) fn is_untouched(&self) -> bool {
         !self.any
     }
 
-    /// Bytes that are left.
+    /// Bytes left.
     pub(super) fn len(&self) -> u64 {
         self.len
     }
 
-    /// The parts that are left.
+    /// Iterates over the parts left.
     pub(super) fn parts(&self) -> impl Iterator<Item = (GuestAddress, u32)> + '_ {
         self.parts.iter().copied()
     }
@@ -57,24 +57,24 @@ impl Buffers {
     /// Fills `out`.
     ///
     /// # Errors
-    /// If there is less left.
+    /// If fewer bytes are left.
     pub(super) fn read(&mut self, memory: &GuestMemory, out: &mut [u8]) -> Result<(), Nonsense> {
         self.each(out.len(), |address, range| {
             memory.read_slice(&mut out[range], address).map_err(not_in_ram)
         })
     }
 
-    /// Writes `bytes`, which are then known to be written to whoever tracks that.
+    /// Writes `bytes`; the write is noted for the next checkpoint.
     ///
     /// # Errors
-    /// If there is less room left.
+    /// If less room is left.
     pub(super) fn write(&mut self, memory: &GuestMemory, bytes: &[u8]) -> Result<(), Nonsense> {
         self.each(bytes.len(), |address, range| {
             memory.write_slice(&bytes[range], address).map_err(not_in_ram)
         })
     }
 
-    /// Uses up `len` bytes, handing on where each part of them is.
+    /// Uses up `len` bytes, calling `part` with the address of each part and its range within them.
     fn each(
         &mut self,
         len: usize,

@@ -1,4 +1,4 @@
-//! The virtio devices of a machine: which there are, where the guest finds them, how each comes to be.
+//! The virtio devices of a machine: which there are, where the guest finds them, how each is built.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -21,26 +21,26 @@ use crate::memory::HOLE_START;
 use crate::state::ChunkSet;
 use crate::vcpu::saved::Reg;
 
-/// Inputs of the IOAPIC that devices may have: those that no 8259A has, and then the ones of which a PC
-/// does not know already what they are for.
+/// Inputs of the IOAPIC that devices may use: first those beyond the 8259As', then those without a
+/// fixed use on a PC.
 const GSIS: [u32; 15] = [16, 17, 18, 19, 20, 21, 22, 23, 5, 6, 7, 10, 11, 12, 15];
-/// The input that tells a guest of its new generation: on a PC, that of power management.
+/// The input that tells a guest of a new generation; on a PC, that of power management.
 pub(crate) const EVENT_GSI: u32 = 9;
-/// The longest name that is taken from a snapshot.
+/// The longest device name accepted from a snapshot.
 const NAME_LEN_MAX: usize = 32;
 
-/// A device, as the chunk of its machine lists it: with this and its own chunk it is built again, also
-/// by a program that would put it elsewhere.
+/// A device as the machine's chunk lists it. From this and the device's own chunk it is rebuilt,
+/// even by a program that would place a new one elsewhere.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SavedSlot {
-    /// Its name, and that of its chunk.
+    /// The device's name, and that of its chunk.
     pub name: String,
-    /// What it is.
+    /// What the device is.
     pub device: SlotDevice,
     /// Guest physical address of its registers.
     pub base: Reg,
-    /// The input of the IOAPIC that it interrupts by.
+    /// The input of the IOAPIC that it interrupts through.
     pub gsi: u32,
 }
 
@@ -50,14 +50,14 @@ pub struct SavedSlot {
 pub enum SlotDevice {
     /// A block device.
     Block {
-        /// The number of its disk among those of the machine.
+        /// The index of its disk among those of the machine.
         disk: usize,
     },
     /// A network card.
     Net {
-        /// The host's tap interface that it was on last; none is a card without a cable.
+        /// The host's tap interface that the card was last on; `None` is a card without a cable.
         tap: Option<String>,
-        /// Its address.
+        /// The card's address.
         mac: MacAddress,
     },
     /// The entropy device.
@@ -68,14 +68,14 @@ pub enum SlotDevice {
     Vsock {
         /// The guest's context id.
         cid: u32,
-        /// The host's Unix socket that leads to it last; none is a host that cannot be reached.
+        /// The host's Unix socket that last led to it; `None` is a host that cannot be reached.
         socket: Option<PathBuf>,
     },
 }
 
 impl SavedSlot {
-    /// True if a guest that has `self` does not notice when it is given `other` instead: cables do not
-    /// count, nor do addresses of network cards and sockets, which drivers read once.
+    /// Returns true if a guest that has `self` does not notice when given `other` instead: cables
+    /// do not count, nor do addresses of network cards and sockets, which drivers read once.
     #[must_use]
     pub fn is_like(&self, other: &Self) -> bool {
         let kinds = match (&self.device, &other.device) {
@@ -87,10 +87,10 @@ impl SavedSlot {
     }
 }
 
-/// Gives each of `devices`, with its name, a place in the guest's address space and an interrupt.
+/// Gives each of the named `devices` a place in the guest's address space and an interrupt.
 ///
 /// # Errors
-/// [`VmmError::Config`] if there are more than interrupts.
+/// [`VmmError::Config`] if there are more devices than interrupts.
 pub(crate) fn lay_out(devices: Vec<(String, SlotDevice)>) -> Result<Vec<SavedSlot>> {
     if devices.len() > GSIS.len() {
         return Err(VmmError::Config(format!(
@@ -106,7 +106,7 @@ pub(crate) fn lay_out(devices: Vec<(String, SlotDevice)>) -> Result<Vec<SavedSlo
         .collect())
 }
 
-/// What the machine's tables tell its guest of `slots`.
+/// Returns what the machine's ACPI tables tell the guest of `slots`.
 pub(crate) fn mmio_slots(slots: &[SavedSlot]) -> Vec<MmioSlot> {
     let told = |slot: &SavedSlot| MmioSlot { base: slot.base.0, len: WINDOW_BYTES, gsi: slot.gsi };
     slots.iter().map(told).collect()
@@ -116,7 +116,8 @@ pub(crate) fn mmio_slots(slots: &[SavedSlot]) -> Vec<MmioSlot> {
 pub(crate) struct Surroundings<'a> {
     pub shell: &'a VmShell,
     pub disks: &'a [Arc<Disk>],
-    /// Memory that the guest does not need may be given back to the host: see [`ZeroedPages::new`].
+    /// Whether memory that the guest does not need may be given back to the host: see
+    /// [`ZeroedPages::new`].
     pub punch: bool,
 }
 
@@ -128,19 +129,19 @@ pub struct VirtioBus {
 }
 
 impl VirtioBus {
-    /// The devices of a machine that boots.
+    /// Builds the devices of a machine that boots.
     ///
     /// # Errors
-    /// What KVM or the host refuse.
+    /// What KVM or the host refuses.
     pub(crate) fn boot(slots: &[SavedSlot], around: &Surroundings<'_>) -> Result<Self> {
         Self::attach(slots, around, |_| Ok(None))
     }
 
-    /// The devices of a machine that is resumed, as their `chunks` have them. They do nothing until
-    /// [`Self::go_on`].
+    /// Builds the devices of a machine that is resumed, with the states in `chunks`. They do
+    /// nothing until [`Self::go_on`].
     ///
     /// # Errors
-    /// As [`Self::boot`]; [`VmmError::State`] if what the snapshot has of them does not fit.
+    /// As [`Self::boot`]; [`VmmError::State`] if the snapshot's list or states make no sense.
     pub(crate) fn resume(
         slots: &[SavedSlot],
         around: &Surroundings<'_>,
@@ -171,17 +172,17 @@ impl VirtioBus {
         Ok(bus)
     }
 
-    /// All that is memory to the guest and is not RAM.
+    /// The MMIO bus that the devices are on.
     #[must_use]
     pub fn mmio(&self) -> &MmioBus {
         &self.mmio
     }
 
-    /// Waits until no device touches memory or queues, and keeps it so until what is added to `still` is
-    /// dropped. The vCPUs have stopped.
+    /// Waits until no device touches memory or queues, and keeps it so until the guards added to
+    /// `still` are dropped. The vCPUs must have stopped.
     ///
     /// # Errors
-    /// [`VmmError::NotNow`] if that takes longer than `patience`, all together.
+    /// [`VmmError::NotNow`] if that takes longer than `patience` in all.
     pub(crate) fn drain(&self, patience: Duration, still: &mut Vec<Still>) -> Result<()> {
         let until = Instant::now() + patience;
         let left = || until.saturating_duration_since(Instant::now());
@@ -191,15 +192,15 @@ impl VirtioBus {
         })
     }
 
-    /// Each of them.
+    /// Iterates over the devices.
     pub(crate) fn devices(&self) -> impl ExactSizeIterator<Item = &VirtioMmio> {
         self.devices.iter().map(AsRef::as_ref)
     }
 
-    /// Takes what a snapshot has of each from `chunks`.
+    /// Takes each device's saved state from `chunks`.
     ///
     /// # Errors
-    /// [`VmmError::State`] if that does not fit the devices that are there.
+    /// [`VmmError::State`] if the states do not fit the devices.
     pub(crate) fn take_saved(&self, chunks: &mut ChunkSet) -> Result<Vec<SavedVirtio>> {
         let take = |device: &Arc<VirtioMmio>| {
             let saved = chunks.take(device.name())?;
@@ -209,8 +210,8 @@ impl VirtioBus {
         self.devices.iter().map(take).collect()
     }
 
-    /// Gives each the state that [`Self::take_saved`] found for it. The vCPUs have stopped and the
-    /// devices are [still](Self::drain); they do nothing until [`Self::go_on`].
+    /// Gives each device the state that [`Self::take_saved`] found for it. The vCPUs must have
+    /// stopped and the devices be [still](Self::drain); they do nothing until [`Self::go_on`].
     ///
     /// # Errors
     /// [`VmmError::State`] if one does not fit.
@@ -218,13 +219,14 @@ impl VirtioBus {
         self.devices.iter().zip(saved).try_for_each(|(device, saved)| device.put_back(saved))
     }
 
-    /// Has each take up what was under way when its state was saved. Of no harm at any other time.
+    /// Makes each device resume what was under way when its state was saved. Harmless at any other
+    /// time.
     pub(crate) fn go_on(&self) {
         self.devices.iter().for_each(|device| device.go_on());
     }
 }
 
-/// Refuses a list that no machine had: it comes from a file.
+/// Refuses a list that no machine can have had, since it comes from a file.
 fn check(slots: &[SavedSlot]) -> Result<()> {
     for (index, slot) in slots.iter().enumerate() {
         let wrong = |expected: String, found: String| {

@@ -1,4 +1,4 @@
-//! What becomes of memory that the guest does not need.
+//! What happens to memory that the guest does not need.
 
 use std::fmt;
 use std::io;
@@ -12,22 +12,23 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::memory::{GuestRam, HOLE_END, HOLE_START};
 
-/// Takes pages that the guest has given up.
+/// A taker of pages that the guest has given up.
 pub trait FreePages: Send + Sync + fmt::Debug {
-    /// Pages of RAM that hold nothing any more: `len_bytes` bytes from `address`, whole pages of 4 KiB.
-    /// The guest may write to them again at any time, and may find anything in them before.
+    /// Takes `len_bytes` bytes of RAM from `address` on, whole pages of 4 KiB whose contents the
+    /// guest does not need. The guest may write to them again at any time, and until then may find
+    /// anything in them.
     ///
     /// # Errors
-    /// If they cannot be given up; some of them may be by then.
+    /// If they cannot be freed; some of them may have been by then.
     fn free(&self, address: GuestAddress, len_bytes: u64) -> io::Result<()>;
 }
 
 /// Makes free pages zero, so that snapshots need not keep what they held.
 ///
-/// They are written, through vm-memory: that tells the dirty tracking, has a checkpoint that has still
-/// to read them keep what they held, and has a pager not bring them in again, none of which a hole
-/// that is only punched into memory would do. The hole may follow, where it reads as the zeros that
-/// are there by then.
+/// The zeros are written through vm-memory. That informs the dirty tracking, makes a checkpoint
+/// that has yet to read the pages keep what they held, and keeps a pager from filling them again;
+/// just punching a hole into memory would do none of this. Where a hole reads as zeros, it may be
+/// punched afterwards.
 #[derive(Debug)]
 pub struct ZeroedPages {
     ram: Arc<GuestRam>,
@@ -35,8 +36,8 @@ pub struct ZeroedPages {
 }
 
 impl ZeroedPages {
-    /// For `ram`. `punch` gives the host its memory back too: only for memory that is the machine's
-    /// alone and has no pager, which would fill a hole with what the snapshot has.
+    /// Frees pages of `ram`. `punch` also gives the memory back to the host: only for memory that
+    /// is the machine's own and has no pager, which would fill a hole with what the snapshot has.
     #[must_use]
     pub fn new(ram: Arc<GuestRam>, punch: bool) -> Self {
         Self { ram, punch }
@@ -53,14 +54,14 @@ impl ZeroedPages {
         Ok(())
     }
 
-    /// The first pages in a range of the memory's file that are there.
+    /// Returns the first pages present in a range of the memory's file.
     fn next_data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
         if range.is_empty() {
             return Ok(None);
         }
         let start = match seek(self.ram.memfd(), SeekFrom::Data(range.start)) {
             Ok(start) if start < range.end => start,
-            // None, or none before the file's end.
+            // None in the range, or none before the file's end.
             Ok(_) | Err(Errno::NXIO) => return Ok(None),
             Err(error) => return Err(error.into()),
         };
@@ -74,11 +75,12 @@ impl FreePages for ZeroedPages {
         if !self.punch {
             return self.zero(address.0..address.0 + len_bytes);
         }
-        // RAM has one hole, and what is around it is no range of pages.
+        // RAM has one hole, which no range of pages spans.
         let before = if address.0 < HOLE_START { 0 } else { HOLE_END - HOLE_START };
         let in_file = address.0 - before..address.0 - before + len_bytes;
         let mut at = in_file.start;
-        // What nobody has touched is a hole, and nothing else is meant to be there.
+        // Memory that nobody has touched is a hole in the file, and without a pager is meant to be
+        // zero.
         while let Some(data) = self.next_data(at..in_file.end)? {
             self.zero(data.start + before..data.end + before)?;
             let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
@@ -104,7 +106,7 @@ mod tests {
             let before = ram.allocated_bytes().unwrap();
             let free = ZeroedPages::new(Arc::clone(&ram), punch);
             free.free(GuestAddress(0x1000), 0x3000).unwrap();
-            // Before somebody looks, which fills holes of shared memory.
+            // Measured before reading, which fills holes of shared memory.
             let freed = before.saturating_sub(ram.allocated_bytes().unwrap());
             let mut found = vec![0; 5 * PAGE_SIZE];
             ram.memory().read_slice(&mut found, GuestAddress(0)).unwrap();
@@ -114,7 +116,7 @@ mod tests {
             ram.harvest_vmm_writes(&mut dirty);
             assert_eq!(dirty.iter().collect::<Vec<_>>(), [1, 2, 3]);
             assert!(!punch || freed >= 3 * PAGE_SIZE as u64, "{freed} bytes");
-            // What nobody has touched stays untouched, unless something else may be meant to be there.
+            // Untouched pages stay untouched, unless they may be meant to hold something.
             let end = ram.allocated_bytes().unwrap();
             free.free(GuestAddress(0x10_0000), 0x4000).unwrap();
             assert_eq!(ram.allocated_bytes().unwrap(), end + if punch { 0 } else { 0x4000 });

@@ -1,4 +1,4 @@
-//! Lets a device's thread work a piece at a time, and keeps it out while the device must be still.
+//! Lets a device's thread work one piece at a time, and holds it while the device must be still.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,11 +7,11 @@ use super::Still;
 use crate::disk::RequestGate;
 use crate::error::{Result, VmmError};
 
-/// The gate of a device. A disk has one of its own, which its block device goes through.
+/// The gate of a device. A block device uses that of its disk instead.
 #[derive(Clone, Debug, Default)]
 pub(super) struct WorkGate(Arc<RequestGate>);
 
-/// A piece of work under way. A thread has one at a time.
+/// A piece of work under way. A thread may have only one at a time.
 #[derive(Debug)]
 pub(super) struct Work<'a>(&'a RequestGate);
 
@@ -28,15 +28,17 @@ impl WorkGate {
         Work(&self.0)
     }
 
-    /// True while somebody wants the device to be still.
+    /// Returns true while somebody wants the device to be still.
     pub(super) fn is_wanted(&self) -> bool {
         self.0.is_wanted()
     }
 
-    /// Waits until no work is under way, and has none begin until the answer is dropped.
+    /// Waits until no work is under way, and keeps any from beginning until the returned guard is
+    /// dropped.
     ///
     /// # Errors
-    /// [`VmmError::NotNow`] if that takes longer than `patience`. Whose gate it is, its transport says.
+    /// [`VmmError::NotNow`] if that takes longer than `patience`. The transport adds the device's
+    /// name.
     pub(super) fn shut(&self, patience: Duration) -> Result<Still> {
         match self.0.drain(patience) {
             0 => Ok(Still::Shut(Shut(Arc::clone(&self.0)))),
@@ -45,7 +47,7 @@ impl WorkGate {
     }
 }
 
-/// Keeps the gate shut.
+/// Keeps the gate shut until dropped.
 #[derive(Debug)]
 pub struct Shut(Arc<RequestGate>);
 

@@ -1,4 +1,4 @@
-//! What the transport and a device have in common: status, interrupt, queues.
+//! What the transport and its device share: status, interrupt, queues.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
@@ -19,16 +19,16 @@ pub(super) const FAILED: u8 = VIRTIO_CONFIG_S_FAILED as u8;
 
 const USED_BUFFER: u8 = VIRTIO_MMIO_INT_VRING as u8;
 const CONFIG_CHANGE: u8 = VIRTIO_MMIO_INT_CONFIG as u8;
-/// All there are.
+/// All interrupt reasons that are used.
 pub(super) const INTERRUPTS: u8 = USED_BUFFER | CONFIG_CHANGE;
 
-/// How long a device's thread keeps away from queues that a vCPU wants.
+/// How long a device's thread keeps away from queues while a vCPU wants one.
 const GIVES_WAY_FOR: Duration = Duration::from_micros(50);
 
 /// The part of a device that the transport and the device's own threads share.
 ///
-/// Whoever works on a queue has its lock, and a device gives chains back, or gives up, only under one:
-/// so once a reset has had each lock, nothing of the time before it is left.
+/// A queue is worked on only under its lock, and a device gives chains back, or gives up, only
+/// under such a lock: so once a reset has held each of them, nothing from before it is left.
 #[derive(Debug)]
 pub struct Link {
     name: String,
@@ -37,12 +37,12 @@ pub struct Link {
     pub(super) status: AtomicU8,
     pub(super) interrupt_status: AtomicU8,
     pub(super) config_generation: AtomicU32,
-    /// What the driver accepted, as far as it has said.
+    /// The features that the driver has accepted so far.
     pub(super) driver_features: AtomicU64,
     pub(super) queues: Vec<Mutex<VirtQueue>>,
-    /// How many vCPUs wait for a queue that its device works on.
+    /// How many vCPUs wait for a queue that the device is working on.
     awaited: AtomicU32,
-    /// A guest that breaks the rules is told of once, or it could fill the host's log.
+    /// Whether a broken rule was logged: only the first is, or the guest could fill the host's log.
     told: AtomicBool,
 }
 
@@ -84,7 +84,8 @@ impl Link {
         status & (DRIVER_OK | NEEDS_RESET | FAILED) == DRIVER_OK
     }
 
-    /// A queue, for the transport. Whoever works on it is done soon: see [`Self::is_awaited`].
+    /// Locks a queue for the transport. A device that is working on it is done soon: see
+    /// [`Self::is_awaited`].
     pub(super) fn lock(&self, index: usize) -> Option<MutexGuard<'_, VirtQueue>> {
         let queue = self.queues.get(index)?;
         Some(match queue.try_lock() {
@@ -99,13 +100,15 @@ impl Link {
         })
     }
 
-    /// True while a vCPU waits for a queue. It cannot be stopped meanwhile, so what may be left out is.
+    /// Returns true while a vCPU waits for a queue. It cannot be stopped meanwhile, so a device
+    /// then skips what it can.
     pub(super) fn is_awaited(&self) -> bool {
         self.awaited.load(Ordering::Acquire) > 0
     }
 
-    /// Works on a queue, if the device is live and the queue ready; nobody else does meanwhile. What
-    /// makes no sense to `work` ends the device's life until the driver resets it. None for both.
+    /// Runs `work` on a queue, under its lock, if the device is live and the queue is ready. If
+    /// `work` meets nonsense, the device stops until the driver resets it. Returns `None` if `work`
+    /// was not run or failed.
     pub(super) fn with_queue<T>(
         &self,
         index: u16,
@@ -113,7 +116,7 @@ impl Link {
     ) -> Option<T> {
         let queue = self.queues.get(usize::from(index))?;
         if self.is_awaited() {
-            // A lock goes to who is there first, and this thread would be, again and again.
+            // The lock is not fair: this thread would get it again and again.
             std::thread::sleep(GIVES_WAY_FOR);
         }
         let mut queue = queue.lock().unwrap_or_else(PoisonError::into_inner);
@@ -123,8 +126,8 @@ impl Link {
         work(&mut queue, self.memory()).map_err(|nonsense| self.give_up(&nonsense)).ok()
     }
 
-    /// The driver broke a rule: the device needs a reset (2.1.2). Under a queue's lock, or that which
-    /// orders writes to registers.
+    /// Stops the device until it is reset, as the driver broke a rule (2.1.2). Called under a
+    /// queue's lock, or the one that orders writes to registers.
     pub(super) fn give_up(&self, nonsense: &Nonsense) {
         let before = self.status.fetch_or(NEEDS_RESET, Ordering::AcqRel);
         if !self.told.swap(true, Ordering::Relaxed) {
@@ -148,7 +151,7 @@ impl Link {
         Ok(())
     }
 
-    /// What the configuration space reads as has changed.
+    /// Tells the driver that the contents of the configuration space have changed.
     pub(super) fn config_changed(&self) {
         self.config_generation.fetch_add(1, Ordering::AcqRel);
         if self.is_live() {
@@ -157,13 +160,13 @@ impl Link {
     }
 
     fn interrupt(&self, reason: u8) {
-        // The reason first: the driver looks for it as soon as it is interrupted.
+        // Set the reason first: the driver looks for it as soon as it is interrupted.
         self.interrupt_status.fetch_or(reason, Ordering::AcqRel);
         self.interrupt.raise();
     }
 
-    /// Interrupts once more for what the driver has not acknowledged yet: the interrupt itself may
-    /// have been on its way when the state was saved.
+    /// Interrupts once more for reasons that the driver has not acknowledged yet: the interrupt
+    /// itself may have been on its way when the state was saved.
     pub(super) fn interrupt_again(&self) {
         if self.interrupt_status.load(Ordering::Acquire) != 0 {
             self.interrupt.raise();

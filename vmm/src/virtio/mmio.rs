@@ -1,7 +1,7 @@
 //! The MMIO transport: registers of a device, version 2 (virtio 1.2, 4.2.2).
 //!
-//! Registers are 32 bits wide and are accessed as such; any other access to them reads as zeros and
-//! changes nothing (4.2.2.2). The configuration space behind them may be accessed in any width.
+//! Registers are 32 bits wide and accessed as such; any other access to them reads as zeros and
+//! changes nothing (4.2.2.2). The configuration space after them may be accessed in any width.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -25,9 +25,9 @@ use crate::error::{Result, VmmError};
 use crate::memory::GuestRam;
 use crate::vcpu::saved::Reg;
 
-/// Bytes of a device's window.
+/// Length of a device's window in bytes.
 pub const WINDOW_BYTES: u64 = 0x1000;
-/// Where in it a queue's number is written to notify the device.
+/// The offset in the window at which the driver writes a queue's number to notify the device.
 const NOTIFY_OFFSET: u64 = register::VIRTIO_MMIO_QUEUE_NOTIFY as u64;
 
 const CONFIG: u64 = register::VIRTIO_MMIO_CONFIG as u64;
@@ -41,7 +41,7 @@ const ACKNOWLEDGE: u8 = VIRTIO_CONFIG_S_ACKNOWLEDGE as u8;
 const DRIVER: u8 = VIRTIO_CONFIG_S_DRIVER as u8;
 const FEATURES_OK: u8 = VIRTIO_CONFIG_S_FEATURES_OK as u8;
 
-/// Registers that say which one others are about.
+/// Registers that select what other registers refer to.
 #[derive(Debug, Default)]
 struct Selectors {
     device_features: u32,
@@ -49,18 +49,18 @@ struct Selectors {
     queue: u32,
 }
 
-/// A device in its window. See the module's text.
+/// A device in its window. See the module documentation.
 #[derive(Debug)]
 pub struct VirtioMmio {
     link: Arc<Link>,
     device: Arc<dyn VirtioDevice>,
-    /// Locked for each write to a register, notifications and acknowledgements aside: those come from
-    /// all vCPUs at once. A queue's lock is taken after it, never before.
+    /// Locked for each write to a register, except notifications and interrupt acknowledgements,
+    /// which come from all vCPUs at once. A queue's lock is taken after this one, never before.
     selectors: Mutex<Selectors>,
 }
 
 impl VirtioMmio {
-    /// A device in its reset state. `name` is that of its chunk.
+    /// Creates a device in its reset state. `name` is also that of its chunk.
     ///
     /// # Errors
     /// [`VmmError::Host`] if the device cannot be started.
@@ -75,7 +75,7 @@ impl VirtioMmio {
         Ok(Self { link, device, selectors: Mutex::default() })
     }
 
-    /// A device with the state `saved`. It does nothing until [`Self::go_on`].
+    /// Creates a device with the state `saved`. It does nothing until [`Self::go_on`].
     ///
     /// # Errors
     /// As [`Self::new`]; [`VmmError::State`] if the state is another device's or makes no sense.
@@ -91,45 +91,46 @@ impl VirtioMmio {
         Ok(restored)
     }
 
-    /// Its name, and that of its chunk.
+    /// The device's name, and that of its chunk.
     #[must_use]
     pub fn name(&self) -> &str {
         self.link.name()
     }
 
-    /// The number of its kind (5).
+    /// The number of the device's kind (5).
     #[must_use]
     pub fn device_id(&self) -> u32 {
         self.device.device_id()
     }
 
-    /// Has KVM notify the device by itself, where it has a thread that listens: a vCPU that writes a
-    /// queue's number to QueueNotify does not leave the guest then. `window` is the guest physical
-    /// address of the window. Not needed: [`Self::write`] does the same.
+    /// Has KVM notify the device itself, if the device has a thread that listens: a vCPU that
+    /// writes a queue's number to QueueNotify then does not leave the guest. `window` is the guest
+    /// physical address of the window. This is optional: [`Self::write`] does the same.
     ///
     /// # Errors
-    /// [`VmmError::Kvm`].
+    /// [`VmmError::Kvm`] if KVM refuses.
     pub fn wire_doorbells(&self, vm: &VmFd, window: u64) -> Result<()> {
         let notify = IoEventAddress::Mmio(window + NOTIFY_OFFSET);
         for (queue, doorbell) in self.doorbells() {
-            // As wide as the register.
+            // A `u32`, as wide as the register.
             vm.register_ioevent(doorbell, &notify, u32::from(queue))
                 .map_err(VmmError::kvm("wire a virtio notification"))?;
         }
         Ok(())
     }
 
-    /// The queues whose notifications need no vCPU's thread.
+    /// Iterates over the queues whose notifications need no vCPU's thread, with their doorbells.
     fn doorbells(&self) -> impl Iterator<Item = (u16, &EventFd)> {
         (0..self.link.queues.len() as u16)
             .filter_map(|queue| Some((queue, self.device.doorbell(queue)?)))
     }
 
-    /// Waits until the device touches neither memory nor queues, and keeps it so until the answer is
-    /// dropped. The vCPUs have stopped.
+    /// Waits until the device touches neither memory nor queues, and keeps it so until the returned
+    /// guard is dropped. The vCPUs must have stopped.
     ///
     /// # Errors
-    /// [`VmmError::NotNow`], naming the device, if that takes longer than `patience`; it goes on then.
+    /// [`VmmError::NotNow`], naming the device, if that takes longer than `patience`; it then goes
+    /// on.
     pub fn drain(&self, patience: Duration) -> Result<Still> {
         self.device.drain(patience).map_err(|error| match error {
             VmmError::NotNow(why) => VmmError::NotNow(format!("{}: {why}", self.name())),
@@ -137,8 +138,8 @@ impl VirtioMmio {
         })
     }
 
-    /// Takes up work that was under way when the state was saved that the device was given: what waits
-    /// in its queues, and an interrupt that may not have arrived. Of no harm at any other time.
+    /// Resumes work that was under way when the device's state was saved: what waits in its queues,
+    /// and an interrupt that may not have arrived. Harmless at any other time.
     pub fn go_on(&self) {
         self.link.interrupt_again();
         self.device.go_on();
@@ -190,7 +191,7 @@ impl VirtioMmio {
                 self.link.interrupt_status.load(Ordering::Acquire).into()
             }
             register::VIRTIO_MMIO_STATUS => self.link.status.load(Ordering::Acquire).into(),
-            // There is no shared memory: as long as can be (4.2.2).
+            // There is no shared memory: its length reads as all ones (4.2.2).
             register::VIRTIO_MMIO_SHM_LEN_LOW
             | register::VIRTIO_MMIO_SHM_LEN_HIGH
             | register::VIRTIO_MMIO_SHM_BASE_LOW
@@ -244,7 +245,7 @@ impl VirtioMmio {
         }
     }
 
-    /// Half of the features the driver wants; what it wants is settled once it says so (3.1.1).
+    /// Takes one half of the features that the driver wants, unless it has settled them (3.1.1).
     fn accept_features(&self, half: u32, value: u32) {
         if half > 1 || self.link.status.load(Ordering::Acquire) & FEATURES_OK != 0 {
             return;
@@ -254,7 +255,7 @@ impl VirtioMmio {
         self.link.driver_features.store(others | value << shift, Ordering::Release);
     }
 
-    /// The driver's steps through initialisation (3.1.1): bits are set in order and never cleared,
+    /// Follows the driver through initialisation (3.1.1): bits are set in order and never cleared,
     /// other than by writing zero, which resets the device.
     fn set_status(&self, selectors: &mut Selectors, value: u32) {
         if value == 0 {
@@ -269,7 +270,7 @@ impl VirtioMmio {
         if (before | gained) & (ACKNOWLEDGE | DRIVER) != ACKNOWLEDGE | DRIVER {
             gained &= ACKNOWLEDGE | DRIVER | FAILED;
         }
-        // Features that do not fit leave the bit as it is, which the driver looks at (2.1).
+        // Unacceptable features leave the bit clear, which the driver checks (2.1).
         let wanted = self.link.driver_features.load(Ordering::Acquire);
         if wanted & !self.offered() != 0 || wanted & bit(VIRTIO_F_VERSION_1) == 0 {
             gained &= !FEATURES_OK;
@@ -283,7 +284,7 @@ impl VirtioMmio {
     fn reset(&self, selectors: &mut Selectors) {
         self.link.status.store(0, Ordering::Release);
         for index in 0..self.link.queues.len() {
-            // Waits for whoever works on it.
+            // Waits for the device if it is working on the queue.
             if let Some(mut queue) = self.link.lock(index) {
                 queue.reset();
             }
@@ -292,11 +293,11 @@ impl VirtioMmio {
         *selectors = Selectors::default();
         self.link.interrupt_status.store(0, Ordering::Release);
         self.link.driver_features.store(0, Ordering::Release);
-        // It may have needed a reset until a moment ago.
+        // NEEDS_RESET may have been set until the last lock was taken.
         self.link.status.store(0, Ordering::Release);
     }
 
-    /// True once queues may be set up (3.1.1, step 7).
+    /// Returns true once queues may be set up (3.1.1, step 7).
     fn has_features(&self) -> bool {
         self.link.status.load(Ordering::Acquire) & FEATURES_OK != 0
     }
@@ -313,7 +314,7 @@ impl VirtioMmio {
         }
     }
 
-    /// What a queue is made of; not while it is in use.
+    /// Handles writes to the registers that describe a queue; ignored while it is in use.
     fn set_up_queue(&self, queue: u32, offset: u32, value: u32) {
         let Some(mut queue) = self.link.lock(queue as usize) else { return };
         if !self.has_features() || queue.is_ready() {
@@ -336,13 +337,14 @@ impl VirtioMmio {
         }
     }
 
-    /// Its state. The vCPUs have stopped and the device is [still](Self::drain).
+    /// Returns the device's state. The vCPUs must have stopped and the device be
+    /// [still](Self::drain).
     #[must_use]
     pub fn save(&self) -> SavedVirtio {
         self.save_in(Vec::new())
     }
 
-    /// The same, the queues of which go where there is room for them.
+    /// As [`Self::save`], reusing the allocation of `queues`.
     fn save_in(&self, mut queues: Vec<SavedQueue>) -> SavedVirtio {
         let selectors = self.selectors();
         queues.clear();
@@ -361,11 +363,13 @@ impl VirtioMmio {
         }
     }
 
-    /// Gives it the state `saved`; guest memory is, or is about to be, what it was then. The vCPUs have
-    /// stopped and the device is [still](Self::drain). It does nothing until [`Self::go_on`].
+    /// Gives the device the state `saved`; guest memory is, or is about to be, what it was then.
+    /// The vCPUs must have stopped and the device be [still](Self::drain). It does nothing until
+    /// [`Self::go_on`].
     ///
     /// # Errors
-    /// [`VmmError::State`] if that is another device's or makes no sense; the device is as it was.
+    /// [`VmmError::State`] if `saved` is another device's or makes no sense; the device is then
+    /// unchanged.
     pub fn put_back(&self, saved: &SavedVirtio) -> Result<()> {
         let queues = self.queues_of(saved).map_err(|misfit| self.refuse(misfit))?;
         self.device.put_back(&saved.device).map_err(|misfit| self.refuse(misfit))?;
@@ -387,10 +391,10 @@ impl VirtioMmio {
         Ok(())
     }
 
-    /// Fails unless `saved` can be [put back](Self::put_back).
+    /// Checks that `saved` can be [put back](Self::put_back).
     ///
     /// # Errors
-    /// [`VmmError::State`].
+    /// [`VmmError::State`] if it cannot.
     pub fn check(&self, saved: &SavedVirtio) -> Result<()> {
         let checked = self.queues_of(saved).and_then(|_queues| self.device.check(&saved.device));
         checked.map_err(|misfit| self.refuse(misfit))
@@ -400,7 +404,7 @@ impl VirtioMmio {
         VmmError::State { chunk: self.name().to_owned(), expected, found }
     }
 
-    /// The queues that `saved` has, if all of it fits this device.
+    /// Returns the queues in `saved`, if all of it fits this device.
     fn queues_of(&self, saved: &SavedVirtio) -> Result<Vec<VirtQueue>, Misfit> {
         let sizes: Vec<u16> = saved.queues.iter().map(|queue| queue.max_size).collect();
         if sizes != self.device.queue_sizes() {
@@ -415,14 +419,14 @@ impl VirtioMmio {
 }
 
 impl VirtioMmio {
-    /// Fails if no driver can have brought the registers to what `saved` says: see
+    /// Checks that a driver can have brought the registers to what `saved` says: see
     /// [`Self::set_status`].
     fn check_registers(&self, saved: &SavedVirtio) -> Result<(), Misfit> {
         let wrong =
             |expected: &str, found: String| Err(Misfit { expected: expected.to_owned(), found });
         let (status, features) = (saved.status, saved.driver_features.0);
         let known = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK | FAILED | NEEDS_RESET;
-        // Each bit comes after those that it stands for here.
+        // Each bit, with those that must be set before it.
         let steps = [(FEATURES_OK, ACKNOWLEDGE | DRIVER), (DRIVER_OK, FEATURES_OK)];
         let in_order = |(bit, before): (u8, u8)| status & bit == 0 || status & before == before;
         if status & !known != 0 || !steps.into_iter().all(in_order) {
@@ -465,12 +469,12 @@ impl MmioDevice for VirtioMmio {
 impl Device for VirtioMmio {
     type State = CapturedVirtio;
 
-    /// The device need not be [still](Self::drain) where the answer is only overwritten.
+    /// The device need not be [still](Self::drain) if the result is only there to be overwritten.
     fn state(&self) -> CapturedVirtio {
         CapturedVirtio { name: self.name().to_owned(), saved: self.save() }
     }
 
-    /// The device is [still](Self::drain).
+    /// The device must be [still](Self::drain).
     fn capture(&self, into: &mut CapturedVirtio) {
         into.saved = self.save_in(std::mem::take(&mut into.saved.queues));
     }

@@ -1,12 +1,12 @@
 //! Virtio devices (virtio 1.2) behind the MMIO transport, modern interface only.
 //!
-//! [`VirtioMmio`] is the transport: a window of registers that the guest reads and writes, and what a
-//! checkpoint captures. Behind it is a [`VirtioDevice`]: [`block`], [`rng`], [`net`], [`balloon`] or
-//! [`vsock`]. Both meet in the [`Link`]. The [`bus`] is where a machine has its devices.
+//! [`VirtioMmio`] is the transport: a window of registers that the guest reads and writes, and that
+//! a checkpoint captures. Behind it is a [`VirtioDevice`]: [`block`], [`rng`], [`net`], [`balloon`]
+//! or [`vsock`]. Both share a [`Link`]. The [`bus`] holds the devices of a machine.
 //!
-//! All of a guest's memory is reached through vm-memory, which refuses what lies outside and notes
-//! what is written, so that the next checkpoint has it. A driver that breaks the specification's rules
-//! gets DEVICE_NEEDS_RESET, and nothing happens until it resets the device.
+//! Devices access guest memory only through vm-memory, which refuses addresses outside RAM and
+//! notes writes, so that the next checkpoint has them. A driver that breaks the specification's
+//! rules gets DEVICE_NEEDS_RESET, and nothing happens until it resets the device.
 
 pub mod balloon;
 pub mod block;
@@ -43,18 +43,18 @@ pub use mmio::{VirtioMmio, WINDOW_BYTES};
 pub use queue::Nonsense;
 pub use saved::{CapturedVirtio, SavedDevice, SavedQueue, SavedVirtio};
 
-/// A counter that somebody waits for, or, with `EFD_NONBLOCK`, polls. Programs that are started, such as
-/// pagers, do not have it: it may be an interrupt of the guest's.
+/// Creates an eventfd to wait for or, with `EFD_NONBLOCK`, to poll. It may be an interrupt of the
+/// guest, so programs that this process starts, such as pagers, do not inherit it.
 ///
 /// # Errors
-/// [`VmmError::Host`].
+/// [`VmmError::Host`] if it cannot be created.
 pub(crate) fn event(flags: i32) -> Result<EventFd> {
     EventFd::new(flags | EFD_CLOEXEC).map_err(VmmError::host("create an eventfd"))
 }
 
 /// How a device interrupts its guest.
 pub trait Interrupt: Send + Sync + fmt::Debug {
-    /// Interrupts it. Once for several times is enough: why is in a register.
+    /// Raises the interrupt. One may stand for several, since a register holds the reasons.
     fn raise(&self);
 }
 
@@ -63,10 +63,10 @@ pub trait Interrupt: Send + Sync + fmt::Debug {
 pub struct IrqLine(EventFd);
 
 impl IrqLine {
-    /// Line `gsi` of `vm`.
+    /// Wires up line `gsi` of `vm`.
     ///
     /// # Errors
-    /// [`VmmError::Host`] or [`VmmError::Kvm`] if it cannot be had.
+    /// [`VmmError::Host`] or [`VmmError::Kvm`] if that fails.
     pub fn wire(vm: &VmFd, gsi: u32) -> Result<Self> {
         let event = event(EFD_NONBLOCK)?;
         vm.register_irqfd(&event, gsi).map_err(VmmError::kvm("wire a virtio interrupt"))?;
@@ -76,7 +76,7 @@ impl IrqLine {
 
 impl Interrupt for IrqLine {
     fn raise(&self) {
-        // It fails when its counter is full: an interrupt is pending anyway.
+        // Fails if the counter is full: an interrupt is pending then anyway.
         let _pending = self.0.write(1);
     }
 }
@@ -85,18 +85,18 @@ impl Interrupt for IrqLine {
 #[derive(Debug)]
 #[must_use]
 pub enum Still {
-    /// It only ever does anything in a vCPU's thread.
+    /// The device only works in vCPUs' threads.
     WithTheVcpus,
-    /// Its thread waits at its gate.
+    /// The device's thread waits at its gate.
     Shut(Shut),
-    /// Its thread waits for its disk.
+    /// The device's thread waits for its disk.
     Disk(Drained),
 }
 
-/// A saved state that is another device's.
+/// An error: a saved state belongs to another device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Misfit {
-    /// What there is.
+    /// What the device has.
     pub expected: String,
     /// What the state has.
     pub found: String,
@@ -108,66 +108,69 @@ impl Misfit {
     }
 }
 
-/// A device, as its transport sees it. Everything is called from several threads.
+/// A device as its transport sees it. Its methods are called from several threads.
 pub trait VirtioDevice: Send + Sync + fmt::Debug {
-    /// Its number in the specification's list (5).
+    /// The device's number in the specification's list (5).
     fn device_id(&self) -> u32;
 
-    /// The features it offers, besides those that all have.
+    /// The features it offers, besides those common to all devices.
     fn features(&self) -> u64;
 
-    /// The most entries of each of its queues.
+    /// The maximum number of entries of each of its queues.
     fn queue_sizes(&self) -> &[u16];
 
-    /// What its configuration space reads as.
+    /// The contents of its configuration space.
     fn config(&self) -> Vec<u8>;
 
-    /// The driver wrote to its configuration space; ignored where nothing can be written.
+    /// Handles a write by the driver to the configuration space; by default it is ignored.
     fn write_config(&self, _offset: u64, _data: &[u8]) {}
 
-    /// Makes it ready to serve queues. Called once, before anything else but what is above.
+    /// Makes the device ready to serve queues. Called once, before any method but those above.
     ///
     /// # Errors
-    /// [`VmmError::Host`] if a thread cannot be had.
+    /// [`VmmError::Host`] if a thread cannot be started.
     fn start(&self, _link: &Arc<Link>) -> Result<()> {
         Ok(())
     }
 
-    /// The driver added something to a queue, or a state was put back and there may be something.
+    /// Called when the driver has added something to a queue, or may have before a state was put
+    /// back.
     fn notify(&self, link: &Link, queue: u16);
 
-    /// What does the same as [`Self::notify`] when it is written to, for devices with a thread.
+    /// The eventfd that does the same as [`Self::notify`] when written to, for devices with a
+    /// thread.
     fn doorbell(&self, _queue: u16) -> Option<&EventFd> {
         None
     }
 
-    /// The driver reset it. No queue is ready any more.
+    /// Called when the driver resets the device. No queue is ready any more.
     fn reset(&self) {}
 
-    /// Waits until it is still. The vCPUs have stopped.
+    /// Waits until the device is still. The vCPUs must have stopped.
     ///
     /// # Errors
-    /// [`VmmError::NotNow`] if that takes longer than `patience`; the device goes on then.
+    /// [`VmmError::NotNow`] if that takes longer than `patience`; the device then goes on.
     fn drain(&self, patience: Duration) -> Result<Still>;
 
-    /// What it has besides registers and queues. Called while the guest stands still: asks for no memory.
+    /// Returns the state besides registers and queues. Called while the guest stands still, so it
+    /// must not allocate.
     fn save(&self) -> SavedDevice;
 
-    /// Fails unless `saved` can be [put back](Self::put_back).
+    /// Checks that `saved` can be [put back](Self::put_back).
     ///
     /// # Errors
-    /// If that is the state of another device.
+    /// If it is the state of another device.
     fn check(&self, saved: &SavedDevice) -> Result<(), Misfit>;
 
-    /// Becomes what `saved` says, or stays as it is. As it stands here, for devices of which nothing
-    /// changes.
+    /// Gives the device the state `saved`. The default is for devices whose state never changes.
     ///
     /// # Errors
-    /// As [`Self::check`].
+    /// As [`Self::check`]; the device is then unchanged.
     fn put_back(&self, saved: &SavedDevice) -> Result<(), Misfit> {
         self.check(saved)
     }
 
-    /// The guest runs from here on. It is [notified](Self::notify) of each queue behind that.
+    /// Called when the guest goes on. After that, the device is [notified](Self::notify) of each
+    /// queue.
     fn go_on(&self) {}
 }

@@ -1,11 +1,12 @@
 //! The network card (virtio 1.2, 5.1): one pair of queues, frames to and from a tap.
 //!
-//! No offloads: every frame is whole, with its checksum, and fits one buffer of the driver's. Frames
-//! that the driver has no room for wait in the tap, where the host drops what is too much.
+//! There are no offloads: every frame is whole, with its checksum, and fits one of the driver's
+//! buffers. Frames that the driver has no room for wait in the tap, where the host drops those
+//! beyond its limit.
 //!
-//! A thread moves frames. Each is moved through a gate that a checkpoint shuts: a frame is then in
-//! guest memory and given back, or has not been looked at. What was sent has been sent, also after a
-//! rewind; a clone has the address of the machine it was cloned from.
+//! A thread moves frames, each through a gate that a checkpoint shuts: a frame is then either in
+//! guest memory and given back, or untouched. What was sent stays sent, even after a rewind; a
+//! clone has the address of the machine it was cloned from.
 
 mod tap;
 
@@ -40,7 +41,8 @@ const TRANSMIT: u16 = 1;
 
 /// `struct virtio_net_hdr` (5.1.6): no flags, no segmentation, one buffer.
 const HEADER: [u8; 12] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0];
-/// Frames that are sent before it is looked whether some arrived: who sends without end is sent to as well.
+/// Frames sent before checking whether some arrived, so that a guest that sends without end still
+/// receives.
 const SENT_AT_ONCE: usize = 8;
 /// The longest frame: 64 KiB and an Ethernet header with a VLAN tag.
 const FRAME_BYTES_MAX: usize = (64 << 10) + 18;
@@ -51,10 +53,10 @@ const FRAME_BYTES_MAX: usize = (64 << 10) + 18;
 pub struct MacAddress(pub [u8; 6]);
 
 impl MacAddress {
-    /// One of those that nobody is given for good (IEEE 802, 8.4), by chance.
+    /// Returns a random locally administered address, which is assigned to nobody (IEEE 802, 8.4).
     ///
     /// # Errors
-    /// [`VmmError::Host`] if there is no chance to be had.
+    /// [`VmmError::Host`] if no random bytes are available.
     pub fn random() -> Result<Self> {
         const LOCAL: u8 = 2;
         const GROUP: u8 = 1;
@@ -99,7 +101,7 @@ impl FromStr for MacAddress {
             let part = parts.next().filter(|part| part.len() == 2).ok_or_else(wrong)?;
             *byte = u8::from_str_radix(part, 16).map_err(|_| wrong())?;
         }
-        // Groups are sent to, and are nobody.
+        // A group address is only a destination: no card has one.
         if parts.next().is_some() || bytes[0] & 1 != 0 {
             return Err(wrong());
         }
@@ -107,7 +109,7 @@ impl FromStr for MacAddress {
     }
 }
 
-/// What a network card did.
+/// What a network card has done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct NetStats {
     /// Frames that the guest got.
@@ -124,12 +126,12 @@ pub struct Net {
     card: Arc<Card>,
     mac: MacAddress,
     doorbell: Arc<EventFd>,
-    /// Room for a frame, where frames are moved before a notification returns.
+    /// Room for a frame, if frames are moved before a notification returns.
     in_place: Option<Mutex<Vec<u8>>>,
     worker: OnceLock<Worker>,
 }
 
-/// What the thread works with.
+/// The part of the card that its thread uses.
 #[derive(Debug)]
 struct Card {
     tap: Tap,
@@ -139,25 +141,25 @@ struct Card {
     dropped: AtomicU64,
 }
 
-/// Room for the longest frame.
+/// Allocates room for the longest frame.
 fn room() -> Vec<u8> {
     vec![0; HEADER.len() + FRAME_BYTES_MAX]
 }
 
-/// What became of an attempt to move a frame.
+/// The outcome of an attempt to move a frame.
 enum Moved {
     One,
     /// There is no frame to move.
     NoFrame,
-    /// There is no chain to put it in, or the device is not live.
+    /// There is no chain to put a frame in, or the device is not live.
     NoChain,
 }
 
 impl Net {
-    /// A card with the address `mac` on `tap`.
+    /// Creates a card with the address `mac` on `tap`.
     ///
     /// # Errors
-    /// [`VmmError::Host`] if there is no eventfd to be had.
+    /// [`VmmError::Host`] if an eventfd cannot be created.
     pub fn new(mac: MacAddress, tap: Tap) -> Result<Self> {
         let card = Card {
             tap,
@@ -170,7 +172,7 @@ impl Net {
         Ok(Self { card, mac, doorbell, in_place: None, worker: OnceLock::new() })
     }
 
-    /// One without a thread: frames are moved before a notification returns.
+    /// Creates a card without a thread: frames are moved before a notification returns.
     ///
     /// # Errors
     /// As [`Self::new`].
@@ -178,7 +180,7 @@ impl Net {
         Ok(Self { in_place: Some(Mutex::new(room())), ..Self::new(mac, tap)? })
     }
 
-    /// What it did since it was made.
+    /// Returns what the card has done since it was created.
     #[must_use]
     pub fn stats(&self) -> NetStats {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
@@ -202,7 +204,7 @@ impl Card {
         epoll.ctl(ControlOperation::Add, bell, bell_event)?;
         let mut frame = room();
         let mut events = [EpollEvent::default(); 2];
-        // Whether the tap is among what is waited for: only while there is room for its frames.
+        // `is_waited_for`: epoll watches the tap, only while the driver has room for its frames.
         let (mut is_waited_for, mut is_gone, mut has_more) = (false, false, false);
         let (tap, tap_event) = event(self.tap.as_raw_fd(), EventSet::IN);
         while !ending.is_wanted() {
@@ -217,7 +219,7 @@ impl Card {
                 tracing::error!(device = link.name(), "the tap is gone: no more frames arrive");
                 is_gone = true;
             }
-            // Where nobody rang there is nothing to read.
+            // Fails if nobody rang.
             let _rings = doorbell.read();
             has_more = self.send_some(link, &mut frame);
             let wants = !is_gone && self.receive_all(link, &mut frame, || ending.is_wanted());
@@ -230,7 +232,7 @@ impl Card {
         Ok(())
     }
 
-    /// Takes frames in until there are none, or no room. True if there is room.
+    /// Receives frames until there are none, or no room. Returns true if there is room.
     fn receive_all(&self, link: &Link, frame: &mut [u8], is_over: impl Fn() -> bool) -> bool {
         while !is_over() {
             match self.receive_next(link, frame) {
@@ -238,7 +240,7 @@ impl Card {
                 Moved::NoFrame => return true,
                 Moved::NoChain => return false,
             }
-            // Whoever only receives would never be let send.
+            // Otherwise a guest that receives without end could never send.
             self.send_next(link, frame);
         }
         false
@@ -249,7 +251,7 @@ impl Card {
         let moved = link.with_queue(RECEIVE, |queue, memory| {
             queue.mute(memory)?;
             let Some(Chain { head, readable: _, mut writable }) = queue.pop(memory)? else {
-                // One that came meanwhile is found by trying again.
+                // A chain added meanwhile is found by trying again.
                 return Ok(if queue.unmute(memory)? { Moved::One } else { Moved::NoChain });
             };
             let len = match self.tap.read(&mut frame[HEADER.len()..]) {
@@ -280,12 +282,12 @@ impl Card {
         moved.unwrap_or(Moved::NoChain)
     }
 
-    /// Sends what waits, but not too many at once. True if there may be more.
+    /// Sends waiting frames, but not too many at once. Returns true if there may be more.
     fn send_some(&self, link: &Link, frame: &mut [u8]) -> bool {
         (0..SENT_AT_ONCE).all(|_| self.send_next(link, frame))
     }
 
-    /// Sends the next frame. False if there is none.
+    /// Sends the next frame. Returns false if there is none.
     fn send_next(&self, link: &Link, frame: &mut [u8]) -> bool {
         let _work = self.gate.begin();
         let sent = link.with_queue(TRANSMIT, |queue, memory| {
@@ -342,7 +344,7 @@ impl VirtioDevice for Net {
             Worker::start(&name, Role::Device, &self.doorbell, move |doorbell, ending| {
                 card.run(&link, doorbell, ending);
             })?;
-        // One that is started twice has its second thread ended at once.
+        // If the device is started twice, the second thread ends at once.
         let _first = self.worker.set(worker);
         Ok(())
     }
@@ -370,7 +372,7 @@ impl VirtioDevice for Net {
     }
 
     fn check(&self, saved: &SavedDevice) -> Result<(), Misfit> {
-        // Its address is this host's choice, as the tap is.
+        // The address is this host's choice, as the tap is.
         match saved {
             SavedDevice::Net { .. } => Ok(()),
             other => Err(Misfit::new(self.save(), other)),

@@ -1,8 +1,9 @@
-//! A virtqueue as its device sees it (virtio 1.2, 2.7): registers until the driver says it is ready,
+//! A virtqueue as its device sees it (virtio 1.2, 2.7): registers until the driver says it is
+//! ready,
 //! rings in guest memory from then on.
 //!
-//! A chain is walked once, and every buffer of it checked to lie in RAM, before anything is done with
-//! it: what the guest changes afterwards changes what is in its buffers, not where they are.
+//! Before anything is done with a chain, it is walked once and each of its buffers checked to lie
+//! in RAM: what the guest changes afterwards can affect what is in the buffers, not where they are.
 
 use std::sync::atomic::Ordering;
 
@@ -16,18 +17,19 @@ use super::saved::SavedQueue;
 use crate::memory::GuestMemory;
 use crate::vcpu::saved::Reg;
 
-/// The bit of a feature number.
+/// Returns the bit of a feature number.
 pub(super) const fn bit(feature: u32) -> u64 {
     1 << feature
 }
 
-/// What every device here offers: the modern interface and indirect descriptors.
+/// The features that every device here offers: the modern interface and indirect descriptors.
 pub(super) const COMMON_FEATURES: u64 = bit(VIRTIO_F_VERSION_1) | bit(VIRTIO_RING_F_INDIRECT_DESC);
 
-/// Notifications and interrupts that say from which entry on they are wanted (2.7.7.2, 2.7.10).
+/// The feature by which each side says from which entry on it wants to be notified or interrupted
+/// (2.7.7.2, 2.7.10).
 pub(super) const EVENT_IDX: u64 = bit(VIRTIO_RING_F_EVENT_IDX);
 
-/// What a guest did that the specification does not allow, and that its device cannot go on after.
+/// A guest's violation of the specification, after which its device cannot go on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Nonsense(pub(super) String);
 
@@ -49,11 +51,11 @@ impl From<virtio_queue::Error> for Nonsense {
     }
 }
 
-/// What the registers of a queue hold. Checked when the queue becomes ready, not before: addresses
-/// arrive in halves.
+/// The contents of a queue's registers. They are checked when the queue becomes ready, not before,
+/// since addresses arrive in halves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct QueueRegisters {
-    /// Entries; 0 for a number that cannot be one.
+    /// Number of entries; 0 if the driver wrote a number out of range.
     pub size: u16,
     /// Guest physical addresses of the three parts.
     pub descriptors: u64,
@@ -61,28 +63,28 @@ pub(super) struct QueueRegisters {
     pub device: u64,
 }
 
-/// A descriptor chain that was taken off a queue.
+/// A descriptor chain taken off a queue.
 #[derive(Debug)]
 pub(super) struct Chain {
-    /// Its first descriptor, by which it is given back.
+    /// The index of its first descriptor, by which it is given back.
     pub head: u16,
     /// What the device may read.
     pub readable: Buffers,
-    /// What the device may write, which comes after that.
+    /// What the device may write, after the readable part.
     pub writable: Buffers,
 }
 
-/// A queue. See the module's text.
+/// A queue. See the module documentation.
 #[derive(Debug)]
 pub struct VirtQueue {
     max_size: u16,
     pub(super) registers: QueueRegisters,
-    /// Some while it is ready.
+    /// `Some` while the queue is ready.
     ring: Option<Queue>,
 }
 
 impl VirtQueue {
-    /// A queue of at most `max_size` entries, a power of two up to 32,768.
+    /// Creates a queue of at most `max_size` entries, a power of two up to 32,768.
     pub(super) fn new(max_size: u16) -> Self {
         let registers = QueueRegisters { size: max_size, descriptors: 0, driver: 0, device: 0 };
         Self { max_size, registers, ring: None }
@@ -96,17 +98,17 @@ impl VirtQueue {
         self.ring.is_some()
     }
 
-    /// As after power-on.
+    /// Resets the queue to its state after power-on.
     pub(super) fn reset(&mut self) {
         *self = Self::new(self.max_size);
     }
 
-    /// The driver uses it no more.
+    /// Takes the queue out of use.
     pub(super) fn retire(&mut self) {
         self.ring = None;
     }
 
-    /// The registers hold all the device needs to know.
+    /// Puts the queue that the registers describe to use.
     pub(super) fn make_ready(
         &mut self,
         features: u64,
@@ -116,7 +118,7 @@ impl VirtQueue {
         Ok(())
     }
 
-    /// The queue with the registers' contents that has come as far as these two counters say.
+    /// Creates the ring that the registers describe, at the positions `next_avail` and `next_used`.
     fn ring_at(
         &self,
         features: u64,
@@ -146,7 +148,7 @@ impl VirtQueue {
     pub(super) fn save(&self) -> SavedQueue {
         let QueueRegisters { size, descriptors, driver, device } = self.registers;
         let (next_avail, next_used) = match self.ring.as_ref().map(Queue::state) {
-            // What is left out is in the registers and the features.
+            // The fields left out follow from the registers and the features.
             Some(QueueState {
                 next_avail,
                 next_used,
@@ -172,7 +174,7 @@ impl VirtQueue {
         }
     }
 
-    /// The queue that `saved` is the state of.
+    /// Creates a queue with the state `saved`.
     pub(super) fn restore(
         saved: &SavedQueue,
         features: u64,
@@ -200,7 +202,7 @@ impl VirtQueue {
         self.ring.as_mut().ok_or_else(|| Nonsense::new("a virtqueue that is not ready"))
     }
 
-    /// How many chains wait.
+    /// Returns how many chains wait.
     pub(super) fn waiting(&mut self, memory: &GuestMemory) -> Result<u16, Nonsense> {
         let ring = self.ring()?;
         let end = ring.avail_idx(memory, Ordering::Acquire)?;
@@ -238,22 +240,22 @@ impl VirtQueue {
             }
             side.push(address, len);
         }
-        // The walk also ends where it would leave the table, and when it went round in circles.
+        // The walk also ends where it would leave the table, or when the chain goes in circles.
         if !ended {
             return Err(Nonsense::new("a chain that leads nowhere"));
         }
         Ok(Some(Chain { head, readable, writable }))
     }
 
-    /// Puts the chain that was taken last back, untouched.
+    /// Puts the last chain taken back on the queue, untouched.
     pub(super) fn put_back(&mut self) {
         if let Some(ring) = &mut self.ring {
             ring.go_to_previous_position();
         }
     }
 
-    /// Gives a chain back with `written` bytes in its writable part. True if the driver wants an
-    /// interrupt for it.
+    /// Gives a chain back to the driver, with `written` bytes in its writable part. Returns true if
+    /// the driver wants an interrupt for it.
     pub(super) fn give_back(
         &mut self,
         memory: &GuestMemory,
@@ -265,20 +267,21 @@ impl VirtQueue {
         Ok(ring.needs_notification(memory)?)
     }
 
-    /// Asks the driver not to say that it added a chain. Only advice.
+    /// Asks the driver not to notify the device of chains that it adds. This is only a hint.
     pub(super) fn mute(&mut self, memory: &GuestMemory) -> Result<(), Nonsense> {
         Ok(self.ring()?.disable_notification(memory)?)
     }
 
-    /// Asks it to say so of the next chain it adds, though others wait: by event indices it says so only of the
-    /// one that was asked for, which as a rule is the next that is looked at.
+    /// Asks the driver to notify the device of the next chain it adds, even while others wait. With
+    /// event indices it notifies only of the entry asked for, which otherwise is the next one that
+    /// the device takes.
     pub(super) fn ask_for_next(&mut self, memory: &GuestMemory) -> Result<(), Nonsense> {
         let ring = self.ring()?;
         if !ring.event_idx_enabled() {
             return Ok(());
         }
         let next = ring.avail_idx(memory, Ordering::Acquire)?;
-        // `avail_event`, behind all entries (2.7.8).
+        // `avail_event` follows the entries (2.7.8).
         let place = GuestAddress(ring.used_ring())
             .checked_add(4 + 8 * u64::from(ring.size()))
             .ok_or_else(|| Nonsense::new("a virtqueue that is not in RAM"))?;
@@ -287,7 +290,8 @@ impl VirtQueue {
             .map_err(|error| Nonsense::new(error.to_string()))
     }
 
-    /// Asks it to say so again. True if it added one since the last look, of which it may not say so.
+    /// Asks the driver to notify the device again. Returns true if it has added a chain since the
+    /// last look, of which it may not have notified the device.
     pub(super) fn unmute(&mut self, memory: &GuestMemory) -> Result<bool, Nonsense> {
         Ok(self.ring()?.enable_notification(memory)?)
     }

@@ -1,8 +1,10 @@
-//! The entropy device (virtio 1.2, 5.4): random bytes of the host's kernel.
+//! The entropy device (virtio 1.2, 5.4): random bytes from the host's kernel.
 //!
-//! It works in the thread of the vCPU that notifies it, so it stands still when the vCPUs do. It has
-//! nothing to save. Clones of a snapshot get different bytes from it, which is what it is for; a guest
-//! that was rewound gets others than before.
+//! It works in the thread of the vCPU that notifies it, so it stands still when the vCPUs do. It
+//! has
+//! nothing to save. Clones of a snapshot get different bytes from it, which is what it is for; a
+//! guest
+//! that was rewound gets other bytes than before.
 
 use std::time::Duration;
 
@@ -16,9 +18,9 @@ use super::{Misfit, Still, VirtioDevice};
 use crate::error::Result;
 use crate::memory::GuestMemory;
 
-/// Entries of its queue.
+/// Entries of the queue.
 const QUEUE_SIZE: u16 = 64;
-/// Bytes it gives at once. A driver that wants more asks again, and its vCPU has gone on meanwhile.
+/// Maximum bytes given per request. A driver that wants more asks again; its vCPU runs in between.
 const BYTES_MAX: usize = 4096;
 
 /// The entropy device.
@@ -44,8 +46,8 @@ impl VirtioDevice for Rng {
 
     fn notify(&self, link: &Link, queue: u16) {
         link.with_queue(queue, |queue, memory| {
-            // No more than waits now: of what comes meanwhile there are other notifications, which are
-            // never muted here.
+            // Only those that wait now: later ones bring their own notifications, which are never
+            // muted here.
             for _ in 0..queue.waiting(memory)? {
                 fill_next(link, queue, memory)?;
             }
@@ -70,7 +72,7 @@ fn fill_next(link: &Link, queue: &mut VirtQueue, memory: &GuestMemory) -> Result
     let Some(Chain { head, readable: _, mut writable }) = queue.pop(memory)? else { return Ok(()) };
     let mut bytes = [0; BYTES_MAX];
     let wanted = writable.len().min(BYTES_MAX as u64) as usize;
-    // It may give less than was asked for. Once the host has booted it gives something.
+    // The device may give fewer bytes than asked for. Once the host has booted there are some.
     let given = getrandom(&mut bytes[..wanted], GetRandomFlags::empty()).unwrap_or(0);
     writable.write(memory, &bytes[..given])?;
     link.give_back(queue, head, given as u32)

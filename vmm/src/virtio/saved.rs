@@ -1,4 +1,4 @@
-//! What a snapshot keeps of a virtio device.
+//! What a snapshot saves of a virtio device.
 
 use std::sync::Arc;
 
@@ -12,8 +12,8 @@ use crate::state::{Saved, chunk};
 use crate::vcpu::saved::Reg;
 use frazil_snapstore::StateChunk;
 
-/// A device behind the MMIO transport: registers, queues, and what is its kind's own. What of it lies
-/// in guest memory is saved with that.
+/// A device behind the MMIO transport: registers, queues, and what is specific to its kind. The
+/// rings are saved with guest memory, where they lie.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SavedVirtio {
@@ -27,13 +27,13 @@ pub struct SavedVirtio {
     pub device_features_sel: u32,
     /// The DriverFeaturesSel register.
     pub driver_features_sel: u32,
-    /// What the driver wrote to DriverFeatures, all of it.
+    /// All that the driver wrote to DriverFeatures.
     pub driver_features: Reg,
     /// The QueueSel register.
     pub queue_sel: u32,
-    /// Its virtqueues.
+    /// The device's virtqueues.
     pub queues: Vec<SavedQueue>,
-    /// The rest.
+    /// What is specific to the device's kind.
     pub device: SavedDevice,
 }
 
@@ -42,15 +42,15 @@ impl Saved for SavedVirtio {
     const VERSION: u32 = 1;
 }
 
-/// A virtqueue: the twin of virtio-queue's state, without what the device's features tell.
+/// A virtqueue: virtio-queue's state, without what follows from the device's features.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SavedQueue {
-    /// The most entries it may have.
+    /// The maximum number of entries.
     pub max_size: u16,
-    /// Entries it has.
+    /// The number of entries.
     pub size: u16,
-    /// The driver says it may be used.
+    /// True if the driver has put the queue to use.
     pub ready: bool,
     /// Guest physical address of the descriptor table.
     pub descriptors: Reg,
@@ -58,36 +58,36 @@ pub struct SavedQueue {
     pub driver: Reg,
     /// Guest physical address of the device area, the used ring.
     pub device: Reg,
-    /// The next entry of the available ring to look at, not reduced to the queue's size.
+    /// The next entry of the available ring to look at, not reduced modulo the queue's size.
     pub next_avail: u16,
     /// The next entry of the used ring to fill, not reduced either.
     pub next_used: u16,
 }
 
-/// What a kind of device keeps besides its registers and queues.
+/// What a kind of device saves besides its registers and queues.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum SavedDevice {
-    /// Nothing: its disk has a chunk of its own.
+    /// A block device. Its disk has a chunk of its own.
     Block {
         /// The disk's name. Shared, so that nothing is allocated when it is captured.
         disk: Arc<str>,
     },
-    /// Nothing.
+    /// The entropy device, which has nothing to save.
     Rng {},
-    /// A network card. Its tap is the host's.
+    /// A network card. Its tap belongs to the host.
     Net {
-        /// Its address.
+        /// The card's address.
         mac: MacAddress,
     },
     /// A memory balloon.
     Balloon {
         /// Pages of 4 KiB that the host asks for.
         target_pages: u32,
-        /// Pages that the guest says it gave.
+        /// Pages that the guest says it has given.
         actual_pages: u32,
     },
-    /// A socket device. Its connections end where it is restored.
+    /// A socket device. Its connections end when it is restored.
     Vsock {
         /// The guest's context id.
         guest_cid: u32,
@@ -95,18 +95,18 @@ pub enum SavedDevice {
 }
 
 impl SavedDevice {
-    /// Of a device that has nothing that changes: fails unless this is the state of one like `ours`.
+    /// For a device whose state never changes: fails unless this state equals `ours`.
     pub(super) fn check_same(&self, ours: &Self) -> Result<(), Misfit> {
         if self == ours { Ok(()) } else { Err(Misfit::new(ours, self)) }
     }
 }
 
-/// A device's state with the name of its chunk, copied while the guest stood still.
+/// A device's state with the name of its chunk, copied while the guest stands still.
 #[derive(Clone, Debug)]
 pub struct CapturedVirtio {
-    /// The device's, and the chunk's.
+    /// The name of the device and of its chunk.
     pub name: String,
-    /// Its state.
+    /// The device's state.
     pub saved: SavedVirtio,
 }
 

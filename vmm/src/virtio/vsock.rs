@@ -1,15 +1,15 @@
-//! The socket device (virtio 1.2, 5.10): stream connections between programs of the guest and of the
-//! host, whose ends there are [`HostSockets`].
+//! The socket device (virtio 1.2, 5.10): stream connections between programs in the guest and
+//! programs on the host, where they end in [`HostSockets`].
 //!
-//! A thread moves packets. Each is moved through a gate that a checkpoint shuts: it is then in guest
-//! memory and given back, or has not been looked at. Connections are not part of a snapshot, as their
-//! other ends are not: a machine that goes on after a checkpoint keeps them, one that is resumed or
-//! rewound begins without any, and its driver is told so by the event that is there for this (5.10.6.7).
-//! It then looks up its context id again, so a clone may have another.
+//! A thread moves packets, each through a gate that a checkpoint shuts: a packet is then either in
+//! guest memory and given back, or untouched. Connections are not part of a snapshot, as their host
+//! ends are not: a machine that goes on after a checkpoint keeps them; one that is resumed or
+//! rewound begins without any, and its driver is told so by the event for this (5.10.6.7). The
+//! driver then reads its context id again, so a clone may have another.
 //!
-//! What a driver takes in before it hears of the event it drops with the rest, without a word. So nothing new
-//! is begun, by either side, until it has given the event's buffer back, which it does behind that; a
-//! driver that never does is waited for, but not for ever.
+//! Connections that the driver accepts before it handles the event it drops with the rest, without
+//! a word. So neither side begins anything new until the driver has given the event's buffer back,
+//! which it does afterwards. A driver that never does so is waited for only for a limited time.
 
 mod connection;
 mod host;
@@ -46,27 +46,28 @@ const EVENTS: u16 = 2;
 
 /// `struct virtio_vsock_event` with `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`.
 const TRANSPORT_RESET: [u8; 4] = [0; 4];
-/// What epoll says of the doorbell.
+/// The number by which epoll reports the doorbell.
 const DOORBELL: u64 = 0;
-/// Packets each way before sockets are looked at again, whose owners wait meanwhile.
+/// Packets moved each way before sockets, whose owners wait meanwhile, are looked at again.
 const PACKETS_AT_ONCE: usize = 64;
-/// Events that are taken from epoll at once.
+/// Events taken from epoll at once.
 const EVENTS_AT_ONCE: usize = 32;
 
 /// A socket device.
 #[derive(Debug)]
 pub struct Vsock {
-    /// Goes first: what the thread has of the rest goes with it, and it may not take away the host's socket.
+    /// Dropped first, so that the thread's share of `parts` is never the last: the thread is not
+    /// allowed to remove the host's socket.
     worker: OnceLock<Worker>,
     parts: Arc<Parts>,
     cid: u32,
     doorbell: Arc<EventFd>,
-    /// Room for a packet, where packets are moved before a notification returns, for tests that want one thing
-    /// after the other.
+    /// Room for a packet, if packets are moved before a notification returns, for tests that want a
+    /// fixed order.
     in_place: Option<Mutex<Vec<u8>>>,
 }
 
-/// What the thread works with.
+/// The part of the device that its thread uses.
 #[derive(Debug)]
 struct Parts {
     gate: WorkGate,
@@ -76,11 +77,12 @@ struct Parts {
 }
 
 impl Vsock {
-    /// The device of the guest with the context id `cid`, whose connections lead to `sockets`.
+    /// Creates the device of the guest with the context id `cid`, whose connections lead to
+    /// `sockets`.
     ///
     /// # Errors
-    /// [`VmmError::Config`] if that is no id for a guest; [`VmmError::Host`] if there are no file
-    /// descriptors to be had.
+    /// [`VmmError::Config`] if a guest cannot have the id `cid`; [`VmmError::Host`] if file
+    /// descriptors cannot be created.
     pub fn new(cid: u32, sockets: Arc<dyn HostSockets>) -> Result<Self> {
         if !is_guest_cid(cid) {
             return Err(VmmError::Config(format!(
@@ -98,7 +100,8 @@ impl Vsock {
         Ok(Self { parts, cid, doorbell, in_place: None, worker: OnceLock::new() })
     }
 
-    /// One without a thread: packets are moved, and sockets looked at, before a notification returns.
+    /// Creates a device without a thread: packets are moved, and sockets looked at, before a
+    /// notification returns.
     ///
     /// # Errors
     /// As [`Self::new`].
@@ -106,7 +109,7 @@ impl Vsock {
         Ok(Self { in_place: Some(Mutex::new(scratch())), ..Self::new(cid, sockets)? })
     }
 
-    /// Has it wait no longer than `patience` for a driver that does not show that it heard of the end of all
+    /// Sets how long to wait for a driver that does not show that it knows of the end of all
     /// connections.
     #[cfg(test)]
     pub(super) fn set_patience(&self, patience: Duration) {
@@ -119,24 +122,24 @@ impl Vsock {
         self.cid
     }
 
-    /// Connections there are.
+    /// The number of connections.
     #[must_use]
     pub fn connections(&self) -> usize {
         self.parts.table().len()
     }
 }
 
-/// True if a guest may have the context id `cid`: not one with a meaning of its own (5.10.4).
+/// Returns true if a guest may have the context id `cid`: one without a special meaning (5.10.4).
 pub(super) fn is_guest_cid(cid: u32) -> bool {
     u64::from(cid) > HOST_CID && cid != u32::MAX
 }
 
-/// Which ids those are, in words.
+/// Describes the ids that a guest may have, for error messages.
 pub(super) fn expected_cid() -> String {
     format!("a context id from {} to {}", HOST_CID + 1, u32::MAX - 1)
 }
 
-/// Room for the longest packet.
+/// Allocates room for the longest packet.
 fn scratch() -> Vec<u8> {
     vec![0; HEADER_BYTES + BUFFER_BYTES as usize]
 }
@@ -157,7 +160,8 @@ impl Parts {
         let bell = EpollEvent::new(EventSet::IN, DOORBELL);
         self.epoll.ctl(ControlOperation::Add, doorbell.as_raw_fd(), bell)?;
         let mut scratch = scratch();
-        // A device that is given a state does nothing until it is told to go on, whoever calls.
+        // A device that is given a state does nothing until it is told to go on, even if callers
+        // come.
         let (mut rang, mut is_done) = (false, true);
         while !ending.is_wanted() {
             if let Err(error) = self.look(if is_done { self.wait_ms() } else { 0 })
@@ -171,14 +175,16 @@ impl Parts {
         Ok(())
     }
 
-    /// For how long there is nothing to do if nothing happens, in milliseconds; -1 is for ever.
+    /// Returns for how long there is nothing to do if nothing happens, in milliseconds; -1 is for
+    /// ever.
     fn wait_ms(&self) -> i32 {
-        // Not a moment less, or it would look again and again for that long.
+        // Rounded down, the thread would spin for the rest.
         let rounded_up = |left: Duration| i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX);
         self.table().holds_for().map_or(-1, rounded_up)
     }
 
-    /// Waits for sockets and the doorbell, for so many milliseconds or for ever. True if there were any.
+    /// Waits for sockets and the doorbell, for `timeout_ms` milliseconds or, if -1, for ever.
+    /// Returns true if any had events.
     fn look(&self, timeout_ms: i32) -> io::Result<bool> {
         let mut events = [EpollEvent::default(); EVENTS_AT_ONCE];
         let count = self.epoll.wait(timeout_ms, &mut events)?;
@@ -186,7 +192,7 @@ impl Parts {
         Ok(count > 0)
     }
 
-    /// Moves packets in both directions. True if nothing is left to be moved.
+    /// Moves packets in both directions. Returns true if nothing is left to be moved.
     fn serve(&self, link: &Link, scratch: &mut [u8]) -> bool {
         (0..PACKETS_AT_ONCE).any(|_| {
             let told = self.tell_news(link);
@@ -196,15 +202,15 @@ impl Parts {
         })
     }
 
-    /// Tells the driver that its connections are gone, if it does not know, and looks whether it does.
-    /// True if something came of it.
+    /// Tells the driver that its connections are gone, unless it has been told, and checks whether
+    /// it knows. Returns true if that made progress.
     fn tell_news(&self, link: &Link) -> bool {
         let _work = self.gate.begin();
         if self.table().news == News::Known {
             return false;
         }
         let came = link.with_queue(EVENTS, |queue, memory| {
-            // Once more: a driver that was reset meanwhile knows.
+            // Checked again under the lock: a driver that was reset meanwhile knows.
             let news = self.table().news;
             if news == News::Known {
                 return Ok(false);
@@ -217,11 +223,12 @@ impl Parts {
                 return Ok(knows);
             }
             let Some(Chain { head, readable: _, mut writable }) = queue.pop(memory)? else {
-                // One that came meanwhile is found by trying again.
+                // A buffer added meanwhile is found by trying again.
                 return queue.unmute(memory);
             };
             writable.write(memory, &TRANSPORT_RESET)?;
-            // It cannot give back what it has not got yet, so none is missed.
+            // The driver cannot give the buffer back before it gets it below, so that is not
+            // missed.
             queue.ask_for_next(memory)?;
             self.table().tell(queue.waiting(memory)?);
             link.give_back(queue, head, TRANSPORT_RESET.len() as u32)?;
@@ -230,7 +237,7 @@ impl Parts {
         came.unwrap_or(false)
     }
 
-    /// Gives the guest a packet. False if there is none, or no room for it.
+    /// Gives the guest a packet. Returns false if there is none, or no room for it.
     fn receive_next(&self, link: &Link, scratch: &mut [u8]) -> bool {
         let _work = self.gate.begin();
         if !self.table().has_outgoing() {
@@ -241,7 +248,7 @@ impl Parts {
             let Some(Chain { head, readable: _, mut writable }) = queue.pop(memory)? else {
                 return queue.unmute(memory);
             };
-            // Without room for data there would be no end of it.
+            // Without room for data, none could ever be delivered.
             if writable.len() <= HEADER_BYTES as u64 {
                 return Err(Nonsense::new("a buffer that is too short for a packet"));
             }
@@ -259,7 +266,8 @@ impl Parts {
         received.unwrap_or(false)
     }
 
-    /// Takes a packet from the guest. False if there is none, or refusals have to be told first.
+    /// Takes a packet from the guest. Returns false if there is none, or if refusals must be
+    /// delivered first.
     fn transmit_next(&self, link: &Link, scratch: &mut [u8]) -> bool {
         let _work = self.gate.begin();
         if self.table().is_full() {
@@ -292,7 +300,7 @@ impl VirtioDevice for Vsock {
         VIRTIO_ID_VSOCK
     }
 
-    /// Streams are what there is without any of its own.
+    /// Streams need no feature bits of the device's own.
     fn features(&self) -> u64 {
         EVENT_IDX
     }
@@ -316,7 +324,7 @@ impl VirtioDevice for Vsock {
             Worker::start(&name, Role::Sockets, &self.doorbell, move |doorbell, ending| {
                 parts.run(&link, doorbell, ending);
             })?;
-        // One that is started twice has its second thread ended at once.
+        // If the device is started twice, the second thread ends at once.
         let _first = self.worker.set(worker);
         Ok(())
     }
@@ -324,7 +332,7 @@ impl VirtioDevice for Vsock {
     fn notify(&self, link: &Link, _queue: u16) {
         let Some(scratch) = &self.in_place else { return ring(&self.doorbell) };
         let mut scratch = scratch.lock().unwrap_or_else(PoisonError::into_inner);
-        // Each may lead to the other.
+        // Each may make work for the other.
         while self.parts.look(0).unwrap_or(false) || !self.parts.serve(link, &mut scratch) {}
     }
 
@@ -345,7 +353,7 @@ impl VirtioDevice for Vsock {
         SavedDevice::Vsock { guest_cid: self.cid }
     }
 
-    /// The context id stays its own: who restores a device says which one it has.
+    /// The device keeps its own context id, which whoever restores it chooses.
     fn check(&self, saved: &SavedDevice) -> Result<(), Misfit> {
         match saved {
             SavedDevice::Vsock { guest_cid: _ } => Ok(()),

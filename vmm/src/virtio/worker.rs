@@ -18,7 +18,7 @@ pub(super) struct Worker {
     thread: Option<JoinHandle<()>>,
 }
 
-/// Tells a worker's thread that it is to end.
+/// Tells a worker's thread whether it is to end.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Ending(Arc<AtomicBool>);
 
@@ -29,11 +29,12 @@ impl Ending {
 }
 
 impl Worker {
-    /// Starts a thread that does `work` until that returns or its `Ending` is wanted, of which
-    /// `doorbell` tells it.
+    /// Starts a thread that does `work`, which is to return once its `Ending` is wanted; `doorbell`
+    /// is rung then.
     ///
     /// # Errors
-    /// [`VmmError::Host`](crate::VmmError::Host) if there is no thread to be had, or it cannot be confined to its `role`.
+    /// [`VmmError::Host`](crate::VmmError::Host) if the thread cannot be started, or cannot be
+    /// confined to its `role`.
     pub(super) fn start(
         name: &str,
         role: Role,
@@ -53,26 +54,26 @@ impl Drop for Worker {
         self.ending.store(true, Ordering::Release);
         ring(&self.doorbell);
         if let Some(thread) = self.thread.take() {
-            // It says itself why it panicked.
+            // If the thread panicked, the panic hook has said so.
             let _ended = thread.join();
         }
     }
 }
 
-/// Rings a doorbell. That fails only when it has been rung very often and not been heard.
+/// Rings a doorbell. This fails only if it has been rung very often without being heard.
 pub(super) fn ring(doorbell: &EventFd) {
     let _rung = doorbell.write(1);
 }
 
-/// A doorbell that whoever hears it waits for, or, with `EFD_NONBLOCK`, polls.
+/// Creates a doorbell, to be waited for or, with `EFD_NONBLOCK`, polled.
 ///
 /// # Errors
-/// [`VmmError::Host`](crate::VmmError::Host).
+/// [`VmmError::Host`](crate::VmmError::Host) if it cannot be created.
 pub(super) fn doorbell(flags: i32) -> Result<Arc<EventFd>> {
     event(flags).map(Arc::new)
 }
 
-/// Waits for the doorbell of `device` again and again, and serves what there is then.
+/// Calls `serve` whenever the doorbell of `device` rings, until the thread is to end.
 pub(super) fn serve_when_rung(
     device: &str,
     doorbell: &EventFd,

@@ -16,7 +16,7 @@ const RANGE_LEN: usize = 16;
 const DATA_BYTES_MAX: u64 = SEGMENTS_MAX as u64 * SEGMENT_BYTES_MAX as u64;
 const ID_LEN: usize = blk::VIRTIO_BLK_ID_BYTES as usize;
 
-/// Where data is on its way between guest memory and disk. Not on the stack, and not anew each time.
+/// A buffer for data on its way between guest memory and disk: too large for the stack, and reused.
 #[derive(Debug)]
 pub(super) struct Scratch(Vec<u8>);
 
@@ -26,13 +26,13 @@ impl Default for Scratch {
     }
 }
 
-/// Why a request is not done. Its driver is told; nothing is wrong with the device.
+/// Why a request fails.
 enum Failure {
-    /// It is wrong, or the disk failed.
+    /// The request is wrong, or the disk failed. The driver is told by the status.
     Io,
-    /// There is no such request.
+    /// There is no such request. The driver is told by the status.
     Unsupported,
-    /// The driver broke a rule.
+    /// The driver broke a rule: the device stops until it is reset.
     Nonsense(Nonsense),
 }
 
@@ -50,10 +50,10 @@ impl From<crate::VmmError> for Failure {
     }
 }
 
-/// Does the request in `chain` and writes its status. Returns how many bytes were written.
+/// Handles the request in `chain` and writes its status. Returns how many bytes were written.
 ///
 /// # Errors
-/// If there is no request in it, or no room for a status.
+/// If the chain holds no request, or has no room for a status.
 pub(super) fn answer(
     disk: &Disk,
     request: &Request<'_>,
@@ -77,8 +77,8 @@ pub(super) fn answer(
     };
     let left = at.writable.len();
     memory.write_slice(&[status as u8], place).map_err(|error| Nonsense::new(error.to_string()))?;
-    // What counts is what was written from the start without a gap; the status is at the end. All of
-    // it is less than 4 GiB, as the walk along the chain made sure.
+    // Only bytes written from the start without a gap count, so the status at the end counts only
+    // if all before it were written. The total is below 4 GiB, as the walk along the chain ensured.
     Ok((room - left) as u32 + u32::from(left == 0))
 }
 
@@ -89,14 +89,14 @@ fn is_write(kind: u32) -> bool {
     )
 }
 
-/// A request's data, on both sides.
+/// A request's data, in guest memory and on disk.
 struct Data<'a> {
     disk: &'a Disk,
     request: &'a Request<'a>,
     memory: &'a GuestMemory,
-    /// After the header.
+    /// The readable buffers after the header.
     readable: Buffers,
-    /// Before the status.
+    /// The writable buffers before the status.
     writable: Buffers,
     scratch: &'a mut Scratch,
 }
@@ -120,8 +120,8 @@ impl Data<'_> {
         }
     }
 
-    /// Where `sector` is, if data of this length lies in the disk from there on: all of a request is
-    /// refused or none.
+    /// Returns the offset of `sector`, if `data_bytes` is a valid length and fits the disk from
+    /// there on: a request is refused as a whole or not at all.
     fn place(&self, sector: u64, data_bytes: u64) -> Result<u64, Failure> {
         if !data_bytes.is_multiple_of(SECTOR_BYTES) || data_bytes > DATA_BYTES_MAX {
             return Err(Failure::Io);
@@ -129,7 +129,8 @@ impl Data<'_> {
         Ok(self.part(sector, data_bytes)?.0)
     }
 
-    /// So many bytes from `sector` on, if they lie in the disk: where they begin, and how many.
+    /// Returns the offset and length of `len_bytes` bytes from `sector` on, if they lie in the
+    /// disk.
     fn part(&self, sector: u64, len_bytes: u64) -> Result<(u64, u64), Failure> {
         let offset = sector.checked_mul(SECTOR_BYTES).ok_or(Failure::Io)?;
         let end = offset.checked_add(len_bytes).ok_or(Failure::Io)?;
@@ -171,7 +172,7 @@ impl Data<'_> {
         Ok(self.writable.write(self.memory, &id)?)
     }
 
-    /// Discards and zeros: what was discarded reads as zeros too.
+    /// Handles discards and writes of zeros: discarded ranges read as zeros, too.
     fn zero_ranges(&mut self, allowed_flags: u32) -> Result<(), Failure> {
         let len = self.readable.len();
         if !len.is_multiple_of(RANGE_LEN as u64) || len > u64::from(RANGES_MAX) * RANGE_LEN as u64 {

@@ -1,7 +1,7 @@
 //! A tap: the host's end of a network card.
 //!
-//! `unsafe` is allowed here for the ioctls that give an open /dev/net/tun its interface and say what is done
-//! with its frames, which no library here wraps.
+//! `unsafe` is allowed here for the ioctls that attach an open /dev/net/tun to its interface and
+//! set its offloads, which no library here wraps.
 #![allow(unsafe_code)]
 
 use std::fs::{File, OpenOptions};
@@ -13,23 +13,24 @@ use crate::error::{Result, VmmError};
 
 const DEVICE: &str = "/dev/net/tun";
 
-/// Something that frames are read from and written to, one at a time, without waiting.
+/// Something to read frames from and write them to, one at a time, without blocking.
 #[derive(Debug)]
 pub struct Tap {
     file: File,
-    /// What a tap that is none writes to.
+    /// The other end of the socket pair, if there is no interface.
     _other_end: Option<OwnedFd>,
 }
 
 impl Tap {
-    /// The tap interface `name`, which is made if it is not there and this process may do that.
+    /// Opens the tap interface `name`, which is created if it does not exist and this process may
+    /// do so.
     ///
     /// # Errors
-    /// [`VmmError::Config`] if that is no name of an interface; [`VmmError::Host`] if the interface
-    /// cannot be had.
+    /// [`VmmError::Config`] if `name` cannot be an interface's name; [`VmmError::Host`] if the
+    /// interface cannot be opened.
     pub fn open(name: &str) -> Result<Self> {
         let mut request = interface_request(name)?;
-        // Whole frames and nothing before them: no packet information, no header with offloads.
+        // Whole frames with nothing before them: no packet information, no header for offloads.
         request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI) as libc::c_short;
         let file = OpenOptions::new()
             .read(true)
@@ -45,8 +46,8 @@ impl Tap {
             ));
             return Err(refused(io::Error::last_os_error()));
         }
-        // An interface that stays keeps what its last user could do: checksums and cutting frames to their
-        // length would be left to us.
+        // A persistent interface keeps the offloads of its last user, which would leave checksums
+        // and segmentation to this process.
         let no_offloads: libc::c_ulong = 0;
         // SAFETY: the descriptor is open, and TUNSETOFFLOAD takes a number.
         if unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETOFFLOAD as _, no_offloads) } < 0 {
@@ -56,28 +57,28 @@ impl Tap {
         Ok(Self { file, _other_end: None })
     }
 
-    /// What somebody else opened: a tap without packet information and headers, or anything that keeps
-    /// frames apart, such as a socket for packets.
+    /// Uses an open descriptor: a tap without packet information and headers, or anything that
+    /// keeps frame boundaries, such as a packet socket.
     ///
     /// # Errors
-    /// [`VmmError::Host`] if it cannot be kept from waiting.
+    /// [`VmmError::Host`] if it cannot be made nonblocking.
     pub fn from_fd(fd: OwnedFd) -> Result<Self> {
         rustix::io::ioctl_fionbio(&fd, true)
             .map_err(|error| VmmError::host("set up a tap")(error.into()))?;
         Ok(Self { file: File::from(fd), _other_end: None })
     }
 
-    /// No interface at all: nothing arrives, and what is sent goes nowhere.
+    /// Uses no interface at all: nothing arrives, and what is sent goes nowhere.
     ///
     /// # Errors
-    /// [`VmmError::Host`] if there are no sockets to be had.
+    /// [`VmmError::Host`] if no sockets can be created.
     pub fn unplugged() -> Result<Self> {
         let kind = rustix::net::SocketType::DGRAM;
         let flags = rustix::net::SocketFlags::CLOEXEC;
         let (ours, theirs) =
             rustix::net::socketpair(rustix::net::AddressFamily::UNIX, kind, flags, None)
                 .map_err(|error| VmmError::host("create sockets")(error.into()))?;
-        // Nobody reads there, so the card soon finds that there is no room for what it sends.
+        // Nobody reads from the other end, so it is soon full, and the card drops what it sends.
         Ok(Self { _other_end: Some(theirs), ..Self::from_fd(ours)? })
     }
 
@@ -94,7 +95,7 @@ impl Tap {
     }
 }
 
-/// A request about interface `name`, the rest of it zero.
+/// Returns a request about interface `name` that is otherwise zero.
 fn interface_request(name: &str) -> Result<libc::ifreq> {
     let fits = (1..libc::IFNAMSIZ).contains(&name.len());
     if !fits || !name.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'/') {
@@ -115,14 +116,14 @@ fn interface_request(name: &str) -> Result<libc::ifreq> {
 mod tests {
     use super::*;
 
-    /// Does what a number says to an open /dev/net/tun.
+    /// Calls the ioctl `what`, which takes a number, on an open /dev/net/tun.
     fn set(file: &File, what: libc::Ioctl, value: libc::c_uint) {
-        // SAFETY: the descriptor is open, and both that are used here take a number.
+        // SAFETY: the descriptor is open, and both ioctls used here take a number.
         let done = unsafe { libc::ioctl(file.as_raw_fd(), what, libc::c_ulong::from(value)) };
         assert_eq!(done, 0, "{}", io::Error::last_os_error());
     }
 
-    /// True if the host leaves checksums of frames to whoever reads them from interface `name`.
+    /// Returns true if the host leaves checksums to whoever reads frames from interface `name`.
     fn leaves_checksums(name: &str) -> bool {
         const ETHTOOL_GTXCSUM: u32 = 0x16;
         // `struct ethtool_value`.

@@ -1,4 +1,4 @@
-//! A connection: a stream socket of the host at one end, credit, and who has ended what.
+//! A connection: the stream socket of its host end, credit, and which directions have ended.
 
 use std::collections::VecDeque;
 use std::io::{self, Read};
@@ -10,18 +10,19 @@ use vmm_sys_util::epoll::EventSet;
 
 use super::packet::{Header, NO_MORE_SENT, NO_MORE_TAKEN, OVER, Op};
 
-/// Bytes that a guest may send before the host's end takes them: what a connection may take of memory.
+/// How many bytes a guest may send before the host's end takes them, which bounds a connection's
+/// memory.
 pub(super) const BUFFER_BYTES: u32 = 64 << 10;
-/// The guest is told that there is room again once this much was passed on. Less than it takes to fill
-/// the buffer, so a guest that is not told yet can still send.
+/// The guest is told that there is room again once this much has been passed on: less than the
+/// buffer's size, so that a guest that has not been told yet can still send.
 const TELL_BYTES: u32 = BUFFER_BYTES / 4;
 
 /// How far a connection has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
-    /// The host's end wants it; the guest has not answered.
+    /// The host's end asked for it; the guest has not answered.
     Requested,
-    /// Both ends agreed.
+    /// Both ends have agreed.
     Open,
 }
 
@@ -38,49 +39,50 @@ pub(super) struct Outgoing {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Fate {
     GoesOn,
-    /// Both ends are done with it, or one of them broke it. The guest is told by a reset.
+    /// Both ends are done, or one of them broke the connection. The guest is told by a reset.
     Ends,
 }
 
-/// See the module's text.
+/// See the module documentation.
 #[derive(Debug)]
-#[allow(clippy::struct_excessive_bools)] // facts that have nothing to do with each other
+#[allow(clippy::struct_excessive_bools)] // independent facts
 pub(super) struct Connection {
     stream: UnixStream,
     phase: Phase,
     /// The guest's bytes that the host's end has not taken yet.
     unsent: VecDeque<u8>,
-    /// What is known of the socket: that it has bytes, that it takes some. True if it has not been
-    /// tried since it last said so.
+    /// Whether the socket may have bytes, and may take some: true from an event until an attempt
+    /// fails.
     may_read: bool,
     may_write: bool,
-    /// The host's end sends no more, and takes no more.
+    /// What the host's end no longer does, as flags of [`Op::Shutdown`].
     host_ended: u32,
-    /// Of these, what the guest was told.
+    /// Which of these flags the guest was told.
     told_ended: u32,
-    /// What the guest said it does no more.
+    /// What the guest said it no longer does.
     guest_ended: u32,
-    /// The socket was told that the guest sends no more.
+    /// The socket has been shut down for writing, as the guest sends no more.
     closed_for_writing: bool,
-    /// Bytes passed on to the host's end, and how many of them the guest was told of. As all counts
-    /// here these go round.
+    /// Bytes passed on to the host's end, and how many of them the guest was told of. Like all
+    /// counts here, these wrap around.
     forwarded: u32,
     told_forwarded: u32,
-    /// Bytes sent to the guest, what it said it passed on of them, and the room it said it has.
+    /// Bytes sent to the guest, how many of them it said it has passed on, and how large it said
+    /// its buffer is.
     sent: u32,
     guest_forwarded: u32,
     guest_room: u32,
-    /// The guest has been asked for room since it had some.
+    /// The guest has been asked for credit since it last gave some.
     asked_for_credit: bool,
     owes_opening: bool,
     owes_credit: bool,
-    /// It is in the line of those that have something for the guest.
+    /// The connection is in the line of those that have something for the guest.
     pub queued: bool,
 }
 
 impl Connection {
-    /// One that the host's end wants, or, as [`Phase::Open`], that the guest does. `stream` does not
-    /// wait. The guest is to be told.
+    /// Creates a connection that the host's end asked for or, if [`Phase::Open`], the guest.
+    /// `stream` must be nonblocking. The guest is yet to be told.
     pub(super) fn new(stream: UnixStream, phase: Phase) -> Self {
         Self {
             stream,
@@ -104,22 +106,22 @@ impl Connection {
         }
     }
 
-    /// True if the guest has heard of it, or it of the guest.
+    /// Returns true if the guest asked for the connection or was told of it.
     pub(super) fn is_known_to_guest(&self) -> bool {
         self.phase == Phase::Open || self.has_begun()
     }
 
-    /// True once the guest was told of it: that it is wanted, or agreed to.
+    /// Returns true once the guest was told of the connection: that it is wanted, or agreed to.
     pub(super) fn has_begun(&self) -> bool {
         !self.owes_opening
     }
 
-    /// Bytes that the guest may be sent.
+    /// Returns how many bytes may be sent to the guest.
     fn credit(&self) -> u32 {
         self.guest_room.saturating_sub(self.sent.wrapping_sub(self.guest_forwarded))
     }
 
-    /// Takes note of what happened to the socket.
+    /// Handles events of the socket.
     pub(super) fn woken(&mut self, events: EventSet) -> Fate {
         self.may_read |= events.intersects(EventSet::IN | EventSet::READ_HANG_UP);
         self.may_write |= events.contains(EventSet::OUT);
@@ -132,7 +134,8 @@ impl Connection {
         self.flush()
     }
 
-    /// Nobody takes what the guest sends any more. What the host's end sent before is still there.
+    /// Notes that nobody takes what the guest sends any more. What the host's end has sent can
+    /// still be read.
     fn host_is_gone(&mut self) {
         self.may_read = true;
         self.host_ended |= NO_MORE_TAKEN;
@@ -140,7 +143,7 @@ impl Connection {
         self.unsent = VecDeque::new();
     }
 
-    /// What the guest says of its room, in every packet.
+    /// Notes what the guest says of its room, in every packet.
     pub(super) fn note_credit(&mut self, header: &Header) {
         self.guest_room = header.buf_alloc;
         self.guest_forwarded = header.fwd_cnt;
@@ -149,20 +152,21 @@ impl Connection {
         }
     }
 
-    /// The guest agrees to what the host's end wants, which is told by `greeting`.
+    /// Handles the guest's agreement to a connection that the host's end asked for, which is told
+    /// by `greeting`.
     pub(super) fn answered(&mut self, greeting: &[u8]) -> Fate {
         if self.phase != Phase::Requested || self.owes_opening {
             return Fate::Ends;
         }
         self.phase = Phase::Open;
-        // The first bytes on this socket: they fit, unless its owner is gone.
+        // These are the first bytes on this socket: they fit, unless its owner is gone.
         match send(&self.stream, greeting, SendFlags::NOSIGNAL) {
             Ok(len) if len == greeting.len() => Fate::GoesOn,
             _ => Fate::Ends,
         }
     }
 
-    /// Bytes of the guest's; `len` of them, of which `data` has none if they are too many.
+    /// Handles `len` bytes from the guest. `data` has them, or is empty if they are too many.
     pub(super) fn data(&mut self, len: u32, data: &[u8]) -> Fate {
         let fits = data.len() as u64 == u64::from(len)
             && self.unsent.len() + data.len() <= BUFFER_BYTES as usize;
@@ -170,7 +174,7 @@ impl Connection {
             return Fate::Ends;
         }
         if self.host_ended & NO_MORE_TAKEN != 0 {
-            // Sent before the guest knew.
+            // The guest sent them before it knew.
             self.forwarded = self.forwarded.wrapping_add(len);
         } else {
             let direct = if self.unsent.is_empty() { self.write(data) } else { 0 };
@@ -180,25 +184,25 @@ impl Connection {
         self.flush()
     }
 
-    /// The guest ends one side or both.
+    /// Handles the guest's end of one or both directions.
     pub(super) fn guest_ends(&mut self, flags: u32) -> Fate {
         if self.phase != Phase::Open {
             return Fate::Ends;
         }
         self.guest_ended |= flags & OVER;
         if self.guest_ended & NO_MORE_TAKEN != 0 {
-            // It fails if the other end is gone, which is as good.
+            // Fails if the other end is gone, which is as good.
             let _gone = self.stream.shutdown(Shutdown::Read);
         }
         self.flush()
     }
 
-    /// The guest wants to know how much room there is.
+    /// Notes that the guest wants to know how much room there is.
     pub(super) fn asked_for_credit(&mut self) {
         self.owes_credit = true;
     }
 
-    /// Writes to the socket what it takes; how many bytes that was.
+    /// Writes as much of `data` as the socket takes; returns how many bytes are done with.
     fn write(&mut self, data: &[u8]) -> usize {
         let mut at = 0;
         while at < data.len() && self.may_write && self.host_ended & NO_MORE_TAKEN == 0 {
@@ -216,7 +220,7 @@ impl Connection {
         at
     }
 
-    /// Passes on what waits, and ends what is to end behind it.
+    /// Passes on waiting bytes, then ends what is to end after them.
     fn flush(&mut self) -> Fate {
         while self.may_write && !self.unsent.is_empty() {
             let mut waiting = std::mem::take(&mut self.unsent);
@@ -229,11 +233,11 @@ impl Connection {
             }
         }
         if self.unsent.is_empty() {
-            // Not the room of the most there ever was.
+            // Frees the room of the longest backlog.
             self.unsent = VecDeque::new();
             if self.guest_ended & NO_MORE_SENT != 0 && !self.closed_for_writing {
                 self.closed_for_writing = true;
-                // As above.
+                // Fails if the other end is gone, which is as good.
                 let _gone = self.stream.shutdown(Shutdown::Write);
             }
         }
@@ -244,7 +248,7 @@ impl Connection {
         Fate::GoesOn
     }
 
-    /// True if [`Self::next`] may have something.
+    /// Returns true if [`Self::next`] may have something.
     pub(super) fn wants_turn(&self) -> bool {
         let open = self.phase == Phase::Open;
         let reads = self.may_read
@@ -254,7 +258,7 @@ impl Connection {
         self.owes_opening || open && (self.owes_credit || reads || ends)
     }
 
-    /// The next packet for the guest, of which `data` gets the bytes.
+    /// Returns the next packet for the guest, and puts its bytes into `data`.
     pub(super) fn next(&mut self, data: &mut [u8]) -> Option<Outgoing> {
         let bare = |op| Some(Outgoing { op, flags: 0, len: 0 });
         if self.owes_opening {
@@ -268,7 +272,8 @@ impl Connection {
             return bare(Op::CreditUpdate);
         }
         if self.guest_ended & NO_MORE_TAKEN != 0 {
-            // What the host's end sent goes nowhere; that it has ended is still told.
+            // What the host's end sends goes nowhere, but the guest is still told when it has
+            // ended.
             if self.host_ended & NO_MORE_TAKEN != 0 {
                 self.host_ended |= NO_MORE_SENT;
             }
@@ -303,7 +308,7 @@ impl Connection {
         None
     }
 
-    /// Bytes passed on, for a packet that tells the guest.
+    /// Returns the count of bytes passed on, for a packet that tells it to the guest.
     pub(super) fn tell_forwarded(&mut self) -> u32 {
         self.owes_credit = false;
         self.told_forwarded = self.forwarded;

@@ -1,8 +1,8 @@
 //! The host's end of the socket device: what the guest's ports lead to.
 //!
-//! As other monitors do it: programs of the host connect to one Unix socket and say `CONNECT` and a port
-//! of the guest's; ports of the host that the guest connects to are Unix sockets beside it, with
-//! the port behind an underscore in their names.
+//! As in other monitors, programs on the host connect to one Unix socket and say `CONNECT` and a
+//! port of the guest; ports of the host that the guest connects to are Unix sockets beside it,
+//! whose names end in an underscore and the port.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -19,25 +19,25 @@ use crate::error::{Result, VmmError};
 use crate::private_socket;
 use crate::virtio::event;
 
-/// Where connections of a guest's lead to and come from. Sockets do not wait.
+/// Where a guest's connections lead to and come from. All sockets are nonblocking.
 pub trait HostSockets: Send + Sync + fmt::Debug {
-    /// What to listen to for those who come; they say which of the guest's ports they want.
+    /// The descriptor to watch for callers, who say which of the guest's ports they want.
     fn listener(&self) -> RawFd;
 
-    /// The next of them.
+    /// Accepts the next caller.
     ///
     /// # Errors
-    /// [`io::ErrorKind::WouldBlock`] if there is none; others if it cannot be had.
+    /// [`io::ErrorKind::WouldBlock`] if there is none; others if it cannot be accepted.
     fn accept(&self) -> io::Result<UnixStream>;
 
-    /// Connects to a port of the host's for the guest.
+    /// Connects to a port of the host for the guest.
     ///
     /// # Errors
-    /// If nobody listens there, or has no room at once.
+    /// If nobody listens there, or the listener has no room right now.
     fn connect(&self, port: u32) -> io::Result<UnixStream>;
 }
 
-/// A Unix socket and its neighbours.
+/// A Unix socket, and those beside it.
 #[derive(Debug)]
 pub struct UnixSockets {
     listener: UnixListener,
@@ -45,11 +45,11 @@ pub struct UnixSockets {
 }
 
 impl UnixSockets {
-    /// Listens on `path`, for this user only. A socket that a process left behind is replaced. Those for
-    /// ports of the host's are `path`, `_` and the port.
+    /// Listens on `path`, for this user only. A socket that a process left behind is replaced. The
+    /// sockets for ports of the host are named `path`, `_` and the port.
     ///
     /// # Errors
-    /// [`VmmError::Config`] if that is too long for the name of a socket; [`VmmError::Host`] if it
+    /// [`VmmError::Config`] if such a name is too long for a socket; [`VmmError::Host`] if `path`
     /// cannot be listened on.
     pub fn listen(path: &Path) -> Result<Self> {
         let longest = neighbour(path, u32::MAX);
@@ -69,12 +69,12 @@ impl UnixSockets {
 
 impl Drop for UnixSockets {
     fn drop(&mut self) {
-        // Ours: it could not have been bound otherwise.
+        // The socket is ours: it could not have been bound otherwise.
         let _gone = std::fs::remove_file(&self.path);
     }
 }
 
-/// The socket of a port of the host's.
+/// Returns the path of the socket for a port of the host.
 fn neighbour(path: &Path, port: u32) -> PathBuf {
     let mut name = OsString::from(path);
     name.push(format!("_{port}"));
@@ -94,7 +94,7 @@ impl HostSockets for UnixSockets {
 
     fn connect(&self, port: u32) -> io::Result<UnixStream> {
         let address = SocketAddrUnix::new(neighbour(&self.path, port).as_path())?;
-        // The standard library's would wait for a server that is slow to accept.
+        // The standard library's connect would block on a server that is slow to accept.
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
         connect(&socket, &address)?;
@@ -108,7 +108,7 @@ pub struct Unreachable(EventFd);
 
 impl Unreachable {
     /// # Errors
-    /// [`VmmError::Host`] if there is no eventfd to be had, which nobody ever writes to.
+    /// [`VmmError::Host`] if the eventfd, to which nobody ever writes, cannot be created.
     pub fn new() -> Result<Self> {
         event(EFD_NONBLOCK).map(Self)
     }
@@ -128,10 +128,10 @@ impl HostSockets for Unreachable {
     }
 }
 
-/// The longest first line of one who comes, its end included: a port has ten digits.
+/// The longest first line of a caller, newline included: a port has up to ten digits.
 const LINE_BYTES_MAX: usize = 32;
 
-/// One who came and has not said yet which port is wanted.
+/// A program that has connected and not said yet which port it wants.
 #[derive(Debug)]
 pub(super) struct Caller {
     pub stream: UnixStream,
@@ -141,11 +141,11 @@ pub(super) struct Caller {
 /// What a caller wants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Wish {
-    /// The guest's port.
+    /// To be connected to this port of the guest.
     Port(u32),
-    /// It has not said all of it.
+    /// The caller has not sent its whole line.
     NotYet,
-    /// Nothing that there is, or not any more.
+    /// Nothing valid, or nothing any more.
     Nothing,
 }
 
@@ -154,7 +154,7 @@ impl Caller {
         Self { stream, line: Vec::new() }
     }
 
-    /// Reads on. Byte by byte: what comes behind the line is the guest's.
+    /// Reads on, byte by byte: what comes after the line is for the guest.
     pub(super) fn listen(&mut self) -> Wish {
         use std::io::Read;
         let mut byte = [0];
@@ -173,7 +173,7 @@ impl Caller {
     }
 }
 
-/// The port in a line such as `CONNECT 1024`.
+/// Returns the port in a line such as `CONNECT 1024`.
 fn port_wanted(line: &[u8]) -> Option<u32> {
     let mut words = std::str::from_utf8(line).ok()?.split_ascii_whitespace();
     let asks = words.next()?.eq_ignore_ascii_case("connect");
@@ -218,7 +218,7 @@ mod tests {
         let none = sockets.connect(5).unwrap_err();
         assert_eq!(none.kind(), io::ErrorKind::NotFound);
         assert_eq!(sockets.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
-        // Who wants it too finds out by calling.
+        // Listening on a path in use fails, and makes a trial connection to find out.
         assert!(matches!(UnixSockets::listen(&path), Err(VmmError::Host { .. })), "in use");
         sockets.accept().unwrap();
     }

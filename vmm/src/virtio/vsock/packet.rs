@@ -1,12 +1,12 @@
-//! Packets of the socket device (virtio 1.2, 5.10.6): a header, and behind it bytes of a stream.
+//! Packets of the socket device (virtio 1.2, 5.10.6): a header, followed by bytes of a stream.
 
-/// Bytes of a header.
+/// Length of a header in bytes.
 pub(super) const HEADER_BYTES: usize = 44;
 /// The context id of the host (5.10.4).
 pub(super) const HOST_CID: u64 = 2;
-/// The type of a packet that belongs to a stream. No other is offered.
+/// The type of packets that belong to a stream, the only type offered.
 pub(super) const STREAM: u16 = 1;
-/// Flags of [`Op::Shutdown`]: whoever sends it takes, or sends, no more (5.10.6.6).
+/// Flags of [`Op::Shutdown`]: its sender takes no more, or sends no more (5.10.6.6).
 pub(super) const NO_MORE_TAKEN: u32 = 1;
 pub(super) const NO_MORE_SENT: u32 = 2;
 /// Both of them.
@@ -18,17 +18,17 @@ pub(super) const OVER: u32 = NO_MORE_TAKEN | NO_MORE_SENT;
 pub(super) enum Op {
     /// Asks for a connection.
     Request = 1,
-    /// Agrees to one.
+    /// Agrees to a connection.
     Response = 2,
-    /// Refuses one, or ends it at once.
+    /// Refuses a connection, or ends it at once.
     Reset = 3,
-    /// Ends one side of it, or both.
+    /// Ends one or both directions of a connection.
     Shutdown = 4,
-    /// Has bytes.
+    /// Carries bytes.
     Data = 5,
-    /// Says how much room there is.
+    /// Says how much room its sender has.
     CreditUpdate = 6,
-    /// Asks for that.
+    /// Asks for a credit update.
     CreditRequest = 7,
 }
 
@@ -55,12 +55,13 @@ pub(super) struct Header {
     pub dst_cid: u64,
     pub src_port: u32,
     pub dst_port: u32,
-    /// Bytes behind the header.
+    /// Number of bytes after the header.
     pub len: u32,
     pub kind: u16,
     pub op: u16,
     pub flags: u32,
-    /// Bytes the sender has room for, and how many of all it got it has passed on; both of a stream.
+    /// The size of the sender's buffer for the stream in bytes, and how many of the bytes it has
+    /// received it has passed on.
     pub buf_alloc: u32,
     pub fwd_cnt: u32,
 }
@@ -104,17 +105,17 @@ impl Header {
         bytes
     }
 
-    /// What it is for; none if that is nothing known.
+    /// What the packet is for; `None` if that is unknown.
     pub(super) fn op(&self) -> Option<Op> {
         Op::numbered(self.op)
     }
 
-    /// The ports of the host's and the guest's end, of a packet of the guest's.
+    /// The ports of the host's and the guest's end, for a packet from the guest.
     pub(super) fn ports(&self) -> Ports {
         Ports { host: self.dst_port, guest: self.src_port }
     }
 
-    /// The answer that there is no such connection, to a packet of the guest's.
+    /// Returns the answer to a packet from the guest that there is no such connection.
     pub(super) fn refusal(&self) -> Self {
         Self {
             src_cid: self.dst_cid,
@@ -128,7 +129,7 @@ impl Header {
     }
 }
 
-/// What tells a connection from all others, as the context ids of both ends do not change.
+/// Identifies a connection, since the context ids of both ends do not change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Ports {
     pub host: u32,

@@ -1,7 +1,7 @@
-//! All connections of a socket device, and who of them has something for the guest.
+//! All connections of a socket device, and which of them have something for the guest.
 //!
-//! What a guest makes the host keep is bounded: connections, what each has from the guest, and refusals,
-//! behind which no more packets are taken from it.
+//! What a guest can make the host keep is bounded: connections, the bytes each holds from the
+//! guest, and refusals, beyond whose limit no more packets are taken from the guest.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -17,37 +17,39 @@ use super::connection::{BUFFER_BYTES, Connection, Fate, Outgoing, Phase};
 use super::host::{Caller, HostSockets, Wish};
 use super::packet::{HOST_CID, Header, Op, Ports, STREAM};
 
-/// Connections at a time. With their buffers, 16 MiB.
+/// Maximum number of connections. With their buffers, 16 MiB.
 pub(super) const CONNECTIONS_MAX: usize = 256;
-/// Callers that have not said yet what they want; one more, and the oldest of them is let go.
+/// Maximum number of callers that have not said yet what they want; with one more, the oldest is
+/// dropped.
 pub(super) const CALLERS_MAX: usize = 32;
-/// Refusals that wait for the guest to make room for them, before it is asked for no more packets.
+/// How many refusals may wait for the guest to make room for them before no more of its packets are
+/// taken.
 pub(super) const RESETS_MAX: usize = 256;
-/// Ports of the host's ends that come from callers; those below are for servers.
+/// Lowest port that the host's end of a caller's connection gets; those below are for servers.
 const CALLERS_PORTS: u32 = 1 << 30;
 
 /// How long nothing new is begun with a driver that does not show that it knows of the end of all
-/// connections. Few wait longer for a connection; a guest whose memory comes back page by page, on a busy
-/// host, was seen to take five.
+/// connections. Few programs wait longer for a connection; a guest whose memory comes back page by
+/// page on a busy host was seen to take five seconds.
 const NEWS_PATIENCE: Duration = Duration::from_secs(20);
 
-/// What epoll says of the socket that is listened to; everything else has a number above, which no other
-/// ever had.
+/// The number by which epoll reports the listening socket; all others have higher numbers, which
+/// are never reused.
 const LISTENER: u64 = 1;
 
-/// Whether the driver knows that all connections of the time before are gone.
+/// Whether the driver knows that all earlier connections are gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum News {
-    /// It does, or there were none.
+    /// It knows, or there were none.
     Known,
-    /// It is to be told, as soon as it has a buffer for that.
+    /// It is to be told as soon as it has a buffer for the event.
     Owed,
-    /// It was told, while so many other buffers waited. It drops its connections and then gives the
-    /// buffer back, so once there are more it has.
+    /// It was told, while `waiting` other buffers waited. It drops its connections before it gives
+    /// the buffer back, so it has dropped them once more buffers wait.
     Told { waiting: u16 },
 }
 
-/// See the module's text.
+/// See the module documentation.
 #[derive(Debug)]
 pub(super) struct Table {
     cid: u64,
@@ -56,22 +58,22 @@ pub(super) struct Table {
     connections: BTreeMap<u64, (Ports, Connection)>,
     ports: BTreeMap<Ports, u64>,
     callers: BTreeMap<u64, Caller>,
-    /// Connections that may have something for the guest, one after the other.
+    /// Connections that may have something for the guest, in the order of their turns.
     line: VecDeque<u64>,
     resets: VecDeque<Header>,
     next_number: u64,
     next_port: u32,
-    /// Somebody may want to be let in.
+    /// A caller may be waiting to be accepted.
     may_accept: bool,
-    /// While they are not known nothing new is begun: the driver would drop it too.
+    /// Until the news is known nothing new is begun: the driver would drop it, too.
     pub news: News,
-    /// But no longer than until then; None until the guest runs.
+    /// When waiting for that ends; `None` until the guest runs.
     patience_until: Option<Instant>,
     patience: Duration,
 }
 
 impl Table {
-    /// Of the guest `cid`. What happens to sockets is told by `epoll`.
+    /// Creates the table of the guest `cid`. `epoll` reports what happens to the sockets.
     pub(super) fn new(
         cid: u32,
         sockets: Arc<dyn HostSockets>,
@@ -96,38 +98,39 @@ impl Table {
         })
     }
 
-    /// Connections there are.
+    /// The number of connections.
     pub(super) fn len(&self) -> usize {
         self.connections.len()
     }
 
-    /// Ends all connections, of which the driver does not know yet.
+    /// Ends all connections, of which the driver is yet to be told.
     pub(super) fn forget(&mut self) {
         self.clear();
         self.news = News::Owed;
     }
 
-    /// The guest runs from here on, and has time to hear the news; unless that is over.
+    /// Called when the guest goes on: starts the time it has to learn the news, unless something
+    /// was already begun without waiting longer.
     pub(super) fn go_on(&mut self) {
         if !self.connections.values().any(|(_, connection)| connection.has_begun()) {
             self.patience_until = Some(Instant::now() + self.patience);
         }
     }
 
-    /// The driver gets the news now, while so many other buffers for news wait.
+    /// Notes that the driver is told the news now, while `waiting` other buffers for events wait.
     pub(super) fn tell(&mut self, waiting: u16) {
         self.end_begun();
         self.news = News::Told { waiting };
         self.go_on();
     }
 
-    /// The driver knows the news.
+    /// Notes that the driver knows the news.
     pub(super) fn is_known(&mut self) {
         self.end_begun();
         self.news = News::Known;
     }
 
-    /// Ends what was begun with a driver that was waited for in vain: it drops that with the rest.
+    /// Ends what was begun after waiting for the driver in vain: it drops that with the rest.
     fn end_begun(&mut self) {
         let begun = |(number, (_, connection)): (&u64, &(Ports, Connection))| {
             connection.has_begun().then_some(*number)
@@ -136,14 +139,14 @@ impl Table {
         begun.into_iter().for_each(|number| self.settle(number, Fate::Ends));
     }
 
-    /// Has it wait no longer than `patience` for a driver that does not hear the news, for tests.
+    /// Sets how long to wait for a driver that does not learn the news, for tests.
     #[cfg(test)]
     pub(super) fn set_patience(&mut self, patience: Duration) {
         self.patience = patience;
     }
 
-    /// For how long nothing new is begun yet, unless the driver shows sooner that it knows the news; None
-    /// if that is over.
+    /// Returns for how much longer nothing new is begun, unless the driver shows sooner that it
+    /// knows the news; `None` if anything may be begun.
     pub(super) fn holds_for(&self) -> Option<Duration> {
         if self.news == News::Known {
             return None;
@@ -160,21 +163,22 @@ impl Table {
         self.resets.clear();
         self.news = News::Known;
         self.patience_until = None;
-        // A guest that has not heard of it yet may take the same ports for the same connections.
+        // If ports repeated, a guest that does not know yet could take new connections for old
+        // ones.
         self.next_port = any_port();
     }
 
-    /// True while no more packets may be taken from the guest.
+    /// Returns true while no more packets may be taken from the guest.
     pub(super) fn is_full(&self) -> bool {
         self.resets.len() >= RESETS_MAX
     }
 
-    /// True if [`Self::outgoing`] may have something.
+    /// Returns true if [`Self::outgoing`] may have something.
     pub(super) fn has_outgoing(&self) -> bool {
         !self.resets.is_empty() || !self.line.is_empty() && self.holds_for().is_none()
     }
 
-    /// Takes note of what epoll said.
+    /// Handles what epoll reported.
     pub(super) fn woken(&mut self, events: &[EpollEvent]) {
         for event in events {
             let number = event.data();
@@ -190,7 +194,7 @@ impl Table {
         self.accept();
     }
 
-    /// Lets in who waits outside.
+    /// Accepts the callers that wait.
     fn accept(&mut self) {
         while self.may_accept {
             match self.sockets.accept() {
@@ -203,7 +207,7 @@ impl Table {
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.may_accept = false,
                 Err(error) => {
-                    // Of the one who came, or of this process, which tries again when it wakes.
+                    // The caller's fault or this process's, which tries again at the next event.
                     tracing::debug!(%error, "a vsock caller cannot be let in");
                     return;
                 }
@@ -211,7 +215,8 @@ impl Table {
         }
     }
 
-    /// Has epoll tell of a socket. None if it cannot, with which the socket is closed.
+    /// Has epoll watch a socket, and returns its number. On `None`, if epoll cannot, the caller
+    /// drops the socket.
     fn watch(&mut self, stream: &UnixStream) -> Option<u64> {
         let number = self.next_number;
         self.next_number += 1;
@@ -225,7 +230,7 @@ impl Table {
         }
     }
 
-    /// A caller said something.
+    /// Handles what a caller has sent.
     fn hear(&mut self, number: u64) {
         let Some(mut caller) = self.callers.remove(&number) else { return };
         match caller.listen() {
@@ -236,12 +241,12 @@ impl Table {
             Wish::NotYet => {
                 self.callers.insert(number, caller);
             }
-            // It is told by its socket's end.
+            // The caller learns of it as its socket is closed.
             Wish::Port(_) | Wish::Nothing => {}
         }
     }
 
-    /// A port for the host's end of a connection to `guest`.
+    /// Returns a port for the host's end of a connection to the port `guest`.
     fn free_port(&mut self, guest: u32) -> u32 {
         loop {
             let host = self.next_port;
@@ -258,7 +263,7 @@ impl Table {
         self.settle(number, Fate::GoesOn);
     }
 
-    /// What follows from what happened to a connection.
+    /// Ends a connection or queues it for its turn, after something happened to it.
     fn settle(&mut self, number: u64, fate: Fate) {
         if fate == Fate::Ends {
             if let Some(header) = self.remove(number) {
@@ -272,14 +277,14 @@ impl Table {
         }
     }
 
-    /// Forgets a connection. Returns what tells the guest that it is over, if it has to know.
+    /// Forgets a connection. Returns the packet that tells the guest of its end, if it has to know.
     fn remove(&mut self, number: u64) -> Option<Header> {
         let (ports, connection) = self.connections.remove(&number)?;
         self.ports.remove(&ports);
         connection.is_known_to_guest().then(|| self.header(ports, Op::Reset))
     }
 
-    /// A packet for the guest, so far.
+    /// Returns the header of a packet for the guest, without length, flags and credit.
     fn header(&self, ports: Ports, op: Op) -> Header {
         Header {
             src_cid: HOST_CID,
@@ -292,10 +297,10 @@ impl Table {
         }
     }
 
-    /// Takes a packet from the guest. `data` has what is behind its header if it is for that, and not too
-    /// much for any connection.
+    /// Takes a packet from the guest. `data` has the bytes after the header if the packet carries
+    /// data, and no more than any connection takes; otherwise it is empty.
     pub(super) fn incoming(&mut self, header: &Header, data: &[u8]) {
-        // Not from this guest, or not for this host: nobody is there to answer.
+        // Not from this guest, or not for this host: there is nobody to answer.
         if header.src_cid != self.cid || header.dst_cid != HOST_CID {
             return;
         }
@@ -324,13 +329,13 @@ impl Table {
                 self.remove(number);
                 return;
             }
-            // Ports that are in use, or nothing known.
+            // A request for ports in use, or an unknown operation.
             Some(Op::Request) | None => Fate::Ends,
         };
         self.settle(number, fate);
     }
 
-    /// The guest wants a connection.
+    /// Handles the guest's request for a connection.
     fn requested(&mut self, header: &Header) {
         let room = self.connections.len() < CONNECTIONS_MAX;
         let stream = room.then(|| self.sockets.connect(header.dst_port).ok()).flatten();
@@ -344,12 +349,13 @@ impl Table {
         self.open(number, header.ports(), connection);
     }
 
-    /// The next packet for the guest, whose bytes are put into `data`.
+    /// Returns the next packet for the guest, and puts its bytes into `data`.
     pub(super) fn outgoing(&mut self, data: &mut [u8]) -> Option<Header> {
         if let Some(reset) = self.resets.pop_front() {
             return Some(reset);
         }
-        // All in the line were begun since, and each of them begins with what the driver would drop.
+        // All connections in the line are new since then, and the driver would drop what they begin
+        // with.
         if self.holds_for().is_some() {
             return None;
         }
@@ -359,7 +365,7 @@ impl Table {
             connection.queued = false;
             let Some(Outgoing { op, flags, len }) = connection.next(data) else { continue };
             let fwd_cnt = connection.tell_forwarded();
-            // Behind all others, if it has more.
+            // If it has more, it goes to the end of the line.
             self.settle(number, Fate::GoesOn);
             let header = self.header(ports, op);
             return Some(Header {
@@ -374,16 +380,16 @@ impl Table {
     }
 }
 
-/// Has `epoll` tell once of each change.
+/// Has `epoll` report each change once.
 fn watch(epoll: &Epoll, fd: RawFd, number: u64, events: EventSet) -> io::Result<()> {
     let event = EpollEvent::new(events | EventSet::EDGE_TRIGGERED, number);
     epoll.ctl(ControlOperation::Add, fd, event)
 }
 
-/// Where ports of callers begin: not where they did the last time.
+/// Returns a random port for the first caller, so that ports differ from the last time's.
 fn any_port() -> u32 {
     let mut bytes = [0; 4];
-    // Without random bytes they begin where they always do.
+    // Without random bytes, ports always begin at the same one.
     let _len = getrandom(&mut bytes, GetRandomFlags::NONBLOCK);
     CALLERS_PORTS | (u32::from_le_bytes(bytes) % CALLERS_PORTS)
 }
