@@ -1,9 +1,9 @@
-# Ring-0 stub of the built-in guest: the 64-bit Linux entry point, the start of the other CPUs, and the
-# fault handlers. It does as little as it can, because on a software KVM every instruction at CPL 0 is
-# emulated; the workload itself is Rust code in ring 3 (main.rs).
+# Ring-0 stub of the built-in guest: the entry points (64-bit Linux and PVH), the start of the other
+# CPUs, and the fault handlers. It does as little as it can, because on a software KVM every
+# instruction at CPL 0 is emulated; the workload itself is Rust code in ring 3 (main.rs).
 #
-# Everything that can be a constant is one: the GDT with a TSS for each CPU, the IDT and the page tables
-# that cover the first GiB are part of the image, so no code has to build them.
+# Everything that can be a constant is one: the GDT with a TSS for each CPU, the IDT and the page
+# tables that cover the first GiB are part of the image, so no code has to build them.
 
 .set BOOT_BASE,        0x100000   # where guest.ld puts this section
 .set TRAMPOLINE,       0x8000     # real-mode start of the other CPUs, SIPI vector 8
@@ -22,7 +22,7 @@
 .set USER_CODE, 0x33
 .set FIRST_TSS, 0x40
 
-# From 32-bit protected mode into long mode with the guest's own page tables, at TARGET.
+# Goes from 32-bit protected mode to long mode with the guest's own page tables, at TARGET.
 .macro LONG_MODE target:vararg
     mov $0x20, %eax                      # PAE
     mov %eax, %cr4
@@ -57,15 +57,16 @@ guest_entry:
     rep movsq
     mov %rdx, %rsi
 
-    # Wake every other CPU at once: INIT, then SIPI twice, as all hardware accepts. How many there should
-    # be is on the command line, which is read in ring 3; nobody else needs to be told.
+    # Wake all other CPUs at once: INIT, then SIPI twice, which all hardware accepts. How many there
+    # should be is on the command line, which is read in ring 3; this code need not know.
     mov $LAPIC, %ebx
     movl $0x1ff, 0xf0(%rbx)              # software-enable
     movl $0xc4500, 0x300(%rbx)           # INIT, all but self
     movl $(0xc4600 | TRAMPOLINE >> 12), 0x300(%rbx)
     movl $(0xc4600 | TRAMPOLINE >> 12), 0x300(%rbx)
 
-# Every CPU comes by here, in long mode with the guest's own page tables; rsi is boot_params on the boot CPU.
+# Every CPU gets here, in long mode with the guest's own page tables; rsi is boot_params on the boot
+# CPU and 0 on the others.
 enter_long_mode:
     mov $DATA, %eax
     mov %eax, %ds
@@ -88,8 +89,8 @@ enter_long_mode:
     add $FIRST_TSS, %eax
     ltr %ax
 
-    # From here each CPU pushes on a stack of its own: they come by at the same time, and the one that they
-    # arrive with is everybody's.
+    # From here on each CPU has a stack of its own: the others arrive here at the same time, all with
+    # the same stack.
     mov %edi, %eax
     imul $STACK_BYTES, %eax, %eax
     lea STACKS + FAULT_STACK_BYTES(%rax), %esp
@@ -107,8 +108,8 @@ park:
     hlt
     jmp park
 
-# The other way in, by which QEMU and others enter a kernel (Xen's x86/HVM direct boot ABI, "PVH"): 32-bit
-# protected mode, flat segments, no paging, ebx = hvm_start_info. What it says becomes boot_params.
+# The other entry point, which QEMU and others use (Xen's x86/HVM direct boot ABI, "PVH"): 32-bit
+# protected mode, flat segments, no paging, ebx = hvm_start_info, which is converted to boot_params.
 .set START_INFO_CMDLINE, 24
 .set START_INFO_MEMMAP, 40
 .set START_INFO_MEMMAP_ENTRIES, 48
@@ -134,7 +135,7 @@ pvh_entry:
     jz 3f
     mov $5, %ecx                         # address, length and type, as in an E820 entry
     rep movsl
-    add $4, %esi                         # which has nothing more
+    add $4, %esi                         # skip the rest of the entry, which E820 lacks
     dec %edx
     jmp 2b
 3:  LONG_MODE $pvh64
@@ -170,7 +171,7 @@ trampoline_gdt_pointer:
 .balign 8
 trampoline_end:
 
-# Faults: nothing here is expected to happen, so say what did, on the serial port, and reset.
+# Faults: none is expected, so print which one it was on the serial port, and reset.
 .macro FAULT_ENTRY vector
 .balign 16
 fault_\vector:
@@ -211,7 +212,7 @@ fault:                                   # stack: vector, error code, rip, cs, .
     out %al, $0x64
     jmp park
 
-fault_print:                             # rsi = text, ends with a zero byte
+fault_print:                             # rsi = text that ends with a zero byte
     mov $0x3f8, %edx
 1:  movzbl (%rsi), %eax
     test %eax, %eax
@@ -290,13 +291,14 @@ tasks:
     .long 0
     .quad STACKS + cpu * STACK_BYTES + FAULT_STACK_BYTES  # rsp0
     .zero 90
-    .word 104                            # where the I/O bitmap begins
+    .word 104                            # offset of the I/O bitmap
     .zero IO_BITMAP_BYTES
     .fill TSS_BYTES - 104 - IO_BITMAP_BYTES, 1, 0xff
     .set cpu, cpu + 1
 .endr
 
-# Page tables: the first GiB for ring 3, and the local APIC for ring 0. memory.rs adds the rest of the RAM.
+# Page tables: the first GiB for ring 3, and the local APIC for ring 0. memory.rs adds the rest of
+# the RAM.
 .global page_directory_pointers
 .global page_directory_gib3
 .balign 4096

@@ -1,5 +1,5 @@
-//! A hostile driver, for fuzzers: whatever it does to registers and rings, no device may panic, go on
-//! for ever, or write anything but what it was given to write.
+//! A hostile driver, for fuzzers: whatever it does to registers and rings, no device may panic, run
+//! forever, or write anywhere but where it was allowed to.
 
 use std::cell::Cell;
 use std::fs::File;
@@ -31,9 +31,9 @@ use crate::devices::rtc::{self, HostClock, Rtc as CmosClock};
 use crate::disk::{Disk, DiskConfig, OverlayOptions};
 use crate::memory::{GuestRam, HOLE_START};
 
-/// Bytes of RAM: the least there is.
+/// Length of RAM in bytes: the least a machine can have.
 const RAM_BYTES: u64 = 2 << 20;
-/// Where the driver's things are, a page each, of which data has the rest.
+/// Where the driver's structures are, one page each; the rest of the arena is data.
 const ARENA: u64 = 0x1_0000;
 const TABLE: u64 = ARENA;
 const INDIRECT: u64 = ARENA + 0x1000;
@@ -41,16 +41,16 @@ const AVAIL: u64 = ARENA + 0x2000;
 const USED: u64 = ARENA + 0x3000;
 const DATA: u64 = ARENA + 0x4000;
 const ARENA_LEN: usize = 16 * PAGE_SIZE;
-/// Addresses that are no good: not aligned, at the end of RAM, in the hole, past everything.
+/// Bad addresses: misaligned, at the end of RAM, in the hole, at the end of the address space.
 const BAD: [u64; 4] = [TABLE + 1, RAM_BYTES - 8, 3 << 30, u64::MAX - 7];
-/// Where packets of sockets are received.
+/// Where packets of the socket device are received.
 const RECEIVED: u64 = DATA + 0xa000;
-/// What is compared at once of a page.
+/// Bytes of a page that are compared at once.
 const PIECE_BYTES: usize = 64;
-/// Entries of the queue: few, so that all of them meet.
+/// Entries of each queue: few, so that chains run into each other.
 const ENTRIES: u16 = 8;
 
-/// Something that is fuzzed, under its name.
+/// A fuzz target and its name.
 pub type Target = (&'static str, fn(&[u8]));
 
 /// Every target.
@@ -63,17 +63,17 @@ pub const TARGETS: [Target; 6] = [
     ("virtio_vsock", |bytes| drive(vsock(), bytes)),
 ];
 
-/// The target `name`, for the fuzzer's programs.
+/// Returns the target `name`, for the fuzzer's programs.
 ///
 /// # Panics
-/// If there is none.
+/// If there is no such target.
 #[must_use]
 pub fn target(name: &str) -> fn(&[u8]) {
     let found = TARGETS.iter().find(|(other, _)| *other == name);
     found.unwrap_or_else(|| panic!("there is no target {name}")).1
 }
 
-/// Goes nowhere.
+/// An interrupt that goes nowhere.
 #[derive(Debug)]
 struct Unwired;
 
@@ -81,7 +81,7 @@ impl Interrupt for Unwired {
     fn raise(&self) {}
 }
 
-/// Looks at what it is given, and leaves it.
+/// Checks the pages that it is given, and leaves them as they are.
 #[derive(Debug)]
 struct Inspector;
 
@@ -98,17 +98,17 @@ fn balloon() -> Arc<dyn VirtioDevice> {
     Arc::new(Balloon::in_place(Arc::new(Inspector)).expect("an eventfd"))
 }
 
-/// The guest of the socket device.
+/// The guest's context id.
 const CID: u32 = 3;
-/// Programs that call it.
+/// How many programs call the guest.
 const CALLERS: usize = 2;
 
-/// Servers on ports below 4, one of which is gone at once, and programs that call ports 0 and 1.
+/// Servers on ports below 4, one of which hangs up at once, and programs that call ports 0 and 1.
 #[derive(Debug)]
 struct Neighbours {
     callers: OwnedFd,
     called: AtomicUsize,
-    /// The other ends, some of which say something and none of which listens.
+    /// The other ends, which send something but never read.
     ends: Mutex<Vec<UnixStream>>,
 }
 
@@ -149,7 +149,7 @@ fn vsock() -> Arc<dyn VirtioDevice> {
     Arc::new(Vsock::in_place(CID, neighbours).expect("epoll"))
 }
 
-/// A card for which some frames wait, and whose other end is gone once they were sent.
+/// A card for which some frames wait, and whose other end is closed.
 fn net() -> Arc<dyn VirtioDevice> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let (ours, theirs) =
@@ -162,7 +162,7 @@ fn net() -> Arc<dyn VirtioDevice> {
     Arc::new(Net::in_place(mac, tap).expect("an eventfd"))
 }
 
-/// The contents of a disk, which nobody ever changes.
+/// The contents of the disk, which never change.
 fn base() -> File {
     let memfd = memfd_create("fuzz-disk", MemfdFlags::CLOEXEC).expect("a memfd");
     let file = File::from(memfd);
@@ -178,7 +178,7 @@ fn block() -> Arc<dyn VirtioDevice> {
     Arc::new(Block::in_place(Arc::new(disk)).expect("an eventfd"))
 }
 
-/// What the driver does next is read from these; zeros when there are no more.
+/// The bytes that determine what the driver does next; zeros when they run out.
 struct Bytestream<'a>(&'a [u8]);
 
 impl Bytestream<'_> {
@@ -192,7 +192,7 @@ impl Bytestream<'_> {
         u32::from_le_bytes(std::array::from_fn(|_| self.byte()))
     }
 
-    /// One of these.
+    /// Picks one of `of`.
     fn pick<T: Copy>(&mut self, of: &[T]) -> T {
         of[usize::from(self.byte()) % of.len()]
     }
@@ -207,14 +207,14 @@ struct Driver<'a> {
     bytes: Bytestream<'a>,
     ram: Arc<GuestRam>,
     mmio: VirtioMmio,
-    /// What the arena holds if nobody but the driver writes to it.
+    /// The arena's contents if only the driver writes to it.
     shadow: Vec<u8>,
-    /// Which of it devices may write.
+    /// Which bytes of the arena devices may write.
     given: Vec<bool>,
     next_avail: u16,
 }
 
-/// Accesses to any address and port, of any width.
+/// Makes accesses of any width to any address and port.
 fn buses(bytes: &[u8]) {
     let ram = Arc::new(GuestRam::new(RAM_BYTES).expect("memory"));
     let mut bus = MmioBus::default();
@@ -222,7 +222,7 @@ fn buses(bytes: &[u8]) {
         let made = VirtioMmio::new("fuzz", device, Arc::clone(&ram), Arc::new(Unwired));
         Arc::new(made.expect("a device"))
     };
-    // Side by side, and with a gap.
+    // Two windows side by side, and one after a gap.
     for (window, device) in
         [(0, device(Arc::new(Rng))), (1, device(balloon())), (3, device(vsock()))]
     {
@@ -249,14 +249,14 @@ fn buses(bytes: &[u8]) {
 }
 
 thread_local! {
-    /// RAM that is all zero, from one run to the next: to make it takes longer than many a run.
+    /// All-zero RAM, kept from run to run: creating it takes longer than many a run.
     static RAM: Cell<Option<Arc<GuestRam>>> = const { Cell::new(None) };
 }
 
 /// Lets `bytes` drive a device.
 ///
 /// # Panics
-/// If it does what no device may.
+/// If the device does what no device may.
 fn drive(device: Arc<dyn VirtioDevice>, bytes: &[u8]) {
     let ram = RAM.take().unwrap_or_else(|| Arc::new(GuestRam::new(RAM_BYTES).expect("memory")));
     let mmio = VirtioMmio::new("fuzz", device, Arc::clone(&ram), Arc::new(Unwired));
@@ -268,14 +268,14 @@ fn drive(device: Arc<dyn VirtioDevice>, bytes: &[u8]) {
         given: vec![false; ARENA_LEN],
         next_avail: 0,
     };
-    // Rings are the device's to write, wherever they are put.
+    // The used ring is the device's to write.
     driver.give(USED, PAGE_SIZE as u32);
     driver.set_up();
     while !driver.bytes.0.is_empty() {
         driver.step();
     }
     driver.check();
-    // That found zeros everywhere else.
+    // The check found zeros everywhere else.
     driver.shadow.fill(0);
     driver.ram.memory().write_slice(&driver.shadow, GuestAddress(ARENA)).expect("in RAM");
     RAM.set(Some(driver.ram));
@@ -286,7 +286,7 @@ impl Driver<'_> {
         self.mmio.write(offset, &value.to_le_bytes());
     }
 
-    /// As a driver should.
+    /// Sets up the device, as a driver should.
     fn set_up(&mut self) {
         self.register(0x70, 0);
         self.register(0x70, 1);
@@ -299,7 +299,7 @@ impl Driver<'_> {
             self.register(0x20, u32::from_le_bytes(offered));
         }
         self.register(0x70, 11);
-        // All queues in one place: only one of them is told of at a time.
+        // All queues are in one place: only one is notified at a time.
         for queue in 0..3 {
             self.register(0x30, queue);
             self.register(0x38, u32::from(ENTRIES));
@@ -325,7 +325,7 @@ impl Driver<'_> {
             3 => {
                 let (offset, width) = (self.bytes.below(0x200), self.bytes.below(9));
                 let data: Vec<u8> = (0..width).map(|_| self.bytes.byte()).collect();
-                // Addresses come from where they are known to the check.
+                // `write_register` sets the queues' addresses, to values that the check knows.
                 if !(0x80..0xa8).contains(&offset) {
                     self.mmio.write(u64::from(offset), &data);
                 }
@@ -350,8 +350,7 @@ impl Driver<'_> {
         }
     }
 
-    /// A state that somebody has written by hand: it is taken as it is, or refused and nothing has
-    /// changed.
+    /// Puts back a forged state: the device must take it as it is, or refuse it and change nothing.
     fn forge(&mut self) {
         let before = self.mmio.save();
         let mut forged = before.clone();
@@ -378,7 +377,7 @@ impl Driver<'_> {
         let taken = self.mmio.put_back(&forged).is_ok();
         assert_eq!(checked, taken, "{forged:?}");
         let mut expected = if taken { forged } else { before };
-        // What is ready alone has come anywhere.
+        // Only queues that are ready have a position.
         for queue in expected.queues.iter_mut().filter(|queue| !queue.ready) {
             (queue.next_avail, queue.next_used) = (0, 0);
         }
@@ -404,7 +403,7 @@ impl Driver<'_> {
         }
     }
 
-    /// A descriptor in one of the two tables: of data, of a table, of nothing that is there.
+    /// Puts a descriptor into one of the two tables: of data, of a table, or of a bad address.
     fn put_descriptor(&mut self) {
         let table = if self.bytes.byte().is_multiple_of(3) { INDIRECT } else { TABLE };
         let index = self.bytes.below(u32::from(ENTRIES));
@@ -432,7 +431,8 @@ impl Driver<'_> {
         self.write(table + u64::from(index) * 16, &bytes);
     }
 
-    /// A chain that is one for a block device, or nearly, and buffers to fill or forget for others.
+    /// Offers a chain that is a block request, or nearly; to other devices, it is buffers to fill
+    /// or free.
     fn put_request(&mut self) {
         let kind = [0, 1, 4, 8, 11, 13, 3, 14][self.bytes.below(8) as usize];
         let sector = self.bytes.below(150);
@@ -454,7 +454,7 @@ impl Driver<'_> {
         self.register(0x50, queue);
     }
 
-    /// Packets of a socket, or nearly, and with each room to receive one.
+    /// Sends some packets, valid or nearly, each together with room to receive one.
     fn put_packets(&mut self) {
         for _ in 0..=self.bytes.byte() % 16 {
             if self.mmio.save().status & NEEDS_RESET != 0 {
@@ -468,7 +468,7 @@ impl Driver<'_> {
         let (own, host, other) = (u64::from(CID), 2_u64, u64::from(self.bytes.byte()));
         let mostly = [own, host];
         let cids = self.bytes.pick(&[mostly, mostly, mostly, mostly, [other, host], [own, other]]);
-        // Those of the last packet that arrived, by which programs that called are answered.
+        // The ports of the last packet that arrived, with which to answer callers.
         let mut arrived = [0; 8];
         let memory = self.ram.memory();
         memory.read_slice(&mut arrived, GuestAddress(RECEIVED + 16)).expect("in RAM");
@@ -489,7 +489,7 @@ impl Driver<'_> {
         self.write(DATA, &header);
         self.descriptor(TABLE, 0, DATA, 44, [1, 1]);
         self.descriptor(TABLE, 1, DATA, len.min(0xa000), [1, 2]);
-        // All queues have the same chains: there is something to write too.
+        // All queues share the same chains, so there has to be a buffer to write, too.
         let to_receive = self.bytes.pick(&[4096, 4096, 4096, 4096, 45, 300, 300, 44]);
         self.give(RECEIVED, to_receive);
         self.descriptor(TABLE, 2, RECEIVED, to_receive, [2, 0]);
@@ -498,10 +498,10 @@ impl Driver<'_> {
         self.register(0x50, queue);
     }
 
-    /// Makes some chain available, and often says so.
+    /// Makes some chain available, and usually notifies the device.
     fn make_available(&mut self) {
         let head = self.bytes.below(u32::from(ENTRIES) + 1) as u16;
-        // Now and then more than there is.
+        // Now and then more than there are.
         let count = [1, 1, 1, 2, 77][self.bytes.below(5) as usize];
         self.offer(head, count);
         let queue = u32::from(self.bytes.byte() % 4);
@@ -510,7 +510,7 @@ impl Driver<'_> {
         }
     }
 
-    /// Makes `head` available, and what is in the entries after it.
+    /// Makes `head` available and, if `count` is above 1, whatever is in the entries after it.
     fn offer(&mut self, head: u16, count: u16) {
         let slot = u64::from(self.next_avail % ENTRIES);
         self.write(AVAIL + 4 + slot * 2, &head.to_le_bytes());
@@ -524,11 +524,11 @@ impl Driver<'_> {
         self.shadow[(address - ARENA) as usize..][..bytes.len()].copy_from_slice(bytes);
     }
 
-    /// A device may write here.
+    /// Notes that devices may write here.
     fn give(&mut self, address: u64, len: u32) {
         let start = address.checked_sub(ARENA).and_then(|start| usize::try_from(start).ok());
         let end = start.and_then(|start| start.checked_add(len as usize));
-        // What does not lie in RAM is not written at all.
+        // A range that does not lie in RAM is not written at all.
         if let (Some(start), Some(end)) = (start, end)
             && let Some(given) = self.given.get_mut(start..end)
         {
@@ -538,7 +538,8 @@ impl Driver<'_> {
 
     fn check(&self) {
         let mut at = 0;
-        // What nobody has touched is a hole, which need not be looked at, and must not be filled: most of RAM.
+        // Most of RAM is untouched, and so a hole, which need not be read, and must not be filled
+        // by that.
         while let Ok(start) = seek(self.ram.memfd(), SeekFrom::Data(at)) {
             at = seek(self.ram.memfd(), SeekFrom::Hole(start)).expect("an end");
             (start..at).step_by(PAGE_SIZE).for_each(|page| self.check_page(page));
@@ -557,7 +558,7 @@ impl Driver<'_> {
         if found == *shadow {
             return;
         }
-        // A fuzzer takes note of each comparison: so not byte by byte where all are the same.
+        // A fuzzer traces each comparison, so equal pieces are not compared byte by byte.
         let pieces = found.chunks(PIECE_BYTES).zip(shadow.chunks(PIECE_BYTES)).enumerate();
         for (piece, _) in pieces.filter(|(_, (found, shadow))| found != shadow) {
             for at in piece * PIECE_BYTES..(piece + 1) * PIECE_BYTES {

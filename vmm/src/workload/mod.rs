@@ -1,19 +1,20 @@
 //! The built-in guest, and what a host can learn from its memory.
 //!
-//! The guest (`vmm/guest`) is a small kernel that writes pages at a given rate, in a given order and with given
-//! contents, all of which follow from its [`WorkloadSpec`]. So its memory proves itself: [`verify`] finds any page
-//! of a stopped machine, or of a snapshot, that is damaged, misplaced or *older than it should be*, with nothing
-//! to compare with. How, and why a machine stopped in the middle of a write is no exception, is told in
-//! `vmm/guest/writer.rs`.
+//! The guest (`vmm/guest`) is a small kernel that writes pages at a given rate, in a given order
+//! and with given contents, all of which follow from its [`WorkloadSpec`]. So its memory can be
+//! checked by itself: [`verify`] finds any page of a stopped machine, or of a snapshot, that is
+//! damaged, misplaced or *older than it should be*, without anything to compare with.
+//! `vmm/guest/writer.rs` explains how, and why this holds even for a machine stopped in the middle
+//! of a write.
 //!
-//! The guest boots like any other kernel: load [`GUEST_ELF`], enter it by the 64-bit Linux boot protocol with
-//! `frazil.workload=` and the specification on the command line.
+//! The guest boots like any other kernel: load [`GUEST_ELF`] and enter it by the 64-bit Linux boot
+//! protocol, with `frazil.workload=` and the specification on the command line.
 
 use std::str::FromStr;
 
 // The guest is built from these files too, so neither side can drift from the other.
 #[path = "../../guest/control.rs"]
-#[allow(unused_imports, unused_macros, dead_code)] // some of it is for the guest alone
+#[allow(unused_imports, unused_macros, dead_code)] // only the guest uses some of it
 pub mod control;
 #[path = "../../guest/oracle.rs"]
 #[allow(clippy::inline_always)] // the guest's speed is that of these few functions
@@ -46,7 +47,7 @@ const ALIGNED_ELF: &Aligned<[u8]> =
 /// The built-in guest: a static ELF executable, page-aligned.
 pub const GUEST_ELF: &[u8] = &ALIGNED_ELF.0;
 
-/// A workload specification that could not be parsed: which key, what was expected and what was found.
+/// An invalid workload specification: which key, what was expected and what was found.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct InvalidSpec(String);
@@ -60,7 +61,7 @@ impl FromStr for WorkloadSpec {
 }
 
 impl WorkloadSpec {
-    /// The argument to put on the guest's kernel command line. [`cpus`](Self::cpus) and
+    /// Returns the argument for the guest's kernel command line. [`cpus`](Self::cpus) and
     /// [`tsc_khz`](Self::tsc_khz) must be those of the machine.
     #[must_use]
     pub fn to_cmdline(&self) -> String {
@@ -70,7 +71,7 @@ impl WorkloadSpec {
     /// Checks that a machine with `memory_bytes` of RAM has room for what `touch` asks for.
     ///
     /// # Errors
-    /// There is less than that, or less than the guest needs at all.
+    /// If the machine has less than that, or less than the guest always needs.
     pub fn check_fits(&self, memory_bytes: u64) -> Result<(), InvalidSpec> {
         const MEMORY_BYTES_MIN: u64 = 32 << 20;
         if memory_bytes < MEMORY_BYTES_MIN {

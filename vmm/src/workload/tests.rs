@@ -1,4 +1,4 @@
-//! The checker against a simulated guest: the same code that writes pages in the guest writes them in a memory
+//! Tests of the checker against a simulated guest: the guest's own code writes pages into a memory
 //! that can stop taking stores at any moment.
 
 use std::collections::BTreeMap;
@@ -18,11 +18,11 @@ use super::{
     verify_parallel,
 };
 
-/// Stores that one turn makes when it writes the whole page.
+/// Stores in a turn that writes the whole page.
 const STORES_PER_TURN: u64 = 2 + PAGE_WORDS as u64 + 3;
 const PAGES: u64 = 70;
 
-/// Sparse guest memory that takes so many more stores and ignores the rest.
+/// Sparse guest memory that takes `stores_left` more stores and ignores the rest.
 #[derive(Clone)]
 struct Simulated {
     pages: BTreeMap<u64, Vec<u64>>,
@@ -60,7 +60,7 @@ impl PageRead for Simulated {
     }
 }
 
-/// A guest, with its memory in two pieces as around the hole below 4 GiB.
+/// A guest whose memory is in two pieces, as around the hole below 4 GiB.
 #[derive(Clone)]
 struct Guest {
     spec: WorkloadSpec,
@@ -130,7 +130,7 @@ fn spec(content: Content, cpus: u64) -> WorkloadSpec {
 #[test]
 fn a_vcpu_may_stop_at_every_store() {
     for content in [Content::Text, Content::Random, Content::Edit, Content::Zero] {
-        // What a page holds before its first write is the same for all.
+        // What a page holds before its first write does not depend on the content.
         let turns = if content == Content::Text { vec![0, PAGES + 10] } else { vec![PAGES + 10] };
         for turns in turns {
             let mut guest = Guest::new(spec(content, 2));

@@ -1,5 +1,5 @@
-//! Checking the whole memory of a workload that is stopped: each page against its own count, and the counts
-//! against the ledgers. The argument is in `vmm/guest/writer.rs`.
+//! Checks the whole memory of a stopped workload: each page against its own count, and the counts
+//! against the ledgers. `vmm/guest/writer.rs` argues why that is enough.
 
 use std::fmt;
 use std::io;
@@ -12,19 +12,19 @@ use super::oracle::{Oracle, PageContent, PageOrder};
 use super::spec::WorkloadSpec;
 use super::view::{ControlError, ControlView, PageRead, PageReadShared, to_usize};
 
-/// Bad pages that an error describes; it counts all of them.
+/// How many bad pages an error describes; it counts all of them.
 const BAD_PAGES_MAX: usize = 8;
 /// Data pages that a thread checks at a time.
 const CHUNK_PAGES: u64 = 4096;
 
-/// What was checked, and how far the guest was.
+/// What was checked, and how far the guest had come.
 #[derive(Clone, Debug)]
 pub struct VerifyReport {
     /// Data pages checked.
     pub pages_checked: u64,
     /// Writes completed by all vCPUs.
     pub writes: u64,
-    /// Each vCPU.
+    /// Where each vCPU was.
     pub vcpus: Vec<VcpuReport>,
 }
 
@@ -42,9 +42,9 @@ pub struct VcpuReport {
 pub struct InflightReport {
     /// Data index.
     pub index: u64,
-    /// The count that it is getting.
+    /// The count that the write gives it.
     pub count: u64,
-    /// Words from the start that have their new value.
+    /// How many words, from the start, have their new value.
     pub words_new: usize,
 }
 
@@ -54,12 +54,12 @@ pub enum VerifyError {
     /// The control area is unusable.
     #[error(transparent)]
     Control(#[from] ControlError),
-    /// The guest ran by another specification.
+    /// The guest runs by another specification.
     #[error("expected the workload `{expected}`, found `{found}` in the guest's header")]
     Spec {
-        /// What it was said to be.
+        /// The specification given.
         expected: Box<WorkloadSpec>,
-        /// What the guest says.
+        /// The guest's specification.
         found: Box<WorkloadSpec>,
     },
     /// A data page could not be read.
@@ -75,29 +75,29 @@ pub enum VerifyError {
     Damaged(Box<Damage>),
 }
 
-/// All that is wrong with a memory.
+/// All that is wrong with the memory.
 #[derive(Debug, Default)]
 pub struct Damage {
     /// Pages that do not match their own count.
     pub bad_pages: u64,
     /// The first of them.
     pub first: Vec<BadPage>,
-    /// vCPUs whose pages are whole but do not add up: some are older than they should be.
+    /// vCPUs whose pages are whole but do not add up: some pages are older than they should be.
     pub ledgers: Vec<BadLedger>,
 }
 
-/// A page that holds what it never should.
+/// A page with contents that it should never have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BadPage {
     /// Guest physical address.
     pub gpa: u64,
     /// Data index.
     pub index: u64,
-    /// The count that it claims, or that it was getting if it was in flight.
+    /// The count that the page claims or, if it was in flight, that it was getting.
     pub count: u64,
     /// The first wrong word.
     pub word: usize,
-    /// What that should be.
+    /// What the word should be.
     pub expected: u64,
     /// What it is.
     pub found: u64,
@@ -112,7 +112,7 @@ pub struct BadLedger {
     pub turns: u64,
     /// Writes that its pages show.
     pub found_turns: u64,
-    /// The page to blame, if a single one explains the difference.
+    /// The stale page, if a single one explains the difference.
     pub stale: Option<StalePage>,
 }
 
@@ -154,11 +154,11 @@ impl fmt::Display for Damage {
     }
 }
 
-/// Checks the memory of a workload that is stopped, at whatever instruction: every data page and every ledger.
+/// Checks the memory of a workload stopped at any instruction: every data page and every ledger.
 /// `spec` is what the guest was started with; `tsc_khz` may differ.
 ///
 /// # Errors
-/// The control area is missing or of another workload, memory cannot be read, or it is damaged.
+/// If the control area is missing or of another workload, or memory cannot be read or is damaged.
 pub fn verify(spec: &WorkloadSpec, memory: &mut dyn PageRead) -> Result<VerifyReport, VerifyError> {
     let checker = Checker::new(spec, memory)?;
     let scan = checker.scan(0..checker.view.data_pages, memory)?;
@@ -198,14 +198,14 @@ struct Checker {
     oracle: Oracle,
 }
 
-/// What a run of pages shows.
+/// The findings of a scan over some pages.
 struct Scan {
     bad_pages: u64,
     first: Vec<BadPage>,
     vcpus: Vec<Tally>,
 }
 
-/// The pages of one vCPU in that run. The one in flight counts as not yet written.
+/// What a scan found in the pages of one vCPU. A write in flight does not count.
 #[derive(Clone, Copy, Default)]
 struct Tally {
     turns: u64,
@@ -237,7 +237,7 @@ impl Scan {
 impl Checker {
     fn new(spec: &WorkloadSpec, memory: &mut dyn PageRead) -> Result<Self, VerifyError> {
         let view = ControlView::read(memory)?;
-        // Compared as text, in which keys that do not matter to this workload do not appear.
+        // Compared as text, which omits keys that do not matter to this workload.
         let expected = WorkloadSpec { tsc_khz: view.spec.tsc_khz, ..*spec };
         if expected.to_string() != view.spec.to_string() {
             return Err(VerifyError::Spec {
@@ -277,7 +277,7 @@ impl Checker {
         Ok(scan)
     }
 
-    /// How often the page was written, not counting a write in flight, and that write.
+    /// Returns how often the page was written, not counting a write in flight, and that write.
     fn check_page(
         &self,
         index: u64,
@@ -303,8 +303,8 @@ impl Checker {
         }
     }
 
-    /// A page in flight is new up to some word and old from there on. If any such word exists, the first that is
-    /// not new is one.
+    /// Checks a page in flight, which is new up to some word and old from there on. If such a word
+    /// exists, the first word that is not new is one.
     fn check_inflight(
         &self,
         index: u64,
@@ -312,7 +312,8 @@ impl Checker {
         bytes: &[u8; 4096],
     ) -> Result<InflightReport, BadPage> {
         let Some(count_before) = count.checked_sub(1) else {
-            // The guest counts from 1; this control page is damaged, and the page cannot be judged.
+            // The guest counts from 1: the control page is damaged, so the data page cannot be
+            // judged.
             return Err(BadPage { count: 0, ..self.bad_page(index, 1, 0, bytes) });
         };
         let words_new =
@@ -333,12 +334,12 @@ impl Checker {
         BadPage { gpa: self.gpa(index), index, count, word, expected, found: word_of(bytes, word) }
     }
 
-    /// Holds what the pages show against what the vCPUs say they did.
+    /// Compares what the pages show with what the vCPUs say they did.
     fn judge(&self, scan: Scan) -> Result<VerifyReport, VerifyError> {
         let mut damage =
             Damage { bad_pages: scan.bad_pages, first: scan.first, ledgers: Vec::new() };
         for (cpu, tally) in (0..).zip(&scan.vcpus) {
-            // Nothing adds up once a page is bad, and saying so twice helps nobody.
+            // With a bad page nothing adds up, which need not be reported twice.
             if self.oracle.counts_writes() && tally.bad_pages == 0 {
                 damage.ledgers.extend(self.check_ledger(cpu, tally));
             }
@@ -363,7 +364,8 @@ impl Checker {
         let control = &self.view.vcpus[to_usize(cpu)].control;
         let missing_turns = control.turns.wrapping_sub(tally.turns);
         let missing_ledger = control.ledger.wrapping_sub(tally.ledger);
-        // A page in flight that is not in the pages of this vCPU has not been looked at: no excuse then.
+        // A page in flight that is not among this vCPU's was not checked as such, and excuses
+        // nothing.
         let stray = control.inflight_page_plus_1 != 0 && tally.inflight.is_none();
         let accepted = match tally.inflight {
             _ if stray => false,
@@ -380,7 +382,7 @@ impl Checker {
         })
     }
 
-    /// The only page whose missing writes alone would explain the ledger, if there is one.
+    /// Returns the first page whose missing writes alone would explain the ledger, if there is one.
     fn find_stale(&self, cpu: u64, missing_turns: u64, missing_ledger: u64) -> Option<StalePage> {
         if missing_turns == 0 {
             return None;
@@ -397,7 +399,7 @@ impl Checker {
     }
 
     fn gpa(&self, index: u64) -> u64 {
-        // Callers pass indices of this workload, and all of those have an address.
+        // Callers pass indices of this workload, all of which have an address.
         self.view.data_gpa(index).unwrap_or(u64::MAX)
     }
 }
@@ -406,7 +408,7 @@ fn word_of(bytes: &[u8; 4096], word: usize) -> u64 {
     bytes[word * 8..].first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes))
 }
 
-/// The first word that is not as in `content`.
+/// Returns the first word that differs from `content`.
 fn first_difference(content: &PageContent, bytes: &[u8; 4096]) -> Option<usize> {
     let (pairs, _) = bytes.as_chunks::<16>();
     let mut difference = None;

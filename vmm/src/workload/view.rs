@@ -1,4 +1,4 @@
-//! Reading the guest's control area.
+//! Reads the guest's control area.
 
 use std::io;
 use std::mem::offset_of;
@@ -19,20 +19,20 @@ pub trait PageRead {
     /// Reads the page with number `page`, which is its guest physical address divided by 4096.
     ///
     /// # Errors
-    /// Whatever kept the page from being read.
+    /// If the page cannot be read.
     fn read_page(&mut self, page: u64, buf: &mut [u8; 4096]) -> io::Result<()>;
 }
 
-/// As [`PageRead`], for several threads at a time.
+/// As [`PageRead`], for several threads at once.
 pub trait PageReadShared: Sync {
     /// Reads the page with number `page`, which is its guest physical address divided by 4096.
     ///
     /// # Errors
-    /// Whatever kept the page from being read.
+    /// If the page cannot be read.
     fn read_page(&self, page: u64, buf: &mut [u8; 4096]) -> io::Result<()>;
 }
 
-/// Why the control area says nothing about a workload.
+/// Why the control area cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ControlError {
     /// A page could not be read.
@@ -43,7 +43,7 @@ pub enum ControlError {
         /// What went wrong.
         source: io::Error,
     },
-    /// No header: this is another guest, or it has not come so far yet.
+    /// There is no header: this is another guest, or it has not written the header yet.
     #[error(
         "expected the built-in workload's header at {CONTROL_GPA:#x} (first word {MAGIC:#x}), found {found:#x}; \
          this memory is of another guest, or of one that had not started yet"
@@ -66,10 +66,10 @@ pub enum ControlError {
     },
 }
 
-/// What the control area says.
+/// The contents of the control area.
 #[derive(Clone, Debug)]
 pub struct ControlView {
-    /// The specification that the guest runs by, complete.
+    /// The complete specification that the guest runs by.
     pub spec: WorkloadSpec,
     /// Data pages in use.
     pub data_pages: u64,
@@ -80,12 +80,12 @@ pub struct ControlView {
     ranges: Vec<DataRange>,
 }
 
-/// What one vCPU says of itself.
+/// What one vCPU reports.
 #[derive(Clone, Debug)]
 pub struct VcpuView {
     /// The control page.
     pub control: VcpuControl,
-    /// The last gaps that were recorded, oldest first.
+    /// The last gaps recorded, oldest first.
     pub gaps: Vec<Gap>,
 }
 
@@ -93,7 +93,7 @@ impl ControlView {
     /// Reads the control area.
     ///
     /// # Errors
-    /// It cannot be read, it is not there, or it makes no sense.
+    /// If the control area cannot be read, is not there, or makes no sense.
     pub fn read(memory: &mut dyn PageRead) -> Result<Self, ControlError> {
         let header = Page::read(memory, CONTROL_GPA)?;
         let found = header.word(offset_of!(Header, magic));
@@ -126,7 +126,7 @@ impl ControlView {
         (index < self.data_pages).then(|| data_gpa(&self.ranges, index))?
     }
 
-    /// Writes completed by all vCPUs.
+    /// Returns how many writes all vCPUs have completed.
     #[must_use]
     pub fn turns(&self) -> u64 {
         self.vcpus.iter().map(|vcpu| vcpu.control.turns).fold(0, u64::wrapping_add)
@@ -138,19 +138,19 @@ impl ControlView {
         self.vcpus.iter().all(|vcpu| vcpu.control.command_done == self.command)
     }
 
-    /// Self checks that found something wrong, of all vCPUs.
+    /// Returns how many self-checks of all vCPUs found something wrong.
     #[must_use]
     pub fn check_failures(&self) -> u64 {
         self.vcpus.iter().map(|vcpu| vcpu.control.check_failures).sum()
     }
 
-    /// Whether every page has been written once (or was not to be).
+    /// Whether every page has been written once, unless the specification says not to.
     #[must_use]
     pub fn populated(&self) -> bool {
         self.vcpus.iter().all(|vcpu| vcpu.control.populated == 1)
     }
 
-    /// TSC ticks as microseconds, rounded down.
+    /// Converts TSC ticks to microseconds, rounding down.
     #[must_use]
     pub fn tsc_to_us(&self, tsc: u64) -> u64 {
         u64::try_from(u128::from(tsc) * 1000 / u128::from(self.spec.tsc_khz.max(1)))
@@ -254,7 +254,7 @@ impl Page {
     }
 }
 
-/// For numbers that were checked to be small.
+/// Converts a number known to be small.
 pub(super) fn to_usize(number: u64) -> usize {
     usize::try_from(number).unwrap_or(usize::MAX)
 }

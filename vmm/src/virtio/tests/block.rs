@@ -1,4 +1,4 @@
-//! The block device against a copy of its disk's bytes.
+//! Tests of the block device, against a copy of its disk's bytes.
 
 use std::sync::atomic::AtomicBool;
 
@@ -28,7 +28,7 @@ fn header(kind: u32, sector: u64) -> Vec<u8> {
     [&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat()
 }
 
-/// Does a request with the given data buffers. Returns its status and the used length.
+/// Makes a request with the given data buffers. Returns its status and the used length.
 fn request(bed: &Bed, ring: &mut Ring, kind: u32, sector: u64, data: &[Buffer]) -> (u8, u32) {
     bed.write(HEADERS, &header(kind, sector));
     bed.write(STATUS, &[0xaa]);
@@ -90,7 +90,7 @@ fn discarded_sectors_and_zeros_read_as_zeros() {
         (DISCARD, range(64, 1, 0), IOERR),
         (DISCARD, range(u64::MAX, 1, 0), IOERR),
         (DISCARD, range(0, u32::MAX, 0), IOERR),
-        // All of it or nothing.
+        // The whole request fails if one range does.
         (DISCARD, [range(0, 1, 0), range(63, 2, 0)].concat(), IOERR),
         (WRITE_ZEROES, [range(0, 1, 0), range(0, 1, 2)].concat(), UNSUPP),
         (DISCARD, vec![0; 15], IOERR),
@@ -109,12 +109,12 @@ fn discarded_sectors_and_zeros_read_as_zeros() {
 fn drivers_are_told_to_ask_for_less_than_is_done() {
     let (bed, _file) = block_on(&noise(64 * SECTOR, 1), false);
     bed.set_up(0);
-    // Of discards and of zeros: sectors in a range, ranges.
+    // Sectors in a range and number of ranges, for discards and for zeros.
     for at in [0x124, 0x130] {
         let told = u64::from(bed.get(at)) * u64::from(bed.get(at + 4)) * SECTOR as u64;
         assert!((1 << 20..=32 << 20).contains(&told), "{told} bytes, while a guest stands still");
     }
-    // As a guest may that was told more before it was saved.
+    // A guest saved after it was told more may do so.
     bed.write(DATA, &vec![range(0, 64, 0); 8].concat());
     let data = [(DATA, 16 * 8, false)];
     assert_eq!(request(&bed, &mut Ring::new(0), DISCARD, 0, &data), (OK, 1));
@@ -174,7 +174,7 @@ fn a_saved_state_among_requests_loses_none() {
     bed.set_up(EVENT_IDX);
     let mut ring = Ring::new(0);
     assert_eq!(request(&bed, &mut ring, IN, 0, &[(DATA, 512, true)]), (OK, 513));
-    // Of these the device is not told.
+    // The device is not notified of these.
     bed.write(HEADERS, &header(IN, 7));
     for at in [0, 4096] {
         let data = (DATA + at, 1024, true);
@@ -186,7 +186,7 @@ fn a_saved_state_among_requests_loses_none() {
     for _ in 0..2 {
         ring.used(&bed).unwrap();
     }
-    // Back to where it was, and again.
+    // Go back to the saved state, and do it again.
     bed.write(0, &memory);
     bed.mmio.put_back(&saved).unwrap();
     ring.next_used = 1;
@@ -199,7 +199,7 @@ fn a_saved_state_among_requests_loses_none() {
     assert_eq!(request(&bed, &mut ring, IN, 0, &[(DATA, 512, true)]), (OK, 513));
 }
 
-/// Queue, memory and disk are of one mind whenever the device is still.
+/// Queue and memory agree whenever the device is still.
 #[test]
 fn a_device_that_is_still_has_each_request_whole_or_not_at_all() {
     let (disk, _file) = disk_of(&noise(64 * SECTOR, 1), false);
@@ -235,8 +235,8 @@ fn a_device_that_is_still_has_each_request_whole_or_not_at_all() {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
 
-    /// Reads, writes and zeros of any sectors in any pieces, against a copy; buffers that were not
-    /// given to write stay as they are.
+    /// Reads, writes and discards any sectors in any pieces, and compares with a copy; memory
+    /// outside the buffers to write stays as it is.
     #[test]
     fn any_requests_agree_with_a_copy_of_the_disk(
         requests in prop::collection::vec((0_u8..4, 0_u64..40, 1_usize..12, 1_u32..5000), 1..24),

@@ -1,4 +1,4 @@
-//! The entropy device and the balloon.
+//! Tests of the entropy device and the balloon.
 
 use std::sync::Mutex;
 use std::sync::atomic::AtomicUsize;
@@ -28,7 +28,7 @@ fn random_bytes_fill_the_buffer_and_no_more() {
     assert!(matches!(bed.mmio.save().device, SavedDevice::Rng {}));
 }
 
-/// Remembers what it was given.
+/// Remembers what was freed.
 #[derive(Debug, Default)]
 struct Freed(Mutex<Vec<(u64, u64)>>);
 
@@ -51,7 +51,8 @@ fn balloon() -> (Bed, Arc<Balloon>, Arc<Freed>) {
 fn inflated_pages_are_freed_together() {
     let (bed, _balloon, freed) = balloon();
     let mut ring = Ring::new(0);
-    // In a row, one alone, one past RAM, one of the hole, and two more.
+    // Three in a row, one alone, one past RAM, one in the hole, one past all addresses, two in a
+    // row.
     let pages = [5_u32, 6, 7, 40, 1024, 0xc_0000, u32::MAX, 1022, 1023];
     bed.write(DATA, &pages.map(u32::to_le_bytes).concat());
     ring.add(&bed, &[(DATA, 20, false), (DATA + 20, 17, false)]);
@@ -91,7 +92,7 @@ fn the_host_asks_and_the_guest_tells() {
     assert_eq!((bed.get(0x100), bed.get(0x104)), (1000, 0));
     assert_eq!((bed.get(0xfc), bed.get(0x60)), (generation + 1, 2));
     bed.set(0x104, 600);
-    // Neither the target nor half of a field.
+    // The driver can write neither the target nor half of a field.
     bed.set(0x100, 1);
     bed.mmio.write(0x104, &[9, 9]);
     assert_eq!(balloon.pages(), (1000, 600));
@@ -120,7 +121,7 @@ fn a_balloon_with_a_thread_is_still_when_it_must_be() {
     assert_eq!(*freed.0.lock().unwrap(), [(0x10_0000, 0x1000)]);
 }
 
-/// Frees a piece each time it is let.
+/// Frees a piece each time it is allowed to.
 #[derive(Debug)]
 struct Slow {
     begun: AtomicUsize,
@@ -130,7 +131,7 @@ struct Slow {
 impl FreePages for Slow {
     fn free(&self, _address: GuestAddress, _len_bytes: u64) -> std::io::Result<()> {
         self.begun.fetch_add(1, Ordering::SeqCst);
-        // Nobody is left who would.
+        // Fails if nobody is left to allow it.
         let _over = self.lets.lock().unwrap().recv();
         Ok(())
     }
@@ -156,7 +157,7 @@ fn a_vcpu_does_not_wait_until_all_pages_are_freed() {
     assert!(busy.contains("virtio0: it is still busy"), "{busy}");
     std::thread::scope(|scope| {
         let reset = scope.spawn(|| bed.set(0x70, 0));
-        // Each takes long.
+        // Each piece takes long.
         while !reset.is_finished() && begun() < PIECES {
             std::thread::sleep(Duration::from_millis(100));
             let_one.send(()).unwrap();

@@ -1,4 +1,4 @@
-//! Drivers that break the rules.
+//! Tests with drivers that break the rules.
 
 use proptest::prelude::*;
 
@@ -8,14 +8,14 @@ use crate::virtio::fuzzing::TARGETS;
 const HEADER: u64 = 2 << 20;
 const STATUS: u64 = HEADER + 64;
 
-/// A block device that is set up, with a header that reads sector 0.
+/// Returns a block device that is set up; its memory has a header, of zeros, that reads sector 0.
 fn bed() -> (Bed, NamedTempFile) {
     let (bed, file) = block_on(&noise(8192, 1), false);
     bed.set_up(INDIRECT);
     (bed, file)
 }
 
-/// The device stops at what `break_it` does, says so, and works again after a reset.
+/// Checks that the device stops at what `break_it` does, says so, and works again after a reset.
 fn breaks(what: &str, break_it: impl FnOnce(&Bed, &mut Ring)) {
     let (bed, _file) = bed();
     let mut ring = Ring::new(0);
@@ -118,11 +118,12 @@ fn indirect_tables_are_followed_once_and_no_further() {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
 
-    /// Any registers, any rings: no panic, no end of it, nothing written but what was given.
+    /// Any registers, any rings: devices do not panic, come to an end, and write only where they
+    /// may.
     #[test]
     fn no_driver_makes_a_device_do_what_it_must_not(
         bytes in prop::collection::vec(any::<u8>(), 0..600),
-        // Mostly chains.
+        // Steps that mostly make chains.
         likely in prop::collection::vec((4_u8..12, prop::collection::vec(any::<u8>(), 12)), 0..40),
     ) {
         let likely: Vec<u8> =

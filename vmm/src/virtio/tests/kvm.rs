@@ -1,4 +1,5 @@
-//! A device in a bare KVM guest: notified by an ioeventfd, looked at through exits, interrupting.
+//! Tests of a device in a bare KVM guest, which notifies it by an ioeventfd, reads its registers
+//! through exits, and is interrupted by it.
 
 use std::path::Path;
 
@@ -10,11 +11,11 @@ use crate::devices::platform;
 use crate::kvm::{Hypervisor, VmShell};
 use crate::virtio::IrqLine;
 
-/// Where the window is: in the hole below 4 GiB.
+/// Guest physical address of the window, in the hole below 4 GiB.
 const WINDOW: u64 = 0xd000_0000;
 const GSI: u32 = 5;
 const CODE: u64 = 0x8000;
-/// Notifies queue 0, then waits for InterruptStatus to be other than 0, then says so on a port.
+/// Notifies queue 0, waits until InterruptStatus is not 0, then says so on a port.
 const PROGRAM: [u8; 18] = [
     0x31, 0xc0, // xor eax, eax
     0xa3, 0x50, 0x00, 0x00, 0xd0, // mov [0xd0000050], eax
@@ -24,7 +25,7 @@ const PROGRAM: [u8; 18] = [
     0xe6, 0x80, // out 0x80, al
 ];
 
-/// Flat protected mode, at the program.
+/// Puts the vCPU into flat protected mode, at the program.
 fn enter(vcpu: &VcpuFd) {
     let flat = |selector: u16, type_: u8| kvm_segment {
         limit: u32::MAX,
@@ -46,7 +47,7 @@ fn enter(vcpu: &VcpuFd) {
     vcpu.set_regs(&regs).unwrap();
 }
 
-/// Interrupt requests of the first 8259A.
+/// Returns the interrupt requests of the first 8259A.
 fn requests(shell: &VmShell) -> u64 {
     let chunks = platform::capture(&shell.fd).unwrap().save().unwrap();
     let irqchip = chunks.iter().find(|chunk| chunk.name == "irqchip").unwrap();
@@ -69,7 +70,7 @@ fn a_guest_notifies_and_is_interrupted_without_our_help() {
     bed.mmio.wire_doorbells(&shell.fd, WINDOW).unwrap();
     bed.set_up(0);
     let mut ring = Ring::new(0);
-    // Reads sector 0, as a header of zeros says.
+    // A header of zeros: reads sector 0.
     ring.add(&bed, &[(0x9000, 16, false), (DATA, 512, true), (0x9100, 1, true)]);
     bed.write(CODE, &PROGRAM);
     let mut vcpu = shell.fd.create_vcpu(0).unwrap();
@@ -85,7 +86,7 @@ fn a_guest_notifies_and_is_interrupted_without_our_help() {
     }
     assert_eq!(ring.used(&bed).map(|(_, len)| len), Some(513));
     assert_eq!(bed.read(DATA, 512), noise(8192, 2)[..512]);
-    // KVM raises it in a thread of its own.
+    // KVM raises the interrupt in a thread of its own.
     let until = Instant::now() + PATIENCE;
     while requests(&shell) & 1 << GSI == 0 {
         assert!(Instant::now() < until, "no interrupt");
@@ -98,13 +99,13 @@ fn programs_that_are_started_get_no_interrupts_and_doorbells() {
     let (disk, _file) = disk_of(&noise(8192, 2), false);
     let _bed = Bed::new(Arc::new(Block::new(disk).unwrap()));
     let mut events = 0;
-    // Also those of other tests.
+    // This also looks at those of other tests.
     for entry in std::fs::read_dir("/proc/self/fd").unwrap() {
         let path = entry.unwrap().path();
         let is_event =
             std::fs::read_link(&path).is_ok_and(|to| to.ends_with("anon_inode:[eventfd]"));
         let info = Path::new("/proc/self/fdinfo").join(path.file_name().unwrap());
-        // Others come and go.
+        // Other descriptors come and go meanwhile.
         if let (true, Ok(info)) = (is_event, std::fs::read_to_string(info)) {
             let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).unwrap();
             let flags = i32::from_str_radix(flags.trim(), 8).unwrap();

@@ -1,4 +1,4 @@
-//! Devices and their transport, driven as a guest's driver does, or should not.
+//! Tests of devices and their transport, driven as a guest's driver should, and as it should not.
 
 mod block;
 mod devices;
@@ -23,7 +23,7 @@ use crate::memory::GuestRam;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 const RAM_BYTES: u64 = 4 << 20;
-/// Entries of each queue here.
+/// Entries of each queue in these tests.
 const ENTRIES: u16 = 16;
 /// Where buffers are.
 const DATA: u64 = 1 << 20;
@@ -128,7 +128,7 @@ impl Bed {
     }
 }
 
-/// Descriptors, driver area, device area.
+/// Returns the addresses of a queue's descriptors, driver area and device area.
 fn queue_address(queue: u16) -> [u64; 3] {
     let base = 0x1_0000 * (u64::from(queue) + 1);
     [base, base + 0x4000, base + 0x8000]
@@ -137,7 +137,7 @@ fn queue_address(queue: u16) -> [u64; 3] {
 /// A driver's end of a queue.
 struct Ring {
     queue: u16,
-    /// Descriptors are used one after the other, round and round.
+    /// Descriptors are used in order, wrapping around.
     next_descriptor: u16,
     next_avail: u16,
     next_used: u16,
@@ -159,7 +159,7 @@ impl Ring {
         bed.write(table + u64::from(index) * 16, &bytes);
     }
 
-    /// Makes a chain of `buffers` available without saying so. Returns its head.
+    /// Makes a chain of `buffers` available without notifying the device. Returns its head.
     fn add(&mut self, bed: &Bed, buffers: &[Buffer]) -> u16 {
         let head = self.next_descriptor % ENTRIES;
         for (at, (address, len, writable)) in buffers.iter().enumerate() {
@@ -186,7 +186,7 @@ impl Ring {
         bed.set(0x50, self.queue.into());
     }
 
-    /// The next chain that came back, and how much was written to it.
+    /// Returns the next chain that came back, and how much was written to it.
     fn used(&mut self, bed: &Bed) -> Option<(u32, u32)> {
         let used = queue_address(self.queue)[2];
         if bed.read_u16(used + 2) == self.next_used {
@@ -198,7 +198,7 @@ impl Ring {
         Some((word(at), word(at + 4)))
     }
 
-    /// The same, of a device with a thread.
+    /// As [`Self::used`], but waits for it, for devices with a thread.
     fn wait_used(&mut self, bed: &Bed) -> (u32, u32) {
         let until = Instant::now() + PATIENCE;
         loop {

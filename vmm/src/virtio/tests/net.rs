@@ -1,4 +1,4 @@
-//! The network card, with a socket that keeps packets apart for a tap.
+//! Tests of the network card, with a socket that keeps packet boundaries as its tap.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -15,14 +15,14 @@ const HEADER: [u8; 12] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0];
 
 const MAC: MacAddress = MacAddress([2, 0, 0, 0, 0, 1]);
 
-/// A tap and the host's end of it.
+/// Returns a tap and the host's end of it.
 fn tap() -> (Tap, File) {
     let (host, tap) =
         socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
     (Tap::from_fd(tap).unwrap(), File::from(host))
 }
 
-/// A card that is set up, and the host's end of its tap.
+/// Returns a card that is set up, and the host's end of its tap.
 fn card() -> (Bed, Arc<Net>, File) {
     let (tap, host) = tap();
     let net = Arc::new(Net::new(MAC, tap).unwrap());
@@ -46,7 +46,7 @@ fn frames_go_both_ways() {
     let mut found = vec![0; 2000];
     let len = host.read(&mut found).unwrap();
     assert_eq!(found[..len], frame);
-    // Frames that come before there is room for them wait.
+    // Frames that arrive before there is room for them wait.
     for round in 0..5 {
         host.write_all(&noise(60 + round, round as u64)).unwrap();
     }
@@ -64,11 +64,11 @@ fn frames_go_both_ways() {
     assert_eq!(net.stats(), NetStats { received: 5, sent: 1, dropped: 0 });
 }
 
-/// Takes note of the queues that chains come back to, in their order.
+/// Records to which queues chains come back, in order.
 #[derive(Debug)]
 struct Order {
     ram: Arc<GuestRam>,
-    /// The queues, and how many each has got back.
+    /// The queues in order, and each one's used index.
     seen: Mutex<(Vec<u16>, [u16; 2])>,
 }
 
@@ -93,7 +93,7 @@ fn who_sends_without_end_is_sent_to_as_well() {
     let net = Arc::new(Net::in_place(MAC, tap).unwrap());
     let mmio = VirtioMmio::new("net0", net, Arc::clone(&ram), Arc::clone(&order) as _).unwrap();
     let bed = Bed { ram, interrupts: Arc::default(), mmio };
-    // An interrupt for each chain.
+    // Without event indices, there is an interrupt for each chain.
     bed.set_up(1 << 5);
     let (mut rx, mut tx) = (Ring::new(RX), Ring::new(TX));
     host.write_all(&[7; 60]).unwrap();
@@ -118,7 +118,7 @@ fn what_does_not_fit_is_dropped() {
     host.write_all(&[2; 88]).unwrap();
     assert_eq!(rx.wait_used(&bed).1, 100, "the one that fits");
     assert_eq!(bed.read(DATA + 12, 88), [2; 88]);
-    // Nothing but a header, and more than any frame is.
+    // Only a header, and more than the longest frame.
     tx.add(&bed, &[(DATA, 12, false)]);
     tx.add(&bed, &[(DATA, 1 << 20, false)]);
     tx.kick(&bed);

@@ -1,4 +1,4 @@
-//! Registers (virtio 1.2, 4.2.2), initialisation (3.1.1), and saving all of it.
+//! Tests of registers (virtio 1.2, 4.2.2), initialisation (3.1.1), and saving both.
 
 use super::*;
 use crate::devices::{Captured, Device};
@@ -165,7 +165,7 @@ fn a_saved_device_goes_on_where_it_was() {
     let mut captured = bed.mmio.state();
     bed.set_up(INDIRECT);
     let mut ring = Ring::new(0);
-    // Past the end of 16 bits, and with three chains of which it was not told.
+    // Past the end of the ring, and with three chains of which the device was not notified.
     for _ in 0..40 {
         ring.add(&bed, &[(DATA, 8, true)]);
         ring.kick(&bed);

@@ -1,4 +1,4 @@
-//! The socket device between a driver and Unix sockets.
+//! Tests of the socket device, between a driver and Unix sockets.
 
 mod guest;
 
@@ -35,7 +35,7 @@ fn a_guest_connects_to_a_server_of_the_hosts() {
     assert_eq!(guest.received_one().kind(), (RST, 1025, 5000));
     assert!(is_over(&mut host));
     assert_eq!(guest.vsock.connections(), 0);
-    // Where nobody listens.
+    // A port where nobody listens.
     guest.send(&packet(REQUEST, 1026, 5001));
     assert_eq!(guest.received_one().kind(), (RST, 1026, 5001));
 }
@@ -62,7 +62,7 @@ fn a_program_of_the_hosts_connects_to_the_guest() {
     assert_eq!((end.kind(), end.flags), ((SHUTDOWN, 52, request.host_port), 3));
     guest.send(&packet(RST, 52, request.host_port));
     assert_eq!((guest.received(), guest.vsock.connections()), (vec![], 0));
-    // One that the guest refuses, and one that does not wait for an answer.
+    // A caller that the guest refuses, and one that does not wait for an answer.
     let mut host = guest.call();
     host.write_all(b"CONNECT 53\n").unwrap();
     let next = guest.received_one();
@@ -108,12 +108,13 @@ fn each_side_of_a_connection_ends_by_itself() {
     assert_eq!(read(&mut host, 10), b"still here");
     guest.send(&packet(SHUTDOWN, 7, 70).flags(2));
     assert!(is_over(&mut host));
-    // Both send no more: nothing is left of it.
+    // Neither end sends any more, so nothing is left of the connection.
     let end = guest.received_one();
     assert_eq!((end.op, end.flags), (SHUTDOWN, 3));
     guest.send(&packet(RST, 7, 70));
     assert_eq!(guest.vsock.connections(), 0);
-    // A guest that takes no more is sent no more, and one that sends after it said it does not is cut.
+    // A guest that takes no more is sent no more; one that sends after saying it would not is cut
+    // off.
     let mut host = guest.connected(8, 80);
     guest.send(&packet(SHUTDOWN, 8, 80).flags(1));
     assert!(host.write_all(b"to nobody").is_err());
@@ -141,7 +142,7 @@ fn a_guest_is_sent_no_more_than_it_has_room_for() {
     assert_eq!(guest.received(), [], "it asks once");
     guest.send(&packet(CREDIT_UPDATE, 7, 70).credit(10, 4));
     assert_eq!(guest.received()[0].data, text[10..14]);
-    // Less room than was used, and more passed on than was sent.
+    // Less room than is in use, and more passed on than was sent.
     guest.send(&packet(CREDIT_UPDATE, 7, 70).credit(3, 10));
     guest.send(&packet(CREDIT_UPDATE, 7, 70).credit(3, 1 << 31));
     assert_eq!(guest.received(), []);
@@ -170,7 +171,7 @@ fn a_guest_that_sends_more_than_there_is_room_for_is_cut() {
     let ended = host.read_to_end(&mut found);
     assert!(ended.is_ok() && found.len() < sent, "{ended:?}");
     assert!(found.chunks(piece.len()).all(|chunk| *chunk == piece[..chunk.len()]));
-    // At once, without having sent anything.
+    // Too much at once, without having sent anything before.
     let _host = guest.connected(8, 80);
     guest.send(&packet(RW, 8, 80).with(&vec![1; BUFFER as usize + 1]));
     assert_eq!(guest.received_one().kind(), (RST, 8, 80));
@@ -192,7 +193,7 @@ fn a_guest_that_keeps_to_its_credit_loses_nothing() {
             sent += len;
         } else {
             guest.send(&packet(CREDIT_REQUEST, 7, 70));
-            // The host is slow: it reads only when it is waited for.
+            // The host is slow: it reads only when the guest waits for it.
             let len = host.read(&mut piece).unwrap();
             found.extend(&piece[..len]);
         }
@@ -257,7 +258,7 @@ fn there_are_only_so_many_connections() {
     guest.send(&packet(REQUEST, 1000, 70));
     assert_eq!(guest.received_one().kind(), (RESPONSE, 1000, 70));
     assert_eq!(guest.vsock.connections(), 256);
-    // All at once, as a driver does that starts again.
+    // A driver that starts again ends all at once.
     guest.bed.set(0x70, 0);
     assert_eq!(guest.vsock.connections(), 0);
     assert!(hosts[1..].iter_mut().all(is_over));
@@ -266,7 +267,7 @@ fn there_are_only_so_many_connections() {
 #[test]
 fn packets_that_fit_nothing_are_refused_or_dropped() {
     let mut guest = Guest::new();
-    // For others, or from others.
+    // Packets for others, or from others.
     for (from, to) in [(CID.into(), 3), (CID.into(), u64::MAX), (4, 2), (0, 2)] {
         guest.send_raw(&packet(REQUEST, 1, 70).header(from, to), &[]);
         assert!(guest.tx.used(&guest.bed).is_some());
@@ -276,7 +277,7 @@ fn packets_that_fit_nothing_are_refused_or_dropped() {
         guest.send(&packet(op, 1, 70).with(b"?"));
         assert_eq!(guest.received_one().kind(), (RST, 1, 70), "{op}");
     }
-    // A connection is ended by what it cannot have.
+    // An invalid packet ends its connection.
     for op in [0, REQUEST, RESPONSE, 8] {
         let mut host = guest.connected(1, 70);
         guest.send(&packet(op, 1, 70));
@@ -292,7 +293,7 @@ fn packets_that_fit_nothing_are_refused_or_dropped() {
         assert_eq!(guest.received_one().kind(), (RST, 5, port), "{op} instead of an answer");
         assert!(is_over(&mut host));
     }
-    // Sequences of packets, which are not offered: the answer is of that kind too.
+    // Sequenced packets are not offered: the answer is of that type, too.
     let mut header = packet(REQUEST, 1, 70).header(CID.into(), 2);
     header[28] = 2;
     guest.send_raw(&header, &[]);
@@ -342,7 +343,7 @@ fn connections_end_where_a_snapshot_is_restored() {
     let saved = guest.bed.mmio.save();
     drop(still);
     assert_eq!(saved.device, SavedDevice::Vsock { guest_cid: CID });
-    // A machine that goes on keeps them.
+    // A machine that goes on keeps its connections.
     host.write_all(b"x").unwrap();
     assert_eq!(guest.received_one().data, b"x");
     assert_eq!(guest.events.used(&guest.bed), None);
@@ -360,7 +361,7 @@ fn connections_end_where_a_snapshot_is_restored() {
         guest.send(&packet(RW, guest_port, host_port).with(b"?"));
         assert_eq!(guest.received_one().kind(), (RST, guest_port, host_port));
     }
-    // The event waits for a driver that has no room for it.
+    // If the driver has no room for the event, the event waits.
     guest.bed.mmio.put_back(&guest.bed.mmio.save()).unwrap();
     guest.bed.mmio.go_on();
     guest.offer_event();
@@ -370,7 +371,7 @@ fn connections_end_where_a_snapshot_is_restored() {
 #[test]
 fn nothing_new_begins_before_the_driver_knows_that_all_is_gone() {
     let mut guest = Guest::new();
-    // One more than is needed: others wait when the event's comes back.
+    // One more buffer than needed: others wait when the event's comes back.
     guest.offer_event();
     let mut lost = guest.connected(7, 70);
     guest.bed.mmio.put_back(&guest.bed.mmio.save()).unwrap();
@@ -383,7 +384,7 @@ fn nothing_new_begins_before_the_driver_knows_that_all_is_gone() {
     guest.send(&packet(REQUEST, 8, 80));
     let mut host = server.accept().unwrap().0;
     assert_eq!(guest.received(), [], "it would drop them with the rest");
-    // What is over may be said: there is nothing to drop.
+    // The driver may be told what is over: there is nothing to drop.
     guest.send(&packet(RW, 7, 70).with(b"?"));
     assert_eq!(guest.received_one().kind(), (RST, 7, 70));
     let asked_for = queue_address(2)[2] + 4 + 8 * u64::from(ENTRIES);
@@ -408,20 +409,20 @@ fn a_driver_that_hears_nothing_is_not_waited_for_for_ever() {
     caller.write_all(b"CONNECT 5\n").unwrap();
     assert_eq!(guest.received_one().kind().0, REQUEST);
     let mut host = guest.connected(7, 70);
-    // What has begun is not held up again where the guest is stopped and goes on.
+    // What has begun is not held up again if the guest is stopped and goes on.
     guest.vsock.set_patience(PATIENCE);
     host.write_all(b"on").unwrap();
     assert_eq!(guest.received_one().data, b"on");
     guest.vsock.set_patience(Duration::ZERO);
     assert_eq!(guest.vsock.connections(), 2);
-    // It heard after all, and has dropped them.
+    // The driver learned the news after all, and has dropped its connections.
     assert!(guest.events.used(&guest.bed).is_some());
     guest.offer_event();
     assert!(guest.received().iter().all(|packet| packet.op == RST));
     assert_eq!(guest.vsock.connections(), 0);
     assert!(is_over(&mut host) && is_over(&mut caller));
     drop(guest.connected(8, 80));
-    // As well if it gets the event only then.
+    // The same if it gets the event only then.
     guest.bed.mmio.put_back(&guest.bed.mmio.save()).unwrap();
     guest.look();
     assert!(guest.events.used(&guest.bed).is_some());
@@ -503,7 +504,7 @@ fn a_device_with_a_thread_moves_packets_unless_it_must_be_still() {
     let greeting = format!("OK {}\n", request.host_port);
     assert_eq!(read(&mut host, greeting.len()), greeting.as_bytes());
     guest.tx.wait_used(&guest.bed);
-    // Answers of the host's wake it as well.
+    // Bytes from the host wake the thread as well.
     guest.offer(RX_BYTES);
     host.write_all(b"again").unwrap();
     assert_eq!(next(&mut guest).data, b"again");

@@ -1,4 +1,4 @@
-//! A driver of a socket device, and the host's programs around it.
+//! A driver of the socket device, and the programs on the host around it.
 
 use std::io::{ErrorKind, Read};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -23,7 +23,7 @@ pub const RW: u16 = 5;
 pub const CREDIT_UPDATE: u16 = 6;
 pub const CREDIT_REQUEST: u16 = 7;
 
-/// A packet, as far as it is not the same for all.
+/// A packet, without the fields that are the same in all.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Packet {
     pub op: u16,
@@ -35,7 +35,7 @@ pub struct Packet {
     pub data: Vec<u8>,
 }
 
-/// From the guest, with much room.
+/// Returns a packet from the guest, which has plenty of room.
 pub fn packet(op: u16, guest_port: u32, host_port: u32) -> Packet {
     let (flags, room, forwarded) = (0, 1 << 20, 0);
     Packet { op, flags, guest_port, host_port, room, forwarded, data: Vec::new() }
@@ -66,7 +66,7 @@ impl Packet {
         bytes
     }
 
-    /// One that the guest got.
+    /// Parses a packet that the guest received.
     pub fn parse(cid: u32, bytes: &[u8]) -> Self {
         let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
         assert_eq!([0, 4, 8, 12].map(word), [2, 0, cid, 0], "from the host to the guest");
@@ -97,7 +97,7 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// One whose device works in place, with as many buffers to receive as fit.
+    /// Creates a guest whose device works in place, with as many receive buffers as fit.
     pub fn new() -> Self {
         let mut guest = Self::without_buffers(Vsock::in_place);
         (0..ENTRIES).for_each(|_| guest.offer(RX_BYTES));
@@ -124,14 +124,14 @@ impl Guest {
         self.events.kick(&self.bed);
     }
 
-    /// Gives the device a buffer to put a packet into, each at a place of its own.
+    /// Gives the device a buffer for a packet, each at an address of its own.
     pub fn offer(&mut self, len: u32) {
         let slot = u64::from(self.rx.next_descriptor % ENTRIES);
         self.rx.add(&self.bed, &[(RX + slot * 0x2000, len, true)]);
         self.rx.kick(&self.bed);
     }
 
-    /// Has the device look at its sockets.
+    /// Makes the device look at its sockets.
     pub fn look(&self) {
         self.bed.mmio.go_on();
     }
@@ -154,7 +154,7 @@ impl Guest {
         assert!(self.tx.used(&self.bed).is_some(), "{packet:?} was not taken");
     }
 
-    /// The packets that have arrived; their buffers are used again.
+    /// Returns the packets that have arrived, and offers new buffers for them.
     pub fn received(&mut self) -> Vec<Packet> {
         self.look();
         let mut packets = Vec::new();
@@ -172,17 +172,17 @@ impl Guest {
         packets.remove(0)
     }
 
-    /// Listens on a port of the host's.
+    /// Listens on a port of the host.
     pub fn serve(&self, port: u32) -> UnixListener {
         UnixListener::bind(self.folder.path().join(format!("v_{port}"))).unwrap()
     }
 
-    /// Connects to the guest, without a word.
+    /// Connects to the guest's socket, without sending anything.
     pub fn call(&self) -> UnixStream {
         UnixStream::connect(self.folder.path().join("v")).unwrap()
     }
 
-    /// A connection that the guest asked for, and the host's end of it.
+    /// Makes a connection that the guest asks for; returns the host's end of it.
     pub fn connected(&mut self, guest_port: u32, host_port: u32) -> UnixStream {
         let server = self.serve(host_port);
         self.send(&packet(REQUEST, guest_port, host_port));
@@ -198,7 +198,7 @@ pub fn read(stream: &mut UnixStream, len: usize) -> Vec<u8> {
     bytes
 }
 
-/// True if the other end is closed and nothing is left.
+/// Returns true if the other end is closed and nothing is left to read.
 pub fn is_over(stream: &mut UnixStream) -> bool {
     stream.set_nonblocking(true).unwrap();
     let found = stream.read(&mut [0]);
