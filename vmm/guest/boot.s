@@ -89,8 +89,8 @@ enter_long_mode:
     add $FIRST_TSS, %eax
     ltr %ax
 
-    # From here on each CPU has a stack of its own: the others arrive here at the same time, all with
-    # the same stack.
+    # From here on each CPU has a stack of its own: the others get here at the same time, all with the
+    # same stack.
     mov %edi, %eax
     imul $STACK_BYTES, %eax, %eax
     lea STACKS + FAULT_STACK_BYTES(%rax), %esp

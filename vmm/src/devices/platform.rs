@@ -54,7 +54,7 @@ pub fn capture(vm: &VmFd) -> Result<CapturedPlatform> {
     // SAFETY: KVM filled the member of the union that the chip id names.
     let (pics, ioapic) = unsafe { ([master.chip.pic, slave.chip.pic], ioapic.chip.ioapic) };
     let clock = vm.get_clock().map_err(VmmError::kvm("read the clock"))?;
-    // KVM tells the time of day at that very moment since Linux 5.16.
+    // As of the same moment as the clock, where KVM can tell (Linux 5.16).
     let realtime_ns =
         if clock.flags & KVM_CLOCK_REALTIME == 0 { realtime_ns() } else { clock.realtime };
     Ok(CapturedPlatform {

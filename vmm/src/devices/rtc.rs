@@ -52,7 +52,7 @@ const HOURS_24: u8 = 2;
 const VALID: u8 = 0x80;
 /// How long before the time changes [`UPDATE_IN_PROGRESS`] is set.
 const NOTICE: Duration = Duration::from_micros(244);
-/// Set in the hours in the afternoon, on a 12-hour clock.
+/// Set in the hours register in the afternoon, on a 12-hour clock.
 const AFTERNOON: u8 = 0x80;
 
 /// Where the time comes from.

@@ -114,8 +114,8 @@ impl VmGenId {
     /// is renewed at once; [`Self::go_on`] tells the guest.
     ///
     /// # Errors
-    /// As [`Self::restore`], and [`VmmError::State`] if `saved` has another address or interrupt,
-    /// since the guest's tables do too.
+    /// As [`Self::restore`], and [`VmmError::State`] if `saved`, and thus the guest's tables, has
+    /// another address or interrupt.
     pub fn put_back(&self, saved: &SavedVmGenId) -> Result<()> {
         self.check(saved)?;
         self.renew()

@@ -1,4 +1,4 @@
-//! What lies below the guest's writes: a file that is only read, or a region of a snapshot.
+//! What lies beneath the guest's writes: a file, which is only read, or a region of a snapshot.
 
 use std::fs::File;
 use std::io;

@@ -136,7 +136,8 @@ impl Contents {
     }
 
     /// Returns which of `pages` of a chunk are frozen. The caller holds the chunk's lock: if the
-    /// pages are thawed meanwhile, what is kept of them is not forgotten before it is released.
+    /// pages are thawed meanwhile, what is kept of them is not forgotten before the lock is
+    /// released.
     fn frozen(&self, chunk: u64, pages: u64) -> u64 {
         let freeze = self.freeze.read().unwrap_or_else(PoisonError::into_inner);
         if freeze.is_off() {

@@ -124,7 +124,7 @@ impl FrozenDisk {
         region: RegionHandle,
     ) -> Result<WriteStats> {
         let written = transaction.write_pages(region, &self.pages, self)?;
-        // Before the commit, which does not read them again.
+        // Thawed before the commit, which does not read the pages again.
         self.thaw();
         Ok(written)
     }

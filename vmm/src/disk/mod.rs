@@ -53,9 +53,10 @@ pub fn disk_name(index: usize) -> String {
 /// A disk to run a machine with.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskConfig {
-    /// The file with its contents. It is never written to, and must not change while a machine runs.
+    /// The file with its contents, which is never written to and must not change while a machine
+    /// runs.
     pub file: PathBuf,
-    /// Refuse the guest's writes.
+    /// Whether to refuse the guest's writes.
     pub read_only: bool,
     /// The serial number that the guest sees; the disk's name if `None`.
     pub serial: Option<String>,
@@ -119,8 +120,8 @@ impl Disk {
     /// either has data count as written, since the snapshot may hold something else there.
     ///
     /// # Errors
-    /// As [`Self::resume`] and [`Self::open`]; [`VmmError::Config`] if the file is not as long as the
-    /// disk.
+    /// As [`Self::resume`] and [`Self::open`]; [`VmmError::Config`] if the file's length is not the
+    /// disk's.
     pub fn resume_with(
         saved: SavedDisk,
         region: &RegionReader,

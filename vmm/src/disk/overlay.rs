@@ -21,8 +21,8 @@ use crate::error::{Result, VmmError};
 pub struct OverlayOptions {
     /// The folder for the overlay's unnamed file; `None` keeps the overlay in memory.
     pub folder: Option<PathBuf>,
-    /// How many pages that are overwritten before a checkpoint has saved them are kept in memory;
-    /// the old contents of more go to the overlay's file.
+    /// How many pages overwritten before a checkpoint has saved them may have their old contents
+    /// kept in memory; those of further pages go to the overlay's file.
     pub kept_pages_max: u64,
 }
 

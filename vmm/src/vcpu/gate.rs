@@ -70,7 +70,7 @@ struct Progress {
     parked: u16,
     /// Threads whose vCPU has stopped for this goal.
     stopped: u16,
-    /// Threads that wait in the gate, for whichever goal they came.
+    /// Threads that wait in the gate, whichever goal brought them there.
     waiting: u16,
     /// Threads that have not left for good.
     alive: u16,

@@ -2,7 +2,7 @@
 //!
 //! `unsafe` is allowed here for the signal that kicks a thread out of KVM_RUN, whose handler sets
 //! `immediate_exit` in the thread's own `kvm_run`, which no wrapper can do from outside; and for
-//! reading from `kvm_run` what wrappers do not tell of port I/O.
+//! reading the port I/O fields of `kvm_run` that wrappers leave out.
 #![allow(unsafe_code)]
 
 mod exits;
@@ -109,7 +109,7 @@ impl Vcpu {
         saved: &SavedVcpu,
     ) -> Result<Self> {
         let cpuid = state::restore_cpuid(chunk, &saved.cpuid)?;
-        // The others' are no different.
+        // The other vCPUs' CPUID asks for no other features.
         if index == 0 {
             cpuid::check(hypervisor, chunk, &cpuid)?;
         }

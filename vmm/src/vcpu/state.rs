@@ -181,7 +181,7 @@ impl StateReader {
         Ok(())
     }
 
-    /// Puts `saved` into a new vCPU whose CPUID is set already.
+    /// Puts `saved` into a vCPU whose CPUID is set already.
     pub(super) fn restore(&self, vcpu: &VcpuFd, chunk: &str, saved: &SavedVcpu) -> Result<()> {
         restore(vcpu, chunk, saved, self.xsave_extra_words)
     }
@@ -257,7 +257,7 @@ fn too_many(chunk: &str, what: &str, found: usize) -> VmmError {
     }
 }
 
-/// Puts `saved` into a new vCPU whose CPUID is set already. Where the order matters:
+/// Puts `saved` into a vCPU whose CPUID is set already. Where the order matters:
 /// - SREGS before the LAPIC: they hold the APIC base, which decides the LAPIC's mode;
 /// - XSAVE and XCRS, in either order, after SREGS, whose CR4 enables them;
 /// - the LAPIC before the MSRs: the deadline timer needs the timer mode;

@@ -1,6 +1,5 @@
 //! The memory balloon (virtio 1.2, 5.5): pages that the guest lends to the host, and reports of
-//! pages
-//! that it does not use. Their contents are discarded, so snapshots need not keep them.
+//! pages that it does not use. Their contents are discarded, so snapshots need not keep them.
 //!
 //! Queues are numbered as Linux numbers them behind MMIO, without gaps: inflate, deflate, reports.
 //! A page that the guest takes back is zero, as new memory is, so deflating takes no work.
@@ -164,7 +163,7 @@ impl Parts {
         Ok(())
     }
 
-    /// Frees the whole pages in a range of RAM, as long as nobody waits for the device or its queues.
+    /// Frees the whole pages in a range of RAM until somebody waits for the device or a queue.
     fn free_inside(&self, link: &Link, start: u64, len_bytes: u64) {
         let end = (start + len_bytes) / PAGE_BYTES * PAGE_BYTES;
         let mut at = start.next_multiple_of(PAGE_BYTES);

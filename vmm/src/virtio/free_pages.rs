@@ -12,7 +12,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::memory::{GuestRam, HOLE_END, HOLE_START};
 
-/// A taker of pages that the guest has given up.
+/// Receives pages that the guest has given up.
 pub trait FreePages: Send + Sync + fmt::Debug {
     /// Takes `len_bytes` bytes of RAM from `address` on, whole pages of 4 KiB whose contents the
     /// guest does not need. The guest may write to them again at any time, and until then may find

@@ -77,7 +77,7 @@ impl Link {
         self.ram.memory()
     }
 
-    /// True from DRIVER_OK until a reset, unless one side has given up.
+    /// Returns true from DRIVER_OK until a reset, unless one side has given up.
     #[must_use]
     pub fn is_live(&self) -> bool {
         let status = self.status.load(Ordering::Acquire);

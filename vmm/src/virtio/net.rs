@@ -190,7 +190,7 @@ impl Net {
 }
 
 impl Card {
-    /// The thread: waits for the doorbell and, while the driver has room, for frames.
+    /// The thread's main loop: waits for the doorbell and, while the driver has room, for frames.
     fn run(&self, link: &Link, doorbell: &EventFd, ending: &Ending) {
         if let Err(error) = self.move_frames(link, doorbell, ending) {
             tracing::error!(device = link.name(), %error, "a network card stands still");

@@ -1,6 +1,5 @@
 //! A virtqueue as its device sees it (virtio 1.2, 2.7): registers until the driver says it is
-//! ready,
-//! rings in guest memory from then on.
+//! ready, rings in guest memory from then on.
 //!
 //! Before anything is done with a chain, it is walked once and each of its buffers checked to lie
 //! in RAM: what the guest changes afterwards can affect what is in the buffers, not where they are.

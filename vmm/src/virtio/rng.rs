@@ -1,10 +1,8 @@
 //! The entropy device (virtio 1.2, 5.4): random bytes from the host's kernel.
 //!
 //! It works in the thread of the vCPU that notifies it, so it stands still when the vCPUs do. It
-//! has
-//! nothing to save. Clones of a snapshot get different bytes from it, which is what it is for; a
-//! guest
-//! that was rewound gets other bytes than before.
+//! has nothing to save. Clones of a snapshot get different bytes from it, which is what it is for;
+//! a guest that was rewound gets other bytes than before.
 
 use std::time::Duration;
 

@@ -7,8 +7,8 @@
 //! rewound begins without any, and its driver is told so by the event for this (5.10.6.7). The
 //! driver then reads its context id again, so a clone may have another.
 //!
-//! Connections that the driver accepts before it handles the event it drops with the rest, without
-//! a word. So neither side begins anything new until the driver has given the event's buffer back,
+//! Connections made before the driver handles the event are dropped by it with the rest, without a
+//! word. So neither side begins anything new until the driver has given the event's buffer back,
 //! which it does afterwards. A driver that never does so is waited for only for a limited time.
 
 mod connection;
@@ -149,7 +149,7 @@ impl Parts {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The thread: waits for the doorbell and for sockets.
+    /// The thread's main loop: waits for the doorbell and for sockets.
     fn run(&self, link: &Link, doorbell: &EventFd, ending: &Ending) {
         if let Err(error) = self.move_packets(link, doorbell, ending) {
             tracing::error!(device = link.name(), %error, "a socket device stands still");
@@ -340,7 +340,7 @@ impl VirtioDevice for Vsock {
         Some(&self.doorbell)
     }
 
-    /// The driver knows that connections do not outlast it.
+    /// Ends all connections, without an event: the driver knows that none outlasts a reset.
     fn reset(&self) {
         self.parts.table().clear();
     }

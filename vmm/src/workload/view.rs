@@ -10,8 +10,8 @@ use super::control::{
 };
 use super::spec::WorkloadSpec;
 
-/// Guest physical address of the command word: a new number stored here makes every vCPU check its pages, and
-/// shows up in [`ControlView::command_done`] when all of them have.
+/// Guest physical address of the command word: a new number stored here makes every vCPU check its
+/// pages, and [`ControlView::command_done`] tells when all of them have.
 pub const COMMAND_GPA: u64 = CONTROL_GPA + offset_of!(Header, command) as u64;
 
 /// Guest memory, or a copy of it, a page at a time.

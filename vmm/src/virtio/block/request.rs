@@ -44,7 +44,7 @@ impl From<Nonsense> for Failure {
 
 impl From<crate::VmmError> for Failure {
     fn from(error: crate::VmmError) -> Self {
-        // The guest can make any number of these.
+        // Not a warning: the guest can cause any number of these.
         tracing::debug!(%error, "a disk request fails");
         Self::Io
     }

@@ -38,8 +38,8 @@ impl Tap {
             .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
             .open(DEVICE)
             .map_err(VmmError::host(format!("open {DEVICE}")))?;
-        // SAFETY: the descriptor is open, and the request an `ifreq` with a terminated name that lives
-        // as long as the call, which is all that TUNSETIFF reads and writes.
+        // SAFETY: the descriptor is open, and the request is an `ifreq` with a terminated name that
+        // lives as long as the call, which is all that TUNSETIFF reads and writes.
         if unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF as _, &raw mut request) } < 0 {
             let refused = VmmError::host(format!(
                 "use the tap interface `{name}` (--net puts the card on another, or on none)"

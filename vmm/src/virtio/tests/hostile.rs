@@ -118,8 +118,8 @@ fn indirect_tables_are_followed_once_and_no_further() {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
 
-    /// Any registers, any rings: devices do not panic, come to an end, and write only where they
-    /// may.
+    /// Any registers, any rings: devices do not panic, do not run forever, and write only where
+    /// they may.
     #[test]
     fn no_driver_makes_a_device_do_what_it_must_not(
         bytes in prop::collection::vec(any::<u8>(), 0..600),

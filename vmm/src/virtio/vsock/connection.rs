@@ -174,7 +174,7 @@ impl Connection {
             return Fate::Ends;
         }
         if self.host_ended & NO_MORE_TAKEN != 0 {
-            // The guest sent them before it knew.
+            // The guest sent these bytes before it knew.
             self.forwarded = self.forwarded.wrapping_add(len);
         } else {
             let direct = if self.unsent.is_empty() { self.write(data) } else { 0 };
