@@ -1,10 +1,11 @@
-//! What the threads that a guest can reach may ask of the kernel: seccomp filters.
+//! Seccomp filters for the threads that a guest can reach.
 //!
-//! A guest that takes over a vCPU's thread, or a device's, by a mistake of ours finds that it can run its
-//! machine and little else: no programs, sockets or processes, and no file that is not open, but for
-//! reading by the block device's, whose base may be in the store. What is not allowed fails with EPERM
-//! rather than killing the process, so that a library that asks for something it can do without
-//! goes on. Threads that no guest talks to are as they were. See `Documentation/userspace-api/seccomp_filter.rst`.
+//! A guest that exploits a bug to take over the thread of a vCPU or device can run its machine and
+//! little else: it can start no programs or processes, create no sockets (the socket device: Unix
+//! sockets only), and open no files (devices: for reading only, since a disk's base may be in the
+//! store). Forbidden calls fail with EPERM rather than killing the process, so that a library that
+//! asks for something it can do without carries on. Threads that no guest talks to are not
+//! confined. See `Documentation/userspace-api/seccomp_filter.rst`.
 
 use std::collections::BTreeMap;
 use std::sync::OnceLock;
@@ -21,25 +22,24 @@ use crate::error::{Result, VmmError};
 /// What a thread is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
-    /// It runs a vCPU, and devices without a thread of their own.
+    /// Runs a vCPU, and the devices without a thread of their own.
     Vcpu,
-    /// It serves a virtio device.
+    /// Serves a virtio device.
     Device,
-    /// It serves the socket device, which listens and connects on the host.
+    /// Serves the socket device, which listens and connects on the host.
     Sockets,
-    /// It writes what the guest says to where that goes, which is open.
+    /// Writes the guest's serial output to its destination, which is already open.
     Output,
 }
 
 static IS_OFF: AtomicBool = AtomicBool::new(false);
 
-/// Leaves threads that are started from now on as they are, in this process.
+/// Turns filters off for all threads that this process starts from now on.
 pub fn turn_off() {
     IS_OFF.store(true, Ordering::Relaxed);
 }
 
-/// What every thread needs to live: memory, locks, signals, time, its own end; and to tell what it
-/// met.
+/// Calls that every thread needs: for memory, locks, signals, time, exiting and reporting errors.
 const ALWAYS: [i64; 34] = [
     libc::SYS_brk,
     libc::SYS_clock_gettime,
@@ -72,13 +72,13 @@ const ALWAYS: [i64; 34] = [
     libc::SYS_writev,
     libc::SYS_fstat,
     libc::SYS_lseek,
-    // The C library has every thread do so when the process stops being root.
+    // The C library makes every thread call these when the process stops being root.
     libc::SYS_setgroups,
     libc::SYS_setresgid,
     libc::SYS_setresuid,
 ];
 
-/// Besides, a device's: files that are open, or are opened for reading, and waiting for several.
+/// Calls that a device's thread needs too: I/O on files and waiting for several of them.
 const DEVICE: [i64; 19] = [
     libc::SYS_epoll_create1,
     libc::SYS_epoll_ctl,
@@ -101,7 +101,7 @@ const DEVICE: [i64; 19] = [
     libc::SYS_sync_file_range,
 ];
 
-/// Besides, the socket device's: streams of Unix sockets.
+/// Calls that the socket device's thread needs too: Unix stream sockets.
 const SOCKETS: [i64; 11] = [
     libc::SYS_accept4,
     libc::SYS_connect,
@@ -116,14 +116,14 @@ const SOCKETS: [i64; 11] = [
     libc::SYS_readv,
 ];
 
-/// The second argument of an ioctl has KVM's number here (`KVMIO`).
+/// The bits of an ioctl's request number that hold its type, which is `KVMIO` for KVM's.
 const IOCTL_TYPE: u64 = 0xff00;
 const KVMIO: u64 = 0xae00;
-/// What opening a file for reading does not have among its flags.
+/// Flags that an open for reading does not have.
 const OPENS_TO_CHANGE: u64 =
     (libc::O_ACCMODE | libc::O_CREAT | libc::O_TRUNC | libc::O_APPEND) as u64;
 
-/// Confines the calling thread to what `role` needs, for good, unless that is [off](turn_off).
+/// Confines the calling thread to what `role` needs, for good, unless filters are [off](turn_off).
 ///
 /// # Errors
 /// [`VmmError::Host`] if the kernel has no seccomp.
@@ -150,10 +150,10 @@ pub(crate) fn confine(role: Role) -> Result<()> {
     seccompiler::apply_filter(filter).map_err(failed)
 }
 
-/// Starts a thread that is confined to what `role` needs and then does `work`.
+/// Starts a thread that confines itself to what `role` needs and then does `work`.
 ///
 /// # Errors
-/// [`VmmError::Host`] if there is no thread to be had, or it cannot be confined: then nothing is done.
+/// [`VmmError::Host`] if the thread cannot be started or confined; `work` is not begun then.
 pub(crate) fn spawn(
     name: String,
     role: Role,
@@ -161,7 +161,8 @@ pub(crate) fn spawn(
 ) -> Result<JoinHandle<()>> {
     let (tell, told) = crossbeam_channel::bounded(1);
     let failed = VmmError::host(format!("start the thread {name}"));
-    // Linux shows 15 bytes of it. A disk's is what a snapshot says, and a thread's has no zeros.
+    // Linux shows the first 15 bytes. A disk's name comes from a snapshot and may contain zero
+    // bytes, which a thread's name must not.
     let thread = std::thread::Builder::new().name(name.replace('\0', "")).spawn(move || {
         let confined = confine(role);
         let is_confined = confined.is_ok();
@@ -171,7 +172,7 @@ pub(crate) fn spawn(
         }
     });
     let thread = thread.map_err(failed)?;
-    // One that did not even say so has panicked, which it says itself.
+    // A thread that sent nothing has panicked, which the panic hook reported.
     told.recv().unwrap_or_else(|_| {
         Err(VmmError::NotNow(format!("the thread {name} ended before it began its work")))
     })?;
@@ -191,11 +192,11 @@ fn filter(role: Role) -> Result<BpfProgram, seccompiler::BackendError> {
     let only = |condition| Ok(vec![SeccompRule::new(vec![condition])?]);
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
         ALWAYS.into_iter().map(|call| (call, Vec::new())).collect();
-    // No new code.
+    // No executable mappings.
     for call in [libc::SYS_mmap, libc::SYS_mprotect] {
         rules.insert(call, only(argument(2, libc::PROT_EXEC as u64, 0)?)?);
     }
-    // Nobody else's threads: what a process does to itself when it aborts.
+    // Signals only to this process's own threads, which it sends when it aborts.
     let ours = std::process::id().into();
     rules.insert(libc::SYS_tgkill, only(argument(0, u64::MAX, ours)?)?);
     match role {
@@ -227,7 +228,7 @@ mod tests {
 
     use super::*;
 
-    /// What `attempt` comes to in a thread that was confined.
+    /// Returns what `attempt` returns in a confined thread.
     fn confined<T: Send>(role: Role, attempt: impl FnOnce() -> T + Send) -> T {
         std::thread::scope(|scope| {
             let thread = scope.spawn(|| {
@@ -256,7 +257,7 @@ mod tests {
                     is_denied(memmap2::MmapMut::map_anon(4096).unwrap().make_exec()),
                     is_denied(File::open("/proc/self/maps")),
                     is_denied(UnixStream::pair()),
-                    // What they are for.
+                    // Allowed to all roles.
                     scratch.write_all(&vec![1; 1 << 20]).is_ok(),
                 ]
             });
@@ -265,7 +266,7 @@ mod tests {
             assert_eq!(results, expected, "{role:?}");
         }
         assert!(!path.exists());
-        // Others are as they were.
+        // Other threads are not confined.
         assert!(File::open("/proc/self/maps").is_ok());
     }
 
@@ -273,7 +274,7 @@ mod tests {
     fn what_cannot_be_confined_does_not_begin() {
         let refused = std::thread::scope(|scope| {
             let thread = scope.spawn(|| {
-                // As a kernel without seccomp, for the threads that this one starts too.
+                // Imitates a kernel without seccomp, also for the threads that this one starts.
                 let rules =
                     BTreeMap::from([(libc::SYS_seccomp, vec![]), (libc::SYS_prctl, vec![])]);
                 let (others, these) =

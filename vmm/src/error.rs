@@ -1,4 +1,4 @@
-//! What can go wrong around a machine, said so that a person can act on it.
+//! The errors of this crate, worded so that a person can act on them.
 
 use frazil_snapstore::StoreError;
 use frazil_snapstore::pager::PagerError;
@@ -7,7 +7,7 @@ use frazil_snapstore::pager::PagerError;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum VmmError {
-    /// KVM cannot be had at all.
+    /// KVM is not usable at all.
     #[error("cannot use KVM: {found}; {advice}")]
     NoKvm {
         /// What was found instead.
@@ -23,7 +23,7 @@ pub enum VmmError {
         /// KVM's own error.
         source: kvm_ioctls::Error,
     },
-    /// The host refused something else.
+    /// The host refused something other than a KVM call.
     #[error("cannot {op}: {source}")]
     Host {
         /// What was tried, as a verb.
@@ -32,7 +32,7 @@ pub enum VmmError {
         #[source]
         source: std::io::Error,
     },
-    /// The configuration asks for what cannot be.
+    /// The configuration asks for something impossible.
     #[error("{0}")]
     Config(String),
     /// The kernel, initrd or command line cannot be loaded.
@@ -42,7 +42,7 @@ pub enum VmmError {
         what: String,
         /// What can be booted.
         expected: String,
-        /// What was there.
+        /// What was found.
         found: String,
     },
     /// Saved state does not fit this program or this host.
@@ -61,21 +61,21 @@ pub enum VmmError {
     /// The pager failed.
     #[error(transparent)]
     Pager(#[from] PagerError),
-    /// The machine is not in a state for that.
+    /// The machine cannot do that in its present state.
     #[error("{0}")]
     NotNow(String),
-    /// A machine that is not there, or not any more.
+    /// No machine of this name is running, or not any more.
     #[error("no running VM `{name}`: {found}; `frazil ps` lists those that run")]
     NoSuchVm {
         /// The name as given.
         name: String,
-        /// What there is instead.
+        /// What was found instead.
         found: String,
     },
 }
 
 impl VmmError {
-    /// True if nothing failed: somebody wanted it to end.
+    /// True if nothing went wrong: somebody cancelled the operation.
     #[must_use]
     pub fn is_cancelled(&self) -> bool {
         matches!(self, Self::Store(StoreError::Cancelled(_)))

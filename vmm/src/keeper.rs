@@ -1,11 +1,11 @@
-//! Retention of a running VM: forgets what a policy does not keep, and gives the space back, beside
-//! the checkpoints and behind them.
+//! Retention for a running VM: forgets the snapshots that a policy does not keep and reclaims their
+//! space, between checkpoints.
 //!
 //! Forgetting is an append to the journal, and takes a turn among the checkpoints. Pruning may take
-//! long, so it begins only when it pays, moves only so much, and gives way to a checkpoint that
-//! waits. One that never gets through would leave the store growing: each that was interrupted
-//! lets the next one have a little longer before it gives way, and the rest between two grows with
-//! that, so that checkpoints wait for a small share of the time at the most.
+//! long, so it starts only when it pays, moves a limited amount, and gives way to a waiting
+//! checkpoint. If it never finished, the store would keep growing: so each interrupted prune gives
+//! the next one more time before it has to give way. The rest between prunes grows with that time,
+//! so that checkpoints wait for only a small share of the time.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -23,51 +23,52 @@ use crate::checkpoint::stored_bytes;
 use crate::error::{Result, VmmError};
 use crate::vm::Vm;
 
-/// The policy is applied once in so long, however many checkpoints there are.
+/// Shortest time between two applications of the policy, however many checkpoints there are.
 const REST: Duration = Duration::from_secs(1);
-/// Between two prunes there is at least so long.
+/// Shortest rest between two prunes.
 const PRUNE_REST_MIN: Duration = Duration::from_secs(5);
-/// And so many times what a checkpoint may have waited for the first.
+/// That rest is also at least this many times as long as a checkpoint may have waited for the first
+/// of the two.
 const PRUNE_REST_FACTOR: u32 = 10;
-/// What the second prune gets before it gives way, if the first one was interrupted; the third gets
-/// twice as much.
+/// How long the prune after an interrupted one continues before it gives way. This doubles with
+/// each interruption in a row.
 const PATIENCE_MIN: Duration = Duration::from_millis(100);
-/// What none gets more than.
+/// The longest that a prune continues before it gives way.
 const PATIENCE_MAX: Duration = Duration::from_secs(5);
-/// Fewer forgotten snapshots than this are not worth looking at all that are kept.
+/// Pruning looks at every kept snapshot, which fewer forgotten ones than this are not worth.
 const PRUNE_SNAPSHOTS_MIN: u64 = 16;
-/// So many bytes of forgotten snapshots are worth it, however few those are.
+/// Forgotten snapshots with this many bytes are worth a prune, however few they are.
 const PRUNE_BYTES_MIN: u64 = 64 << 20;
-/// One prune moves no more than this; what is left is the next one's.
+/// The most that one prune moves; the rest is left to the next.
 const PRUNE_REWRITE_MAX_BYTES: u64 = 256 << 20;
-/// Unused bytes that stay, as a share of those in use: moving the last of them costs most.
+/// Unused bytes that may stay, as a share of those in use: the last ones cost most to reclaim.
 const PRUNE_MAX_UNUSED: f64 = 0.25;
-/// How nice the thread that prunes is. Not the nicest: a checkpoint waits until it has seen that it
-/// is to give way.
+/// Niceness of the pruning thread. Below the maximum, since a checkpoint waits until this thread
+/// has noticed that it must give way.
 const PRUNE_NICENESS: i32 = 10;
 
 /// Called after the policy was applied, if that changed anything or failed.
 pub type OnKept = Box<dyn Fn(&Result<Kept>) + Send>;
 
-/// What applying the policy once came to.
+/// What one application of the policy did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Kept {
     /// Snapshots forgotten.
     pub forgotten: u64,
     /// Snapshots of this VM that are left.
     pub left: u64,
-    /// What pruning gave back, if the store was pruned.
+    /// The prune's report, if the store was pruned.
     pub pruned: Option<PruneReport>,
 }
 
-/// What keeping to the policy came to so far.
+/// What applying the policy has done so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeepTotals {
     /// Snapshots forgotten.
     pub forgotten: u64,
-    /// Prunes that came to their end.
+    /// Prunes that were completed.
     pub prunes: u64,
-    /// Bytes that they gave back.
+    /// Bytes that they reclaimed.
     pub pruned_bytes: u64,
     /// Prunes that gave way to a checkpoint.
     pub interrupted: u64,
@@ -75,7 +76,7 @@ pub struct KeepTotals {
     pub failed: u64,
 }
 
-/// The VM's end of it.
+/// The part of retention that belongs to the VM.
 #[derive(Debug, Default)]
 pub(crate) struct Keeping {
     /// None if there is no policy.
@@ -84,11 +85,12 @@ pub(crate) struct Keeping {
 }
 
 impl Keeping {
-    /// Takes note that there is a snapshot more.
+    /// Tells the keeper that a snapshot was published.
     pub fn published(&self) {
         let wake = self.wake.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(wake) = wake.as_ref() {
-            // If it is full, the keeper is yet to look at the one before: it will see both.
+            // If the channel is full, the keeper has yet to wake for an earlier snapshot, and will
+            // see both.
             let _full = wake.try_send(());
         }
     }
@@ -103,14 +105,14 @@ impl Keeping {
 }
 
 impl Vm {
-    /// What keeping to a policy came to, if there is one.
+    /// What retention has done so far, if there is a policy.
     #[must_use]
     pub fn keep_totals(&self) -> Option<KeepTotals> {
         *self.keeping.totals()
     }
 }
 
-/// Keeps a running VM's snapshots to a policy until dropped, when it applies it once more.
+/// Applies a retention policy to a running VM's snapshots until dropped, and once more then.
 #[derive(Debug)]
 pub struct Keeper {
     vm: Arc<Vm>,
@@ -119,8 +121,8 @@ pub struct Keeper {
 }
 
 impl Keeper {
-    /// Starts keeping the snapshots that have the name of `vm` to `policy`, in local time. Tagged
-    /// ones stay.
+    /// Starts applying `policy`, in local time, to the snapshots that have the name of `vm`. Tagged
+    /// snapshots are always kept.
     ///
     /// # Errors
     /// [`VmmError::NotNow`] if the VM has no store; [`VmmError::Host`] if the thread cannot be
@@ -163,12 +165,12 @@ impl Drop for Keeper {
     }
 }
 
-/// What is known of a snapshot whose manifest was read.
+/// What is known of a snapshot from its manifest.
 #[derive(Clone, Copy, Debug)]
 struct Known {
-    /// It has this VM's name.
+    /// Whether it has this VM's name.
     ours: bool,
-    /// Bytes that it added to the store; those of them that others share do not come back.
+    /// Bytes that it added to the store; those that other snapshots share are not reclaimed.
     stored_bytes: u64,
 }
 
@@ -178,7 +180,7 @@ struct Work {
     store: Arc<Store>,
     policy: Policy,
     on_kept: OnKept,
-    /// Of the snapshots that are there; None of those whose manifest is damaged.
+    /// The snapshots in the store; None for those whose manifest is damaged.
     known: HashMap<SnapshotId, Option<Known>>,
     pruning: Pruning,
 }
@@ -186,7 +188,7 @@ struct Work {
 impl Work {
     fn run(mut self, stopped: &Receiver<()>, woken: &Receiver<()>) {
         loop {
-            // Woken by a snapshot; looking once in a while if there is something left to prune.
+            // Wakes for each snapshot, and now and then while there is something left to prune.
             crossbeam_channel::select! {
                 recv(stopped) -> _ => break,
                 recv(woken) -> _ => {}
@@ -197,13 +199,13 @@ impl Work {
                 break;
             }
         }
-        // Those that came since, without pruning: somebody waits for the end.
+        // For snapshots published since then. Without pruning: somebody waits for the VM to end.
         if woken.try_recv() != Err(TryRecvError::Empty) {
             self.apply(false);
         }
     }
 
-    /// Applies the policy, and tells.
+    /// Applies the policy and reports what that did.
     fn apply(&mut self, prune: bool) {
         let mut kept = Kept::default();
         let done = self
@@ -227,7 +229,7 @@ impl Work {
 
     fn forget(&mut self, kept: &mut Kept) -> Result<(), StoreError> {
         self.store.refresh()?;
-        // Manifests are read here, and not while checkpoints wait.
+        // Reads the manifests now, before the turn, so that checkpoints do not wait for that.
         if self.judge(kept).is_empty() {
             return Ok(());
         }
@@ -236,7 +238,7 @@ impl Work {
             let _turn = vm.turns.moment();
             let doomed = self.judge(kept);
             let forgotten = self.store.forget_untagged(&doomed);
-            // Another process writes, or forgot one of them: the next time will do.
+            // Another process is writing, or forgot one of them: try again next time.
             match forgotten {
                 Err(StoreError::Busy { .. } | StoreError::UnknownRef { .. }) => {
                     vm.keeping.published();
@@ -255,7 +257,7 @@ impl Work {
         Ok(())
     }
 
-    /// The snapshots of this VM that are to go.
+    /// The snapshots of this VM that the policy does not keep.
     fn judge(&mut self, kept: &mut Kept) -> Vec<SnapshotId> {
         let infos = self.store.snapshots();
         let there: HashSet<SnapshotId> = infos.iter().map(|info| info.id).collect();
@@ -310,13 +312,13 @@ impl Work {
 }
 
 fn read(store: &Arc<Store>, info: &SnapshotInfo, name: &str) -> Option<Known> {
-    // Nobody knows whose a damaged one is: that is for a person to decide.
+    // Whose a damaged snapshot is cannot be known: a person has to decide about it.
     let snapshot = store.snapshot(info.id).ok()?;
     let manifest = snapshot.manifest();
     Some(Known { ours: manifest.name == name, stored_bytes: stored_bytes(info, manifest) })
 }
 
-/// Prunes in a thread of its own, which others come before.
+/// Prunes in a thread of its own, at low priority.
 fn prune_nicely(store: &Arc<Store>, progress: &PruneProgress) -> Result<PruneReport, StoreError> {
     let options = PruneOptions {
         max_unused: PRUNE_MAX_UNUSED,
@@ -325,7 +327,8 @@ fn prune_nicely(store: &Arc<Store>, progress: &PruneProgress) -> Result<PruneRep
     };
     std::thread::scope(|scope| {
         let prune = || {
-            // On Linux this is the thread's alone. If it may not, it is as nice as the others.
+            // On Linux this affects only the calling thread. If it fails, the thread keeps its
+            // priority.
             let _as_nice_as_may_be = rustix::process::nice(PRUNE_NICENESS);
             store.prune(&options, progress)
         };
@@ -352,15 +355,16 @@ enum PruneEnd {
     Failed,
 }
 
-/// When to prune: decides, does nothing.
+/// Decides when to prune, without pruning itself.
 #[derive(Debug, Default)]
 struct Pruning {
-    /// Forgotten since the last one that came to its end.
+    /// Snapshots forgotten since the last completed prune.
     snapshots: u64,
+    /// Bytes that they had added to the store.
     bytes: u64,
-    /// Bytes of the store after that.
+    /// Size of the store after the last completed prune, in bytes.
     bytes_after: u64,
-    /// One is due, or was not finished.
+    /// Whether there is enough to gain, as of the last [`Self::is_due`].
     wanted: bool,
     interrupted_in_a_row: u32,
     not_before: Option<Instant>,
@@ -372,7 +376,8 @@ impl Pruning {
         self.bytes += stored_bytes;
     }
 
-    /// True if it is time, of a store with `kept` snapshots: looking at those must be worth it.
+    /// True if it is time to prune: there must be enough to gain for looking at all `kept`
+    /// snapshots, and the rest after the last prune must be over.
     fn is_due(&mut self, kept: u64, now: Instant) -> bool {
         self.wanted = self.snapshots > 0
             && (self.snapshots >= kept.max(PRUNE_SNAPSHOTS_MIN)
@@ -380,7 +385,7 @@ impl Pruning {
         self.wanted && self.not_before.is_none_or(|then| then <= now)
     }
 
-    /// How long the next one goes on before it gives way.
+    /// How long the next prune continues before it gives way.
     fn patience(&self) -> Duration {
         match self.interrupted_in_a_row {
             0 => Duration::ZERO,
@@ -395,7 +400,7 @@ impl Pruning {
                 self.interrupted_in_a_row = self.interrupted_in_a_row.saturating_add(1);
             }
             PruneEnd::Busy => {}
-            // One that failed is not tried again before there is as much to gain once more.
+            // A failed prune is not retried until there is as much to gain once more.
             PruneEnd::Failed => *self = Self { bytes_after: self.bytes_after, ..Self::default() },
             PruneEnd::Done { bytes_after } => *self = Self { bytes_after, ..Self::default() },
         }

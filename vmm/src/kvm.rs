@@ -1,4 +1,4 @@
-//! KVM itself: opening it, checking what it can, and the bare VM with its memory slots.
+//! KVM itself: opening it, checking its capabilities, and the bare VM with its memory slots.
 //!
 //! `unsafe` is allowed here because handing guest memory to KVM is only sound while the mapping
 //! lives, and this module keeps the two together.
@@ -18,27 +18,28 @@ use crate::dirty::{DirtyRings, DirtyTracker, KvmBitmap, SMALL_RAM_BYTES, Tracker
 use crate::error::{Result, VmmError};
 use crate::memory::GuestRam;
 
-/// Entries of a dirty ring, within what this KVM offers: one for 16 pages of RAM.
+/// Bounds on the entries of a dirty ring, which has one entry for every 16 pages of RAM and at most
+/// as many as this KVM allows.
 const RING_ENTRIES: std::ops::RangeInclusive<u64> = 4096..=65_536;
 
-/// Three pages below 4 GiB that Intel's KVM wants for itself.
+/// Address of three pages below 4 GiB that KVM needs for itself on Intel processors.
 const TSS_ADDRESS: usize = 0xfffb_d000;
 
-/// Memory type range registers (Intel SDM vol. 3A, 12.11), which KVM keeps and does not list.
+/// Memory type range registers (Intel SDM vol. 3A, 12.11), which KVM emulates but does not list.
 const MTRRS: [std::ops::RangeInclusive<u32>; 5] =
     [0x200..=0x20f, 0x250..=0x250, 0x258..=0x259, 0x268..=0x26f, 0x2ff..=0x2ff];
 
-/// An open /dev/kvm that can do what frazil needs.
+/// An open /dev/kvm that has all capabilities frazil needs.
 #[derive(Debug)]
 pub struct Hypervisor {
     kvm: Kvm,
 }
 
 impl Hypervisor {
-    /// Opens /dev/kvm and checks it.
+    /// Opens /dev/kvm and checks its capabilities.
     ///
     /// # Errors
-    /// [`VmmError::NoKvm`] saying what is missing and what to do.
+    /// [`VmmError::NoKvm`], which says what is missing and what to do.
     pub fn open() -> Result<Self> {
         let kvm = Kvm::new().map_err(|error| match error.errno() {
             libc::ENOENT => VmmError::NoKvm {
@@ -116,11 +117,11 @@ impl Hypervisor {
 /// A VM with memory and interrupt controllers, and no vCPUs yet.
 #[derive(Debug)]
 pub struct VmShell {
-    /// KVM's handle. Whoever keeps a copy of it keeps one of `ram` too, and lets go of that last.
+    /// KVM's handle. Whoever keeps a clone of it must also keep one of `ram`, and drop that last.
     pub fd: Arc<VmFd>,
-    /// The memory, which every slot refers to.
+    /// The memory that the slots refer to.
     pub ram: Arc<GuestRam>,
-    /// What sees the guest's writes to it.
+    /// What tracks the guest's writes to `ram`.
     tracking: Tracking,
 }
 
@@ -131,11 +132,13 @@ enum Tracking {
 }
 
 impl VmShell {
-    /// Creates a VM over `ram`, with the in-kernel interrupt controllers and timer, and its writes
-    /// tracked from the first instruction: by `tracker`, or by what suits its size and this KVM.
+    /// Creates a VM over `ram`, with the in-kernel interrupt controllers and timer. Writes are
+    /// tracked from the first instruction: by `tracker`, or by what suits the size of RAM and this
+    /// KVM.
     ///
     /// # Errors
-    /// [`VmmError::Kvm`] naming what KVM refused; [`VmmError::Config`] if it has no such tracker.
+    /// [`VmmError::Kvm`], which names what KVM refused; [`VmmError::Config`] if this KVM lacks
+    /// `tracker`.
     pub fn new(
         hypervisor: &Hypervisor,
         ram: Arc<GuestRam>,
@@ -143,11 +146,11 @@ impl VmShell {
     ) -> Result<Self> {
         let fd = hypervisor.kvm.create_vm().map_err(VmmError::kvm("create a VM"))?;
         let fd = Arc::new(fd);
-        // Before there are slots, which get bitmaps otherwise.
+        // Before there are slots: KVM would give them bitmaps.
         let tracking = track(&fd, &ram, tracker)?;
         fd.set_tss_address(TSS_ADDRESS).map_err(VmmError::kvm("set the TSS address"))?;
-        // Slots before the devices: afterwards each would wait for readers of KVM's buses, for
-        // milliseconds.
+        // Slots before devices: once there are devices, adding a slot waits milliseconds for
+        // readers of KVM's buses.
         for (slot, (range, address)) in ram.mapped_ranges().enumerate() {
             let region = kvm_userspace_memory_region {
                 slot: slot as u32,
@@ -156,8 +159,8 @@ impl VmShell {
                 memory_size: range.len_bytes,
                 userspace_addr: address as u64,
             };
-            // SAFETY: the mapping belongs to `ram`, which whoever has the VM's handle keeps, is as
-            // long as the slot says, and no other slot covers it.
+            // SAFETY: the mapping belongs to `ram`, which every holder of the VM's handle keeps
+            // alive; it is as long as the slot says, and no other slot covers it.
             unsafe { fd.set_user_memory_region(region) }
                 .map_err(VmmError::kvm("add a memory slot"))?;
         }
@@ -167,8 +170,8 @@ impl VmShell {
         Ok(Self { fd, ram, tracking })
     }
 
-    /// The rings to which each vCPU's is to be added, and that are to be relieved when one is full;
-    /// none if bitmaps keep track.
+    /// The dirty rings: each new vCPU's ring is to be added, and they must be emptied whenever one
+    /// is full. None if bitmaps track writes.
     #[must_use]
     pub fn rings(&self) -> Option<&Arc<DirtyRings>> {
         match &self.tracking {
@@ -177,7 +180,7 @@ impl VmShell {
         }
     }
 
-    /// Which tracker it has.
+    /// The kind of tracker in use.
     #[must_use]
     pub fn tracker_kind(&self) -> TrackerKind {
         match &self.tracking {
@@ -187,7 +190,7 @@ impl VmShell {
         }
     }
 
-    /// What reports the guest's writes. For one reader: each write is reported once.
+    /// A tracker that reports the guest's writes. Have only one: each write is reported once.
     #[must_use]
     pub fn tracker(&self) -> Box<dyn DirtyTracker> {
         match &self.tracking {
@@ -199,8 +202,8 @@ impl VmShell {
     }
 }
 
-/// Settles who keeps track of writes: `wanted`, or else a ring for all but small machines, a bitmap
-/// with manual protection, and one without, whichever of them this KVM has first.
+/// Enables the tracker `wanted`. Without one, takes the first that this KVM offers of: rings
+/// (except for small machines), bitmaps with manual protection, bitmaps without.
 fn track(vm: &Arc<VmFd>, ram: &Arc<GuestRam>, wanted: Option<TrackerKind>) -> Result<Tracking> {
     let refused = |kind: TrackerKind| {
         VmmError::Config(format!("this KVM cannot track writes by {kind}: choose another tracker"))
@@ -227,7 +230,7 @@ fn track(vm: &Arc<VmFd>, ram: &Arc<GuestRam>, wanted: Option<TrackerKind>) -> Re
 }
 
 fn enable_rings(vm: &Arc<VmFd>, ram: &Arc<GuestRam>) -> Result<Option<Tracking>> {
-    // The older one promises the same order of accesses on x86, and no other.
+    // The older capability promises the same order of accesses, though only on x86.
     let Some((cap, len_max)) = [KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_DIRTY_LOG_RING]
         .map(|cap| (cap, vm.check_extension_raw(cap.into())))
         .into_iter()
@@ -246,11 +249,11 @@ fn enable_rings(vm: &Arc<VmFd>, ram: &Arc<GuestRam>) -> Result<Option<Tracking>>
     Ok(Some(Tracking::Rings(Arc::new(rings))))
 }
 
-/// False if this KVM has none.
+/// Enables manual protection of the dirty log; returns false if this KVM lacks it.
 ///
-/// Without `KVM_DIRTY_LOG_INITIALLY_SET`: it spares writing to pages the fault that finds them
-/// dirty, by calling all of them dirty from the start. Ours are watched from the first instruction,
-/// so a page that nobody touched would be saved as one that changed.
+/// `KVM_DIRTY_LOG_INITIALLY_SET` stays off: it reports every page as dirty at first, to save the
+/// fault on the first write to each. Our pages are tracked from the first instruction, so pages
+/// that nobody touched would be saved as changed.
 fn enable_manual_protect(vm: &VmFd) -> Result<bool> {
     let cap = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
     let offered = vm.check_extension_raw(cap.into());

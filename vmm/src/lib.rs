@@ -1,10 +1,10 @@
-//! The machine of frazil: KVM, RAM in a memfd, vCPUs, devices, dirty tracking, and taking
-//! snapshots of all that while it runs.
+//! frazil's virtual machine: KVM, RAM in a memfd, vCPUs, devices, dirty tracking, and snapshots
+//! of all of it taken while the guest runs.
 //!
 //! [`Vm::boot`] builds a machine, [`Vm::checkpoint`] saves it to a store while it runs, and
-//! [`Vm::resume`] builds it again from nothing but a snapshot, its memory arriving as it is
-//! touched. Pages, trees and segments are `frazil_snapstore`'s; this crate never sees a byte of
-//! the store's format. See `DESIGN.md` for who owns what and in which order things happen.
+//! [`Vm::resume`] rebuilds it from nothing but a snapshot, loading its memory as it is touched.
+//! Pages, trees and segments belong to `frazil_snapstore`; this crate never sees a byte of the
+//! store's format. `DESIGN.md` explains who owns what and in which order things happen.
 
 pub mod boot;
 pub mod checkpoint;

@@ -1,4 +1,4 @@
-//! Where a machine stands in its line of snapshots, and what the last of them lacks.
+//! Where a machine stands in its line of snapshots, and which of its pages the last one lacks.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,26 +13,25 @@ use crate::error::Result;
 use crate::kvm::VmShell;
 use crate::virtio::Still;
 
-/// How long what devices and disks are doing may take to be done while the guest stands still, all
-/// together.
+/// How long all devices and disks together may take to finish their work while the guest is paused.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(1);
 
-/// Keeps devices and disks from doing anything.
+/// Keeps devices and disks at rest.
 #[derive(Debug)]
 pub(crate) struct AtRest {
-    /// The disks, in the order of the machine.
+    /// The drained disks, in the machine's order.
     pub disks: Vec<Drained>,
     devices: Vec<Still>,
 }
 
 impl AtRest {
-    /// Keeps nobody, and has room for all.
+    /// Holds nothing yet, but has room for all devices and disks.
     pub(crate) fn room(line: &Line, bus: &Bus) -> Self {
         let devices = bus.virtio().devices().len();
         Self { disks: Vec::with_capacity(line.disks.len()), devices: Vec::with_capacity(devices) }
     }
 
-    /// Lets all of them go on.
+    /// Lets all devices and disks go on.
     pub(crate) fn let_go(&mut self) {
         self.disks.clear();
         self.devices.clear();
@@ -42,23 +41,23 @@ impl AtRest {
 /// Where the VM stands in its line of snapshots. Locked for the length of a checkpoint.
 #[derive(Debug)]
 pub(crate) struct Line {
-    /// Keeps the snapshot that the next one changes in the store, forgotten or not: they share. None if
-    /// that could not be had yet.
+    /// Keeps the head in the store even if it is forgotten: the next snapshot shares pages with it.
+    /// None if there is no such pin yet.
     pub head_pin: Option<Arc<dyn Pin>>,
-    /// Pages written since the VM's head, as far as they were harvested. They leave the set only when a
-    /// snapshot that holds them is published, so a failed checkpoint loses none.
+    /// Pages harvested since the VM's head. They leave the set only when a snapshot that holds them
+    /// is published, so a failed checkpoint loses none.
     pub since_head: PageSet,
     /// The same for each disk.
     pub disks: Vec<DiskLine>,
     pub tracker: AllWrites,
     /// Room for pages that are copied aside.
     pub staging: Staging,
-    /// For pages that are too many for that.
+    /// State for protecting pages in place, when there are too many to copy aside.
     pub cow: CowState,
 }
 
 impl Line {
-    /// The line of a machine that no snapshot holds yet: all it has ever written counts.
+    /// The line of a machine without snapshots: everything it has ever written counts.
     pub(crate) fn new(shell: &VmShell, disks: &[Arc<Disk>]) -> Self {
         Self {
             head_pin: None,
@@ -70,26 +69,27 @@ impl Line {
         }
     }
 
-    /// Adds the pages written since the last harvest to `pages`, and to those the head lacks.
+    /// Adds the pages written since the last harvest to `pages` and to `since_head`.
     pub(crate) fn harvest(&mut self, pages: &mut PageSet) -> Result<()> {
         let harvested = self.tracker.harvest(pages);
-        // Also after an error: what was read is cleared in KVM.
+        // Also after an error: KVM has already forgotten the pages that were read.
         self.since_head.union(pages);
         harvested
     }
 
-    /// The same at the cut, while no vCPU runs.
+    /// Like [`Self::harvest`], at the cut, while no vCPU runs.
     pub(crate) fn harvest_at_cut(&mut self, pages: &mut PageSet) -> Result<()> {
         let harvested = self.tracker.harvest_at_cut(pages);
         self.since_head.union(pages);
         harvested
     }
 
-    /// Has what devices and disks are doing done, and nothing else begin until `at_rest` lets go of them.
+    /// Waits until devices and disks have finished their work, and keeps them from beginning more
+    /// until `at_rest` lets them go.
     ///
     /// # Errors
-    /// [`VmmError::NotNow`](crate::VmmError::NotNow) if that is not so in [`DRAIN_PATIENCE`], all
-    /// together; they go on then.
+    /// [`VmmError::NotNow`](crate::VmmError::NotNow) if that takes longer than [`DRAIN_PATIENCE`]
+    /// in all; they go on then.
     pub(crate) fn drain(&self, bus: &Bus, at_rest: &mut AtRest) -> Result<()> {
         let until = Instant::now() + DRAIN_PATIENCE;
         let left = || until.saturating_duration_since(Instant::now());

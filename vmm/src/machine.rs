@@ -1,4 +1,5 @@
-//! What a machine is: as it is asked for, as its snapshots list it, and how it meets its host.
+//! Descriptions of a machine: as requested, as recorded in its snapshots, and how it is attached to
+//! its host.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -20,13 +21,13 @@ use crate::virtio::net::MacAddress;
 use crate::virtio::{SavedSlot, SlotDevice};
 use crate::workload::WorkloadSpec;
 
-/// The chunk that lists the machine.
+/// The name of the chunk that describes the machine.
 pub(crate) const MACHINE_CHUNK: &str = "machine";
 
-/// Takes the chunk that lists the machine.
+/// Takes the chunk that describes the machine.
 ///
 /// # Errors
-/// [`VmmError::Config`] if there is none, as in snapshots of imported files; those of
+/// [`VmmError::Config`] if there is none, as in snapshots of imported files; otherwise as
 /// [`ChunkSet::take`].
 pub(crate) fn take_machine(chunks: &mut ChunkSet) -> Result<SavedMachine> {
     if !chunks.has(MACHINE_CHUNK) {
@@ -40,58 +41,58 @@ pub(crate) fn take_machine(chunks: &mut ChunkSet) -> Result<SavedMachine> {
     chunks.take(MACHINE_CHUNK)
 }
 
-/// The most vCPUs: APIC ids are eight bits without x2APIC.
+/// The most vCPUs a machine may have: without x2APIC, APIC ids have eight bits.
 pub(crate) const MAX_CPUS: usize = 254;
 
 /// A machine to boot.
 #[derive(Clone, Debug)]
 pub struct MachineConfig {
-    /// Its name.
+    /// The VM's name.
     pub name: String,
     /// Bytes of RAM.
     pub ram_bytes: u64,
     /// Number of vCPUs.
     pub cpus: usize,
-    /// What it runs.
+    /// What the machine runs.
     pub guest: Guest,
-    /// Its disks; each has a block device.
+    /// Disks; each gets a block device.
     pub disks: Vec<DiskConfig>,
-    /// Its network cards.
+    /// Network cards.
     pub nets: Vec<NetConfig>,
-    /// Give it an entropy device.
+    /// Whether there is an entropy device.
     pub rng: bool,
-    /// Give it a memory balloon, through which it says which memory it does not need.
+    /// Whether there is a memory balloon, through which the guest reports memory it does not need.
     pub balloon: bool,
-    /// Give it sockets that lead to the host.
+    /// The device for sockets to the host, if any.
     pub vsock: Option<VsockConfig>,
-    /// Give it what its tables tell of besides: a CMOS clock, and a generation id, by which it notices
-    /// that it was copied or taken back.
+    /// Whether the ACPI tables also list a CMOS clock and a generation id, which tells the guest
+    /// that it was copied or rewound.
     pub acpi_devices: bool,
 }
 
-/// A socket device to run a machine with.
+/// A socket device of a machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VsockConfig {
-    /// The guest's context id; none is 3, or that of the snapshot.
+    /// The guest's context id; None stands for 3 at boot, and for the snapshot's on resume.
     pub cid: Option<u32>,
-    /// The host's Unix socket that leads to the guest; none is a host that cannot be reached.
+    /// The Unix socket on the host that leads to the guest; None leaves guest and host unconnected.
     pub socket: Option<PathBuf>,
 }
 
-/// The context id of a guest that is not given another: the first that a guest may have.
+/// The default context id: the first that a guest may have.
 const CID: u32 = 3;
 
-/// A network card to run a machine with.
+/// A network card of a machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetConfig {
-    /// The host's tap interface that it is on; none is a card without a cable.
+    /// The host's tap interface that the card is attached to; None leaves its cable unplugged.
     pub tap: Option<String>,
-    /// Its address; a random one if there is none here.
+    /// The card's MAC address; None stands for a random one at boot, and the snapshot's on resume.
     pub mac: Option<MacAddress>,
 }
 
 impl MachineConfig {
-    /// A machine without disks and other devices that are not on every machine.
+    /// A machine without disks or other optional devices.
     #[must_use]
     pub fn new(name: impl Into<String>, ram_bytes: u64, cpus: usize, guest: Guest) -> Self {
         Self {
@@ -108,7 +109,7 @@ impl MachineConfig {
         }
     }
 
-    /// Its virtio devices, as its snapshots will list them.
+    /// The machine's virtio devices, as its snapshots will list them.
     ///
     /// # Errors
     /// [`VmmError::Config`] if there are too many.
@@ -143,54 +144,55 @@ impl MachineConfig {
 pub enum Guest {
     /// The built-in workload.
     Workload(WorkloadSpec),
-    /// A kernel of the user's.
+    /// A kernel that the user provides.
     Kernel(BootSource),
 }
 
-/// How a VM meets its host; not part of the machine, and free to differ on each resume.
+/// How a VM is attached to its host. Not part of the machine: it may differ on each resume.
 #[derive(Clone, Debug)]
 pub struct HostConfig {
     /// Where the serial port's output goes.
     pub serial: SerialOutput,
-    /// Where its checkpoints go, if anywhere.
+    /// Where checkpoints go, if anywhere.
     pub store: Option<Arc<Store>>,
-    /// What keeps track of the pages the guest writes; None is what suits the machine.
+    /// What tracks the pages that the guest writes; None chooses by the machine's size and KVM.
     pub tracker: Option<TrackerKind>,
-    /// Memory that a checkpoint may take to copy pages aside; what is more is left in place and
-    /// protected, where the host can do that.
+    /// Bytes of pages that a checkpoint may copy aside; more than that is left in place and
+    /// write-protected, where the host can do that.
     pub staging_bytes: u64,
-    /// The largest share of the time, in percent, for which a guest is kept from running while a
-    /// checkpoint catches up with it, where its pages are more than may be copied aside and cannot be
-    /// left in place. 0 is never: then the pause is as long as it takes to copy them.
+    /// The largest share of the time, in percent, for which the guest is kept from running so that
+    /// a checkpoint can catch up with it. This is only done if there are more pages than may be
+    /// copied aside and they cannot be left in place. With 0 the guest is never throttled, and the
+    /// pause is as long as it takes to copy those pages.
     pub throttle_max_percent: u8,
-    /// Memory in which a point to rewind to keeps pages of RAM, and as much of each disk: those that
-    /// are there when the guest is taken back are not read from the store.
+    /// Bytes of RAM, and as many of each disk, that a rewind point keeps in memory: a rewind does
+    /// not have to read those pages from the store.
     pub rewind_cache_bytes: u64,
-    /// Where what the guest writes to its disks is kept until it is in a snapshot, and beyond.
+    /// Where the guest's disk writes are kept for as long as the machine runs.
     pub overlay: OverlayOptions,
-    /// For a machine that is resumed: disks by their numbers, and files that they have the contents of
-    /// instead of what the snapshot has. Each is as long as the disk was.
+    /// On resume only: files whose contents replace those of the disks with these numbers. Each
+    /// must be as long as the disk.
     pub disks: Vec<(usize, PathBuf)>,
-    /// For a machine that is resumed: how its clocks go on.
+    /// On resume only: how the guest's clocks go on.
     pub clock: ClockPolicy,
-    /// For a machine that is resumed: what its network cards are on, in their order, and their
-    /// addresses where they are to be others. Those that are not listed are as the snapshot has them.
+    /// On resume only: the taps of the network cards, in order, and new addresses for those that
+    /// are to have one. Cards beyond the end of this list stay as the snapshot has them.
     pub nets: Vec<NetConfig>,
-    /// For a machine that is resumed: what its sockets lead to, if to something else than before.
+    /// On resume only: where the socket device leads, if that is to change.
     pub vsock: Option<VsockConfig>,
 }
 
-/// What checkpoints copy aside by default.
+/// Default of [`HostConfig::staging_bytes`].
 pub const STAGING_BYTES: u64 = 64 << 20;
 
-/// For how much of the time a guest is kept from running at the most, by default.
+/// Default of [`HostConfig::throttle_max_percent`].
 pub const THROTTLE_MAX_PERCENT: u8 = 97;
 
-/// What a point to rewind to keeps of each region by default.
+/// Default of [`HostConfig::rewind_cache_bytes`].
 pub const REWIND_CACHE_BYTES: u64 = 256 << 20;
 
 impl HostConfig {
-    /// Output to `serial`, checkpoints to `store`, the rest as suits the machine.
+    /// Sends serial output to `serial` and checkpoints to `store`; everything else is the default.
     #[must_use]
     pub fn new(serial: SerialOutput, store: Option<Arc<Store>>) -> Self {
         Self {
@@ -209,37 +211,37 @@ impl HostConfig {
     }
 }
 
-/// How memory comes back on resume.
+/// How memory is loaded on resume.
 #[derive(Clone, Debug)]
 pub enum Loading {
-    /// As it is touched, brought in by a pager.
+    /// A pager loads each page when it is touched.
     Lazy(PagerOptions, PagerPlace),
-    /// All of it before the guest runs.
+    /// All of memory is loaded before the guest runs.
     Eager,
-    /// As it is touched by whichever clone touches it first: all that have the image share it, and
-    /// copy the pages that they write. See [`shared_image`](crate::shared_image).
+    /// Each page is loaded when any clone first touches it: all clones of the image share its
+    /// pages, and copy those that they write. See [`shared_image`](crate::shared_image).
     Shared(Arc<Image>, PagerOptions),
-    /// The same, with an image that another process serves at this socket.
+    /// Like `Shared`, with an image that another process serves at this socket.
     Joined(PathBuf),
 }
 
 impl Loading {
-    /// As it is touched, brought in by a pager in this process.
+    /// Loading by a pager in this process.
     #[must_use]
     pub fn lazy(options: PagerOptions) -> Self {
         Self::Lazy(options, PagerPlace::Here)
     }
 }
 
-/// How the clocks of a resumed guest go on: kvmclock and the TSC, which its time of day and its
-/// monotonic clock both come from.
+/// How kvmclock and the TSC of a resumed guest go on; the guest derives its time of day and its
+/// monotonic clock from them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ClockPolicy {
-    /// As if it had stood still meanwhile: the time of day is right, and all timers that would have
-    /// expired do.
+    /// As if the guest had only been paused: its time of day is right, and timers that came due in
+    /// the meantime expire.
     #[default]
     Host,
-    /// From where they were: the guest does not notice, and its time of day is late.
+    /// From where they were: the guest sees no gap, and its time of day is late.
     Snapshot,
 }
 
@@ -248,17 +250,16 @@ pub enum ClockPolicy {
 pub enum PagerPlace {
     /// In the machine's process.
     Here,
-    /// In a process of its own: this program is run with the argument `pager`. Another is started if
-    /// it dies.
+    /// In a process of its own, started as `program pager`. It is replaced if it dies.
     Process {
         /// The program.
         program: PathBuf,
-        /// The user that it goes on as, by the argument `--user`.
+        /// The user that the process switches to, passed as `--user`.
         user: Option<User>,
     },
 }
 
-/// The machine, as its snapshots list it: with this and the other chunks it is built again.
+/// The machine as its snapshots describe it: this and the other chunks suffice to rebuild it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SavedMachine {
@@ -270,11 +271,11 @@ pub struct SavedMachine {
     pub guest: SavedGuest,
     /// Number of disks; each has a chunk and a region of its own, `disk0` and so on.
     pub disks: usize,
-    /// Its virtio devices; each has a chunk of its own.
+    /// Virtio devices; each has a chunk of its own.
     pub devices: Vec<SavedSlot>,
-    /// It has a CMOS clock, in the chunk `rtc`.
+    /// Whether there is a CMOS clock; its chunk is `rtc`.
     pub rtc: bool,
-    /// It has a generation id, in the chunk `vmgenid`.
+    /// Whether there is a generation id; its chunk is `vmgenid`.
     pub generation: bool,
 }
 
@@ -284,16 +285,16 @@ pub struct SavedMachine {
 pub enum SavedGuest {
     /// The built-in workload.
     Workload {
-        /// Its specification, with the machine's CPUs and TSC frequency.
+        /// The workload's specification, with the machine's number of CPUs and TSC frequency.
         spec: String,
     },
-    /// A kernel of the user's.
+    /// A kernel that the user provided.
     Kernel {
-        /// The file it was loaded from.
+        /// The file that the kernel was loaded from.
         kernel: String,
         /// The initial RAM disk's file.
         initrd: Option<String>,
-        /// Its command line.
+        /// The kernel's command line.
         cmdline: String,
     },
 }
@@ -304,12 +305,12 @@ impl Saved for SavedMachine {
 
     fn upgrade(version: u32, mut body: Value) -> std::result::Result<Value, String> {
         match version {
-            // There were no disks.
+            // Machines had no disks.
             1 => {
                 body["disks"] = Value::from(0);
                 Ok(body)
             }
-            // There were disks, and no devices that a guest could have seen them through.
+            // Machines had disks, but no devices through which a guest could see them.
             2 => {
                 body["devices"] = Value::Array(Vec::new());
                 body["rtc"] = Value::from(false);
@@ -322,10 +323,11 @@ impl Saved for SavedMachine {
 }
 
 impl SavedMachine {
-    /// Puts network cards on what `nets` says, in their order, and has sockets lead to what `vsock` says.
+    /// Attaches the network cards, in order, to what `nets` says and the socket device to what
+    /// `vsock` says.
     ///
     /// # Errors
-    /// [`VmmError::Config`] if there are fewer cards, or no sockets.
+    /// [`VmmError::Config`] if the machine has fewer cards, or no socket device.
     pub(crate) fn plug(&mut self, nets: &[NetConfig], vsock: Option<&VsockConfig>) -> Result<()> {
         if let Some(wanted) = vsock {
             let found = self.devices.iter_mut().find_map(|slot| match &mut slot.device {

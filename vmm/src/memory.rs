@@ -1,8 +1,9 @@
-//! Guest RAM: a memfd, mapped once, with the usual hole below 4 GiB. A memfd of its own, or one that
-//! clones of a snapshot share and map privately: what one of them writes is its own copy.
+//! Guest RAM: a memfd, mapped once, with the usual hole below 4 GiB. The memfd is either the
+//! machine's own, or shared by clones of a snapshot that map it privately: a page that a clone
+//! writes becomes its own copy.
 //!
-//! Guest memory is never a `&[u8]`: every access goes through vm-memory, which is volatile and
-//! notes what the VMM writes beside what KVM's dirty log sees of the guest.
+//! Guest memory is never a `&[u8]`: every access goes through vm-memory, whose accesses are
+//! volatile and which records the VMM's writes, as KVM's dirty log records the guest's.
 
 use std::fs::File;
 use std::io;
@@ -22,9 +23,9 @@ use crate::error::{Result, VmmError};
 
 /// Where the hole for devices starts: 3 GiB.
 pub const HOLE_START: u64 = 3 << 30;
-/// Where RAM goes on behind the hole: 4 GiB.
+/// Where RAM continues above the hole: 4 GiB.
 pub const HOLE_END: u64 = 4 << 30;
-/// RAM comes in multiples of this many bytes.
+/// The size of RAM is a multiple of this many bytes.
 pub const RAM_GRANULE_BYTES: u64 = 2 << 20;
 /// The most RAM a guest may have: what four-level page tables comfortably map.
 pub const RAM_MAX_BYTES: u64 = 16 << 40;
@@ -34,7 +35,7 @@ const _: () = assert!(RAM_GRANULE_BYTES.is_multiple_of(CHUNK_PAGES * PAGE_SIZE a
 /// The name of the store region that holds RAM; its page numbers are guest page numbers.
 pub const RAM_REGION: &str = "ram";
 
-/// vm-memory's view of guest RAM, with a bitmap of what the VMM wrote.
+/// vm-memory's view of guest RAM, with a bitmap of the pages that the VMM wrote.
 pub type GuestMemory = GuestMemoryMmap<VmmWrites>;
 
 /// One contiguous part of RAM; each is one KVM memory slot.
@@ -44,11 +45,11 @@ pub struct RamRange {
     pub gpa: u64,
     /// Length in bytes.
     pub len_bytes: u64,
-    /// Where it is in the memfd.
+    /// Offset in the memfd.
     pub file_offset: u64,
 }
 
-/// Where `ram_bytes` of RAM lie: below the hole, and what is left above it.
+/// The ranges that `ram_bytes` of RAM occupy: up to the hole, and the rest above it.
 #[must_use]
 pub fn ram_ranges(ram_bytes: u64) -> Vec<RamRange> {
     let low = ram_bytes.min(HOLE_START);
@@ -68,26 +69,26 @@ pub struct GuestRam {
     sharing: Sharing,
 }
 
-/// Who else sees what is written to a mapping of memory.
+/// Whether others see what is written through a mapping of the memfd.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Sharing {
-    /// Whoever has the memfd: it is this machine's alone.
+    /// Whoever has the memfd sees it; the memfd is this machine's alone.
     Shared,
-    /// Nobody: a page is copied when it is written.
+    /// Nobody else does: a page is copied when it is written.
     Private,
 }
 
 impl GuestRam {
-    /// Makes `ram_bytes` of RAM, all zero and not yet backed by memory.
+    /// Creates `ram_bytes` of RAM, all zeros and not yet backed by host memory.
     ///
     /// # Errors
-    /// [`VmmError::Config`] if it is no multiple of [`RAM_GRANULE_BYTES`]; [`VmmError::Host`] if
-    /// the host has no room for it.
+    /// [`VmmError::Config`] unless the size is a multiple of [`RAM_GRANULE_BYTES`] from 1 to
+    /// [`RAM_MAX_BYTES`]; [`VmmError::Host`] if the host has no room for it.
     pub fn new(ram_bytes: u64) -> Result<Self> {
         Self::map(ram_memfd(ram_bytes)?, ram_bytes, Sharing::Shared)
     }
 
-    /// RAM that is `memfd`'s contents until it is written, and what is written is nobody else's.
+    /// RAM that starts as the contents of `memfd` and keeps what is written to itself.
     ///
     /// # Errors
     /// As [`Self::new`]; [`VmmError::Config`] if the memfd is not of that size.
@@ -121,7 +122,7 @@ impl GuestRam {
         &self.memory
     }
 
-    /// The memfd behind it.
+    /// The memfd that RAM is mapped from.
     #[must_use]
     pub fn memfd(&self) -> &File {
         &self.memfd
@@ -133,18 +134,18 @@ impl GuestRam {
         self.ranges.iter().map(|range| range.len_bytes).sum()
     }
 
-    /// Bytes of RAM that take memory of the host: pages that the guest, or whoever fills it, has
-    /// touched. None if the host does not say, or the memory is shared with others.
+    /// Bytes of RAM backed by host memory: the pages that the guest, or whoever fills its memory,
+    /// has touched. None if the host does not say, or the memory is shared with others.
     #[must_use]
     pub fn allocated_bytes(&self) -> Option<u64> {
         if self.sharing == Sharing::Private {
             return None;
         }
-        // Blocks are 512 bytes, whatever the file system's own are.
+        // `st_blocks` counts units of 512 bytes, whatever the file system's block size.
         self.memfd.metadata().ok().map(|found| found.blocks() * 512)
     }
 
-    /// The page after the last, which is how many pages the store's region ranges over.
+    /// The number of the last page plus one, which is the length of the store's region in pages.
     #[must_use]
     pub fn end_page(&self) -> u64 {
         self.ranges
@@ -163,7 +164,7 @@ impl GuestRam {
         }))
     }
 
-    /// The ranges as the pager wants them.
+    /// The mapped ranges, in the form that the pager takes.
     #[must_use]
     pub fn mappings(&self) -> Vec<Mapping> {
         self.mapped_ranges()
@@ -176,7 +177,7 @@ impl GuestRam {
             .collect()
     }
 
-    /// Moves the pages the VMM wrote since the last call into `dirty`.
+    /// Adds the pages that the VMM wrote since the last call to `dirty`.
     pub fn harvest_vmm_writes(&self, dirty: &mut PageSet) {
         for region in self.memory.iter() {
             let first = region.start_addr().raw_value() / PAGE_SIZE as u64;
@@ -202,7 +203,7 @@ fn check_ram_bytes(ram_bytes: u64) -> Result<()> {
     Ok(())
 }
 
-/// A memfd of `ram_bytes`, all zero and not yet backed by memory.
+/// Creates a memfd of `ram_bytes`, all zeros and not yet backed by host memory.
 ///
 /// # Errors
 /// As [`GuestRam::new`].
@@ -216,7 +217,7 @@ pub fn ram_memfd(ram_bytes: u64) -> Result<File> {
     Ok(File::from(memfd))
 }
 
-/// Where RAM of `ram_bytes` is in its memfd, as the pager wants it.
+/// Where `ram_bytes` of RAM lie in their memfd, in the form that the pager takes.
 #[must_use]
 pub fn ram_extents(ram_bytes: u64) -> Vec<Extent> {
     ram_ranges(ram_bytes)

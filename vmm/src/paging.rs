@@ -1,11 +1,11 @@
-//! How the memory of a resumed machine comes back: from whom, and into what.
+//! How the memory of a resumed machine is loaded: by whom, and into what.
 //!
-//! | [`Loading`] | memory | who brings it in |
+//! | [`Loading`] | memory | who loads it |
 //! |---|---|---|
 //! | `Eager` | a memfd of its own | this process, before the guest runs |
 //! | `Lazy` | a memfd of its own | a pager, in this process or one of its own |
-//! | `Shared` | an image, mapped privately | a pager of its own in this process; whatever it brings in is there for all |
-//! | `Joined` | the same | the process that serves the image to machines in many processes |
+//! | `Shared` | an image, mapped privately | a pager of its own, in this process, for all clones |
+//! | `Joined` | an image, mapped privately | the process that serves it to many processes |
 
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -24,14 +24,14 @@ use crate::privileges::User;
 use crate::vcpu::{Ended, VcpuSet};
 use crate::workload_memory::saved_machine;
 
-/// The vCPUs to stop if the pager fails, once they exist.
+/// The vCPUs to end if the pager fails; set once they exist.
 pub(crate) type LateVcpus = Arc<OnceLock<Weak<VcpuSet>>>;
 
-/// The memory of `snapshot`, for any number of clones that are resumed with [`Loading::Shared`], or for
-/// a process that serves it to others. Nothing of it is there yet.
+/// Creates an image of the memory of `snapshot`, with no page loaded yet: for any number of clones
+/// that are resumed with [`Loading::Shared`], or for a process that serves it to others.
 ///
 /// # Errors
-/// The store's; what the host refuses.
+/// As [`saved_machine`]; store errors; if the host refuses something.
 pub fn shared_image(snapshot: &Snapshot) -> Result<Arc<Image>> {
     let machine = saved_machine(snapshot)?;
     let memory = ram_memfd(machine.ram_bytes)?;
@@ -39,7 +39,7 @@ pub fn shared_image(snapshot: &Snapshot) -> Result<Arc<Image>> {
     Ok(Arc::new(image))
 }
 
-/// Who brings in a running machine's memory.
+/// The pager that loads a running machine's memory.
 #[derive(Debug)]
 pub(crate) enum Paging {
     Here(Pager),
@@ -61,7 +61,8 @@ impl Paging {
         }
     }
 
-    /// The process it is in if that is another, and how many of them died.
+    /// The id of the pager's process, if the pager runs in another one, and how many such processes
+    /// have died.
     pub fn process(&self) -> (Option<u32>, u64) {
         match self {
             Self::Here(_) => (None, 0),
@@ -70,7 +71,7 @@ impl Paging {
     }
 }
 
-/// Memory that is mapped, and what will bring its contents in.
+/// How the contents of mapped memory will be loaded.
 pub(crate) enum Coming {
     Eager,
     Lazy(PagerOptions, PagerPlace),
@@ -120,7 +121,8 @@ pub(crate) fn map_ram(
     })
 }
 
-/// Starts bringing in the contents; returns who does, unless all are there.
+/// Starts loading the contents of `ram`. Returns the pager that does it; None if everything is
+/// loaded already.
 pub(crate) fn bring_memory(
     snapshot: &Snapshot,
     ram: &GuestRam,
@@ -149,7 +151,7 @@ pub(crate) fn bring_memory(
             let pager = RemotePager::start(image, &folder, seat, options, start, on_failure)?;
             Some(Paging::Elsewhere(pager))
         }
-        // All is there already: what is missing is zero, and nobody need be asked.
+        // A complete image needs no pager: its missing pages are zeros.
         Coming::Shared(image, _) if image.is_complete() => None,
         Coming::Shared(image, options) => {
             let seat = Seat::take(&ram.mappings())?;
@@ -172,7 +174,7 @@ fn stop(vcpus: &LateVcpus) -> OnFailure {
     })
 }
 
-/// Runs `program pager` with the socket for standard input.
+/// Runs `program pager` with the socket as its standard input.
 fn start_program(program: PathBuf, user: Option<User>) -> StartPager {
     Box::new(move |socket| {
         let mut command = Command::new(&program);

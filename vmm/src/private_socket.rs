@@ -6,11 +6,11 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
-/// Listens on `socket`, for this user only, without waiting for those who come. A socket that a process
-/// left behind is replaced.
+/// Creates a nonblocking listener at `socket` that only this user may connect to. Replaces a socket
+/// that a dead process left behind.
 ///
 /// # Errors
-/// If somebody listens there, or it cannot be had.
+/// If another process listens there, something other than a socket is there, or a call fails.
 pub(crate) fn listen(socket: &Path) -> io::Result<UnixListener> {
     if UnixStream::connect(socket).is_ok() {
         let kind = io::ErrorKind::AddrInUse;

@@ -1,8 +1,8 @@
-//! The user that a process goes on as when it was started as root.
+//! Dropping root: the user that a process started as root switches to.
 //!
-//! What only root may have is opened first: KVM, taps, userfaultfd, files. Then the whole process
-//! becomes that user, for good, every thread of it: the C library sees to that, which is why the
-//! [filters](crate::confine) let threads change their ids. A process that is not root gains nothing by it.
+//! What only root can open is opened first: KVM, taps, userfaultfd, files. Then the whole process
+//! becomes that user, for good. The C library changes the ids of every thread, which is why the
+//! [filters](crate::confine) allow those calls; they gain nothing for a process that is not root.
 
 use std::fs;
 use std::path::Path;
@@ -16,10 +16,10 @@ use rustix::fs::{Access, AtFlags, CWD, Mode, OFlags, accessat, fchown, open};
 
 use crate::error::{Result, VmmError};
 
-/// A user to go on as: `NAME` or `UID`, and behind a colon `GROUP` or `GID`.
+/// A user to switch to: `NAME` or `UID`, optionally followed by a colon and `GROUP` or `GID`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct User {
-    /// As it was asked for.
+    /// The text that this was parsed from.
     spec: String,
     uid: Uid,
     gid: Gid,
@@ -29,7 +29,7 @@ pub struct User {
 impl FromStr for User {
     type Err = String;
 
-    /// Without a group, a user has the groups that this host says it has.
+    /// Parses a user. Without a group, it gets the groups that this host's databases list for it.
     fn from_str(spec: &str) -> Result<Self, String> {
         let (user, group) = match spec.split_once(':') {
             Some((user, group)) => (user, Some(group)),
@@ -82,7 +82,7 @@ fn groups_of(account: &Account) -> Result<Vec<Gid>, String> {
 }
 
 impl User {
-    /// The text that names it.
+    /// The text that this user was parsed from.
     #[must_use]
     pub fn spec(&self) -> &str {
         &self.spec
@@ -107,10 +107,11 @@ impl User {
         )))
     }
 
-    /// Runs `with` while this process has the user's rights, and no others, to files that are opened.
+    /// Runs `with` while this process has only this user's rights when it opens files.
     ///
     /// # Errors
-    /// [`VmmError::Config`] if this process is not root, nor that user.
+    /// [`VmmError::Config`] if this process is neither root nor this user; [`VmmError::Host`] if
+    /// its ids cannot be changed.
     pub fn act_as<T>(&self, with: impl FnOnce() -> T) -> Result<T> {
         if self.is_us()? {
             return Ok(with());
@@ -123,7 +124,7 @@ impl User {
         setegid(self.gid).map_err(failed)?;
         seteuid(self.uid).map_err(failed)?;
         let done = with();
-        // In the opposite order: only root may do the others.
+        // In reverse order: only root may change the group ids.
         let back = seteuid(Uid::from_raw(0))
             .and_then(|()| setegid(own_gid))
             .and_then(|()| setgroups(&own_groups));
@@ -131,10 +132,11 @@ impl User {
         Ok(done)
     }
 
-    /// Makes the whole process this user, for good.
+    /// Switches the whole process to this user, for good.
     ///
     /// # Errors
-    /// [`VmmError::Config`] if this process is not root, nor that user; or if root could be had again.
+    /// [`VmmError::Config`] if this process is neither root nor this user, or could become root
+    /// again; [`VmmError::Host`] if its ids cannot be changed.
     pub fn settle(&self) -> Result<()> {
         if self.is_us()? {
             return Ok(());
@@ -155,10 +157,11 @@ impl User {
         Ok(())
     }
 
-    /// Makes `folder` for this user, unless there is something already.
+    /// Creates `folder` and makes this user its owner, unless something is there already or this
+    /// process is the user already.
     ///
     /// # Errors
-    /// [`VmmError::Host`] if it cannot be made.
+    /// [`VmmError::Host`] if it cannot be created.
     pub fn make_folder(&self, folder: &Path) -> Result<()> {
         let failed = || VmmError::host(format!("make {} for `{}`", folder.display(), self.spec));
         if folder.symlink_metadata().is_ok() || self.is_us()? {
@@ -168,7 +171,7 @@ impl User {
             fs::create_dir_all(above).map_err(failed())?;
         }
         fs::create_dir(folder).map_err(failed())?;
-        // What was just made, whatever has become of its name.
+        // By descriptor, without following links: the name may have been replaced since.
         let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let made = open(folder, flags, Mode::empty()).map_err(|errno| failed()(errno.into()))?;
         let (uid, gid) = (rustix::fs::Uid::from_raw(self.uid.as_raw()), self.gid.as_raw());
@@ -176,11 +179,11 @@ impl User {
             .map_err(|errno| failed()(errno.into()))
     }
 
-    /// Fails unless this user can write to `folder` and what is in it. To be called while
-    /// [acting](Self::act_as) as that.
+    /// Fails unless this user can write to `folder` and its entries. Call this while
+    /// [acting as](Self::act_as) the user.
     ///
     /// # Errors
-    /// [`VmmError::Config`] naming what it cannot write to.
+    /// [`VmmError::Config`], which names what the user cannot write to.
     pub fn check_writable(&self, folder: &Path) -> Result<()> {
         let check = |path: &Path, access| {
             accessat(CWD, path, access, AtFlags::EACCESS).map_err(|errno| {

@@ -1,4 +1,4 @@
-//! Parts of a machine, built from what a snapshot has of them.
+//! Rebuilds parts of a machine from a snapshot.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -97,11 +97,11 @@ pub(crate) fn vcpus(
         .collect()
 }
 
-/// Gives the state of vCPUs and platform to a VM with `ram_bytes` of RAM that never runs: what another
-/// would refuse, it refuses.
+/// Restores the state of vCPUs and platform into a scratch VM with `ram_bytes` of RAM that never
+/// runs, to find out whether KVM accepts it.
 ///
 /// # Errors
-/// [`VmmError::State`] naming the chunk that does not fit this host.
+/// [`VmmError::State`], which names the chunk that does not fit this host.
 pub(crate) fn try_out(
     hypervisor: &Hypervisor,
     ram_bytes: u64,

@@ -1,4 +1,4 @@
-//! Taking a running guest back to a snapshot, in place: it costs what changed since.
+//! Rewinding: takes a running guest back to a snapshot in place, at the cost of what changed since.
 //!
 //! [`Vm::rewind`] is the list of phases; each is a function below.
 
@@ -29,55 +29,57 @@ use crate::virtio::{SavedSlot, SavedVirtio};
 use crate::vm::{GoesOn, Vm};
 use pages::CachedRegion;
 
-/// So few pages are read in the pause without another thought.
+/// Once a round reads no more pages than this, the rest is left to the pause.
 const FEW_PAGES: u64 = 32;
-/// Pages are looked for and read so often before the pause, at the most.
+/// The most rounds of harvesting and reading pages before the pause.
 const MAX_ROUNDS: usize = 4;
 
-/// `POST /rewind`.
+/// The body of `POST /rewind`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RewindRequest {
-    /// Where to: a snapshot id or a unique prefix, a tag, `latest`, each with `~N`; none is the head.
+    /// The target: a snapshot id or a unique prefix of one, a tag, or `latest`, each optionally
+    /// followed by `~N`. None stands for the head.
     pub snapshot: Option<String>,
 }
 
-/// What a rewind came to. Times are microseconds.
+/// The result of a rewind. Times are in microseconds.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RewindReport {
     /// The VM's name.
     pub vm: String,
-    /// The snapshot that the guest is now.
+    /// The snapshot that the guest was taken back to.
     pub id: SnapshotId,
-    /// The head it had before.
+    /// The head before that.
     pub from: Option<SnapshotId>,
     /// Pages of RAM that were put back.
     pub pages: u64,
-    /// Of them and those of disks, pages that had to be read from the store.
+    /// Pages, of RAM and disks, that had to be read from the store.
     pub read_pages: u64,
     /// Pages of disks that were put back.
     pub disk_pages: u64,
     /// Finding out what changed and reading it, while the guest ran.
     pub prepare_us: u64,
-    /// From the first kick until every vCPU was on its way again, or would be but for the user.
+    /// From the first kick until every vCPU was resumed, or could be if the user has the guest
+    /// paused.
     pub pause_us: u64,
-    /// Of which: until every vCPU stood still.
+    /// Of which: until every vCPU had stopped.
     pub quiesce_us: u64,
-    /// Of which: the last look at what changed, and reading what was not there yet.
+    /// Of which: the last harvest, and reading pages that were not in memory yet.
     pub harvest_us: u64,
     /// Of which: putting pages of RAM back.
     pub memory_us: u64,
-    /// Of which: vCPUs and devices.
+    /// Of which: restoring vCPUs and devices.
     pub state_us: u64,
     /// Of which: putting pages of disks back.
     pub disks_us: u64,
-    /// Of which: until every vCPU was on its way again; 0 if the guest stands still.
+    /// Of which: until every vCPU was resumed; 0 if the guest stays paused.
     pub go_on_us: u64,
-    /// All of it, waiting for a checkpoint included.
+    /// The whole rewind, including the wait for its turn.
     pub duration_us: u64,
 }
 
-/// What the rewinds of a VM came to.
+/// Totals over the rewinds of a VM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RewindTotals {
     /// Rewinds done.
@@ -90,16 +92,16 @@ pub struct RewindTotals {
     pub pause_us_max: u64,
 }
 
-/// What a VM keeps of its rewinds.
+/// What a VM remembers of its rewinds.
 #[derive(Debug, Default)]
 pub(crate) struct Rewinding {
     totals: Mutex<RewindTotals>,
-    /// Where [`Vm::rewind_to`] went last.
+    /// The last target of [`Vm::rewind_to`].
     last: Mutex<Option<RewindPoint>>,
 }
 
-/// A snapshot that a VM can be taken back to: its state, decoded, and pages that were needed before.
-/// While it lives the snapshot is not pruned away, forgotten or not.
+/// A snapshot that a VM can be taken back to: its decoded state, and pages that rewinds needed
+/// before. While this exists the snapshot is not pruned, even if it is forgotten.
 #[derive(Debug)]
 pub struct RewindPoint {
     snapshot: Snapshot,
@@ -112,12 +114,13 @@ pub struct RewindPoint {
     virtio: Vec<SavedVirtio>,
     ram: CachedRegion,
     disks: Vec<CachedRegion>,
-    /// The last rewind found all it needed here: the next is likely to, so there is nothing to prepare.
+    /// The last rewind found nearly all pages it needed here. The next one probably will, so it
+    /// skips the preparation.
     is_warm: bool,
 }
 
 impl RewindPoint {
-    /// The snapshot.
+    /// The snapshot's id.
     #[must_use]
     pub fn id(&self) -> SnapshotId {
         self.snapshot.id()
@@ -125,11 +128,11 @@ impl RewindPoint {
 }
 
 impl Vm {
-    /// Makes ready to take this VM back to `snapshot`, as often as is wanted.
+    /// Prepares for taking this VM back to `snapshot`, any number of times.
     ///
     /// # Errors
     /// [`VmmError::NotNow`] if the VM has no store; [`VmmError::Config`] if the snapshot is of
-    /// another machine; [`VmmError::State`] if its state does not fit; the store's.
+    /// another machine; [`VmmError::State`] if its state does not fit; store errors.
     pub fn rewind_point(&self, snapshot: &Snapshot) -> Result<RewindPoint> {
         self.point_at(snapshot.id())
     }
@@ -210,12 +213,12 @@ impl Vm {
         })
     }
 
-    /// Takes the guest back to `point`, from wherever it is. It runs on from there, or stands still if
-    /// it did. The next checkpoint is a change of that snapshot.
+    /// Takes the guest back to `point`, from wherever it is. It runs on from there, or stays
+    /// paused if it was. The next checkpoint builds on that snapshot.
     ///
     /// # Errors
-    /// The guest goes on as if nothing had been asked for; but if something fails when memory has
-    /// begun to change, the VM ends: [`Vm::ended`] says why then.
+    /// On failure the guest goes on as before, unless its memory had begun to change: then the VM
+    /// ends, and [`Vm::ended`] says why.
     pub fn rewind(&self, point: &mut RewindPoint) -> Result<RewindReport> {
         let turn = self.turns.rewind();
         let done = Rewind::begin(self, point, turn.since).and_then(|mut rewind| {
@@ -234,8 +237,8 @@ impl Vm {
         done
     }
 
-    /// Takes the guest back to the snapshot that `reference` names in the VM's store; None is the
-    /// head. What it takes is kept for the next time.
+    /// Takes the guest back to the snapshot that `reference` names in the VM's store; None stands
+    /// for the head. The rewind point is kept for the next call.
     ///
     /// # Errors
     /// As [`Self::rewind_point`] and [`Self::rewind`]; [`VmmError::NotNow`] if there is no head yet.
@@ -262,7 +265,7 @@ impl Vm {
         self.rewind(point)
     }
 
-    /// What its rewinds came to so far.
+    /// Totals over the VM's rewinds so far.
     #[must_use]
     pub fn rewind_totals(&self) -> RewindTotals {
         *self.rewinding.totals.lock().unwrap_or_else(PoisonError::into_inner)
@@ -314,17 +317,18 @@ fn other_machine(
     ))
 }
 
-/// A rewind on its way.
+/// A rewind in progress.
 struct Rewind<'a> {
     vm: &'a Vm,
     point: &'a mut RewindPoint,
     line: MutexGuard<'a, Line>,
     /// Pages of RAM in which the target differs from the head.
     apart: PageSet,
-    /// The same of each disk.
+    /// The same for each disk.
     disks_apart: Vec<PageSet>,
     /// Pages of RAM to put back, as far as they are known.
     pages: PageSet,
+    /// The same for each disk.
     disk_pages: Vec<PageSet>,
     started: Instant,
     report: RewindReport,
@@ -333,7 +337,7 @@ struct Rewind<'a> {
 impl<'a> Rewind<'a> {
     fn begin(vm: &'a Vm, point: &'a mut RewindPoint, started: Instant) -> Result<Self> {
         vm.check_alive()?;
-        // It may be another VM's.
+        // The point may be another VM's.
         check_machine(vm, point.id(), &point.machine)?;
         if !Arc::ptr_eq(vm.rewind_store()?, point.snapshot.store()) {
             return Err(VmmError::Config(format!(
@@ -371,8 +375,8 @@ impl<'a> Rewind<'a> {
         Ok(Self { vm, point, line, apart, disks_apart, pages, disk_pages, started, report })
     }
 
-    /// Phase 1, the guest runs: finds out what changed, and reads what the point does not have, so that
-    /// little is left for the pause.
+    /// Phase 1, while the guest runs: finds out what changed and reads the pages that the point
+    /// does not hold, so that little is left for the pause.
     fn prepare(&mut self) -> Result<()> {
         if self.point.is_warm && self.apart.is_empty() {
             return Ok(());
@@ -390,7 +394,8 @@ impl<'a> Rewind<'a> {
         Ok(())
     }
 
-    /// Reads what was found to have changed and is not in the point, as far as that has room.
+    /// Reads the changed pages that the point does not hold, as far as it has room; returns how
+    /// many it read.
     fn fetch(&mut self) -> Result<u64> {
         self.pages.union(&self.line.since_head);
         self.pages.union(&self.apart);
@@ -405,7 +410,7 @@ impl<'a> Rewind<'a> {
         Ok(read)
     }
 
-    /// Phases 2 to 6. A guest that ran goes on, whatever happens, unless its memory is torn.
+    /// Phases 2 to 6. A guest that ran goes on whatever happens, unless its memory is torn.
     fn pause_and_rewind(mut self) -> Result<RewindReport> {
         let paused = self.vm.paused();
         let pause_started = Instant::now();
@@ -413,7 +418,8 @@ impl<'a> Rewind<'a> {
         self.vm.vcpus.pause()?;
         self.report.quiesce_us = us(pause_started.elapsed());
         let at_rest = self.last_look()?;
-        // From here on there is no way back. This goes before `goes_on` does.
+        // From here on there is no way back. On a panic this is dropped before `goes_on`, so that a
+        // torn guest does not run.
         let torn = EndsTorn(self.vm);
         if let Err(error) = self.change(&at_rest) {
             let detail = format!(
@@ -437,30 +443,31 @@ impl<'a> Rewind<'a> {
         Ok(self.report)
     }
 
-    /// Phase 3, the guest stands still: all that changed is known, and as much of it as may be is at
-    /// hand.
+    /// Phase 3, while the guest is paused: finds the last changed pages, and reads those that the
+    /// point has room for.
     fn last_look(&mut self) -> Result<AtRest> {
         let started = Instant::now();
         let mut at_rest = AtRest::room(&self.line, &self.vm.bus);
         self.line.drain(&self.vm.bus, &mut at_rest)?;
         let mut found = PageSet::new(self.pages.capacity());
-        // Not as at a checkpoint's cut, which leaves pages unwatched: they would be put back every time. And
-        // it takes less now than while vCPUs run, which have to be stopped for a moment then.
+        // Not the harvest of a checkpoint's cut: that may leave pages unprotected, which would then
+        // be reported and put back every time. Protecting them is cheaper now than while vCPUs run,
+        // which have to be interrupted for it.
         self.line.harvest(&mut found)?;
         self.fetch()?;
         self.report.harvest_us = us(started.elapsed());
         Ok(at_rest)
     }
 
-    /// Phases 4 and 5, the guest stands still: everything becomes what the target has.
+    /// Phases 4 and 5, while the guest is paused: puts the target's memory, state and disks back.
     fn change(&mut self, at_rest: &AtRest) -> Result<()> {
         let memory_started = Instant::now();
         self.put_memory_back()?;
         self.report.memory_us = us(memory_started.elapsed());
         let state_started = Instant::now();
-        // As on resume: the interrupt controllers may send to local APICs, which must be there.
+        // vCPUs first, as on resume: the interrupt controllers may send to their local APICs.
         self.vm.vcpus.restore(&self.point.vcpus)?;
-        // Its clock goes back with it.
+        // The guest's clock goes back too.
         platform::restore(&self.vm.shell.fd, self.point.platform.clone(), Duration::ZERO)?;
         self.vm.bus.serial().rewind(self.point.serial.clone())?;
         if let (Some(mut rtc), Some(saved)) = (self.vm.bus.rtc(), &self.point.rtc) {
@@ -493,14 +500,14 @@ impl<'a> Rewind<'a> {
                 source: std::io::Error::other(error),
             })
         })?;
-        // What was noted since the last look is what we wrote: no device has written, since requests
-        // are drained and no vCPU runs.
+        // Discards the notes of our own writes. There are no others since the last harvest:
+        // requests are drained and no vCPU runs.
         ram.harvest_vmm_writes(&mut PageSet::new(self.pages.capacity()));
         Ok(())
     }
 
-    /// Memory and disks are the target's, so there is nothing it lacks. What KVM wrote while it was
-    /// given the state is in its log, and found by the next harvest.
+    /// Makes the target the head. Memory and disks are equal to it now, so no page is dirty. What
+    /// KVM wrote while its state was set is in its dirty log, and found by the next harvest.
     fn become_the_target(&mut self) {
         self.vm.set_head(self.point.id());
         self.line.head_pin = self.point.snapshot.pin();
@@ -509,7 +516,7 @@ impl<'a> Rewind<'a> {
     }
 }
 
-/// Ends a machine whose memory was being changed when this thread panicked.
+/// Ends the VM if this thread panics while it changes the guest's memory.
 struct EndsTorn<'a>(&'a Vm);
 
 impl Drop for EndsTorn<'_> {
@@ -521,8 +528,8 @@ impl Drop for EndsTorn<'_> {
     }
 }
 
-/// Finds the pages in which `point` and `head` differ. Without a head everything is zero but what
-/// was written since.
+/// Finds the pages in which `point` and `head` differ. Without a head, all pages that were not
+/// written are zero.
 fn find_apart(
     vm: &Vm,
     head: Option<SnapshotId>,
@@ -532,7 +539,8 @@ fn find_apart(
 ) -> Result<()> {
     let Some(head) = head else {
         point.ram.add_contents(apart)?;
-        // Of a disk, the file it was opened with counts as written, or is a hole.
+        // That holds for disks too: the data of the file that a disk was opened with counts as
+        // written, and the rest of it is holes.
         let disks = point.disks.iter().zip(disks_apart);
         return disks.into_iter().try_for_each(|(disk, apart)| disk.add_contents(apart));
     };

@@ -1,7 +1,7 @@
 //! State chunks: `(name, kind, version, body)`, one for each vCPU and device.
 //!
-//! Saved types are their own, apart from the runtime's and KVM's; each conversion names every
-//! field, so a new one breaks the build instead of being lost.
+//! Saved types are separate from the runtime's and KVM's. Each conversion names every field, so a
+//! new field breaks the build instead of being lost.
 
 use std::collections::BTreeMap;
 
@@ -12,8 +12,8 @@ use serde_json::Value;
 
 use crate::error::{Result, VmmError};
 
-/// Declares a saved type with the fields of a runtime type, and both conversions. The patterns name
-/// every field: one that the runtime type gains breaks the build.
+/// Declares a saved type with the fields of a runtime type, and conversions in both directions.
+/// Their patterns name every field: one that the runtime type gains breaks the build.
 macro_rules! saved_twin {
     ($(#[$meta:meta])* $vis:vis struct $saved:ident = $runtime:ident { $($field:ident: $type:ty),* $(,)? }) => {
         $(#[$meta])*
@@ -43,22 +43,22 @@ pub(crate) use saved_twin;
 
 /// A type that is saved as the body of a chunk.
 pub trait Saved: Serialize + DeserializeOwned {
-    /// What kind of thing it is the state of.
+    /// What kind of thing this is the state of.
     const KIND: &'static str;
     /// The version this program writes.
     const VERSION: u32;
 
-    /// Brings a body of an older version one version further. As it stands here, for types that have had
-    /// one version only.
+    /// Upgrades a body from `version` to the next one. The default suits types that have had only
+    /// one version.
     ///
     /// # Errors
-    /// A message saying what is wrong with the body, or that the version was never written.
+    /// A message that says what is wrong with the body, or that the version was never written.
     fn upgrade(version: u32, _body: Value) -> Result<Value, String> {
         Err(never_written(version))
     }
 }
 
-/// What is wrong with a version that no program has written.
+/// The error message for a version that no program has ever written.
 pub(crate) fn never_written(version: u32) -> String {
     format!("version {version} was never written")
 }
@@ -76,7 +76,7 @@ pub fn chunk<T: Saved>(name: &str, saved: &T) -> Result<StateChunk> {
     Ok(StateChunk { name: name.to_owned(), kind: T::KIND.to_owned(), version: T::VERSION, body })
 }
 
-/// The chunks of a snapshot while a machine is built from them. Every one must be taken.
+/// The chunks of a snapshot from which a machine is being built. Each of them must be taken.
 #[derive(Debug)]
 pub struct ChunkSet {
     chunks: BTreeMap<String, StateChunk>,
@@ -84,7 +84,7 @@ pub struct ChunkSet {
 
 impl ChunkSet {
     /// # Errors
-    /// [`VmmError::State`] if two chunks have one name.
+    /// [`VmmError::State`] if two chunks have the same name.
     pub fn new(chunks: Vec<StateChunk>) -> Result<Self> {
         let mut by_name = BTreeMap::new();
         for chunk in chunks {
@@ -99,17 +99,17 @@ impl ChunkSet {
         Ok(Self { chunks: by_name })
     }
 
-    /// True if chunk `name` is still there.
+    /// True if there is a chunk `name` that was not taken yet.
     #[must_use]
     pub fn has(&self, name: &str) -> bool {
         self.chunks.contains_key(name)
     }
 
-    /// Takes chunk `name`, brought to the newest version.
+    /// Takes chunk `name`, upgraded to the newest version.
     ///
     /// # Errors
-    /// [`VmmError::State`] if it is missing, of another kind, newer than this program, or its
-    /// body does not parse.
+    /// [`VmmError::State`] if the chunk is missing, of another kind or newer than this program, or
+    /// its body does not parse.
     pub fn take<T: Saved>(&mut self, name: &str) -> Result<T> {
         let wrong = |expected: String, found: String| VmmError::State {
             chunk: name.to_owned(),
@@ -129,7 +129,7 @@ impl ChunkSet {
                 format!("version {}: use a newer frazil", chunk.version),
             ));
         }
-        // What upgrades of older ones rely on.
+        // Upgrades of older versions rely on this.
         if !chunk.body.is_object() {
             let expected = format!("a body of {} with named fields", T::KIND);
             return Err(wrong(expected, "none".into()));
@@ -143,9 +143,11 @@ impl ChunkSet {
         })
     }
 
+    /// Checks that all chunks were taken.
+    ///
     /// # Errors
-    /// [`VmmError::State`] naming a chunk that nothing took: state of a device this program does
-    /// not have.
+    /// [`VmmError::State`], which names a chunk that was not taken: the state of a device that this
+    /// program does not have.
     pub fn finish(self) -> Result<()> {
         match self.chunks.into_values().next() {
             None => Ok(()),
@@ -161,7 +163,8 @@ impl ChunkSet {
     }
 }
 
-/// A 64-bit number as `"0x…"`: exact in every JSON reader, and how people read addresses.
+/// Serializes a 64-bit number as `"0x…"`: exact in every JSON reader, and the way that people read
+/// addresses.
 pub mod hex_u64 {
     use serde::{Deserialize, Deserializer, Serializer};
 
@@ -173,7 +176,7 @@ pub mod hex_u64 {
     }
 
     /// # Errors
-    /// If it is no such text.
+    /// If the value is not such a text.
     pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
         let text = String::deserialize(deserializer)?;
         let digits = text
@@ -184,7 +187,7 @@ pub mod hex_u64 {
     }
 }
 
-/// Bytes as hex digits, for what is defined only by the processor's manual.
+/// Bytes saved as hex digits, for state whose layout only the processor's manual defines.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HexBytes(pub Vec<u8>);
 

@@ -1,8 +1,8 @@
-//! How a VM's checkpoints went: distributions, sums, and the last one.
+//! Statistics of a VM's checkpoints: distributions, sums, and the last report.
 //!
-//! A checkpoint is recorded once it is published and the guest has long gone on: nothing here is
-//! part of a pause. Pauses are recorded also of those that fail after the cut: the guest has stood
-//! still for them all the same.
+//! A checkpoint is recorded after it is published, when the guest has long been running again:
+//! nothing here is part of a pause. The pauses of checkpoints that fail after the cut are recorded
+//! too, since they stopped the guest all the same.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -17,13 +17,13 @@ use crate::vm::Vm;
 /// Significant digits that distributions keep.
 const DIGITS: u8 = 3;
 
-/// Upper ends of the buckets of pauses and their parts, in microseconds: 10 µs to 1 s.
+/// Upper bounds of the buckets for pauses and their parts, in microseconds: 10 µs to 1 s.
 const PAUSE_BOUNDS_US: [u64; 16] = [
     10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000, 200_000,
     500_000, 1_000_000,
 ];
 
-/// Upper ends of the buckets of whole checkpoints, in microseconds: 1 ms to 100 s.
+/// Upper bounds of the buckets for durations of checkpoints, in microseconds: 1 ms to 100 s.
 const DURATION_BOUNDS_US: [u64; 16] = [
     1_000,
     2_000,
@@ -43,45 +43,45 @@ const DURATION_BOUNDS_US: [u64; 16] = [
     100_000_000,
 ];
 
-/// Upper ends of the buckets of dirty pages: 1 page to 16 GiB of them.
+/// Upper bounds of the buckets for dirty pages: from 1 page to 16 GiB of pages.
 const PAGE_BOUNDS: [u64; 12] =
     [1, 4, 16, 64, 256, 1_024, 4_096, 16_384, 65_536, 262_144, 1_048_576, 4_194_304];
 
 /// A bucket of a distribution.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Bucket {
-    /// The largest value it takes, in the distribution's unit; none of the last, which takes all
-    /// that is larger than the others do.
+    /// The largest value in this bucket, in the distribution's unit. None for the last bucket,
+    /// which has no upper bound.
     pub le: Option<u64>,
-    /// How many values are in it, and in no bucket before it.
+    /// Number of values in this bucket and in none before it.
     pub count: u64,
 }
 
-/// How values are distributed. Percentiles and the bounds of buckets are exact to a thousandth.
+/// The distribution of values. Percentiles and bounds of buckets are exact to one in a thousand.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Distribution {
-    /// How many values.
+    /// Number of values.
     pub count: u64,
-    /// All of them together.
+    /// Sum of the values.
     pub sum: u64,
-    /// The smallest; 0 if there is none.
+    /// The smallest value; 0 if there is none.
     pub min: u64,
     /// The median.
     pub p50: u64,
-    /// Nine of ten are no larger.
+    /// The 90th percentile.
     pub p90: u64,
-    /// Ninety-nine of a hundred are no larger.
+    /// The 99th percentile.
     pub p99: u64,
-    /// The largest.
+    /// The largest value.
     pub max: u64,
-    /// Buckets, by size.
+    /// Buckets, in ascending order.
     pub buckets: Vec<Bucket>,
 }
 
 /// Sums over the published checkpoints.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CheckpointSums {
-    /// Distinct pages that changed from one to the next.
+    /// Distinct pages that changed from one checkpoint to the next.
     pub dirty_pages: u64,
     /// Pages written before the cut, some of them more than once.
     pub precopied_pages: u64,
@@ -89,19 +89,19 @@ pub struct CheckpointSums {
     pub staged_pages: u64,
     /// Pages copied in the pause.
     pub cut_pages: u64,
-    /// Pages left in place, copy-on-write, until they were written.
+    /// Pages left in place, copy-on-write, until they were written to the store.
     pub protected_pages: u64,
     /// Of these, pages copied because the guest was about to change them.
     pub cow_pages: u64,
-    /// Times that a vCPU waited until such a page was written.
+    /// Times that a vCPU waited until such a page was written to the store.
     pub cow_waits: u64,
-    /// The longest of them, in microseconds: no sum.
+    /// The longest such wait, in microseconds: a maximum, not a sum.
     pub cow_wait_us_max: u64,
     /// Pages written after the cut.
     pub commit_pages: u64,
-    /// Pages that were all zero.
+    /// Pages that were all zeros.
     pub zero_pages: u64,
-    /// Pages that were what they had been before.
+    /// Pages whose contents were unchanged.
     pub equal_pages: u64,
     /// Pages that were in the store already.
     pub dedup_pages: u64,
@@ -113,45 +113,46 @@ pub struct CheckpointSums {
     pub meta_bytes: u64,
 }
 
-/// `GET /checkpoints/statistics`: how the published checkpoints of a VM went, since it was booted
-/// or resumed. Pauses and their parts are also those of checkpoints that failed, or were cancelled,
-/// after the guest had stood still; and not of those taken while it did so by the user's wish.
+/// The answer to `GET /checkpoints/statistics`: figures of the published checkpoints of a VM since
+/// it was booted or resumed. Pauses and their parts also count checkpoints that failed or were
+/// cancelled after they had paused the guest; they do not count checkpoints taken while the user
+/// had it paused.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CheckpointStatistics {
-    /// Counts, also of those that failed or were left out.
+    /// Counts, also of checkpoints that failed or were skipped.
     pub totals: CheckpointTotals,
     /// Sums.
     pub sums: CheckpointSums,
-    /// How long the guest stood still, in microseconds.
+    /// How long the guest was paused, in microseconds.
     pub pause_us: Distribution,
-    /// Of which: until every vCPU did, in microseconds.
+    /// Of which: until every vCPU had stopped, in microseconds.
     pub quiesce_us: Distribution,
     /// Of which: last harvest, copying, device state; in microseconds.
     pub cut_us: Distribution,
     /// From the request to the publication, in microseconds.
     pub duration_us: Distribution,
-    /// Distinct pages that changed since the one before.
+    /// Distinct pages that changed since the checkpoint before.
     pub dirty_pages: Distribution,
-    /// Distinct pages that changed in each second between the last two cuts; of the first
-    /// checkpoint, since the VM was built. None before that.
+    /// Distinct pages that changed per second between the last two cuts, or, after only one
+    /// checkpoint, since the VM was built. None before the first.
     pub dirty_pages_per_s: Option<f64>,
-    /// The last one.
+    /// The last checkpoint.
     pub last: Option<CheckpointReport>,
 }
 
-/// For how long a checkpoint had the guest stand still.
+/// How long a checkpoint paused the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Pause {
-    /// In microseconds.
+    /// The whole pause, in microseconds.
     pub us: u64,
-    /// Of which: until every vCPU stood still.
+    /// Of which: until every vCPU had stopped.
     pub quiesce_us: u64,
     /// Of which: last harvest, copying, device state.
     pub cut_us: u64,
 }
 
 impl Pause {
-    /// That of a checkpoint which has made its cut, or failed to.
+    /// The pause of a checkpoint that has made its cut, or failed to.
     pub(crate) fn of(stats: &CheckpointStats) -> Self {
         Self { us: stats.pause_us, quiesce_us: stats.quiesce_us, cut_us: stats.cut_us }
     }
@@ -171,7 +172,7 @@ impl Values {
     }
 
     fn record(&mut self, value: u64) {
-        // It grows as it must, up to 64 bits: there is nothing that it cannot take.
+        // The histogram resizes itself and takes any 64-bit value.
         if self.histogram.record(value).is_ok() {
             self.sum = self.sum.saturating_add(value);
         }
@@ -217,11 +218,11 @@ struct Recorded {
     last: Option<CheckpointReport>,
 }
 
-/// What a VM keeps of its checkpoints.
+/// What a VM remembers of its checkpoints.
 #[derive(Debug)]
 pub(crate) struct Telemetry {
     recorded: Mutex<Recorded>,
-    /// The schedule's, while a checkpoint that was due is waited for or taken.
+    /// The scheduler's beat, while a checkpoint that was due waits or is being taken.
     beat: Mutex<Option<Beat>>,
 }
 
@@ -243,16 +244,16 @@ impl Default for Telemetry {
 }
 
 impl Telemetry {
-    /// Counts a checkpoint that was just published.
+    /// Records a checkpoint that was just published.
     pub(crate) fn record(&self, report: &CheckpointReport) {
-        // The cut is what the commit came after. Not the report's time of day, which may be set
-        // back in between.
+        // The cut came just before the commit. Not taken from the report's time of day, since the
+        // clock may have been set back.
         let now = Instant::now();
         let cut_at = now.checked_sub(Duration::from_micros(report.commit_us)).unwrap_or(now);
         self.recorded().record(report, cut_at);
     }
 
-    /// Counts a pause, whatever its checkpoint came to.
+    /// Records a pause, whether or not its checkpoint succeeded.
     pub(crate) fn record_pause(&self, pause: Pause) {
         let mut recorded = self.recorded();
         recorded.pause_us.record(pause.us);
@@ -315,15 +316,15 @@ impl Recorded {
 }
 
 impl Vm {
-    /// How its checkpoints went so far.
+    /// Statistics of the VM's checkpoints so far.
     #[must_use]
     pub fn checkpoint_statistics(&self) -> CheckpointStatistics {
-        // Both are recorded under the lock of the totals, so both are of the same moment.
+        // Totals and telemetry are both recorded under the lock of the totals, so they agree.
         let totals = self.totals();
         self.telemetry.statistics(self.with_missed(*totals))
     }
 
-    /// What its checkpoints came to so far.
+    /// Totals over the VM's checkpoints so far.
     #[must_use]
     pub fn checkpoint_totals(&self) -> CheckpointTotals {
         let totals = self.totals();
@@ -334,19 +335,20 @@ impl Vm {
         self.totals.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// With those that are being missed just now: a store that hangs shows while it does.
+    /// Adds the checkpoints that are being missed right now, so that a hanging store shows at once.
     fn with_missed(&self, mut totals: CheckpointTotals) -> CheckpointTotals {
         totals.skipped += self.telemetry.beat().map_or(0, |beat| beat.missed(Instant::now()));
         totals
     }
 
-    /// A checkpoint is due: what is missed meanwhile counts as left out.
+    /// Notes that a checkpoint is due: those that `beat` misses in the meantime count as skipped.
     pub(crate) fn expect_beat(&self, beat: Option<Beat>) {
         let _totals = self.totals();
         *self.telemetry.beat() = beat;
     }
 
-    /// No checkpoint will be taken any more. Returns what was missed until now, which stays counted.
+    /// Notes that no checkpoint will be taken any more. Returns how many were missed until now;
+    /// they stay counted.
     pub(crate) fn end_beat(&self) -> u64 {
         let mut totals = self.totals();
         let missed = self.telemetry.beat().take().map_or(0, |beat| beat.missed(Instant::now()));
@@ -354,7 +356,7 @@ impl Vm {
         missed
     }
 
-    /// The checkpoint that was due is over, and so many were left out for it.
+    /// Notes that the checkpoint that was due is over, and that `left_out` were skipped for it.
     pub(crate) fn count_beat(&self, left_out: u64) {
         let mut totals = self.totals();
         *self.telemetry.beat() = None;
@@ -441,7 +443,7 @@ mod tests {
         assert_eq!(recorded.dirty_pages_per_s, Some(500.0));
         recorded.record(&report(1, 30), start + Duration::from_millis(2_100));
         assert!((recorded.dirty_pages_per_s.unwrap() - 300.0).abs() < 1e-6);
-        // A clock that stands still says nothing new.
+        // Without time between two cuts there is no new rate.
         recorded.record(&report(1, 5), start + Duration::from_millis(2_100));
         assert!((recorded.dirty_pages_per_s.unwrap() - 300.0).abs() < 1e-6);
     }

@@ -1,9 +1,9 @@
-//! Whose turn it is at the store: checkpoints of one VM one after the other, and its housekeeping
-//! between them.
+//! Takes turns at writing to the store: a VM's checkpoints one after the other, and its
+//! housekeeping between them.
 //!
-//! The store has one writer at a time, and tells a second one that it is busy. Within a process
-//! that would be a checkpoint lost for nothing, so its writers come here first. First come, first
-//! served: checkpoints that follow each other without a break keep nobody else out.
+//! The store admits one writer at a time, and tells a second one that it is busy. Within one
+//! process that would needlessly lose a checkpoint, so its writers queue here. The queue is first
+//! come, first served, so that back-to-back checkpoints cannot starve other writers.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -20,33 +20,33 @@ pub(crate) struct Turns {
 
 #[derive(Debug, Default)]
 struct State {
-    /// The ticket to be given out next.
+    /// The next ticket to hand out.
     next: u64,
     /// The ticket whose turn it is.
     now: u64,
-    /// Checkpoints that are being taken or wait.
+    /// Checkpoints that are being taken or are waiting.
     checkpoints: usize,
     /// The checkpoint that is being taken.
     taking: Option<Arc<Taking>>,
-    /// The prune that is running, and when it begins to give way.
+    /// The prune that is running, and the time from which it gives way.
     prune: Option<(Arc<PruneProgress>, Instant)>,
     no_more_prunes: bool,
 }
 
-/// What became of a checkpoint.
+/// What has happened to a checkpoint.
 #[derive(Debug, Default)]
 struct Taking {
     cancelled: AtomicBool,
     published: AtomicBool,
 }
 
-/// Somebody's turn, until dropped.
+/// A writer's turn, until dropped.
 #[derive(Debug)]
 pub(crate) struct Turn<'a> {
     turns: &'a Turns,
-    /// When it was asked for.
+    /// When the turn was requested.
     pub since: Instant,
-    /// None if it is not a checkpoint's.
+    /// None if this is not a checkpoint's turn.
     taking: Option<Arc<Taking>>,
 }
 
@@ -55,12 +55,12 @@ impl Turns {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The turn of a checkpoint, after those that came before. A prune gives way to it.
+    /// Waits for the turn of a checkpoint. A prune gives way to it.
     pub fn checkpoint(&self) -> Turn<'_> {
         self.take_checkpoint(self.lock())
     }
 
-    /// The same, or None if one is being taken or waits.
+    /// Like [`Self::checkpoint`], but returns None if a checkpoint is being taken or is waiting.
     pub fn checkpoint_if_none(&self) -> Option<Turn<'_>> {
         let state = self.lock();
         (state.checkpoints == 0).then(|| self.take_checkpoint(state))
@@ -74,44 +74,44 @@ impl Turns {
         Turn { turns: self, since, taking: Some(taking) }
     }
 
-    /// A turn for something short, which nobody interrupts.
+    /// Waits for a turn for something short. A prune does not give way to it.
     pub fn moment(&self) -> Turn<'_> {
         let since = Instant::now();
         drop(self.wait_for_turn(self.lock(), false));
         Turn { turns: self, since, taking: None }
     }
 
-    /// The turn of a rewind. A prune gives way to it.
+    /// Waits for the turn of a rewind. A prune gives way to it.
     pub fn rewind(&self) -> Turn<'_> {
         let since = Instant::now();
         drop(self.wait_for_turn(self.lock(), true));
         Turn { turns: self, since, taking: None }
     }
 
-    /// The turn of a prune that can be cancelled by `progress`, which checkpoints do that wait,
-    /// but not before it had `patience`. None once there are to be no more.
+    /// Waits for the turn of a prune. Waiting checkpoints and rewinds cancel it through `progress`,
+    /// but not before it has had `patience`. None after [`Self::end_prunes`].
     pub fn prune(&self, progress: &Arc<PruneProgress>, patience: Duration) -> Option<Turn<'_>> {
         let turn = self.moment();
         let mut state = self.lock();
         if state.no_more_prunes {
-            // The turn ends by itself, and wants the lock for it.
+            // Dropping the turn takes the lock.
             drop(state);
             return None;
         }
         state.prune = Some((Arc::clone(progress), Instant::now() + patience));
-        // Whoever waits looks how long.
+        // Those who wait have to learn when the prune gives way.
         self.changed.notify_all();
         Some(turn)
     }
 
-    /// Cancels the prune that is running, and lets no other begin.
+    /// Cancels the running prune, if any, and lets no other begin.
     pub fn end_prunes(&self) {
         let mut state = self.lock();
         state.no_more_prunes = true;
         state.prune.iter().for_each(|(progress, _)| progress.cancel());
     }
 
-    /// Takes a ticket and waits for its turn.
+    /// Takes a ticket and waits for its turn; cancels a prune in the meantime if it `interrupts`.
     fn wait_for_turn<'a>(
         &'a self,
         mut state: MutexGuard<'a, State>,
@@ -138,19 +138,19 @@ impl Turns {
         state
     }
 
-    /// True if the checkpoint that is being taken is to be given up.
+    /// True if the checkpoint that is being taken was cancelled.
     pub fn is_cancelled(&self) -> bool {
         let state = self.lock();
         state.taking.as_ref().is_some_and(|taking| taking.cancelled.load(Ordering::Relaxed))
     }
 
-    /// Has the checkpoint that is being taken given up by `cancel`, and waits until it is over.
-    /// False if there is none, or it was published all the same.
+    /// Cancels the checkpoint that is being taken, by calling `cancel`, and waits until it is over.
+    /// Returns false if there is none, or it was published all the same.
     pub fn cancel_checkpoint(&self, cancel: impl FnOnce()) -> bool {
         let mut state = self.lock();
         let Some(taking) = state.taking.clone() else { return false };
         taking.cancelled.store(true, Ordering::Relaxed);
-        // Under the lock, so that it cannot meet the next one.
+        // Under the lock, so that this cannot cancel the next checkpoint instead.
         cancel();
         while state.taking.as_ref().is_some_and(|now| Arc::ptr_eq(now, &taking)) {
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
@@ -160,7 +160,7 @@ impl Turns {
 }
 
 impl Turn<'_> {
-    /// Takes note that what the turn was for has been done.
+    /// Records that this turn's checkpoint was published.
     pub fn published(&self) {
         self.taking.iter().for_each(|taking| taking.published.store(true, Ordering::Relaxed));
     }
@@ -186,7 +186,7 @@ mod tests {
 
     use super::*;
 
-    /// Lets the others come as far as they can.
+    /// Yields to other threads until the state has `reached` a condition.
     fn wait_until(turns: &Turns, reached: impl Fn(&State) -> bool) {
         while !reached(&turns.lock()) {
             thread::yield_now();

@@ -1,4 +1,4 @@
-//! A virtual machine: booted or resumed, run, paused, ended.
+//! A virtual machine: booting, resuming, running, pausing and ending it.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -37,7 +37,7 @@ use crate::virtio::bus::{EVENT_GSI, Surroundings, mmio_slots};
 use crate::virtio::{IrqLine, VirtioBus};
 use crate::workload::{ControlView, GUEST_ELF, VerifyReport, WorkloadSpec};
 
-/// What a machine is put together from.
+/// What a [`Vm`] is assembled from.
 struct Parts {
     hypervisor: Hypervisor,
     shell: VmShell,
@@ -55,40 +55,40 @@ pub struct Vm {
     host: HostConfig,
     started: Instant,
     resumed_from: Option<SnapshotId>,
-    /// Opened once: by the time that it is needed again it may not be ours to open.
+    /// Kept open for rewinds: the process may have given up the right to open /dev/kvm by then.
     hypervisor: Hypervisor,
-    // From here on in the order in which they must go: the pager lets go of memory, so that
-    // vCPUs that wait for a page can end; then the vCPUs; then what they use.
+    // The next fields are in the order in which they must be dropped: the pager first, which
+    // releases vCPUs that wait for a page so that they can end; then the vCPUs; then what they use.
     pager: Option<Paging>,
     pub(crate) vcpus: Arc<VcpuSet>,
     pub(crate) bus: Arc<Bus>,
     pub(crate) shell: VmShell,
     disks: Vec<Arc<Disk>>,
-    /// The snapshot that the next one changes. Set by whoever has `line`.
+    /// The snapshot that the next one builds on. Set only while `line` is locked.
     head: Mutex<Option<SnapshotId>>,
     pub(crate) line: Mutex<Line>,
-    /// True while the user wants the guest to stand still. Locked while vCPUs stop and go.
+    /// True while the user wants the guest paused. Locked while vCPUs are stopped or resumed.
     pub(crate) paused: Mutex<bool>,
-    /// The same, for those who only ask.
+    /// Mirrors `paused`, for readers that must not wait for its lock.
     paused_now: AtomicBool,
-    /// How often the user had the guest stand still so far.
+    /// How often the user has paused the guest so far.
     pub(crate) pauses: AtomicU64,
-    /// The checkpoint that ends the machine is being written.
+    /// True while the checkpoint that ends the machine is being written.
     pub(crate) suspending: AtomicBool,
     pub(crate) progress: CheckpointProgress,
     pub(crate) totals: Mutex<CheckpointTotals>,
     pub(crate) telemetry: Telemetry,
-    /// Who may write to the store.
+    /// Decides who may write to the store.
     pub(crate) turns: Turns,
     pub(crate) keeping: Keeping,
     pub(crate) rewinding: Rewinding,
 }
 
 impl Vm {
-    /// Builds a machine and loads its guest. It stands still until [`Self::go`].
+    /// Builds a machine and loads its guest. The guest stays paused until [`Self::go`].
     ///
     /// # Errors
-    /// What KVM, the host or the guest's files refuse.
+    /// If KVM or the host refuses something, or the guest's files cannot be loaded.
     pub fn boot(config: &MachineConfig, host: HostConfig) -> Result<Self> {
         let hypervisor = Hypervisor::open()?;
         check_cpus(&hypervisor, config.cpus)?;
@@ -141,11 +141,11 @@ impl Vm {
         Ok(Self::assemble(config.name.clone(), machine, host, parts))
     }
 
-    /// Builds the machine that `snapshot` holds. It stands still until [`Self::go`].
+    /// Builds the machine that `snapshot` holds. The guest stays paused until [`Self::go`].
     ///
     /// # Errors
-    /// What KVM or the host refuse; [`VmmError::State`] if the state does not fit; store and
-    /// pager errors.
+    /// If KVM or the host refuses something; [`VmmError::State`] if the saved state does not fit;
+    /// store and pager errors.
     pub fn resume(
         snapshot: &Snapshot,
         name: String,
@@ -157,11 +157,12 @@ impl Vm {
         machine.plug(&host.nets, host.vsock.as_ref())?;
         let hypervisor = Hypervisor::open()?;
         check_cpus(&hypervisor, machine.cpus)?;
-        // Memory that others have too, or that somebody else fills, is not ours to give away.
+        // Holes may only be punched in memory that is neither shared nor filled by a pager.
         let punch = matches!(loading, Loading::Eager);
         let (ram, coming) = map_ram(&machine, snapshot, loading)?;
         let shell = VmShell::new(&hypervisor, Arc::new(ram), host.tracker)?;
-        // Before any state is set: KVM itself touches guest memory then (kvmclock, page tables).
+        // Before any state is set: setting it makes KVM itself touch guest memory (kvmclock, page
+        // tables).
         let late = Arc::new(OnceLock::new());
         let pager = bring_memory(snapshot, &shell.ram, coming, &late)?;
         let platform = SavedPlatform::take(&mut chunks)?;
@@ -181,14 +182,14 @@ impl Vm {
         let bus = Arc::new(Bus::new(serial, rtc, generation, virtio));
         let vcpus = Arc::new(VcpuSet::start(vcpus, &bus)?);
         late.get_or_init(|| Arc::downgrade(&vcpus));
-        // One that failed before there were vCPUs to stop.
+        // The pager may have failed before there were vCPUs that it could stop.
         if let Some(failure) = pager.as_ref().and_then(Paging::failure) {
             return Err(VmmError::NotNow(failure.to_string()));
         }
         let parts = Parts { hypervisor, shell, bus, vcpus, pager, disks };
         let mut vm = Self::assemble(name, machine, host, parts);
         vm.resumed_from = Some(snapshot.id());
-        // What was never touched since is shared with the snapshot, resident or not.
+        // The next checkpoint shares all untouched pages with this snapshot, resident or not.
         vm.set_head(snapshot.id());
         vm.line.get_mut().unwrap_or_else(PoisonError::into_inner).head_pin = snapshot.pin();
         Ok(vm)
@@ -234,14 +235,14 @@ impl Vm {
         self.check_not_suspending()?;
         if *paused {
             self.set_paused(&mut paused, false);
-            // Those of a machine that was resumed wait for this.
+            // Devices of a resumed machine wait for this.
             self.bus.go_on();
             self.vcpus.resume();
         }
         Ok(())
     }
 
-    /// Stops the guest at an instruction boundary, until [`Self::go`].
+    /// Pauses the guest at an instruction boundary until [`Self::go`].
     ///
     /// # Errors
     /// [`VmmError::NotNow`] if the VM has ended.
@@ -256,7 +257,7 @@ impl Vm {
         Ok(())
     }
 
-    /// Runs `with` while the guest stands still.
+    /// Runs `with` while the guest is paused.
     ///
     /// # Errors
     /// [`VmmError::NotNow`] if the VM has ended.
@@ -271,7 +272,7 @@ impl Vm {
         Ok(with())
     }
 
-    /// Neither to be stopped nor to go on: its last checkpoint is being written.
+    /// Fails while the VM's last checkpoint is being written: it may then neither pause nor go on.
     fn check_not_suspending(&self) -> Result<()> {
         if self.suspending.load(Ordering::Acquire) {
             return Err(VmmError::NotNow(format!(
@@ -282,7 +283,7 @@ impl Vm {
         Ok(())
     }
 
-    /// Stops the vCPUs, or none of them.
+    /// Stops all vCPUs, or on failure none of them.
     fn stop_vcpus(&self) -> Result<()> {
         self.vcpus.pause().inspect_err(|_| self.vcpus.resume())
     }
@@ -293,26 +294,26 @@ impl Vm {
         self.paused_now.store(value, Ordering::Release);
     }
 
-    /// Ends the VM. A checkpoint that is being written is given up.
+    /// Ends the VM. A checkpoint that is being written is cancelled.
     pub fn stop(&self) {
         self.progress.cancel();
         self.vcpus.end(Ended::Stopped);
     }
 
-    /// Waits for the VM's end; None if it goes on after `patience`.
+    /// Waits for the VM to end; returns None if it still runs after `patience`.
     #[must_use]
     pub fn wait_ended(&self, patience: Duration) -> Option<Ended> {
         self.vcpus.wait_ended(patience)
     }
 
-    /// Waits until what the guest wrote to its serial port has reached its destination, or that
-    /// takes too long. What it writes afterwards is dropped.
+    /// Waits, for a limited time, until the guest's serial output has reached its destination.
+    /// Later output is dropped.
     pub fn finish_output(&self) {
         self.bus.serial().finish_output();
     }
 
-    /// Has the guest read `bytes` from its serial port; returns how many of them there was room for, the
-    /// first ones.
+    /// Queues `bytes` for the guest to read from its serial port; returns how many of them, from
+    /// the first on, there was room for.
     #[must_use]
     pub fn serial_input(&self, bytes: &[u8]) -> usize {
         self.bus.serial().input(bytes)
@@ -324,95 +325,96 @@ impl Vm {
         self.vcpus.ended()
     }
 
-    /// Its name.
+    /// The VM's name.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The machine.
+    /// The machine as its snapshots describe it.
     #[must_use]
     pub fn machine(&self) -> &SavedMachine {
         &self.machine
     }
 
-    /// Where its checkpoints go.
+    /// The store that checkpoints go to, if there is one.
     #[must_use]
     pub fn store(&self) -> Option<&Arc<Store>> {
         self.host.store.as_ref()
     }
 
-    /// The snapshot it was resumed from.
+    /// The snapshot that the VM was resumed from, if it was.
     #[must_use]
     pub fn resumed_from(&self) -> Option<SnapshotId> {
         self.resumed_from
     }
 
-    /// The snapshot that the next checkpoint changes; None before the first.
+    /// The snapshot that the next checkpoint builds on; None before the first checkpoint.
     #[must_use]
     pub fn head(&self) -> Option<SnapshotId> {
         *self.head.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes `id` the head, and returns the one before.
+    /// Makes `id` the head and returns the previous head.
     pub(crate) fn set_head(&self, id: SnapshotId) -> Option<SnapshotId> {
         self.head.lock().unwrap_or_else(PoisonError::into_inner).replace(id)
     }
 
-    /// What keeps track of the pages the guest writes.
+    /// The kind of tracker that records which pages the guest writes.
     #[must_use]
     pub fn dirty_tracking(&self) -> TrackerKind {
         self.shell.tracker_kind()
     }
 
-    /// Time since it was built.
+    /// Time since the VM was built.
     #[must_use]
     pub fn uptime(&self) -> Duration {
         self.started.elapsed()
     }
 
-    /// True while the user wants the guest to stand still.
+    /// True while the user wants the guest paused.
     #[must_use]
     pub fn is_paused(&self) -> bool {
-        // Not the lock: it is held for as long as somebody looks at a guest that stands still.
+        // Not `paused`: its lock is held for as long as somebody inspects a paused guest.
         self.paused_now.load(Ordering::Acquire)
     }
 
-    /// What the pager did, if memory comes lazily.
+    /// What the pager has done so far, if there is one.
     #[must_use]
     pub fn pager_stats(&self) -> Option<PagerStats> {
         self.pager.as_ref().map(Paging::stats)
     }
 
-    /// The process of its pager if that is another, and how many of them died.
+    /// The id of the pager's process, if the pager runs in another one, and how many such processes
+    /// have died.
     #[must_use]
     pub fn pager_process(&self) -> (Option<u32>, u64) {
         self.pager.as_ref().map_or((None, 0), Paging::process)
     }
 
-    /// How often its vCPUs left the guest, and why.
+    /// How often the vCPUs left the guest, by reason.
     #[must_use]
     pub fn exit_counts(&self) -> ExitCounts {
         self.vcpus.exits()
     }
 
-    /// Its disks, for their devices.
+    /// The VM's disks, for the devices that serve them.
     #[must_use]
     pub fn disks(&self) -> &[Arc<Disk>] {
         &self.disks
     }
 
-    /// Memory for a point to rewind to, for each region.
+    /// Pages of each region that a rewind point may keep in memory.
     pub(crate) fn rewind_cache_pages(&self) -> usize {
         (self.host.rewind_cache_bytes / PAGE_SIZE as u64) as usize
     }
 
-    /// For how much of the time a guest may be kept from running, in percent.
+    /// The largest share of the time, in percent, that the guest may be throttled for.
     pub(crate) fn throttle_max_percent(&self) -> u8 {
         self.host.throttle_max_percent.min(99)
     }
 
-    /// Pages that a checkpoint may copy aside.
+    /// How many pages a checkpoint may copy aside.
     pub(crate) fn staging_pages(&self) -> u64 {
         self.host.staging_bytes / PAGE_SIZE as u64
     }
@@ -427,20 +429,22 @@ impl Vm {
         &self.shell.ram
     }
 
-    /// How far the built-in workload has come. Reads live memory.
+    /// The progress of the built-in workload, read from live memory.
     ///
     /// # Errors
-    /// [`VmmError::NotNow`] if the guest is another, or has not set up its control pages yet.
+    /// [`VmmError::NotNow`] if the guest runs something else, or has not set up its control pages
+    /// yet.
     pub fn workload(&self) -> Result<ControlView> {
         self.workload_spec()?;
         ControlView::read(&mut crate::workload_memory::Live(self.ram()))
             .map_err(|error| VmmError::NotNow(format!("the workload cannot be read: {error}")))
     }
 
-    /// Stops the guest and checks all of its memory against the workload's oracle.
+    /// Pauses the guest and checks all of its memory against the workload's oracle.
     ///
     /// # Errors
-    /// [`VmmError::NotNow`] if the guest is another; the oracle's findings as the inner error.
+    /// [`VmmError::NotNow`] if the guest runs something else; the oracle's findings are the inner
+    /// error.
     pub fn verify_workload(&self) -> Result<Result<VerifyReport, String>> {
         let spec = self.workload_spec()?;
         let memory = crate::workload_memory::Live(self.ram());
@@ -469,7 +473,7 @@ impl Vm {
     }
 }
 
-/// Lets vCPUs go on when it is dropped.
+/// Resumes the vCPUs when dropped.
 pub(crate) struct GoesOn<'a>(pub &'a VcpuSet);
 
 impl Drop for GoesOn<'_> {

@@ -1,4 +1,4 @@
-//! The workload's oracle on live memory and on snapshots.
+//! Checking live memory and snapshots with the built-in workload's oracle.
 
 use std::io;
 
@@ -10,7 +10,7 @@ use crate::memory::{GuestRam, RAM_REGION};
 use crate::state::ChunkSet;
 use crate::workload::{PageRead, PageReadShared, VerifyReport, verify_parallel};
 
-/// A guest's RAM; pages that have not come in yet come as they are read.
+/// A guest's live RAM; reading a page that is not loaded yet loads it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Live<'a>(pub &'a GuestRam);
 
@@ -37,16 +37,17 @@ impl PageReadShared for Stored {
 /// The machine that `snapshot` holds.
 ///
 /// # Errors
-/// [`VmmError::State`] if the chunk is missing or too new; store errors.
+/// [`VmmError::Config`] if the snapshot holds no machine; [`VmmError::State`] if the chunk cannot
+/// be read; store errors.
 pub fn saved_machine(snapshot: &Snapshot) -> Result<SavedMachine> {
     take_machine(&mut ChunkSet::new(snapshot.states()?)?)
 }
 
-/// Checks every page of `snapshot` against the built-in workload's oracle; `None` if its guest
-/// is another, or it is of no machine.
+/// Checks every page of `snapshot` against the built-in workload's oracle. Returns `None` if its
+/// guest runs something else, or it holds no machine.
 ///
 /// # Errors
-/// [`VmmError::State`] saying which pages are not what the guest wrote; store errors.
+/// [`VmmError::State`], which says which pages are not what the guest wrote; store errors.
 pub fn verify_snapshot(snapshot: &Snapshot) -> Result<Option<VerifyReport>> {
     let is_of_a_machine = snapshot.manifest().state.iter().any(|chunk| chunk.name == MACHINE_CHUNK);
     if !is_of_a_machine {

@@ -1,8 +1,8 @@
-//! ACPI tables: how many processors there are, how interrupts are wired, which devices are there,
-//! and how the machine is reset and powered off (ACPI Specification 6.5; sections are its).
+//! ACPI tables: the number of processors, the wiring of interrupts, the devices, and how to reset
+//! the machine and power it off (section numbers are those of the ACPI Specification 6.5).
 //!
-//! The machine is a hardware-reduced one (4.1): without power management timer, events and buttons,
-//! so that nothing but the tables, which are in RAM, is needed to tell a guest of it.
+//! The machine is hardware-reduced (4.1): it has no power management timer, fixed events or buttons,
+//! so ACPI needs nothing but the tables, which are in RAM.
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -22,9 +22,9 @@ use crate::devices::{i8042, power, rtc, serial, vmgenid};
 use crate::error::Result;
 use crate::memory::GuestMemory;
 
-/// Where the RSDP is: the first place a guest looks for it in the BIOS area (5.2.5.1).
+/// The RSDP's address: the first place in the BIOS area where a guest looks for it (5.2.5.1).
 pub(super) const RSDP: u64 = BIOS_AREA.start;
-/// The other tables, from here to where the machine's generation is.
+/// The other tables lie from here up to the generation id.
 const TABLES: u64 = RSDP + 0x40;
 const TABLES_END: u64 = vmgenid::ADDRESS;
 const _: () = assert!(TABLES_END + 0x1000 == BIOS_AREA.end);
@@ -32,61 +32,63 @@ const _: () = assert!(TABLES_END + 0x1000 == BIOS_AREA.end);
 const OEM: [u8; 6] = *b"FRAZIL";
 const OEM_TABLE: [u8; 8] = *b"FRAZILVM";
 const OEM_REVISION: u32 = 1;
-/// Bytes of a table's header.
+/// Length of a table's header.
 const HEADER_BYTES: u32 = 36;
 
 const LOCAL_APIC: u32 = 0xfee0_0000;
 const IO_APIC: u32 = 0xfec0_0000;
-/// MADT: there are two 8259As besides (5.2.12).
+/// MADT: flag for two 8259As in addition (5.2.12).
 const PCAT_COMPAT: u32 = 1;
-/// MADT: interrupt source override, and the local APICs' NMI (5.2.12.5, 5.2.12.7).
+/// MADT: types of the entries for interrupt source overrides and local APIC NMIs (5.2.12.5,
+/// 5.2.12.7).
 const OVERRIDE: u8 = 2;
 const LOCAL_APIC_NMI: u8 = 4;
-/// FADT: VGA or a CMOS clock are not there (5.2.9.3).
+/// FADT: flags for the absence of VGA and of a CMOS clock (5.2.9.3).
 const NO_VGA: u16 = 1 << 2;
 const NO_CMOS_CLOCK: u16 = 1 << 5;
 
-/// A virtio device on the MMIO bus, as the tables tell a guest of it.
+/// A virtio device on the MMIO bus, as described in the tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MmioSlot {
     /// Guest physical address of its registers.
     pub base: u64,
-    /// Bytes of them.
+    /// Length of its registers in bytes.
     pub len: u64,
-    /// The input of the IOAPIC that it interrupts by, edge-triggered.
+    /// The IOAPIC input of its interrupt, which is edge-triggered.
     pub gsi: u32,
 }
 
-/// The machine's generation, as the tables tell a guest of it.
+/// The machine's generation id, as described in the tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GenerationSlot {
     /// Guest physical address of its sixteen bytes.
     pub address: u64,
-    /// The input of the IOAPIC that tells of a new one, edge-triggered.
+    /// The IOAPIC input of the edge-triggered interrupt that announces a new id.
     pub gsi: u32,
 }
 
-/// What the tables tell a guest that its machine has.
+/// The hardware that the tables list.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Hardware<'a> {
-    /// Processors, whose local APIC ids are their numbers.
+    /// Number of processors; their local APIC ids are their indices.
     pub cpus: usize,
     /// Virtio devices on the MMIO bus.
     pub slots: &'a [MmioSlot],
-    /// Its generation.
+    /// The generation id, if there is one.
     pub generation: Option<GenerationSlot>,
-    /// A PC's clock.
+    /// Whether there is a PC's CMOS clock.
     pub rtc: bool,
 }
 
 /// Writes the tables of a machine with `hardware`.
 ///
 /// # Errors
-/// [`VmmError::Boot`](crate::VmmError::Boot) if they do not fit the BIOS area, or RAM has none.
+/// [`VmmError::Boot`](crate::VmmError::Boot) if the tables do not fit the BIOS area, or RAM does not
+/// reach that far.
 pub(super) fn write(memory: &GuestMemory, hardware: &Hardware<'_>) -> Result<()> {
     let mut bytes = Vec::new();
     let mut add = |table: &dyn Aml| {
-        // Aligned, for those who read them as structures.
+        // Aligned, for guests that read tables as structures.
         bytes.resize(bytes.len().next_multiple_of(16), 0);
         let address = TABLES + bytes.len() as u64;
         table.to_aml_bytes(&mut bytes);
@@ -111,7 +113,7 @@ pub(super) fn write(memory: &GuestMemory, hardware: &Hardware<'_>) -> Result<()>
         .map_err(|error| boot_error("the ACPI tables", "room in guest memory", error))
 }
 
-/// The fixed description (5.2.9).
+/// The Fixed ACPI Description Table (5.2.9).
 fn fadt(dsdt: u64, has_rtc: bool) -> impl Aml {
     let port = |port: u16| GAS::new(Space::SystemIo, 8, 0, AccessSize::ByteAccess, port.into());
     let mut fadt = FADTBuilder::new(OEM, OEM_TABLE, OEM_REVISION)
@@ -131,7 +133,7 @@ fn fadt(dsdt: u64, has_rtc: bool) -> impl Aml {
     fadt.finalize()
 }
 
-/// Processors and interrupt controllers (5.2.12).
+/// The table of processors and interrupt controllers (5.2.12).
 fn madt(cpus: usize) -> impl Aml {
     let mut madt = Sdt::new(*b"APIC", HEADER_BYTES, 5, OEM, OEM_TABLE, OEM_REVISION);
     madt.append(LOCAL_APIC);
@@ -141,14 +143,14 @@ fn madt(cpus: usize) -> impl Aml {
         ProcessorLocalApic::new(id, id, EnabledStatus::Enabled).to_aml_bytes(&mut madt);
     }
     IoApic::new(0, IO_APIC, 0).to_aml_bytes(&mut madt);
-    // ISA interrupt 0, the timer's, is wired to input 0 and not to 2 as in most PCs: KVM's default.
+    // ISA interrupt 0, the timer's, is wired to input 0 (KVM's default), not to 2 as in most PCs.
     madt.append_slice(&[OVERRIDE, 10, 0, 0, 0, 0, 0, 0, 0, 0]);
-    // Of all processors, at LINT1.
+    // For all processors, at LINT1.
     madt.append_slice(&[LOCAL_APIC_NMI, 6, 0xff, 0, 0, 1]);
     madt
 }
 
-/// The devices, and how to power off (5.2.11.1).
+/// The table of the devices and of the power-off state (5.2.11.1).
 fn dsdt(hardware: &Hardware<'_>) -> impl Aml {
     let mut body = Vec::new();
     serial_port(&mut body);
@@ -182,7 +184,7 @@ fn serial_port(body: &mut Vec<u8>) {
     Device::new("_SB_.COM1".into(), vec![&id, &number, &resources]).to_aml_bytes(body);
 }
 
-/// A PC's clock. Without an interrupt, as it has no alarms.
+/// A PC's CMOS clock, without an interrupt since it has no alarms.
 fn clock(body: &mut Vec<u8>) {
     let ports = IO::new(rtc::INDEX, rtc::INDEX, 1, (rtc::DATA - rtc::INDEX + 1) as u8);
     let id = Name::new("_HID".into(), &EISAName::new("PNP0B00"));
@@ -190,8 +192,8 @@ fn clock(body: &mut Vec<u8>) {
     Device::new("_SB_.RTC_".into(), vec![&id, &resources]).to_aml_bytes(body);
 }
 
-/// The machine's generation, and the device that makes a notification of its interrupt: hardware-reduced
-/// machines have no other events than those of Generic Event Devices (5.6.9).
+/// The generation id, and the Generic Event Device that turns its interrupt into a notification:
+/// hardware-reduced machines have no other events (5.6.9).
 fn generation(body: &mut Vec<u8>, slot: &GenerationSlot) {
     const CHANGED: u8 = 0x80;
     let id = Name::new("_HID".into(), &"VMGENCTR");
@@ -215,7 +217,7 @@ fn generation(body: &mut Vec<u8>, slot: &GenerationSlot) {
     Device::new("_SB_.GED_".into(), vec![&id, &number, &resources, &event]).to_aml_bytes(body);
 }
 
-/// A device that says by itself, in its registers, what it is.
+/// A virtio device; its registers say which kind it is.
 fn virtio_device(body: &mut Vec<u8>, index: usize, slot: &MmioSlot) {
     let interrupt = Interrupt::new(true, true, false, false, slot.gsi);
     let near = u32::try_from(slot.base).ok().zip(u32::try_from(slot.len).ok());
@@ -254,7 +256,7 @@ mod tests {
         u64::from_le_bytes(bytes[offset..offset + 8].try_into().unwrap())
     }
 
-    /// The table at `address`, checked.
+    /// Returns the table at `address` after checking its signature and checksum.
     fn table(ram: &GuestRam, address: u64, signature: [u8; 4]) -> Vec<u8> {
         let header = read(ram, address, HEADER_BYTES as usize);
         assert_eq!(header[..4], signature[..]);

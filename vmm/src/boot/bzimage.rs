@@ -1,4 +1,4 @@
-//! Loading a Linux bzImage: the compressed kernel as distributions ship it, which unpacks itself
+//! Loads a Linux bzImage: the compressed kernel as distributions ship it, which unpacks itself
 //! (`Documentation/arch/x86/boot.rst` in the Linux sources).
 
 use std::io::{Read, Seek, SeekFrom};
@@ -14,37 +14,37 @@ use crate::memory::{GuestRam, HOLE_START};
 
 /// Where the setup header starts in the file.
 const SETUP_HEADER: usize = 0x1f1;
-/// The setup header's length is the byte here, counted from [`MAGIC`].
+/// The byte at this offset is the distance from [`MAGIC`] to the end of the setup header.
 const HEADER_LEN: usize = 0x201;
 const MAGIC: usize = 0x202;
-/// Bytes from the start of the file that tell all there is to know about it.
+/// Bytes at the start of the file that contain the whole setup header.
 pub(super) const HEAD_BYTES: u64 = 0x202 + 0xff;
-/// The boot protocol that says whether a kernel has a 64-bit entry.
+/// The first boot protocol version that says whether a kernel has a 64-bit entry.
 const VERSION_MIN: u16 = 0x20c;
-/// The 64-bit entry, counted from where the kernel is loaded.
+/// Offset of the 64-bit entry from the address that the kernel is loaded at.
 const ENTRY_64: u64 = 0x200;
 const SECTOR_BYTES: u64 = 512;
 const EXPECTED: &str = "a Linux bzImage for x86-64, of boot protocol 2.12 or newer";
 
-/// True if a file that starts with `head` says that it is a bzImage.
+/// True if a file that starts with `head` has a bzImage's magic number.
 pub(super) fn is_one(head: &[u8]) -> bool {
     head.get(MAGIC..MAGIC + 4) == Some(b"HdrS")
 }
 
-/// Where a kernel goes, in guest physical addresses.
+/// Where a kernel is loaded, in guest physical addresses.
 #[derive(Debug, PartialEq, Eq)]
 struct Place {
     load: u64,
-    /// The end of what it needs while it unpacks itself.
+    /// The end of the memory that the kernel needs while it unpacks itself.
     end: u64,
 }
 
-/// Loads the kernel of the file `image`, which starts with `head`, to where it prefers to be: a
+/// Loads the kernel in the file `image`, which starts with `head`, at its preferred address: a
 /// kernel that is loaded lower moves itself up there.
 ///
 /// # Errors
-/// [`VmmError::Boot`] if its header makes no sense, it cannot be entered in 64-bit mode, or it does
-/// not fit RAM.
+/// [`VmmError::Boot`] if the header is invalid, or the kernel has no 64-bit entry or does not fit
+/// RAM.
 pub(super) fn load<F: Read + ReadVolatile + Seek>(
     what: &str,
     head: &[u8],
@@ -79,7 +79,8 @@ pub(super) fn load<F: Read + ReadVolatile + Seek>(
     })
 }
 
-/// The setup header of a file that starts with `head`, as far as it says it goes: code follows.
+/// Reads the setup header of a file that starts with `head`, up to the end that it gives: code
+/// follows.
 fn read_header(head: &[u8]) -> Result<setup_header, String> {
     let end = MAGIC + usize::from(*head.get(HEADER_LEN).ok_or("a file that ends in its header")?);
     let there = head.get(SETUP_HEADER..end).ok_or("a file that ends in its header")?;
@@ -99,8 +100,8 @@ fn read_header(head: &[u8]) -> Result<setup_header, String> {
     Ok(header)
 }
 
-/// Settles where a kernel of `kernel_bytes` is loaded, and what it needs there ("init_size" in the
-/// boot protocol).
+/// Decides where to load a kernel of `kernel_bytes`, and how much memory it needs there
+/// ("init_size" in the boot protocol).
 fn place(what: &str, header: &setup_header, kernel_bytes: u64) -> Result<Place, VmmError> {
     let (preferred, alignment) = (header.pref_address, u64::from(header.kernel_alignment));
     let nonsense = |found: String| boot_error(what, "a bzImage that can be placed in RAM", found);
@@ -225,7 +226,7 @@ mod tests {
         fn no_header_leads_outside_ram_or_low(noise in proptest::collection::vec(any::<u8>(), 123)) {
             let ram = GuestRam::new(32 << 20).unwrap();
             let mut image = image(&good());
-            // What makes it a bzImage is kept, or hardly any would be looked at closely.
+            // Keeps the bytes that make it a bzImage, or nearly all would be refused early.
             let kept = [0, 13, 14, 16, 17, 18, 19, 20, 21, 22, 32, 0x236 - SETUP_HEADER];
             for (index, byte) in noise.iter().enumerate().filter(|(index, _)| !kept.contains(index)) {
                 image[SETUP_HEADER + index] = *byte;

@@ -1,4 +1,4 @@
-//! Loading ELF executables: a Linux kernel's uncompressed vmlinux, or a guest of one's own.
+//! Loads ELF executables: an uncompressed Linux kernel (vmlinux), or any other 64-bit guest.
 
 use std::io::{Read, Seek, SeekFrom};
 
@@ -10,18 +10,18 @@ use super::{BIOS_AREA, BOOT_TABLES_END, HIGH_RAM, Loaded, boot_error};
 use crate::error::{Result, VmmError};
 use crate::memory::GuestMemory;
 
-/// Bytes of an ELF64 header and of a program header (System V ABI, "ELF-64 Object File Format").
+/// Lengths of the ELF64 header and of a program header (System V ABI, "ELF-64 Object File Format").
 const HEADER_BYTES: usize = 64;
 const PROGRAM_HEADER_BYTES: usize = 56;
 const PT_LOAD: u64 = 1;
 
-/// A field of `bytes` bytes (8 at most), little-endian; None behind the end.
+/// Reads a little-endian field of `bytes` bytes, at most 8; None if it is beyond the end.
 fn field(of: &[u8], offset: usize, bytes: usize) -> Option<u64> {
     let bytes = of.get(offset..offset + bytes)?;
     Some(bytes.iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte)))
 }
 
-/// Why what starts with `head` is no ELF64 executable for x86-64; None if it is one.
+/// Why a file that starts with `head` is not an ELF64 executable for x86-64; None if it is one.
 pub(super) fn misfit(head: &[u8]) -> Option<&'static str> {
     if !head.starts_with(b"\x7fELF") {
         return Some("something else");
@@ -30,7 +30,7 @@ pub(super) fn misfit(head: &[u8]) -> Option<&'static str> {
     (!fits).then_some("an ELF file for another machine")
 }
 
-/// Loads the segments of an ELF file to the physical addresses that they name.
+/// Loads the segments of an ELF file at their physical addresses.
 ///
 /// # Errors
 /// [`VmmError::Boot`] if a segment does not fit RAM, or lies where the boot tables go.
@@ -53,7 +53,7 @@ fn misplaced(what: &str, found: impl ToString) -> VmmError {
     boot_error(what, "ELF segments that fit guest memory", found)
 }
 
-/// Refuses segments that the boot tables would overwrite: those are written after the kernel.
+/// Refuses segments that the boot tables, which are written after the kernel, would overwrite.
 fn check_segments<F: Read + Seek>(what: &str, image: &mut F) -> Result<()> {
     let mut header = [0; HEADER_BYTES];
     image

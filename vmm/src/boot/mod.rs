@@ -1,4 +1,4 @@
-//! Loading a kernel and entering it by the 64-bit Linux boot protocol
+//! Loads a kernel and prepares the boot processor to enter it by the 64-bit Linux boot protocol
 //! (`Documentation/arch/x86/boot.rst` in the Linux sources): long mode, the zero page in RSI.
 
 mod acpi;
@@ -32,11 +32,11 @@ const PDPT: u64 = 0xa000;
 const PAGE_DIRECTORIES: u64 = 0xb000;
 const CMDLINE: u64 = 0x2_0000;
 const CMDLINE_MAX_LEN: usize = 2048;
-/// The page behind all of them.
+/// The end of the page after the tables above.
 const BOOT_TABLES_END: u64 = 0x2_1000;
-/// The extended BIOS data area, and the rest of the first MiB, are no RAM to a PC.
+/// Start of the extended BIOS data area: from here to the end of the first MiB a PC has no RAM.
 const EBDA: u64 = 0x9_fc00;
-/// Where a PC has the read-only memory in which a kernel looks for tables of its firmware.
+/// Where a PC has its BIOS in read-only memory, and kernels look for the firmware's tables.
 const BIOS_AREA: std::ops::Range<u64> = 0xe_0000..HIGH_RAM;
 const HIGH_RAM: u64 = 0x10_0000;
 
@@ -60,12 +60,12 @@ pub struct BootSource {
     pub cmdline: String,
 }
 
-/// A kernel in RAM.
+/// A kernel loaded into RAM.
 #[derive(Debug)]
 struct Loaded {
     /// The address to enter at.
     entry: u64,
-    /// The end of what it takes of RAM, before it knows of anything else there.
+    /// The end of the RAM that the kernel uses before it knows what else is in RAM.
     end: u64,
     /// The setup header of a bzImage.
     header: Option<setup_header>,
@@ -73,8 +73,8 @@ struct Loaded {
     initrd_end_max: u64,
 }
 
-/// Loads `source` into RAM, and tables that tell of `cpus` processors and the virtio devices `slots` and
-/// of nothing that a machine need not have; returns the address to enter at.
+/// Loads `source` into RAM, with tables that list `cpus` processors, the virtio devices `slots` and
+/// no other optional hardware; returns the address to enter at.
 ///
 /// # Errors
 /// As [`load_on`].
@@ -82,10 +82,10 @@ pub fn load(source: &BootSource, ram: &GuestRam, cpus: usize, slots: &[MmioSlot]
     load_on(source, ram, &Hardware { cpus, slots, ..Hardware::default() })
 }
 
-/// Loads `source` into RAM, and tables that tell of `hardware`; returns the address to enter at.
+/// Loads `source` into RAM, with tables that list `hardware`; returns the address to enter at.
 ///
 /// # Errors
-/// [`VmmError::Boot`] saying what cannot be booted and why.
+/// [`VmmError::Boot`], which says what cannot be booted and why.
 pub fn load_on(source: &BootSource, ram: &GuestRam, hardware: &Hardware<'_>) -> Result<u64> {
     let memory = ram.memory();
     let kernel = match &source.kernel {
@@ -110,7 +110,7 @@ fn open(path: &Path) -> Result<File> {
         .map_err(|error| boot_error(path.display().to_string(), "a readable file", error))
 }
 
-/// Loads an ELF file or a bzImage, whichever `image` is.
+/// Loads `image`, an ELF file or a bzImage.
 fn load_kernel<F: Read + Seek + ReadVolatile>(
     what: &str,
     image: &mut F,
@@ -130,12 +130,12 @@ fn load_kernel<F: Read + Seek + ReadVolatile>(
     }
 }
 
-/// Loads the initrd behind the kernel; returns its address and length.
+/// Loads the initrd above the kernel; returns its address and length.
 fn load_initrd(path: &Path, ram: &GuestRam, kernel: &Loaded) -> Result<(u64, u64)> {
     let mut file = open(path)?;
     let what = || path.display().to_string();
     let len = file.metadata().map_err(|error| boot_error(what(), "a readable file", error))?.len();
-    // As high as the kernel can reach it, out of the way of its own segments.
+    // As high as the kernel can reach, out of the way of its own segments.
     let end = ram.len_bytes().min(HOLE_START).min(kernel.initrd_end_max);
     let address = end
         .checked_sub(len)
@@ -154,7 +154,8 @@ fn load_initrd(path: &Path, ram: &GuestRam, kernel: &Loaded) -> Result<(u64, u64
     Ok((address, len))
 }
 
-/// Loads the command line; `len_max` is the most characters that the kernel says it takes.
+/// Loads the command line; returns its address, and its length with the terminating zero. `len_max`
+/// is the most characters that the kernel says it takes.
 fn load_command_line(text: &str, len_max: Option<u32>, memory: &GuestMemory) -> Result<(u64, u32)> {
     let most =
         len_max.map_or(CMDLINE_MAX_LEN - 1, |most| CMDLINE_MAX_LEN.min(most as usize + 1) - 1);

@@ -1,4 +1,4 @@
-//! The tables and registers with which the boot processor enters a kernel.
+//! The descriptor tables, page tables and registers with which the boot processor enters a kernel.
 
 use kvm_bindings::{kvm_fpu, kvm_lapic_state, kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
@@ -18,7 +18,8 @@ const LVT_LINT1: usize = 0x360;
 const MODE_NMI: u8 = 4;
 const MODE_EXTINT: u8 = 7;
 
-/// A flat GDT with the selectors Linux wants, and an identity map of the first 4 GiB.
+/// Writes a flat GDT with the selectors that Linux expects, and page tables that map the first 4 GiB
+/// one to one.
 pub(super) fn write_tables(memory: &GuestMemory) -> Result<()> {
     let write = |value: u64, address: u64| {
         memory
@@ -37,8 +38,8 @@ pub(super) fn write_tables(memory: &GuestMemory) -> Result<()> {
     (0..4 * 512).try_for_each(|index| write(index << 21 | 0x83, PAGE_DIRECTORIES + index * 8))
 }
 
-/// Flags (as in bits 40..56 of a descriptor) and limit of the GDT's entries: two unused, code at
-/// 0x10, data at 0x18, the task state at 0x20.
+/// Flags (as in bits 40..56 of a descriptor) and limit of each GDT entry: two unused ones, code at
+/// 0x10, data at 0x18, the task state segment at 0x20.
 const SEGMENTS: [(u16, u32); 5] =
     [(0, 0), (0, 0), (0xa09b, 0xf_ffff), (0xc093, 0xf_ffff), (0x808b, 0xf_ffff)];
 
@@ -54,7 +55,7 @@ fn segment(index: usize) -> kvm_segment {
     let bit = |position: u16| (flags >> position & 1) as u8;
     kvm_segment {
         base: 0,
-        // In pages, except where the granularity bit says bytes; all of ours are in pages.
+        // KVM takes the limit in bytes; all our entries have it in pages.
         limit: limit << 12 | 0xfff,
         selector: index as u16 * 8,
         type_: (flags & 0xf) as u8,
@@ -70,8 +71,8 @@ fn segment(index: usize) -> kvm_segment {
     }
 }
 
-/// Sets the boot processor's registers to enter at `entry`. The other processors wait for the
-/// startup interrupts that the guest sends them.
+/// Sets the boot processor's registers to enter the kernel at `entry`. The other processors wait for
+/// startup interrupts from the guest.
 ///
 /// # Errors
 /// [`VmmError::Kvm`].
@@ -97,12 +98,12 @@ pub fn set_boot_registers(vcpu: &VcpuFd, entry: u64) -> Result<()> {
         ..Default::default()
     };
     vcpu.set_regs(&regs).map_err(VmmError::kvm("set registers"))?;
-    // As after FNINIT, and the MXCSR every processor starts with.
+    // The state after FNINIT, and the MXCSR that every processor starts with.
     let fpu = kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..Default::default() };
     vcpu.set_fpu(&fpu).map_err(VmmError::kvm("set the FPU"))
 }
 
-/// Wires the local APIC's pins as a PC's firmware does: the 8259A to LINT0, the NMI to LINT1.
+/// Sets up the local APIC's pins as a PC's firmware does: the 8259A at LINT0, the NMI at LINT1.
 ///
 /// # Errors
 /// [`VmmError::Kvm`].
@@ -114,7 +115,7 @@ pub fn set_local_apic(vcpu: &VcpuFd) -> Result<()> {
 }
 
 fn set_delivery_mode(lapic: &mut kvm_lapic_state, register: usize, mode: u8) {
-    // Bits 8 to 10 of the register, little-endian: the low bits of its second byte.
+    // Bits 8 to 10 of a little-endian register: the low bits of its second byte.
     let byte = &mut lapic.regs[register + 1];
     *byte = (*byte as u8 & !7 | mode) as _;
 }

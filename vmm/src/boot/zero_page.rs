@@ -1,4 +1,4 @@
-//! The zero page: what the boot protocol has a loader tell the kernel.
+//! The zero page: the parameters that a boot loader passes to the kernel.
 
 use linux_loader::configurator::linux::LinuxBootConfigurator;
 use linux_loader::configurator::{BootConfigurator, BootParams};
@@ -11,19 +11,19 @@ use crate::memory::{GuestRam, HOLE_END, HOLE_START};
 
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
-/// Where the memory of a PC's graphics card would be.
+/// End of the extended BIOS data area, where a PC's graphics memory would start.
 const EBDA_END: u64 = 0xa_0000;
-/// A loader without a number of its own.
+/// The id of a boot loader that has none assigned.
 const LOADER_UNDEFINED: u8 = 0xff;
 
-/// What a kernel is told besides its RAM.
+/// What the zero page says besides the layout of RAM.
 #[derive(Debug, Default)]
 pub(super) struct Told {
-    /// The setup header of its bzImage.
+    /// The setup header, if the kernel is a bzImage.
     pub header: Option<setup_header>,
-    /// The command line's address, and its bytes with the zero behind it.
+    /// The command line's address, and its length in bytes with the terminating zero.
     pub cmdline: (u64, u32),
-    /// The initial RAM disk's address and bytes.
+    /// The initial RAM disk's address and length in bytes.
     pub initrd: Option<(u64, u64)>,
 }
 
@@ -59,14 +59,14 @@ fn header(told: &Told) -> setup_header {
     });
     header.type_of_loader = LOADER_UNDEFINED;
     header.cmd_line_ptr = told.cmdline.0 as u32;
-    // Whatever a file says there, these are the loader's to fill in.
+    // These are the loader's to fill in, whatever the file says.
     let (address, len) = told.initrd.unwrap_or((0, 0));
     (header.ramdisk_image, header.ramdisk_size) = (address as u32, len as u32);
     header.setup_data = 0;
     header
 }
 
-/// The RAM a guest may use, as address ranges.
+/// The RAM that a guest may use, as ranges of addresses.
 fn e820(ram_bytes: u64) -> Vec<(u64, u64)> {
     let mut ranges = vec![(0, EBDA), (HIGH_RAM, ram_bytes.min(HOLE_START))];
     if ram_bytes > HOLE_START {

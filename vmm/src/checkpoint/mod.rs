@@ -37,31 +37,32 @@ pub use report::{
 };
 pub(crate) use staging::Staging;
 
-/// So few pages are copied in the pause without another thought: in about the time it takes to find
-/// out whether there are fewer.
+/// With no more dirty pages than this, they are left to the pause: copying them takes about as long
+/// as another harvest.
 const FEW_PAGES: u64 = 32;
-/// More than so many are not copied in the pause, which they would make a millisecond longer.
+/// The most pages that should be left to the pause: copying them takes about a millisecond.
 const CUT_PAGES_MAX: u64 = 2048;
 /// Room for pages that are found only in the pause.
 const CUT_ROOM_PAGES: usize = 1024;
-/// Pages copied since the guest was about to change them, for each that may be copied aside.
+/// The most copies of protected pages that the guest wants to change, as a multiple of the pages
+/// that may be copied aside.
 const COW_SHARE: usize = 4;
-/// A guest that writes faster than rounds catch up is cut after so many.
+/// The most rounds: a guest that writes faster than they catch up is cut all the same.
 const MAX_ROUNDS: usize = 6;
-/// The span of `tracing` that a checkpoint's thread is in as long as the guest stands still, and a vCPU's
-/// while it reads its state meanwhile.
+/// The `tracing` span that a checkpoint's thread is in while the guest is paused, and a vCPU's
+/// thread while it reads its state in that pause.
 pub const PAUSE_SPAN: &str = "pause";
-/// What a VM keeps between checkpoints of the room for copied pages at the most: 64 MiB.
+/// The most room for copied pages that a VM keeps between checkpoints: 64 MiB.
 const STAGING_PAGES_KEPT_MAX: usize = 16_384;
 
-/// What stood still at the cut: all that the commit needs, so that the guest can go on.
+/// The state at the cut: everything the commit needs once the guest runs again.
 struct Cut {
     vcpus: Vec<CapturedVcpu>,
     platform: CapturedPlatform,
     devices: CapturedDevices,
     disks: Vec<FrozenDisk>,
-    /// Of a machine that is about to end, until it has: what its devices did from here on would be lost, or
-    /// be done again by the one that is resumed.
+    /// Kept for a machine that is about to end: what its devices did after the cut would be lost,
+    /// or be done again by the resumed machine.
     at_rest: AtRest,
     time_unix_ms: u64,
 }
@@ -74,22 +75,23 @@ struct Checkpoint<'a> {
     transaction: Transaction,
     region: RegionHandle,
     disk_regions: Vec<RegionHandle>,
-    /// Pages harvested and neither written, copied nor protected yet.
+    /// Pages harvested, but not yet written, copied or protected.
     waiting: PageSet,
-    /// Pages left in place until they are written.
+    /// Pages left in place until they are written to the store.
     protected: Option<Protected>,
-    /// The guest stands still for `--exit`: it must go on if the commit fails.
+    /// The guest was stopped for `--exit` and must go on if the commit fails.
     resume_after_failure: bool,
     started: Instant,
     stats: CheckpointStats,
 }
 
 impl Vm {
-    /// Takes a checkpoint; the guest goes on while it is written, and afterwards.
+    /// Takes a checkpoint. The guest runs while it is written, and afterwards unless the request
+    /// says `exit`.
     ///
     /// # Errors
-    /// Nothing is published then, the guest goes on, and the pages that would have been saved are
-    /// part of the next checkpoint.
+    /// On failure nothing is published, the guest goes on, and the pages that would have been saved
+    /// are part of the next checkpoint.
     pub fn checkpoint(&self, request: &CheckpointRequest) -> Result<CheckpointReport> {
         self.checkpoint_in(&self.turns.checkpoint(), request)
     }
@@ -106,12 +108,12 @@ impl Vm {
             checkpoint.stage()?;
             let at_rest = self.is_paused();
             let cut = checkpoint.quiesce_cut_and_go_on(room);
-            // The guest has stood still, whatever becomes of the checkpoint; unless it did anyway.
+            // The pause counts even if the checkpoint failed, unless the guest was paused anyway.
             pause = (!at_rest).then(|| Pause::of(&checkpoint.stats));
             let cut_at = Instant::now();
             let mut taken = checkpoint.commit(cut?);
             if let Some(pause) = pause.as_mut().filter(|_| request.exit) {
-                // It did not go on before the commit was over.
+                // The guest stayed stopped until the commit was over.
                 pause.us += taken.as_ref().map_or_else(|_| us(cut_at.elapsed()), |it| it.commit_us);
                 taken.iter_mut().for_each(|report| report.stats.pause_us = pause.us);
             }
@@ -137,14 +139,15 @@ impl Vm {
                 turn.published();
                 self.keeping.published();
             }
-            // Whatever it says: the VM's end came in between, and nobody misses it.
+            // Whatever the error, once the VM has ended the checkpoint counts as cancelled.
             Err(error) if error.is_cancelled() || self.ended().is_some() => totals.cancelled += 1,
             Err(_) => totals.failed += 1,
         }
         taken
     }
 
-    /// As [`Self::checkpoint`], or None, counted as skipped, if one is being taken already.
+    /// As [`Self::checkpoint`], but returns None and counts a skipped checkpoint if one is being
+    /// taken or is waiting already.
     pub fn checkpoint_if_idle(
         &self,
         request: &CheckpointRequest,
@@ -156,15 +159,15 @@ impl Vm {
         turn.map(|turn| self.checkpoint_in(&turn, request))
     }
 
-    /// Has the checkpoint that is being taken given up, and waits until it is: the guest goes on,
-    /// and the pages are part of the next one. False if there is none, or it was published before
-    /// it could be stopped.
+    /// Cancels the checkpoint that is being taken and waits until it is over: the guest goes on,
+    /// and the pages are part of the next checkpoint. Returns false if there is none, or it was
+    /// published before it could be cancelled.
     #[must_use]
     pub fn cancel_checkpoint(&self) -> bool {
         self.turns.cancel_checkpoint(|| self.progress.cancel())
     }
 
-    /// How far the checkpoint being taken has come, if one is.
+    /// The progress of the checkpoint being taken, if there is one.
     #[must_use]
     pub fn checkpoint_progress(&self) -> Option<ProgressReport> {
         self.progress.report()
@@ -183,7 +186,7 @@ impl<'a> Checkpoint<'a> {
         let mut line = vm.line.lock().unwrap_or_else(PoisonError::into_inner);
         let head = vm.head();
         if let (Some(id), None) = (head, &line.head_pin) {
-            // The last one published could not be pinned then; without, a prune may take it away.
+            // The head could not be pinned when it was published. Without a pin it may be pruned.
             line.head_pin = store.pin(id)?.pin();
         }
         let mut transaction = begin_transaction(store, head)?;
@@ -216,13 +219,13 @@ impl<'a> Checkpoint<'a> {
         })
     }
 
-    /// Phase 1, the guest runs: writes what is dirty, as long as there is more than can be copied
-    /// aside and each round leaves less.
+    /// Phase 1, while the guest runs: writes dirty pages to the store, as long as there are more
+    /// than may be copied aside and each round at least halves them.
     fn precopy(&mut self) -> Result<()> {
         let started = Instant::now();
         self.line.harvest(&mut self.waiting)?;
-        // All that the parent lacks, also what an earlier checkpoint harvested and failed to
-        // publish.
+        // All pages that the parent lacks, including those that an earlier checkpoint harvested and
+        // failed to publish.
         self.waiting.union(&self.line.since_head);
         for _ in 0..MAX_ROUNDS {
             let pages = self.waiting.count();
@@ -231,7 +234,7 @@ impl<'a> Checkpoint<'a> {
             }
             self.precopy_round()?;
             if self.waiting.count() > pages / 2 {
-                // Another one would leave as much again.
+                // Another round would leave about as many again.
                 break;
             }
         }
@@ -239,9 +242,9 @@ impl<'a> Checkpoint<'a> {
         Ok(())
     }
 
-    /// Writes what waits, and finds what was written meanwhile.
+    /// Writes the waiting pages to the store, then harvests those dirtied in the meantime.
     fn precopy_round(&mut self) -> Result<()> {
-        // Nobody waits for what a machine that has ended had to write.
+        // Nobody needs this checkpoint if the machine has ended.
         self.vm.check_alive()?;
         let started = Instant::now();
         let ram = self.vm.ram().as_ref();
@@ -251,9 +254,9 @@ impl<'a> Checkpoint<'a> {
         self.line.harvest(&mut self.waiting)
     }
 
-    /// Phase 2, the guest runs: copies what is left, which takes so little time that next to
-    /// nothing is written meanwhile; protects it if it is too much for that, and slows the guest
-    /// down where that cannot be done.
+    /// Phase 2, while the guest runs: copies the remaining pages aside, which is so fast that the
+    /// guest dirties next to nothing in the meantime. If they are too many, protects them in place;
+    /// where that is impossible, throttles the guest.
     fn stage(&mut self) -> Result<()> {
         let started = Instant::now();
         let pages = self.waiting.count();
@@ -263,18 +266,19 @@ impl<'a> Checkpoint<'a> {
             self.line.staging.reserve(pages as usize);
             self.copy_aside()?;
         }
-        // Or it writes as fast as we copy.
+        // Either too many pages from the start, or the guest writes as fast as we copy.
         let too_many = !few || self.waiting.count() > CUT_PAGES_MAX;
         if too_many && !self.protect()? {
             self.slow_down_and_copy()?;
         }
-        // Nothing is allocated in the pause, unless more than this turns up.
+        // Nothing is allocated in the pause, unless it finds more pages than this.
         self.line.staging.reserve(self.waiting.count() as usize + CUT_ROOM_PAGES);
         self.stats.stage_us = us(started.elapsed());
         Ok(())
     }
 
-    /// Copies what waits, then what was written meanwhile, as long as that gets less.
+    /// Copies the waiting pages, then those dirtied in the meantime, for as long as each round at
+    /// least halves them.
     fn copy_aside(&mut self) -> Result<()> {
         loop {
             let pages = self.waiting.count();
@@ -288,7 +292,7 @@ impl<'a> Checkpoint<'a> {
         }
     }
 
-    /// Copies what waits, so that nothing does.
+    /// Copies all waiting pages aside.
     fn copy_waiting(&mut self) -> Result<()> {
         self.line
             .staging
@@ -298,8 +302,8 @@ impl<'a> Checkpoint<'a> {
         Ok(())
     }
 
-    /// Protects what waits, and what was written meanwhile as long as that gets less. False if
-    /// this host cannot.
+    /// Protects the waiting pages, then those dirtied in the meantime, until few are left or they
+    /// no longer halve. Returns false if this host cannot protect pages.
     fn protect(&mut self) -> Result<bool> {
         let Some(cow) = self.vm.copy_on_write(&mut self.line.cow) else { return Ok(false) };
         let mut protected = cow.begin(self.vm.staging_pages() as usize * COW_SHARE);
@@ -308,7 +312,7 @@ impl<'a> Checkpoint<'a> {
             let pages = self.waiting.count();
             handed.union(&self.waiting);
             if let Err(error) = protected.protect(&self.waiting) {
-                // What is protected by now goes free again, and waits.
+                // Pages protected so far are released, and wait again.
                 tracing::warn!(%error, "cannot leave pages in place");
                 self.line.cow = CowState::Unavailable;
                 self.waiting = handed;
@@ -316,7 +320,7 @@ impl<'a> Checkpoint<'a> {
             }
             self.waiting.clear();
             if round > MAX_ROUNDS {
-                // What was found last is protected, and what was written since waits for the cut.
+                // The last pages found are protected; those dirtied since are left to the cut.
                 break;
             }
             self.line.harvest(&mut self.waiting)?;
@@ -329,8 +333,8 @@ impl<'a> Checkpoint<'a> {
         Ok(true)
     }
 
-    /// The guest runs: finds memory for all that is about to be copied, so that nobody has to ask for any
-    /// while it stands still.
+    /// While the guest runs: allocates memory for the state that the cut will capture, so that
+    /// nothing has to be allocated in the pause.
     fn make_room(&mut self) -> Result<Cut> {
         let vm = self.vm;
         vm.vcpus.prepare_capture()?;
@@ -345,25 +349,25 @@ impl<'a> Checkpoint<'a> {
         })
     }
 
-    /// Phases 3 to 5. Whatever happens, a guest that ran goes on running, unless it is to exit
-    /// and the cut succeeded.
+    /// Phases 3 to 5. A guest that ran goes on whatever happens, unless it is to exit and the cut
+    /// succeeded.
     fn quiesce_cut_and_go_on(&mut self, mut room: Cut) -> Result<Cut> {
         let mut paused = self.vm.paused();
         let pause_started = Instant::now();
         let _pause = tracing::trace_span!(PAUSE_SPAN).entered();
-        // However this ends, by a panic too.
+        // Resumes the vCPUs however this ends, even by a panic.
         let goes_on = (!*paused).then(|| GoesOn(&self.vm.vcpus));
         let quiesced = self.vm.vcpus.pause_and_capture();
         self.stats.quiesce_us = us(pause_started.elapsed());
         let cut_started = Instant::now();
         let cut = quiesced.and_then(|()| self.cut(&mut room));
-        // Before the guest goes on, also after a cut that failed.
+        // Before the guest goes on, even after a failed cut.
         if cut.is_err() || !self.request.exit {
             room.at_rest.let_go();
         }
         self.stats.cut_us = us(cut_started.elapsed());
         if self.request.exit && cut.is_ok() {
-            // It stands still until the commit is done, and nobody may let it go on.
+            // The guest stays stopped until the commit is done, and nobody may resume it.
             self.vm.suspending.store(true, Ordering::Release);
             self.resume_after_failure = goes_on.is_some();
             std::mem::forget(goes_on);
@@ -377,11 +381,11 @@ impl<'a> Checkpoint<'a> {
         cut.map(|()| room)
     }
 
-    /// Phase 4, the guest stands still.
+    /// Phase 4, while the guest is paused: captures its state and the last dirty pages.
     fn cut(&mut self, cut: &mut Cut) -> Result<()> {
         // No request is in flight from here on, so memory, devices and disks agree.
         self.line.drain(&self.vm.bus, &mut cut.at_rest)?;
-        // Into the set that is there, copied to memory that is there: nothing is allocated.
+        // The set and the room for copies exist already: nothing is allocated.
         self.line.harvest_at_cut(&mut self.waiting)?;
         if let Some(protected) = &mut self.protected {
             protected.cut(&mut self.waiting);
@@ -391,7 +395,7 @@ impl<'a> Checkpoint<'a> {
         for (disk, drained) in self.line.disks.iter_mut().zip(&cut.at_rest.disks) {
             cut.disks.push(disk.cut(drained)?);
         }
-        // Meanwhile each vCPU's thread reads its own state.
+        // In the meantime each vCPU's thread reads its own state.
         cut.platform = platform::capture(&self.vm.shell.fd)?;
         self.vm.bus.capture(&mut cut.devices);
         self.vm.vcpus.take_captured(&mut cut.vcpus)?;
@@ -399,7 +403,7 @@ impl<'a> Checkpoint<'a> {
         Ok(())
     }
 
-    /// Phase 6, the guest runs.
+    /// Phase 6, while the guest runs: writes and publishes the snapshot.
     fn commit(self, cut: Cut) -> Result<CheckpointReport> {
         let (vm, request, resume) = (self.vm, self.request, self.resume_after_failure);
         let taken = self.publish(cut);
@@ -411,18 +415,18 @@ impl<'a> Checkpoint<'a> {
             && resume
             && let Err(error) = vm.go()
         {
-            // It has ended meanwhile, which says more than why the checkpoint failed.
+            // The VM has ended in the meantime. The checkpoint's own error is what is returned.
             tracing::info!(%error, "the guest does not go on");
         }
         taken
     }
 
-    /// Writes what was left in place, first since the guest may be waiting to change it, and what
-    /// was copied.
+    /// Writes the protected pages, first because the guest may be waiting to change them, then the
+    /// copied ones and those of disks.
     fn write_rest(&mut self, cut: &Cut) -> Result<()> {
         let (staged, mut set) = self.line.staging.finish(self.vm.ram().end_page());
         if let Some(mut protected) = self.protected.take() {
-            // One that was copied and then changed was left in place afterwards: the copy is old.
+            // A page that was copied and dirtied again before it was protected: the copy is stale.
             set.subtract(protected.pages());
             self.stats.protected_pages = protected.pages().count();
             let written = protected.write(&mut self.transaction, self.region)?;
@@ -458,8 +462,8 @@ impl<'a> Checkpoint<'a> {
         let committed = self.transaction.commit(description)?;
         let parent = self.vm.set_head(committed.id);
         self.line.head_pin = committed.pin;
-        // Only now: the snapshot that holds them is published. Whatever the guest wrote since the
-        // cut is still in KVM's log, and what the VMM wrote in its own.
+        // Only now that the snapshot holding these pages is published. What was written since the
+        // cut is still in KVM's log and the VMM's bitmap.
         self.line.since_head.clear();
         for (disk, frozen) in self.line.disks.iter_mut().zip(&cut.disks) {
             disk.published(frozen);
@@ -480,20 +484,20 @@ impl<'a> Checkpoint<'a> {
     }
 }
 
-/// What a VM has to leave pages in place with.
+/// A VM's means of leaving pages in place, write-protected.
 #[derive(Debug, Default)]
 pub(crate) enum CowState {
-    /// Nobody asked yet.
+    /// Not needed so far.
     #[default]
     Unknown,
     Ready(CopyOnWrite),
-    /// This host has none, or it failed.
+    /// This host does not offer it, or it failed.
     Unavailable,
 }
 
 impl Vm {
-    /// What protects pages of RAM, made when it is first wanted; None where userfaultfd cannot, or
-    /// while a pager watches the same memory.
+    /// What write-protects pages of RAM, created on first use. None where userfaultfd is not
+    /// usable, or while a pager watches the same memory.
     fn copy_on_write<'a>(&self, state: &'a mut CowState) -> Option<&'a CopyOnWrite> {
         if self.pager_stats().is_some_and(|pager| !pager.complete) {
             return None;
@@ -515,7 +519,7 @@ impl Vm {
     }
 }
 
-/// Starts a transaction; after an I/O error in an earlier one, on a store looked at afresh.
+/// Begins a transaction. If an earlier one met an I/O error, reopens the store first.
 fn begin_transaction(store: &Arc<Store>, parent: Option<SnapshotId>) -> Result<Transaction> {
     match store.begin(parent) {
         Err(error @ StoreError::Latched { .. }) => {

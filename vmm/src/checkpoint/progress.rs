@@ -1,4 +1,4 @@
-//! How far a checkpoint has come.
+//! The progress of a checkpoint.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -7,13 +7,13 @@ use std::time::Instant;
 use frazil_snapstore::Progress;
 use serde::{Deserialize, Serialize};
 
-/// Where the checkpoint being taken is; for progress bars.
+/// Tracks the checkpoint being taken, for progress bars and for cancelling it.
 #[derive(Debug, Default)]
 pub struct CheckpointProgress {
     current: Mutex<Option<(Arc<Progress>, Instant)>>,
 }
 
-/// How far a checkpoint has come.
+/// The progress of a checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProgressReport {
     /// Pages to write, as far as is known.
@@ -22,10 +22,10 @@ pub struct ProgressReport {
     pub pages_done: u64,
     /// Bytes appended for them.
     pub stored_bytes: u64,
-    /// Time since it was begun, in milliseconds.
+    /// Time since the checkpoint was begun, in milliseconds.
     #[serde(default)]
     pub since_ms: u64,
-    /// It is being given up.
+    /// The checkpoint is being cancelled.
     #[serde(default)]
     pub cancelled: bool,
 }
@@ -42,7 +42,7 @@ impl CheckpointProgress {
         current.iter().for_each(|(progress, _)| progress.cancel());
     }
 
-    /// How far the checkpoint being taken has come, if one is.
+    /// The progress of the checkpoint being taken, if there is one.
     #[must_use]
     pub fn report(&self) -> Option<ProgressReport> {
         let current = self.current.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,4 +1,4 @@
-//! Pages copied aside, at the speed of memory, to be written once the guest is on its way.
+//! Pages copied aside at memory speed, to be written to the store once the guest runs again.
 
 use std::io;
 
@@ -6,39 +6,39 @@ use frazil_snapstore::{PAGE_SIZE, Page, PageSet, PageSource};
 
 use crate::memory::GuestRam;
 
-/// Room for copied pages. Kept from one checkpoint to the next, since fresh memory costs more than
-/// the copy.
+/// Room for copied pages. Kept from one checkpoint to the next, since touching fresh memory costs
+/// more than the copy.
 #[derive(Debug, Default)]
 pub(crate) struct Staging {
-    /// Which pages, in the order in which they were copied; of a page copied twice the last counts.
+    /// The numbers of the copied pages, in the order of copying. The last copy of a page counts.
     numbers: Vec<u64>,
-    /// Their contents; there may be more room than there are numbers.
+    /// The contents of those pages; there may be more room here than there are numbers.
     contents: Vec<Page>,
 }
 
 impl Staging {
-    /// Forgets what was copied.
+    /// Forgets all copies.
     pub(super) fn begin(&mut self) {
         self.numbers.clear();
     }
 
-    /// Makes room for `pages` more pages, so that copying them allocates nothing and touches no new
-    /// memory.
+    /// Makes room for `pages` more pages, so that copying them neither allocates memory nor touches
+    /// fresh memory.
     pub(super) fn reserve(&mut self, pages: usize) {
         let wanted = self.numbers.len() + pages;
         self.numbers.reserve(pages);
         if self.contents.len() < wanted {
-            // Not zeros: those would come from the kernel untouched.
+            // Not zeros: the allocator could take those from the kernel without touching them.
             self.contents.resize(wanted, [0xa5; PAGE_SIZE]);
         }
     }
 
-    /// Copies made, those of one page each counted.
+    /// Number of copies; a page copied twice counts twice.
     pub(super) fn len(&self) -> usize {
         self.numbers.len()
     }
 
-    /// Forgets what was copied, and adds the pages to `waiting`.
+    /// Forgets all copies and adds their pages to `waiting`.
     pub(super) fn give_back(&mut self, waiting: &mut PageSet) {
         self.numbers.drain(..).for_each(|page| waiting.insert(page));
     }
@@ -56,7 +56,7 @@ impl Staging {
         Ok(())
     }
 
-    /// What was copied, to be read by page number, and which pages those are.
+    /// Returns the copies, readable by page number, and the set of their pages.
     pub(super) fn finish(&self, region_pages: u64) -> (StagedPages<'_>, PageSet) {
         let mut set = PageSet::new(region_pages);
         let mut slots: Vec<(u64, u32)> = Vec::with_capacity(self.numbers.len());
@@ -65,14 +65,14 @@ impl Staging {
             slots.push((*page, slot as u32));
         }
         slots.sort_unstable();
-        // The last of each page stays.
+        // Keep the last copy of each page.
         slots.reverse();
         slots.dedup_by_key(|(page, _)| *page);
         slots.reverse();
         (StagedPages { slots, contents: &self.contents }, set)
     }
 
-    /// Gives back what is beyond `pages` pages.
+    /// Forgets all copies and frees all room beyond `pages` pages.
     pub(super) fn trim(&mut self, pages: usize) {
         self.numbers.clear();
         self.numbers.shrink_to(pages);
@@ -81,10 +81,10 @@ impl Staging {
     }
 }
 
-/// Pages copied aside, as the store reads them.
+/// Pages copied aside, as a source for the store.
 #[derive(Debug)]
 pub(super) struct StagedPages<'a> {
-    /// Page number and place of its contents, ascending.
+    /// Page numbers, ascending, each with the index of its contents.
     slots: Vec<(u64, u32)>,
     contents: &'a [Page],
 }
@@ -126,7 +126,7 @@ mod tests {
             write(3, base + 1);
             write(5, base + 1);
             staging.copy(&set(&[3]), &ram).unwrap();
-            // More than was reserved: never wrong, only slower.
+            // More than was reserved: slower, but not wrong.
             staging.copy(&set(&[7, 3]), &ram).unwrap();
             assert_eq!(staging.numbers.len(), 7);
             let (pages, found) = staging.finish(ram.end_page());

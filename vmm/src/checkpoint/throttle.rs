@@ -1,6 +1,6 @@
-//! Keeping a guest from running for a share of the time, where nothing else lets a checkpoint catch up
-//! with it: its pages are too many to be copied aside and cannot be left in place. It is done openly:
-//! the user sets the limit, and the statistics say how long the guest stood still.
+//! Throttling: keeps a guest from running for a share of the time, where nothing else lets a
+//! checkpoint catch up with it, because it has too many dirty pages to copy aside and they cannot
+//! be left in place. The user sets the limit, and the statistics say how long the guest was held.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::thread::Thread;
@@ -10,17 +10,17 @@ use super::{CUT_PAGES_MAX, Checkpoint, us};
 use crate::error::{Result, VmmError};
 use crate::vm::Vm;
 
-/// A guest stands for so long at once: as long as a checkpoint's pause may be.
+/// How long the guest is held at a time: as long as a checkpoint's pause may be.
 const STAND: Duration = Duration::from_millis(4);
-/// And for so long at the most, on a host so busy that it takes a while to stop it again: else it would
-/// run for more than its share.
+/// The longest that it is held at a time. It is held for longer than [`STAND`] on a host so busy
+/// that stopping it again takes a while; otherwise it would run for more than its share.
 const STAND_MAX: Duration = Duration::from_millis(250);
 /// Shares of the time, in percent, that are tried one after the other, up to the user's limit.
 const STEPS: [u8; 4] = [50, 75, 90, 97];
-/// Tries at the limit before a checkpoint takes what is left as it is.
+/// Rounds at the limit before the checkpoint leaves the remaining pages to the pause.
 const TRIES_AT_LIMIT: usize = 4;
 
-/// Has a guest stand still again and again.
+/// Holds a guest again and again.
 #[derive(Debug, Default)]
 struct Throttle {
     percent: AtomicU8,
@@ -29,9 +29,10 @@ struct Throttle {
 }
 
 impl Throttle {
-    /// The thread. It ends by itself when the machine does.
+    /// The thread's work. It ends by itself when the machine does.
     fn run(&self, vm: &Vm) {
-        // What it is to stand for what it ran, which on a busy host is longer than it was let.
+        // How long the guest must still be held for the time that it ran, which on a busy host is
+        // longer than intended.
         let mut owed = STAND;
         let mut ran_since = Instant::now();
         while !self.is_over.load(Ordering::Acquire) {
@@ -46,32 +47,32 @@ impl Throttle {
             self.stood_us.fetch_add(us(stood), Ordering::AcqRel);
             let percent = u32::from(self.percent.load(Ordering::Acquire)).min(99);
             owed = (owed + ran * percent / (100 - percent)).saturating_sub(stood);
-            // Until it owes as much again.
+            // Lets the guest run until it owes `STAND` again.
             let more = STAND.saturating_sub(owed);
             std::thread::park_timeout(more * (100 - percent) / percent.max(1));
         }
     }
 }
 
-/// Ends the thread, however the work beside it ends.
+/// Ends the throttling thread, however the work beside it ends.
 struct Over<'a>(&'a Throttle, &'a Thread);
 
 impl Drop for Over<'_> {
     fn drop(&mut self) {
         self.0.is_over.store(true, Ordering::Release);
-        // Nobody waits for the guest to have had its share.
+        // Ends its sleep early.
         self.1.unpark();
     }
 }
 
 impl Checkpoint<'_> {
-    /// Where pages cannot be left in place and are more than may be copied in the pause: writes, and
-    /// then copies, what is dirty, and slows the guest down until that catches up with it.
+    /// For when pages cannot be left in place and are too many to copy in the pause: writes dirty
+    /// pages to the store or copies them aside, and throttles the guest until that catches up.
     pub(super) fn slow_down_and_copy(&mut self) -> Result<()> {
         let vm = self.vm;
         let limit = vm.throttle_max_percent();
         if limit == 0 {
-            // The user rather has it pause.
+            // The user prefers a long pause.
             return Ok(());
         }
         let throttle =
@@ -89,13 +90,14 @@ impl Checkpoint<'_> {
         caught_up
     }
 
-    /// Until little enough waits to be copied in the pause, or the limit does not suffice.
+    /// Writes and copies pages until few enough are left for the pause, or the limit does not
+    /// suffice.
     fn catch_up(&mut self, throttle: &Throttle, limit: u8) -> Result<()> {
         let steps = STEPS.into_iter().filter(|step| *step < limit);
         for percent in steps.chain(std::iter::repeat_n(limit, TRIES_AT_LIMIT)) {
             throttle.percent.store(percent, Ordering::Release);
             if self.line.staging.len() as u64 > self.vm.staging_pages() {
-                // No more memory than that: what was copied is written like the rest.
+                // Staging is full: the copied pages are written to the store like the rest.
                 self.line.staging.give_back(&mut self.waiting);
             }
             if self.waiting.count() > self.vm.staging_pages() {

@@ -1,4 +1,4 @@
-//! What requests and answers hold.
+//! The bodies of answers.
 
 use serde::{Deserialize, Serialize};
 
@@ -20,56 +20,56 @@ use crate::workload::VerifyReport;
 pub enum RunState {
     /// The guest runs.
     Running,
-    /// The user made it stand still.
+    /// The user has paused the guest.
     Paused,
-    /// It has ended; the process is about to.
+    /// The VM has ended; its process is about to.
     Ended,
 }
 
-/// `GET /vm`.
+/// The answer to `GET /vm`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VmStatus {
-    /// Its name.
+    /// The VM's name.
     pub name: String,
-    /// The process that runs it.
+    /// The id of the process that runs it.
     pub pid: u32,
     /// Whether the guest runs.
     pub state: RunState,
-    /// Why it ended, if it did.
+    /// Why the VM ended, if it did.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ended: Option<Ended>,
     /// The machine.
     pub machine: SavedMachine,
-    /// The store its checkpoints go to.
+    /// The store that checkpoints go to, if there is one.
     pub store: Option<String>,
-    /// The snapshot it was resumed from.
+    /// The snapshot that the VM was resumed from, if it was.
     pub resumed_from: Option<SnapshotId>,
-    /// The snapshot that the next checkpoint changes; none before the first.
+    /// The snapshot that the next checkpoint builds on; none before the first checkpoint.
     pub head: Option<SnapshotId>,
-    /// What keeps track of the pages that the guest writes.
+    /// The kind of tracker that records which pages the guest writes.
     pub dirty_tracking: TrackerKind,
-    /// Time since it was booted or resumed, in milliseconds.
+    /// Time since the VM was booted or resumed, in milliseconds.
     pub uptime_ms: u64,
-    /// Its checkpoints so far.
+    /// Totals over its checkpoints.
     pub checkpoints: CheckpointTotals,
-    /// The checkpoint being taken.
+    /// The checkpoint being taken, if there is one.
     pub checkpoint_in_progress: Option<ProgressReport>,
-    /// Its rewinds so far.
+    /// Totals over its rewinds.
     pub rewinds: RewindTotals,
-    /// What keeping its snapshots to a policy came to, if there is one.
+    /// What its retention policy has done so far, if it has one.
     pub keep: Option<KeepTotals>,
-    /// What the pager did, if memory comes lazily.
+    /// What the pager has done so far, if there is one.
     pub pager: Option<PagerStats>,
-    /// The process of its pager, if that is another than the machine's and the machine started it.
+    /// The id of the pager's process, if the machine started one for it.
     pub pager_process: Option<u32>,
-    /// Pagers that died, and whose place another took.
+    /// How many such processes died and were replaced.
     pub pager_deaths: u64,
     /// Serial output dropped because nobody read it in time, in bytes.
     pub serial_dropped_bytes: u64,
 }
 
 impl VmStatus {
-    /// The status of `vm` now.
+    /// The present status of `vm`.
     #[must_use]
     pub fn of(vm: &Vm) -> Self {
         let ended = vm.ended();
@@ -102,35 +102,35 @@ impl VmStatus {
     }
 }
 
-/// One vCPU of the built-in workload.
+/// The state of one vCPU of the built-in workload.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct WorkloadCpu {
     /// Pages written so far.
     pub turns: u64,
-    /// Turns of its loop so far; they advance also while it waits for its rate.
+    /// Iterations of its loop so far, including those in which it only waits for its rate.
     pub loops: u64,
-    /// True once it has written every page of its share once.
+    /// True once it has written every page of its share.
     pub populated: bool,
-    /// The largest gap between two loop turns, in microseconds: the pause as the guest feels it.
+    /// The largest gap between two iterations, in microseconds: the pause as the guest feels it.
     pub gap_us_max: u64,
     /// How often a gap was longer than the workload's `gap_us`.
     pub gaps: u64,
-    /// The newest of those gaps, `[TSC at its end, microseconds]`.
+    /// The newest of those gaps, each as `[TSC at its end, microseconds]`.
     pub recent_gaps: Vec<(u64, u64)>,
-    /// Self checks that found all as it must be.
+    /// Self checks that passed.
     pub checks_done: u64,
-    /// Self checks that did not.
+    /// Self checks that failed.
     pub check_failures: u64,
 }
 
-/// `GET /workload`.
+/// The answer to `GET /workload`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct WorkloadStatus {
     /// Data pages in use.
     pub data_pages: u64,
     /// Pages written so far by all vCPUs.
     pub turns: u64,
-    /// Each vCPU.
+    /// The vCPUs.
     pub vcpus: Vec<WorkloadCpu>,
 }
 
@@ -158,7 +158,7 @@ impl From<&crate::workload::ControlView> for WorkloadStatus {
     }
 }
 
-/// `POST /workload/verify`.
+/// The answer to `POST /workload/verify`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkloadVerified {
     /// True if every page holds what the guest must have written.
@@ -186,11 +186,11 @@ impl From<Result<VerifyReport, String>> for WorkloadVerified {
     }
 }
 
-/// `PUT /checkpoints/cancel`.
+/// The answer to `PUT /checkpoints/cancel`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CancelReport {
-    /// True if a checkpoint was being taken and was given up: it will not be published. False if
-    /// there was none, or it was published before it could be stopped.
+    /// True if a checkpoint was being taken and was cancelled: it will not be published. False if
+    /// there was none, or it was published before it could be cancelled.
     pub cancelled: bool,
 }
 
@@ -201,7 +201,7 @@ pub struct ApiError {
     pub error: String,
 }
 
-/// The answer to a request with nothing to say.
+/// The answer to a request that changes the run state.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Done {
     /// Whether the guest runs now.

@@ -1,4 +1,4 @@
-//! The client side: one request a connection.
+//! The client side: one request per connection.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -11,10 +11,10 @@ use super::api::ApiError;
 use super::register::VmRecord;
 use crate::error::{Result, VmmError};
 
-/// The most an answer may have.
+/// The most bytes that an answer may have.
 const MAX_ANSWER_LEN: u64 = 16 << 20;
 
-/// Speaks to one VM.
+/// A client of one VM's control socket.
 #[derive(Clone, Debug)]
 pub struct Client {
     record: VmRecord,
@@ -22,22 +22,23 @@ pub struct Client {
 }
 
 impl Client {
-    /// A client of the VM that `record` names. A VM that says nothing for `patience` is taken for
-    /// dead; with none, a long checkpoint is waited for.
+    /// A client of the VM that `record` names. A VM that is silent for `patience` counts as dead;
+    /// None waits for as long as a checkpoint may take.
     #[must_use]
     pub fn new(record: VmRecord, patience: Option<Duration>) -> Self {
         Self { record, patience }
     }
 
-    /// `GET path`.
+    /// Sends `GET path` and returns the answer.
     ///
     /// # Errors
-    /// [`VmmError::NoSuchVm`] if the VM is gone; what the VM answered otherwise.
+    /// [`VmmError::NoSuchVm`] if the VM cannot be reached; [`VmmError::NotNow`] with the VM's
+    /// message if it refused the request.
     pub fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
         self.request("GET", path, &[])
     }
 
-    /// `PUT path`, without a body.
+    /// Sends `PUT path`, without a body, and returns the answer.
     ///
     /// # Errors
     /// As [`Self::get`].
@@ -45,7 +46,7 @@ impl Client {
         self.request("PUT", path, &[])
     }
 
-    /// `POST path` with `body` as JSON.
+    /// Sends `POST path` with `body` as JSON, and returns the answer.
     ///
     /// # Errors
     /// As [`Self::get`].

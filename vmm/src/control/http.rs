@@ -1,7 +1,8 @@
-//! HTTP/1.1, as much of it as a control socket needs: one request a connection, its body whole.
+//! The part of HTTP/1.1 that a control socket needs: one request per connection, its body read
+//! whole.
 //!
-//! A request is read by a thread of its own until a deadline, so a client that stalls keeps nobody
-//! waiting but itself.
+//! Each request is read by a thread of its own until a deadline, so a client that stalls delays only
+//! itself.
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
@@ -14,10 +15,10 @@ const MAX_HEAD_LEN: usize = 8 << 10;
 pub(super) const MAX_BODY_LEN: usize = 1 << 10;
 /// The most headers a request may have.
 const MAX_HEADERS: usize = 64;
-/// How long a client may go on sending what is not read, before it finds the connection closed.
+/// How long a client may keep sending, after its answer, before the connection is closed.
 const DRAIN_PATIENCE: Duration = Duration::from_millis(500);
 
-/// A request, whole.
+/// A complete request.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Request {
     pub method: String,
@@ -26,12 +27,12 @@ pub(super) struct Request {
     pub body: Vec<u8>,
 }
 
-/// Why there is no request.
+/// Why no request was received.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum NoRequest {
     /// The client went away, or took too long.
     Gone,
-    /// It is to be told so, with this status.
+    /// The request was malformed: the client is told so with this status and message.
     Refused(u16, String),
 }
 
@@ -64,12 +65,12 @@ pub(super) fn receive(stream: &UnixStream, deadline: Instant) -> Result<Request,
     while body.len() < head.body_len {
         read_some(stream, deadline, head.body_len - body.len(), &mut body)?;
     }
-    // What follows would be a second request; the answer says that the connection closes.
+    // Anything after the body would be a second request; the answer says that the connection closes.
     body.truncate(head.body_len);
     Ok(Request { method: head.method, path: head.path, body })
 }
 
-/// Answers, and closes `stream`.
+/// Sends an answer and closes `stream`.
 pub(super) fn answer(stream: &UnixStream, status: u16, content_type: &str, body: &[u8]) {
     let head = format!(
         "HTTP/1.1 {status} {}\r\nContent-Type: {content_type}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
@@ -80,7 +81,7 @@ pub(super) fn answer(stream: &UnixStream, status: u16, content_type: &str, body:
     if say(stream, head.as_bytes()).and_then(|()| say(stream, body)).is_err() {
         return;
     }
-    // Closing with something unread would take the answer away from the client again.
+    // Closing the connection with unread bytes would discard the answer before the client reads it.
     let _gone = stream.shutdown(Shutdown::Write);
     let deadline = Instant::now() + DRAIN_PATIENCE;
     let mut unread = Vec::new();
@@ -93,7 +94,7 @@ fn say(mut stream: &UnixStream, bytes: &[u8]) -> io::Result<()> {
     stream.write_all(bytes)
 }
 
-/// Reads what is there, at most `max` bytes.
+/// Waits for bytes and reads those available, at most `max`.
 fn read_some(
     mut stream: &UnixStream,
     deadline: Instant,
@@ -103,7 +104,7 @@ fn read_some(
     let mut buffer = [0; 4096];
     let wanted = max.min(buffer.len());
     loop {
-        // A timeout of zero would mean none.
+        // A timeout of zero is an error.
         let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
         stream.set_read_timeout(Some(left)).map_err(|_| NoRequest::Gone)?;
         match stream.read(&mut buffer[..wanted]) {
@@ -187,11 +188,11 @@ mod tests {
         std::thread::scope(|scope| {
             scope.spawn(move || {
                 for part in parts {
-                    // It may be refused before it was all sent.
+                    // The request may be refused before all of it was sent.
                     let _refused = say(&client, part);
                     std::thread::sleep(Duration::from_millis(2));
                 }
-                // A silent client that stays.
+                // The client stays connected, but silent.
                 std::thread::sleep(patience.min(Duration::from_millis(200)));
             });
             receive(&server, Instant::now() + patience)

@@ -1,7 +1,7 @@
-//! `GET /metrics`: what a VM knows of itself, in Prometheus's text format, version 0.0.4.
+//! `GET /metrics`: a VM's metrics in Prometheus's text format, version 0.0.4.
 //!
-//! Names carry their unit, counters end in `_total`, times are seconds and sizes bytes. What a VM
-//! does not know, such as the pager's figures where memory did not come lazily, is left out.
+//! Names carry their unit, counters end in `_total`, times are in seconds and sizes in bytes.
+//! Metrics that a VM does not have, such as those of a pager if there is none, are left out.
 
 use std::fmt::{Display, Write};
 
@@ -19,7 +19,7 @@ pub(super) const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8"
 const PAGE_BYTES: u64 = frazil_snapstore::PAGE_SIZE as u64;
 const MICROSECONDS: f64 = 1e6;
 
-/// The metrics of `vm` now.
+/// The present metrics of `vm`.
 pub(super) fn of(vm: &Vm) -> String {
     let mut page = Page::default();
     let status = VmStatus::of(vm);
@@ -103,7 +103,7 @@ fn exits(page: &mut Page, exits: ExitCounts) {
     );
 }
 
-/// Which way pages went.
+/// Adds the metrics of how pages were saved.
 fn pages(page: &mut Page, sums: &CheckpointSums) {
     page.labelled(
         "frazil_checkpoint_pages_total",
@@ -291,7 +291,7 @@ struct Page {
 impl Page {
     fn family(&mut self, name: &str, kind: &str, help: &str) {
         name.clone_into(&mut self.name);
-        // Help texts are ours: there is nothing in them to escape.
+        // Our own help texts contain nothing that has to be escaped.
         let _to_memory = write!(self.text, "# HELP {name} {help}\n# TYPE {name} {kind}\n");
     }
 
@@ -330,7 +330,7 @@ impl Page {
         }
     }
 
-    /// A histogram; `per_unit` of the distribution's values make one of the metric's unit.
+    /// Adds a histogram; the metric's unit is `per_unit` times that of the distribution's values.
     fn histogram(&mut self, name: &str, help: &str, values: &Distribution, per_unit: f64) {
         self.family(name, "histogram", help);
         let mut so_far = 0;
@@ -346,7 +346,7 @@ impl Page {
     }
 }
 
-/// A label's value, as it stands between quotation marks.
+/// Escapes a label's value for use between quotation marks.
 fn escaped(text: &str) -> String {
     text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }

@@ -1,7 +1,7 @@
 //! Controlling a running VM from outside: an HTTP/1.1 server on a Unix socket, its client, and
-//! the register of what runs on this host.
+//! the register of the VMs running on this host.
 //!
-//! `openapi.json` beside this file describes the requests; a test holds the two together.
+//! `openapi.json` beside this file describes the requests; a test checks that it lists every route.
 
 pub mod api;
 mod client;
@@ -14,5 +14,5 @@ pub use client::Client;
 pub use register::{Registration, VmRecord, find, list, memory_socket, runtime_folder};
 pub use server::{OnEvent, Server};
 
-/// The description of the API, as it is served.
+/// The OpenAPI description, as served at `GET /openapi.json`.
 pub const OPENAPI: &str = include_str!("openapi.json");

@@ -1,4 +1,5 @@
-//! Which VMs run on this host: one small file and one socket each in the user's runtime folder.
+//! The register of the VMs running on this host: a small file and a socket for each, in the user's
+//! runtime folder.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
@@ -11,23 +12,23 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Result, VmmError};
 
-/// Somebody who lists VMs locks each of their files for a moment. One that is locked for longer than this
-/// belongs to a VM.
+/// Listing VMs locks each of their files for a moment; a file that stays locked for longer than this
+/// belongs to a running VM.
 const LOOKED_AT: Duration = Duration::from_millis(200);
 
-/// What is known of a VM that runs.
+/// The register's record of a running VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmRecord {
-    /// Its name.
+    /// The VM's name.
     pub name: String,
-    /// The process that runs it.
+    /// The id of the process that runs it.
     pub pid: u32,
-    /// Its control socket.
+    /// The path of its control socket.
     pub socket: PathBuf,
 }
 
 /// The folder of running VMs: `$FRAZIL_RUNTIME_DIR`, else `$XDG_RUNTIME_DIR/frazil`, else
-/// `/run/frazil` for root, else a folder in `/tmp` of the user's own.
+/// `/run/frazil` for root, else `/tmp/frazil-UID`.
 #[must_use]
 pub fn runtime_folder() -> PathBuf {
     if let Some(folder) = std::env::var_os("FRAZIL_RUNTIME_DIR") {
@@ -42,34 +43,36 @@ pub fn runtime_folder() -> PathBuf {
     }
 }
 
-/// Where the process listens that has the memory of snapshot `id` for the VMs that share it.
+/// The path of the socket of the process that serves the memory of snapshot `id` to clones.
 ///
 /// # Errors
-/// [`VmmError::Host`] if the folder of running VMs cannot be made.
+/// [`VmmError::Host`] if the folder of running VMs cannot be created; [`VmmError::Config`] if it
+/// belongs to another user.
 pub fn memory_socket(id: SnapshotId) -> Result<PathBuf> {
     let folder = runtime_folder();
     make_private_folder(&folder)?;
     Ok(folder.join(format!("memory-{}.socket", id.short())))
 }
 
-/// A running VM's place in the register; dropping it takes the VM out.
+/// A running VM's entry in the register, removed when dropped.
 #[derive(Debug)]
 pub struct Registration {
     record: VmRecord,
     file: PathBuf,
-    /// What the record is written by, until it is: the process may go on as somebody else then, who is
-    /// not to change it.
+    /// The file opened for writing, until the record is written. Opened early, since the process may
+    /// switch to a user who must not be able to change the record.
     unwritten: Option<File>,
-    // The lock says that the process lives: the kernel drops it however the process ends.
+    // The lock shows that the process lives: the kernel drops it however the process ends.
     _lock: File,
 }
 
 impl Registration {
-    /// Takes the name `name` for a VM, with its control socket at `socket` or at the usual place. Nobody
-    /// sees it before it is [there](Self::announce).
+    /// Reserves `name` for a VM, with its control socket at `socket` or at the usual place. The VM
+    /// is not listed before [`Self::announce`].
     ///
     /// # Errors
-    /// [`VmmError::Config`] if `name` cannot be one, or a VM of that name runs.
+    /// [`VmmError::Config`] if `name` is not a valid name, or a VM of that name is running;
+    /// [`VmmError::Host`] if its file cannot be created.
     pub fn enter(name: &str, socket: Option<PathBuf>) -> Result<Self> {
         check_name(name)?;
         let folder = runtime_folder();
@@ -83,20 +86,20 @@ impl Registration {
         Ok(Self { record, file, unwritten: Some(unwritten), _lock: lock })
     }
 
-    /// Lists the VM: its control socket listens, and signals end it as they should.
+    /// Lists the VM. Call this once its control socket listens and it handles signals.
     ///
     /// # Errors
-    /// [`VmmError::Host`] if that cannot be written down.
+    /// [`VmmError::Host`] if the record cannot be written.
     pub fn announce(&mut self) -> Result<()> {
         let Some(mut unwritten) = self.unwritten.take() else { return Ok(()) };
         let json = serde_json::to_vec(&self.record)
             .map_err(|error| VmmError::Config(error.to_string()))?;
-        // At once: who reads a part of it takes it for none.
+        // In one write: a partly written record does not parse and counts as none.
         let failed = VmmError::host(format!("write {}", self.file.display()));
         unwritten.write_all(&json).map_err(failed)
     }
 
-    /// What is known of the VM.
+    /// The VM's record.
     #[must_use]
     pub fn record(&self) -> &VmRecord {
         &self.record
@@ -105,8 +108,8 @@ impl Registration {
 
 impl Drop for Registration {
     fn drop(&mut self) {
-        // Whatever is left is recognised as stale, since the lock goes with this.
-        // The socket is the server's, which removes it.
+        // A file that cannot be removed is recognised as stale, since its lock goes with this.
+        // The server removes its own socket.
         let _gone = fs::remove_file(&self.file);
     }
 }
@@ -124,7 +127,7 @@ fn check_name(name: &str) -> Result<()> {
 fn make_private_folder(folder: &Path) -> Result<()> {
     let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(folder);
     made.map_err(VmmError::host(format!("create {}", folder.display())))?;
-    // In /tmp somebody else may have made it first.
+    // In /tmp another user may have created it first.
     let owner = rustix::fs::stat(folder).map(|stat| stat.st_uid);
     if owner != Ok(rustix::process::getuid().as_raw()) {
         return Err(VmmError::Config(format!(
@@ -135,7 +138,7 @@ fn make_private_folder(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Makes `file` if there is none, and locks it. A leftover of a process that is gone is taken over.
+/// Creates `file` if necessary and locks it, taking over the file of a dead process.
 fn lock(file: &Path, name: &str) -> Result<File> {
     let cannot = |error| VmmError::host(format!("create {}", file.display()))(error);
     let until = Instant::now() + LOOKED_AT;
@@ -143,7 +146,7 @@ fn lock(file: &Path, name: &str) -> Result<File> {
         let mut make = OpenOptions::new();
         make.write(true).create(true).truncate(false).mode(0o600).open(file).map_err(cannot)?;
         let lock = match File::open(file) {
-            // Its last owner has just removed it.
+            // Its previous owner has just removed it.
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
             opened => opened.map_err(cannot)?,
         };
@@ -162,8 +165,8 @@ fn lock(file: &Path, name: &str) -> Result<File> {
             }
             Err(TryLockError::Error(error)) => return Err(cannot(error)),
         }
-        // Between opening and locking, its last owner may have removed it: then it is no name
-        // of the file that we locked.
+        // Between our open and lock, its previous owner may have removed it: then the name no
+        // longer refers to the file that we locked.
         let same = match (lock.metadata(), fs::metadata(file)) {
             (Ok(ours), Ok(named)) => ours.ino() == named.ino(),
             _ => false,
@@ -178,25 +181,26 @@ fn read_record(file: &Path) -> Option<VmRecord> {
     serde_json::from_slice(&fs::read(file).ok()?).ok()
 }
 
-/// True if the process that entered `file` lives.
+/// True if the process that registered `file` lives.
 fn is_live(file: &Path) -> bool {
     File::open(file)
         .is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
 }
 
-/// Removes an empty file of a process that ended before it was [announced](Registration::announce).
+/// Removes the empty file of a process that ended before its VM was
+/// [announced](Registration::announce).
 fn clear_name_away(file: &Path) {
     let Ok(lock) = OpenOptions::new().write(true).open(file) else { return };
-    // Under the lock nobody else removes or writes it.
+    // While we hold the lock nobody else removes or writes the file.
     let is_empty = |found: fs::Metadata| found.len() == 0 && found.nlink() > 0;
     if lock.try_lock().is_ok() && lock.metadata().is_ok_and(is_empty) {
         let _gone = fs::remove_file(file);
     }
 }
 
-/// Removes what a process that is gone left behind, unless somebody took it over meanwhile.
+/// Removes what a dead process left behind, unless another has taken it over.
 fn clear_away(file: &Path, record: &VmRecord) {
-    // Under the lock nobody can enter; with the name still on it, it is the file we looked at.
+    // While we hold the lock nobody can register; an unchanged record shows that nobody has.
     let Ok(lock) = OpenOptions::new().write(true).open(file) else { return };
     if lock.try_lock().is_err() || read_record(file).as_ref() != Some(record) {
         return;
@@ -211,11 +215,11 @@ fn clear_away(file: &Path, record: &VmRecord) {
     let _gone = fs::remove_file(file);
 }
 
-/// Removes what a process that had memory for clones left beside `lock`, its lock, because it was
-/// killed, or was not allowed to. A log that says something stays.
+/// Removes what a process that served memory to clones left beside its lock file `lock`, because it
+/// was killed or had no right to remove it. A log that is not empty stays.
 fn clear_memory_away(lock: &Path) {
     let Ok(held) = OpenOptions::new().write(true).open(lock) else { return };
-    // One that has no name any more says nothing of who has it now.
+    // A lock file that was unlinked in the meantime says nothing about its successor's owner.
     if held.try_lock().is_err() || held.metadata().is_ok_and(|found| found.nlink() == 0) {
         return;
     }
@@ -224,13 +228,13 @@ fn clear_memory_away(lock: &Path) {
     if fs::metadata(&log).is_ok_and(|found| found.len() == 0) {
         let _gone = fs::remove_file(&log);
     }
-    // The lock last: who finds none may begin.
+    // The lock last: without it, the next such process may begin.
     for path in [socket.as_path(), lock] {
         let _gone = fs::remove_file(path);
     }
 }
 
-/// The VMs that run, by name. What processes that are gone left behind is cleared away.
+/// The running VMs, sorted by name. Removes what dead processes left behind.
 ///
 /// # Errors
 /// [`VmmError::Host`] if the folder cannot be read.
@@ -253,7 +257,7 @@ pub fn list() -> Result<Vec<VmRecord>> {
         match read_record(&file) {
             Some(record) if is_live(&file) => records.push(record),
             Some(record) => clear_away(&file, &record),
-            // Not announced yet or never, or not ours.
+            // Not announced yet, never announced, or not readable to us.
             None => clear_name_away(&file),
         }
     }
@@ -261,10 +265,10 @@ pub fn list() -> Result<Vec<VmRecord>> {
     Ok(records)
 }
 
-/// The VM called `name`; a path is taken as the path of its socket.
+/// The running VM called `name`; a name with a slash is the path of a VM's socket.
 ///
 /// # Errors
-/// [`VmmError::NoSuchVm`].
+/// [`VmmError::NoSuchVm`] if there is none; as [`list`].
 pub fn find(name: &str) -> Result<VmRecord> {
     if name.contains('/') {
         return Ok(VmRecord { name: name.to_owned(), pid: 0, socket: name.into() });

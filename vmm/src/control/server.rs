@@ -1,5 +1,5 @@
-//! The server side. Nothing a client does may stop the VM: requests are small, each is read and
-//! answered by a thread of its own, and of everything there is only so much.
+//! The server side. No client may hold up the VM: requests are small, each is read and answered by
+//! a thread of its own, and every resource has a limit.
 
 use std::collections::VecDeque;
 use std::net::Shutdown;
@@ -28,16 +28,16 @@ use crate::private_socket;
 use crate::rewind::RewindRequest;
 use crate::vm::Vm;
 
-/// Connections whose request has not arrived yet; one more, and the oldest of them is closed.
+/// The most connections whose request has not arrived yet; another one closes the oldest of them.
 const MAX_WAITING: usize = 128;
 /// How long a request may take to arrive.
 const REQUEST_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a client may take to read its answer.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
-/// How long requests in flight may delay the server's end.
+/// How long requests in flight may delay the end of the server.
 const LAST_ANSWERS_PATIENCE: Duration = Duration::from_secs(2);
 
-/// Called after each checkpoint that a request asked for.
+/// Called with the result of each checkpoint that a request asked for.
 pub type OnEvent = Arc<dyn Fn(&Result<CheckpointReport>) + Send + Sync>;
 
 /// Serves one VM's control socket until dropped.
@@ -48,18 +48,18 @@ pub struct Server {
     thread: Option<JoinHandle<()>>,
 }
 
-/// What a request may have to wait for. Of each class only so many are served at once, and none
-/// takes the room of another: whatever hangs, the VM can be asked how it is, and told to stop.
+/// What a request may have to wait for. Each class has its own limit on requests served at once, so
+/// whatever hangs, the VM can still be queried and stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Class {
-    /// It takes as long as it likes: checkpoints wait for each other.
+    /// May take any time: checkpoints, for instance, wait for each other.
     Long,
-    /// It waits until what goes on in the VM is over: a checkpoint that is given up, a guest that
-    /// is looked at.
+    /// Waits for something in the VM to be over: a checkpoint being cancelled, a paused guest being
+    /// inspected.
     Turn,
-    /// It reads guest memory, which may have to come from the store first.
+    /// Reads guest memory, which may have to be loaded from the store first.
     Memory,
-    /// It is answered at once.
+    /// Is answered at once.
     AtOnce,
 }
 
@@ -75,7 +75,7 @@ impl Class {
         }
     }
 
-    /// How many are served at once, and what one more is told of them.
+    /// How many requests are served at once, and how the refusal of another describes them.
     fn limit(self) -> (usize, &'static str) {
         match self {
             Self::Long => (8, "checkpoints, rewinds and checks of memory are waited for"),
@@ -91,12 +91,12 @@ struct Shared {
     vm: Arc<Vm>,
     on_checkpoint: OnEvent,
     waiting: Waiting,
-    /// Requests being served, of each [`Class`].
+    /// Number of requests being served, for each [`Class`].
     active: [AtomicUsize; Class::ALL.len()],
 }
 
 impl Shared {
-    /// Counts a request in; None if there are as many of its class as may be.
+    /// Counts a request; None if its class is at its limit.
     fn enter(&self, class: Class) -> Option<Serving<'_>> {
         Serving::enter(&self.active[class as usize], class.limit().0)
     }
@@ -113,14 +113,15 @@ impl std::fmt::Debug for Server {
 }
 
 impl Server {
-    /// Listens on `socket`, for this user only. A socket that a process left behind is replaced.
+    /// Serves `vm` at `socket`, for this user only. Replaces a socket that a dead process left
+    /// behind.
     ///
     /// # Errors
-    /// [`VmmError::Host`] if it cannot be listened on.
+    /// [`VmmError::Host`] if `socket` cannot be listened on, or the thread cannot be started.
     pub fn start(vm: Arc<Vm>, socket: &Path, on_checkpoint: OnEvent) -> Result<Self> {
         let cannot =
             |source| VmmError::Host { op: format!("listen on {}", socket.display()), source };
-        // It does not wait: a client may be gone again between the poll and the accept.
+        // Nonblocking: a client may be gone again between the poll and the accept.
         let listener = private_socket::listen(socket).map_err(cannot)?;
         let stop = eventfd(0, EventfdFlags::CLOEXEC).map_err(|error| cannot(error.into()))?;
         let stop = Arc::new(stop);
@@ -141,15 +142,15 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // Ours: it could not have been bound otherwise.
+        // The socket is ours, or binding it would have failed.
         let _gone = std::fs::remove_file(&self.socket);
-        // An eventfd that is full wakes as well.
+        // A full eventfd wakes the thread too.
         let _full = rustix::io::write(&self.stop, &1_u64.to_ne_bytes());
         if let Some(thread) = self.thread.take() {
             // A panic was reported by the panic hook.
             let _joined = thread.join();
         }
-        // The request that ended the VM still wants its answer.
+        // The request that ended the VM still has to be answered.
         let until = Instant::now() + LAST_ANSWERS_PATIENCE;
         while self.shared.is_serving() && Instant::now() < until {
             std::thread::sleep(Duration::from_millis(1));
@@ -184,7 +185,7 @@ impl Waiting {
     }
 }
 
-/// Its thread reads the end, and lets go of it.
+/// Shuts a connection down: its thread then reads the end of the stream and drops it.
 fn close(stream: &Arc<UnixStream>) {
     let _gone = stream.shutdown(Shutdown::Both);
 }
@@ -206,7 +207,7 @@ fn serve(listener: &UnixListener, stop: &OwnedFd, shared: &Arc<Shared>) {
             Ok((stream, _)) => spawn_connection(stream, shared),
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
             Err(error) => {
-                // No file descriptors, say: whoever has them may give some back.
+                // Out of file descriptors, say: some may be closed soon.
                 tracing::warn!(%error, "cannot take a connection");
                 std::thread::sleep(Duration::from_millis(100));
             }
@@ -237,7 +238,7 @@ fn serve_connection(stream: &Arc<UnixStream>, shared: &Arc<Shared>) {
         Ok(request) => {
             let class = Class::of(&request);
             if let Some(_serving) = shared.enter(class) {
-                // From here on it is among the requests, and nobody closes it.
+                // Its request has arrived: it must not be closed to make room any more.
                 shared.waiting.remove(stream);
                 handle(stream, &request, shared);
             } else {
@@ -252,7 +253,7 @@ fn serve_connection(stream: &Arc<UnixStream>, shared: &Arc<Shared>) {
     shared.waiting.remove(stream);
 }
 
-/// Counts a request in, and out again however it ends.
+/// Counts a request while it is served, however that ends.
 struct Serving<'a>(&'a AtomicUsize);
 
 impl<'a> Serving<'a> {
@@ -278,7 +279,7 @@ fn handle(stream: &UnixStream, request: &Request, shared: &Shared) {
     }
 }
 
-/// What a request that succeeded is answered with.
+/// The body of a successful answer.
 enum Body {
     Json(Value),
     /// In Prometheus's text format.
@@ -287,7 +288,7 @@ enum Body {
 
 type Answer<T = Body> = std::result::Result<T, (u16, String)>;
 
-/// Every route, as method and path. `openapi.json` has the same ones.
+/// Every route, as method and path; `openapi.json` lists the same ones.
 pub(super) const ROUTES: [(&str, &str); 13] = [
     ("GET", "/vm"),
     ("PUT", "/vm/pause"),
@@ -342,7 +343,7 @@ fn route(request: &Request, vm: &Vm, on_checkpoint: &OnEvent) -> Answer {
     }
 }
 
-/// What a body asks for; one that is not there asks for the default.
+/// Parses a request's body; an empty body stands for the default.
 fn parse<T: DeserializeOwned + Default>(body: &[u8], what: &str) -> Answer<T> {
     if body.is_empty() {
         return Ok(T::default());

@@ -1,8 +1,8 @@
-//! What the processor of a snapshot can do that this host's cannot.
+//! Finds CPU features that a saved vCPU has and this host lacks.
 
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 
-/// A register of a leaf that is a list of features.
+/// A register of a CPUID leaf.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Register {
     Eax,
@@ -11,19 +11,19 @@ enum Register {
     Edx,
 }
 
-/// A list of features: the names that Linux has for them (`arch/x86/include/asm/cpufeatures.h`), from
-/// bit 0 on; those without one are empty.
+/// A CPUID register whose bits are features.
 struct List {
     function: u32,
     index: u32,
     register: Register,
+    /// Linux's names (`arch/x86/include/asm/cpufeatures.h`), from bit 0 on; `-` for bits without.
     names: &'static str,
-    /// Bits that say what the guest's system or a VMM did rather than what the processor can do.
+    /// Bits that reflect what the guest's system or a VMM did, not what the processor can do.
     ignored: u32,
 }
 
-/// Bits of leaf 1, ECX: MONITOR, the TSC deadline timer (KVM has it wherever it has a local APIC),
-/// OSXSAVE, and that there is a hypervisor.
+/// Bits of leaf 1, ECX: MONITOR, the TSC deadline timer (which KVM has wherever it has a local
+/// APIC), OSXSAVE, and the presence of a hypervisor.
 const IGNORED_1_ECX: u32 = 1 << 3 | 1 << 24 | 1 << 27 | 1 << 31;
 /// Bits of leaf 7, ECX: OSPKE.
 const IGNORED_7_ECX: u32 = 1 << 4;
@@ -136,7 +136,7 @@ impl Register {
 }
 
 impl List {
-    /// The bits that `cpuid` has set; none if it has no such leaf.
+    /// The register's bits in `cpuid`; 0 if it has no such leaf.
     fn bits(&self, cpuid: &CpuId) -> u32 {
         let is_it = |entry: &&kvm_cpuid_entry2| {
             entry.function == self.function && entry.index == self.index
@@ -152,7 +152,7 @@ impl List {
     }
 }
 
-/// The names of the features that `saved` has and `supported` does not.
+/// The names of the features that `saved` has and `supported` lacks.
 #[must_use]
 pub fn missing(saved: &CpuId, supported: &CpuId) -> Vec<String> {
     let lacks = |list: &'static List| {
@@ -194,7 +194,7 @@ mod tests {
         ];
         assert_eq!(missing(&saved, &supported), expected);
         assert!(missing(&supported, &supported).is_empty());
-        // A leaf that is not there has no feature.
+        // A missing leaf has no features.
         assert_eq!(missing(&saved, &CpuId::new(0).unwrap()).len(), expected.len() + 27 + 1 + 3);
     }
 
@@ -209,7 +209,7 @@ mod tests {
                 LISTS.iter().find(|list| (list.function, list.register) == (function, register));
             list.unwrap().name(bit)
         };
-        // As the manuals have them.
+        // From the manuals.
         for (function, register, bit, expected) in [
             (1, Register::Edx, 31, "pbe"),
             (1, Register::Edx, 19, "clflush"),

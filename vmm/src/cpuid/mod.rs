@@ -1,4 +1,5 @@
-//! What CPUID tells each vCPU of a new machine, and whether this host can go on with that of a saved one.
+//! The CPUID leaves of each vCPU of a new machine, and the check that this host supports those of a
+//! saved one.
 
 mod features;
 
@@ -9,12 +10,12 @@ use crate::kvm::Hypervisor;
 
 const HYPERVISOR_BIT: u32 = 1 << 31;
 const TSC_DEADLINE_BIT: u32 = 1 << 24;
-// No virtualization inside the guest: its state is not part of snapshots.
+// No nested virtualization: its state is not part of snapshots.
 const VMX_BIT: u32 = 1 << 5;
 const SVM_BIT: u32 = 1 << 2;
 
-/// The host's features, with the fields that differ from vCPU to vCPU set for number `index` of
-/// `cpus`: APIC ids and topology (Intel SDM vol. 2A, CPUID).
+/// The CPUID leaves of vCPU `index` of `cpus`: the host's features, with APIC ids and topology of
+/// that vCPU (Intel SDM vol. 2A, CPUID).
 ///
 /// # Errors
 /// If KVM cannot list its features.
@@ -28,7 +29,7 @@ pub fn for_vcpu(hypervisor: &Hypervisor, index: usize, cpus: usize) -> Result<Cp
                 entry.ecx &= !VMX_BIT;
                 entry.ebx = entry.ebx & 0xffff | (cpus as u32) << 16 | apic_id << 24;
             }
-            // One thread a core, all cores in one package.
+            // One thread per core, all cores in one package.
             0xb | 0x1f => {
                 let levels =
                     [(0, 1, 1), (usize::BITS - (cpus.max(1) - 1).leading_zeros(), cpus as u32, 2)];
@@ -45,11 +46,11 @@ pub fn for_vcpu(hypervisor: &Hypervisor, index: usize, cpus: usize) -> Result<Cp
     Ok(cpuid)
 }
 
-/// Fails unless this host's processor and KVM can do all that `saved`, the leaves of a saved vCPU, say.
-/// A guest has looked once what there is, and uses it.
+/// Fails unless this host's processor and KVM have all features in `saved`, the leaves of a saved
+/// vCPU: the guest detected them once and uses them.
 ///
 /// # Errors
-/// [`VmmError::State`] of `chunk`, naming what is missing; if KVM cannot list its features.
+/// [`VmmError::State`] for `chunk`, which names what is missing; if KVM cannot list its features.
 pub fn check(hypervisor: &Hypervisor, chunk: &str, saved: &CpuId) -> Result<()> {
     let missing = features::missing(saved, &hypervisor.supported_cpuid()?);
     if missing.is_empty() {

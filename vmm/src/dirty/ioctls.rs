@@ -1,6 +1,6 @@
-//! The ioctls of dirty tracking that kvm-ioctls does not wrap, or only with a new buffer each time.
+//! The ioctls of dirty tracking that kvm-ioctls lacks, or wraps with a new buffer for each call.
 //!
-//! `unsafe` is allowed here because they hand KVM buffers to fill.
+//! `unsafe` is allowed here because these ioctls hand KVM buffers to read and fill.
 #![allow(unsafe_code)]
 
 use std::mem::MaybeUninit;
@@ -14,7 +14,7 @@ use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
 
 use crate::error::{Result, VmmError};
 
-/// Their numbers, from the kernel's include/uapi/linux/kvm.h.
+/// The numbers of the ioctls, from the kernel's include/uapi/linux/kvm.h.
 #[allow(missing_docs)] // the macros take none
 mod nr {
     use kvm_bindings::{KVMIO, kvm_clear_dirty_log, kvm_dirty_log};
@@ -25,22 +25,22 @@ mod nr {
     ioctl_io_nr!(KVM_RESET_DIRTY_RINGS, KVMIO, 0xc7);
 }
 
-/// Copies the dirty bits of memory slot `slot` into `bits`, which has one for each of its pages,
-/// in whole words. Clears them too unless manual protection is enabled.
+/// Copies the dirty bits of memory slot `slot` into `bits`, which must have one bit for each of the
+/// slot's pages, in whole words. Also clears KVM's bits unless manual protection is enabled.
 pub(super) fn get_dirty_log(vm: &VmFd, slot: u32, bits: &mut [u64]) -> Result<()> {
     let log = kvm_dirty_log {
         slot,
         padding1: 0,
         __bindgen_anon_1: kvm_dirty_log__bindgen_ty_1 { dirty_bitmap: bits.as_mut_ptr().cast() },
     };
-    // SAFETY: KVM writes a bit for each page of the slot, in whole words, which `bits` has room
-    // for: trackers make it so from the ranges that the slots were made from.
+    // SAFETY: KVM writes a bit for each page of the slot, in whole words. `bits` has room for them:
+    // trackers size it from the same ranges that the slots were made from.
     let ret = unsafe { ioctl_with_ref(vm, nr::KVM_GET_DIRTY_LOG(), &log) };
     done(ret, "read the dirty log")
 }
 
-/// Clears the dirty bits of slot `slot` that are set in `bits`, the first of which is that of page
-/// `first_page`, a multiple of 64; protects those pages anew. Manual protection only.
+/// Clears the dirty bits of slot `slot` that are set in `bits`, and protects those pages again. The
+/// first bit stands for page `first_page`, a multiple of 64. Manual protection only.
 pub(super) fn clear_dirty_log(
     vm: &VmFd,
     slot: u32,
@@ -63,10 +63,10 @@ pub(super) fn clear_dirty_log(
     done(ret, "clear the dirty log")
 }
 
-/// Has KVM watch the pages anew whose ring entries were taken; returns of how many it did.
+/// Makes KVM track the pages again whose ring entries were taken; returns the number of entries.
 ///
-/// With signals held back: KVM (Linux 6.16 and later) leaves this half done when one is pending,
-/// says nothing, and forgets to watch some of the pages whose entries it has let go of.
+/// Signals are blocked meanwhile: when one is pending, KVM (Linux 6.16 and later) stops half-way
+/// without an error, and does not track some of the pages whose entries it has already recycled.
 pub(super) fn reset_dirty_rings(vm: &VmFd) -> Result<u64> {
     let _signals = SignalsHeld::new();
     // SAFETY: this ioctl has no argument, and touches nothing but KVM's own state and the rings.
@@ -75,7 +75,7 @@ pub(super) fn reset_dirty_rings(vm: &VmFd) -> Result<u64> {
     Ok(ret as u64)
 }
 
-/// Holds back all signals to this thread that can be; they come when it is dropped.
+/// Blocks all signals to this thread that can be blocked, until dropped.
 struct SignalsHeld(libc::sigset_t);
 
 impl SignalsHeld {
@@ -94,7 +94,7 @@ impl SignalsHeld {
 
 impl Drop for SignalsHeld {
     fn drop(&mut self) {
-        // SAFETY: the set is what this thread's mask was.
+        // SAFETY: the set is this thread's former mask, which `new` initialized.
         unsafe {
             libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.0, std::ptr::null_mut())
         };

@@ -1,4 +1,4 @@
-//! KVM's dirty bitmap, one a memory slot.
+//! KVM's dirty bitmaps, one per memory slot.
 
 use std::sync::Arc;
 
@@ -10,22 +10,22 @@ use super::{DirtyTracker, TrackerKind};
 use crate::error::Result;
 use crate::memory::GuestRam;
 
-/// Dirty pages that one call protects at most: KVM holds its MMU lock meanwhile, for which vCPUs
-/// wait when they fault.
+/// Number of dirty pages after which a call that protects pages ends: KVM holds its MMU lock during
+/// the call, and vCPUs that fault wait for that lock.
 const CLEAR_PAGES_MAX: u32 = 4096;
 
-/// KVM's dirty bitmaps.
+/// A tracker that reads KVM's dirty bitmaps.
 ///
-/// With manual protection reading only copies the bits; clearing them, which protects the pages
-/// anew, is a call of its own, made in parts while the guest runs. At the cut nothing is cleared:
-/// those few pages are reported again by the next harvest, and found equal by the store if they
-/// are. Hot pages are among them, and spare the guest a fault each.
+/// With manual protection, reading only copies the bits; clearing them, which protects the pages
+/// again, is done by separate calls, in parts, while the guest runs. At the cut nothing is cleared:
+/// the next harvest reports those few pages again, and the store finds out which are unchanged. Hot
+/// pages are among them, and leaving those unprotected spares the guest a fault for each.
 #[derive(Debug)]
 pub struct KvmBitmap {
     vm: Arc<VmFd>,
     slots: Vec<Slot>,
     manual: bool,
-    /// Which the VM's slots refer to: it goes last.
+    /// The VM's slots refer to this memory, so it must be dropped last.
     _ram: Arc<GuestRam>,
 }
 
@@ -33,7 +33,7 @@ pub struct KvmBitmap {
 struct Slot {
     first_page: u64,
     pages: u64,
-    /// Kept from one harvest to the next, so that none allocates.
+    /// A buffer for the slot's bits, reused so that harvests do not allocate.
     bits: Vec<u64>,
 }
 
@@ -57,7 +57,7 @@ impl KvmBitmap {
         Ok(())
     }
 
-    /// Clears what [`Self::read`] read, and so watches those pages again.
+    /// Clears the bits that [`Self::read`] read, which makes KVM track those pages again.
     fn clear(&self, slot: usize) -> Result<()> {
         let Slot { pages, bits, .. } = &self.slots[slot];
         for words in parts(bits) {
@@ -89,9 +89,9 @@ impl DirtyTracker for KvmBitmap {
     }
 }
 
-/// Splits `bits` into ranges of words that begin and end with one that is not zero, each with
-/// little more than [`CLEAR_PAGES_MAX`] bits that are set. Few and long rather than many and
-/// short: each call that protects a page interrupts every vCPU once.
+/// Splits `bits` into ranges of words that begin and end with a non-zero word, each with at most
+/// little more than [`CLEAR_PAGES_MAX`] set bits. Few long ranges are better than many short ones:
+/// each call that protects a page interrupts every vCPU once.
 fn parts(bits: &[u64]) -> impl Iterator<Item = std::ops::Range<usize>> + '_ {
     let mut occupied =
         bits.iter().enumerate().filter(|(_, word)| **word != 0).map(|(index, _)| index);

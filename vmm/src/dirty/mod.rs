@@ -1,12 +1,13 @@
-//! Which pages changed: what KVM saw the guest write, joined with what the VMM wrote itself.
+//! Dirty tracking: which pages the guest wrote, according to KVM, joined with those that the VMM
+//! wrote itself.
 //!
-//! | tracker | reading it costs | when it is used |
+//! | tracker | cost of a harvest | used for |
 //! |---|---|---|
-//! | [`DirtyRings`] | what was written | machines of more than [`SMALL_RAM_BYTES`] |
-//! | [`KvmBitmap`] with manual protection | a bit for each page of RAM | smaller ones, whose bits are few |
-//! | [`KvmBitmap`] without | the same, and protecting again at once | a KVM that has nothing better |
+//! | [`DirtyRings`] | grows with the pages written | machines of more than [`SMALL_RAM_BYTES`] |
+//! | [`KvmBitmap`], manual protection | a bit for each page of RAM | smaller machines |
+//! | [`KvmBitmap`] without it | the same, and protecting again at once | a KVM with nothing better |
 //!
-//! Which one a VM has is settled before its first vCPU exists, since KVM wants to know by then.
+//! A VM's tracker is chosen before its first vCPU exists, since KVM has to know by then.
 
 mod ioctls;
 mod kvm_bitmap;
@@ -29,23 +30,24 @@ pub use ring::DirtyRings;
 pub use vmm_writes::VmmWrites;
 pub(crate) use written::{WrittenPages, bits};
 
-/// RAM up to which bitmaps are used. Reading one costs a bit for each page, 4 KiB of them for 128
-/// MiB, and a ring what was written; what a pause is left with is so little that neither shows up to
-/// 4 GiB here (see DESIGN.md). Below this a ring's memory, 64 KiB a vCPU at least, buys nothing.
+/// The most RAM for which bitmaps are preferred to rings. Reading a bitmap costs a bit for each page,
+/// 4 KiB of bits for 128 MiB; reading a ring costs what was written. So little is left for the pause
+/// that neither cost was measurable up to 4 GiB (see DESIGN.md). Below this size a ring's memory, at
+/// least 64 KiB per vCPU, buys nothing.
 pub const SMALL_RAM_BYTES: u64 = 512 << 20;
 
-/// A source of dirty pages. Reading it clears it: the caller keeps what it got until a snapshot
-/// that holds those pages is published.
+/// A source of dirty pages. Reading it clears it: the caller must keep the pages until a snapshot
+/// that holds them is published.
 pub trait DirtyTracker: Send + std::fmt::Debug {
-    /// Adds the pages written since the last call to `dirty`, and watches them again: a page that
-    /// is read after this returns and written later is reported once more.
+    /// Adds the pages written since the last call to `dirty`, and tracks them again: a page written
+    /// after this returns is reported once more.
     ///
     /// # Errors
-    /// What was added to `dirty` by then may not be reported again; the rest is.
+    /// Pages that were already added to `dirty` may not be reported again; all others will be.
     fn harvest(&mut self, dirty: &mut PageSet) -> Result<()>;
 
-    /// The same while no vCPU runs, as quickly as can be: pages may go unwatched, which the next
-    /// harvest then reports whether they were written or not.
+    /// Like [`Self::harvest`], but as fast as possible, and only while no vCPU runs. Pages may be
+    /// left untracked; the next harvest then reports them whether they were written or not.
     ///
     /// # Errors
     /// As [`Self::harvest`].
@@ -53,17 +55,17 @@ pub trait DirtyTracker: Send + std::fmt::Debug {
         self.harvest(dirty)
     }
 
-    /// Which one it is.
+    /// The kind of this tracker.
     fn kind(&self) -> TrackerKind;
 }
 
-/// What keeps track of the pages a guest writes.
+/// A kind of tracker of the pages that a guest writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum TrackerKind {
     /// A ring of page numbers for each vCPU (`KVM_CAP_DIRTY_LOG_RING_ACQ_REL`).
     Ring,
-    /// A bit for each page, cleared when asked (`KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`).
+    /// A bit for each page, cleared by a separate call (`KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`).
     ManualBitmap,
     /// A bit for each page, cleared whenever it is read.
     Bitmap,
@@ -79,7 +81,7 @@ impl std::fmt::Display for TrackerKind {
     }
 }
 
-/// A tracker joined with the VMM's own writes: what checkpoints use.
+/// A tracker of the guest's writes joined with the VMM's own: what checkpoints use.
 #[derive(Debug)]
 pub struct AllWrites {
     guest: Box<dyn DirtyTracker>,

@@ -1,4 +1,4 @@
-//! KVM's dirty rings: the numbers of the pages that a vCPU wrote, in a ring of its own.
+//! KVM's dirty rings: each vCPU has one, with the numbers of the pages that it wrote.
 //!
 //! `unsafe` is allowed here because the rings are memory that KVM writes to while we read it.
 //!
@@ -21,10 +21,10 @@ use crate::memory::GuestRam;
 
 /// `KVM_DIRTY_GFN_F_DIRTY`: KVM has filled the entry.
 const DIRTY: u32 = 1;
-/// `KVM_DIRTY_GFN_F_RESET`: we have taken it, and KVM may watch its page again.
+/// `KVM_DIRTY_GFN_F_RESET`: we have taken the entry, and KVM may track its page again.
 const RESET: u32 = 2;
 
-/// Where an entry's page is: slots are the ranges of RAM in their order.
+/// The pages of a memory slot. Slots are the ranges of RAM, in order.
 #[derive(Clone, Copy, Debug)]
 struct Slot {
     first_page: u64,
@@ -36,7 +36,7 @@ struct Slot {
 struct Ring {
     map: MmapRaw,
     entries: u32,
-    /// The entry to be filled next, counted from the first on, wrapping.
+    /// Number of entries taken so far, wrapping; modulo `entries`, the index of the next one.
     next: u32,
 }
 
@@ -48,23 +48,23 @@ impl Ring {
         Ok(Self { map, entries, next: 0 })
     }
 
-    /// Takes every entry that KVM has filled.
+    /// Takes every entry that KVM has filled, passing slot and offset to `found`; returns how many.
     fn take(&mut self, mut found: impl FnMut(u32, u64)) -> u32 {
-        // Once around: no more can be filled until these are reset.
+        // Once around: KVM cannot fill more until these are reset.
         for taken in 0..self.entries {
             let index = (self.next % self.entries) as usize;
             #[allow(clippy::cast_ptr_alignment)] // a mapping starts at a page
             let first = self.map.as_mut_ptr().cast::<kvm_dirty_gfn>();
-            // SAFETY: the mapping has `entries` of them and lives as long as `self`; KVM writes to
-            // it meanwhile, so nothing but raw pointers refers to it.
+            // SAFETY: the mapping has `entries` entries and lives as long as `self`. KVM writes to
+            // it concurrently, so only raw pointers refer to it.
             let entry = unsafe { first.add(index) };
             // SAFETY: `flags` is aligned, and both sides access it atomically.
             let flags = unsafe { AtomicU32::from_ptr(&raw mut (*entry).flags) };
             if flags.load(Ordering::Acquire) & DIRTY == 0 {
                 return taken;
             }
-            // SAFETY: KVM wrote them before it set the flag, and leaves them alone until the entry
-            // is reset.
+            // SAFETY: KVM wrote both fields before it set the flag, and leaves them alone until the
+            // entry is reset.
             let (slot, offset) =
                 unsafe { ((&raw const (*entry).slot).read(), (&raw const (*entry).offset).read()) };
             found(slot, offset);
@@ -78,32 +78,32 @@ impl Ring {
 #[derive(Debug)]
 struct Inner {
     rings: Vec<Ring>,
-    /// Pages taken from rings that were full, until the next harvest.
+    /// Pages taken by [`DirtyRings::relieve`] since the last harvest.
     spilled: PageSet,
-    /// Pages whose entries were taken just now.
+    /// Pages whose entries the last [`DirtyRings::take`] took.
     taken: PageSet,
-    /// Entries taken that KVM has not been told of with success.
+    /// Entries taken that KVM has not reset yet.
     owed: u64,
-    /// Pages that KVM may have failed to watch again: every harvest reports them.
+    /// Pages that KVM may have failed to track again: every harvest reports them.
     unwatched: PageSet,
 }
 
 /// The rings of all vCPUs of a machine.
 ///
-/// A vCPU whose ring is full leaves the guest; its thread calls [`Self::relieve`]. Reading costs
-/// what was written, however large RAM is.
+/// A vCPU whose ring is full leaves the guest, and its thread calls [`Self::relieve`]. The cost of a
+/// harvest grows with the pages written, not with the size of RAM.
 #[derive(Debug)]
 pub struct DirtyRings {
     vm: Arc<VmFd>,
     slots: Vec<Slot>,
     entries: u32,
     inner: Mutex<Inner>,
-    /// Which the VM's slots refer to: it goes last.
+    /// The VM's slots refer to this memory, so it must be dropped last.
     _ram: Arc<GuestRam>,
 }
 
 impl DirtyRings {
-    /// Rings of `entries` each, which `vm` was told before. Each vCPU's is added as it is made.
+    /// Rings of `entries` each, the size that was enabled for `vm`. [`Self::add`] adds each vCPU's.
     #[must_use]
     pub fn new(vm: Arc<VmFd>, ram: &Arc<GuestRam>, entries: u32) -> Self {
         let slots = ram.mapped_ranges().map(|(range, _)| Slot {
@@ -132,10 +132,10 @@ impl DirtyRings {
         Ok(())
     }
 
-    /// Makes room in the rings, as a vCPU whose ring is full needs it.
+    /// Empties the rings, for a vCPU whose ring is full. The next harvest reports the pages.
     ///
     /// # Errors
-    /// [`VmmError::Kvm`] if KVM cannot reset them. No page is lost.
+    /// [`VmmError::Kvm`] if KVM cannot reset the rings. No page is lost.
     pub fn relieve(&self) -> Result<()> {
         let inner = &mut *self.lock();
         let taken = self.take(inner);
@@ -143,7 +143,7 @@ impl DirtyRings {
         taken
     }
 
-    /// Takes all entries, leaving their pages in `taken`, and has KVM watch those again.
+    /// Takes all entries, leaving their pages in `taken`, and makes KVM track those pages again.
     fn take(&self, inner: &mut Inner) -> Result<()> {
         inner.taken.clear();
         for ring in &mut inner.rings {
@@ -159,11 +159,11 @@ impl DirtyRings {
         if inner.owed == 0 {
             return Ok(());
         }
-        // Before anybody reads those pages: a write that comes later must be seen.
+        // Before anybody reads those pages: a write after that must be seen.
         let reset = reset_dirty_rings(&self.vm);
         inner.owed -= reset.as_ref().map_or(0, |reset| *reset.min(&inner.owed));
         if inner.owed > 0 {
-            // Which of them is not known, and KVM will not do again what it did by half.
+            // It is not known which of the pages KVM tracks, and it will not retry the others.
             inner.unwatched.union(&inner.taken);
         }
         reset.map(drop)

@@ -1,22 +1,22 @@
-//! What the VMM itself writes to guest memory, which KVM does not see.
+//! The VMM's own writes to guest memory, which KVM does not see.
 
 use frazil_snapstore::{PAGE_SIZE, PageSet};
 use vm_memory::bitmap::{Bitmap, RefSlice, WithBitmapSlice};
 
 use super::written::WrittenPages;
 
-/// The pages of a range of RAM that were written through vm-memory, which calls this.
+/// The pages of a range of RAM that were written through vm-memory, which reports every write here.
 #[derive(Debug)]
 pub struct VmmWrites(WrittenPages);
 
 impl VmmWrites {
-    /// Nothing written, to `len` bytes.
+    /// A bitmap for `len` bytes of RAM, with nothing written yet.
     #[must_use]
     pub fn new(len: usize) -> Self {
         Self(WrittenPages::new(len.div_ceil(64 * PAGE_SIZE) as u64))
     }
 
-    /// Moves the pages written into `dirty`, of which this range's first page is `first_page`.
+    /// Moves the written pages into `dirty`, where this range's first page is `first_page`.
     pub fn harvest(&self, first_page: u64, dirty: &mut PageSet) {
         self.0.harvest(first_page, dirty);
     }
