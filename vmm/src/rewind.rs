@@ -241,7 +241,8 @@ impl Vm {
     /// for the head. The rewind point is kept for the next call.
     ///
     /// # Errors
-    /// As [`Self::rewind_point`] and [`Self::rewind`]; [`VmmError::NotNow`] if there is no head yet.
+    /// As [`Self::rewind_point`] and [`Self::rewind`]; [`VmmError::NotNow`] if there is no head
+    /// yet.
     pub fn rewind_to(&self, reference: Option<&str>) -> Result<RewindReport> {
         self.check_alive()?;
         let store = self.rewind_store()?;

@@ -1,8 +1,8 @@
 //! ACPI tables: the number of processors, the wiring of interrupts, the devices, and how to reset
 //! the machine and power it off (section numbers are those of the ACPI Specification 6.5).
 //!
-//! The machine is hardware-reduced (4.1): it has no power management timer, fixed events or buttons,
-//! so ACPI needs nothing but the tables, which are in RAM.
+//! The machine is hardware-reduced (4.1): it has no power management timer, fixed events or
+//! buttons, so ACPI needs nothing but the tables, which are in RAM.
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -83,8 +83,8 @@ pub struct Hardware<'a> {
 /// Writes the tables of a machine with `hardware`.
 ///
 /// # Errors
-/// [`VmmError::Boot`](crate::VmmError::Boot) if the tables do not fit the BIOS area, or RAM does not
-/// reach that far.
+/// [`VmmError::Boot`](crate::VmmError::Boot) if the tables do not fit the BIOS area, or RAM does
+/// not reach that far.
 pub(super) fn write(memory: &GuestMemory, hardware: &Hardware<'_>) -> Result<()> {
     let mut bytes = Vec::new();
     let mut add = |table: &dyn Aml| {

@@ -18,8 +18,8 @@ const LVT_LINT1: usize = 0x360;
 const MODE_NMI: u8 = 4;
 const MODE_EXTINT: u8 = 7;
 
-/// Writes a flat GDT with the selectors that Linux expects, and page tables that map the first 4 GiB
-/// one to one.
+/// Writes a flat GDT with the selectors that Linux expects, and page tables that map the first
+/// 4 GiB one to one.
 pub(super) fn write_tables(memory: &GuestMemory) -> Result<()> {
     let write = |value: u64, address: u64| {
         memory
@@ -71,8 +71,8 @@ fn segment(index: usize) -> kvm_segment {
     }
 }
 
-/// Sets the boot processor's registers to enter the kernel at `entry`. The other processors wait for
-/// startup interrupts from the guest.
+/// Sets the boot processor's registers to enter the kernel at `entry`. The other processors wait
+/// for startup interrupts from the guest.
 ///
 /// # Errors
 /// [`VmmError::Kvm`].

@@ -1,8 +1,8 @@
 //! The part of HTTP/1.1 that a control socket needs: one request per connection, its body read
 //! whole.
 //!
-//! Each request is read by a thread of its own until a deadline, so a client that stalls delays only
-//! itself.
+//! Each request is read by a thread of its own until a deadline, so a client that stalls delays
+//! only itself.
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
@@ -65,7 +65,7 @@ pub(super) fn receive(stream: &UnixStream, deadline: Instant) -> Result<Request,
     while body.len() < head.body_len {
         read_some(stream, deadline, head.body_len - body.len(), &mut body)?;
     }
-    // Anything after the body would be a second request; the answer says that the connection closes.
+    // Anything after the body would be a second request; the answer says `Connection: close`.
     body.truncate(head.body_len);
     Ok(Request { method: head.method, path: head.path, body })
 }

@@ -1,7 +1,7 @@
 //! Controlling a running VM from outside: an HTTP/1.1 server on a Unix socket, its client, and
 //! the register of the VMs running on this host.
 //!
-//! `openapi.json` beside this file describes the requests; a test checks that it lists every route.
+//! `openapi.json` beside this file describes the requests; tests keep it in step with the server.
 
 pub mod api;
 mod client;

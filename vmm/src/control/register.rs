@@ -12,8 +12,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Result, VmmError};
 
-/// Listing VMs locks each of their files for a moment; a file that stays locked for longer than this
-/// belongs to a running VM.
+/// Listing VMs locks each of their files for a moment; a file that stays locked for longer than
+/// this belongs to a running VM.
 const LOOKED_AT: Duration = Duration::from_millis(200);
 
 /// The register's record of a running VM.
@@ -59,8 +59,8 @@ pub fn memory_socket(id: SnapshotId) -> Result<PathBuf> {
 pub struct Registration {
     record: VmRecord,
     file: PathBuf,
-    /// The file opened for writing, until the record is written. Opened early, since the process may
-    /// switch to a user who must not be able to change the record.
+    /// The file opened for writing, until the record is written. Opened early, since the process
+    /// may switch to a user who must not be able to change the record.
     unwritten: Option<File>,
     // The lock shows that the process lives: the kernel drops it however the process ends.
     _lock: File,

@@ -5,7 +5,7 @@
 //! |---|---|---|
 //! | [`DirtyRings`] | grows with the pages written | machines of more than [`SMALL_RAM_BYTES`] |
 //! | [`KvmBitmap`], manual protection | a bit for each page of RAM | smaller machines |
-//! | [`KvmBitmap`] without it | the same, and protecting again at once | a KVM with nothing better |
+//! | [`KvmBitmap`] without | the same, and protecting again at once | a KVM with nothing better |
 //!
 //! A VM's tracker is chosen before its first vCPU exists, since KVM has to know by then.
 
@@ -30,10 +30,10 @@ pub use ring::DirtyRings;
 pub use vmm_writes::VmmWrites;
 pub(crate) use written::{WrittenPages, bits};
 
-/// The most RAM for which bitmaps are preferred to rings. Reading a bitmap costs a bit for each page,
-/// 4 KiB of bits for 128 MiB; reading a ring costs what was written. So little is left for the pause
-/// that neither cost was measurable up to 4 GiB (see DESIGN.md). Below this size a ring's memory, at
-/// least 64 KiB per vCPU, buys nothing.
+/// The most RAM for which bitmaps are preferred to rings. Reading a bitmap costs a bit for each
+/// page, 4 KiB of bits for 128 MiB; reading a ring costs what was written. So little is left for
+/// the pause that neither shows in it up to 4 GiB (see DESIGN.md). Below this size a ring's
+/// memory, at least 64 KiB per vCPU, buys nothing.
 pub const SMALL_RAM_BYTES: u64 = 512 << 20;
 
 /// A source of dirty pages. Reading it clears it: the caller must keep the pages until a snapshot

@@ -90,8 +90,8 @@ struct Inner {
 
 /// The rings of all vCPUs of a machine.
 ///
-/// A vCPU whose ring is full leaves the guest, and its thread calls [`Self::relieve`]. The cost of a
-/// harvest grows with the pages written, not with the size of RAM.
+/// A vCPU whose ring is full leaves the guest, and its thread calls [`Self::relieve`]. The cost of
+/// a harvest grows with the pages written, not with the size of RAM.
 #[derive(Debug)]
 pub struct DirtyRings {
     vm: Arc<VmFd>,

@@ -1,4 +1,4 @@
-//! Every tracker on a real KVM against the same oracle: a copy of memory, compared byte by byte.
+//! Checks every tracker on a real KVM against an oracle: a copy of memory, compared byte by byte.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use crate::{Guest, HostConfig, MachineConfig, Vm};
 
 const KINDS: [TrackerKind; 3] = [TrackerKind::Ring, TrackerKind::ManualBitmap, TrackerKind::Bitmap];
 
-/// True if guests can run here; says why not otherwise. Where it is true nothing is skipped.
+/// True if guests can run here; otherwise prints that the test is skipped.
 fn kvm_or_skip() -> bool {
     let there = std::path::Path::new("/dev/kvm").exists();
     if !there {
@@ -28,7 +28,7 @@ fn boot(kind: TrackerKind, ram_bytes: u64, cpus: usize, spec: &str) -> Vm {
     Vm::boot(&config, host).unwrap()
 }
 
-/// A copy of all of RAM, and what was reported since it was made.
+/// A copy of all of RAM, and the pages reported since the last [`Self::check`].
 struct Oracle<'a> {
     vm: &'a Vm,
     copy: Vec<Page>,
@@ -50,9 +50,9 @@ impl<'a> Oracle<'a> {
         self.vm.line.lock().unwrap().tracker.harvest_at_cut(&mut self.reported).unwrap();
     }
 
-    /// With the guest stopped and the last harvest done: every page that differs from the copy was
-    /// reported. Copies what was reported, which makes the copy right again. Returns how many
-    /// pages differed and how many were reported.
+    /// Checks that every page that differs from the copy was reported, and updates the copy. The
+    /// guest must be stopped and the last harvest done. Returns how many pages differed and how
+    /// many were reported.
     fn check(&mut self) -> (u64, u64) {
         let (mut differed, mut now) = (0, [0; PAGE_SIZE]);
         for (page, copy) in self.copy.iter_mut().enumerate() {
@@ -69,8 +69,8 @@ impl<'a> Oracle<'a> {
     }
 }
 
-/// A guest that writes without pause to more pages than a ring has entries, on two vCPUs, while
-/// harvests come at any moment.
+/// Two vCPUs write without pause to more pages than a ring has entries, while harvests come at any
+/// moment.
 #[test]
 fn every_page_that_changed_is_reported() {
     if !kvm_or_skip() {
@@ -91,7 +91,7 @@ fn every_page_that_changed_is_reported() {
             // Long enough to fill a ring, now and then.
             std::thread::sleep(Duration::from_millis(if round % 5 == 0 { 400 } else { 5 }));
             vm.pause().unwrap();
-            // The VMM's own writes, joined.
+            // The VMM's own writes are reported too.
             let gpa = GuestAddress(0x7_8000 + round * 4096);
             vm.ram().memory().write_slice(&[round as u8 + 1; 9], gpa).unwrap();
             oracle.harvest_at_cut();
@@ -105,7 +105,7 @@ fn every_page_that_changed_is_reported() {
     }
 }
 
-/// What is reported was written, but for what a harvest at the cut left unwatched.
+/// Only written pages are reported, except those that a harvest at the cut left untracked.
 #[test]
 fn no_page_is_reported_for_nothing() {
     if !kvm_or_skip() {
@@ -121,13 +121,13 @@ fn no_page_is_reported_for_nothing() {
             oracle.harvest();
             let (differed, reported) = oracle.check();
             assert!(differed > 0 && reported <= differed + 64, "{kind}: {reported} for {differed}");
-            // It stands still.
+            // The guest is paused.
             oracle.harvest();
             assert!(oracle.reported.is_empty(), "{kind}: reported twice");
             oracle.harvest_at_cut();
             assert!(oracle.reported.is_empty(), "{kind}: reported at the cut");
         }
-        // After a harvest at the cut those pages may come once more, and then no more.
+        // After a harvest at the cut its pages may be reported once more, but not twice.
         vm.go().unwrap();
         std::thread::sleep(Duration::from_millis(30));
         vm.pause().unwrap();
@@ -141,7 +141,7 @@ fn no_page_is_reported_for_nothing() {
     }
 }
 
-/// Kicks that come while a full ring is being relieved: KVM leaves that half done when a signal is
+/// Kicks come while a full ring is being emptied, which KVM leaves half done when a signal is
 /// pending.
 #[test]
 fn kicks_at_any_moment_lose_no_page() {
@@ -173,7 +173,7 @@ fn what_the_vmm_writes_while_it_is_harvested_is_not_lost() {
                 let writes = Arc::clone(&writes);
                 scope.spawn(move || {
                     use vm_memory::bitmap::Bitmap;
-                    // Each page once: a bit lost on the way is not set by a later write.
+                    // Each page once, so that no later write can set a lost bit again.
                     for index in 0..pages / 2 {
                         let page = index * 2 + half;
                         writes.mark_dirty(page as usize * PAGE_SIZE + 17, 1);

@@ -11,8 +11,9 @@ pub(crate) fn bits(word: u64) -> impl Iterator<Item = u64> {
         .map(|rest| u64::from(rest.trailing_zeros()))
 }
 
-/// Pages written since the last [`Self::take`], one bit each. A second level has a bit for each word
-/// that may be non-zero, so taking costs what was written, not what there is. It allocates nothing.
+/// Pages written since the last [`Self::take`], one bit each. A second level has a bit for each
+/// word that may be non-zero, so taking costs what was written, not what there is. It allocates
+/// nothing.
 #[derive(Debug)]
 pub(crate) struct WrittenPages {
     words: Vec<AtomicU64>,

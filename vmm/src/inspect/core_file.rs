@@ -1,13 +1,14 @@
-//! A machine as an ELF core file, as debuggers open it: gdb, crash, drgn.
+//! Writes a machine as an ELF core file for debuggers: gdb, crash, drgn.
 //!
-//! | part | what |
+//! | part | contents |
 //! |---|---|
-//! | notes | for each vCPU what a thread's are: NT_PRSTATUS, NT_FPREGSET, NT_X86_XSTATE; then for each what QEMU says of it; of a Linux guest its VMCOREINFO, as /proc/vmcore has it |
-//! | first PT_LOADs | RAM by physical address, each range once; its virtual addresses are those of the kernel's map of all memory, if it has one |
-//! | the others | what else is mapped: the kernel's text, modules, stacks; programs, where vCPUs run them. They refer to the same bytes of the file |
+//! | notes | NT_PRSTATUS, NT_FPREGSET, NT_X86_XSTATE and QEMU's note for each vCPU; VMCOREINFO |
+//! | first PT_LOADs | RAM by physical address, each range once, at its place in the direct map |
+//! | other PT_LOADs | what else is mapped: the kernel's text, modules, stacks; running programs |
 //!
-//! Without a kernel's map of all memory the RAM ranges come last, with virtual address 0, as QEMU writes
-//! them. RAM is written as a sparse file.
+//! VMCOREINFO is a Linux guest's, as in /proc/vmcore. The direct map is the kernel's map of all
+//! memory; without one the RAM ranges come last, with virtual address 0, as in QEMU's files. The
+//! other PT_LOADs refer to the same bytes of the file, which is sparse.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -24,52 +25,53 @@ use super::{
 };
 use crate::memory::RamRange;
 
-/// Size of the header of an ELF64 file.
+/// Size of an ELF64 header.
 const HEADER_BYTES: u64 = 64;
-/// Size of a program header of one.
+/// Size of an ELF64 program header.
 const PROGRAM_HEADER_BYTES: u64 = 56;
-/// About the most PT_LOADs: more than 65,534 would have to be counted elsewhere, which not all readers know.
+/// About the most PT_LOADs: more than 65,534 would need the extended count, which not all readers
+/// know.
 const LOADS_MAX: usize = 60_000;
-/// A map of all memory has at least this share of it.
+/// A direct map has at least one in this many bytes of RAM.
 const MAPS_ALL_SHARE: u64 = 2;
 const PT_LOAD: u32 = 1;
 const PT_NOTE: u32 = 4;
 const ET_CORE: u16 = 4;
 const EM_X86_64: u16 = 62;
-/// Readable, writable, executable: what a debugger may do, not what the guest may.
+/// Readable, writable, executable: a debugger's rights, not the guest's.
 const FLAGS: u32 = 7;
 
-/// Why there is no core file.
+/// Why a core file could not be written.
 #[derive(Debug, thiserror::Error)]
 pub enum CoreError {
     /// The machine cannot be read.
     #[error(transparent)]
     Inspect(#[from] InspectError),
-    /// Memory cannot be read, or written to the file.
+    /// Memory cannot be read, or cannot be written to the file.
     #[error(transparent)]
     Export(#[from] ExportError),
-    /// The rest cannot be written.
+    /// The headers or notes cannot be written.
     #[error("cannot write the file: {0}")]
     File(#[source] std::io::Error),
 }
 
-/// What a core file came to.
+/// A report on a core file.
 #[derive(Clone, Debug)]
 pub struct CoreReport {
     /// Length of the file in bytes, holes included.
     pub file_bytes: u64,
-    /// PT_LOADs: ranges of RAM, and of virtual addresses.
+    /// Number of PT_LOADs: ranges of RAM, and of virtual addresses.
     pub loads: usize,
-    /// All that is mapped is there by its virtual address. If not, there is too much of it; debuggers that
-    /// read page tables (crash, drgn) do without.
+    /// Whether everything mapped is there by its virtual address. If not, there was too much of it;
+    /// debuggers that read page tables themselves (crash, drgn) do not need it.
     pub all_mapped: bool,
-    /// The Linux kernel that was found.
+    /// The Linux kernel, if one was found.
     pub kernel: Option<LinuxKernel>,
-    /// The virtual address of guest physical 0 in the map of all memory, if there is one.
+    /// The virtual address of guest physical 0 in the kernel's direct map, if there is one.
     pub direct_map: Option<u64>,
 }
 
-/// A part of the file that is memory.
+/// A PT_LOAD: virtual addresses and the memory that they map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Load {
     gva: u64,
@@ -77,10 +79,10 @@ struct Load {
     len_bytes: u64,
 }
 
-/// Writes the machine that `view` shows to `file`, which is empty.
+/// Writes the machine of `view` to `file`, which must be empty.
 ///
 /// # Errors
-/// [`CoreError`]; what is in the file then is of no use.
+/// [`CoreError`]; the file's contents are then unusable.
 pub fn write_core(
     view: &GuestView,
     file: &File,
@@ -124,8 +126,8 @@ pub fn write_core(
     Ok(CoreReport { file_bytes, loads: loads.len(), all_mapped, kernel, direct_map })
 }
 
-/// Whose virtual addresses are in the file: the kernel's, and those of each vCPU, whichever first maps an
-/// address.
+/// The address spaces in the file: the kernel's, then each vCPU's. The first that maps an address
+/// counts.
 fn spaces(view: &GuestView, kernel: Option<&LinuxKernel>) -> Vec<AddressSpace> {
     let vcpus = view.vcpus().iter().map(AddressSpace::of);
     let mut all: Vec<AddressSpace> = Vec::new();
@@ -137,10 +139,10 @@ fn spaces(view: &GuestView, kernel: Option<&LinuxKernel>) -> Vec<AddressSpace> {
     all
 }
 
-/// What is mapped to RAM, by virtual address: its end, and where it leads.
+/// The ranges that are mapped to RAM, by virtual address.
 type Mapped = BTreeMap<u64, Load>;
 
-/// What `spaces` map, and whether that is all.
+/// The ranges that `spaces` map to RAM, and whether these are all.
 fn mapped(view: &GuestView, spaces: &[AddressSpace]) -> Result<(Mapped, bool), InspectError> {
     let ranges = view.memory().ranges();
     let (mut all, mut tables, mut again) = (Mapped::new(), 0, false);
@@ -149,18 +151,18 @@ fn mapped(view: &GuestView, spaces: &[AddressSpace]) -> Result<(Mapped, bool), I
             if let Found::Range(MappedRange { gva, len_bytes, gpa: Some(gpa), .. }) = found {
                 in_ram(ranges, Load { gva, gpa, len_bytes }).for_each(|part| add(&mut all, part));
             }
-            // Such as a shadow area, where the same page is all over terabytes.
+            // For example a shadow area, where the same page is mapped all over terabytes.
             again |= matches!(found, Found::Again { .. });
             if all.len() < LOADS_MAX { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
         });
         match looked {
             Ok(report) => tables += report.tables,
-            // What one vCPU's tables are does not matter to the others.
+            // One vCPU's damaged tables do not affect the others.
             Err(InspectError::NoTable { .. }) => {}
             Err(InspectError::TooManyTables) => tables = TABLES_MAX,
             Err(error) => return Err(error),
         }
-        // Of all vCPUs together: there may be hundreds.
+        // The limits are for all vCPUs together: there may be hundreds.
         if all.len() >= LOADS_MAX || tables >= TABLES_MAX {
             return Ok((all, false));
         }
@@ -178,14 +180,14 @@ fn in_ram(ranges: &[RamRange], load: Load) -> impl Iterator<Item = Load> + '_ {
     })
 }
 
-/// Adds what of `load` is not there yet, joined to what it goes on from.
+/// Adds the parts of `load` that are not mapped yet, joining each to the range that it continues.
 fn add(all: &mut Mapped, load: Load) {
     let last_of = |load: &Load| load.gva + (load.len_bytes - 1);
     let (mut gva, last) = (load.gva, last_of(&load));
     while gva <= last {
         let before = all.range(..=gva).next_back().map(|(_, load)| *load);
         if let Some(before) = before.filter(|before| last_of(before) >= gva) {
-            // There already.
+            // Already mapped.
             let Some(next) = last_of(&before).checked_add(1) else { return };
             gva = next;
             continue;
@@ -205,8 +207,9 @@ fn add(all: &mut Mapped, load: Load) {
     }
 }
 
-/// The virtual address of guest physical 0 in the map of all memory. With a Linux kernel that is what is
-/// mapped elsewhere than where kernels are; it begins at a multiple of 1 GiB.
+/// The virtual address of guest physical 0 in the kernel's direct map: the offset from physical to
+/// virtual addresses by which most of RAM is mapped. With a Linux kernel only mappings in the
+/// kernel's half, at offsets that are multiples of 1 GiB, count.
 fn direct_map(
     mapped: &Mapped,
     ranges: &[RamRange],
@@ -230,7 +233,7 @@ fn direct_map(
     (bytes >= ram_bytes / MAPS_ALL_SHARE).then_some(offset)
 }
 
-/// The PT_LOADs in order.
+/// The PT_LOADs, in order.
 fn layout(ranges: &[RamRange], mapped: &Mapped, direct_map: Option<u64>) -> Vec<Load> {
     let ram = ranges.iter().map(|range| Load {
         gva: direct_map.map_or(0, |base| base.wrapping_add(range.gpa)),
@@ -246,13 +249,13 @@ fn layout(ranges: &[RamRange], mapped: &Mapped, direct_map: Option<u64>) -> Vec<
     }
 }
 
-/// Where guest physical address `gpa` is behind the beginning of memory in the file.
+/// The offset of guest physical address `gpa` from the start of memory in the file.
 fn place(ranges: &[RamRange], gpa: u64) -> u64 {
     let before = ranges.iter().map(|range| gpa.saturating_sub(range.gpa).min(range.len_bytes));
     before.sum()
 }
 
-/// The header of a core file with `program_headers` of them behind it.
+/// The header of a core file that has `program_headers` program headers after it.
 fn header(program_headers: u16) -> Vec<u8> {
     // Magic, 64 bits, little-endian, version 1, System V.
     let mut out = vec![0x7f, b'E', b'L', b'F', 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0];
@@ -268,7 +271,7 @@ fn header(program_headers: u16) -> Vec<u8> {
 
 fn program_header(out: &mut Vec<u8>, kind: u32, at: u64, load: &Load) {
     let Load { gva, gpa, len_bytes } = *load;
-    // Without an alignment, as in /proc/vmcore: by that crash tells a kernel's dump from others.
+    // Without an alignment, as in /proc/vmcore: crash recognises a kernel's dump by that.
     let (flags, align) = if kind == PT_LOAD { (FLAGS, 0) } else { (0, 4) };
     [kind, flags].iter().for_each(|word| out.extend_from_slice(&word.to_le_bytes()));
     let words = [at, gva, gpa, len_bytes, len_bytes, align];
@@ -281,7 +284,7 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
-        /// Against a map of single bytes.
+        /// Compares with a map of single bytes.
         #[test]
         fn what_is_mapped_first_stays(loads in proptest::collection::vec((0_u64..60, 0_u64..60, 1_u64..20), 1..20)) {
             let (mut all, mut oracle) = (Mapped::new(), BTreeMap::new());

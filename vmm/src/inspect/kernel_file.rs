@@ -1,7 +1,7 @@
-//! The ELF file of a guest's kernel, and where in the guest it is.
+//! The ELF file of a guest's kernel, and its location in the guest.
 //!
-//! With debug information, kernels' files have half a GiB and more. Nothing of that is read here: headers, the
-//! table of symbols and the names, each in one piece, and the sections that are asked for.
+//! With debug information, a kernel's file has half a GiB and more. Only parts of it are read: the
+//! headers, the symbol table and the names, each in one piece, and the sections that are asked for.
 
 use std::fs::File;
 use std::ops::Range;
@@ -17,25 +17,26 @@ use super::linux::LinuxKernel;
 use super::memory::PhysicalMemory;
 use super::{AddressSpace, InspectError, OrcFormat, OrcTable, Result, Symbol, Symbols};
 
-/// Linux is put at multiples of so many bytes (CONFIG_PHYSICAL_ALIGN), this far at the most.
+/// Linux is placed at multiples of this many bytes (CONFIG_PHYSICAL_ALIGN).
 const OFFSET_STEP_BYTES: u64 = 2 << 20;
+/// The number of such places.
 const OFFSETS: u64 = 512;
-/// Bytes that are compared.
+/// The most bytes that are compared.
 const SAMPLE_BYTES: usize = 256;
-/// Text that every Linux kernel has, with its release and when it was built: it is never patched.
+/// A text in every Linux kernel, with its release and build time; it is never patched.
 const BANNER: &[u8] = b"linux_banner";
-/// More than any table of any kernel takes: what a file says of itself need not be so.
+/// More than any table of any kernel takes: the sizes that a file gives need not be true.
 const PIECE_BYTES_MAX: u64 = 512 << 20;
 
-/// A file that is read where it is looked at.
+/// A file that is read piece by piece, on demand.
 #[derive(Debug)]
 pub struct KernelBytes(ReadCache<File>);
 
 impl KernelBytes {
-    /// Opens it.
+    /// Opens the file at `path`.
     ///
     /// # Errors
-    /// The system's.
+    /// If it cannot be opened.
     pub fn open(path: &Path) -> std::io::Result<Self> {
         Ok(Self(ReadCache::new(File::open(path)?)))
     }
@@ -65,7 +66,7 @@ pub struct KernelFile<'a> {
     symbols: Vec<FileSymbol<'a>>,
 }
 
-/// A symbol where it was linked to be.
+/// A symbol with its address as linked.
 #[derive(Debug)]
 struct FileSymbol<'a> {
     address: u64,
@@ -75,10 +76,10 @@ struct FileSymbol<'a> {
 }
 
 impl<'a> KernelFile<'a> {
-    /// Reads its headers and its symbols.
+    /// Reads the headers and symbols.
     ///
     /// # Errors
-    /// A message, if it is no ELF file, or has no symbols.
+    /// A message, if `bytes` are no ELF file or have no symbols.
     pub fn parse(bytes: &'a KernelBytes) -> Result<Self, String> {
         let file = object::File::parse(bytes)
             .map_err(|error| format!("expected an ELF file, such as a vmlinux: {error}"))?;
@@ -100,11 +101,12 @@ impl<'a> KernelFile<'a> {
         Ok(Self { file, symbols })
     }
 
-    /// How far beyond where it was linked it is in the guest, in bytes: as a Linux kernel tells, or where its
-    /// contents are found by one of `spaces`. None if nowhere: the guest has another kernel.
+    /// The offset of the kernel in the guest from its address as linked, in bytes: the one that a
+    /// Linux kernel reports, or the one at which the contents are found in one of `spaces`. None if
+    /// they are found nowhere: the guest has another kernel.
     ///
     /// # Errors
-    /// The store's.
+    /// Store errors.
     pub fn offset_in(
         &self,
         memory: &dyn PhysicalMemory,
@@ -129,13 +131,13 @@ impl<'a> KernelFile<'a> {
         Ok(None)
     }
 
-    /// An address, and what is there as long as the kernel runs.
+    /// A linked address, and the bytes that are there for as long as the kernel runs.
     fn sample(&self) -> Option<(u64, &'a [u8])> {
         let banner = self.symbols.iter().find(|symbol| symbol.name == BANNER);
         let (address, len) = if let Some(symbol) = banner {
             (symbol.address, symbol.len_bytes)
         } else {
-            // Of any other program, its code: the most there is of it, since what is small may be tables.
+            // For any other program, its largest text section: small ones may be tables.
             let texts = self.file.sections().filter(|section| section.kind() == SectionKind::Text);
             let text = texts.max_by_key(ObjectSection::size)?;
             (text.address(), text.size())
@@ -149,7 +151,7 @@ impl<'a> KernelFile<'a> {
         Some((address, &sample[..len.min(sample.len())])).filter(|(_, sample)| !sample.is_empty())
     }
 
-    /// Its symbols, in a guest that has it `offset_bytes` beyond where it was linked.
+    /// The symbols in a guest that has the kernel `offset_bytes` above its address as linked.
     #[must_use]
     pub fn symbols(&self, offset_bytes: u64) -> Symbols {
         let symbols = self.symbols.iter().filter_map(|symbol| {
@@ -161,10 +163,10 @@ impl<'a> KernelFile<'a> {
         Symbols::new(symbols.collect())
     }
 
-    /// The contents of section `name`, if there is such a one.
+    /// The contents of section `name`, if there is one.
     ///
     /// # Errors
-    /// [`InspectError::Section`] if it is compressed, or is not all there.
+    /// [`InspectError::Section`] if it is compressed or incomplete.
     pub fn section(&self, name: &'static str) -> Result<Option<&'a [u8]>> {
         let Some(section) = self.file.section_by_name(name) else { return Ok(None) };
         let wrong = |found: String| InspectError::Section { name, found };
@@ -175,7 +177,7 @@ impl<'a> KernelFile<'a> {
         }
     }
 
-    /// Its unwind table, likewise; its layout is that of `kernel`'s release, or else of the newest.
+    /// The unwind table, likewise, in the layout of `kernel`'s release, or else of the newest.
     #[must_use]
     pub fn orc(&self, offset_bytes: u64, kernel: Option<&LinuxKernel>) -> Option<OrcTable> {
         let section = |name| self.file.section_by_name(name);
@@ -189,8 +191,8 @@ impl<'a> KernelFile<'a> {
     }
 }
 
-/// The symbols of `file`. Names are looked up in the section that has them, which is read as a whole: one by one
-/// would be three system calls each, and there are two hundred thousand.
+/// The symbols of `file`. The section with the names is read as a whole: reading them one by one
+/// would take three system calls each, and there are two hundred thousand.
 fn table<'a, Elf: FileHeader<Endian = Endianness>>(
     file: &ElfFile<'a, Elf, &'a KernelBytes>,
 ) -> Result<Vec<FileSymbol<'a>>, object::Error> {

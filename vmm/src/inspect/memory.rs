@@ -8,19 +8,19 @@ use frazil_snapstore::{PAGE_SIZE, Page, RegionReader};
 use super::{InspectError, Result};
 use crate::memory::RamRange;
 
-/// Guest physical memory, to be read.
+/// Readable guest physical memory.
 pub trait PhysicalMemory {
-    /// Copies the `out.len()` bytes from guest physical address `gpa` on.
+    /// Reads the `out.len()` bytes from guest physical address `gpa` on.
     ///
     /// # Errors
-    /// [`InspectError::NotRam`] if some of them are no RAM; those of what it is read from.
+    /// [`InspectError::NotRam`] if some of them are outside RAM; errors of the underlying storage.
     fn read(&self, gpa: u64, out: &mut [u8]) -> Result<()>;
 
-    /// True if there is RAM at all of `gpa .. gpa + len_bytes`.
+    /// True if all of `gpa .. gpa + len_bytes` is RAM.
     fn has(&self, gpa: u64, len_bytes: u64) -> bool;
 }
 
-/// Pages that are kept: those of page tables are read again and again.
+/// The most pages to cache: those of page tables are read again and again.
 const PAGES_KEPT: usize = 4096;
 
 /// The RAM of a snapshot.
@@ -32,7 +32,7 @@ pub struct SnapshotMemory {
 }
 
 impl SnapshotMemory {
-    /// The memory in `region`, of which `ranges` are RAM.
+    /// The memory in `region`, in which RAM occupies `ranges`.
     pub(super) fn new(region: RegionReader, ranges: Vec<RamRange>) -> Self {
         Self { region, ranges, kept: Mutex::default() }
     }
@@ -43,7 +43,7 @@ impl SnapshotMemory {
         &self.region
     }
 
-    /// Where RAM is.
+    /// The ranges of RAM.
     #[must_use]
     pub fn ranges(&self) -> &[RamRange] {
         &self.ranges
@@ -96,7 +96,7 @@ impl PhysicalMemory for SnapshotMemory {
     }
 }
 
-/// The error of an address that is no RAM.
+/// The error for an address outside RAM.
 pub(super) fn not_ram(gpa: u64, len_bytes: u64, ranges: &[RamRange]) -> InspectError {
     let places = ranges
         .iter()
@@ -104,7 +104,7 @@ pub(super) fn not_ram(gpa: u64, len_bytes: u64, ranges: &[RamRange]) -> InspectE
     InspectError::NotRam { gpa, len_bytes, ram: places.collect::<Vec<_>>().join(" and ") }
 }
 
-/// A little-endian number of 8 bytes, or of 4.
+/// Decodes a little-endian number of up to 8 bytes.
 pub(super) fn number(bytes: &[u8]) -> u64 {
     bytes.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte))
 }

@@ -1,8 +1,8 @@
-//! Looking into a snapshot's machine: guest memory by physical and by virtual address, page tables, and
-//! what its kernel tells of itself. Nothing here needs KVM, and nothing is changed.
+//! Inspects a snapshot's machine: guest memory by physical and by virtual address, page tables, and
+//! what its kernel says of itself. Nothing here needs KVM, and nothing is changed.
 //!
-//! A guest may be hostile or broken: its tables may refer to themselves or to nowhere. What is wrong is
-//! an error that says where, and no look takes longer than it says.
+//! A guest may be hostile or broken: its tables may refer to themselves or to nowhere. Such damage
+//! is reported with its location, and the work done on a guest's tables has fixed limits.
 
 mod core_file;
 mod kernel_file;
@@ -33,84 +33,84 @@ use frazil_snapstore::StoreError;
 
 use crate::error::VmmError;
 
-/// Why a look into a guest fails.
+/// Why inspecting a guest failed.
 #[derive(Debug, thiserror::Error)]
 pub enum InspectError {
-    /// An address where the guest has no memory.
+    /// A guest physical address where the guest has no RAM.
     #[error("guest physical {gpa:#x}, {len_bytes} bytes: expected RAM, which is at {ram}")]
     NotRam {
-        /// The first guest physical address that was wanted.
+        /// The first address that was to be read.
         gpa: u64,
-        /// How many bytes.
+        /// Number of bytes that were to be read.
         len_bytes: u64,
         /// Where RAM is.
         ram: String,
     },
-    /// An address that this paging mode does not have.
+    /// A virtual address that does not exist in the vCPU's paging mode.
     #[error("virtual address {gva:#x}: expected {expected}, as the vCPU is in {mode}")]
     NoSuchAddress {
         /// The address.
         gva: u64,
-        /// What addresses there are.
+        /// Which addresses exist.
         expected: String,
         /// The vCPU's paging mode.
         mode: PagingMode,
     },
-    /// An address that the guest has not mapped.
+    /// A virtual address that the guest has not mapped.
     #[error(
         "virtual address {gva:#x} is not mapped: the {level} entry at guest physical {entry_gpa:#x} is {entry:#x}"
     )]
     NotMapped {
         /// The address.
         gva: u64,
-        /// The table whose entry ends the walk.
+        /// The kind of table whose entry ends the walk.
         level: &'static str,
-        /// Where the entry is.
+        /// The guest physical address of the entry.
         entry_gpa: u64,
         /// The entry.
         entry: u64,
     },
-    /// An address that is mapped in a way which the processor does not accept.
+    /// A virtual address whose mapping has reserved bits set.
     #[error(
         "virtual address {gva:#x} is not mapped: the {level} entry at guest physical {entry_gpa:#x} is {entry:#x}, where {bits:#x} is reserved, so that the processor faults"
     )]
     Reserved {
         /// The address.
         gva: u64,
-        /// The table whose entry ends the walk.
+        /// The kind of table whose entry ends the walk.
         level: &'static str,
-        /// Where the entry is.
+        /// The guest physical address of the entry.
         entry_gpa: u64,
         /// The entry.
         entry: u64,
-        /// What of it should be 0.
+        /// Those of its bits that should be 0.
         bits: u64,
     },
-    /// Page tables that are not where memory is.
+    /// A page table outside RAM.
     #[error(
         "virtual address {gva:#x}: expected a {level} in RAM, found one at guest physical {table_gpa:#x}; the page tables are damaged, or not in use"
     )]
     NoTable {
         /// The address.
         gva: u64,
-        /// Which table.
+        /// The kind of table.
         level: &'static str,
-        /// Where it would be.
+        /// The guest physical address where it should be.
         table_gpa: u64,
     },
-    /// Page tables that refer to each other without end.
+    /// More page tables than [`TABLES_MAX`], as when they refer to each other.
     #[error(
         "page tables: expected at most {TABLES_MAX} of them to be reached, found more: they refer to each other; look at a part of the addresses"
     )]
     TooManyTables,
-    /// A part of a kernel's file that cannot be read.
+    /// A section of a kernel's file that cannot be read.
     #[error(
         "section {name}: expected it uncompressed and all there (`objcopy --decompress-debug-sections` helps with the first), found {found}"
     )]
     Section {
-        /// The section.
+        /// The section's name.
         name: &'static str,
-        /// What is there.
+        /// What was found.
         found: String,
     },
     /// A snapshot without a machine.
@@ -121,18 +121,18 @@ pub enum InspectError {
     /// A vCPU that the machine does not have.
     #[error("vCPU {index}: expected one of the machine's {cpus}, 0 to {last}", last = cpus.saturating_sub(1))]
     NoSuchVcpu {
-        /// The one that was wanted.
+        /// The index that was asked for.
         index: usize,
-        /// How many there are.
+        /// How many vCPUs there are.
         cpus: usize,
     },
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// The machine's state does not fit.
+    /// The machine's saved state cannot be read.
     #[error(transparent)]
     Machine(#[from] VmmError),
 }
 
-/// The result of a look.
+/// The result of inspecting a guest.
 pub type Result<T, E = InspectError> = std::result::Result<T, E>;

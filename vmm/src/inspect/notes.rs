@@ -1,5 +1,5 @@
-//! The notes of a core file: what it says of each vCPU, as Linux writes it of threads, and of the kernel
-//! (include/uapi/linux/elfcore.h and arch/x86/include/asm/user_64.h in its sources).
+//! The notes of a core file: for each vCPU those that Linux writes for a thread, and one about the
+//! kernel (include/uapi/linux/elfcore.h and arch/x86/include/asm/user_64.h in the Linux sources).
 
 use super::linux::LinuxKernel;
 use super::{GuestView, qemu_note};
@@ -8,24 +8,24 @@ use crate::vcpu::saved::{SavedRegs, SavedSregs, SavedVcpu};
 const NT_PRSTATUS: u32 = 1;
 const NT_FPREGSET: u32 = 2;
 const NT_X86_XSTATE: u32 = 0x202;
-/// `struct elf_prstatus`, where the registers are in it, and where the thread's number is.
+/// The size of `struct elf_prstatus`, and the offsets of its registers, thread id and `pr_fpvalid`.
 const PRSTATUS_BYTES: usize = 336;
 const PRSTATUS_REGS: usize = 112;
 const PRSTATUS_PID: usize = 32;
 const PRSTATUS_FP_VALID: usize = 328;
-/// The legacy area of XSAVE is what `struct user_i387_struct` is.
+/// The size of `struct user_i387_struct`, which is the legacy area of XSAVE.
 const FPREGSET_BYTES: usize = 512;
-/// Where debuggers look for the state components that are enabled, in bytes that the processor leaves to
-/// software.
+/// Where debuggers look for the mask of enabled state components, in bytes that the processor
+/// leaves to software.
 const XSTATE_XCR0: usize = 464;
 
-/// The CPUID leaf that tells where components are, an index each.
+/// The CPUID leaf with the locations of state components, one per index.
 const CPUID_XSTATE: u32 = 0xd;
-/// The legacy area and the header.
+/// The size of the legacy area and the header.
 const XSTATE_BYTES_MIN: usize = 512 + 64;
 
-/// All notes, one after the other. Those of a vCPU follow its NT_PRSTATUS; QEMU's come behind those of all
-/// vCPUs, as QEMU has them.
+/// Returns all notes. Each vCPU's notes follow its NT_PRSTATUS; QEMU's notes come after those of
+/// all vCPUs, as in QEMU's own files.
 pub(super) fn all(view: &GuestView, kernel: Option<&LinuxKernel>) -> Vec<u8> {
     let mut out = Vec::new();
     for (index, vcpu) in view.vcpus().iter().enumerate() {
@@ -58,7 +58,7 @@ fn note(out: &mut Vec<u8>, name: &str, kind: u32, contents: &[u8]) {
 
 fn prstatus(index: usize, vcpu: &SavedVcpu) -> Vec<u8> {
     let mut out = vec![0; PRSTATUS_BYTES];
-    // Threads are told apart by it, and 0 is none.
+    // Debuggers tell threads apart by this id, and 0 is not a valid one.
     out[PRSTATUS_PID..PRSTATUS_PID + 4].copy_from_slice(&(index as u32 + 1).to_le_bytes());
     for (slot, register) in registers(&vcpu.regs, &vcpu.sregs).into_iter().enumerate() {
         let at = PRSTATUS_REGS + slot * 8;
@@ -68,7 +68,7 @@ fn prstatus(index: usize, vcpu: &SavedVcpu) -> Vec<u8> {
     out
 }
 
-/// In the order of `struct user_regs_struct`.
+/// The registers in the order of `struct user_regs_struct`.
 fn registers(regs: &SavedRegs, sregs: &SavedSregs) -> [u64; 27] {
     let SavedRegs {
         rax,
@@ -93,7 +93,7 @@ fn registers(regs: &SavedRegs, sregs: &SavedSregs) -> [u64; 27] {
     let general = [r15, r14, r13, r12, rbp, rbx, r11, r10, r9, r8, rax, rcx, rdx, rsi, rdi];
     let mut out = [0; 27];
     general.iter().zip(&mut out).for_each(|(register, slot)| *slot = u64::from(**register));
-    // It is in no system call that a debugger would restart.
+    // Not in a system call that a debugger would restart (`orig_rax`).
     out[15] = u64::MAX;
     let selector = |segment: &crate::vcpu::saved::SavedSegment| u64::from(segment.selector);
     out[16..].copy_from_slice(&[
@@ -112,7 +112,8 @@ fn registers(regs: &SavedRegs, sregs: &SavedSregs) -> [u64; 27] {
     out
 }
 
-/// The XSAVE area with what is enabled noted in it, as long as that takes: debuggers expect no more.
+/// The XSAVE area with the mask of enabled components in it, cut to the length that these need:
+/// debuggers expect no more.
 fn xstate(vcpu: &SavedVcpu) -> Option<Vec<u8>> {
     let xcr0 = u64::from(vcpu.xcrs.iter().find(|xcr| xcr.index == 0)?.value);
     let mut state = vcpu.xsave.0.get(..xstate_bytes(vcpu, xcr0))?.to_vec();
@@ -121,7 +122,7 @@ fn xstate(vcpu: &SavedVcpu) -> Option<Vec<u8>> {
     Some(state)
 }
 
-/// The end of the last component that is enabled, as CPUID tells where they are.
+/// The end of the last enabled component, according to CPUID.
 fn xstate_bytes(vcpu: &SavedVcpu, xcr0: u64) -> usize {
     let components = vcpu.cpuid.iter().filter(|leaf| leaf.function == CPUID_XSTATE);
     let enabled =

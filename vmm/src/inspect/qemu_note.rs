@@ -1,18 +1,19 @@
-//! What QEMU's `dump-guest-memory` says of each vCPU besides what Linux says of threads: control
-//! registers, segments and tables (`QEMUCPUState`, version 1, in `target/i386/arch_dump.c` of its sources).
-//! crash takes it for a sign that notes are of all vCPUs, those too that the kernel has taken offline, and
-//! tools for other guests than Linux find their page tables by it.
+//! The note that QEMU's `dump-guest-memory` writes for each vCPU in addition to those that Linux
+//! writes for threads: control registers, segments and tables (`QEMUCPUState`, version 1, in
+//! `target/i386/arch_dump.c` of QEMU's sources). crash takes it as a sign that there are notes for
+//! all vCPUs, even those that the kernel has taken offline, and tools for guests other than Linux
+//! find page tables by it.
 
 use crate::vcpu::saved::{SavedSegment, SavedTable, SavedVcpu};
 
 pub(super) const NAME: &str = "QEMU";
 const VERSION: u32 = 1;
-/// Two numbers, 18 registers, 10 segments, 5 control registers, the kernel's base of GS.
+/// Two numbers, 18 registers, 10 segments, 5 control registers, the kernel's GS base.
 const STATE_BYTES: usize = 8 + 18 * 8 + 10 * SEGMENT_BYTES + 5 * 8 + 8;
 const SEGMENT_BYTES: usize = 24;
 const MSR_KERNEL_GS_BASE: u64 = 0xc000_0102;
 
-/// The contents of the note of `vcpu`.
+/// The contents of the note for `vcpu`.
 pub(super) fn contents(vcpu: &SavedVcpu) -> Vec<u8> {
     let mut out = Vec::with_capacity(STATE_BYTES);
     [VERSION, STATE_BYTES as u32].iter().for_each(|word| put_u32(&mut out, *word));
@@ -73,7 +74,7 @@ fn put_table(out: &mut Vec<u8>, table: &SavedTable) {
     put_u64(out, table.base.into());
 }
 
-/// As they stand in the upper half of a descriptor (Intel SDM, volume 3, section 3.4.5).
+/// A segment's attributes, as in the upper half of a descriptor (Intel SDM vol. 3, section 3.4.5).
 fn attributes(segment: &SavedSegment) -> u32 {
     let present = u8::from(segment.present != 0 && segment.unusable == 0);
     [

@@ -1,5 +1,5 @@
-//! Virtual addresses: the walk that the processor makes through the guest's page tables (Intel SDM
-//! vol. 3, chapter 4; AMD APM vol. 2, chapter 5).
+//! Virtual address spaces: walks the guest's page tables as the processor does (Intel SDM vol. 3,
+//! chapter 4; AMD APM vol. 2, chapter 5).
 
 use std::fmt;
 
@@ -14,39 +14,39 @@ const CR4_LA57: u64 = 1 << 12;
 const EFER_LMA: u64 = 1 << 10;
 const EFER_NXE: u64 = 1 << 11;
 
-/// Bits of entries, alike in all modes.
+/// Bits of entries, the same in all modes.
 pub(super) const PRESENT: u64 = 1;
 pub(super) const WRITABLE: u64 = 1 << 1;
 pub(super) const USER: u64 = 1 << 2;
 pub(super) const WRITE_THROUGH: u64 = 1 << 3;
 pub(super) const UNCACHED: u64 = 1 << 4;
-/// In an entry above the last level: it maps a page of that level's size.
+/// In an entry above the last level: the entry maps a page of that level's size.
 const LARGE: u64 = 1 << 7;
 pub(super) const GLOBAL: u64 = 1 << 8;
 pub(super) const NO_EXECUTE: u64 = 1 << 63;
-/// The address in an entry of 8 bytes.
+/// The bits of an 8-byte entry that hold an address.
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
-/// In an entry that maps a page, how it is cached: the third bit of three, in the last level and above it.
+/// The third of the three caching bits of an entry that maps a page: in the last level, and above.
 const PAT_LAST: u64 = LARGE;
 const PAT_LARGE: u64 = 1 << 12;
 
-/// What CPUID says of the size of addresses: the leaf, and what it would say if it is not there.
+/// The CPUID leaf with the width of physical addresses, and the width if there is no such leaf.
 const CPUID_ADDRESSES: u32 = 0x8000_0008;
 const PHYSICAL_BITS: u32 = 36;
-/// The most bits that there can be.
+/// The largest width that the architecture allows.
 const PHYSICAL_BITS_MAX: u32 = 52;
-/// The register with the eight ways of caching, and what is in it when a processor starts.
+/// The MSR with the page attribute table, and its value after a reset.
 const MSR_IA32_PAT: u64 = 0x277;
 const PAT_AT_RESET: u64 = 0x0007_0406_0007_0406;
 
-/// How a vCPU turns virtual addresses into physical ones.
+/// How a vCPU translates virtual addresses into physical ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PagingMode {
-    /// Not at all: they are the same.
+    /// Not at all: both are the same.
     Off,
     /// Two levels of 4-byte entries.
     Bits32 {
-        /// Entries of the directory may map pages of 4 MiB.
+        /// Whether entries of the directory may map pages of 4 MiB.
         large_pages: bool,
     },
     /// Three levels of 8-byte entries.
@@ -74,13 +74,13 @@ impl fmt::Display for PagingMode {
 pub(super) struct Level {
     /// The table's name in the manuals.
     pub name: &'static str,
-    /// The lowest bit of an address that it looks at.
+    /// The lowest address bit of the table's index.
     pub shift: u32,
-    /// How many bits it looks at.
+    /// The number of address bits in the table's index.
     pub bits: u32,
-    /// Its entries can map pages.
+    /// Whether its entries can map pages.
     pub maps_pages: bool,
-    /// Its entries say what may be done.
+    /// Whether its entries hold access rights.
     pub has_rights: bool,
 }
 
@@ -106,40 +106,40 @@ const BITS_32: [Level; 2] = [
 ];
 const BITS_32_LARGE: [Level; 2] = [Level { maps_pages: true, ..BITS_32[0] }, BITS_32[1]];
 
-/// The virtual addresses of a vCPU, or of whoever has such page tables.
+/// A virtual address space: that of a vCPU, or of anything else with page tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AddressSpace {
-    /// How addresses are turned.
+    /// How addresses are translated.
     pub mode: PagingMode,
-    /// Guest physical address of the first table; nothing without paging.
+    /// Guest physical address of the root table; unused without paging.
     pub root_gpa: u64,
-    /// Entries can forbid execution.
+    /// Whether entries can forbid execution.
     pub has_no_execute: bool,
-    /// Bits of a physical address that the processor has; those above are reserved in entries.
+    /// The processor's width of physical addresses, in bits; entries' bits above it are reserved.
     pub physical_bits: u32,
-    /// The processor's page attribute table: eight ways of caching, a byte each.
+    /// The processor's page attribute table: eight caching modes, one byte each.
     pub pat: u64,
 }
 
-/// How a page is cached, as its entry and the page attribute table say; what memory type range registers
-/// say besides is not looked at.
+/// How a page is cached, according to its entry and the page attribute table. Memory type range
+/// registers are not taken into account.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Caching {
-    /// As usual.
+    /// Normal caching.
     WriteBack,
-    /// Writes go through.
+    /// Reads are cached; writes go to memory too.
     WriteThrough,
-    /// Writes go through, and what others have cached of it is dropped.
+    /// Reads are cached; writes go to memory, and caches drop what they hold of it.
     WriteProtected,
-    /// Not at all, but writes are gathered.
+    /// Uncached, but writes may be combined.
     WriteCombining,
-    /// Not at all, unless range registers have writes gathered.
+    /// Uncached, unless range registers say write-combining.
     UncachedMinus,
-    /// Not at all.
+    /// Uncached.
     Uncached,
 }
 
-/// One entry on the way to a page.
+/// One entry on the walk to a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Step {
     /// The table's name.
@@ -150,44 +150,44 @@ pub struct Step {
     pub entry: u64,
 }
 
-/// Where a virtual address leads.
+/// The translation of a virtual address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Translation {
-    /// The guest physical address. There need not be RAM.
+    /// The guest physical address, which is not necessarily in RAM.
     pub gpa: u64,
     /// Size of the page it is in, in bytes.
     pub page_bytes: u64,
-    /// It may be written (by the kernel, if it honours write protection).
+    /// Whether the page may be written (by the kernel too, if it honours write protection).
     pub writable: bool,
-    /// User mode may access it.
+    /// Whether user mode may access the page.
     pub user: bool,
-    /// It may be executed.
+    /// Whether the page may be executed.
     pub executable: bool,
-    /// The entries on the way, from the first table on.
+    /// The entries on the walk, from the root table on.
     pub steps: Vec<Step>,
 }
 
-/// What an entry says.
+/// A decoded entry.
 pub(super) enum Entry {
-    /// Nothing is there.
+    /// Nothing is mapped.
     Absent,
     /// The next table is at this guest physical address.
     Table(u64),
     /// A page begins at this guest physical address.
     Page(u64),
-    /// These bits have to be 0: the processor faults.
+    /// These bits are set but reserved: the processor faults.
     Reserved(u64),
 }
 
 impl AddressSpace {
-    /// One of a processor that has all that there is, as it was when it started.
+    /// The space of a processor with all features, in its state after a reset.
     #[must_use]
     pub fn new(mode: PagingMode, root_gpa: u64) -> Self {
         let (physical_bits, pat) = (PHYSICAL_BITS_MAX, PAT_AT_RESET);
         Self { mode, root_gpa, has_no_execute: true, physical_bits, pat }
     }
 
-    /// The one that a vCPU is in.
+    /// The space that `vcpu` is in.
     #[must_use]
     pub fn of(vcpu: &SavedVcpu) -> Self {
         let SavedVcpu { sregs, cpuid, msrs, .. } = vcpu;
@@ -234,7 +234,7 @@ impl AddressSpace {
         if matches!(self.mode, PagingMode::Bits32 { .. }) { 4 } else { 8 }
     }
 
-    /// Bits that an address has; in long mode, those above repeat the highest.
+    /// The width of virtual addresses, in bits; in long mode, the bits above repeat the highest.
     pub(super) fn address_bits(&self) -> u32 {
         match self.mode {
             // Without paging there is no long mode.
@@ -248,7 +248,7 @@ impl AddressSpace {
         matches!(self.mode, PagingMode::FourLevel | PagingMode::FiveLevel)
     }
 
-    /// `address` with the bits that it has, as the processor writes it.
+    /// The canonical form of `address`, whose bits above the width of addresses are ignored.
     pub(super) fn canonical(&self, address: u64) -> u64 {
         let unused = 64 - self.address_bits();
         if self.is_long() {
@@ -258,8 +258,10 @@ impl AddressSpace {
         }
     }
 
+    /// Checks that `gva` is an address of this mode.
+    ///
     /// # Errors
-    /// [`InspectError::NoSuchAddress`] if no such address can be in this mode.
+    /// [`InspectError::NoSuchAddress`] if it is not.
     pub(super) fn check(&self, gva: u64) -> Result<()> {
         if self.canonical(gva) == gva {
             return Ok(());
@@ -296,13 +298,13 @@ impl AddressSpace {
         Entry::Page(address & !((1 << level.shift) - 1))
     }
 
-    /// The bits that have to be 0 in an entry of `level` which is present.
+    /// The bits that must be 0 in a present entry of `level`.
     fn reserved(&self, level: &Level, is_last: bool, is_large: bool) -> u64 {
         let bits = |bits: std::ops::Range<u32>| {
             (bits.start..bits.end).fold(0_u64, |mask, bit| mask | 1 << bit)
         };
         if self.entry_bytes() == 4 {
-            // PSE-36 again: bits of the address that the processor does not have, and one of no use.
+            // PSE-36 again: address bits beyond the processor's width, and bit 21, which is unused.
             let missing = 13 + self.physical_bits.min(40) - 32..22;
             return if is_large { bits(missing) } else { 0 };
         }
@@ -311,7 +313,7 @@ impl AddressSpace {
             reserved |= NO_EXECUTE;
         }
         match self.mode {
-            // Its four first entries have neither rights nor what else there is in others.
+            // PAE's four root entries have neither rights nor the other flags.
             PagingMode::Pae if !level.has_rights => {
                 reserved |= bits(1..3) | bits(5..9) | bits(52..64);
             }
@@ -325,7 +327,7 @@ impl AddressSpace {
         reserved
     }
 
-    /// How the page is cached that `entry` maps.
+    /// How the page that `entry` maps is cached.
     pub(super) fn caching(&self, is_last: bool, entry: u64) -> Caching {
         let third = entry & if is_last { PAT_LAST } else { PAT_LARGE } != 0;
         let [first, second] = [WRITE_THROUGH, UNCACHED].map(|bit| u64::from(entry & bit != 0));
@@ -340,11 +342,11 @@ impl AddressSpace {
         }
     }
 
-    /// Where `gva` leads.
+    /// Translates `gva`.
     ///
     /// # Errors
-    /// [`InspectError::NotMapped`] or [`InspectError::Reserved`] if nowhere;
-    /// [`InspectError::NoSuchAddress`], [`InspectError::NoTable`]; those of the memory.
+    /// [`InspectError::NotMapped`] or [`InspectError::Reserved`] if it is not mapped;
+    /// [`InspectError::NoSuchAddress`], [`InspectError::NoTable`]; errors of `memory`.
     pub fn translate(&self, memory: &dyn PhysicalMemory, gva: u64) -> Result<Translation> {
         self.check(gva)?;
         let mut found = Translation {
@@ -396,10 +398,10 @@ impl AddressSpace {
         Ok(found)
     }
 
-    /// Copies the `out.len()` bytes from virtual address `gva` on.
+    /// Reads the `out.len()` bytes from virtual address `gva` on.
     ///
     /// # Errors
-    /// As [`Self::translate`], of the first page that cannot be read.
+    /// As [`Self::translate`], for the first page that cannot be read.
     pub fn read(&self, memory: &dyn PhysicalMemory, gva: u64, out: &mut [u8]) -> Result<()> {
         let (mut at, mut rest) = (gva, out);
         while !rest.is_empty() {
@@ -421,18 +423,18 @@ impl AddressSpace {
         Ok(())
     }
 
-    /// The last address that there is.
+    /// The highest address of this mode.
     #[must_use]
     pub fn last(&self) -> u64 {
         if self.is_long() { u64::MAX } else { (1 << self.address_bits()) - 1 }
     }
 
-    /// Refuses addresses of which this mode has none.
+    /// Checks that this mode has at least one of `addresses`.
     ///
     /// # Errors
-    /// [`InspectError::NoSuchAddress`].
+    /// [`InspectError::NoSuchAddress`] if it has none.
     pub fn check_some(&self, addresses: &std::ops::RangeInclusive<u64>) -> Result<()> {
-        // Those that there are not follow each other.
+        // The invalid addresses are contiguous: if both ends are invalid, all between them are.
         self.check(*addresses.start())
             .or_else(|wrong| self.check(*addresses.end()).map_err(|_| wrong))
     }

@@ -1,4 +1,4 @@
-//! All that page tables map, as ranges.
+//! Lists everything that page tables map, as ranges.
 
 use std::ops::{ControlFlow, RangeInclusive};
 
@@ -6,113 +6,112 @@ use super::memory::{PhysicalMemory, number};
 use super::space::{AddressSpace, Caching, Entry, GLOBAL, Level, NO_EXECUTE, USER, WRITABLE};
 use super::{InspectError, Result};
 
-/// The most tables that are read for one look. Those of a guest with 1 TiB in pages of 4 KiB are half
-/// as many.
+/// The most tables that one listing reads. A guest with 1 TiB in pages of 4 KiB has half as many.
 pub const TABLES_MAX: u64 = 1 << 20;
-/// Bits of an entry that the processor sets when it goes by it: accessed and dirty.
+/// Bits of an entry that the processor sets when it uses the entry: accessed and dirty.
 const TOUCHED: u64 = 0x60;
-/// Entries that lead nowhere which a report names.
+/// The most bad entries that a report lists.
 const BAD_MAX: usize = 16;
 
-/// What may be done with a page.
+/// Access rights to a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Access {
-    /// Written.
+    /// It may be written.
     pub write: bool,
-    /// Executed.
+    /// It may be executed.
     pub execute: bool,
-    /// All that by user mode.
+    /// User mode may do so too.
     pub user: bool,
 }
 
-/// Neighbouring addresses that are mapped alike.
+/// A range of adjacent addresses that are mapped alike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MappedRange {
     /// The first virtual address.
     pub gva: u64,
     /// Length in bytes.
     pub len_bytes: u64,
-    /// Where it begins in guest physical memory, if it is in one piece there.
+    /// Its guest physical address, if it is contiguous there.
     pub gpa: Option<u64>,
     /// Size of the pages, in bytes.
     pub page_bytes: u64,
-    /// What may be done.
+    /// Access rights.
     pub access: Access,
-    /// It stays in the TLB when tables change.
+    /// Whether it stays in the TLB when CR3 changes.
     pub global: bool,
     /// How it is cached.
     pub caching: Caching,
 }
 
-/// What is found on the way through page tables, by ascending address.
+/// A finding of a walk over page tables, in order of ascending addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Found {
-    /// A range that is mapped.
+    /// A mapped range.
     Range(MappedRange),
-    /// The same tables again: what lies in the `span_bytes` before `gva` is mapped `times` times more,
-    /// one right behind the other.
+    /// The same tables again: the mappings of the `span_bytes` before `gva` are repeated `times`
+    /// more times, back to back.
     Again {
         /// The first address of the first repetition.
         gva: u64,
-        /// Addresses of one, in bytes.
+        /// Length of one repetition, in bytes.
         span_bytes: u64,
-        /// How many.
+        /// The number of repetitions.
         times: u64,
     },
 }
 
-/// When neighbours are one range.
+/// When adjacent pages are joined to one range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Joining {
     /// If they are mapped alike.
     Alike,
-    /// If they are mapped alike, and are neighbours in guest physical memory too.
+    /// If they are mapped alike, and are adjacent in guest physical memory too.
     Contiguous,
 }
 
-/// An entry by which the processor could not go.
+/// An entry that makes the processor fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BadEntry {
-    /// It leads to a table where there is no RAM.
+    /// It refers to a table outside RAM.
     NoTable {
-        /// The first address that it is for.
+        /// The first virtual address that the entry is for.
         gva: u64,
-        /// The table that should be there.
+        /// The kind of table that it refers to.
         level: &'static str,
-        /// Where that would be, a guest physical address.
+        /// The guest physical address that it refers to.
         table_gpa: u64,
     },
-    /// Some of it is reserved, and not 0.
+    /// It has reserved bits set.
     Reserved {
-        /// The first address that it is for.
+        /// The first virtual address that the entry is for.
         gva: u64,
-        /// The table that it is in.
+        /// The kind of table that the entry is in.
         level: &'static str,
         /// The entry.
         entry: u64,
-        /// What of it should be 0.
+        /// Those of its bits that should be 0.
         bits: u64,
     },
 }
 
-/// What a look at page tables came to.
+/// The result of a walk over page tables.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TablesReport {
     /// Tables read.
     pub tables: u64,
-    /// Entries by which the processor could not go.
+    /// Number of bad entries.
     pub bad_entries: u64,
-    /// The first of them.
+    /// The first of those entries.
     pub bad: Vec<BadEntry>,
 }
 
 impl AddressSpace {
-    /// Finds all that is mapped among `addresses`, by ascending address, until `visit` has had enough.
-    /// Without paging there is nothing to find.
+    /// Passes everything that is mapped in `addresses`, in ascending order, to `visit` until that
+    /// breaks off. Without paging there is nothing to find.
     ///
     /// # Errors
-    /// [`InspectError::NoTable`] if the first table is not in RAM; [`InspectError::TooManyTables`];
-    /// those of the memory. Other tables that are not in RAM are in the report.
+    /// [`InspectError::NoTable`] if the root table is outside RAM; [`InspectError::TooManyTables`];
+    /// errors of `memory`. Other tables outside RAM are in the report.
     pub fn mapped(
         &self,
         memory: &dyn PhysicalMemory,
@@ -156,7 +155,7 @@ struct Walk<'a> {
     visit: &'a mut dyn FnMut(Found) -> ControlFlow<()>,
     pending: Option<MappedRange>,
     report: TablesReport,
-    /// Ranges begun, so that a caller can tell how many came of a table.
+    /// Number of ranges begun, from which a caller can tell how many a table yielded.
     emitted: u64,
 }
 
@@ -169,12 +168,12 @@ struct Page {
     global: bool,
 }
 
-/// Whether to go on.
+/// Whether to continue the walk.
 type Flow = Result<ControlFlow<()>>;
 
 impl Walk<'_> {
-    /// The table at `gpa`, of the first of `levels`, for addresses from `base` on. The levels end, so
-    /// this does, even if a table leads to itself.
+    /// Walks the table at `gpa`, which is of the first of `levels` and maps addresses from `base`
+    /// on. Recursion ends with the levels, even if a table refers to itself.
     fn table(&mut self, levels: &[Level], gpa: u64, base: u64, allowed: Access) -> Flow {
         let Some((level, below)) = levels.split_first() else {
             return Ok(ControlFlow::Continue(()));
@@ -214,7 +213,7 @@ impl Walk<'_> {
                     }
                 }
                 Entry::Table(next) => {
-                    // Of the same table again and again only the first is looked at.
+                    // Of consecutive entries for the same table, only the first is followed.
                     let like = |other: &&u64| **other | TOUCHED == entry | TOUCHED;
                     let same = 1 + entries[index..].iter().take_while(like).count();
                     let again = self.wanted_whole(first, span, same);
@@ -235,7 +234,7 @@ impl Walk<'_> {
         }
     }
 
-    /// The table at `gpa` for `times` spans from `first` on.
+    /// Walks the table at `gpa`, which maps `times` consecutive spans from `first` on.
     fn below(
         &mut self,
         levels: &[Level],
@@ -256,13 +255,13 @@ impl Walk<'_> {
             return self.table(levels, gpa, first, allowed);
         }
         let before = self.emitted;
-        // What comes of it is not to be joined with what was before.
+        // The table's ranges must not be joined with the one before.
         if self.flush().is_break() || self.table(levels, gpa, first, allowed)?.is_break() {
             return Ok(ControlFlow::Break(()));
         }
         let gva = self.space.canonical(first);
         match &mut self.pending {
-            // All of it alike: as much again is more of the same.
+            // The whole span is one range: repetitions make it longer.
             Some(range)
                 if self.emitted == before + 1
                     && (range.gva, range.len_bytes) == (gva, span)
@@ -283,20 +282,20 @@ impl Walk<'_> {
         }
     }
 
-    /// True if some of the `span` addresses from `first` on are to be looked at.
+    /// True if some of the `span` addresses from `first` on were asked for.
     fn wants(&self, first: u64, span: u64) -> bool {
         let gva = self.space.canonical(first);
         gva <= *self.addresses.end() && gva + (span - 1) >= *self.addresses.start()
     }
 
-    /// Of `count` spans from `first` on, how many are to be looked at and are alike: 1 if the first
-    /// is to be looked at only in part.
+    /// How many of the `count` spans from `first` on were asked for as a whole and are consecutive;
+    /// 1 if the first was asked for only in part.
     fn wanted_whole(&self, first: u64, span: u64, count: usize) -> u64 {
         let whole = |index: u64| {
             let gva = self.space.canonical(first + index * span);
             self.addresses.contains(&gva) && self.addresses.contains(&(gva + (span - 1)))
         };
-        // The halves of the addresses do not follow each other.
+        // The lower and upper half of the canonical addresses are not adjacent.
         let follows = |index: u64| {
             let step = self.space.canonical(first + index * span);
             step == self.space.canonical(first).wrapping_add(index * span)
@@ -353,7 +352,7 @@ impl MappedRange {
 }
 
 impl Access {
-    /// What an entry leaves of it.
+    /// The rights that remain after `entry`.
     fn with(self, space: &AddressSpace, level: &Level, entry: u64) -> Self {
         if !level.has_rights {
             return self;

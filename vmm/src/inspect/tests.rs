@@ -1,5 +1,5 @@
-//! The walker against page tables that are built from a list of what is to be mapped, and against tables
-//! that make no sense.
+//! Checks the walker against page tables built from a list of mappings, and against tables that
+//! make no sense.
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -10,7 +10,7 @@ use super::memory::not_ram;
 use super::*;
 use crate::memory::RamRange;
 
-/// Memory from guest physical 0 on.
+/// Guest physical memory that starts at 0.
 pub(super) struct Ram(pub(super) Vec<u8>);
 
 impl PhysicalMemory for Ram {
@@ -28,14 +28,14 @@ impl PhysicalMemory for Ram {
     }
 }
 
-/// A mode, as the manuals draw it: the lowest bit of each level's index and its width, from the root on;
-/// bytes of an entry; which levels can map a page.
+/// A paging mode, as in the manuals: the lowest bit and the width of each level's index, from the
+/// root on; the size of an entry; which levels can map pages.
 struct Shape {
     mode: PagingMode,
     levels: &'static [(u32, u32)],
     entry_bytes: usize,
     leaves: &'static [usize],
-    /// Levels whose entries have no rights.
+    /// Number of levels, from the root on, whose entries have no rights.
     without_rights: usize,
 }
 
@@ -77,7 +77,7 @@ const SHAPES: [Shape; 5] = [
     },
 ];
 
-/// What may be done: written, by user mode, executed.
+/// Access rights: writable, accessible to user mode, executable.
 type Rights = (bool, bool, bool);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,13 +87,13 @@ struct Page {
     rights: Rights,
 }
 
-/// Tables under construction, and what they are to map.
+/// Builds tables, and keeps what they map.
 struct Builder {
     shape: &'static Shape,
     ram: Ram,
     next_table: u64,
     root_gpa: u64,
-    /// By level and by the address's bits from there on up: the table below, and the rights of its entry.
+    /// By level and the address's bits from there on up: the table below, and its entry's rights.
     tables: BTreeMap<(usize, u64), (u64, Rights)>,
     pages: BTreeMap<u64, Page>,
 }
@@ -103,7 +103,7 @@ const TABLE_PAGES: u64 = 96;
 impl Builder {
     fn new(shape: &'static Shape) -> Self {
         let ram = Ram(vec![0; (TABLE_PAGES * 4096) as usize]);
-        // Not at 0, so that a table that is missed is not found by chance.
+        // Not at 0, so that a missing table is not found there by chance.
         let (root_gpa, next_table) = (0x3000, 0x4000);
         let (tables, pages) = (BTreeMap::new(), BTreeMap::new());
         Self { shape, ram, next_table, root_gpa, tables, pages }
@@ -119,7 +119,7 @@ impl Builder {
         shift + width
     }
 
-    /// The address as the processor has it.
+    /// The canonical form of `gva`.
     fn canonical(&self, gva: u64) -> u64 {
         let bits = self.bits();
         let low = gva & (u64::MAX >> (64 - bits));
@@ -138,7 +138,7 @@ impl Builder {
         self.ram.0[at..at + bytes].copy_from_slice(&entry.to_le_bytes()[..bytes]);
     }
 
-    /// Maps a page of level `leaf` at `gva`, unless something is there.
+    /// Maps a page of level `leaf` at `gva`, unless something is mapped there.
     fn map(&mut self, gva: u64, leaf: usize, gpa: u64, rights: [Rights; 5]) {
         let (shift, _) = self.shape.levels[leaf];
         let size = 1_u64 << shift;
@@ -173,7 +173,7 @@ impl Builder {
                 None => {
                     let next = self.next_table;
                     self.next_table += 4096;
-                    // What PAE keeps for itself in its first level is 0.
+                    // Reserved bits in PAE's first level are 0.
                     let flags = if level < self.shape.without_rights { 1 } else { self.flags(own) };
                     self.put(table, index, next | flags);
                     self.tables.insert(key, (next, own));
@@ -204,7 +204,7 @@ struct Wish {
     rights: [Rights; 5],
 }
 
-/// Addresses near each other and near the ends, so that pages become neighbours.
+/// Addresses near each other and near both ends, so that pages become adjacent.
 fn addresses() -> impl Strategy<Value = u64> {
     let near = (0_u64..6, 0_u64..3, 0_u64..6, 0_u64..5)
         .prop_map(|(a, b, c, d)| a << 39 | b << 30 | c << 21 | d << 12);
@@ -273,7 +273,7 @@ proptest! {
                 prop_assert!(last.is_none_or(|last| last < range.gva), "ascending");
                 last = Some(range.gva + (range.len_bytes - 1));
                 bytes += range.len_bytes;
-                // Each page of it.
+                // Checks each page of the range.
                 let mut at = range.gva;
                 loop {
                     let (start, page) = builder.page(at).expect("mapped");
@@ -326,7 +326,7 @@ proptest! {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
 
-    /// Whatever is in memory, a look ends, and tells what is wrong.
+    /// Whatever is in memory, a walk ends and reports what is wrong.
     #[test]
     fn nonsense_ends(
         shape in 0..SHAPES.len(),
@@ -337,7 +337,7 @@ proptest! {
         let mut builder = Builder::new(shape);
         builder.ram.0.truncate(8 * 4096);
         if fill > 0 {
-            // Every entry of every table leads to the same one.
+            // Every entry of every table refers to the same table.
             let (entry, bytes) = (fill << 12 | 7, shape.entry_bytes);
             for place in builder.ram.0.chunks_exact_mut(bytes) {
                 place.copy_from_slice(&entry.to_le_bytes()[..bytes]);
@@ -375,7 +375,7 @@ fn a_table_that_leads_to_itself_is_told_in_a_few_words() {
         })
         .expect("it ends");
     assert!(report.tables <= 8, "{report:?}");
-    // Both halves of the addresses, all of them.
+    // Everything in both halves of the addresses.
     let [Found::Range(low), Found::Range(high)] = all[..] else { panic!("{all:?}") };
     assert_eq!((low.gva, low.len_bytes), (0, 1 << 47));
     assert_eq!((high.gva, high.len_bytes), (0xffff_8000_0000_0000, 1 << 47));
@@ -448,11 +448,11 @@ fn large_pages_beyond_4_gib_and_odd_addresses() {
     assert!(error.to_string().contains("below 0x100000000"), "{error}");
 }
 
-/// What the manuals say must be 0, in each place where it must: a table's entry, and pages of each size.
+/// The reserved bits in the manuals: those of a table's entry, and of pages of each size.
 #[test]
 fn entries_that_a_processor_faults_on_map_nothing() {
     let cases: [(usize, u64, usize, u64); 13] = [
-        // Shape; address; the table on the way whose entry is changed; how.
+        // Shape; address; depth of the table whose entry is changed; the bit set in it.
         (0, 0x1000, 0, 1 << 7),  // a page of 512 GiB
         (0, 0x1000, 3, 1 << 45), // beyond the processor's addresses
         (0, 0x1000, 1, 1 << 51),
@@ -496,7 +496,7 @@ fn entries_that_a_processor_faults_on_map_nothing() {
         let [BadEntry::Reserved { bits, .. }] = report.bad[..] else { panic!("{report:?}") };
         assert_eq!((bits, report.bad_entries), (change, 1));
     }
-    // What is reserved on one processor is part of an address on another, or forbids execution.
+    // A bit reserved on one processor is part of an address on another, or forbids execution.
     let mut builder = Builder::new(&SHAPES[0]);
     builder.map(0x1000, 3, 1 << 45, [(true, true, false); 5]);
     let space = builder.space();
@@ -514,7 +514,7 @@ fn pages_are_cached_as_the_attribute_table_says() {
         Uncached, UncachedMinus, WriteBack, WriteCombining, WriteProtected, WriteThrough,
     };
 
-    // Linux's, and the one of processors that were just started.
+    // Linux's page attribute table, and the one after a reset.
     let linux = 0x0407_0506_0007_0106;
     let reset = AddressSpace::new(PagingMode::FourLevel, 0).pat;
     let all = |pat, shape: usize, leaf: usize| {

@@ -1,4 +1,4 @@
-//! A snapshot's machine, to be looked at.
+//! Read access to the machine in a snapshot.
 
 use frazil_snapstore::{PAGE_SIZE, RegionReader, Snapshot};
 
@@ -11,7 +11,7 @@ use crate::rebuild::vcpu_chunk;
 use crate::state::ChunkSet;
 use crate::vcpu::saved::SavedVcpu;
 
-/// How a vCPU reads instructions.
+/// How a vCPU decodes instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CodeMode {
     /// Real mode, virtual-8086 mode, or a 16-bit segment.
@@ -23,7 +23,7 @@ pub enum CodeMode {
 }
 
 impl CodeMode {
-    /// 16, 32 or 64.
+    /// The number of bits: 16, 32 or 64.
     #[must_use]
     pub fn bits(self) -> u32 {
         match self {
@@ -33,7 +33,7 @@ impl CodeMode {
         }
     }
 
-    /// Bytes of what it pushes on its stack.
+    /// The size of a stack word, in bytes.
     #[must_use]
     pub fn word_bytes(self) -> usize {
         self.bits() as usize / 8
@@ -52,11 +52,12 @@ const RFLAGS_VM: u64 = 1 << 17;
 const EFER_LMA: u64 = 1 << 10;
 
 impl SnapshotMemory {
-    /// The RAM in `snapshot`: where its machine has some, or, if it is of memory alone, all of the region.
+    /// The RAM in `snapshot`: the ranges that its machine has, or, in a snapshot of memory alone,
+    /// the whole region.
     ///
     /// # Errors
-    /// [`InspectError::Machine`] if it does not fit what the machine is said to have; the store's, as when
-    /// there is no RAM.
+    /// [`InspectError::Machine`] if the region does not fit the machine; store errors, including
+    /// that there is no RAM.
     pub fn open(snapshot: &Snapshot) -> Result<Self> {
         let region = snapshot.region(RAM_REGION)?;
         let chunk = snapshot.manifest().state.iter().find(|chunk| chunk.name == MACHINE_CHUNK);
@@ -71,7 +72,7 @@ impl SnapshotMemory {
     }
 }
 
-/// Where `machine` has RAM, which `region` is.
+/// The ranges of RAM of `machine`, whose contents are in `region`.
 fn ranges_of(machine: &SavedMachine, region: &RegionReader) -> Result<Vec<RamRange>> {
     let ram_bytes = machine.ram_bytes;
     let ranges = ram_ranges(ram_bytes.min(RAM_MAX_BYTES));
@@ -85,11 +86,11 @@ fn ranges_of(machine: &SavedMachine, region: &RegionReader) -> Result<Vec<RamRan
 }
 
 impl GuestView {
-    /// Reads what `snapshot` says of its machine. Chunks of devices are left alone.
+    /// Reads the machine in `snapshot`, but not the chunks of its devices.
     ///
     /// # Errors
-    /// [`InspectError::NoMachine`] if it is of none; [`InspectError::Machine`] if a chunk that is needed is
-    /// missing, too new, or does not fit its memory; the store's.
+    /// [`InspectError::NoMachine`] if the snapshot holds no machine; [`InspectError::Machine`] if a
+    /// required chunk is missing or too new, or does not fit the memory; store errors.
     pub fn open(snapshot: &Snapshot) -> Result<Self> {
         let mut chunks = ChunkSet::new(snapshot.states()?)?;
         if !chunks.has(MACHINE_CHUNK) {
@@ -104,19 +105,19 @@ impl GuestView {
         Ok(Self { memory: SnapshotMemory::new(region, ranges), machine, vcpus })
     }
 
-    /// Its memory.
+    /// The machine's memory.
     #[must_use]
     pub fn memory(&self) -> &SnapshotMemory {
         &self.memory
     }
 
-    /// What the machine is.
+    /// The machine's description.
     #[must_use]
     pub fn machine(&self) -> &SavedMachine {
         &self.machine
     }
 
-    /// Its vCPUs.
+    /// The saved state of each vCPU.
     #[must_use]
     pub fn vcpus(&self) -> &[SavedVcpu] {
         &self.vcpus
@@ -131,7 +132,7 @@ impl GuestView {
         self.vcpus.get(index).ok_or(InspectError::NoSuchVcpu { index, cpus })
     }
 
-    /// The virtual addresses of vCPU `index`.
+    /// The address space of vCPU `index`.
     ///
     /// # Errors
     /// [`InspectError::NoSuchVcpu`].
@@ -139,7 +140,7 @@ impl GuestView {
         Ok(AddressSpace::of(self.vcpu(index)?))
     }
 
-    /// How vCPU `index` reads instructions.
+    /// How vCPU `index` decodes instructions.
     ///
     /// # Errors
     /// [`InspectError::NoSuchVcpu`].
@@ -153,7 +154,8 @@ impl GuestView {
         })
     }
 
-    /// The virtual address of the next instruction of vCPU `index`, its code segment's base included.
+    /// The virtual address of the next instruction of vCPU `index`, including its code segment's
+    /// base.
     ///
     /// # Errors
     /// [`InspectError::NoSuchVcpu`].
@@ -162,7 +164,8 @@ impl GuestView {
         self.linear(index, vcpu.sregs.cs.base.into(), vcpu.regs.rip.into())
     }
 
-    /// The virtual address of the top of the stack of vCPU `index`, its stack segment's base included.
+    /// The virtual address of the top of the stack of vCPU `index`, including its stack segment's
+    /// base.
     ///
     /// # Errors
     /// [`InspectError::NoSuchVcpu`].
@@ -171,7 +174,7 @@ impl GuestView {
         self.linear(index, vcpu.sregs.ss.base.into(), vcpu.regs.rsp.into())
     }
 
-    /// What is added to an instruction's offset to make a virtual address of it, on vCPU `index`.
+    /// What to add to an instruction pointer of vCPU `index` to get a virtual address.
     ///
     /// # Errors
     /// [`InspectError::NoSuchVcpu`].
@@ -180,7 +183,8 @@ impl GuestView {
         Ok(if self.code_mode(index)? == CodeMode::Bits64 { 0 } else { base })
     }
 
-    /// Segments begin at 0 in long mode; elsewhere addresses have 32 bits.
+    /// Adds a segment's base to `offset`. In 64-bit code that base is 0; elsewhere addresses have
+    /// 32 bits.
     fn linear(&self, index: usize, base: u64, offset: u64) -> Result<u64> {
         Ok(match self.code_mode(index)? {
             CodeMode::Bits64 => offset,

@@ -1,21 +1,21 @@
-//! How a kernel's structures are laid out, as it tells in its memory (BTF, Documentation/bpf/btf.rst in its
-//! sources).
+//! The layout of a kernel's structures, as the kernel describes it in memory (BTF,
+//! Documentation/bpf/btf.rst in the Linux sources).
 //!
-//! A guest may write there what it likes: crates that read BTF trust it, and take all of it apart, where here a
-//! few offsets are wanted.
+//! A guest may put anything there. Existing crates that read BTF trust it and parse all of it,
+//! where only a few offsets are needed here.
 
 use crate::inspect::memory::number;
 
 const MAGIC: u64 = 0xeb9f;
 const HEADER_BYTES: usize = 24;
-/// Name, kind and length, size or type.
+/// Size of a type's head: name; kind and count; size or type.
 const TYPE_BYTES: usize = 12;
-/// Name, type, offset.
+/// Size of a member: name, type, offset.
 const MEMBER_BYTES: usize = 12;
 
 const KIND_STRUCT: u64 = 4;
 
-/// The description of all types.
+/// A description of types.
 #[derive(Debug)]
 pub(super) struct Btf {
     types: Vec<u8>,
@@ -25,15 +25,15 @@ pub(super) struct Btf {
 /// A type.
 struct Type<'a> {
     kind: u64,
-    /// Offsets of members have their size in the upper bits.
+    /// Whether members' offsets have a bit field's size in their upper bits.
     has_bitfields: bool,
     name: u64,
-    /// What is behind its head.
+    /// What follows its head.
     rest: &'a [u8],
 }
 
 impl Btf {
-    /// Those in `bytes`, if they are some.
+    /// Parses the header of `bytes`; None if it makes no sense.
     pub(super) fn parse(bytes: &[u8]) -> Option<Self> {
         let header = bytes.get(..HEADER_BYTES)?;
         let field = |index: usize| number(&header[index * 4..][..4]);
@@ -48,8 +48,8 @@ impl Btf {
         Some(Self { types: types.to_vec(), strings: strings.to_vec() })
     }
 
-    /// Where `members` are in structure `name`, in bytes; none if there is no such structure with all of
-    /// them, each at a whole byte.
+    /// The offsets of `members` in structure `name`, in bytes; None if there is no such structure
+    /// that has all of them, each at a whole byte.
     pub(super) fn offsets<const N: usize>(
         &self,
         name: &str,
@@ -81,14 +81,14 @@ impl Btf {
             .is_some_and(|rest| rest.first() == Some(&0))
     }
 
-    /// All types, until one makes no sense.
+    /// All types, up to one that makes no sense.
     fn types(&self) -> impl Iterator<Item = Type<'_>> {
         let mut rest = &self.types[..];
         std::iter::from_fn(move || {
             let (head, behind) = rest.split_at_checked(TYPE_BYTES)?;
             let [name, info] = [0, 4].map(|at| number(&head[at..][..4]));
             let (kind, count) = (info >> 24 & 31, info as usize & 0xffff);
-            // What each kind has behind its head.
+            // The length of what follows the head, by kind.
             let len = match kind {
                 1 | 14 | 17 => 4,
                 3 => 12,
@@ -109,7 +109,7 @@ pub(super) mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// A description of structures, among types of other kinds.
+    /// A description of `structures`, after types of other kinds.
     pub(in super::super) fn described(structures: &[(&str, &[(&str, u32)])]) -> Vec<u8> {
         let (mut types, mut strings) = (Vec::new(), vec![0]);
         let mut named = |name: &str| {
@@ -149,7 +149,7 @@ pub(super) mod tests {
             ("module", &[("listing", 4), ("list", 8), ("name", 24)]),
         ]);
         let btf = Btf::parse(&bytes).expect("a description");
-        // Of two of a name, that which has what is wanted.
+        // Of two structures with the same name, the one that has all the members.
         assert_eq!(btf.offsets("module", ["name", "list"]), Some([24, 8]));
         assert_eq!(btf.offsets("module", ["name", "lis"]), None);
         assert_eq!(btf.offsets("modul", ["name"]), None);

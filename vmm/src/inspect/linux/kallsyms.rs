@@ -1,5 +1,5 @@
-//! The kernel's own table of symbols (kernel/kallsyms.c): names are sequences of tokens, addresses are
-//! offsets. Where its parts are is in the VMCOREINFO note since Linux 6.0.
+//! The kernel's own symbol table (kernel/kallsyms.c): names are sequences of tokens, addresses are
+//! whole or offsets. Since Linux 6.0 the VMCOREINFO note says where its parts are.
 
 use super::LinuxKernel;
 use crate::inspect::memory::{PhysicalMemory, number};
@@ -8,13 +8,13 @@ use crate::inspect::{InspectError, Result};
 
 /// More than any kernel has.
 const SYMBOLS_MAX: u64 = 4 << 20;
-/// The longest a name may be (`KSYM_NAME_LEN`), with room for longer ones.
+/// More than the longest name that Linux allows (`KSYM_NAME_LEN`).
 const NAME_BYTES_MAX: usize = 4096;
-/// More than all names of any kernel take, and the tokens that they are made of.
+/// More than all names of any kernel take, together with the tokens that they are made of.
 const NAMES_BYTES_MAX: usize = 64 << 20;
 const TOKENS: usize = 256;
 
-/// Reads the table; none if it is not told of, or makes no sense.
+/// Reads the table; None if the note does not say where it is, or it makes no sense.
 pub(super) fn read(kernel: &LinuxKernel, memory: &dyn PhysicalMemory) -> Result<Option<Symbols>> {
     let found = Table::open(kernel, memory).and_then(|table| match table {
         Some(table) => table.symbols(),
@@ -22,7 +22,7 @@ pub(super) fn read(kernel: &LinuxKernel, memory: &dyn PhysicalMemory) -> Result<
     });
     match found {
         Err(InspectError::Store(error)) => Err(error.into()),
-        // A guest may write there what it likes.
+        // A guest may put anything there.
         Err(_) => Ok(None),
         Ok(symbols) => Ok(symbols),
     }
@@ -37,11 +37,11 @@ struct Table<'a> {
     places: Places,
 }
 
-/// How addresses are told.
+/// How addresses are stored.
 enum Places {
-    /// One after the other.
+    /// As 64-bit addresses, in an array at this address.
     Whole(u64),
-    /// As 32-bit offsets from an address.
+    /// As 32-bit offsets from `base`, in an array at `at`.
     Offsets { at: u64, base: u64 },
 }
 
@@ -96,15 +96,16 @@ impl<'a> Table<'a> {
         let mut raw = Vec::with_capacity(self.count as usize);
         for place in bytes.chunks_exact(width) {
             let Some((kind, name, tokens)) = self.name(&mut stream)? else { return Ok(None) };
-            // Of tokens too: those that stand for nothing cost time all the same.
+            // Counts tokens too: empty ones take time all the same.
             names_bytes += name.len() + tokens;
             if names_bytes > NAMES_BYTES_MAX {
                 return Ok(None);
             }
             raw.push((number(place), kind, name));
         }
-        // Since Linux 6.14 or so offsets have no sign; before, those of processors' own variables were
-        // as they are, and others counted back from -1. One of the two agrees with what the note says.
+        // Since about Linux 6.14 offsets are unsigned. Before, those of per-CPU variables were
+        // absolute and not negative, and others counted back from -1. The right one of the two
+        // agrees with the note's `_stext`.
         for signed in [true, false] {
             let address = |place: u64| match self.places {
                 Places::Whole(_) => place,
@@ -129,7 +130,7 @@ impl<'a> Table<'a> {
         Ok(None)
     }
 
-    /// The next name, the letter that says what it is of, and how many tokens it was made of.
+    /// Reads the next symbol: the letter for its type, its name, and how many tokens both took.
     fn name(&self, stream: &mut Stream<'_>) -> Result<Option<(u8, String, usize)>> {
         let mut tokens = usize::from(stream.byte()?);
         // Long names take two bytes since Linux 6.1.
@@ -148,7 +149,7 @@ impl<'a> Table<'a> {
     }
 }
 
-/// Bytes from a virtual address on, read a page at a time.
+/// Reads bytes from a virtual address on, a page at a time.
 struct Stream<'a> {
     kernel: &'a LinuxKernel,
     memory: &'a dyn PhysicalMemory,

@@ -1,6 +1,5 @@
-//! What a Linux kernel says of itself in its memory, for whoever debugs it after a crash: the
-//! VMCOREINFO note, and through it page tables, the offset of a kernel that was put at a random place,
-//! and the table of symbols.
+//! What a Linux kernel says of itself in memory, for debugging after a crash: the VMCOREINFO note,
+//! and through it page tables, the offset of a randomly placed kernel, and the symbol table.
 
 mod btf;
 mod kallsyms;
@@ -21,38 +20,38 @@ use super::memory::{PhysicalMemory, number};
 use super::symbols::Symbols;
 use super::{AddressSpace, GuestView, InspectError, OrcFormat, OrcTable, PagingMode, Result};
 
-/// Where kernels are linked to be (`__START_KERNEL_map`).
+/// The address that kernels are linked at (`__START_KERNEL_map`).
 const KERNEL_MAP: u64 = 0xffff_ffff_8000_0000;
-/// Header of the note: lengths of name and contents, type.
+/// Size of the note's header: lengths of name and contents, type.
 const NOTE_HEADER_BYTES: u64 = 12;
 const NOTE_NAME: &[u8; 12] = b"VMCOREINFO\0\0";
-/// Kernels write a page at the most; some distributions' more.
+/// Kernels write at most one page; those of some distributions more.
 const NOTE_BYTES_MAX: u64 = 64 << 10;
 
 /// More than any kernel's unwind table takes.
 const ORC_BYTES_MAX: u64 = 64 << 20;
-/// Notes that are looked at: a guest may have its memory full of them.
+/// The most candidates for the note that are examined: a guest's memory may be full of them.
 const NOTES_MAX: usize = 256;
 
-/// A Linux kernel that was found in a guest's memory.
+/// A Linux kernel found in a guest's memory.
 #[derive(Clone, Debug)]
 pub struct LinuxKernel {
-    /// What it says of itself.
+    /// The contents of its VMCOREINFO note.
     pub info: VmCoreInfo,
     /// Guest physical address of the note.
     pub note_gpa: u64,
-    /// The virtual addresses of the kernel itself, whatever a vCPU is at.
+    /// The kernel's own address space, whatever vCPUs are running.
     pub space: AddressSpace,
-    /// How far from where it was linked to be it is, in bytes.
+    /// Its offset from the address that it was linked at, in bytes.
     pub offset_bytes: u64,
 }
 
 impl LinuxKernel {
-    /// Looks through the guest's memory for the note. One that does not agree with the page tables that it
-    /// tells of is a copy, or what is left of an older kernel, and does not count.
+    /// Searches the guest's memory for the note. A note that does not agree with the page tables
+    /// that it names does not count: it is a copy, or a leftover of an older kernel.
     ///
     /// # Errors
-    /// The store's.
+    /// Store errors.
     pub fn find(view: &GuestView, progress: &SearchProgress) -> Result<Option<Self>> {
         let memory = view.memory();
         let region = memory.region();
@@ -75,7 +74,8 @@ impl LinuxKernel {
         found
     }
 
-    /// The kernel whose note is at `note_gpa`, if one is; on a processor as in `processor`.
+    /// The kernel whose note is at `note_gpa`, if there is one. `processor` has the processor's
+    /// features.
     fn at(
         memory: &dyn PhysicalMemory,
         note_gpa: u64,
@@ -96,19 +96,21 @@ impl LinuxKernel {
         Ok(agrees.then_some(Self { info, note_gpa, space, offset_bytes }))
     }
 
-    /// The kernel's own table of symbols, if it tells where that is.
+    /// The kernel's own symbol table; None if the note does not say where it is, or it makes no
+    /// sense.
     ///
     /// # Errors
-    /// The store's. A table that makes no sense is none.
+    /// Store errors.
     pub fn symbols(&self, memory: &dyn PhysicalMemory) -> Result<Option<Symbols>> {
         kallsyms::read(self, memory)
     }
 
-    /// The modules that the kernel has loaded, which it finds by what is called `modules` among `symbols`. None
-    /// if it does not tell enough: it has to describe its structures (CONFIG_DEBUG_INFO_BTF).
+    /// The modules that the kernel has loaded, found through the symbol `modules` in `symbols`.
+    /// None if the kernel does not describe its structures (CONFIG_DEBUG_INFO_BTF). What makes no
+    /// sense is left out.
     ///
     /// # Errors
-    /// The store's. What makes no sense is left out.
+    /// Store errors.
     pub fn modules(
         &self,
         memory: &dyn PhysicalMemory,
@@ -117,10 +119,10 @@ impl LinuxKernel {
         modules::read(self, memory, symbols)
     }
 
-    /// The kernel's unwind table, where `symbols` say that it is.
+    /// The kernel's unwind table, located by `symbols`; None if it cannot be read.
     ///
     /// # Errors
-    /// The store's. A table that cannot be read is none.
+    /// Store errors.
     pub fn orc(&self, memory: &dyn PhysicalMemory, symbols: &Symbols) -> Result<Option<OrcTable>> {
         let read = |part: &str| -> Result<Option<(u64, Vec<u8>)>> {
             let start = symbols.address(&format!("__start_{part}"));
@@ -145,7 +147,7 @@ impl LinuxKernel {
     }
 }
 
-/// The contents of the note at `gpa`.
+/// The contents of the note at `gpa`, if there is one.
 fn note(memory: &dyn PhysicalMemory, gpa: u64) -> Result<Option<Vec<u8>>> {
     let mut header = [0; NOTE_HEADER_BYTES as usize];
     if !memory.has(gpa, NOTE_HEADER_BYTES) {

@@ -1,6 +1,6 @@
-//! Modules that a kernel has loaded: their names, symbols and unwind tables are in the guest's memory, and where,
-//! the kernel's description of its own structures tells (kernel/module/ and arch/x86/kernel/unwind_orc.c in its
-//! sources).
+//! The modules that a kernel has loaded. Their names, symbols and unwind tables are in the guest's
+//! memory; the kernel's description of its own structures says where (kernel/module/ and
+//! arch/x86/kernel/unwind_orc.c in the Linux sources).
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -14,22 +14,22 @@ use crate::inspect::{InspectError, OrcTable, Result};
 /// More than any kernel has.
 const MODULES_MAX: usize = 4096;
 const BTF_BYTES_MAX: u64 = 128 << 20;
-/// Symbols and entries of unwind tables, of one module.
+/// The most symbols and unwind entries of one module.
 const SYMBOLS_MAX: u64 = 1 << 20;
 const ENTRIES_MAX: u64 = 1 << 22;
-/// What is read of all of them together: a list may be as long as a guest likes.
+/// The most bytes that are read for all modules together: a guest's list may have any length.
 const BYTES_MAX: u64 = 256 << 20;
 /// `MODULE_NAME_LEN` on 64-bit machines.
 const NAME_BYTES: usize = 56;
-/// The longest name of a symbol that is looked for (`KSYM_NAME_LEN`).
+/// The longest name of a symbol (`KSYM_NAME_LEN`).
 const SYMBOL_BYTES_MAX: u64 = 512;
-/// An entry of a table of symbols of ELF64.
+/// Size of an entry of an ELF64 symbol table.
 const SYMBOL_BYTES: usize = 24;
 const ORC_IP_BYTES: u64 = 4;
 const ORC_BYTES: u64 = 6;
 const PAGE_BYTES: u64 = 4096;
 
-/// A module that is loaded.
+/// A loaded module.
 #[derive(Clone, Debug)]
 pub struct Module {
     /// Its name.
@@ -38,29 +38,29 @@ pub struct Module {
     pub code: Range<u64>,
     /// Its symbols.
     pub symbols: Vec<Symbol>,
-    /// Addresses of instructions, as its unwind table has them, and where those lie.
+    /// The instructions' addresses of its unwind table, and the address where they are stored.
     orc_ips: (u64, Vec<u8>),
     orc: Vec<u8>,
 }
 
 impl Module {
-    /// Adds what it has to a kernel's table.
+    /// Adds the module's unwind table to a kernel's.
     pub fn add_to(&self, table: &mut OrcTable) {
         let (at, ips) = &self.orc_ips;
         table.add(ips, *at, &self.orc, &self.code);
     }
 }
 
-/// Where what is wanted is in the kernel's structures, in bytes.
+/// Offsets in the kernel's structures, in bytes.
 struct Layout {
     list: u64,
     name: u64,
-    /// Of `struct module`, the pointer to its code and the length of that.
+    /// In `struct module`, the pointer to its code, and the length of the code.
     code: [u64; 2],
     orcs: u64,
     orc_ips: u64,
     orc: u64,
-    /// The pointer to its tables of symbols, and where in those what is.
+    /// In `struct module`, the pointer to its `struct mod_kallsyms`; then offsets in that.
     kallsyms: u64,
     symtab: u64,
     symbols: u64,
@@ -76,7 +76,7 @@ impl Layout {
             btf.offsets("mod_arch_specific", ["num_orcs", "orc_unwind_ip", "orc_unwind"])?;
         let [symtab, symbols, strtab, typetab] =
             btf.offsets("mod_kallsyms", ["symtab", "num_symtab", "strtab", "typetab"])?;
-        // Since Linux 6.4 a module is in several pieces, of which its code is the first.
+        // Since Linux 6.4 a module has several pieces of memory, the first of which is its code.
         let (place, parts) = match btf.offsets("module", ["mem"]) {
             Some([mem]) => (mem, "module_memory"),
             None => (btf.offsets("module", ["core_layout"])?[0], "module_layout"),
@@ -99,7 +99,7 @@ impl Layout {
     }
 }
 
-/// The modules that are loaded; none if the kernel does not tell how to find them.
+/// The loaded modules; None if the kernel does not say how to find them.
 pub(super) fn read(
     kernel: &LinuxKernel,
     memory: &dyn PhysicalMemory,
@@ -124,7 +124,8 @@ pub(super) fn read(
     Ok(None)
 }
 
-/// Reads by the kernel's own addresses. What is not there is none: a guest may write what it likes.
+/// Reads memory at the kernel's own addresses. What cannot be read is None: a guest may put
+/// anything there.
 struct Reader<'a> {
     kernel: &'a LinuxKernel,
     memory: &'a dyn PhysicalMemory,
@@ -144,7 +145,7 @@ impl Reader<'_> {
         Ok(self.bytes(gva, len)?.map(|bytes| number(&bytes)))
     }
 
-    /// The modules on the list whose head is at `head`; none if that is no list of modules.
+    /// The modules on the list whose head is at `head`; None if that is not a list of modules.
     fn list(&self, head: u64, layout: &Layout) -> Result<Option<Vec<Module>>> {
         let mut modules = Vec::new();
         let mut left = BYTES_MAX;
@@ -152,7 +153,8 @@ impl Reader<'_> {
         while node != head && modules.len() < MODULES_MAX {
             let at = node.wrapping_sub(layout.list);
             let Some(module) = self.module(at, layout, &mut left)? else {
-                // One that is being loaded may be half there; if it is the first, this is something else.
+                // A module that is being loaded may be incomplete; but if the first one makes no
+                // sense, this is not the list of modules.
                 return Ok((!modules.is_empty()).then_some(modules));
             };
             modules.push(module);
@@ -196,7 +198,7 @@ impl Reader<'_> {
         Ok(Some(Module { name, code, symbols, orc_ips, orc }))
     }
 
-    /// The symbols of the module `name`, of the tables at `at`.
+    /// The symbols of the module `name`, from its `struct mod_kallsyms` at `at`.
     fn symbols(
         &self,
         at: u64,
@@ -261,7 +263,7 @@ impl Reader<'_> {
     }
 }
 
-/// Takes `bytes` of what may be read, if that is left.
+/// Subtracts `bytes` from the limit `left`; false if that leaves too little.
 fn charge(left: &mut u64, bytes: u64) -> bool {
     let enough = bytes <= *left;
     if enough {

@@ -1,4 +1,4 @@
-//! Tables of symbols as kernels of several ages write them, and as none does.
+//! Reads symbol tables and modules as kernels of several ages write them, and damaged ones.
 
 use super::*;
 use crate::inspect::Symbol;
@@ -12,7 +12,7 @@ const OFFSETS: usize = 0x8000;
 const BASE: usize = 0x1100;
 const TEXT: u64 = 0xffff_ffff_8100_0000;
 
-/// How a kernel tells addresses.
+/// How a kernel stores symbols' addresses.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Age {
     Signed,
@@ -20,7 +20,7 @@ enum Age {
     Whole,
 }
 
-/// A token for each byte, and one for a part that many names have.
+/// The token for a part that many names have; all others but 0 stand for their own byte.
 const PART: u8 = 1;
 const PART_TEXT: &[u8] = b"_unwind_";
 
@@ -122,7 +122,7 @@ fn names_are_read_as_they_were_written() {
         };
         assert_eq!(function(TEXT + 0x3ff), Some(("first_unwind_function", 0x3ef)));
         assert_eq!(function(TEXT + 0x450), Some((&long[1..], 0x50)));
-        // Data is no function; behind the last one there is none.
+        // Data is not a function; after the last symbol there is none.
         assert_eq!(function(TEXT + 0x510), Some((&long[1..], 0x110)));
         assert_eq!((function(TEXT + 0x700), function(TEXT - 1)), (None, None));
     }
@@ -136,15 +136,16 @@ fn tables_that_make_no_sense_are_none() {
         change(&mut ram, &mut kernel);
         assert!(kernel.symbols(&ram).expect("readable").is_none());
     };
-    // More than there can be; names that never end; addresses of which none is where the note says.
+    // Too many symbols; names that are too long; an empty name; addresses that disagree with the
+    // note.
     none(&|ram, _| ram.0[COUNT..COUNT + 4].fill(0xff));
     none(&|ram, _| ram.0[NAMES..].fill(0xff));
     none(&|ram, _| ram.0[NAMES] = 0);
     none(&|ram, _| ram.0[OFFSETS..OFFSETS + 8].fill(5));
-    // Tokens without an end; a table beyond memory.
+    // A token without an end; a table outside memory.
     none(&|ram, _| ram.0[TOKEN_TABLE..].fill(b'x'));
     none(&|ram, _| ram.0.truncate(OFFSETS));
-    // One whose end would be beyond all addresses.
+    // A table that reaches beyond the last address.
     none(&|_, kernel| {
         let text = String::from_utf8(kernel.info.bytes().to_vec()).expect("text");
         let table = format!("SYMBOL(kallsyms_token_table)={TOKEN_TABLE:x}");
@@ -159,7 +160,7 @@ fn tables_that_make_no_sense_are_none() {
 
 #[test]
 fn a_note_counts_if_its_page_tables_agree() {
-    // Tables at 0x5000 that map their own place, as kernels see it.
+    // Page tables at 0x5000 that map themselves at the kernel's virtual address for them.
     let mut ram = Ram(vec![0; 0x10000]);
     let tables = KERNEL_MAP + 0x5000;
     let mut entry = |table: usize, index: u64, value: u64| {
@@ -198,7 +199,7 @@ fn a_note_counts_if_its_page_tables_agree() {
     }
 }
 
-/// Where a kernel has what of its modules; nothing of it is where another has it.
+/// The layout of a kernel's structures for modules; the two layouts have no offset in common.
 struct Layout {
     module: &'static [(&'static str, u32)],
     arch: &'static [(&'static str, u32)],
@@ -235,7 +236,7 @@ impl Layout {
         members.iter().find(|(member, _)| *member == name).expect("a member").1 as usize
     }
 
-    /// Two modules, on the list at 0x100, and the kernel's symbols.
+    /// A guest with two modules on the list at 0x100, and the kernel's symbols.
     fn guest(&self) -> (Ram, LinuxKernel, Symbols) {
         let (mut ram, kernel) = memory(Age::Whole, &[(TEXT, "T_stext")]);
         ram.0.resize(0x2_0000, 0);
@@ -273,7 +274,7 @@ impl Layout {
                 put(at, &((tables + offset) as u64).to_le_bytes());
             }
             put(kallsyms + Self::at(self.kallsyms, "num_symtab"), &3_u32.to_le_bytes());
-            // None, one that is elsewhere, and a function.
+            // A null symbol, an undefined one, and a function.
             for (number, (section, address, len)) in
                 [(0_u16, 0, 0), (0, 5, 0), (1, code + 0x40, 0x20_u64)].into_iter().enumerate()
             {
@@ -294,7 +295,7 @@ impl Layout {
             name: name.to_owned(),
             module: None,
         };
-        // Of two of that name one is something else.
+        // One of the two symbols of that name is something else.
         let symbols = Symbols::new(vec![
             symbol("modules", 0x90),
             symbol("modules", 0x100),
@@ -330,7 +331,8 @@ fn lists_of_modules_that_make_no_sense_end() {
         change(&mut ram);
         kernel.modules(&ram, &symbols).expect("readable")
     };
-    // One that goes round without its head; a name that is none; the first is elsewhere.
+    // A circular list without its head; invalid names, of the second and the first module; a first
+    // module outside memory.
     let round =
         modules(&|ram| ram.0[0x1_9008..0x1_9010].copy_from_slice(&0x1_8008_u64.to_le_bytes()));
     assert!(round.expect("modules").len() <= 4096);
@@ -338,7 +340,7 @@ fn lists_of_modules_that_make_no_sense_end() {
     assert_eq!(cut.len(), 1);
     assert!(modules(&|ram| ram.0[0x1_8018] = 0).is_none());
     assert!(modules(&|ram| ram.0[0x100..0x108].fill(0x77)).is_none());
-    // No description, and counts beyond all sense: a module without them is one all the same.
+    // No description; then counts that make no sense, which only cost a module its tables.
     assert!(modules(&|ram| ram.0[0x1_0000] = 0).is_none());
     let huge = modules(&|ram| {
         ram.0[0x1_80c0..0x1_80c4].fill(0xff);

@@ -1,5 +1,5 @@
-//! The VMCOREINFO note (Documentation/admin-guide/kdump/vmcoreinfo.rst in the kernel's sources): lines of
-//! `KEY=value`, `SYMBOL(name)=hex`, `NUMBER(name)=decimal`, and so on.
+//! The VMCOREINFO note (Documentation/admin-guide/kdump/vmcoreinfo.rst in the Linux sources): lines
+//! of `KEY=value`, `SYMBOL(name)=hex`, `NUMBER(name)=decimal`, and so on.
 
 /// The contents of a note.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -9,19 +9,19 @@ pub struct VmCoreInfo {
 }
 
 impl VmCoreInfo {
-    /// What `bytes` say, if they are a kernel's.
+    /// Parses `bytes`; None if they are not a kernel's note.
     pub(super) fn parse(bytes: Vec<u8>) -> Option<Self> {
         let text = std::str::from_utf8(&bytes).ok()?.trim_end_matches('\0').to_owned();
         text.starts_with("OSRELEASE=").then_some(Self { bytes, text })
     }
 
-    /// The note as it was found.
+    /// The bytes of the note as it was found.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }
 
-    /// What stands behind `key=`.
+    /// The value after `key=`.
     #[must_use]
     pub fn value(&self, key: &str) -> Option<&str> {
         let lines = self.text.lines();
@@ -37,26 +37,26 @@ impl VmCoreInfo {
         self.value("OSRELEASE").unwrap_or_default()
     }
 
-    /// Its release as two numbers, such as 6 and 1.
+    /// The first two numbers of the release, such as 6 and 1.
     #[must_use]
     pub fn version(&self) -> Option<(u32, u32)> {
         let mut numbers = self.release().split(|c: char| !c.is_ascii_digit()).map(str::parse);
         Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
     }
 
-    /// A hexadecimal number.
+    /// The hexadecimal number after `key=`.
     #[must_use]
     pub fn hex(&self, key: &str) -> Option<u64> {
         u64::from_str_radix(self.value(key)?, 16).ok()
     }
 
-    /// The virtual address of a symbol.
+    /// The virtual address of the symbol `name`.
     #[must_use]
     pub fn symbol(&self, name: &str) -> Option<u64> {
         self.hex(&format!("SYMBOL({name})"))
     }
 
-    /// A decimal number.
+    /// The decimal number `name`.
     #[must_use]
     pub fn number(&self, name: &str) -> Option<i64> {
         self.value(&format!("NUMBER({name})"))?.parse().ok()

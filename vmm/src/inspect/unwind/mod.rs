@@ -1,8 +1,8 @@
-//! What called what on a vCPU, from its registers and its stack.
+//! Unwinds a vCPU's call stack, from its registers and its stack.
 //!
-//! Linux tells for each instruction how to find the caller's registers (ORC, Documentation/x86/orc-unwinder.rst
-//! in its sources). Code that keeps frame pointers is followed by them. Nothing is guessed: where neither
-//! leads on, the walk ends and says why.
+//! For each instruction, Linux says how to find the caller's registers (ORC,
+//! Documentation/x86/orc-unwinder.rst in the Linux sources). Other code is followed by its frame
+//! pointers. Nothing is guessed: where neither leads on, the walk ends and says why.
 
 mod orc;
 #[cfg(test)]
@@ -14,32 +14,33 @@ use super::memory::{PhysicalMemory, number};
 use super::{AddressSpace, CodeMode, Result};
 use crate::vcpu::saved::SavedRegs;
 
-/// One function on its way.
+/// One frame of a call stack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Frame {
-    /// The next instruction in it.
+    /// The address of its next instruction.
     pub ip: u64,
     /// Its stack pointer.
     pub sp: u64,
-    /// How it was found.
+    /// How the frame was found.
     pub how: By,
 }
 
 /// How a frame was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum By {
-    /// It is what the vCPU is at.
+    /// It is the vCPU's current frame.
     Registers,
     /// By the kernel's unwind table.
     Orc,
-    /// By the kernel's unwind table: it was interrupted, so that its next instruction follows no call.
+    /// By the kernel's unwind table, as interrupted code: its next instruction does not follow a
+    /// call.
     OrcInterrupted,
     /// By frame pointers.
     FramePointer,
 }
 
 impl Frame {
-    /// The address to look up: behind a call there may be another function already.
+    /// The address to look up: after a call at the end of a function, `ip` is in another function.
     #[must_use]
     pub fn lookup_ip(&self) -> u64 {
         match self.how {
@@ -52,20 +53,20 @@ impl Frame {
 /// Why a walk ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum End {
-    /// There is nothing above.
+    /// The last frame has no caller.
     Bottom,
-    /// The frame above is user mode's.
+    /// The caller's frame is in user mode.
     User,
-    /// As many as were wanted.
+    /// The wanted number of frames was found.
     Enough,
-    /// There is no table, or nothing in it for this instruction, and no frame pointer either.
+    /// Neither an unwind table nor frame pointers lead on from this instruction.
     NoWay {
         /// The instruction's address.
         ip: u64,
     },
     /// The stack, or what is on it, makes no sense.
     Damaged {
-        /// What.
+        /// What is wrong.
         what: String,
     },
 }
@@ -76,13 +77,13 @@ struct State {
     ip: u64,
     sp: u64,
     bp: u64,
-    /// Registers that interrupted code had.
+    /// More registers, known only of interrupted code.
     saved: Option<Saved>,
-    /// The next instruction follows no call.
+    /// Whether the code was interrupted, so that `ip` does not follow a call.
     interrupted: bool,
 }
 
-/// Registers that Linux refers to in its table, other than those that are always known.
+/// Registers that Linux's table refers to, other than those that are always known.
 #[derive(Clone, Copy, Debug, Default)]
 struct Saved {
     bp: u64,
@@ -92,30 +93,31 @@ struct Saved {
     r13: u64,
 }
 
-/// A stack to be walked.
+/// A stack to walk.
 #[derive(Clone, Copy)]
 pub struct Stack<'a> {
-    /// The addresses.
+    /// The address space that the stack is in.
     pub space: AddressSpace,
-    /// The memory.
+    /// Guest memory.
     pub memory: &'a dyn PhysicalMemory,
-    /// Linux's table, if there is one.
+    /// Linux's unwind table, if there is one.
     pub orc: Option<&'a OrcTable>,
-    /// What kind of code's it is: words have its size, and 16-bit code's frames are all alike to who does not
-    /// know it, and are not followed.
+    /// The mode of the code, which determines the size of words. Stacks of 16-bit code are not
+    /// followed.
     pub mode: CodeMode,
 }
 
-/// The most frames of a walk: registers that were saved where they were saved have no end.
+/// The most frames of a walk: saved registers that lead to themselves would have no end.
 const FRAMES_MAX: usize = 10_000;
-/// The halves of the addresses in long mode: programs have the lower one.
+/// The bit that tells the halves of the address space apart in long mode: programs have the lower.
 const KERNEL_HALF: u64 = 1 << 63;
 
 impl Stack<'_> {
-    /// Walks from `regs` on, at most `most` frames.
+    /// Walks the stack from `regs` on, for at most `most` frames. Returns the frames, and why the
+    /// walk ended.
     ///
     /// # Errors
-    /// The store's. All else is in the second value.
+    /// Store errors. Any other problem is an [`End`].
     pub fn walk(&self, regs: &SavedRegs, most: usize) -> Result<(Vec<Frame>, End)> {
         let mut state = State {
             ip: regs.rip.into(),
@@ -152,7 +154,8 @@ impl Stack<'_> {
                 let end = if state.ip == 0 { End::Bottom } else { End::User };
                 return Ok((frames, end));
             }
-            // Stacks grow down: one that does not go up goes round and round. Interrupts change stacks.
+            // Stacks grow down: a walk that does not go up may go in circles. Interrupts switch
+            // stacks, though.
             if state.sp <= sp && how != By::OrcInterrupted {
                 let what =
                     format!("the caller's stack pointer {:#x} is not above {sp:#x}", state.sp);
@@ -162,7 +165,7 @@ impl Stack<'_> {
         }
     }
 
-    /// The word at `gva`, if there is one.
+    /// The word at `gva`, if it can be read.
     fn word(&self, gva: u64) -> Result<Option<u64>> {
         let mut bytes = [0; 8];
         match self.space.read(self.memory, gva, &mut bytes[..self.mode.word_bytes()]) {
@@ -172,7 +175,8 @@ impl Stack<'_> {
         }
     }
 
-    /// `push rbp; mov rbp, rsp`: the caller's frame pointer, and above it where to return to.
+    /// Steps up by the frame pointer. After `push rbp; mov rbp, rsp` it points to the caller's
+    /// frame pointer, with the return address above.
     fn by_frame_pointer(&self, state: &mut State) -> Result<Step> {
         let no_way = Ok(Step::End(End::NoWay { ip: state.ip }));
         let word_bytes = self.mode.word_bytes() as u64;
@@ -183,7 +187,8 @@ impl Stack<'_> {
         if state.bp == 0 {
             return Ok(Step::End(End::Bottom));
         }
-        // In a function's first instructions it may be the caller's still, but is never below the stack.
+        // In a function's first instructions it may still be the caller's, but it is never below
+        // the stack pointer.
         let above = state.bp.wrapping_add(word_bytes);
         let (Some(bp), Some(ip)) = (self.word(state.bp)?, self.word(above)?) else {
             return no_way;
@@ -194,7 +199,7 @@ impl Stack<'_> {
         if ip == 0 {
             return Ok(Step::End(End::Bottom));
         }
-        // Code is where something can be executed.
+        // A return address must be executable.
         match self.space.translate(self.memory, ip) {
             Ok(found) if found.executable => {}
             Err(super::InspectError::Store(error)) => return Err(error.into()),
@@ -212,7 +217,7 @@ impl State {
     }
 }
 
-/// What one step came to; the state is the caller's if it leads up.
+/// The result of one step. After `Up` the state is the caller's.
 enum Step {
     Up(By),
     End(End),

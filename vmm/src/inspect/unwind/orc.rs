@@ -1,30 +1,30 @@
-//! Linux's unwind table: for every instruction, where the caller's stack pointer, return address and frame
-//! pointer are (arch/x86/include/asm/orc_types.h, arch/x86/kernel/unwind_orc.c).
+//! ORC, Linux's unwind table: for every instruction, where the caller's stack pointer, return
+//! address and frame pointer are (arch/x86/include/asm/orc_types.h, arch/x86/kernel/unwind_orc.c).
 
 use std::ops::Range;
 
 use super::{By, End, Saved, Stack, State, Step};
 use crate::inspect::Result;
 
-/// Bytes of an entry.
+/// Size of an entry.
 const ENTRY_BYTES: usize = 6;
-/// Of a kernel's code: what is above belongs to modules, which have tables of their own, and to code that is
-/// made while the kernel runs, which has none.
+/// The addresses of the kernel's own code. Above it are modules, which have tables of their own,
+/// and code generated at run time, which has none.
 const KERNEL_CODE: Range<u64> = 0xffff_ffff_8000_0000..0xffff_ffff_c000_0000;
 
-/// How entries' flags are laid out.
+/// The layout of an entry's flags.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OrcFormat {
-    /// Before Linux 6.3: two bits of kind, then whether it is the end.
+    /// Before Linux 6.3: two bits for the kind, then an end flag.
     Old,
-    /// 6.3: two bits of kind, then whether it was interrupted, then whether it is the end.
+    /// Linux 6.3: two bits for the kind, then a signal flag, then an end flag.
     Signal,
-    /// Since 6.4: three bits of kind, of which one is the end, then whether it was interrupted.
+    /// Since Linux 6.4: three bits for the kind, which include the end, then a signal flag.
     New,
 }
 
 impl OrcFormat {
-    /// That of a kernel's release.
+    /// The layout of a kernel release.
     #[must_use]
     pub fn of_version(version: (u32, u32)) -> Self {
         match version {
@@ -35,16 +35,16 @@ impl OrcFormat {
     }
 }
 
-/// The table.
+/// An unwind table, of the kernel and possibly its modules.
 #[derive(Clone, Debug)]
 pub struct OrcTable {
-    /// First instruction of each entry, ascending, and which entry that is.
+    /// The first instruction of each entry, ascending, and the entry's index.
     by_ip: Vec<(u64, u32)>,
     entries: Vec<u8>,
     format: OrcFormat,
 }
 
-/// An entry, decoded.
+/// A decoded entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Entry {
     sp_offset: i64,
@@ -64,8 +64,9 @@ enum Kind {
 }
 
 impl OrcTable {
-    /// The table of instructions' addresses `ips`, each a 32-bit offset from where it is itself, the
-    /// first at `ips_gva`, and as many `entries`. A part of an entry at the end is left out.
+    /// Makes a table of `entries` and the addresses of their instructions, `ips`. Each address is a
+    /// 32-bit offset from its own location; the first one is at `ips_gva`. Excess addresses or
+    /// entries, and an incomplete one at the end, are ignored.
     #[must_use]
     pub fn new(ips: &[u8], ips_gva: u64, entries: &[u8], format: OrcFormat) -> Self {
         let mut table = Self { by_ip: Vec::new(), entries: Vec::new(), format };
@@ -73,8 +74,8 @@ impl OrcTable {
         table
     }
 
-    /// Adds a table of a module, whose code is at `code`: what it has of code elsewhere is of code that is no
-    /// more, where there may be another module by now.
+    /// Adds the table of a module whose code is at `code`. Entries for other code are left out:
+    /// that code was freed, and another module may be there by now.
     pub fn add(&mut self, ips: &[u8], ips_gva: u64, entries: &[u8], code: &Range<u64>) {
         let count = (entries.len() / ENTRY_BYTES).min(ips.len() / 4);
         let before = self.entries.len() / ENTRY_BYTES;
@@ -85,30 +86,30 @@ impl OrcTable {
             (here.wrapping_add(i64::from(offset) as u64), (before + index) as u32)
         };
         let all = ips.chunks_exact(4).take(count).enumerate().map(address);
-        // One just behind may say that there is the end.
+        // An entry just after the code may mark its end.
         let ends = |index| self.entry(index).kind == Kind::Undefined;
         let own: Vec<_> = all
             .filter(|(ip, index)| code.contains(ip) || (*ip == code.end && ends(*index)))
             .collect();
         self.by_ip.extend(own);
-        // Sorted when the kernel is built, or when it starts; that of a file may not be.
+        // Linux sorts its table at build time or boot; a file's may be unsorted.
         self.by_ip.sort_by_key(|(ip, _)| *ip);
     }
 
-    /// The entry of the instruction at `ip`.
+    /// The entry for the instruction at `ip`.
     pub(super) fn find(&self, ip: u64) -> Option<Entry> {
         let position = self.by_ip.partition_point(|(first, _)| *first <= ip).checked_sub(1)?;
-        // Behind the last one there is no code that it is about.
+        // The last entry only marks the end.
         if position + 1 == self.by_ip.len() {
             return None;
         }
-        // Of several for one instruction, those that say something come before the ends of sections.
+        // Among several entries for one instruction, prefer one that is not the end of a section.
         let (first, _) = self.by_ip[position];
         let same = self.by_ip[..=position].iter().rev().take_while(|(other, _)| *other == first);
         let decoded = same.map(|(_, index)| self.entry(*index));
         let entry = decoded
             .reduce(|last, before| if last.kind == Kind::Undefined { before } else { last })?;
-        // Between modules, and behind them, there is code that it is not about.
+        // Between and after modules there is code that the table does not cover.
         (is_kernel(ip) || entry.kind != Kind::Undefined).then_some(entry)
     }
 
@@ -142,7 +143,7 @@ impl OrcTable {
     }
 }
 
-/// True if `ip` is where the kernel's own code may be.
+/// True if `ip` is in the range of the kernel's own code.
 pub(super) fn is_kernel(ip: u64) -> bool {
     KERNEL_CODE.contains(&ip)
 }
@@ -158,7 +159,7 @@ const R13: u8 = 7;
 const BP_INDIRECT: u8 = 8;
 const SP_INDIRECT: u8 = 9;
 
-/// Where registers are in those that an interrupt saves (`struct pt_regs`), in bytes.
+/// Offsets of registers in what an interrupt saves (`struct pt_regs`), in bytes.
 mod saved_at {
     pub(super) const R13: u64 = 16;
     pub(super) const BP: u64 = 32;
@@ -169,7 +170,7 @@ mod saved_at {
     pub(super) const SP: u64 = 152;
 }
 
-/// From a function to what called it, or was interrupted by it.
+/// Steps from a function to its caller, or to the code that it interrupted.
 pub(super) fn step(stack: &Stack<'_>, entry: Entry, state: &mut State) -> Result<Step> {
     match entry.kind {
         Kind::Undefined => return Ok(Step::End(End::NoWay { ip: state.ip })),
@@ -217,7 +218,7 @@ pub(super) fn step(stack: &Stack<'_>, entry: Entry, state: &mut State) -> Result
     Ok(Step::Up(found))
 }
 
-/// The stack pointer of the caller.
+/// The caller's stack pointer; None if it cannot be computed.
 fn caller_sp(stack: &Stack<'_>, entry: Entry, state: &State) -> Result<Option<u64>> {
     let offset = entry.sp_offset as u64;
     let saved = |register: fn(Saved) -> u64| state.saved.map(register);
@@ -234,7 +235,7 @@ fn caller_sp(stack: &Stack<'_>, entry: Entry, state: &State) -> Result<Option<u6
     })
 }
 
-/// Registers that an interrupt saved at `regs`; what cannot be read is 0.
+/// The registers that an interrupt saved at `regs`; those that cannot be read are 0.
 fn saved(stack: &Stack<'_>, regs: u64) -> Result<Saved> {
     let word = |at: u64| stack.word(regs.wrapping_add(at)).map(Option::unwrap_or_default);
     Ok(Saved {
@@ -250,11 +251,11 @@ fn saved(stack: &Stack<'_>, regs: u64) -> Result<Saved> {
 pub(super) mod tests {
     use super::*;
 
-    /// A call, saved registers, the end, nothing: in the old layouts and in the new one.
+    /// Call, saved registers, end, undefined: each as in the old layouts and in the new one.
     pub(in super::super) const ENTRY_KINDS: [(u16, u16); 4] = [(0, 2), (1, 3), (0, 1), (0, 0)];
     const END: (u16, u16) = ENTRY_KINDS[2];
 
-    /// An entry to be.
+    /// An entry to encode.
     pub(in super::super) struct Line {
         pub(in super::super) ip: u64,
         pub(in super::super) sp_reg: u16,
@@ -264,16 +265,16 @@ pub(super) mod tests {
         pub(in super::super) kind: (u16, u16),
     }
 
-    /// Where tables' addresses of instructions are.
+    /// Where the instructions' addresses are located.
     pub(in super::super) const AT: u64 = 0xffff_ffff_8200_0000;
 
-    /// The table of these, as a kernel of that age has it, and an end behind.
+    /// A table of `lines` in the given layout, with an end marker after them.
     pub(in super::super) fn table(lines: &[Line], format: OrcFormat) -> OrcTable {
         let (ips, entries) = encoded(lines, format);
         OrcTable::new(&ips, AT, &entries, format)
     }
 
-    /// Its two parts.
+    /// The two parts of such a table: addresses and entries.
     pub(in super::super) fn encoded(lines: &[Line], format: OrcFormat) -> (Vec<u8>, Vec<u8>) {
         let last = lines.iter().map(|line| line.ip).max().unwrap_or_default() + 0x100;
         let (mut ips, mut entries) = (Vec::new(), Vec::new());
@@ -304,7 +305,7 @@ pub(super) mod tests {
             (of(6, 3), of(6, 4), of(7, 0)),
             (OrcFormat::Signal, OrcFormat::New, OrcFormat::New)
         );
-        // Fewer addresses than entries, or the other way round: as many as both have.
+        // If there are fewer addresses than entries, or vice versa, the excess is ignored.
         let table = OrcTable::new(&[0; 10], 0, &[0; 20], OrcFormat::Old);
         assert!(table.find(0xffff_ffff_8000_0000).is_none());
     }

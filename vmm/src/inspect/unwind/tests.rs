@@ -1,11 +1,11 @@
-//! Stacks that are laid out by hand, in each layout of the table.
+//! Unwinds stacks that are laid out by hand, with each layout of the table.
 
 use super::orc::tests::{AT, ENTRY_KINDS, Line, encoded, table};
 use super::*;
 use crate::inspect::PagingMode;
 use crate::inspect::tests::Ram;
 
-/// Where kernels' code is.
+/// The address of the kernel's code.
 const CODE: u64 = 0xffff_ffff_8100_0000;
 
 fn space() -> AddressSpace {
@@ -43,7 +43,7 @@ fn callers_are_found_by_the_table() {
     put(&mut ram, 0x1008, CODE + 0x105);
     put(&mut ram, 0x1108, CODE + 0x205);
     put(&mut ram, 0x1100, 0x1234);
-    // As an interrupt saves them: the instruction, the stack pointer.
+    // Instruction and stack pointers, where an interrupt saves them.
     put(&mut ram, 0x1110 + 128, CODE + 0x300);
     put(&mut ram, 0x1110 + 152, 0x2000);
     for format in [OrcFormat::Old, OrcFormat::Signal, OrcFormat::New] {
@@ -65,12 +65,12 @@ fn callers_are_found_by_the_table() {
             ],
             "{format:?}"
         );
-        // One that was interrupted is looked up where it is, others before.
+        // Interrupted code is looked up at its own address, other code one byte before it.
         assert_eq!((frames[2].lookup_ip(), frames[3].lookup_ip()), (CODE + 0x204, CODE + 0x300));
         let (frames, why) =
             stack.walk(&registers(CODE + 0x50, 0x1000, 0x1100), 2).expect("readable");
         assert_eq!((frames.len(), why), (2, End::Enough));
-        // Nothing is known of it; a stack that is not there; a program.
+        // An instruction without an entry; a stack outside memory; a program.
         let walk = |rip, rsp| stack.walk(&registers(rip, rsp, 0), 10).expect("readable").1;
         assert_eq!(walk(CODE + 0x410, 0x1000), End::NoWay { ip: CODE + 0x410 });
         assert!(matches!(walk(CODE, 0x9000), End::Damaged { .. }));
@@ -87,7 +87,7 @@ fn a_stack_that_goes_round_ends() {
         [line(CODE, 5, 0, call), line(CODE + 0x100, 5, 0, regs), line(CODE + 0x200, 5, 8, call)];
     let mut ram = Ram(vec![0; 0x4000]);
     put(&mut ram, 0xff8, CODE + 0x10);
-    // Registers that were saved where they were saved.
+    // Saved registers that lead to themselves.
     put(&mut ram, 0x2000 + 128, CODE + 0x110);
     put(&mut ram, 0x2000 + 152, 0x2000);
     let table = table(&lines, OrcFormat::New);
@@ -142,7 +142,7 @@ fn words_are_as_long_as_the_code_has_them() {
     assert_eq!(walk(CodeMode::Bits64).0, all[..1]);
 }
 
-/// A module's table lies among the kernel's; what it has of code that is no more is not gone by.
+/// A module's table is added to the kernel's; its entries for freed code are not used.
 #[test]
 fn modules_have_tables_of_their_own() {
     const MODULE: u64 = 0xffff_ffff_c000_1000;
@@ -157,7 +157,7 @@ fn modules_have_tables_of_their_own() {
     let module = [
         line(MODULE, 5, 24, call),
         line(MODULE + 0x100, 0, 0, undefined),
-        // Of its beginning, which was given back: another module is there by now.
+        // An entry for its init code, which was freed: another module is there by now.
         line(MODULE + 0x1000, 5, 8, end),
     ];
     let other = [line(MODULE + 0x1000, 5, 8, call), line(MODULE + 0x1100, 0, 0, undefined)];
@@ -179,7 +179,7 @@ fn modules_have_tables_of_their_own() {
             (vec![MODULE + 0x20, MODULE + 0x1010, CODE + 0x110, CODE + 0x10], End::Bottom),
             "{format:?}"
         );
-        // Behind them is code that is made while the kernel runs: it keeps frame pointers, or nothing is known.
+        // After the modules is code generated at run time: it has frame pointers, or nothing.
         let (frames, why) =
             stack.walk(&registers(MODULE + 0x5000, 0x1000, 0), 10).expect("readable");
         assert_eq!((frames.len(), why), (1, End::Bottom), "no frame pointer");
