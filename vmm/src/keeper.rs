@@ -358,7 +358,7 @@ enum PruneEnd {
 /// Decides when to prune, without pruning itself.
 #[derive(Debug, Default)]
 struct Pruning {
-    /// Snapshots forgotten since the last completed prune.
+    /// Snapshots forgotten since the last prune that completed or failed.
     snapshots: u64,
     /// Bytes that they had added to the store.
     bytes: u64,

@@ -82,7 +82,7 @@ impl GuestRam {
     /// Creates `ram_bytes` of RAM, all zeros and not yet backed by host memory.
     ///
     /// # Errors
-    /// [`VmmError::Config`] unless the size is a multiple of [`RAM_GRANULE_BYTES`] from 1 to
+    /// [`VmmError::Config`] unless the size is a nonzero multiple of [`RAM_GRANULE_BYTES`] up to
     /// [`RAM_MAX_BYTES`]; [`VmmError::Host`] if the host has no room for it.
     pub fn new(ram_bytes: u64) -> Result<Self> {
         Self::map(ram_memfd(ram_bytes)?, ram_bytes, Sharing::Shared)

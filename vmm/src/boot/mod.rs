@@ -32,7 +32,7 @@ const PDPT: u64 = 0xa000;
 const PAGE_DIRECTORIES: u64 = 0xb000;
 const CMDLINE: u64 = 0x2_0000;
 const CMDLINE_MAX_LEN: usize = 2048;
-/// The end of the page after the tables above.
+/// The first page after the tables above.
 const BOOT_TABLES_END: u64 = 0x2_1000;
 /// Start of the extended BIOS data area: from here to the end of the first MiB a PC has no RAM.
 const EBDA: u64 = 0x9_fc00;

@@ -86,7 +86,7 @@ struct Checkpoint<'a> {
 }
 
 impl Vm {
-    /// Takes a checkpoint. The guest runs while it is written, and afterwards unless the request
+    /// Takes a checkpoint. The guest runs while it is written and afterwards, unless the request
     /// says `exit`.
     ///
     /// # Errors
@@ -415,7 +415,7 @@ impl<'a> Checkpoint<'a> {
             && resume
             && let Err(error) = vm.go()
         {
-            // The VM has ended in the meantime. The checkpoint's own error is what is returned.
+            // The VM has ended in the meantime, and why says more than the checkpoint's error.
             tracing::info!(%error, "the guest does not go on");
         }
         taken

@@ -23,7 +23,7 @@ pub struct Client {
 
 impl Client {
     /// A client of the VM that `record` names. A VM that is silent for `patience` counts as dead;
-    /// None waits for as long as a checkpoint may take.
+    /// None sets no limit, for checkpoints that take long.
     #[must_use]
     pub fn new(record: VmRecord, patience: Option<Duration>) -> Self {
         Self { record, patience }

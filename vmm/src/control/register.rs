@@ -215,8 +215,8 @@ fn clear_away(file: &Path, record: &VmRecord) {
     let _gone = fs::remove_file(file);
 }
 
-/// Removes what a process that served memory to clones left beside its lock file `lock`, because it
-/// was killed or had no right to remove it. A log that is not empty stays.
+/// Removes the lock file `lock` of a process that served memory to clones, and what it left beside
+/// that because it was killed or had no right to remove it. A log that is not empty stays.
 fn clear_memory_away(lock: &Path) {
     let Ok(held) = OpenOptions::new().write(true).open(lock) else { return };
     // A lock file that was unlinked in the meantime says nothing about its successor's owner.

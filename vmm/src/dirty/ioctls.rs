@@ -63,7 +63,8 @@ pub(super) fn clear_dirty_log(
     done(ret, "clear the dirty log")
 }
 
-/// Makes KVM track the pages again whose ring entries were taken; returns the number of entries.
+/// Makes KVM reset the ring entries that were taken, and track their pages again; returns how many
+/// entries it reset.
 ///
 /// Signals are blocked meanwhile: when one is pending, KVM (Linux 6.16 and later) stops half-way
 /// without an error, and does not track some of the pages whose entries it has already recycled.

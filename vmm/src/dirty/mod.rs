@@ -4,7 +4,7 @@
 //! | tracker | cost of a harvest | used for |
 //! |---|---|---|
 //! | [`DirtyRings`] | grows with the pages written | machines of more than [`SMALL_RAM_BYTES`] |
-//! | [`KvmBitmap`], manual protection | a bit for each page of RAM | smaller machines |
+//! | [`KvmBitmap`], manual protection | a bit for each page of RAM | smaller ones, or no rings |
 //! | [`KvmBitmap`] without | the same, and protecting again at once | a KVM with nothing better |
 //!
 //! A VM's tracker is chosen before its first vCPU exists, since KVM has to know by then.

@@ -32,7 +32,7 @@ const PROGRAM_HEADER_BYTES: u64 = 56;
 /// About the most PT_LOADs: more than 65,534 would need the extended count, which not all readers
 /// know.
 const LOADS_MAX: usize = 60_000;
-/// A direct map has at least one in this many bytes of RAM.
+/// A direct map covers at least the size of RAM divided by this.
 const MAPS_ALL_SHARE: u64 = 2;
 const PT_LOAD: u32 = 1;
 const PT_NOTE: u32 = 4;

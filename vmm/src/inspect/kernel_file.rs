@@ -79,7 +79,7 @@ impl<'a> KernelFile<'a> {
     /// Reads the headers and symbols.
     ///
     /// # Errors
-    /// A message, if `bytes` are no ELF file or have no symbols.
+    /// A message, if `bytes` is not an ELF file or has no symbols.
     pub fn parse(bytes: &'a KernelBytes) -> Result<Self, String> {
         let file = object::File::parse(bytes)
             .map_err(|error| format!("expected an ELF file, such as a vmlinux: {error}"))?;
@@ -177,7 +177,8 @@ impl<'a> KernelFile<'a> {
         }
     }
 
-    /// The unwind table, likewise, in the layout of `kernel`'s release, or else of the newest.
+    /// The unwind table in such a guest, if the file has one. Its layout is that of `kernel`'s
+    /// release, or else of the newest.
     #[must_use]
     pub fn orc(&self, offset_bytes: u64, kernel: Option<&LinuxKernel>) -> Option<OrcTable> {
         let section = |name| self.file.section_by_name(name);

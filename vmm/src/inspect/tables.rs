@@ -20,7 +20,7 @@ pub struct Access {
     pub write: bool,
     /// It may be executed.
     pub execute: bool,
-    /// User mode may do so too.
+    /// User mode may access it too.
     pub user: bool,
 }
 
@@ -43,7 +43,7 @@ pub struct MappedRange {
     pub caching: Caching,
 }
 
-/// A finding of a walk over page tables, in order of ascending addresses.
+/// A finding of a walk over page tables. Findings come in order of ascending addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Found {
     /// A mapped range.
@@ -69,7 +69,7 @@ pub enum Joining {
     Contiguous,
 }
 
-/// An entry that makes the processor fail.
+/// An entry that the processor cannot follow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BadEntry {
     /// It refers to a table outside RAM.
@@ -106,8 +106,8 @@ pub struct TablesReport {
 }
 
 impl AddressSpace {
-    /// Passes everything that is mapped in `addresses`, in ascending order, to `visit` until that
-    /// breaks off. Without paging there is nothing to find.
+    /// Passes everything that is mapped in `addresses` to `visit`, in ascending order, until
+    /// `visit` returns `Break`. Without paging there is nothing to find.
     ///
     /// # Errors
     /// [`InspectError::NoTable`] if the root table is outside RAM; [`InspectError::TooManyTables`];

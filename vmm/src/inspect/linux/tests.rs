@@ -184,7 +184,8 @@ fn a_note_counts_if_its_page_tables_agree() {
     let found = LinuxKernel::at(&ram, 0x1000, &processor).expect("readable").expect("a kernel");
     assert_eq!((found.space.root_gpa, found.offset_bytes), (0x5000, 0x120_0000));
     assert_eq!(found.info.release(), "6.1.0-test");
-    // Not of these tables; cut off; beyond memory; another note.
+    // Page tables that do not agree; contents cut short, and too long; another type of note; memory
+    // that ends within the note.
     for change in [
         |ram: &mut Ram| ram.0[0x7000..0x8000].fill(0),
         |ram: &mut Ram| ram.0[0x1004] = 0,
@@ -199,7 +200,7 @@ fn a_note_counts_if_its_page_tables_agree() {
     }
 }
 
-/// The layout of a kernel's structures for modules; the two layouts have no offset in common.
+/// The layout of a kernel's structures for modules, which differs between the two kernels.
 struct Layout {
     module: &'static [(&'static str, u32)],
     arch: &'static [(&'static str, u32)],
