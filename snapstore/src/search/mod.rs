@@ -1,13 +1,14 @@
 //! Searching a region for bytes or for a regular expression, at the speed at which it can be read.
 //!
-//! All cores take parts of the region in order, decompress each part's frames once, and search. A part is
-//! read with as much of the next one as a match may reach into; each match belongs to the part that it
-//! begins in. The caller gets matches in order: parts that are done early wait, a bounded number of them.
-//! What is found is what one search from the beginning to the end would find, matches that overlap
-//! an earlier one left out.
+//! The cores take parts of the region in order; each part's frames are decompressed once and searched. A
+//! part is read together with as much of the next one as a match can reach into, and each match belongs to
+//! the part it begins in. The caller gets matches in order: a bounded number of parts that are done early
+//! wait. The matches are those of a single search from beginning to end: non-overlapping, leftmost first.
 
 mod pattern;
+mod positions;
 mod scan;
+mod sieve;
 #[cfg(test)]
 mod tests;
 
@@ -28,47 +29,47 @@ use pattern::Found;
 
 /// Pages that a core takes at once: 2 MiB, a multiple of what frames are cut at.
 const PART_PAGES: u64 = 512;
-/// Parts that may be done before the one that is next to be told, for each thread.
+/// Parts per thread that may be done ahead of the part that is reported next.
 const AHEAD: u64 = 4;
-/// Matches of a part that are found ahead; those behind them are found when it is told. Memory may be full
-/// of them.
+/// Matches of a part that are found ahead; further ones are found when the part is reported. Bounds the
+/// memory they take where a pattern matches nearly everywhere.
 const MATCHES_AHEAD: usize = 4096;
 
-/// Something that was found.
+/// A match.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Match<'a> {
-    /// Byte of the region that it begins at.
+    /// Where it begins, in bytes from the beginning of the region.
     pub offset: u64,
-    /// What matched.
+    /// The bytes that matched.
     pub bytes: &'a [u8],
-    /// What is before it, as much as was asked for and is in what is searched.
+    /// The bytes before it: the requested context, as far as the searched range has it.
     pub before: &'a [u8],
-    /// What is behind it.
+    /// The bytes after it, likewise.
     pub after: &'a [u8],
 }
 
-/// How far searching has come.
+/// How far a search has come.
 #[derive(Debug, Default)]
 pub struct SearchProgress {
-    /// Pages that are done, zero or not.
+    /// Pages done, zero pages included.
     pub pages_done: AtomicU64,
-    /// Of them, pages that were read.
+    /// Of those, pages that were read.
     pub pages_read: AtomicU64,
 }
 
-/// What a search came to.
+/// The result of a search.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SearchReport {
-    /// Matches told.
+    /// Matches reported.
     pub matches: u64,
-    /// Pages that were read, some of them ahead of the last match if that was told to be the last; the
-    /// others are zero, or behind it.
+    /// Pages read. If the caller ended the search, some of them lie beyond the last match; pages that were
+    /// not read are zero or lie beyond.
     pub pages_read: u64,
 }
 
-/// Searches the bytes `range` of `region` for `pattern` and tells what is found, in order, with `context`
-/// bytes before and behind it (at most a page), until `tell` has had enough. Matches lie in the range; what
-/// an expression looks at around them (`^`, `\b`) need not. Memory: some 10 MiB a core.
+/// Searches the bytes `range` of `region` for `pattern` and calls `tell` for each match, in order, with up to
+/// `context` bytes (at most a page) on either side, until `tell` breaks. Matches lie within the range; what an
+/// expression looks at around them (`^`, `\b`) need not. Takes some 10 MiB of memory per core.
 ///
 /// # Errors
 /// [`StoreError::Corrupt`] if a page cannot be read.
@@ -113,7 +114,7 @@ pub fn search(
         let mut waiting = BTreeMap::new();
         let mut next = first;
         let mut outcome = Ok(ControlFlow::Continue(()));
-        // Until the last thread is gone: even if this one has had enough.
+        // Until the last thread is gone, even if the search is over: threads may be blocked in sending.
         for (number, part) in receiver {
             waiting.insert(number, part);
             while let Some(part) = waiting.remove(&next) {
@@ -137,15 +138,15 @@ pub fn search(
 
 const PART_BYTES: u64 = PART_PAGES * PAGE_SIZE as u64;
 
-/// A search that all threads work at.
+/// A search, shared by all its threads.
 struct Job<'a> {
     region: &'a RegionReader,
     pattern: &'a Pattern,
     context: usize,
-    /// What is searched.
+    /// The bytes to search.
     bytes: Range<u64>,
     next: AtomicU64,
-    /// The part that is to be told next.
+    /// The part to be reported next.
     told: Mutex<u64>,
     one_told: Condvar,
     over: AtomicBool,
@@ -153,7 +154,7 @@ struct Job<'a> {
     progress: &'a SearchProgress,
 }
 
-/// Lets the others stop if a thread panics: its part is never told.
+/// Stops the other threads if one panics: its part would never be reported, and they would wait for it.
 struct Alarm<'a>(&'a Job<'a>);
 
 impl Drop for Alarm<'_> {
@@ -166,17 +167,17 @@ impl Drop for Alarm<'_> {
 
 /// A part with matches, and its bytes.
 struct Part {
-    /// Byte of the region that `bytes` begins at.
+    /// Where `bytes` begins in the region.
     offset: u64,
     bytes: Vec<u8>,
     /// Where a match may begin.
     own: Range<usize>,
-    /// What of `bytes` is searched.
+    /// The stretches of `bytes` that are searched.
     spans: Vec<Range<usize>>,
     found: Found,
 }
 
-/// A part's number, and what came of it: nothing if there is no match.
+/// A part's number and the part, or none if it has no match.
 type Done = (u64, Result<Option<Part>>);
 
 impl Job<'_> {
@@ -198,7 +199,7 @@ impl Job<'_> {
         }
     }
 
-    /// Waits until part `number` is not too far ahead of what was told.
+    /// Waits until part `number` is not too far ahead of the one to be reported next.
     fn wait_for(&self, number: u64) {
         let told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         let too_far = |told: &mut u64| {
@@ -213,13 +214,13 @@ impl Job<'_> {
     }
 
     fn stop(&self) {
-        // Under the lock, or who is about to wait would miss it.
+        // Under the lock, or a thread about to wait would miss it.
         let _told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         self.over.store(true, Ordering::Relaxed);
         self.one_told.notify_all();
     }
 
-    /// The bytes `wanted` of the region: those of `part`, or read again where it ends.
+    /// The bytes `wanted` of the region: borrowed from `part` if it has all of them, else read again.
     fn read<'p>(&self, part: &'p Part, wanted: &Range<u64>) -> Result<Cow<'p, [u8]>> {
         let end = part.offset + part.bytes.len() as u64;
         if wanted.start >= part.offset && wanted.end <= end {
@@ -236,12 +237,11 @@ impl Job<'_> {
         Ok(Cow::Owned(bytes))
     }
 
-    /// Reads and searches part `number`. `buffer` is the thread's, and goes with the part if something
-    /// was found.
+    /// Reads and searches part `number`. `buffer` is the thread's own; a part with matches takes it along.
     fn part(&self, number: u64, buffer: &mut Vec<u8>) -> Result<Option<Part>> {
         let (first, all) = (number * PART_PAGES, self.region.pages());
         let end = (first + PART_PAGES).min(all);
-        // What a match reaches into, and what an expression looks at around it.
+        // How far a match can reach, and how far an expression looks around it.
         let (longest, looks) = (self.pattern.longest(), self.pattern.looks());
         let behind = (longest - 1 + looks).div_ceil(PAGE_SIZE) as u64;
         let before = first.min(looks.div_ceil(PAGE_SIZE) as u64);
@@ -252,7 +252,7 @@ impl Job<'_> {
             ..within(self.bytes.end.min(end * PAGE_SIZE as u64));
         let mut limit = (pages.end - pages.start) as usize * PAGE_SIZE;
         if pages.end < all {
-            // There is more: what is behind a match has to be in sight.
+            // The region goes on: what an expression looks at behind a match must be in the buffer.
             limit -= looks;
         }
         let limit = limit.min(within(self.bytes.end));
@@ -262,7 +262,7 @@ impl Job<'_> {
             let start = (run.first - pages.start) as usize * PAGE_SIZE;
             spans.add(start..start + run.count as usize * PAGE_SIZE);
         }
-        // A match that begins here has something that is not zero near.
+        // No pattern matches zeros alone, so a match that begins here has something else near.
         let spans = spans.until(own.end);
         if spans.is_empty() {
             return Ok(None);
@@ -281,7 +281,7 @@ impl Job<'_> {
 }
 
 impl Pattern {
-    /// Matches within `spans` that begin in `starts`, each behind the one before: all of them, or the first
+    /// Non-overlapping matches within `spans` that begin in `starts`, in order: all of them, or the first
     /// `most`.
     fn find_in(
         &self,
@@ -302,7 +302,7 @@ impl Pattern {
     }
 }
 
-/// What has contents, and what is so near to it that a match could reach into it.
+/// The stretches that have contents, extended by as much as a match could reach into them from outside.
 struct Spans {
     limits: Range<usize>,
     reach: usize,
@@ -324,25 +324,25 @@ impl Spans {
         }
     }
 
-    /// Those that begin before `end`.
+    /// The spans that begin before `end`.
     fn until(mut self, end: usize) -> Vec<Range<usize>> {
         self.found.retain(|span| span.start < end);
         self.found
     }
 }
 
-/// Tells matches in order.
+/// Reports matches in order.
 struct Teller<'a, 'b> {
     job: &'a Job<'a>,
     tell: &'b mut dyn FnMut(Match<'_>) -> ControlFlow<()>,
-    /// Byte of the region behind the last match.
+    /// Where the last match ended, in bytes from the beginning of the region.
     end: u64,
     report: SearchReport,
 }
 
 impl Teller<'_, '_> {
-    /// Tells a part's matches. One of the part before may reach into this one, and cover some that were
-    /// found here; what those had covered is found then.
+    /// Reports a part's matches. A match of the previous part may reach into this one and overlap matches
+    /// found here: those are dropped, and what they in turn had hidden is searched for.
     fn part(&mut self, part: &Part) -> Result<ControlFlow<()>> {
         let mut at = part.own.start.max((self.end.max(part.offset) - part.offset) as usize);
         let mut ahead = part.found.matches.iter();
@@ -362,7 +362,7 @@ impl Teller<'_, '_> {
                     known
                 }
                 (None, None) if part.found.is_all => return Ok(ControlFlow::Continue(())),
-                // There were more than are found ahead.
+                // There are more than were found ahead.
                 (None, None) => match self.search(part, at.max(covered)..part.own.end) {
                     Some(found) => found,
                     None => return Ok(ControlFlow::Continue(())),

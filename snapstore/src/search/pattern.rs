@@ -1,34 +1,35 @@
-//! What is searched for.
+//! What to search for.
 
 use std::ops::Range;
 
 use memchr::memmem::Finder;
-use regex_automata::Input;
 use regex_automata::meta::{self, Regex};
 use regex_automata::util::syntax;
+use regex_automata::{Anchored, Input};
 use regex_syntax::hir::{Hir, Look};
 
 use super::scan::Scanner;
+use super::sieve::Sieve;
 use crate::error::{Result, StoreError};
 use crate::page::PAGE_SIZE;
 
-/// Of an expression without a longest match, so many bytes of a match are found for certain; longer ones may
-/// be found, whole or in pieces.
+/// For an expression whose matches may be of any length: a match of up to this many bytes is certain to be
+/// found; a longer one may be found whole or in pieces.
 pub const OPEN_MATCH_BYTES: usize = PAGE_SIZE;
-/// The longest match that can be searched for.
+/// The longest pattern or bounded match that can be searched for, in bytes.
 pub const MATCH_BYTES_MAX: usize = 64 << 10;
-/// As much as anything looks at before a match or behind it: `\b` of Unicode, which decodes a character.
+/// The most that any look-around looks at before or behind a match: Unicode's `\b` decodes one character.
 const LOOK_BYTES: usize = 4;
 
-/// What is searched for.
+/// What to search for: bytes or a regular expression.
 #[derive(Debug)]
 pub struct Pattern {
     engine: Engine,
     /// The longest match that is found for certain, in bytes.
     longest: usize,
-    /// There may be longer ones.
+    /// Whether there may be longer ones.
     is_open: bool,
-    /// Bytes that it looks at before a match, and behind it.
+    /// Bytes it looks at before a match, and behind it.
     looks: usize,
 }
 
@@ -37,12 +38,20 @@ enum Engine {
     Bytes(Box<Finder<'static>>),
     Regex {
         regex: Box<Regex>,
-        /// If there is nothing better to look for first.
-        scanner: Option<Box<Scanner>>,
+        /// None if the expression has bytes that must occur, which `regex` looks for by itself.
+        ahead: Option<Box<Ahead>>,
     },
 }
 
-/// Matches, and whether there may be more of them behind the last.
+/// Tells where no match can begin, faster than the expression itself.
+#[derive(Debug)]
+struct Ahead {
+    sieve: Option<Sieve>,
+    /// For memory of which the sieve lets too much pass.
+    scanner: Option<Scanner>,
+}
+
+/// Matches in order, and whether these are all.
 #[derive(Debug, Default)]
 pub(super) struct Found {
     pub matches: Vec<Range<usize>>,
@@ -53,8 +62,7 @@ impl Pattern {
     /// These bytes.
     ///
     /// # Errors
-    /// [`StoreError::Invalid`] if there are none, too many, or only zeros: pages that are zero are not
-    /// looked at.
+    /// [`StoreError::Invalid`] if there are none, too many, or only zeros: zero pages are not searched.
     pub fn bytes(bytes: &[u8]) -> Result<Self> {
         if bytes.is_empty() || bytes.len() > MATCH_BYTES_MAX {
             let found = bytes.len();
@@ -64,13 +72,13 @@ impl Pattern {
         Self { engine, longest: bytes.len(), is_open: false, looks: 0 }.checked()
     }
 
-    /// A regular expression of crate `regex`'s syntax, on bytes: `.` is any of them but a line feed,
-    /// classes such as `\w` are ASCII, `^` and `$` are at the ends of lines. `(?s)`, `(?i)` and so on
-    /// change that.
+    /// A regular expression in the syntax of the `regex` crate, on bytes: `.` is any byte but a line feed,
+    /// classes such as `\w` are ASCII, and `^` and `$` match at the ends of lines, unless flags such as
+    /// `(?s)` and `(?i)` say otherwise.
     ///
     /// # Errors
-    /// [`StoreError::Invalid`] if it is none, matches nothing at all, zeros alone, or the beginning or
-    /// end of all memory, or what it matches is too long.
+    /// [`StoreError::Invalid`] if it does not parse, can match the empty string, zeros alone or nothing at
+    /// all, has an anchor to the beginning or end of all memory, or its matches are too long.
     pub fn regex(expression: &str) -> Result<Self> {
         let config = syntax::Config::new().unicode(false).utf8(false).multi_line(true);
         let hir = syntax::parse_with(expression, &config)
@@ -85,16 +93,17 @@ impl Pattern {
             .configure(Regex::config().utf8_empty(false))
             .build_from_hir(&hir)
             .map_err(|error| invalid(format!("expected a smaller regular expression: {error}")))?;
-        let scanner = if regex.is_accelerated() { None } else { Scanner::new(&hir) };
-        let engine = Engine::Regex { regex: Box::new(regex), scanner: scanner.map(Box::new) };
+        let ahead = (!regex.is_accelerated())
+            .then(|| Box::new(Ahead { sieve: Sieve::new(&hir), scanner: Scanner::new(&hir) }));
+        let engine = Engine::Regex { regex: Box::new(regex), ahead };
         let looks = if looks.is_empty() { 0 } else { LOOK_BYTES };
         Self { engine, longest, is_open, looks }.checked()
     }
 
-    /// Refuses what would be found nearly everywhere, and not where it is looked for.
+    /// Refuses patterns that zeros alone match: they would be found everywhere, but zero pages are skipped.
     fn checked(self) -> Result<Self> {
         let zeros = vec![0; LOOK_BYTES + self.longest + LOOK_BYTES];
-        match self.find(&zeros, LOOK_BYTES..LOOK_BYTES + self.longest) {
+        match self.find(&zeros, LOOK_BYTES..LOOK_BYTES + self.longest, Anchored::No) {
             Some(_) => Err(invalid(
                 "expected a pattern that zeros alone do not match, found one that they do: pages that are all zero are not looked at".into(),
             )),
@@ -107,26 +116,32 @@ impl Pattern {
         self.longest
     }
 
-    /// Bytes that it looks at before a match, and behind it.
+    /// Bytes it looks at before a match, and behind it.
     pub(super) fn looks(&self) -> usize {
         self.looks
     }
 
-    /// It is looked ahead for where matches may be.
+    /// Whether it has a sieve, and whether it has a scanner.
     #[cfg(test)]
-    pub(super) fn looks_ahead(&self) -> bool {
-        matches!(&self.engine, Engine::Regex { scanner: Some(_), .. })
+    pub(super) fn looks_ahead(&self) -> (bool, bool) {
+        match &self.engine {
+            Engine::Regex { ahead: Some(ahead), .. } => {
+                (ahead.sieve.is_some(), ahead.scanner.is_some())
+            }
+            _ => (false, false),
+        }
     }
 
-    /// The first match in `bytes[span]`; what is around that is looked at.
-    fn find(&self, bytes: &[u8], span: Range<usize>) -> Option<Range<usize>> {
+    /// The first match in `bytes[span]`, or, if `anchored`, the one at its very beginning. Look-arounds see
+    /// the bytes around the span.
+    fn find(&self, bytes: &[u8], span: Range<usize>, anchored: Anchored) -> Option<Range<usize>> {
         match &self.engine {
             Engine::Bytes(finder) => {
                 let at = span.start + finder.find(&bytes[span])?;
                 Some(at..at + finder.needle().len())
             }
             Engine::Regex { regex, .. } => {
-                let found = regex.find(Input::new(bytes).span(span))?;
+                let found = regex.find(Input::new(bytes).span(span).anchored(anchored))?;
                 Some(found.range())
             }
         }
@@ -142,21 +157,22 @@ impl Pattern {
         if starts.is_empty() {
             return None;
         }
-        // Or nothing would keep it from going through all that is behind `starts`.
+        // Without a limit, the search would go on through everything behind `starts`.
         let near = (starts.end.saturating_add(self.longest) - 1).min(end);
-        let found = self.find(bytes, starts.start..near)?;
+        let anchored = if starts.len() == 1 { Anchored::Yes } else { Anchored::No };
+        let found = self.find(bytes, starts.start..near, anchored)?;
         if found.start >= starts.end {
             return None;
         }
         if self.is_open && found.end == near && near < end {
-            // It may go on.
-            return self.find(bytes, found.start..end);
+            // The limit may have cut it short.
+            return self.find(bytes, found.start..end, Anchored::Yes);
         }
         Some(found)
     }
 
-    /// Adds to `found` the matches that begin in `starts` and end by `end`, each behind the one before, until
-    /// there are `most`.
+    /// Adds to `found` the non-overlapping matches that begin in `starts` and end by `end`, in order, until
+    /// it holds `most`.
     pub(super) fn find_all(
         &self,
         bytes: &[u8],
@@ -180,18 +196,28 @@ impl Pattern {
         }
     }
 
-    /// Where in `starts` matches may begin.
+    /// Where in `starts` matches may begin, as ascending ranges.
     fn candidates(&self, bytes: &[u8], starts: Range<usize>, end: usize) -> Vec<Range<usize>> {
-        match &self.engine {
-            Engine::Regex { scanner: Some(scanner), .. } => {
-                scanner.candidates(bytes, starts, end, self.longest, self.is_open)
-            }
-            _ => vec![starts],
+        let Engine::Regex { ahead: Some(ahead), .. } = &self.engine else { return vec![starts] };
+        let mut found = Vec::new();
+        let mut rest = starts;
+        if let Some(sieve) = &ahead.sieve {
+            let sifted = sieve.sift(bytes, rest.clone(), end);
+            found.extend(sifted.starts.iter().map(|start| *start..start + 1));
+            rest.start = sifted.done;
         }
+        match &ahead.scanner {
+            _ if rest.is_empty() => {}
+            Some(scanner) => {
+                found.extend(scanner.candidates(bytes, rest, end, self.longest, self.is_open));
+            }
+            None => found.push(rest),
+        }
+        found
     }
 }
 
-/// The longest match of an expression that is found for certain, and whether there may be longer ones.
+/// The longest match of an expression that is certain to be found, and whether there may be longer ones.
 fn lengths(hir: &Hir) -> Result<(usize, bool)> {
     let properties = hir.properties();
     let most = |most: usize, found: usize| {

@@ -1,9 +1,9 @@
-//! Where no match can be, for expressions of which no byte is known beforehand.
+//! Where no match can be, for expressions without bytes that must occur.
 //!
-//! Such an expression is a DFA that takes every byte, and each step waits for the one before: a load that takes
-//! four or five cycles. A core can have many of them under way, so several stretches of memory are gone through
-//! in turns, a byte of each at a time. The DFA only says whether there is a match; what and where exactly is for
-//! who searches the few stretches that are left.
+//! A DFA for such an expression takes every byte, and each step waits for the load of the step before: four or
+//! five cycles. A core can have many loads in flight, so several stretches of memory are walked in turns, one
+//! byte of each at a time. The DFA only tells whether a stretch has a match; the exact matches are found by
+//! searching the few stretches that have one.
 
 use regex_automata::dfa::{Automaton, StartKind, dense};
 use regex_automata::nfa::thompson::{self, WhichCaptures};
@@ -13,18 +13,17 @@ use regex_syntax::hir::Hir;
 use std::array;
 use std::ops::Range;
 
-/// Stretches that are gone through in turns.
+/// Stretches that are walked in turns.
 const LANES: usize = 4;
-/// Bytes of one, so that all of them are still in a core's cache; but so many times the longest match, since
-/// as much behind each is gone through twice.
+/// Bytes of a stretch: few enough for all stretches to stay in a core's cache.
 const LANE_BYTES: usize = 32 << 10;
+/// But at least this many times the longest match: as much behind each stretch is walked twice.
 const LANE_MATCHES: usize = 32;
-/// The largest DFA: beyond that it is not in a core's cache either, and one that is made as it is needed is
-/// faster.
+/// The largest DFA. A larger one does not fit into a core's cache, and a lazily built one is faster.
 const DFA_BYTES_MAX: usize = 512 << 10;
-/// What making it may take.
+/// The most memory that building the DFA may take.
 const BUILDING_BYTES_MAX: usize = 4 << 20;
-/// Lanes after which it is known whether looking ahead pays.
+/// Lanes after which it is decided whether scanning ahead pays.
 const LANES_TRIED: usize = 16;
 
 /// An expression's DFA.
@@ -41,7 +40,7 @@ struct Lane {
 }
 
 impl Scanner {
-    /// None if the DFA is too large, or cannot be made of such an expression.
+    /// None if the DFA is too large, or cannot express `hir`.
     pub(super) fn new(hir: &Hir) -> Option<Self> {
         let config = thompson::Config::new()
             .utf8(false)
@@ -57,9 +56,8 @@ impl Scanner {
         Some(Self { dfa })
     }
 
-    /// Where in `starts` matches may begin, of those with at most `longest` bytes that end by `end`: ascending,
-    /// and everywhere else none begins. What is around is looked at. `is_open` if a longer match may be found,
-    /// too.
+    /// Where in `starts` matches of at most `longest` bytes that end by `end` may begin, as ascending ranges;
+    /// none begins elsewhere. Look-arounds see the bytes around. `is_open` if longer matches may be found, too.
     pub(super) fn candidates(
         &self,
         bytes: &[u8],
@@ -76,7 +74,7 @@ impl Scanner {
         let mut tried = 0;
         let mut at = starts.start;
         while at < starts.end {
-            // Where there are matches all over, looking ahead only costs.
+            // Where matches are everywhere, scanning ahead only costs time.
             if tried >= LANES_TRIED && found.len() * 2 > tried {
                 found.push(at..starts.end);
                 break;
@@ -89,7 +87,7 @@ impl Scanner {
             });
             for (lane, hit) in lanes.iter().zip(self.look(bytes, &lanes)) {
                 let Some(hit) = hit else { continue };
-                // Nothing ended before the DFA told of it, so nothing longer ago began.
+                // The DFA reports the first match to end, so a match of bounded length began near `hit`.
                 let first = if is_open { 0 } else { hit.saturating_sub(longest) };
                 found.push(first.max(lane.starts.start)..lane.starts.end);
             }
@@ -100,7 +98,7 @@ impl Scanner {
         found
     }
 
-    /// Of each lane, the byte at which the DFA says that there is a match, or that it cannot tell.
+    /// For each lane, the byte at which the DFA reports a match, or gives up.
     fn look(&self, bytes: &[u8], lanes: &[Lane; LANES]) -> [Option<usize>; LANES] {
         let begin = |lane: &Lane| {
             let input = Input::new(bytes).span(lane.starts.start..lane.end).anchored(Anchored::No);
@@ -115,7 +113,7 @@ impl Scanner {
         let done = self.together(bytes, lanes, &mut states, together);
         array::from_fn(|lane| {
             let Lane { starts, end } = &lanes[lane];
-            // An empty one has nothing that begins in it.
+            // Nothing begins in an empty lane.
             if starts.is_empty() {
                 None
             } else {
@@ -124,8 +122,8 @@ impl Scanner {
         })
     }
 
-    /// Goes through `count` bytes of each lane, until there is something to look at; returns how many. The
-    /// states are those before the next byte.
+    /// Walks `count` bytes of each lane, or until one reaches a state that needs a look; returns how many were
+    /// walked. `states` are then those before the next byte.
     fn together(
         &self,
         bytes: &[u8],
@@ -145,7 +143,7 @@ impl Scanner {
                 dfa.next_state(sc, *c),
                 dfa.next_state(sd, *d),
             ];
-            // All of them whatever the first says: one branch, not four.
+            // Without short circuit: one branch instead of four.
             let [a, b, c, d] = next.map(|state| dfa.is_special_state(state));
             if a | b | c | d {
                 break;
@@ -157,7 +155,7 @@ impl Scanner {
         done
     }
 
-    /// Goes through `bytes[at..end]` from `state` on.
+    /// Walks `bytes[at..end]` from `state` on.
     fn alone(&self, bytes: &[u8], at: usize, end: usize, state: StateID) -> Option<usize> {
         let dfa = &self.dfa;
         let mut state = state;
@@ -167,7 +165,7 @@ impl Scanner {
                 return Some(index);
             }
         }
-        // It tells of a match one byte late, and looks at what is behind.
+        // A DFA reports a match one byte late, having looked at what follows.
         let last = match bytes.get(end) {
             Some(byte) => dfa.next_state(state, *byte),
             None => dfa.next_eoi_state(state),

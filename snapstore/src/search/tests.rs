@@ -52,7 +52,7 @@ proptest! {
         let bytes: Vec<u8> = noise.iter().map(text).collect();
         let expression = EXPRESSIONS[expression];
         let pattern = Pattern::regex(expression).expect("a pattern");
-        prop_assert!(pattern.looks_ahead(), "{}", expression);
+        prop_assert_eq!(pattern.looks_ahead(), (true, true), "{}", expression);
         let (from, end) = (cut, bytes.len() - cut / 3);
         let to = end - cut / 2;
         let mut found = Found { matches: Vec::new(), is_all: true };
@@ -66,11 +66,12 @@ proptest! {
 #[test]
 fn what_has_bytes_to_look_for_is_not_looked_at_byte_by_byte() {
     for expression in ["foo[a-z]+", "(?:foo|bar)[0-9]", "[a-z]+@example"] {
-        assert!(!Pattern::regex(expression).expect("a pattern").looks_ahead(), "{expression}");
+        let pattern = Pattern::regex(expression).expect("a pattern");
+        assert_eq!(pattern.looks_ahead(), (false, false), "{expression}");
     }
     // Too many states to be worth it: it is searched all the same.
-    let large = Pattern::regex("[ab].{12}[cd].{20}[ef]").expect("a pattern");
-    assert!(!large.looks_ahead());
+    let large = Pattern::regex(r"\w.{12}[c-k].{20}[e-m]").expect("a pattern");
+    assert_eq!(large.looks_ahead(), (true, false));
     let text = b"xxa123456789012c12345678901234567890exx";
     assert_eq!(large.find_from(text, 0..text.len(), text.len()), Some(2..37));
 }
