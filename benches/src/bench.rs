@@ -58,7 +58,9 @@ impl Bench {
         let file_system = host::file_system(scratch.path())?;
         eprintln!("frazil-bench: stores in {} ({file_system})", base.display());
         if file_system == host::TMPFS {
-            eprintln!("frazil-bench: warning: a tmpfs is no disk; give --store-dir on a real one");
+            eprintln!(
+                "frazil-bench: warning: a tmpfs is not a disk: give --store-dir on a real one"
+            );
         }
         Ok(Self { settings, output: Output::new(json), report, file_system, scratch })
     }
@@ -107,7 +109,7 @@ impl Bench {
         let available = host::available_bytes().unwrap_or(wanted);
         if available < wanted {
             self.say(&format!(
-                "{name}: left out: it wants {} MiB of memory, and {} MiB are free",
+                "{name}: skipped: it needs {} MiB of memory, and {} MiB are free",
                 wanted >> 20,
                 available >> 20
             ));
@@ -149,7 +151,7 @@ impl Bench {
 
     /// Reports that `suite` could not be measured, on standard error and in the report.
     pub(crate) fn fail(&mut self, suite: &str, error: &anyhow::Error) {
-        self.say(&format!("{suite}: failed, and is left out: {error:#}"));
+        self.say(&format!("{suite}: failed, skipped: {error:#}"));
         if let Some(report) = &mut self.report {
             report.add_failure(suite, format!("{error:#}"));
         }

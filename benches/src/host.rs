@@ -40,7 +40,7 @@ fn kib_of(path: &str, key: &str) -> Option<u64> {
 /// Name of the file system that `path` is on.
 pub(crate) fn file_system(path: &Path) -> anyhow::Result<String> {
     let stat = rustix::fs::statfs(path)
-        .with_context(|| format!("cannot tell the file system of {}", path.display()))?;
+        .with_context(|| format!("cannot determine the file system of {}", path.display()))?;
     // Magic numbers from linux/magic.h.
     Ok(match stat.f_type as u64 {
         0x0102_1994 => TMPFS.to_owned(),

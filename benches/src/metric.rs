@@ -172,25 +172,25 @@ pub(crate) fn plain(value: f64) -> String {
 
 pub(crate) const LEGEND: &str = "value  median of n, unless the name says _p90 or _p99 (percentiles) or _max
 floor  the limit, measured in this run: raw copy, raw system call, zstd on the same bytes, disk
-ratio  value / floor; near 1 is as good as it can be, for throughputs as for times
-pause  the floor is, of p1000: kick + state + the cheapest dirty log; of dirty10: stop-and-copy of
-       the same guest, as of after_N: N pages written since the checkpoint before; of gap, the guest's
-       view: the pause; of scale: the 1 GiB guest; of guest_work (pages/s): the dirty log only read as
-       often; of storm_work: no checkpoint under way; of incr_vs_store: the guest stands still; of
-       endurance: after a tenth of it
-resume the floor is, of first_progress: create an empty VM; of fault: raw userfaultfd + unpacking the
-       same frame; of sweep: the same in memory that is there; lazy is ours, map_private and
-       uffd_copy are others' ways: the memory in a raw file, mapped, or copied a page a fault
-rewind the floor is, of latency: the budget, 1 ms and 1 us for each page put back; of its pause:
-       memcpy of as many pages
-peers  the floor of QEMU's and of dump's (all memory to a file, raw, while the guest stands still) is what
-       frazil needs for the same guest's first snapshot, and for its resume; neither waits for the disk;
-       dump, savevm and migrate stop the guest's clock: there is no gap to tell
-store  the floor is, of commit_scale: at 1 GiB; of depth: at depth 1; of delta and elide: switched
-       off; of prune: a new store of just that snapshot; of overhead (%): bytes of zstd on the
-       same pages; of heap: the budget; of frame_pages: the default size
-tools  the floor is, of search: decompressing the same frames on all cores, and nothing else
-images means of n snapshots, a changed page; the floor is, of bytes: everything off; of n_: pages
+ratio  value / floor; the nearer to 1 the better, for throughputs and for times
+pause  the floor of p1000: kick + state + the cheapest dirty log; of dirty10, and of after_N (N pages
+       written since the previous checkpoint): stop-and-copy of the same guest; of gap (the pause as
+       the guest sees it): the pause; of scale: the 1 GiB guest; of guest_work (pages/s): the dirty
+       log only read as often; of storm_work: no checkpoint in progress; of incr_vs_store: the guest
+       paused; of endurance: after a tenth of the run
+resume the floor of first_progress: creating an empty VM; of fault: raw userfaultfd + unpacking the
+       same frame; of sweep: the same in resident memory; lazy is ours, map_private and uffd_copy are
+       other VMMs' ways: the memory in a raw file, mapped, or copied page by page on faults
+rewind the floor of latency: the budget, 1 ms plus 1 us per page restored; of its pause: memcpy of as
+       many pages
+peers  the floor of QEMU's and of dump's (all memory to a file, raw, while the guest is paused): what
+       frazil needs for the same guest's first snapshot, and to resume it; neither waits for the disk;
+       dump, savevm and migrate stop the guest's clock: there is no gap to report
+store  the floor of commit_scale: at 1 GiB; of depth: at depth 1; of delta and elide: switched off;
+       of prune: a new store of just that snapshot; of overhead (%): bytes of zstd on the same pages;
+       of heap: the budget; of frame_pages: the default size
+tools  the floor of search: decompressing the same frames on all cores, and nothing else
+images means over n snapshots, per changed page; the floor of bytes: everything off; of n_: pages
        written; of step_: pages changed; of edit_: zstd on the pages instead of the differences
 1g 4g  bytes of guest memory (m: MiB); p1000: 1,000 pages written per checkpoint; dirty10: 10 %
 page   4096 bytes; MB is 10^6 bytes, MiB 2^20";

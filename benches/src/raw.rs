@@ -126,7 +126,7 @@ pub(crate) fn uffd_copy_to_guest(
     let inside = ram.mapped_ranges().any(|(range, start)| {
         address >= start && address + PAGE_SIZE <= start + range.len_bytes as usize
     });
-    assert!(inside && address.is_multiple_of(PAGE_SIZE), "{address:#x} is no page of the guest's");
+    assert!(inside && address.is_multiple_of(PAGE_SIZE), "{address:#x} is not a page of the guest");
     // SAFETY: the target is a page of `ram`'s mapping, by the assertion; nobody holds a reference
     // to guest memory, and the kernel fills the page only if it is missing.
     unsafe { uffd.copy(page.as_ptr().cast(), address as *mut _, PAGE_SIZE, true) }
@@ -139,7 +139,7 @@ pub(crate) fn populate(ram: &GuestRam) -> anyhow::Result<()> {
     for (range, address) in ram.mapped_ranges() {
         // SAFETY: the range is one mapping of `ram`, and populating it changes no byte.
         unsafe { madvise(address as *mut _, range.len_bytes as usize, Advice::LinuxPopulateWrite) }
-            .context("MADV_POPULATE_WRITE failed (Linux 5.14 or later has it)")?;
+            .context("MADV_POPULATE_WRITE failed (it needs Linux 5.14 or later)")?;
     }
     Ok(())
 }

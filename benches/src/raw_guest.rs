@@ -73,7 +73,7 @@ impl RawGuest {
         }
         boot::set_local_apic(&vcpu)?;
         let mut spec: WorkloadSpec = spec.parse()?;
-        spec.tsc_khz = vcpu.get_tsc_khz().context("KVM has no TSC frequency")?.into();
+        spec.tsc_khz = vcpu.get_tsc_khz().context("KVM reports no TSC frequency")?.into();
         spec.check_fits(ram_bytes)?;
         let source = BootSource {
             kernel: Kernel::Builtin(GUEST_ELF),
@@ -178,7 +178,7 @@ impl RawGuest {
         while self.kick().is_ok() {
             std::thread::sleep(POLL);
         }
-        let vcpu = self.vcpu.take().context("the guest was stopped before")?;
+        let vcpu = self.vcpu.take().context("the guest was already stopped")?;
         vcpu.join().map_err(|_panic| anyhow!("the vCPU's thread panicked"))?
     }
 }
@@ -246,7 +246,7 @@ fn run(mut vcpu: VcpuFd, meeting: &Meeting, rings: Option<&DirtyRings>) -> anyho
             Ok(VcpuExit::IoOut(..) | VcpuExit::MmioRead(..) | VcpuExit::MmioWrite(..)) => {}
             Ok(VcpuExit::Intr) => meeting.attend(),
             Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => {
-                rings.context("a dirty ring is full, and there is none")?.relieve()?;
+                rings.context("KVM reports a full dirty ring, but there is none")?.relieve()?;
             }
             Ok(other) => return Err(anyhow!("the guest ended with {other:?}")),
             Err(error) if error.errno() == libc::EINTR => meeting.attend(),
@@ -287,7 +287,7 @@ pub(crate) fn wait_turns(
         }
         ensure!(
             moved.elapsed() < PATIENCE,
-            "the guest stands still after {now} of {target} pages, for {} s",
+            "the guest has been stuck after {now} of {target} pages for {} s",
             PATIENCE.as_secs()
         );
         std::thread::sleep(POLL);

@@ -188,8 +188,8 @@ impl Series {
     fn say_gaps_lost(&self, bench: &Bench, name: &str) {
         if self.gaps_lost > 0 {
             bench.say(&format!(
-                "{name}: in {} of {} checkpoints the guest saw more gaps than it could keep; \
-                 the longest may be among those it forgot",
+                "{name}: in {} of {} checkpoints the guest saw more gaps than it could record; the \
+                 longest may be missing",
                 self.gaps_lost,
                 self.pause.n()
             ));
@@ -214,7 +214,7 @@ pub(crate) fn view_once_running(
         }
         ensure!(
             Instant::now() < deadline,
-            "the guest's clock stands still, {} s after a checkpoint",
+            "the guest's clock has not moved {} s after a checkpoint",
             RUNS_AGAIN_TIMEOUT.as_secs()
         );
         std::thread::sleep(Duration::from_micros(100));

@@ -136,7 +136,10 @@ fn wrong_arguments_are_usage_errors() {
         (&["run", "--workload", "speed=9"], "unknown key `speed`; known are touch, rate"),
         (&["run", "--workload", "seed=1,seed=2"], "`seed` is given twice"),
         (&["run", "--workload", "", "--memory", "lots"], "expected a size such as 512MiB"),
-        (&["run", "--workload", "", "--checkpoint-every", "0s"], "expected more than no time"),
+        (
+            &["run", "--workload", "", "--checkpoint-every", "0s"],
+            "expected a time longer than zero",
+        ),
         (&["run", "--workload", "", "--checkpoint-every", "often"], "expected a time such as"),
         (&["run", "--workload", "", "--cpus", "many"], "invalid value 'many'"),
         (&["run", "--workload", "", "--kernel", "x"], "cannot be used with"),

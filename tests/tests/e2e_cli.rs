@@ -354,10 +354,10 @@ fn what_is_left_out_is_told_in_full_and_nothing_fails_at_the_end() {
     let args = ["--memory", "48MiB", "--serial", "null", "--checkpoint-every", "1ms"];
     let run = ["run", "--workload", QUIET, "--store", &store, "--name", "plain"];
     let vm = RunningVm::spawn(host.command(&[&run[..], &args].concat()));
-    wait_for("a line", || vm.stderr().contains("left out").then_some(()));
+    wait_for("a line", || vm.stderr().contains("skipped because").then_some(()));
     let _stopped = host.ok(&["stop", "plain"]);
     let finished = vm.wait_end();
-    finished.expect_code(0).expect_says(&["left out because one was being taken"]);
+    finished.expect_code(0).expect_says(&["skipped because another was still being taken"]);
     let lines: Vec<&str> = finished.stderr.lines().collect();
     assert!(lines.iter().all(|line| line.contains("VM `plain`")), "{lines:#?}");
     assert!(finished.stderr.contains("checkpoints (0 failed"), "{lines:#?}");

@@ -381,7 +381,7 @@ fn wrong_ways_to_clone_are_refused() {
     let socket = host.path("socket").display().to_string();
     host.frazil(&["resume", &at, "--clones", "2", "--api-socket", &socket])
         .expect_code(1)
-        .expect_says(&["--api-socket", "one of its own"]);
+        .expect_says(&["--api-socket", "each gets its own"]);
     let nobody = host.path("nobody").display().to_string();
     host.frazil(&["resume", &at, "--memory-from", &nobody]).expect_code(1).expect_says(&[&nobody]);
 }

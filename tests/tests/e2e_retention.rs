@@ -386,10 +386,7 @@ fn rules_judge_every_vm_apart() {
         assert!(said.expect_code(0).stdout.contains(part), "expected `{part}`: {said:#?}");
     }
     let said = host.ok(&["forget", &store, "t", "--untag", "--prune"]).stdout;
-    assert!(
-        said.contains("1 snapshots forgotten, 3 left") && said.contains("given back"),
-        "{said}"
-    );
+    assert!(said.contains("1 snapshots forgotten, 3 left") && said.contains("freed"), "{said}");
     assert_eq!(log_ids(&host).len(), 3);
     assert!(host.store().tags().is_empty(), "a tag goes with its snapshot");
     let said = host.ok(&["prune", &store, "--dry-run"]).stdout;
@@ -407,9 +404,12 @@ fn forget_prune_and_diff_refuse_what_they_cannot_do() {
     let latest = host.at("latest");
     let before = files(&host);
     for (args, says) in [
-        (&["forget", &store][..], &["expected what to forget", "--keep-last 10", "frazil log"][..]),
-        (&["forget"], &["expected what to forget"]),
-        (&["forget", &store, "--name", "a"], &["expected what to forget"]),
+        (
+            &["forget", &store][..],
+            &["expected snapshots to forget", "--keep-last 10", "frazil log"][..],
+        ),
+        (&["forget"], &["expected snapshots to forget"]),
+        (&["forget", &store, "--name", "a"], &["expected snapshots to forget"]),
         (&["forget", &latest, "--keep-last", "1"], &["either snapshots to forget or rules"]),
         (&["forget", "nowhere", "--keep-last", "1"], &["`nowhere`", "no such folder"]),
         (&["forget", &latest, "--name", "a"], &["--name goes with rules"]),
@@ -433,10 +433,10 @@ fn forget_prune_and_diff_refuse_what_they_cannot_do() {
         (&["forget", &host.at(&ids[2]), "silver"], &["silver", "frazil log"]),
         (&["forget", &latest, &there], &["expected snapshots of one store"]),
         (&["forget", &store, &there], &["expected snapshots of one store"]),
-        (&["forget", &store, "--keep-last", "1", "--name", "c"], &["no snapshot of a VM `c`"]),
+        (&["forget", &store, "--keep-last", "1", "--name", "c"], &["no snapshot of VM `c`"]),
         (&["forget", "nowhere@latest"], &["is not a frazil store"]),
         (&["prune", "nowhere"], &["is not a frazil store"]),
-        (&["diff", &latest, &there], &["expected two snapshots of one store"]),
+        (&["diff", &latest, &there], &["expected two snapshots of the same store"]),
         (&["diff", &latest, "silver"], &["silver", "frazil log"]),
         (&["diff", "nowhere@latest", "latest"], &["is not a frazil store"]),
     ] {

@@ -11,7 +11,7 @@ use frazil_tests::vm_harness::{Host, PATIENCE, finish, frazil};
 
 /// Returns the commands that `frazil help` lists.
 fn commands(help: &str) -> Vec<&str> {
-    let listed = help.split("what is the same everywhere").next().expect("it is there");
+    let listed = help.split("common arguments and options").next().expect("it is there");
     let lines = listed.lines().filter_map(|line| line.strip_prefix("   "));
     lines.map(|line| line.split_whitespace().next().expect("a name")).collect()
 }

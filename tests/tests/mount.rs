@@ -360,15 +360,15 @@ fn where_it_cannot_be_mounted_it_says_why() {
     fs::write(bed.host.path("file"), "x").expect("a file");
     let refused = bed.host.frazil(&["mount", &store, &at("file")]);
     refused.expect_code(1).expect_says(&["expected a folder"]);
-    // The scratch folder is not empty, and a folder in the store is not apart from it.
+    // The scratch folder is not empty, and a folder in the store is not outside it.
     let refused = bed.host.frazil(&["mount", &store, &at("")]);
     refused.expect_code(1).expect_says(&["empty"]);
     fs::create_dir(bed.host.store_path().join("inside")).expect("a folder");
     let refused = bed.host.frazil(&["mount", &store, &format!("{store}/inside")]);
-    refused.expect_code(1).expect_says(&["apart from the store"]);
+    refused.expect_code(1).expect_says(&["neither contains nor is in the store"]);
     let mounted = bed.mount();
     let refused = bed.host.frazil(&["mount", &store, mounted.folder.to_str().expect("UTF-8")]);
-    refused.expect_code(1).expect_says(&["mounted already"]);
+    refused.expect_code(1).expect_says(&["already mounted"]);
 }
 
 #[test]

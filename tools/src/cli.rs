@@ -498,7 +498,7 @@ pub(crate) struct DiffArgs {
 /// Which snapshots to keep, as in `restic forget`: one stays if any rule keeps it. Tagged ones
 /// always stay.
 #[derive(Clone, Copy, Debug, Args)]
-#[command(next_help_heading = "Rules: of a VM's snapshots, keep")]
+#[command(next_help_heading = "Rules: which of a VM's snapshots to keep")]
 pub(crate) struct KeepArgs {
     /// The newest N.
     #[arg(long = "keep-last", value_name = "N", value_parser = a_few())]

@@ -123,7 +123,7 @@ fn feed(vm: &Weak<Vm>, is_terminal: bool) {
             Ok(count) => &buffer[..count],
             Err(rustix::io::Errno::INTR) => continue,
             Err(error) => {
-                tracing::debug!(%error, "standard input cannot be read");
+                tracing::debug!(%error, "cannot read standard input");
                 return;
             }
         };

@@ -58,7 +58,7 @@ pub(crate) fn demo(args: &DemoArgs, json: bool) -> anyhow::Result<()> {
     let scratch = tempfile::Builder::new()
         .prefix("frazil-demo-")
         .tempdir()
-        .context("cannot make a scratch folder")?;
+        .context("cannot create a scratch folder")?;
     let store = args.store.clone().unwrap_or_else(|| scratch.path().join("store"));
     ensure!(
         !store.exists(),
@@ -106,7 +106,7 @@ impl Drop for VmProcess {
 
 impl VmProcess {
     fn start(name: &str, args: &[&str]) -> anyhow::Result<Self> {
-        let program = std::env::current_exe().context("cannot find this program's file")?;
+        let program = std::env::current_exe().context("cannot find the path of this program")?;
         let mut child = Command::new(program)
             .args(args)
             .args(["--name", name, "--json", "--serial", "null"])
@@ -140,7 +140,7 @@ impl VmProcess {
         loop {
             let event = self.events.recv_timeout(PATIENCE).with_context(|| {
                 format!(
-                    "VM `{}` ended or fell silent before `{kind}`; its errors stand above",
+                    "VM `{}` ended or stopped responding before `{kind}`: see its errors above",
                     self.name
                 )
             })?;
@@ -170,7 +170,7 @@ fn find_soon(name: &str, child: &mut Child) -> anyhow::Result<frazil_vmm::contro
             return Ok(record);
         }
         if let Some(status) = child.try_wait()? {
-            bail!("VM `{name}` did not start ({status}); its error stands above");
+            bail!("VM `{name}` did not start ({status}): see its error above");
         }
         ensure!(Instant::now() < until, "VM `{name}` did not start within {PATIENCE:?}");
         std::thread::sleep(Duration::from_millis(1));
@@ -267,7 +267,7 @@ impl Demo<'_> {
             ));
             return Ok(());
         }
-        bail!("{KILL_ATTEMPTS} checkpoints were all done before they could be caught in the middle")
+        bail!("{KILL_ATTEMPTS} checkpoints were all done before they could be interrupted")
     }
 
     fn resume_the_last(&mut self) -> anyhow::Result<VmProcess> {
@@ -275,7 +275,9 @@ impl Demo<'_> {
         let target = format!("{}@latest", self.store_text());
         let vm = VmProcess::start(&Self::name("resume"), &["resume", &target])?;
         let event = vm.event("first_progress")?;
-        let seen_ns = event["monotonic_ns"].as_u64().context("no time in the event")?;
+        let seen_ns = event["monotonic_ns"]
+            .as_u64()
+            .context("the event `first_progress` has no `monotonic_ns`")?;
         self.figures.first_progress_us = seen_ns.saturating_sub(spawned_ns) / 1000;
         self.say("4. The last complete checkpoint, resumed in a new process; memory arrives as it is touched.");
         Ok(vm)
@@ -285,11 +287,11 @@ impl Demo<'_> {
         self.figures.turns_resumed = vm.turns()?;
         let verified: WorkloadVerified = vm.client.post("/workload/verify", &json!({}))?;
         if let Some(damage) = verified.damage {
-            bail!("the resumed guest's memory is not what it must have written: {damage}");
+            bail!("the resumed guest's memory does not hold what the guest wrote: {damage}");
         }
         self.figures.pages_verified = verified.pages_checked;
         self.say(&format!(
-            "5. All {} pages are what the guest must have written.",
+            "5. All {} pages hold what the guest wrote.",
             output::count(verified.pages_checked)
         ));
         Ok(())
@@ -299,12 +301,15 @@ impl Demo<'_> {
         let report = vm.checkpoint("after resume")?;
         ensure!(
             report.parent.is_some(),
-            "a resumed VM's checkpoint must change the snapshot it came from"
+            "expected the resumed VM's checkpoint to have a parent, found none"
         );
         self.figures.after_resume_pages = report.stats.dirty_pages;
         self.figures.after_resume_stored_bytes = report.stored_bytes;
         let status: VmStatus = vm.client.get("/vm")?;
-        ensure!(status.head == Some(report.id), "the new checkpoint must be the VM's head");
+        ensure!(
+            status.head == Some(report.id),
+            "expected the new checkpoint to be the VM's head, found another"
+        );
         self.say("6. A checkpoint of the resumed guest is incremental again.");
         Ok(())
     }
@@ -423,7 +428,11 @@ fn catch_in_the_middle(vm: &mut VmProcess) -> anyhow::Result<Option<Caught>> {
 fn check_oracle(store: &Arc<Store>, id: frazil_snapstore::SnapshotId) -> anyhow::Result<()> {
     let snapshot = store.snapshot(id)?;
     let report = frazil_vmm::verify_snapshot(&snapshot)?;
-    ensure!(report.is_some(), "snapshot {} must be of the built-in guest", id.short());
+    ensure!(
+        report.is_some(),
+        "snapshot {}: expected one of the built-in guest, found another",
+        id.short()
+    );
     Ok(())
 }
 

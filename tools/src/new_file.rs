@@ -83,7 +83,7 @@ impl NewFile {
         };
         match named {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                bail!("{what}: expected no such file, found one that was made meanwhile")
+                bail!("{what}: expected no such file, found one created meanwhile")
             }
             named => named.with_context(failed)?,
         }
@@ -105,10 +105,10 @@ fn target(path: &Path, replace: bool) -> anyhow::Result<PathBuf> {
         Ok(_) => {}
     }
     let target = path.canonicalize().with_context(|| {
-        format!("{what}: expected a file, or none, found a link that leads nowhere")
+        format!("{what}: expected a file or nothing, found a link that leads nowhere")
     })?;
     let kind = target.metadata().with_context(|| format!("cannot write {what}"))?.file_type();
-    ensure!(kind.is_file(), "{what}: expected a file, or none, found {}", kind_name(kind));
+    ensure!(kind.is_file(), "{what}: expected a file or nothing, found {}", kind_name(kind));
     ensure!(replace, "{what}: expected no such file, found one: --force replaces it");
     Ok(target)
 }

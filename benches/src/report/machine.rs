@@ -31,7 +31,7 @@ pub(super) fn facts(file_system: &str) -> Vec<(&'static str, String)> {
 fn value_of(path: &str, key: &str) -> String {
     let text = fs::read_to_string(path).unwrap_or_default();
     let line = text.lines().find_map(|line| line.strip_prefix(key)?.trim().strip_prefix(':'));
-    line.map_or("not told", str::trim).to_owned()
+    line.map_or("unknown", str::trim).to_owned()
 }
 
 /// The memory that the kernel has, in GiB.
@@ -45,7 +45,7 @@ fn memory() -> String {
 fn kvm() -> String {
     let modules = ["kvm_intel", "kvm_amd", "kvm_pvm"];
     let loaded = |name: &&str| fs::metadata(format!("/sys/module/{name}")).is_ok();
-    let module = modules.into_iter().find(loaded).unwrap_or("built in, or not told which");
+    let module = modules.into_iter().find(loaded).unwrap_or("built in, or unknown");
     let guest = fs::read_to_string("/proc/cpuinfo")
         .is_ok_and(|text| text.split_whitespace().any(|word| word == "hypervisor"));
     format!("{module}{}", if guest { ", on a virtual machine" } else { "" })

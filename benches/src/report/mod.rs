@@ -66,7 +66,7 @@ impl Report {
         let format = match ending {
             "html" => Format::Html,
             "md" => Format::Markdown,
-            _ => bail!("{}: expected a report's name to end in .html or .md", path.display()),
+            _ => bail!("{}: expected a report whose name ends in .html or .md", path.display()),
         };
         // Fails now rather than after an hour; an existing report stays until there is a new one.
         let folder = match path.parent() {
@@ -139,8 +139,7 @@ impl Report {
         pictures: &[Drawn],
         show: impl Fn(&Drawn) -> String,
     ) -> String {
-        let mut text =
-            String::from("# frazil: what it reaches, and the limits of this machine\n\n");
+        let mut text = String::from("# frazil: its figures, and the limits of this machine\n\n");
         text.push_str("| | |\n|---|---|\n");
         for (what, which) in machine::facts(file_system) {
             row(&mut text, &[what, which.as_str()]);
@@ -154,9 +153,9 @@ impl Report {
         }
         text.push_str("\n## Budgets\n\n");
         if self.quick {
-            text.push_str("This was a quick run, which shows that everything works. ");
+            text.push_str("This was a quick run, which only shows that everything works. ");
             text.push_str(
-                "None of its figures is one to rely on, so none is held against a budget.\n",
+                "Its figures are not reliable, so they are not compared with the budgets.\n",
             );
         } else {
             budget_table(&mut text, metrics);
@@ -182,8 +181,8 @@ impl Report {
     fn pictures(&self, metrics: &[Metric]) -> anyhow::Result<Vec<Drawn>> {
         let mut drawn = Vec::new();
         for (picture, name, title, axis) in [
-            (Picture::Pauses, "pauses", "How long a checkpoint keeps the guest standing", "µs"),
-            (Picture::Faults, "faults", "How long a page takes to come after a resume", "µs"),
+            (Picture::Pauses, "pauses", "How long a checkpoint pauses the guest", "µs"),
+            (Picture::Faults, "faults", "How long a page takes to arrive after a resume", "µs"),
         ] {
             let of = self.curves.iter().filter(|(of, _)| *of == picture);
             let curves: Vec<Curve> = of.map(|(_, curve)| curve.clone()).collect();
@@ -193,8 +192,9 @@ impl Report {
         }
         let steps = steps(metrics);
         if !steps.is_empty() {
-            let title = "A checkpoint, by what was changed since the one before (medians)";
-            let svg = plots::lines(title, ("pages written since", "µs"), &steps)?;
+            let title = "A checkpoint, by pages written since the previous one (medians)";
+            let svg =
+                plots::lines(title, ("pages written since the previous checkpoint", "µs"), &steps)?;
             drawn.push(Drawn { name: "steps", title, svg });
         }
         for chart in CHARTS {
@@ -214,8 +214,8 @@ impl Report {
 /// `pause.after_PAGES_SIZE_…`.
 fn steps(metrics: &[Metric]) -> Vec<Curve> {
     const LINES: [(&str, &str); 3] = [
-        ("_pause_us", "the guest stands still"),
-        ("_gap_us", "the guest feels it stand still"),
+        ("_pause_us", "the guest is paused"),
+        ("_gap_us", "the pause that the guest sees"),
         ("_duration_us", "until it is published"),
     ];
     let step = |metric: &Metric, end: &str| {
@@ -233,7 +233,7 @@ fn steps(metrics: &[Metric]) -> Vec<Curve> {
         })
         .collect();
     curves.push(Curve {
-        name: "others: stop, and copy it all".to_owned(),
+        name: "others: stop and copy everything".to_owned(),
         points: of(LINES[0].0, Metric::floor),
     });
     curves.retain(|curve| !curve.points.is_empty());
@@ -263,7 +263,7 @@ const CHARTS: &[Chart] = &[
     Chart {
         name: "scaling",
         title: "What must not grow with memory or with history",
-        axis: "the larger to the smaller (the line: the budget)",
+        axis: "ratio of the larger to the smaller (the line: the budget)",
         log: false,
         bar: |metric| {
             let name = metric.name();
@@ -289,19 +289,19 @@ const CHARTS: &[Chart] = &[
     },
     Chart {
         name: "guest-work",
-        title: "The guest's work under so many checkpoints a second",
+        title: "The guest's work, by checkpoints per second",
         axis: "share of its work when the dirty log is only read (the line: the budget)",
         log: false,
         bar: |metric| {
             let rate = metric.name().strip_prefix("pause.guest_work_")?.strip_suffix("hz")?;
             let bar = ratio_bar(metric)?;
-            Some(Bar { name: format!("{rate} a second"), ..bar })
+            Some(Bar { name: format!("{rate} per second"), ..bar })
         },
     },
     Chart {
         name: "sweeps",
-        title: "A guest writes all its memory after it was resumed",
-        axis: "times what it takes in memory that is there (the line: the budget)",
+        title: "A resumed guest writes all its memory",
+        axis: "times as long as in resident memory (the line: the budget)",
         log: true,
         bar: |metric| {
             let name = metric.name().strip_prefix("resume.")?;
@@ -313,7 +313,7 @@ const CHARTS: &[Chart] = &[
     },
     Chart {
         name: "peers",
-        title: "The same guest saved and resumed by others",
+        title: "The same guest saved and resumed by other VMMs",
         axis: "ms",
         log: true,
         bar: |metric| {

@@ -95,7 +95,10 @@ fn many(
     image: &Arc<Image>,
     clones: usize,
 ) -> anyhow::Result<()> {
-    let anonymous = || host::anonymous_bytes().context("the kernel does not tell");
+    let anonymous = || {
+        host::anonymous_bytes()
+            .context("the kernel does not report this process's anonymous memory")
+    };
     let (before, host_before) = (anonymous()?, host::available_bytes());
     let heap_before = heap::live();
     let started = Instant::now();

@@ -10,17 +10,20 @@ use super::Cli;
 
 /// What people want to do, and the commands for it.
 const GROUPS: [(&str, &[&str]); 5] = [
-    ("run guests, and watch them", &["run", "ps", "top", "pause", "continue", "stop"]),
-    ("freeze a running guest, and go back to any moment", &["checkpoint", "resume", "rewind"]),
+    ("run and watch guests", &["run", "ps", "top", "pause", "continue", "stop"]),
     (
-        "find out what happened: when, how much, what changed, and whether all is intact",
+        "take snapshots of a running guest, and go back to any of them",
+        &["checkpoint", "resume", "rewind"],
+    ),
+    (
+        "look into snapshots: what happened when, what changed, and whether all is intact",
         &["log", "show", "diff", "inspect", "verify"],
     ),
-    ("get memory and disks out as files, or in", &["export", "mount", "import"]),
+    ("get memory and disks out as files, and in", &["export", "mount", "import"]),
     ("free space", &["forget", "prune"]),
 ];
 /// Commands that nobody needs every day.
-const MORE: (&str, &[&str]) = ("see also", &["demo", "completion", "man", "help"]);
+const MORE: (&str, &[&str]) = ("others", &["demo", "completion", "man", "help"]);
 
 /// The width of the column of command names.
 const NAME_COLUMNS: usize = 12;
@@ -58,13 +61,13 @@ fn grouped(command: &Command) -> StyledStr {
     }
     let _to_memory = write!(
         help,
-        "\n{header}what is the same everywhere{header:#}\n   \
+        "\n{header}common arguments and options{header:#}\n   \
          {literal}VM{literal:#}          the name of a running VM\n   \
-         {literal}SNAP{literal:#}        STORE@REF: an id or its first digits, a tag, or `latest`; `latest~2` is two before that\n   \
-         {literal}STORE{literal:#}       a folder; $FRAZIL_STORE, then ./frazil-store, where none is named\n   \
-         {literal}--json{literal:#}      print JSON: one object, or one a line\n   \
+         {literal}SNAP{literal:#}        STORE@REF: an id or its first digits, a tag, or `latest`; `latest~2` is two snapshots before it\n   \
+         {literal}STORE{literal:#}       a folder; default: $FRAZIL_STORE, else ./frazil-store\n   \
+         {literal}--json{literal:#}      print JSON: one object, or one per line\n   \
          {literal}--color{literal:#}     auto, always or never; $NO_COLOR is respected\n\n\
-         `frazil help COMMAND` says all about one of them; so do man pages (`frazil man DIR` writes them).\n"
+         `frazil help COMMAND` describes a command in full; so does its man page (`frazil man DIR` writes them).\n"
     );
     help
 }

@@ -44,7 +44,7 @@ pub(super) fn disk(text: &str) -> Result<DiskConfig, String> {
         None => (text, false),
     };
     if file.is_empty() {
-        return Err("expected a file, or FILE,ro".into());
+        return Err("expected FILE or FILE,ro".into());
     }
     Ok(DiskConfig { file: file.into(), read_only, serial: None })
 }
@@ -56,7 +56,7 @@ pub(super) fn other_disk(text: &str) -> Result<(usize, PathBuf), String> {
     let parts = text.split_once('=').and_then(|(disk, file)| Some((disk.parse().ok()?, file)));
     match parts {
         Some((disk, file)) if !file.is_empty() => Ok((disk, file.into())),
-        _ => Err("expected the number of a disk and a file, such as 0=FILE".into()),
+        _ => Err("expected a disk's number and a file, such as 0=FILE".into()),
     }
 }
 
@@ -139,7 +139,7 @@ pub(super) fn interval(text: &str) -> Result<Duration, String> {
     let interval = humantime::parse_duration(text)
         .map_err(|error| format!("expected a time such as 100ms or 5s ({error})"))?;
     if interval.is_zero() {
-        return Err("expected more than no time at all".into());
+        return Err("expected a time longer than zero".into());
     }
     if interval > TIME_MAX {
         return Err("expected at most 100years".into());

@@ -48,9 +48,12 @@ pub(crate) fn share_memory(
     // In a process group of its own, so that Ctrl-C reaches only the VMs.
     command.process_group(0).stdin(Stdio::null()).stdout(Stdio::piped());
     let mut server = command.spawn().context("cannot start the process that shares memory")?;
-    let stdout = server.stdout.take().context("it has no standard output")?;
+    let stdout =
+        server.stdout.take().context("the process that shares memory has no standard output")?;
     let mut line = String::new();
-    BufReader::new(stdout).read_line(&mut line).context("cannot read what it says")?;
+    BufReader::new(stdout)
+        .read_line(&mut line)
+        .context("cannot read from the process that shares memory")?;
     ensure!(line == "ready\n", "the process that shares the snapshot's memory did not start");
     // Reaps the process when it ends.
     std::thread::Builder::new().name("frazil-reaper".into()).spawn(move || {
@@ -68,7 +71,8 @@ pub(crate) fn run(
 ) -> anyhow::Result<ExitCode> {
     ensure!(
         args.host.api_socket.is_none(),
-        "--api-socket: {count} VMs cannot have the same; each has one of its own, see `frazil ps`"
+        "--api-socket: {count} VMs cannot share a socket: leave it out, and each gets its own, see \
+         `frazil ps`"
     );
     let socket = share_memory(args, store, id)?;
     let base = args.host.name.clone().unwrap_or_else(|| format!("vm-{}", std::process::id()));
@@ -94,7 +98,7 @@ pub(crate) fn run(
         failed += u32::from(!status.success());
         // Anything else the VM reports itself.
         if let Some(signal) = status.signal() {
-            errln!("frazil: VM `{base}-{index}` was ended by signal {signal}");
+            errln!("frazil: VM `{base}-{index}` was killed by signal {signal}");
         }
     }
     clones.0.clear();
@@ -167,7 +171,7 @@ impl Drop for Clones {
 }
 
 fn this_program() -> anyhow::Result<PathBuf> {
-    std::env::current_exe().context("cannot tell where this program is")
+    std::env::current_exe().context("cannot find the path of this program")
 }
 
 fn reference(store: &Path, id: SnapshotId) -> OsString {

@@ -60,7 +60,10 @@ pub(crate) fn checkpoint(args: CheckpointArgs, json: bool) -> anyhow::Result<()>
         wait_gone(&vm)?;
     }
     if let Some(failure) = &report.tag_failure {
-        errln!("frazil: {} is published, its tag is not set: {failure}", report.id.short());
+        errln!(
+            "frazil: snapshot {} was published, but its tag was not set: {failure}",
+            report.id.short()
+        );
     }
     if json {
         return print_json(&report);
@@ -88,7 +91,7 @@ fn cancel_checkpoint(vm: &str, json: bool) -> anyhow::Result<()> {
     outln!(
         "{vm}: {}",
         if cancelled {
-            "the checkpoint is cancelled, the guest goes on; its pages are part of the next one"
+            "the checkpoint is cancelled, the guest goes on; the next checkpoint includes its pages"
         } else {
             "there was no checkpoint to cancel"
         }
@@ -114,7 +117,7 @@ pub(crate) fn rewind(args: &RewindArgs, json: bool) -> anyhow::Result<()> {
         return print_json(&report);
     }
     outln!(
-        "{}: back at {}, {} pages put back, pause {}, {} in all",
+        "{}: back at {}, {} pages restored, pause {}, {} in all",
         args.vm,
         report.id.short(),
         output::count(report.pages + report.disk_pages),
@@ -131,7 +134,7 @@ fn check_store(status: &VmStatus, store: &str) -> anyhow::Result<()> {
         return Ok(());
     }
     anyhow::bail!(
-        "VM `{}` can go back to snapshots of its own store ({}), expected none of {store}",
+        "VM `{}`: expected a snapshot of the VM's own store ({}), found one of {store}",
         status.name,
         own.unwrap_or("it has none")
     )
@@ -201,7 +204,8 @@ fn wait_gone(vm: &str) -> anyhow::Result<()> {
     while !vm.contains('/') && find(vm).is_ok() {
         if Instant::now() > until {
             anyhow::bail!(
-                "VM `{vm}` was told to end and is still there after {STOP_PATIENCE:?}: look at its process"
+                "VM `{vm}` was told to end, but is still running after {STOP_PATIENCE:?}: look at \
+                 its process"
             );
         }
         std::thread::sleep(Duration::from_millis(5));

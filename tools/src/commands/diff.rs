@@ -56,8 +56,8 @@ fn open_both(a: &str, b: &str) -> anyhow::Result<(Snapshot, Snapshot)> {
     let (other, reference) = reference::split(b);
     if let Some(other) = other.map(Path::new).filter(|other| !same_folder(other, &path)) {
         anyhow::bail!(
-            "expected two snapshots of one store, found one of {} and one of {}: only in one \
-             store can it be told what they share",
+            "expected two snapshots of the same store, found one of {} and one of {}: what they \
+             share is known only within a store",
             path.display(),
             other.display()
         );

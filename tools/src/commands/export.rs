@@ -22,18 +22,18 @@ use crate::snapshot_files::region_len_bytes;
 pub(crate) fn export(args: &ExportArgs, json: bool) -> anyhow::Result<()> {
     let all = match args.format {
         ExportFormat::Raw => None,
-        ExportFormat::Tar => Some("--format tar is of all regions"),
-        ExportFormat::ElfCore => Some("--format elf-core is of the whole machine"),
+        ExportFormat::Tar => Some("--format tar exports all regions"),
+        ExportFormat::ElfCore => Some("--format elf-core exports the whole machine"),
     };
     if let Some(all) = all.filter(|_| args.region != RAM_REGION) {
-        let wrong = format!("{all}: --region {} has no part in it", args.region);
+        let wrong = format!("{all}: leave out --region {}", args.region);
         return Err(usage_error("export", &wrong).into());
     }
     let make = match args.format {
         ExportFormat::Raw if args.to_stdout() => return raw_to_stdout(args),
         ExportFormat::ElfCore if args.to_stdout() => {
-            let wrong = "--format elf-core: a core file has holes, and is written in any order: \
-                         expected a file, found `-`";
+            let wrong = "--format elf-core: expected a file, found `-`: a core file has holes, and \
+                         is not written in order";
             return Err(usage_error("export", wrong).into());
         }
         ExportFormat::Raw => raw,
@@ -105,10 +105,11 @@ fn elf_core(args: &ExportArgs, snapshot: &Snapshot) -> anyhow::Result<Exported> 
     let map = direct_map.map(|base| format!("{base:#x}"));
     let mut notes = vec![match &kernel {
         Some(kernel) => format!("Linux {}, for crash, drgn and gdb", kernel.info.release()),
-        None => "no Linux kernel was found in memory: for gdb".to_owned(),
+        None => "no Linux kernel found in memory: for gdb only".to_owned(),
     }];
     if !all_mapped {
-        let what = "too much is mapped: gdb sees some of it, and by physical address all";
+        let what = "too much is mapped: gdb sees part of it by virtual address, and all by \
+                    physical address";
         notes.push(what.to_owned());
     }
     let cpus = view.vcpus().len();

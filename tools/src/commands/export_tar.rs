@@ -199,7 +199,7 @@ impl<W: Write> Archived<W> {
 impl<W: Write> Write for Archived<W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if self.given_up {
-            return Err(io::Error::other("the archive was given up"));
+            return Err(io::Error::other("the archive was abandoned"));
         }
         let written = self.inner.write(bytes)?;
         self.bytes += written as u64;

@@ -51,7 +51,7 @@ pub(crate) fn import(args: &ImportArgs, json: bool) -> anyhow::Result<()> {
     let described = describe(args, base.as_ref(), &sources, &written, state);
     let committed = transaction.commit(described)?;
     if let Some(failure) = &committed.tag_failure {
-        errln!("frazil: the snapshot was published, but has no tag: {failure}");
+        errln!("frazil: the snapshot was published, but its tag was not set: {failure}");
     }
     tell(&store, base.as_ref(), &sources, &written, &committed, started.elapsed(), json)
 }
@@ -64,10 +64,9 @@ fn open_store(args: &ImportArgs) -> anyhow::Result<(Arc<Store>, Option<Snapshot>
     };
     let (named, reference) = reference::split(base);
     let path = match (named.map(Path::new), &args.store) {
-        (Some(named), Some(store)) if !same_folder(named, store) => bail!(
-            "--base {base}: expected a snapshot of the store that is written to, {}",
-            store.display()
-        ),
+        (Some(named), Some(store)) if !same_folder(named, store) => {
+            bail!("--base {base}: expected a snapshot of --store, {}", store.display())
+        }
         (Some(named), _) => named.to_path_buf(),
         (None, store) => store.clone().unwrap_or_else(default_store),
     };
@@ -130,7 +129,8 @@ impl Source {
         let kind = path.metadata().with_context(failed)?.file_type();
         ensure!(
             kind.is_file() || kind.is_block_device(),
-            "{what}: expected a file, or a block device, found {}: what comes from a pipe goes into a file first",
+            "{what}: expected a file or a block device, found {}: write what comes from a pipe to \
+             a file first",
             kind_name(kind)
         );
         let file = File::open(path).with_context(failed)?;
@@ -158,7 +158,7 @@ impl Source {
         );
         if let Some(format) = source.other_format().with_context(failed)? {
             errln!(
-                "frazil: {}: begins as {format} does, and is taken for raw bytes all the same",
+                "frazil: {}: starts like {format}, but is imported as raw bytes",
                 output::plain(&what.to_string())
             );
         }
@@ -181,8 +181,8 @@ impl Source {
         let now = written(&self.file).with_context(|| format!("cannot import {what}"))?;
         ensure!(
             now == self.written,
-            "{what}: expected a file that stays as it is, found that it was written while it was read: \
-             try again when whoever writes it is done"
+            "{what}: expected a file that does not change, found that it was written while it was \
+             read: try again when its writer is done"
         );
         Ok(())
     }
@@ -238,9 +238,9 @@ impl Source {
         if diff && !self.is_disk {
             ensure!(
                 holes,
-                "{}: expected a sparse file, whose holes are what did not change, found one without \
-                 holes: whatever copied it has filled them with zeros (`cp --sparse=never`, `cat`, some \
-                 archives). If all of memory is in it, leave out --diff",
+                "{}: expected a sparse file with holes where nothing changed, found one without \
+                 holes: whatever copied it filled them with zeros (`cp --sparse=never`, `cat`, \
+                 some archivers); if the file holds all of memory, leave out --diff",
                 self.path.display()
             );
             self.check_grain(edges)?;
@@ -268,8 +268,9 @@ impl Source {
         let block_bytes = metadata.blksize();
         ensure!(
             !is_coarse(edges, block_bytes),
-            "{what}: expected holes of single pages, found a file system that keeps track of {} at a time: \
-             pages beside those that changed would become zero; have the file written to ext4, XFS or tmpfs",
+            "{what}: expected holes of single pages, found a file system that tracks holes in \
+             units of {}: pages next to changed ones would become zero; write the file to ext4, \
+             XFS or tmpfs",
             output::bytes(block_bytes)
         );
         Ok(())
@@ -286,7 +287,7 @@ impl Source {
             Err(error) => return Err(error).with_context(failed),
         };
         let end = rustix::fs::seek(&self.file, SeekFrom::Hole(start)).with_context(failed)?;
-        ensure!(start >= at && end > start, "{} changes while it is read", self.path.display());
+        ensure!(start >= at && end > start, "{} changed while it was read", self.path.display());
         Ok((start < self.len_bytes).then_some((start, end.min(self.len_bytes))))
     }
 }
@@ -367,7 +368,8 @@ fn state(
             None => state.push(chunk(&source.region, &disk)?),
             Some(kept) => ensure!(
                 kept.body["sectors"] == disk.sectors,
-                "{}: expected a disk of {} sectors, as the machine that is kept has it, found {}",
+                "{}: expected a disk of {} sectors, as in the state that --keep-state keeps, found \
+                 {}",
                 source.path.display(),
                 kept.body["sectors"],
                 disk.sectors
@@ -440,7 +442,7 @@ fn tell(
     }
     for (source, stats) in sources.iter().zip(written) {
         outln!(
-            "{} is `{}`: {}, {} pages read, of which {} zero, {} as they were",
+            "{} is `{}`: {}, {} pages read, of which {} zero, {} unchanged",
             source.path.display(),
             source.region,
             output::bytes(source.len_bytes),

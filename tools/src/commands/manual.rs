@@ -23,37 +23,34 @@ const COMMON: &[(&str, &[(&str, &str)])] = &[
             ("VM", "The name of a running VM, or the path of its control socket."),
             (
                 "SNAP",
-                "STORE@REF, or REF in the store that is used where none is named. REF is an id, four or more \
-                 of its first digits, a tag, or `latest`; with `~2` behind it, two before that.",
+                "STORE@REF, or REF in the default store. REF is an id, its first four or more \
+                 digits, a tag, or `latest`; with `~2` after it, two snapshots before that.",
             ),
-            ("STORE", "A folder. Where none is named: $FRAZIL_STORE, else ./frazil-store."),
+            ("STORE", "A folder. Default: $FRAZIL_STORE, else ./frazil-store."),
         ],
     ),
     (
         "ENVIRONMENT",
         &[
-            ("FRAZIL_STORE", "The store that is used where none is named."),
+            ("FRAZIL_STORE", "The default store."),
             (
                 "FRAZIL_RUNTIME_DIR",
-                "Where running VMs have their control sockets. Default: $XDG_RUNTIME_DIR/frazil; where that is \
-                 not set, /run/frazil for root and /tmp/frazil-UID for others.",
+                "The folder of running VMs' control sockets. Default: $XDG_RUNTIME_DIR/frazil; if \
+                 that is not set, /run/frazil for root and /tmp/frazil-UID for other users.",
             ),
             (
                 "FRAZIL_LOG",
-                "What is logged on standard error, as the `tracing` crates filter it: `warn`, `debug`, \
-                 `frazil_vmm=trace`. Default: warn.",
+                "What to log on standard error, as a filter of the `tracing` crates: `warn`, \
+                 `debug`, `frazil_vmm=trace`. Default: warn.",
             ),
-            (
-                "NO_COLOR",
-                "If it is set and not empty, nothing is coloured; see https://no-color.org.",
-            ),
+            ("NO_COLOR", "If set and not empty, output is not coloured; see https://no-color.org."),
         ],
     ),
     (
         "EXIT STATUS",
         &[
-            ("0", "All went well."),
-            ("1", "Something failed, which standard error says; or damage was found."),
+            ("0", "Success."),
+            ("1", "Something failed, as reported on standard error; or damage was found."),
             ("2", "The command line is wrong."),
         ],
     ),
@@ -111,7 +108,7 @@ pub(crate) fn man(args: &ManArgs, json: bool) -> anyhow::Result<()> {
         let pages: Vec<&String> = pages.iter().map(|(name, _)| name).collect();
         return print_json(&json!({"folder": args.folder, "pages": pages}));
     }
-    outln!("{}: {} man pages, from frazil.1 on", args.folder.display(), pages.len());
+    outln!("{}: {} man pages; start with frazil.1", args.folder.display(), pages.len());
     Ok(())
 }
 

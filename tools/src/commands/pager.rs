@@ -56,7 +56,7 @@ pub(crate) fn pager(args: &PagerArgs) -> anyhow::Result<()> {
         user.settle()?;
     }
     let socket = std::io::stdin().as_fd().try_clone_to_owned();
-    pager::serve_one(socket.context("standard input is no socket")?)?;
+    pager::serve_one(socket.context("cannot use standard input as a socket")?)?;
     Ok(())
 }
 
@@ -116,7 +116,7 @@ fn serve_many(args: &PagerArgs, snapshot: &str, socket: &Path) -> anyhow::Result
 fn raise_descriptor_limit() {
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
     if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
-        tracing::warn!(%error, "cannot have more file descriptors");
+        tracing::warn!(%error, "cannot raise the file descriptor limit");
     }
 }
 
@@ -124,7 +124,7 @@ fn raise_descriptor_limit() {
 /// resources, those that are connected are served all the same, and it is let in later.
 fn next_user(listener: &OwnedFd, patience: Duration) -> Option<OwnedFd> {
     pager::accept(listener, patience).unwrap_or_else(|error| {
-        tracing::warn!(%error, "cannot let a VM in");
+        tracing::warn!(%error, "cannot accept a VM's connection");
         std::thread::sleep(SHORT_OF);
         None
     })
@@ -142,13 +142,13 @@ fn serve(server: &Arc<ImageServer>, user: OwnedFd) {
     let server = Arc::clone(server);
     let serve = move || {
         if let Err(error) = server.serve(user) {
-            tracing::warn!(%error, "a VM is not served");
+            tracing::warn!(%error, "cannot serve a VM");
         }
     };
     let spawned = std::thread::Builder::new().name("frazil-user".into()).spawn(serve);
     if let Err(error) = spawned {
         // The connection is closed; the VM has not begun, so whoever started it can start it again.
-        tracing::warn!(%error, "a VM is not served");
+        tracing::warn!(%error, "cannot serve a VM");
         std::thread::sleep(SHORT_OF);
     }
 }
@@ -177,7 +177,7 @@ impl Place {
             // The other process is about to begin serving, or to end.
             ensure!(
                 Instant::now() < until,
-                "another process holds {}.lock and does not serve at {}",
+                "another process holds {}.lock, but does not serve at {}",
                 socket.display(),
                 socket.display()
             );
@@ -224,5 +224,8 @@ fn lock(path: &Path) -> anyhow::Result<Option<File>> {
 /// Tells whoever started this process that VMs may connect.
 fn say_ready() -> anyhow::Result<()> {
     let mut stdout = std::io::stdout();
-    stdout.write_all(b"ready\n").and_then(|()| stdout.flush()).context("nobody waits")
+    stdout
+        .write_all(b"ready\n")
+        .and_then(|()| stdout.flush())
+        .context("cannot report that VMs may connect")
 }

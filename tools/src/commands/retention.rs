@@ -68,8 +68,9 @@ pub(crate) fn forget(args: &ForgetArgs, json: bool) -> anyhow::Result<()> {
                 "forgotten": ids.len(), "left": left, "dry_run": false, "prune": null,
             }))?;
         }
-        let report = report
-            .with_context(|| format!("{} snapshots are forgotten, pruning failed", ids.len()))?;
+        let report = report.with_context(|| {
+            format!("{} snapshots were forgotten, but pruning failed", ids.len())
+        })?;
         if !json {
             say_pruned(&store, &report, started.elapsed());
         }
@@ -106,8 +107,8 @@ fn split_targets(args: &ForgetArgs) -> anyhow::Result<(Option<&Path>, Vec<&str>)
         if let Some(path) = path.map(Path::new) {
             match folder {
                 Some(known) if !same_folder(known, path) => anyhow::bail!(
-                    "expected snapshots of one store, found {} and {}: forget those of one after \
-                     those of the other",
+                    "expected snapshots of one store, found {} and {}: forget those of each store \
+                     separately",
                     known.display(),
                     path.display()
                 ),
@@ -123,19 +124,19 @@ fn check_usage(args: &ForgetArgs, policy: &Policy, references: &[&str]) -> Resul
     let wrong = |message: &str| Err(usage_error("forget", message));
     match (references.first(), policy.is_empty()) {
         (None, true) => wrong(
-            "expected what to forget: name snapshots (STORE@REF), or give rules of what to keep, \
-             such as --keep-last 10 --keep-daily 7; `frazil log` lists the snapshots",
+            "expected snapshots to forget (STORE@REF), or rules for what to keep, such as \
+             --keep-last 10 --keep-daily 7, found neither: `frazil log` lists the snapshots",
         ),
         (Some(reference), false) => wrong(&format!(
-            "expected either snapshots to forget or rules of what to keep, found both; if \
-             `{reference}` is to be the store: there is no such folder"
+            "expected either snapshots to forget or rules for what to keep, found both; if \
+             `{reference}` is meant to be the store: there is no such folder"
         )),
         (Some(_), true) if args.name.is_some() => wrong(
-            "--name goes with rules of what to keep, such as --keep-last 10; snapshots are named \
-             one by one",
+            "--name goes with rules for what to keep, such as --keep-last 10, not with snapshots \
+             to forget",
         ),
         (None, false) if args.untag => {
-            wrong("--untag goes with snapshots that are named; rules never forget tagged ones")
+            wrong("--untag goes with snapshots to forget; rules never forget tagged ones")
         }
         _ => Ok(()),
     }
@@ -166,8 +167,8 @@ fn named(store: &Arc<Store>, references: &[&str], untag: bool) -> anyhow::Result
         row.keep = false;
         anyhow::ensure!(
             untag || row.tags.is_empty(),
-            "snapshot {} has the tag `{}`, by which somebody meant to keep it: give --untag to \
-             forget it all the same; nothing was forgotten",
+            "snapshot {} has the tag `{}`, which protects it: give --untag to forget it anyway; \
+             nothing was forgotten",
             row.info.id.short(),
             row.tags.join("`, `")
         );
@@ -182,7 +183,7 @@ fn judged(store: &Arc<Store>, policy: &Policy, name: Option<&str>) -> anyhow::Re
         let of_vm = |row: &Row| row.manifest.as_ref().is_some_and(|found| found.name == name);
         anyhow::ensure!(
             rows.iter().any(of_vm),
-            "{} has no snapshot of a VM `{name}`; `frazil log` lists what it has",
+            "{} has no snapshot of VM `{name}`: `frazil log` lists those it has",
             store.describe()
         );
         rows.retain(of_vm);
@@ -245,8 +246,8 @@ fn say_forgotten(store: &Store, forgotten: usize, left: usize, args: &ForgetArgs
         outln!("{place}: {forgotten} snapshots forgotten, {left} left");
     } else {
         outln!(
-            "{place}: {forgotten} snapshots forgotten, {left} left; `frazil prune` gives back \
-             their space"
+            "{place}: {forgotten} snapshots forgotten, {left} left; `frazil prune` frees their \
+             space"
         );
     }
 }
@@ -298,8 +299,8 @@ fn say_pruned(store: &Store, report: &PruneReport, took: Duration) {
     let PruneReport { snapshots, pinned, bytes_before, bytes_after, .. } = *report;
     if report.segments_skipped > 0 {
         errln!(
-            "frazil: {} files are left as they are, because something in use in them is damaged; \
-             `frazil verify` says what",
+            "frazil: {} files were left alone, because data in use in them is damaged: `frazil \
+             verify` says what",
             output::count(report.segments_skipped)
         );
     }
@@ -312,7 +313,7 @@ fn say_pruned(store: &Store, report: &PruneReport, took: Duration) {
     };
     outln!(
         "{}: {} snapshots{in_use} need {} of {}; {} files {would}removed, {} {would}rewritten \
-         ({}); {} {would}given back, {} left, in {}{so_far}",
+         ({}); {} {would}freed, {} left, in {}{so_far}",
         store.describe(),
         output::count(snapshots),
         output::bytes(report.bytes_live),

@@ -47,7 +47,7 @@ pub(crate) fn run(args: RunArgs, json: bool) -> anyhow::Result<ExitCode> {
         (Some(kernel), None) => {
             Guest::Kernel(BootSource { kernel: Kernel::File(kernel), initrd, cmdline })
         }
-        (None, None) => anyhow::bail!("give --kernel FILE or --workload SPEC"),
+        (None, None) => anyhow::bail!("expected --kernel FILE or --workload SPEC"),
     };
     let wants_store = host.store.is_some()
         || host.checkpoint_every.is_some()
@@ -106,7 +106,8 @@ pub(crate) fn resume(args: ResumeArgs, json: bool, started: Started) -> anyhow::
     let ResumeArgs { paused, clock, disks, host, .. } = args;
     let store_path = match &host.store {
         Some(other) if *other != path => anyhow::bail!(
-            "--store {}: a resumed VM's checkpoints go on in the store of its snapshot, {}",
+            "--store {}: expected the store of the snapshot, {}: a resumed VM's checkpoints go \
+             there",
             other.display(),
             path.display()
         ),
@@ -159,8 +160,8 @@ fn warn_of_ignored_paging(args: &ResumeArgs, id: SnapshotId) -> anyhow::Result<(
     let given: Vec<&str> = given.iter().filter(|(_, is)| *is).map(|(name, _)| *name).collect();
     if !given.is_empty() && frazil_snapstore::pager::connect(&memory_socket(id)?).is_ok() {
         errln!(
-            "frazil: ignored: {}: VMs that run have the memory of snapshot {} already, and it comes \
-             in as the first of them wanted",
+            "frazil: ignored: {}: running VMs already share the memory of snapshot {}, loaded as \
+             the first of them asked",
             given.join(", "),
             id.short()
         );
@@ -188,7 +189,7 @@ fn loading(args: &ResumeArgs, store: &Path, id: SnapshotId) -> anyhow::Result<Lo
             // Another user may have no access to this program's path.
             program: match &args.host.user {
                 Some(_) => PathBuf::from("/proc/self/exe"),
-                None => std::env::current_exe().context("cannot tell where this program is")?,
+                None => std::env::current_exe().context("cannot find the path of this program")?,
             },
             user: args.host.user.clone(),
         },
@@ -199,7 +200,7 @@ fn loading(args: &ResumeArgs, store: &Path, id: SnapshotId) -> anyhow::Result<Lo
 /// Ends this process, one of several clones, with the process that started it.
 fn end_with_parent() -> anyhow::Result<()> {
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM))
-        .context("cannot ask to be told of the end of the process that started this one")
+        .context("cannot ask for a signal when the process that started this one ends")
 }
 
 /// Switches to the user that `host` names, once everything that needs root is open.
@@ -454,10 +455,9 @@ fn say_ended(vm: &Vm, ended: &Ended, json: bool) -> anyhow::Result<ExitCode> {
     let name = vm.name();
     let (code, message) = match ended {
         Ended::Stopped => (ExitCode::SUCCESS, format!("VM `{name}` was stopped")),
-        Ended::Suspended => (
-            ExitCode::SUCCESS,
-            format!("VM `{name}` is suspended; `frazil resume` goes on with it"),
-        ),
+        Ended::Suspended => {
+            (ExitCode::SUCCESS, format!("VM `{name}` is suspended; `frazil resume` continues it"))
+        }
         Ended::GuestReset => {
             (ExitCode::SUCCESS, format!("the guest of VM `{name}` reset its machine"))
         }

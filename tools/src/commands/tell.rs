@@ -66,7 +66,7 @@ impl Teller {
             // The VM has ended, so nobody misses the checkpoint.
             Err(_) if self.vm.ended().is_some() => {}
             Err(error) if error.is_cancelled() => {
-                self.complain("checkpoint given up", &error.to_string());
+                self.complain("checkpoint cancelled", &error.to_string());
             }
             Err(error) => self.complain("checkpoint failed", &error.to_string()),
         }
@@ -85,18 +85,19 @@ impl Teller {
                 self.event("checkpoints_skipped", json!({"count": count, "because": because}));
             }
             ScheduleEvent::Skipped { count, because } => errln!(
-                "frazil: VM `{}`: {} checkpoint{} left out because {}",
+                "frazil: VM `{}`: {} checkpoint{} skipped because {}",
                 self.vm.name(),
                 output::count(*count),
                 if *count == 1 { "" } else { "s" },
                 match because {
                     SkipReason::NotDone =>
-                        "one was being taken: the store is slower than --checkpoint-every asks for",
+                        "another was still being taken: the store is slower than \
+                         --checkpoint-every asks for",
                     SkipReason::Quiet =>
-                        "one waited for a quiet moment: --checkpoint-quiet lets it wait for longer \
-                         than --checkpoint-every",
+                        "another was waiting for a quiet moment: --checkpoint-quiet lets it wait \
+                         longer than --checkpoint-every",
                     SkipReason::Failed =>
-                        "the one before did not succeed: the next is tried after a while",
+                        "the previous one did not succeed: the next is tried after a delay",
                 }
             ),
             ScheduleEvent::Died if self.json => self.event("checkpoints_stopped", json!({})),
@@ -119,7 +120,7 @@ impl Teller {
                 self.event("keep_failed", json!({"error": error.to_string()}));
             }
             Err(error) => {
-                self.complain("snapshots cannot be kept to the rules", &error.to_string());
+                self.complain("cannot apply the rules for keeping snapshots", &error.to_string());
             }
         }
     }

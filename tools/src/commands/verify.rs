@@ -99,10 +99,7 @@ fn print_summary(
     took: Duration,
 ) {
     let memory = if memory_pages > 0 {
-        format!(
-            "; {} pages of guest memory are what the guest must have written",
-            output::count(memory_pages)
-        )
+        format!("; {} pages of guest memory hold what the guest wrote", output::count(memory_pages))
     } else {
         String::new()
     };

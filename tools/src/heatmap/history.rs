@@ -48,7 +48,7 @@ pub(crate) fn draw_history(
     line: &[SnapshotInfo],
 ) -> anyhow::Result<Drawn> {
     let [first, .., last] = line else {
-        bail!("--heatmap: expected a line of two or more snapshots, found {}", line.len());
+        bail!("--heatmap: expected a history of two or more snapshots, found {}", line.len());
     };
     let (first, last) = (store.snapshot(first.id)?, store.snapshot(last.id)?);
     let region = region(&last, wanted)?;
@@ -74,8 +74,7 @@ pub(crate) fn draw_history(
     let mut keys =
         vec![Key::new(colors::ZERO, "never, zero"), Key::new(colors::UNCHANGED, "never")];
     keys.extend(steps.legend().into_iter().map(Key::from));
-    let heading =
-        format!("By how many of them each {} was changed", short_bytes(grid.cell_bytes()));
+    let heading = format!("How many snapshots changed each {}", short_bytes(grid.cell_bytes()));
     page.heading(&heading, &keys);
     page.grid(&grid, &|cell| {
         let first = cell as u64 * grid.cell_pages;
@@ -180,14 +179,14 @@ impl Timeline {
         let mut keys = vec![Key::new(colors::ZERO, "none")];
         keys.extend(steps.legend().into_iter().map(Key::from));
         let each = match self.snapshots.div_ceil(self.rows) {
-            1 => "a snapshot a row".to_owned(),
+            1 => "one snapshot per row".to_owned(),
             several => {
-                format!("up to {several} snapshots a row, of which the one with most counts")
+                format!("up to {several} snapshots per row, showing the highest count")
             }
         };
         let column = short_bytes(self.column_pages * PAGE_SIZE as u64);
         page.heading(
-            &format!("Pages that were changed in each {column}, from the first snapshot to the last: {each}"),
+            &format!("Pages changed in each {column}, from the first snapshot to the last: {each}"),
             &keys,
         );
         page.draw(|picture, left, top| {

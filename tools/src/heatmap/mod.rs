@@ -49,7 +49,7 @@ impl Drawn {
     /// Prints where the picture is, for people.
     pub(crate) fn tell(&self) {
         outln!(
-            "\nheatmap of {} in {}: {} a cell",
+            "\nheatmap of {} in {}: {} per cell",
             self.region,
             self.file.display(),
             output::bytes(self.cell_bytes)

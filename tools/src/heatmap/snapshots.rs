@@ -42,7 +42,7 @@ pub(crate) fn draw_snapshot(
     let mut page = Page::new(ADDRESSES, grid.width_px(), &title, &lines);
     page.heading(
         &format!(
-            "What each {} is: the colour is stronger the more of its pages are",
+            "What each {} holds: the stronger the colour, the more of its pages",
             short_bytes(grid.cell_bytes())
         ),
         &kind_keys(parent.is_some(), !hole.is_empty()),
@@ -61,7 +61,7 @@ pub(crate) fn draw_snapshot(
     let steps = Steps::at(&STORED_STEPS, PAGE_SIZE as u64);
     let mut keys = vec![Key::new(colors::ZERO, "zero")];
     keys.extend(steps.legend().into_iter().map(Key::from));
-    page.heading("What a page of 4,096 bytes takes in the store, on average, in bytes", &keys);
+    page.heading("Bytes that a page of 4,096 bytes takes in the store, on average", &keys);
     page.grid(&grid, &|cell| {
         if is_inside(&grid, cell, &hole) {
             return None;
@@ -104,7 +104,7 @@ fn shares(
         }
     };
     Ok(format!(
-        "{}: zero {}   {kinds}   takes {} in the store, all of it",
+        "{}: zero {}   {kinds}   takes {} in the store in total",
         output::bytes(all * PAGE_SIZE as u64),
         of(zero),
         output::bytes(contents.stored_bytes_sum)
@@ -134,7 +134,7 @@ fn kind_keys(has_parent: bool, has_hole: bool) -> Vec<Key> {
         keys.push(Key::new(colors::new(0.1), "changed since the parent: some"));
         keys.push(Key::new(colors::new(1.0), "all"));
     } else {
-        keys.push(Key::new(colors::new(0.1), "not zero, and all new without a parent: some"));
+        keys.push(Key::new(colors::new(0.1), "not zero, all new as there is no parent: some"));
         keys.push(Key::new(colors::new(1.0), "all"));
     }
     if has_hole {

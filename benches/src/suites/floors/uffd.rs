@@ -86,9 +86,9 @@ pub(crate) fn uffd_unpack(
     let memory = SharedMemory::new(pages * PAGE_SIZE)?;
     let uffd = watch(&memory)?;
     let at: HashMap<u64, usize> = places.iter().copied().zip(0..).collect();
-    let mut unpacker = Unpacker::new().context("cannot set zstd up")?;
+    let mut unpacker = Unpacker::new().context("cannot set up zstd")?;
     let unpack = |page: usize| {
-        let frame = at.get(&(page as u64)).context("nobody touches that page")?;
+        let frame = at.get(&(page as u64)).context("a fault on a page that nobody touches")?;
         let raw = unpacker.unpack(&frames[*frame]).context("cannot unpack a frame")?;
         memory.file().write_all_at(raw, (page * PAGE_SIZE) as u64).context("cannot write")?;
         map(&uffd, &memory, page, raw.len())

@@ -24,7 +24,7 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
     let (large, small) = match (boot(bench, LARGE_BYTES), boot(bench, SMALL_BYTES)) {
         (Ok(large), Ok(small)) => (large, small),
         (Err(error), _) | (_, Err(error)) => {
-            bench.say(&format!("scale: left out: no two such guests: {error:#}"));
+            bench.say(&format!("scale: skipped: cannot run two such guests: {error:#}"));
             return Ok(());
         }
     };

@@ -93,7 +93,7 @@ pub(crate) fn run(bench: &mut Bench, frazil: Option<PathBuf>) -> anyhow::Result<
     bench.say(&format!("a dump of all memory, {label}"));
     dumps(bench, ram_bytes, &label, &ours)?;
     let Some(version) = qemu_version() else {
-        bench.say("QEMU is left out: there is no qemu-system-x86_64 (package qemu-system-x86)");
+        bench.say("QEMU: skipped: there is no qemu-system-x86_64 (package qemu-system-x86)");
         return Ok(());
     };
     for way in Way::ALL {
@@ -204,5 +204,5 @@ fn theirs(
 fn tsc_khz() -> anyhow::Result<u64> {
     let vm = Kvm::new().and_then(|kvm| kvm.create_vm()).context("KVM refused a VM")?;
     let vcpu = vm.create_vcpu(0).context("KVM refused a vCPU")?;
-    Ok(vcpu.get_tsc_khz().context("KVM has no TSC frequency")?.into())
+    Ok(vcpu.get_tsc_khz().context("KVM reports no TSC frequency")?.into())
 }

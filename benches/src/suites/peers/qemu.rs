@@ -117,7 +117,7 @@ impl Qemu {
         let started = Instant::now();
         while qemu.view().map_or(true, |view| !view.populated()) {
             qemu.check_alive()?;
-            ensure!(started.elapsed() < PATIENCE, "QEMU's guest does not come up");
+            ensure!(started.elapsed() < PATIENCE, "QEMU's guest does not start");
             std::thread::sleep(POLL);
         }
         Ok(qemu)
@@ -138,13 +138,13 @@ impl Qemu {
         // Memory also changes while it is being loaded, so wait until the guest runs.
         while qemu.monitor.command("query-status", &json!({}))?["running"] != true {
             qemu.check_alive()?;
-            ensure!(started.elapsed() < PATIENCE, "QEMU's guest does not go on");
+            ensure!(started.elapsed() < PATIENCE, "QEMU's guest does not resume");
             std::thread::sleep(POLL);
         }
         let from = qemu.turns()?;
         while qemu.turns()? == from {
             qemu.check_alive()?;
-            ensure!(started.elapsed() < PATIENCE, "QEMU's guest does nothing");
+            ensure!(started.elapsed() < PATIENCE, "QEMU's guest makes no progress");
             std::thread::sleep(POLL);
         }
         Ok(started.elapsed())
@@ -213,10 +213,10 @@ impl Qemu {
         // Wait until the events have arrived.
         while self.monitor.stood_still().is_none() {
             self.monitor.command("query-status", &json!({}))?;
-            ensure!(started.elapsed() < PATIENCE, "QEMU does not say that its guest goes on");
+            ensure!(started.elapsed() < PATIENCE, "QEMU does not report that its guest runs again");
             std::thread::sleep(POLL);
         }
-        let pause = self.monitor.stood_still().context("QEMU's guest never stood still")?;
+        let pause = self.monitor.stood_still().context("QEMU's guest was never paused")?;
         Ok(Saved { pause, duration, bytes: taken_bytes(&file).saturating_sub(before) })
     }
 
@@ -238,7 +238,7 @@ impl Qemu {
                 "failed" | "cancelled" => bail!("QEMU's migration to a file failed: {state}"),
                 _ => {}
             }
-            ensure!(started.elapsed() < PATIENCE, "QEMU's migration to a file does not end");
+            ensure!(started.elapsed() < PATIENCE, "QEMU's migration to a file does not finish");
             std::thread::sleep(POLL);
         }
     }
@@ -266,7 +266,7 @@ fn alive(child: &mut Child, folder: &Path) -> anyhow::Result<()> {
 fn memory(child: &Child, monitor: &mut Monitor) -> anyhow::Result<Memory> {
     let said = monitor.human("gpa2hva 0")?;
     let base = said.rsplit_once("0x").and_then(|(_, hex)| u64::from_str_radix(hex, 16).ok());
-    let base = base.with_context(|| format!("QEMU does not tell where memory is: {said}"))?;
+    let base = base.with_context(|| format!("QEMU does not report where its memory is: {said}"))?;
     let path = format!("/proc/{}/mem", child.id());
     let file = File::open(&path).with_context(|| format!("cannot open {path}"))?;
     Ok(Memory { file, base })
@@ -297,7 +297,9 @@ fn stream(folder: &Path) -> PathBuf {
 /// Quotes a path for the shell that QEMU starts.
 fn quoted(path: &Path) -> anyhow::Result<String> {
     let text = path.to_str().filter(|text| !text.contains('\''));
-    let text = text.with_context(|| format!("{}: no name for a shell", path.display()))?;
+    let text = text.with_context(|| {
+        format!("{}: expected a path in UTF-8 without single quotes", path.display())
+    })?;
     Ok(format!("'{text}'"))
 }
 

@@ -49,7 +49,10 @@ impl Monitor {
         stream.set_read_timeout(Some(ANSWER_PATIENCE)).context("cannot set a timeout")?;
         let mut monitor = Self { stream: BufReader::new(stream), events: Vec::new() };
         let greeting = monitor.line()?;
-        ensure!(greeting.get("QMP").is_some(), "QEMU's monitor greets with {greeting}");
+        ensure!(
+            greeting.get("QMP").is_some(),
+            "QEMU's monitor: expected a greeting, found {greeting}"
+        );
         monitor.command("qmp_capabilities", &json!({}))?;
         Ok(monitor)
     }
@@ -64,7 +67,7 @@ impl Monitor {
                 return Ok(value.clone());
             }
             if let Some(error) = answer.get("error") {
-                bail!("QEMU refuses `{name}`: {}", error["desc"].as_str().unwrap_or("no reason"));
+                bail!("QEMU refused `{name}`: {}", error["desc"].as_str().unwrap_or("no reason"));
             }
             self.note(&answer);
         }
@@ -110,6 +113,6 @@ impl Monitor {
             Err(error) => return Err(error).context("cannot read from QEMU's monitor"),
         }
         serde_json::from_str(&line)
-            .with_context(|| format!("QEMU's monitor says what is no JSON: {line}"))
+            .with_context(|| format!("QEMU's monitor: expected JSON, found {line}"))
     }
 }

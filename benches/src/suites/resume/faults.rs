@@ -144,7 +144,7 @@ fn wait_recorded(
         }
         std::thread::sleep(Duration::from_millis(20));
     }
-    Err(anyhow!("the working set was not kept"))
+    Err(anyhow!("the working set was not saved"))
 }
 
 /// Runs `with` while a thread runs `serve`, which ends once its flag is set.

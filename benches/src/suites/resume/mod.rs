@@ -113,7 +113,7 @@ fn measure_size(bench: &mut Bench, frazil: &Path, ram_bytes: u64) -> anyhow::Res
     }
     // One fault per page takes half a minute for 1 GiB.
     if bench.wants("others") && ram_bytes <= GIB {
-        bench.say(&format!("{label}: as others resume"));
+        bench.say(&format!("{label}: the ways of other VMMs"));
         others::measure(bench, &seq, &shuffle)?;
     }
     Ok(())
@@ -127,7 +127,7 @@ pub(crate) fn find_frazil(given: Option<PathBuf>) -> anyhow::Result<PathBuf> {
     let path = match given {
         Some(path) => path,
         None => std::env::current_exe()
-            .context("cannot tell where this program is")?
+            .context("cannot find the path of this program")?
             .with_file_name("frazil"),
     };
     ensure!(

@@ -110,7 +110,7 @@ impl Process {
         for line in BufReader::new(stdout).lines() {
             let line = line.context("cannot read from frazil")?;
             let event: Value = serde_json::from_str(&line)
-                .with_context(|| format!("frazil printed what is no JSON: {line}"))?;
+                .with_context(|| format!("expected JSON from frazil, found {line}"))?;
             if event["event"] == "first_progress" {
                 let ms = event["ms"].as_f64().context("first_progress has no `ms`")?;
                 let at_ns = event["monotonic_ns"]

@@ -64,7 +64,7 @@ impl Dump {
         let read = |first, bytes: &mut [u8]| Ok(region.read_pages(first, bytes)?);
         self.for_each_pair(read, |page, expected, found| {
             if expected != found {
-                bail!("page {page} of the snapshot is not what {} has", self.path.display());
+                bail!("page {page} of the snapshot differs from that of {}", self.path.display());
             }
             Ok(())
         })

@@ -52,7 +52,7 @@ fn forget_all_but_last(bed: &mut Bed) -> anyhow::Result<(f64, f64)> {
     ensure!(store.snapshots().len() == 1, "forgetting all but one left more than one");
     let checked = verify(&store, &[head], &VerifyProgress::default())?;
     if let Some(damage) = checked.damage.first() {
-        bail!("pruning damaged what was to stay: {}", damage.error);
+        bail!("pruning damaged the snapshot that was kept: {}", damage.error);
     }
     Ok((took.as_secs_f64() * 1e3, report.bytes_rewritten as f64))
 }

@@ -45,7 +45,7 @@ pub(super) fn measure(bench: &mut Bench, pool: &Pool) -> anyhow::Result<()> {
     match find_frazil(None) {
         Ok(frazil) => as_processes(bench, &frazil, &large, before),
         Err(missing) => {
-            bench.say(&format!("diffs as processes: left out: {missing}"));
+            bench.say(&format!("diffs as processes: skipped: {missing}"));
             Ok(())
         }
     }

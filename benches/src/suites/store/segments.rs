@@ -36,7 +36,10 @@ pub(super) fn measure(bench: &mut Bench, pool: &Pool) -> anyhow::Result<()> {
         let started = Instant::now();
         let report = store.prune(&PruneOptions::default(), &PruneProgress::default())?;
         let took = started.elapsed();
-        ensure!(store.snapshots().len() == infos.len() - old.len(), "forgetting forgot others");
+        ensure!(
+            store.snapshots().len() == infos.len() - old.len(),
+            "forgetting some snapshots forgot others"
+        );
         let name = |what: &str| format!("store.segment_{size_mib}_{what}");
         let mib_s = write.per_second(bed.region_bytes() / MIB);
         bench.emit(Metric::new(name("write_mib_s"), mib_s, MIB_S, 1))?;

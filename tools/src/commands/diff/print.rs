@@ -58,7 +58,7 @@ fn print_summary(found: &SnapshotDiff) {
         let pages = region.pages_b.or(region.pages_a).unwrap_or(0);
         let line = Line::new().text("  ").paint(style::NAME, &region.name).pad(14);
         if region.changed_pages == 0 {
-            line.paint(style::FAINT, "the same").print();
+            line.paint(style::FAINT, "unchanged").print();
             continue;
         }
         let share = match 100.0 * region.changed_pages as f64 / pages.max(1) as f64 {
@@ -87,7 +87,7 @@ fn print_summary(found: &SnapshotDiff) {
             .text("  ")
             .paint(style::NAME, "state")
             .pad(14)
-            .paint(style::FAINT, "the same: vCPUs and devices")
+            .paint(style::FAINT, "unchanged: vCPUs and devices")
             .print();
     }
 }

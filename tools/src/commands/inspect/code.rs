@@ -59,7 +59,7 @@ pub(super) fn disassemble(
             (false, false) => decoded.len(),
         };
         let text = match (is_cut, decoded.is_invalid()) {
-            (true, _) => Err("(goes on where nothing is mapped)"),
+            (true, _) => Err("(continues where nothing is mapped)"),
             (false, true) => Err("(bad)"),
             (false, false) => Ok(&decoded),
         };

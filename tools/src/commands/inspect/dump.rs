@@ -24,7 +24,8 @@ pub(super) fn physical(memory: &SnapshotMemory, span: Span, json: bool) -> anyho
     let most = memory.ram_behind(span.address);
     let len = match span.len_bytes {
         Some(len) if len > most => anyhow::bail!(
-            "guest physical {:#x}, {len} bytes: expected at most {most}, to where this range of RAM ends",
+            "guest physical {:#x}: expected at most {most} bytes, to the end of this range of RAM, \
+             found {len}",
             span.address
         ),
         Some(len) => len,
@@ -57,7 +58,8 @@ pub(super) fn virtually(
     let most = (space.last() - gva).saturating_add(1);
     let len = match span.len_bytes {
         Some(len) if len > most => anyhow::bail!(
-            "virtual address {gva:#x}, {len} bytes: expected at most {most}, to the last address"
+            "virtual address {gva:#x}: expected at most {most} bytes, to the last address, found \
+             {len}"
         ),
         Some(len) => len,
         // By default, as much as can be read.

@@ -30,7 +30,7 @@ pub(super) fn find(args: &InspectArgs, snapshot: &Snapshot, json: bool) -> anyho
     let report = run(args, &region, &parts(snapshot, &region)?, &pattern, json)?;
     if !json {
         errln!(
-            "{} matches; {} of `{}` looked at in {}",
+            "{} matches; {} of `{}` searched in {}",
             output::count(report.matches),
             output::bytes(report.pages_read * PAGE_SIZE as u64),
             region.name(),

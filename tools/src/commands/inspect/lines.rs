@@ -30,9 +30,7 @@ impl<'a> Lines<'a> {
             Ok(EndianSlice::new(bytes.unwrap_or_default(), LittleEndian))
         };
         if file.section(SectionId::DebugInfo.name())?.is_none_or(<[u8]>::is_empty) {
-            anyhow::bail!(
-                "expected a file with debug information for --lines, found one without (.debug_info)"
-            );
+            anyhow::bail!("expected debug information (.debug_info) for --lines, found none");
         }
         let mut dwarf = Dwarf::load(load)?;
         dwarf.populate_abbreviations_cache(AbbreviationsCacheStrategy::Duplicates);

@@ -121,7 +121,7 @@ impl Mapped {
         outln!("\nregion {name}: {}", bytes(self.region.pages() - hole_pages));
         let data = found.whole_pages + found.delta_pages;
         outln!(
-            "  zero {} ({} pages), data {} ({} pages), as differences {} ({} pages)",
+            "  zero {} ({} pages), data {} ({} pages), delta {} ({} pages)",
             bytes(found.zero_pages),
             output::count(found.zero_pages),
             bytes(found.whole_pages),
@@ -137,7 +137,7 @@ impl Mapped {
                 percent(found.stored_bytes, data * PAGE_SIZE as u64),
             );
         }
-        let what = if name == RAM_REGION { "guest physical" } else { "bytes of the disk" };
+        let what = if name == RAM_REGION { "guest physical address" } else { "disk offset" };
         outln!("  by {what}:");
         outln!("{}", row(&HEADER.map(str::to_owned)));
         // Printed in a second pass: there may be millions, which are not kept in memory.
@@ -153,7 +153,7 @@ impl Mapped {
         })?;
         let more = ranges.saturating_sub(most);
         if more > 0 && flow.is_continue() {
-            outln!("  … and {} more: --ranges all", output::count(more as u64));
+            outln!("  … and {} more: --ranges all prints them", output::count(more as u64));
         }
         Ok(flow)
     }

@@ -61,7 +61,7 @@ fn check(args: &InspectArgs) -> anyhow::Result<()> {
         } else if args.context.is_some() && !searches {
             Some("--context is for --search and --regex")
         } else if args.ranges.is_some() && (code || searches || dumps) {
-            Some("--ranges is for the map of regions, without another look")
+            Some("--ranges is for the map of regions only")
         } else {
             None
         };

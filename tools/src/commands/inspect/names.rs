@@ -106,9 +106,10 @@ impl<'a> Names<'a> {
             (0..view.vcpus().len()).map(|index| view.space(index)).collect::<Result<_, _>>()?;
         let Some(offset_bytes) = file.offset_in(view.memory(), &spaces, kernel)? else {
             bail!(
-                "expected the file of the kernel that this guest runs, found another: its contents are nowhere in the guest's memory{}",
+                "expected the file of the kernel that the guest runs, found another: its contents \
+                 are nowhere in the guest's memory{}",
                 kernel.map_or_else(String::new, |kernel| format!(
-                    ", which has Linux {}",
+                    ", which holds Linux {}",
                     kernel.info.release()
                 ))
             );
@@ -143,24 +144,23 @@ impl<'a> Names<'a> {
             (_, Some(modules)) => {
                 format!(", and those of {} modules", crate::output::count(modules as u64))
             }
-            (_, None) => ", without modules: the kernel does not tell where those are".to_owned(),
+            (_, None) => ", without modules: the kernel does not say where they are".to_owned(),
         };
         let source = match &self.from {
             Source::File(path) => {
                 let count = crate::output::count(self.symbols.len() as u64);
                 let at = self.offset_bytes;
                 format!(
-                    "{count} symbols of {}, which is {at:#x} beyond where it was linked",
+                    "{count} symbols of {}, loaded {at:#x} above its link address",
                     path.display()
                 )
             }
             Source::Guest(release) => {
                 let count = crate::output::count(self.symbols.len() as u64);
-                format!("{count} symbols that Linux {release} has in the guest's memory")
+                format!("{count} symbols of Linux {release}, from the guest's memory")
             }
             Source::Nobody => {
-                "no symbols: the guest has none that can be found, and no --vmlinux was given"
-                    .to_owned()
+                "no symbols: none were found in the guest, and no --vmlinux was given".to_owned()
             }
         };
         source + &modules

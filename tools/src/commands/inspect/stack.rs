@@ -47,7 +47,8 @@ pub(super) fn stacks(view: &GuestView, args: &InspectArgs, json: bool) -> anyhow
     }
     if args.lines && !has_lines {
         errln!(
-            "frazil: --lines: expected lines for at least one of these addresses in the debug information of --vmlinux, found none; is it that of this kernel, and not stripped?"
+            "frazil: --lines: expected a source line for at least one of these addresses in \
+             --vmlinux, found none: is it the file of this kernel, and not stripped?"
         );
     }
     Ok(())
@@ -157,11 +158,14 @@ impl Walked {
                 let why = if !MODULES.contains(ip) {
                     ""
                 } else if names.has_modules() {
-                    ": it is in no module, but where code is made while the kernel runs (BPF, tracing), or the module has no unwind table"
+                    ": it is in code generated at run time (BPF, tracing), or in a module without \
+                     an unwind table"
                 } else {
-                    ": it is in a module, or code that is made while the kernel runs, and the kernel does not tell where modules' unwind tables are (it was built without CONFIG_DEBUG_INFO_BTF)"
+                    ": it is in a module or in code generated at run time, and the kernel does not \
+                     say where modules' unwind tables are (it was built without \
+                     CONFIG_DEBUG_INFO_BTF)"
                 };
-                let detail = format!("nothing tells where {ip:#x} was called from{why}");
+                let detail = format!("cannot tell where {ip:#x} was called from{why}");
                 ("no_way_up", Some(detail))
             }
             End::Damaged { what } => ("damaged", Some(what.clone())),

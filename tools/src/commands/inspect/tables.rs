@@ -18,7 +18,8 @@ pub(super) fn tables(
     let space = view.space(vcpu)?;
     if space.mode == PagingMode::Off {
         anyhow::bail!(
-            "vCPU {vcpu}: expected page tables, found none, as paging is off: virtual addresses are guest physical ones"
+            "vCPU {vcpu}: expected page tables, found paging off: virtual addresses are guest \
+             physical addresses"
         );
     }
     let addresses = match span {
@@ -29,7 +30,7 @@ pub(super) fn tables(
     };
     space.check_some(&addresses)?;
     if !json {
-        outln!("vCPU {vcpu}, {}, tables from guest physical {:#x} on", space.mode, space.root_gpa);
+        outln!("vCPU {vcpu}, {}, tables at guest physical {:#x}", space.mode, space.root_gpa);
         outln!("{:<38}{:>12}  {:<6}{:>8}  guest physical", "virtual", "size", "access", "pages");
     }
     let mut is_nothing = true;
@@ -43,7 +44,7 @@ pub(super) fn tables(
             )),
             (Found::Range(range), false) => output::try_line(format_args!("{}", line(&range))),
             (Found::Again { span_bytes, times, .. }, false) => output::try_line(format_args!(
-                "  … and the {} before {} times more, right behind",
+                "  … then the preceding {} again, {} more times",
                 output::bytes(span_bytes),
                 output::count(times)
             )),
@@ -63,13 +64,14 @@ fn tell_bad(report: &TablesReport) {
                 "frazil: virtual {gva:#x}: expected a {level} in RAM, found one at guest physical {table_gpa:#x}"
             ),
             BadEntry::Reserved { gva, level, entry, bits } => errln!(
-                "frazil: virtual {gva:#x}: expected a {level} entry that the processor goes by, found {entry:#x}, where {bits:#x} is reserved"
+                "frazil: virtual {gva:#x}: expected a valid {level} entry, found {entry:#x} with \
+                 reserved bits {bits:#x} set"
             ),
         }
     }
     let more = report.bad_entries - report.bad.len() as u64;
     if more > 0 {
-        errln!("frazil: {} more entries are like that", output::count(more));
+        errln!("frazil: {} more such entries", output::count(more));
     }
 }
 
@@ -93,7 +95,7 @@ fn caching(caching: Caching) -> &'static str {
 }
 
 fn line(range: &MappedRange) -> String {
-    let gpa = range.gpa.map_or_else(|| "here and there".to_owned(), |gpa| format!("{gpa:#x}"));
+    let gpa = range.gpa.map_or_else(|| "scattered".to_owned(), |gpa| format!("{gpa:#x}"));
     format!(
         "{:#018x}-{:#018x} {:>12}  {:<6}{:>8}  {gpa}{}{}",
         range.gva,

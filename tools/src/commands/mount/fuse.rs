@@ -89,7 +89,7 @@ impl Fuse {
                 if told.len() < DAMAGE_TOLD_MAX && told.insert(error.clone()) {
                     errln!("frazil: {}: {}", place(), output::plain(&error));
                     if told.len() == DAMAGE_TOLD_MAX {
-                        errln!("frazil: there may be more: `frazil verify` finds all of it");
+                        errln!("frazil: there may be more damage: `frazil verify` finds all of it");
                     }
                 }
                 Errno::EIO

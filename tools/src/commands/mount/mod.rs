@@ -94,7 +94,7 @@ fn announce(args: &MountArgs, store: &Store, folder: &Path, json: bool) -> anyho
         }));
     }
     outln!(
-        "{} is mounted on {}: Ctrl-C, or `umount {1}`, ends it",
+        "{} is mounted on {}: Ctrl-C or `umount {1}` unmounts it",
         store.describe(),
         folder.display()
     );
@@ -107,20 +107,20 @@ fn check_device() -> anyhow::Result<()> {
     match OpenOptions::new().read(true).write(true).open(DEVICE) {
         Ok(_) => {}
         Err(error) if error.kind() == io::ErrorKind::NotFound => bail!(
-            "mount needs {DEVICE}, and there is none: load the kernel's module (`modprobe fuse`), or \
-             give the container the device (`--device {DEVICE} --cap-add SYS_ADMIN`); `frazil export` \
-             needs neither"
+            "mount needs {DEVICE}, which does not exist: load the kernel module (`modprobe fuse`), \
+             or give the container the device (`--device {DEVICE} --cap-add SYS_ADMIN`); `frazil \
+             export` needs neither"
         ),
         Err(error) => bail!(
-            "mount needs {DEVICE}, and it cannot be opened ({error}): expected it to be readable and \
-             writable for this user, as it is for all (mode 0666) where the package `fuse3` is installed"
+            "mount needs {DEVICE}, which cannot be opened ({error}): make it readable and writable \
+             for this user (the package `fuse3` gives it mode 0666)"
         ),
     }
     let root = geteuid().is_root();
     if !root && !HELPERS.iter().any(|name| is_in_path(OsStr::new(name))) {
         bail!(
-            "only root may mount without help: expected {} in $PATH, found none: install the package \
-             `fuse3`",
+            "only root may mount without a helper: expected {} in $PATH, found neither: install \
+             the package `fuse3`",
             HELPERS.join(" or ")
         );
     }
@@ -148,11 +148,11 @@ fn check_folder(folder: &Path, store: &Store) -> anyhow::Result<PathBuf> {
         }
         if is_left_over(given) {
             bail!(
-                "{what}: what was mounted there has died: `umount {what}`, or `fusermount3 -u {what}`, \
-                 and try again"
+                "{what}: the process that served this mount has died: run `umount {what}` or \
+                 `fusermount3 -u {what}`, and try again"
             );
         }
-        errln!("frazil: {what}: what was mounted there had died, and was unmounted");
+        errln!("frazil: {what}: unmounted a mount whose process had died");
     }
     let folder = given
         .canonicalize()
@@ -161,7 +161,9 @@ fn check_folder(folder: &Path, store: &Store) -> anyhow::Result<PathBuf> {
         folder.read_dir().with_context(|| format!("{what}: expected a folder to mount on"))?;
     if entries.next().is_some() {
         if is_mount_point(&folder) {
-            bail!("{what}: expected an empty folder, found one where something is mounted already");
+            bail!(
+                "{what}: expected an empty folder, found one with something already mounted on it"
+            );
         }
         bail!("{what}: expected an empty folder, found one with files, which would be hidden");
     }
@@ -171,7 +173,10 @@ fn check_folder(folder: &Path, store: &Store) -> anyhow::Result<PathBuf> {
     if let Some(store) =
         store.filter(|store| store.starts_with(&folder) || folder.starts_with(store))
     {
-        bail!("{what}: expected a folder apart from the store, {}", store.display());
+        bail!(
+            "{what}: expected a folder that neither contains nor is in the store, {}",
+            store.display()
+        );
     }
     Ok(folder)
 }
@@ -180,9 +185,10 @@ fn check_folder(folder: &Path, store: &Store) -> anyhow::Result<PathBuf> {
 fn cannot_mount(error: &io::Error, folder: &Path) -> anyhow::Error {
     let said = error.to_string();
     let advice = if said.contains("user_allow_other") {
-        ": without root, --allow-other wants a line `user_allow_other` in /etc/fuse.conf"
+        ": for users other than root, --allow-other needs the line `user_allow_other` in \
+         /etc/fuse.conf"
     } else if error.kind() == io::ErrorKind::PermissionDenied && !geteuid().is_root() {
-        ": expected a folder of this user's own"
+        ": expected a folder owned by this user"
     } else {
         ""
     };
@@ -234,7 +240,7 @@ fn unmount_on_signals(
                 Err(error) => match unmount(&folder, UnmountFlags::DETACH) {
                     Ok(()) => tell_in_use(&folder, &format!(" ({error})")),
                     Err(error) => errln!(
-                        "frazil: cannot unmount {} ({error}): `umount {0}`",
+                        "frazil: cannot unmount {} ({error}): run `umount {0}`",
                         folder.display()
                     ),
                 },
@@ -246,8 +252,8 @@ fn unmount_on_signals(
 
 fn tell_in_use(folder: &Path, why: &str) {
     errln!(
-        "frazil: {} is in use{why}: nobody gets in any more, and this ends when the last file there is \
-         closed; another Ctrl-C ends it at once",
+        "frazil: {} is in use{why}: nothing more can be opened there, and frazil exits when the \
+         last open file is closed; another Ctrl-C exits at once",
         folder.display()
     );
 }

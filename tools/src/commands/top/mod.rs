@@ -73,7 +73,7 @@ fn say_ended(vm: &str, why: Option<&Ended>, json: bool) -> anyhow::Result<()> {
     }
     let why = match why {
         None | Some(Ended::Stopped) => String::new(),
-        Some(Ended::Suspended) => ": it is suspended; `frazil resume` goes on with it".to_owned(),
+        Some(Ended::Suspended) => ": it is suspended; `frazil resume` continues it".to_owned(),
         Some(Ended::GuestReset) => ": its guest reset the machine".to_owned(),
         Some(Ended::PoweredOff) => ": its guest powered the machine off".to_owned(),
         Some(Ended::GuestCrashed { detail } | Ended::Failed { detail }) => format!(": {detail}"),

@@ -105,7 +105,9 @@ fn wait(looks: &Receiver<Look>, quit: &AtomicBool) -> anyhow::Result<News> {
         match looks.try_recv() {
             Ok(look) => return Ok(News::Look(look)),
             Err(TryRecvError::Empty) => {}
-            Err(TryRecvError::Disconnected) => anyhow::bail!("the thread that looks is gone"),
+            Err(TryRecvError::Disconnected) => {
+                anyhow::bail!("the thread that watches the VM is gone")
+            }
         }
         if !event::poll(KEY_PATIENCE).context("cannot read keys from the terminal")? {
             continue;
