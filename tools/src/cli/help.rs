@@ -63,7 +63,7 @@ fn grouped(command: &Command) -> StyledStr {
         help,
         "\n{header}common arguments and options{header:#}\n   \
          {literal}VM{literal:#}          the name of a running VM\n   \
-         {literal}SNAP{literal:#}        STORE@REF: an id or its first digits, a tag, or `latest`; `latest~2` is two snapshots before it\n   \
+         {literal}SNAP{literal:#}        STORE@REF: an id or its first digits, a tag, or `latest`; `latest~2` is two before it\n   \
          {literal}STORE{literal:#}       a folder; default: $FRAZIL_STORE, else ./frazil-store\n   \
          {literal}--json{literal:#}      print JSON: one object, or one per line\n   \
          {literal}--color{literal:#}     auto, always or never; $NO_COLOR is respected\n\n\

@@ -113,7 +113,7 @@ fn measure_size(bench: &mut Bench, frazil: &Path, ram_bytes: u64) -> anyhow::Res
     }
     // One fault per page takes half a minute for 1 GiB.
     if bench.wants("others") && ram_bytes <= GIB {
-        bench.say(&format!("{label}: the ways of other VMMs"));
+        bench.say(&format!("{label}: resuming as other VMMs do"));
         others::measure(bench, &seq, &shuffle)?;
     }
     Ok(())
