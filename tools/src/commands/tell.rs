@@ -66,7 +66,7 @@ impl Teller {
             // The VM has ended, so nobody misses the checkpoint.
             Err(_) if self.vm.ended().is_some() => {}
             Err(error) if error.is_cancelled() => {
-                self.complain("checkpoint cancelled", &error.to_string());
+                self.complain("checkpoint not taken", &error.to_string());
             }
             Err(error) => self.complain("checkpoint failed", &error.to_string()),
         }
