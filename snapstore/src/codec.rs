@@ -34,7 +34,7 @@ impl<'a> Decoder<'a> {
 
     pub fn bytes(&mut self, what: &'static str, len: usize) -> Decoded<&'a [u8]> {
         let (head, tail) = self.rest.split_at_checked(len).ok_or_else(|| {
-            Malformed::new(what, format!("{len} bytes"), format!("{} left", self.rest.len()))
+            Malformed::new(what, format!("{len} bytes"), format!("only {}", self.rest.len()))
         })?;
         self.rest = tail;
         Ok(head)

@@ -319,12 +319,12 @@ impl PageSource for Shared {
         if !self.bit(page) {
             let state = self.lock();
             let copy = state.copies.get(&page).ok_or_else(|| {
-                io::Error::other(format!("page {page} changed after the cut: no copy was made"))
+                io::Error::other(format!("page {page} changed after the cut and was not copied"))
             })?;
             buf.copy_from_slice(&copy[..]);
         }
         if self.broken.load(Ordering::Acquire) {
-            return Err(io::Error::other("the write-protection of memory failed"));
+            return Err(io::Error::other("write-protecting memory failed"));
         }
         Ok(())
     }
@@ -414,9 +414,9 @@ impl Shared {
         if self.broken.swap(true, Ordering::AcqRel) {
             return;
         }
-        tracing::error!(why, "copy-on-write ends");
+        tracing::error!(why, "copy-on-write stopped");
         if let Err(error) = self.watch.let_go() {
-            tracing::error!(%error, "those who wait to write may hang");
+            tracing::error!(%error, "threads waiting to write may hang");
         }
     }
 
@@ -427,14 +427,14 @@ impl Shared {
             Ok(())
         });
         if let Err(error) = served {
-            tracing::error!(%error, "faults cannot be answered");
+            tracing::error!(%error, "cannot answer faults");
         }
     }
 
     /// Answers a write fault at `address`.
     fn fault(&self, address: usize) {
         let Ok((_, page)) = self.watch.place(address) else {
-            return tracing::warn!(address, "a fault outside of registered memory");
+            return tracing::warn!(address, "fault outside registered memory");
         };
         let mut state = self.lock();
         if !self.bit(page) {

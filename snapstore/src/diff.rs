@@ -93,7 +93,7 @@ fn of_one_store(a: &Snapshot, b: &Snapshot) -> Result<()> {
         return Ok(());
     }
     Err(StoreError::Invalid(format!(
-        "snapshots of one store can be compared, {} and {} are two",
+        "expected two snapshots of the same store, found {} and {}",
         a.store().describe(),
         b.store().describe()
     )))

@@ -25,9 +25,9 @@ pub enum StoreError {
 
     /// The medium is full. The space that the failed transaction had used was freed again.
     #[error(
-        "no space left on the device while trying to {op} {file}; what was being written was \
-         dropped and its space given back, and all snapshots there were are still there: free some \
-         space (`frazil forget` and `frazil prune`, or another disk) and try again"
+        "no space left on the device: cannot {op} {file}; the unfinished write was discarded and \
+         its space released, and all existing snapshots are intact: free some space (`frazil \
+         forget`, then `frazil prune`) or use another disk, and try again"
     )]
     DiskFull {
         /// The attempted operation, as a verb.
@@ -38,8 +38,8 @@ pub enum StoreError {
 
     /// The directory holds no store.
     #[error(
-        "{path} is not a frazil store: expected {expected}, found {found}; name the directory \
-         given as --store when the VM ran, or let `frazil run --store DIR` create one"
+        "{path} is not a frazil store: expected {expected}, found {found}; pass the directory \
+         given as --store when the VM ran, or create one with `frazil run --store DIR`"
     )]
     NotAStore {
         /// The path that was opened.
@@ -52,8 +52,8 @@ pub enum StoreError {
 
     /// The store was written by a later format than this program reads.
     #[error(
-        "{file} has format version {found}, this frazil reads versions up to {expected}: use a \
-         newer frazil"
+        "{file} has format version {found}, but this frazil reads versions up to {expected}: use \
+         a newer frazil"
     )]
     UnsupportedVersion {
         /// The file whose header has that version.
@@ -84,9 +84,9 @@ pub enum StoreError {
 
     /// A file or record is not there.
     #[error(
-        "{file} lacks what was written at offset {offset}: {found}; if the snapshot was forgotten \
-         and pruned while it was being read, use another one, else the store is damaged: `frazil \
-         verify` says how far"
+        "{file} is missing the data written at offset {offset}: {found}; if the snapshot was \
+         forgotten and pruned while being read, use another one; otherwise the store is damaged: \
+         run `frazil verify` to see how badly"
     )]
     Missing {
         /// The file that should hold it, or that it was first written to.
@@ -109,7 +109,7 @@ pub enum StoreError {
     },
 
     /// More than one snapshot id starts with the prefix.
-    #[error("`{reference}` is ambiguous in {store}: it fits {matches}; give more digits")]
+    #[error("`{reference}` is ambiguous in {store}: it matches {matches}; give more digits")]
     AmbiguousRef {
         /// The prefix as given.
         reference: String,
@@ -121,8 +121,8 @@ pub enum StoreError {
 
     /// Another transaction is being written, here or in another process.
     #[error(
-        "{store} is being written by {holder}: one writer at a time; wait until its checkpoint \
-         is done, or stop that process"
+        "{store} is being written by {holder}, and allows one writer at a time: wait until its \
+         checkpoint is done, or stop that process"
     )]
     Busy {
         /// The store.
@@ -133,8 +133,8 @@ pub enum StoreError {
 
     /// An earlier I/O error left the writer unsure of the medium's state.
     #[error(
-        "{store} takes no more writes through this handle after an I/O error ({cause}): check \
-         the medium, then reopen the store"
+        "{store} accepts no more writes through this handle after an I/O error ({cause}): check \
+         the disk, then reopen the store"
     )]
     Latched {
         /// The store.
@@ -167,14 +167,14 @@ pub enum StoreError {
 /// Advice on damage in `file`.
 fn remedy(file: &str) -> &'static str {
     match file {
-        STORE_FILE => "put a copy of that file back: all else in the store may be whole",
+        STORE_FILE => "restore that file from a backup: the rest of the store may be intact",
         JOURNAL_FILE => {
-            "put a copy of that file back if there is one. What a crash cut short is cut off by the \
-             next checkpoint; to a journal that is damaged before its end nothing is written"
+            "restore that file from a backup if there is one. A record that a crash cut short is \
+             removed by the next checkpoint; a journal damaged before its end is never written to"
         }
         _ => {
-            "put a copy of that file back, or forget the snapshots that need it (`frazil verify` \
-             names them): the others go without it"
+            "restore that file from a backup, or forget the snapshots that need it (`frazil \
+             verify` names them): the others do not need it"
         }
     }
 }

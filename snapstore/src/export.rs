@@ -79,7 +79,7 @@ fn check(region: &RegionReader, end_page: u64) -> Result<(), ExportError> {
         return Ok(());
     }
     let (name, pages) = (region.name(), region.pages());
-    let short = format!("{end_page} pages are more than region `{name}` has, {pages} pages");
+    let short = format!("region `{name}` has only {pages} pages: cannot export {end_page}");
     Err(StoreError::Invalid(short).into())
 }
 

@@ -97,7 +97,7 @@ impl FrameView {
         StoreError::Corrupt {
             file: segment_name(self.block.segment),
             offset: u64::from(self.block.offset),
-            what: "frame: slots that are referred to".into(),
+            what: "frame: referenced slots".into(),
             expected: format!("slots {slot} to {}", u64::from(slot) + count),
             found: format!("{} pages, {:?}", self.frame.slots(), self.place.slots),
         }

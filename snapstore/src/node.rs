@@ -286,7 +286,7 @@ impl Node {
         if table_len > most / BlockRef::ENCODED_LEN as u64 || run_count > most / 3 {
             return Err(Malformed::new(
                 "counts",
-                format!("what fits {most} bytes"),
+                format!("no more than fit in {most} bytes"),
                 format!("{frame_count} frames, {delta_count} delta frames, {run_count} runs"),
             ));
         }
@@ -345,11 +345,15 @@ fn decode_locations(
         // 0 stands for zero pages, which the run says already.
         let Some(distance) = number.checked_sub(1) else { continue };
         let index = places.index(distance).ok_or_else(|| {
-            Malformed::new("frame of a run", format!("one of {table_len}"), number)
+            Malformed::new("frame of a run", format!("one of {table_len} frames"), number)
         })?;
         let slot = places.slot(index, decoder.u8("slot of a run")?, run.count);
         let slot = slot.ok_or_else(|| {
-            Malformed::new("slots of a run", format!("inside {MAX_FRAME_PAGES}"), run.count)
+            Malformed::new(
+                "slots of a run",
+                format!("to end within {MAX_FRAME_PAGES}"),
+                format!("a run of {}", run.count),
+            )
         })?;
         run.location = match frames.get(index) {
             Some(&frame) => Location::Frame { frame, slot },

@@ -202,7 +202,7 @@ fn decode_entries(
         let live = decoder.u64("live slots of an entry")?;
         let fits = live != 0 && usize::from(first) + live.count_ones() as usize <= MAX_FRAME_PAGES;
         if index > records.len() as u64 || !fits {
-            let expected = format!("a record below {} and slots in it", records.len());
+            let expected = format!("a record below {} and slots within it", records.len());
             let found = format!("record {}, slot {first}, {live:#x}", index - 1);
             return Err(Malformed::new("entry", expected, found));
         }

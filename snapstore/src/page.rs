@@ -25,7 +25,7 @@ impl PageSource for [Page] {
         let source = self.get(index).ok_or_else(|| {
             io::Error::new(
                 io::ErrorKind::UnexpectedEof,
-                format!("page {page} of a source of {} pages", self.len()),
+                format!("page {page} is beyond the source's {} pages", self.len()),
             )
         })?;
         buf.copy_from_slice(source);

@@ -69,7 +69,7 @@ impl PruneProgress {
 
     pub(crate) fn check(&self) -> Result<()> {
         if self.is_cancelled() {
-            return Err(StoreError::Cancelled("pruning stopped; nothing is lost".into()));
+            return Err(StoreError::Cancelled("pruning stopped; nothing was lost".into()));
         }
         Ok(())
     }
@@ -389,7 +389,7 @@ impl Store {
                     // Something in use is damaged, or an index cannot list it all: leave that file
                     // as it is, and go on with the others.
                     Err(repack::Failure { error, source: Some(index) }) => {
-                        tracing::warn!(%error, "a damaged file is left as it is");
+                        tracing::warn!(%error, "a file was left unchanged");
                         group.remove(index);
                         report.segments_skipped += 1;
                     }
@@ -497,7 +497,7 @@ impl Store {
             .rename(JOURNAL_NEW_FILE, JOURNAL_FILE)
             .and_then(|()| self.storage.sync_names(""));
         if let Err(error) = replaced {
-            self.writer_state().latched = Some(format!("the journal was being replaced: {error}"));
+            self.writer_state().latched = Some(format!("while replacing the journal: {error}"));
             return Err(StoreError::io("replace", JOURNAL_FILE, error));
         }
         let file = self.open_journal(false)?;

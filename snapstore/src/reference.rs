@@ -41,7 +41,7 @@ pub fn check_tag(name: &str) -> Result<()> {
     {
         return Err(StoreError::Invalid(format!(
             "`{name}` cannot be a tag: expected up to 255 letters, digits, `-`, `_`, `.` or `/`, \
-             not `{LATEST}` and not four or more hex digits alone (that is how ids look)"
+             but not `{LATEST}` and not just four or more hex digits (which look like an id)"
         )));
     }
     Ok(())

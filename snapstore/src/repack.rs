@@ -83,7 +83,7 @@ pub(crate) fn write_pack(
             // Only a single file can have so many blocks: groups are chosen to stay far below.
             None => Err(Failure {
                 error: StoreError::Invalid(format!(
-                    "what is in use cannot be listed in {}",
+                    "the index of {} cannot list all blocks in use",
                     pack_name(number)
                 )),
                 source: (sources.len() == 1).then_some(0),

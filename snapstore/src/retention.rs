@@ -119,7 +119,7 @@ impl FromStr for Policy {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        const EXPECTED: &str = "expected rules such as `last=10,hourly=24,within=2h`, of last, \
+        const EXPECTED: &str = "expected rules such as `last=10,hourly=24,within=2h`, using last, \
             minutely, hourly, daily, weekly, monthly, yearly and within";
         let mut policy = Self::default();
         for rule in text.split(',').map(str::trim) {
@@ -131,7 +131,7 @@ impl FromStr for Policy {
                 policy.within.replace(parse_within(value)?).is_some()
             } else if let Some(count) = policy.count_mut(name) {
                 let wrong =
-                    || format!("expected `{name}` to be a number from 1 on, found `{value}`");
+                    || format!("expected `{name}` to be a number of at least 1, found `{value}`");
                 let parsed = value.parse().ok().filter(|count| *count > 0).ok_or_else(wrong)?;
                 count.replace(parsed).is_some()
             } else {
@@ -155,14 +155,14 @@ pub fn parse_within(text: &str) -> Result<Duration, String> {
     };
     let span: Span = text.parse().map_err(|error: jiff::Error| wrong(error.to_string()))?;
     if span.get_months() != 0 || span.get_years() != 0 {
-        return Err(wrong("months and years differ in length, give days or weeks".into()));
+        return Err(wrong("months and years differ in length; give days or weeks".into()));
     }
     let length: SignedDuration = span
         .to_duration(SpanRelativeTo::days_are_24_hours())
         .map_err(|error| wrong(error.to_string()))?;
     match Duration::try_from(length) {
         Ok(length) if !length.is_zero() => Ok(length),
-        _ => Err(wrong("it must be more than no time at all".into())),
+        _ => Err(wrong("it must be longer than zero".into())),
     }
 }
 
@@ -462,15 +462,15 @@ mod tests {
             ("last", "expected rules such as"),
             ("last=3,", "expected rules such as"),
             ("secondly=3", "`secondly`"),
-            ("last=0", "from 1 on"),
-            ("last=-1", "from 1 on"),
-            ("last=99999999999", "from 1 on"),
-            ("daily=two", "`daily` to be a number from 1 on, found `two`"),
+            ("last=0", "at least 1"),
+            ("last=-1", "at least 1"),
+            ("last=99999999999", "at least 1"),
+            ("daily=two", "`daily` to be a number of at least 1, found `two`"),
             ("daily=2,daily=3", "`daily` twice"),
             ("within=2h,within=3h", "`within` twice"),
-            ("within=0s", "more than no time"),
-            ("within=-2h", "more than no time"),
-            ("within=2h ago", "more than no time"),
+            ("within=0s", "longer than zero"),
+            ("within=-2h", "longer than zero"),
+            ("within=2h ago", "longer than zero"),
             ("within=1mo", "months and years differ"),
             ("within=1y", "months and years differ"),
             ("within=soon", "expected a time such as"),

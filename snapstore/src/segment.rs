@@ -149,7 +149,7 @@ impl Segments {
         let block = layout.packs.get(&pack).ok_or_else(|| StoreError::Missing {
             file: pack_name(pack),
             offset: 0,
-            found: "the journal names no such pack".into(),
+            found: "the journal does not list this pack".into(),
         })?;
         if let Some(index) = self.indexes.get(pack, &block.hash) {
             return Ok(index);
@@ -189,7 +189,11 @@ impl Segments {
         let damaged = |malformed| place.damaged(kind.name(), malformed);
         let len = place.len as usize;
         if !(RECORD_HEADER_LEN..=RECORD_HEADER_LEN + MAX_BLOB_LEN).contains(&len) {
-            return Err(damaged(Malformed::new("length in the reference", "a record", len)));
+            return Err(damaged(Malformed::new(
+                "length in the reference",
+                "the length of a record",
+                len,
+            )));
         }
         let file = self.file(place.file)?;
         // Taken out of the thread-local while in use: `with` may read another record.
@@ -252,7 +256,7 @@ fn pruned(block: &BlockRef) -> StoreError {
     StoreError::Missing {
         file: segment_name(block.segment),
         offset: u64::from(block.offset),
-        found: "it was pruned away".into(),
+        found: "it was pruned".into(),
     }
 }
 

@@ -122,7 +122,7 @@ impl Snapshot {
 
 fn parse_manifest(json: &[u8]) -> Decoded<Manifest> {
     let manifest: Manifest = serde_json::from_slice(json)
-        .map_err(|error| Malformed::new("manifest", "JSON of a manifest", error))?;
+        .map_err(|error| Malformed::new("manifest", "a manifest in JSON", error))?;
     match manifest.regions.iter().find(|region| !(1..=MAX_REGION_PAGES).contains(&region.pages)) {
         Some(region) => Err(Malformed::new(
             "pages of a region",
@@ -206,10 +206,11 @@ impl RegionReader {
         let fits = first.checked_add(count).is_some_and(|end| end <= self.tree.pages);
         if !out.len().is_multiple_of(PAGE_SIZE) || !fits {
             return Err(StoreError::Invalid(format!(
-                "{} bytes from page {first} on are not whole pages of region `{}`, which has {}",
-                out.len(),
+                "expected whole pages within the {} pages of region `{}`, found {} bytes from page \
+                 {first}",
+                self.tree.pages,
                 self.name,
-                self.tree.pages
+                out.len()
             )));
         }
         let mut at = first;

@@ -399,7 +399,7 @@ impl Store {
         match self.storage.pin(&id.to_string()) {
             Ok(pin) => Some(Arc::from(pin)),
             Err(error) => {
-                tracing::warn!(%error, %id, "cannot pin a snapshot: it can be pruned while in use");
+                tracing::warn!(%error, %id, "cannot pin a snapshot: it may be pruned while in use");
                 None
             }
         }
@@ -409,7 +409,7 @@ impl Store {
         self.find(id).ok_or_else(|| StoreError::UnknownRef {
             reference: id.to_string(),
             store: self.describe(),
-            hint: "it is not published here, or was forgotten".into(),
+            hint: "it was never published here, or was forgotten".into(),
         })
     }
 

@@ -151,7 +151,7 @@ impl Transaction {
             && region.pages != pages
         {
             return Err(StoreError::Invalid(format!(
-                "region `{name}` has {} pages in the parent snapshot, {pages} now: regions keep their size",
+                "region `{name}`: expected {} pages, as in the parent snapshot, found {pages}",
                 region.pages
             )));
         }
@@ -241,7 +241,9 @@ impl Transaction {
     fn try_commit(&mut self, description: Description) -> Result<Committed> {
         self.progress.check()?;
         if self.failed {
-            return Err(StoreError::Invalid("a snapshot some of whose pages could not be written cannot be committed; start over".into()));
+            return Err(StoreError::Invalid(
+                "cannot commit a snapshot after a failed write: start over".into(),
+            ));
         }
         if let Some(tag) = &description.tag {
             crate::reference::check_tag(tag)?;
@@ -268,7 +270,7 @@ impl Transaction {
         // Snapshots with equal manifests would share an id; in practice, time or stats differ.
         if self.store.find(id).is_some() {
             return Err(StoreError::Invalid(format!(
-                "snapshot {} was published already",
+                "snapshot {} was already published",
                 id.short()
             )));
         }
@@ -378,7 +380,7 @@ impl Transaction {
     fn put_blob(&mut self, kind: RecordKind, json: &[u8], what: &str) -> Result<BlockRef> {
         if json.len() > MAX_BLOB_LEN {
             return Err(StoreError::Invalid(format!(
-                "{what} has {} bytes, at most {MAX_BLOB_LEN} can be stored",
+                "{what}: expected at most {MAX_BLOB_LEN} bytes, found {}",
                 json.len()
             )));
         }
@@ -417,7 +419,7 @@ impl Transaction {
         if let Err(error) = segments.roll_back(&self.store.segments) {
             // The next writer clears away what could not be taken back; it does not append to a
             // segment in doubt.
-            tracing::warn!(%error, "could not take back an unfinished transaction");
+            tracing::warn!(%error, "could not roll back an unfinished transaction");
             // Close the new segments: their numbers will be given to other files.
             self.store.segments.close();
             self.store.writer_state().abandon_tail = true;

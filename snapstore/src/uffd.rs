@@ -26,7 +26,7 @@ use crate::pager::{Mapping, PagerError};
 pub(crate) fn open(features: FeatureFlags) -> Result<Uffd, PagerError> {
     if let Some(device) = DEVICE.get() {
         return open_by_device(device, features).map_err(|errno| PagerError::Unavailable {
-            reason: format!("/dev/userfaultfd, which is open, gives none: {errno}"),
+            reason: format!("cannot create one through the open /dev/userfaultfd: {errno}"),
         });
     }
     let opened = UffdBuilder::new()
@@ -218,7 +218,7 @@ impl Watch {
         self.mappings.iter().try_for_each(|mapping| {
             self.uffd
                 .wake(mapping.address as *mut _, mapping.len_bytes)
-                .map_err(|error| uffd_error("wake", mapping.address, &error))
+                .map_err(|error| uffd_error("wake threads", mapping.address, &error))
         })
     }
 
@@ -284,7 +284,7 @@ impl Watch {
             let woken = self
                 .uffd
                 .wake(address, mapping.len_bytes)
-                .map_err(|error| uffd_error("wake", mapping.address, &error));
+                .map_err(|error| uffd_error("wake threads", mapping.address, &error));
             done = done.and(unregistered).and(woken);
         }
         done

@@ -135,7 +135,7 @@ fn torn_journal(store: &Store) -> Option<Damage> {
         what: "journal".into(),
         expected: "a whole record or the end".into(),
         found: format!(
-            "{torn} bytes that are none: an append cut short by a crash, or damage to the newest snapshot's record"
+            "{torn} bytes that are neither: an append cut short by a crash, or damage to the newest snapshot's record"
         ),
     };
     (torn > 0).then_some(Damage { error, snapshot: None })

@@ -64,15 +64,15 @@ impl WorkingSet {
             .split_last_chunk::<32>()
             .ok_or_else(|| wrong("a hash at the end", "a shorter file"))?;
         if Hash::of(body).0 != *hash {
-            return Err(wrong("what its hash says", "something else"));
+            return Err(wrong("contents that match the hash", "other contents"));
         }
         let list = body
             .strip_prefix(&head(id, region)[..])
-            .ok_or_else(|| wrong("version 1, of that snapshot", "another version or snapshot"))?;
+            .ok_or_else(|| wrong("version 1 for this snapshot", "another version or snapshot"))?;
         let mut decoder = Decoder::new(list);
         let count = decoder.varint("number of ranges")?;
         if count > (list.len() / 2).min(RANGES_MAX) as u64 {
-            return Err(Malformed::new("number of ranges", "as many as there are", count));
+            return Err(Malformed::new("number of ranges", "no more than the file holds", count));
         }
         let mut range = || {
             let (first, count) = (decoder.varint("first page")?, decoder.varint("pages")?);
@@ -109,7 +109,7 @@ impl Store {
         let mut bytes = vec![0; len];
         file.read_exact_at(&mut bytes, 0).ok()?;
         let decoded = WorkingSet::decode(&bytes, id, region);
-        decoded.inspect_err(|error| tracing::warn!(?error, %id, "a working set is ignored")).ok()
+        decoded.inspect_err(|error| tracing::warn!(?error, %id, "ignoring a working set")).ok()
     }
 
     /// Saves `set` as the working set of region `region` of snapshot `id`, replacing any earlier

@@ -128,7 +128,7 @@ fn a_full_disk_costs_a_checkpoint_and_no_more() {
     for _ in 0..3 {
         vm.wait_beyond(vm.turns() + 5000);
         let failed = host.frazil(&["checkpoint", "full"]);
-        failed.expect_code(1).expect_says(&["no space left", "are still there", "free some space"]);
+        failed.expect_code(1).expect_says(&["no space left", "are intact", "free some space"]);
         assert!(
             disk.free_bytes() >= free,
             "its space must come back: {} of {free}",

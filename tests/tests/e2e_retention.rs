@@ -417,7 +417,7 @@ fn forget_prune_and_diff_refuse_what_they_cannot_do() {
         (&["forget", &store, "--keep-last", "0"], &["--keep-last", "1.."]),
         (&["forget", &store, "--keep-daily", "many"], &["--keep-daily"]),
         (&["forget", &store, "--keep-within", "1mo"], &["months and years differ"]),
-        (&["forget", &store, "--keep-within", "0s"], &["more than no time"]),
+        (&["forget", &store, "--keep-within", "0s"], &["longer than zero"]),
         (&["prune", &store, "--max-unused", "5"], &["expected a share such as 5%"]),
         (&["prune", &store, "--max-unused=-5%"], &["expected a share such as 5%"]),
         (&["prune", &store, "--max-rewrite", "much"], &["expected a size"]),

@@ -184,9 +184,10 @@ impl Channel {
         match self.receive()? {
             Some((Message::Ready { replays }, _)) => Ok(replays),
             Some((Message::Failed { error }, _)) => Err(io::Error::other(error)),
-            Some((other, _)) => {
-                Err(io::Error::new(io::ErrorKind::InvalidData, format!("unexpected {other:?}")))
-            }
+            Some((other, _)) => Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("unexpected message {other:?}"),
+            )),
             None => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the pager has ended")),
         }
     }
@@ -198,9 +199,10 @@ impl Channel {
         match self.receive()? {
             Some((Message::Replayed, _)) => Ok(()),
             Some((Message::Failed { error }, _)) => Err(io::Error::other(error)),
-            Some((other, _)) => {
-                Err(io::Error::new(io::ErrorKind::InvalidData, format!("unexpected {other:?}")))
-            }
+            Some((other, _)) => Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("unexpected message {other:?}"),
+            )),
             None => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the pager has ended")),
         }
     }

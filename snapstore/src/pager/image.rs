@@ -473,7 +473,8 @@ fn check_extents(
     extents: &[Extent],
 ) -> Result<usize, PagerError> {
     let memory_error = |op| move |source| PagerError::Memory { op, source };
-    let memory_len = memory.metadata().map_err(memory_error("look at the memory file"))?.len();
+    let memory_len =
+        memory.metadata().map_err(memory_error("read the size of the memory file"))?.len();
     for (index, extent) in extents.iter().enumerate() {
         let whole = extent.pages.is_multiple_of(CHUNK_PAGES)
             && extent.first_page.is_multiple_of(CHUNK_PAGES)
@@ -487,9 +488,9 @@ fn check_extents(
                 region: region.name().to_owned(),
                 page: extent.first_page,
                 source: StoreError::Invalid(format!(
-                    "a mapping must be whole chunks of {CHUNK_BYTES} bytes inside the region's {} \
-                     pages and the memory file's {memory_len} bytes, and overlap no other, found \
-                     {extent:?}",
+                    "expected a mapping of whole {CHUNK_BYTES}-byte chunks, within the region's {} \
+                     pages and the memory file's {memory_len} bytes and overlapping no other, \
+                     found {extent:?}",
                     region.pages()
                 )),
             });

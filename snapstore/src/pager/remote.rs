@@ -85,12 +85,13 @@ fn start_for(
 ) -> Result<Pager, PagerError> {
     let Message::Serve { version, store, snapshot, region, extents, mappings, options } = message
     else {
-        return Err(invalid("expected something to serve"));
+        return Err(invalid("expected a region to serve"));
     };
-    let ([memory, filled, uffd, counters], VERSION) =
-        (<[OwnedFd; 4]>::try_from(fds).map_err(|_| invalid("expected four files"))?, version)
-    else {
-        return Err(invalid("expected a message of this version of frazil"));
+    let ([memory, filled, uffd, counters], VERSION) = (
+        <[OwnedFd; 4]>::try_from(fds).map_err(|_| invalid("expected four file descriptors"))?,
+        version,
+    ) else {
+        return Err(invalid("expected a message from this version of frazil"));
     };
     let of = |source| PagerError::Store { region: region.clone(), page: 0, source };
     let store = Store::open(&store, StoreOptions::default()).map_err(of)?;
@@ -187,7 +188,7 @@ impl ImageServer {
         let [memory, filled] = &self.offered;
         channel.send(&offer, &[memory.as_fd(), filled.as_fd()]).map_err(remote_error)?;
         if !channel.wait(READY_PATIENCE).map_err(remote_error)? {
-            return Err(invalid("a user does not sit down"));
+            return Err(invalid("a connected user does not send its mappings"));
         }
         let Some((message, fds)) = channel.receive().map_err(remote_error)? else { return Ok(()) };
         let seated = self.seat(message, fds, on_failure(&channel));
@@ -218,10 +219,10 @@ impl ImageServer {
         on_failure: OnFailure,
     ) -> Result<Pager, PagerError> {
         let Message::Sit { mappings } = message else {
-            return Err(invalid("expected a seat"));
+            return Err(invalid("expected a user's mappings"));
         };
         let [uffd, counters] =
-            <[OwnedFd; 2]>::try_from(fds).map_err(|_| invalid("expected two files"))?;
+            <[OwnedFd; 2]>::try_from(fds).map_err(|_| invalid("expected two file descriptors"))?;
         let seat = Seat::of(uffd, &mappings, File::from(counters))?;
         Pager::attend(Arc::clone(&self.image), seat, self.options, on_failure)
     }
@@ -272,22 +273,22 @@ impl Offer {
     pub fn receive(socket: OwnedFd, region: &RegionReader) -> Result<Self, PagerError> {
         let channel = Channel::new(socket);
         if !channel.wait(READY_PATIENCE).map_err(remote_error)? {
-            return Err(invalid("the server of shared memory does not answer"));
+            return Err(invalid("the shared-memory server does not answer"));
         }
         let Some(received) = channel.receive().map_err(remote_error)? else {
             let kind = io::ErrorKind::UnexpectedEof;
-            let ended = io::Error::new(kind, "the server of shared memory has ended");
+            let ended = io::Error::new(kind, "the shared-memory server has ended");
             return Err(remote_error(ended));
         };
         let (Message::Offer { version: VERSION, snapshot, region: name, extents }, fds) = received
         else {
-            return Err(invalid("the server of shared memory is of another version of frazil"));
+            return Err(invalid("the shared-memory server runs another version of frazil"));
         };
         if (snapshot, name.as_str()) != (region.snapshot(), region.name()) {
-            return Err(invalid("the server of shared memory has another snapshot"));
+            return Err(invalid("the shared-memory server serves another snapshot"));
         }
         let [memory, filled] =
-            <[OwnedFd; 2]>::try_from(fds).map_err(|_| invalid("expected two files"))?;
+            <[OwnedFd; 2]>::try_from(fds).map_err(|_| invalid("expected two file descriptors"))?;
         let (memory, filled) = (File::from(memory), File::from(filled));
         Ok(Self { channel, memory, filled, extents })
     }
@@ -492,7 +493,7 @@ impl Remote {
 
     fn start_and_send(&self) -> Result<(Channel, bool), PagerError> {
         let Some((start, store)) = &self.start else {
-            return Err(invalid("there is no other pager"));
+            return Err(invalid("no other pager can be started"));
         };
         let (channel, theirs) = Channel::pair().map_err(remote_error)?;
         *self.lock_process() = Some(start(theirs).map_err(remote_error)?);
@@ -578,12 +579,12 @@ impl Remote {
     }
 
     fn fail(&self, error: PagerError) {
-        tracing::error!(%error, "the pager stops");
+        tracing::error!(%error, "the pager failed");
         let error = Arc::new(error);
         let _first = self.failure.set(Arc::clone(&error));
         (self.on_failure)(&error);
         if let Err(error) = self.seat.let_go() {
-            tracing::error!(%error, "those who wait for a page may hang");
+            tracing::error!(%error, "threads waiting for a page may hang");
         }
     }
 }

@@ -83,6 +83,6 @@ fn check(file: &File, count: usize) -> io::Result<usize> {
     }
     Err(io::Error::new(
         io::ErrorKind::InvalidData,
-        format!("expected {count} words of shared memory of fixed length"),
+        format!("expected fixed-length shared memory of {count} words"),
     ))
 }

@@ -47,7 +47,7 @@ impl Seat {
         let mode = RegisterMode::MISSING | RegisterMode::MINOR;
         let watch = Watch::new(features(), mode, mappings)?;
         let words = SharedWords::new("frazil-counters", COUNTER_WORDS)
-            .map_err(|source| PagerError::Memory { op: "make shared memory", source })?;
+            .map_err(|source| PagerError::Memory { op: "create shared memory", source })?;
         Ok(Self { watch, counters: Counters(words), foreign: false })
     }
 
@@ -57,7 +57,7 @@ impl Seat {
     /// [`PagerError::Memory`] if `counters` is not a file of counters.
     pub fn of(uffd: OwnedFd, mappings: &[Mapping], counters: File) -> Result<Self, PagerError> {
         let words = SharedWords::of(counters, COUNTER_WORDS)
-            .map_err(|source| PagerError::Memory { op: "use the memory it shares", source })?;
+            .map_err(|source| PagerError::Memory { op: "use the shared counters", source })?;
         let watch = Watch::of(uffd, mappings)?;
         Ok(Self { watch, counters: Counters(words), foreign: true })
     }
@@ -140,7 +140,7 @@ impl User {
                 region: image.region().name().to_owned(),
                 page: mapping.first_page,
                 source: StoreError::Invalid(format!(
-                    "a mapping must be part of the image, found {mapping:?}"
+                    "expected a mapping that is part of the image, found {mapping:?}"
                 )),
             });
         }
@@ -173,7 +173,7 @@ impl User {
 
     pub fn fail(&self, error: &Arc<PagerError>) {
         if self.failure.set(Arc::clone(error)).is_ok() {
-            tracing::error!(%error, "the pager stops");
+            tracing::error!(%error, "the pager failed");
             (self.on_failure)(error);
             // Threads waiting for a page would wait for ever. `on_failure` has stopped the user,
             // so nothing computed from the zero pages they find now is kept. A user in another
@@ -181,7 +181,7 @@ impl User {
             if !self.seat.foreign
                 && let Err(error) = self.let_go()
             {
-                tracing::error!(%error, "those who wait for a page may hang");
+                tracing::error!(%error, "threads waiting for a page may hang");
             }
         }
         self.stop();
@@ -245,7 +245,7 @@ impl User {
                 region.store().save_working_set(region.snapshot(), region.name(), &set)
         {
             // The next resume records again.
-            tracing::info!(%error, "the working set is not kept");
+            tracing::info!(%error, "the working set was not saved");
         }
         if !self.seat.watch.stopped()
             && let Err(error) = self.begin_to_fill()
@@ -494,7 +494,7 @@ impl User {
             .watch
             .uffd
             .wake(address as *mut _, count as usize * PAGE_SIZE)
-            .map_err(|error| uffd_error("wake", address, &error))
+            .map_err(|error| uffd_error("wake threads", address, &error))
     }
 }
 
