@@ -31,7 +31,7 @@ impl Progress {
     pub(crate) fn check(&self) -> Result<()> {
         if self.is_cancelled() {
             return Err(StoreError::Cancelled(
-                "the checkpoint was cancelled; nothing was published".into(),
+                "the checkpoint stopped; nothing was published".into(),
             ));
         }
         Ok(())
