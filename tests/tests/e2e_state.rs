@@ -190,8 +190,8 @@ fn forgeries() -> Vec<(&'static str, &'static str, Value, &'static str)> {
         ("vcpu1", "/sregs/efer", "0x0".into(), "segment registers"),
         ("vcpu1", "/debug_regs/dr7", ones.into(), "debug registers"),
         ("vcpu1", "/events/flags", u32::MAX.into(), "events"),
-        ("vcpu1", "/mp_state", 77.into(), "a state of a processor"),
-        ("vcpu1", "/msrs/0/index", "0x100000010".into(), "MSRs, of 32 bits"),
+        ("vcpu1", "/mp_state", 77.into(), "a valid MP state"),
+        ("vcpu1", "/msrs/0/index", "0x100000010".into(), "32-bit MSR number"),
         ("vcpu1", "/msrs/0/index", "0xdead".into(), "MSR 0xdead"),
         ("vcpu1", "/msrs", json!(vec![json!({"index": "0x10", "value": "0x0"}); 1000]), "MSRs"),
     ]
@@ -238,9 +238,9 @@ fn lists_of_devices_that_no_machine_had_are_refused() {
         .collect();
     assert_eq!(names, ["block0", "block1", "net0", "rng", "balloon", "vsock"]);
     for (slot, place, value, says) in [
-        (1, "/device/disk", json!(0), "a disk, of its own"),
+        (1, "/device/disk", json!(0), "its own name and disk"),
         (1, "/device/disk", json!(7), "one of the machine's 2 disks"),
-        (1, "/name", json!("block0"), "of its own"),
+        (1, "/name", json!("block0"), "its own name"),
         (1, "/name", json!("a b"), "printable"),
         (1, "/gsi", json!(16), "an interrupt of its own"),
         (1, "/gsi", json!(4), "an interrupt of its own"),

@@ -262,7 +262,7 @@ impl Vm {
         if last.as_ref().is_none_or(|point| point.id() != id) {
             *last = Some(self.point_at(id)?);
         }
-        let point = last.as_mut().ok_or_else(|| VmmError::NotNow("no point to go to".into()))?;
+        let point = last.as_mut().ok_or_else(|| VmmError::NotNow("no rewind point".into()))?;
         self.rewind(point)
     }
 
@@ -311,8 +311,8 @@ fn other_machine(
     theirs: impl std::fmt::Display,
 ) -> VmmError {
     VmmError::Config(format!(
-        "snapshot {} is of another machine than VM `{}`: {what}: expected {ours}, found {theirs}; \
-         resume it instead",
+        "snapshot {} belongs to another machine, not to VM `{}`: {what}: expected {ours}, found \
+         {theirs}; resume it instead",
         id.short(),
         vm.name()
     ))
@@ -424,7 +424,7 @@ impl<'a> Rewind<'a> {
         let torn = EndsTorn(self.vm);
         if let Err(error) = self.change(&at_rest) {
             let detail = format!(
-                "it was being taken back to snapshot {}, and its memory is neither old nor new: {error}",
+                "a rewind to snapshot {} failed and left its memory half changed: {error}",
                 self.point.id().short()
             );
             self.vm.vcpus.end(Ended::Failed { detail: detail.clone() });
@@ -523,7 +523,7 @@ struct EndsTorn<'a>(&'a Vm);
 impl Drop for EndsTorn<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let detail = "a rewind panicked: memory is neither old nor new".into();
+            let detail = "a rewind panicked and left memory half changed".into();
             self.0.vcpus.end(Ended::Failed { detail });
         }
     }

@@ -52,7 +52,7 @@ impl MmioBus {
         if let Some((other, window)) = before
             && other + window.len > base
         {
-            return Err(refused(&format!("there is another at {other:#x}")));
+            return Err(refused(&format!("it overlaps the one at {other:#x}")));
         }
         self.windows.insert(base, Window { len, device });
         Ok(())

@@ -108,7 +108,7 @@ impl SavedPlatform {
         if inputs != found {
             return Err(VmmError::State {
                 chunk: IRQCHIP.into(),
-                expected: format!("an IOAPIC of {inputs} inputs"),
+                expected: format!("an IOAPIC with {inputs} inputs"),
                 found: found.to_string(),
             });
         }
@@ -146,7 +146,7 @@ pub fn restore(vm: &VmFd, saved: SavedPlatform, later: Duration) -> Result<()> {
     let refuses = |chunk: &'static str| {
         move |error: kvm_ioctls::Error| VmmError::State {
             chunk: chunk.into(),
-            expected: "a state that this KVM takes".into(),
+            expected: "a state that this KVM accepts".into(),
             found: format!("one that it refuses: {error}"),
         }
     };

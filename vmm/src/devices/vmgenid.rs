@@ -200,7 +200,7 @@ impl SavedVmGenId {
         if self.gsi < GSIS_END && is_free(self.gsi) {
             return Ok(self.gsi);
         }
-        let expected = format!("an input of the IOAPIC below {GSIS_END} that no other device has");
+        let expected = format!("a free IOAPIC input below {GSIS_END}");
         Err(refuse(&expected, self.gsi.to_string()))
     }
 
@@ -208,7 +208,7 @@ impl SavedVmGenId {
         let Self { address: Reg(address), gsi, id: HexBytes(id) } = self;
         let found = || format!("{} bytes", id.len());
         let id =
-            id.as_slice().try_into().map_err(|_| refuse("a generation of 16 bytes", found()))?;
+            id.as_slice().try_into().map_err(|_| refuse("a generation id of 16 bytes", found()))?;
         if !address.is_multiple_of(8) {
             return Err(refuse("an address that is a multiple of 8", format!("{address:#x}")));
         }

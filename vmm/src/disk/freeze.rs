@@ -95,7 +95,7 @@ impl FrozenDisk {
     pub(super) fn new(disk: &Arc<Disk>, pages: Arc<PageSet>) -> Result<Self> {
         if !disk.contents.freeze_mut().start(&pages) {
             return Err(VmmError::NotNow(format!(
-                "{}: a checkpoint before this one is not done with its pages",
+                "{}: an earlier checkpoint is not done with its pages",
                 disk.name()
             )));
         }

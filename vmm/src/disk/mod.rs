@@ -132,7 +132,7 @@ impl Disk {
         let base = BaseFile::open(file)?;
         if base.len_bytes != saved.len_bytes() {
             return Err(VmmError::Config(format!(
-                "disk {}: expected {} bytes, as long as `{}` is, which it is to be, found {}",
+                "disk {}: expected {} bytes, the length of the machine's `{}`, found {}",
                 file.display(),
                 saved.len_bytes(),
                 saved.region,

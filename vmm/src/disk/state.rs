@@ -58,7 +58,7 @@ impl SavedDisk {
         if self.serial.len() > SERIAL_LEN_MAX || !self.serial.bytes().all(printable) {
             return Err(Wrong {
                 expected: format!(
-                    "a serial number of at most {SERIAL_LEN_MAX} ASCII characters that can be printed"
+                    "a serial number of at most {SERIAL_LEN_MAX} printable ASCII characters"
                 ),
                 found: format!("{:?}", self.serial),
             });

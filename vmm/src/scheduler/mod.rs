@@ -89,8 +89,8 @@ impl Schedule {
         for time in [interval, self.quiet].into_iter().flatten() {
             if time.is_zero() || time > TIME_MAX {
                 return Err(VmmError::Config(format!(
-                    "checkpoint schedule: expected times of more than none and at most a hundred \
-                     years, found {time:?}"
+                    "checkpoint schedule: expected times above zero and at most a hundred years, \
+                     found {time:?}"
                 )));
             }
         }

@@ -287,7 +287,9 @@ impl VcpuSet {
     /// machine ended.
     pub fn take_captured(&self, captured: &mut Vec<CapturedVcpu>) -> Result<()> {
         if !self.gate.wait_parked(STOP_PATIENCE) || self.gate.ended().is_some() {
-            return Err(VmmError::NotNow("the vCPUs ended while they were read".into()));
+            return Err(VmmError::NotNow(
+                "the vCPUs ended while their state was being read".into(),
+            ));
         }
         let nothing = || VmmError::NotNow("a vCPU's state was not captured".into());
         self.threads.iter().try_for_each(|thread| {
@@ -323,9 +325,9 @@ impl VcpuSet {
         // No kick: the threads wait in the gate, and a signal would only get in KVM's way.
         self.gate.set_goal(Goal::Park { task: Task::Restore });
         if !self.gate.wait_parked(STOP_PATIENCE) || self.gate.ended().is_some() {
-            return Err(VmmError::NotNow("the vCPUs ended while they were given a state".into()));
+            return Err(VmmError::NotNow("the vCPUs ended while their state was being set".into()));
         }
-        let nothing = || VmmError::NotNow("a vCPU was not given its state".into());
+        let nothing = || VmmError::NotNow("a vCPU's state was not set".into());
         self.threads
             .iter()
             .try_for_each(|thread| lock(&thread.restoring).done.take().ok_or_else(nothing)?)
@@ -564,7 +566,7 @@ impl RunningVcpu {
         match self.rings.as_ref().map(|rings| rings.relieve()) {
             Some(Ok(())) => Turn::Again,
             Some(Err(error)) => Turn::End(self.failed(&error.to_string())),
-            None => Turn::End(self.failed("a dirty ring is full, and there is none")),
+            None => Turn::End(self.failed("KVM reports a full dirty ring, but none is in use")),
         }
     }
 
@@ -587,7 +589,7 @@ impl RunningVcpu {
     fn place(&self) -> String {
         match self.fd.get_regs() {
             Ok(regs) => format!("at rip {:#x}, rsp {:#x}", regs.rip, regs.rsp),
-            Err(error) => format!("at an unknown place ({error})"),
+            Err(error) => format!("at an unknown address ({error})"),
         }
     }
 }

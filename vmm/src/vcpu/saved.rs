@@ -302,7 +302,7 @@ impl SavedXcr {
         let mut xcrs = kvm_xcrs::default();
         if saved.len() > xcrs.xcrs.len() {
             return Err(format!(
-                "{} extended control registers, KVM keeps {}",
+                "{} of them, more than the {} that KVM takes",
                 saved.len(),
                 xcrs.xcrs.len()
             ));

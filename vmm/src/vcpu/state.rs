@@ -100,7 +100,7 @@ impl StateReader {
     /// still.
     pub(super) fn room(&self) -> Result<Box<RawVcpu>> {
         let xsave = Xsave::new(self.xsave_extra_words).map_err(|error| {
-            VmmError::Config(format!("cannot make room for the XSAVE area: {error:?}"))
+            VmmError::Config(format!("cannot allocate the XSAVE area: {error:?}"))
         })?;
         Ok(Box::new(RawVcpu {
             mp_state: kvm_mp_state::default(),
@@ -149,8 +149,8 @@ impl StateReader {
             let index = msrs.as_slice()[read].index;
             return Err(VmmError::State {
                 chunk: "vcpu".into(),
-                expected: format!("MSR {index:#x}, which could be read before"),
-                found: "KVM refuses to read it".into(),
+                expected: format!("MSR {index:#x} to be readable, as before"),
+                found: "that KVM refuses to read it".into(),
             });
         }
         // Only this VMM changes the frequency, and only before the vCPU starts.
@@ -193,7 +193,7 @@ impl StateReader {
         }
         Err(VmmError::State {
             chunk: chunk.to_owned(),
-            expected: "the CPUID that this vCPU runs with, which cannot change any more".into(),
+            expected: "the CPUID that this vCPU runs with, which can no longer change".into(),
             found: "another: resume the snapshot instead".into(),
         })
     }
@@ -252,7 +252,7 @@ pub(super) fn restore_cpuid(chunk: &str, saved: &[SavedCpuid]) -> Result<CpuId> 
 fn too_many(chunk: &str, what: &str, found: usize) -> VmmError {
     VmmError::State {
         chunk: chunk.to_owned(),
-        expected: format!("as many {what} as KVM takes"),
+        expected: format!("no more {what} than KVM takes"),
         found: found.to_string(),
     }
 }
@@ -270,7 +270,7 @@ fn restore(vcpu: &VcpuFd, chunk: &str, saved: &SavedVcpu, extra_words: usize) ->
         found,
     };
     let refuses = |what: &'static str| {
-        move |error: kvm_ioctls::Error| wrong(what, format!("KVM refuses: {error}"))
+        move |error: kvm_ioctls::Error| wrong(what, format!("values that KVM refuses: {error}"))
     };
     let host_khz = vcpu.get_tsc_khz().unwrap_or(0);
     if saved.tsc_khz != 0 && saved.tsc_khz != host_khz {
@@ -279,15 +279,14 @@ fn restore(vcpu: &VcpuFd, chunk: &str, saved: &SavedVcpu, extra_words: usize) ->
             tracing::warn!(saved = saved.tsc_khz, host_khz, %error, "the guest's TSC will run at another rate");
         }
     }
-    vcpu.set_sregs(&(&saved.sregs).into()).map_err(refuses("segment registers of a processor"))?;
-    vcpu.set_regs(&(&saved.regs).into()).map_err(refuses("registers of a processor"))?;
+    vcpu.set_sregs(&(&saved.sregs).into()).map_err(refuses("valid segment registers"))?;
+    vcpu.set_regs(&(&saved.regs).into()).map_err(refuses("valid registers"))?;
     restore_xsave(vcpu, &saved.xsave, extra_words)
-        .map_err(|found| wrong("an XSAVE area this host can take", found))?;
+        .map_err(|found| wrong("an XSAVE area that this host accepts", found))?;
     let xcrs = SavedXcr::restore(&saved.xcrs)
         .map_err(|found| wrong("extended control registers", found))?;
-    vcpu.set_xcrs(&xcrs).map_err(refuses("extended control registers that this host takes"))?;
-    vcpu.set_debug_regs(&(&saved.debug_regs).into())
-        .map_err(refuses("debug registers of a processor"))?;
+    vcpu.set_xcrs(&xcrs).map_err(refuses("valid extended control registers"))?;
+    vcpu.set_debug_regs(&(&saved.debug_regs).into()).map_err(refuses("valid debug registers"))?;
     let mut lapic = kvm_lapic_state::default();
     if saved.lapic.0.len() != lapic.regs.len() {
         return Err(wrong(
@@ -296,13 +295,12 @@ fn restore(vcpu: &VcpuFd, chunk: &str, saved: &SavedVcpu, extra_words: usize) ->
         ));
     }
     lapic.regs.iter_mut().zip(&saved.lapic.0).for_each(|(slot, byte)| *slot = *byte as _);
-    vcpu.set_lapic(&lapic).map_err(refuses("the registers of a local APIC"))?;
+    vcpu.set_lapic(&lapic).map_err(refuses("valid local APIC registers"))?;
     restore_msrs(vcpu, chunk, &saved.msrs)?;
-    vcpu.set_vcpu_events(&(&saved.events).into())
-        .map_err(refuses("events that a processor can have pending"))?;
+    vcpu.set_vcpu_events(&(&saved.events).into()).map_err(refuses("valid pending events"))?;
     let mp_state = mp_state(saved.mp_state)
-        .ok_or_else(|| wrong("a state of a processor", saved.mp_state.to_string()))?;
-    vcpu.set_mp_state(mp_state).map_err(refuses("a state of a processor"))
+        .ok_or_else(|| wrong("a valid MP state", saved.mp_state.to_string()))?;
+    vcpu.set_mp_state(mp_state).map_err(refuses("a valid MP state"))
 }
 
 /// Restores the XSAVE area. `extra_words` is how much longer this VM's area is than the fixed part:
@@ -311,7 +309,7 @@ fn restore_xsave(vcpu: &VcpuFd, saved: &HexBytes, extra_words: usize) -> Result<
     let (words, rest) = saved.0.as_chunks::<4>();
     let most = XSAVE_LEN + extra_words * 4;
     if !rest.is_empty() || saved.0.len() < XSAVE_LEN || saved.0.len() > most {
-        return Err(format!("{} bytes, this host takes {XSAVE_LEN} to {most}", saved.0.len()));
+        return Err(format!("{} bytes, where it takes {XSAVE_LEN} to {most}", saved.0.len()));
     }
     let mut words: Vec<u32> = words.iter().map(|word| u32::from_le_bytes(*word)).collect();
     // A shorter area has fewer features in use; the rest are in their initial state, zero.
@@ -340,7 +338,7 @@ fn restore_msrs(vcpu: &VcpuFd, chunk: &str, saved: &[SavedMsr]) -> Result<()> {
     let entry = |msr: &SavedMsr| {
         let index = u32::try_from(msr.index.0).map_err(|_| VmmError::State {
             chunk: chunk.to_owned(),
-            expected: "numbers of MSRs, of 32 bits".into(),
+            expected: "a 32-bit MSR number".into(),
             found: format!("{:#x}", msr.index.0),
         })?;
         Ok(kvm_msr_entry { index, data: msr.value.0, ..Default::default() })
@@ -365,7 +363,7 @@ fn restore_msrs(vcpu: &VcpuFd, chunk: &str, saved: &[SavedMsr]) -> Result<()> {
                 chunk: chunk.to_owned(),
                 expected: format!("MSR {:#x} to take {:#x}", refused.index, refused.data),
                 found: format!(
-                    "KVM refuses, it holds {value:#x}: this host's KVM or processor differs"
+                    "that KVM refuses (it holds {value:#x}): this host's KVM or processor differs"
                 ),
             });
         }

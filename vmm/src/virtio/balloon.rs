@@ -170,7 +170,7 @@ impl Parts {
         while at < end && !self.gate.is_wanted() && !link.is_awaited() {
             let len = PIECE_BYTES.min(end - at);
             if let Err(error) = self.free.free(GuestAddress(at), len) {
-                tracing::debug!(%error, "free pages are kept");
+                tracing::debug!(%error, "cannot release the guest's free pages");
             }
             at += len;
         }

@@ -94,7 +94,7 @@ impl SavedSlot {
 pub(crate) fn lay_out(devices: Vec<(String, SlotDevice)>) -> Result<Vec<SavedSlot>> {
     if devices.len() > GSIS.len() {
         return Err(VmmError::Config(format!(
-            "disks, network cards and other virtio devices: expected at most {} together, found {}",
+            "disks, network cards and other virtio devices: expected at most {} in all, found {}",
             GSIS.len(),
             devices.len()
         )));
@@ -234,7 +234,7 @@ fn check(slots: &[SavedSlot]) -> Result<()> {
         };
         let printable = slot.name.bytes().all(|byte| byte.is_ascii_graphic());
         if !printable || slot.name.is_empty() || slot.name.len() > NAME_LEN_MAX {
-            let expected = format!("a device's name of 1 to {NAME_LEN_MAX} printable characters");
+            let expected = format!("a device name of 1 to {NAME_LEN_MAX} printable characters");
             return wrong(expected, format!("{:?}", slot.name));
         }
         let taken = |other: &SavedSlot| other.gsi == slot.gsi;
@@ -250,7 +250,7 @@ fn check(slots: &[SavedSlot]) -> Result<()> {
             || slots[..index].iter().any(taken)
         {
             let expected = format!(
-                "{WINDOW_BYTES:#x} bytes of its own from {HOLE_START:#x} to {DEVICES_END:#x}"
+                "an address with {WINDOW_BYTES:#x} bytes of its own from {HOLE_START:#x} to {DEVICES_END:#x}"
             );
             return wrong(expected, format!("{base:#x}"));
         }
@@ -260,8 +260,8 @@ fn check(slots: &[SavedSlot]) -> Result<()> {
             same_disk || other.name == slot.name
         };
         if let Some(other) = slots[..index].iter().find(|other| taken(other)) {
-            let expected = "a device with a name, and a disk, of its own".to_owned();
-            return wrong(expected, format!("those of {} as well", other.name));
+            let expected = "a device with its own name and disk".to_owned();
+            return wrong(expected, format!("those of {}", other.name));
         }
         if let SlotDevice::Vsock { cid, .. } = slot.device
             && !vsock::is_guest_cid(cid)

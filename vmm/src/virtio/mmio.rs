@@ -441,7 +441,7 @@ impl VirtioMmio {
         let settled = status & FEATURES_OK != 0;
         if settled && (features & !self.offered() != 0 || features & bit(VIRTIO_F_VERSION_1) == 0) {
             let expected = format!(
-                "features among {:#x}, {:#x} with them",
+                "features among {:#x}, including {:#x}",
                 self.offered(),
                 bit(VIRTIO_F_VERSION_1)
             );

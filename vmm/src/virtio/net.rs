@@ -193,7 +193,7 @@ impl Card {
     /// The thread's main loop: waits for the doorbell and, while the driver has room, for frames.
     fn run(&self, link: &Link, doorbell: &EventFd, ending: &Ending) {
         if let Err(error) = self.move_frames(link, doorbell, ending) {
-            tracing::error!(device = link.name(), %error, "a network card stands still");
+            tracing::error!(device = link.name(), %error, "a network card stopped working");
         }
     }
 
@@ -263,7 +263,7 @@ impl Card {
                 Err(error) => {
                     queue.put_back();
                     if error.kind() != io::ErrorKind::WouldBlock {
-                        tracing::debug!(%error, "the tap gives no frame");
+                        tracing::debug!(%error, "cannot read a frame from the tap");
                     }
                     return Ok(Moved::NoFrame);
                 }

@@ -95,7 +95,7 @@ impl Vsock {
             let table = Mutex::new(Table::new(cid, sockets, Arc::clone(&epoll))?);
             Ok(Arc::new(Parts { gate: WorkGate::default(), epoll, table }))
         };
-        let parts = listen().map_err(VmmError::host("listen to sockets"))?;
+        let parts = listen().map_err(VmmError::host("watch sockets"))?;
         let doorbell = doorbell(EFD_NONBLOCK)?;
         Ok(Self { parts, cid, doorbell, in_place: None, worker: OnceLock::new() })
     }
@@ -152,7 +152,7 @@ impl Parts {
     /// The thread's main loop: waits for the doorbell and for sockets.
     fn run(&self, link: &Link, doorbell: &EventFd, ending: &Ending) {
         if let Err(error) = self.move_packets(link, doorbell, ending) {
-            tracing::error!(device = link.name(), %error, "a socket device stands still");
+            tracing::error!(device = link.name(), %error, "a socket device stopped working");
         }
     }
 

@@ -85,7 +85,7 @@ pub(super) fn serve_when_rung(
             Ok(_rings) => {}
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
             Err(error) => {
-                tracing::error!(device, %error, "a virtio device does not hear its doorbell");
+                tracing::error!(device, %error, "a virtio device can no longer be notified");
                 return;
             }
         }

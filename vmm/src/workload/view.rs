@@ -46,7 +46,7 @@ pub enum ControlError {
     /// There is no header: this is another guest, or it has not written the header yet.
     #[error(
         "expected the built-in workload's header at {CONTROL_GPA:#x} (first word {MAGIC:#x}), found {found:#x}; \
-         this memory is of another guest, or of one that had not started yet"
+         the memory is another guest's, or its guest had not started yet"
     )]
     NoWorkload {
         /// The first word.
@@ -249,7 +249,7 @@ impl Page {
         let text = &self.bytes[offset_of!(Header, spec)..][..to_usize(bytes)];
         let text = String::from_utf8_lossy(text);
         text.parse().map_err(|error| {
-            self.bad_field("spec", format!("a specification ({error})"), text.to_string())
+            self.bad_field("spec", format!("a valid specification ({error})"), text.to_string())
         })
     }
 }

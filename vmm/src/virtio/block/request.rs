@@ -45,7 +45,7 @@ impl From<Nonsense> for Failure {
 impl From<crate::VmmError> for Failure {
     fn from(error: crate::VmmError) -> Self {
         // Not a warning: the guest can cause any number of these.
-        tracing::debug!(%error, "a disk request fails");
+        tracing::debug!(%error, "a disk request failed");
         Self::Io
     }
 }

@@ -42,7 +42,7 @@ impl Tap {
         // lives as long as the call, which is all that TUNSETIFF reads and writes.
         if unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF as _, &raw mut request) } < 0 {
             let refused = VmmError::host(format!(
-                "use the tap interface `{name}` (--net puts the card on another, or on none)"
+                "use the tap interface `{name}` (--net can choose another, or none)"
             ));
             return Err(refused(io::Error::last_os_error()));
         }
@@ -100,7 +100,7 @@ fn interface_request(name: &str) -> Result<libc::ifreq> {
     let fits = (1..libc::IFNAMSIZ).contains(&name.len());
     if !fits || !name.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'/') {
         return Err(VmmError::Config(format!(
-            "tap: expected the name of an interface, of at most {} letters, found {name:?}",
+            "tap: expected an interface name of at most {} characters, found {name:?}",
             libc::IFNAMSIZ - 1
         )));
     }

@@ -55,12 +55,12 @@ impl UnixSockets {
         let longest = neighbour(path, u32::MAX);
         SocketAddrUnix::new(longest.as_path()).map_err(|_too_long| {
             VmmError::Config(format!(
-                "vsock: expected a path that fits a socket's name with a port behind it, found {}",
+                "vsock: expected a path that fits a socket's name with a port appended, found {}",
                 path.display()
             ))
         })?;
         let listener = private_socket::listen(path).map_err(VmmError::host(format!(
-            "listen on {} for the guest's sockets (--vsock has them elsewhere, or nowhere)",
+            "listen on {} for the guest's sockets (--vsock can choose another path, or none)",
             path.display()
         )))?;
         Ok(Self { listener, path: path.to_owned() })

@@ -208,7 +208,7 @@ impl Table {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.may_accept = false,
                 Err(error) => {
                     // The caller's fault or this process's, which tries again at the next event.
-                    tracing::debug!(%error, "a vsock caller cannot be let in");
+                    tracing::debug!(%error, "cannot accept a vsock connection");
                     return;
                 }
             }
@@ -224,7 +224,7 @@ impl Table {
         match watch(&self.epoll, stream.as_raw_fd(), number, events) {
             Ok(()) => Some(number),
             Err(error) => {
-                tracing::debug!(%error, "a vsock connection cannot be listened to");
+                tracing::debug!(%error, "cannot watch a vsock connection");
                 None
             }
         }
