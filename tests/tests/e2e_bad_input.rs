@@ -362,7 +362,11 @@ fn vms_that_are_not_there() {
     }
     let host = Host::new();
     for command in ["checkpoint", "pause", "continue", "stop"] {
-        refused(&host, &[command, "nobody"], &["no running VM `nobody`", "none runs", "frazil ps"]);
+        refused(
+            &host,
+            &[command, "nobody"],
+            &["no running VM `nobody`", "none is running", "frazil ps"],
+        );
     }
     let socket = host.path("no.sock").display().to_string();
     refused(&host, &["pause", &socket], &["no running VM", "No such file"]);

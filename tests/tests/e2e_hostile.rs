@@ -298,8 +298,8 @@ fn requests_that_are_wrong_are_told_so() {
     let vm = host.run("strict", "touch=4MiB,rate=500,report=0", SMALL);
     vm.wait_populated();
     for (method, path, body, expected, says) in [
-        ("GET", "/nowhere", "", 404, "nothing is at /nowhere"),
-        ("DELETE", "/vm", "", 405, "DELETE is not for /vm"),
+        ("GET", "/nowhere", "", 404, "nothing at /nowhere"),
+        ("DELETE", "/vm", "", 405, "DELETE is not allowed on /vm"),
         ("POST", "/checkpoints", "{", 400, "expected a checkpoint request"),
         ("POST", "/checkpoints", r#"{"mesage":"x"}"#, 400, "unknown field `mesage`"),
         ("POST", "/checkpoints", r#"{"exit":"yes"}"#, 400, "expected a boolean"),

@@ -174,14 +174,14 @@ pub(crate) fn spawn(
     let thread = thread.map_err(failed)?;
     // A thread that sent nothing has panicked, which the panic hook reported.
     told.recv().unwrap_or_else(|_| {
-        Err(VmmError::NotNow(format!("the thread {name} ended before it began its work")))
+        Err(VmmError::NotNow(format!("the thread {name} ended before it started its work")))
     })?;
     Ok(thread)
 }
 
 fn failed(error: impl Into<seccompiler::Error>) -> VmmError {
     let error = std::io::Error::other(error.into());
-    VmmError::host("confine a thread (--no-seccomp does without)")(error)
+    VmmError::host("confine a thread (--no-seccomp turns this off)")(error)
 }
 
 fn filter(role: Role) -> Result<BpfProgram, seccompiler::BackendError> {

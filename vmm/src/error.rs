@@ -65,7 +65,7 @@ pub enum VmmError {
     #[error("{0}")]
     NotNow(String),
     /// No machine of this name is running, or not any more.
-    #[error("no running VM `{name}`: {found}; `frazil ps` lists those that run")]
+    #[error("no running VM `{name}`: {found}; `frazil ps` lists running VMs")]
     NoSuchVm {
         /// The name as given.
         name: String,

@@ -148,7 +148,7 @@ impl Keeper {
         let thread = std::thread::Builder::new()
             .name("frazil-keep".into())
             .spawn(move || work.run(&stopped, &woken))
-            .map_err(VmmError::host("start the thread that keeps snapshots to the policy"))?;
+            .map_err(VmmError::host("start the thread that applies the retention policy"))?;
         Ok(Self { vm, stop: Some(stop), thread: Some(thread) })
     }
 }

@@ -34,7 +34,7 @@ pub(crate) fn take_machine(chunks: &mut ChunkSet) -> Result<SavedMachine> {
         return Err(VmmError::Config(
             "expected a snapshot of a machine, found one of memory or disks alone, as `frazil import` \
              makes them: without vCPUs and devices there is nothing to run. `frazil export`, `diff` and \
-             `mount` give what is in it"
+             `mount` show what is in it"
                 .into(),
         ));
     }

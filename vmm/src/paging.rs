@@ -143,7 +143,7 @@ pub(crate) fn bring_memory(
         }
         Coming::Lazy(options, PagerPlace::Process { program, user }) => {
             let folder = snapshot.store().folder().ok_or_else(|| {
-                VmmError::Config("a pager of its own wants a store in a folder".into())
+                VmmError::Config("a separate pager process needs a store in a folder".into())
             })?;
             let image = Image::new(region, ram.memfd(), &ram_extents(ram.len_bytes()))?;
             let seat = Seat::take(&ram.mappings())?;

@@ -14,13 +14,13 @@ use std::path::Path;
 pub(crate) fn listen(socket: &Path) -> io::Result<UnixListener> {
     if UnixStream::connect(socket).is_ok() {
         let kind = io::ErrorKind::AddrInUse;
-        return Err(io::Error::new(kind, "another process listens there"));
+        return Err(io::Error::new(kind, "another process is listening there"));
     }
     match fs::symlink_metadata(socket) {
         Ok(found) if found.file_type().is_socket() => fs::remove_file(socket)?,
         Ok(_) => {
             let kind = io::ErrorKind::AlreadyExists;
-            return Err(io::Error::new(kind, "what is there is no socket"));
+            return Err(io::Error::new(kind, "it exists and is not a socket"));
         }
         Err(_nothing_there) => {}
     }

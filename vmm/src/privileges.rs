@@ -39,7 +39,7 @@ impl FromStr for User {
             Ok(uid) => Account::from_uid(Uid::from_raw(uid)),
             Err(_) => Account::from_name(user),
         };
-        let account = account.map_err(|error| format!("cannot look user `{user}` up: {error}"))?;
+        let account = account.map_err(|error| format!("cannot look up user `{user}`: {error}"))?;
         let uid = match (&account, user.parse()) {
             (Some(account), _) => account.uid,
             (None, Ok(uid)) => Uid::from_raw(uid),
@@ -56,7 +56,7 @@ impl FromStr for User {
             (None, Some(account)) => (account.gid, groups_of(account)?),
             (None, None) => {
                 return Err(format!(
-                    "expected {user}:GID, since this host knows no user {user} whose group it could be"
+                    "expected {user}:GID, since this host has no user {user} to take the group from"
                 ));
             }
         };
@@ -69,7 +69,7 @@ fn find_group(group: &str) -> Result<Gid, String> {
         return Ok(Gid::from_raw(gid));
     }
     let found = Group::from_name(group);
-    let found = found.map_err(|error| format!("cannot look group `{group}` up: {error}"))?;
+    let found = found.map_err(|error| format!("cannot look up group `{group}`: {error}"))?;
     Ok(found.ok_or_else(|| format!("expected a group of this host, found `{group}`"))?.gid)
 }
 
@@ -91,7 +91,8 @@ impl User {
     /// True if this process is that user already, for good.
     fn is_us(&self) -> Result<bool> {
         let ids = getresuid().and_then(|uids| Ok((uids, getresgid()?)));
-        let (uids, gids) = ids.map_err(|error| self.failed("tell who this process is", error))?;
+        let (uids, gids) =
+            ids.map_err(|error| self.failed("get this process's user and group ids", error))?;
         Ok([uids.real, uids.effective, uids.saved] == [self.uid; 3]
             && [gids.real, gids.effective, gids.saved] == [self.gid; 3])
     }
@@ -101,7 +102,7 @@ impl User {
             return Ok(());
         }
         Err(VmmError::Config(format!(
-            "user: expected to be started as root, to go on as `{}`, found user id {}: leave --user out",
+            "user: expected to be started as root, to continue as `{}`, found user id {}: omit --user",
             self.spec,
             Uid::effective()
         )))
@@ -128,7 +129,7 @@ impl User {
         let back = seteuid(Uid::from_raw(0))
             .and_then(|()| setegid(own_gid))
             .and_then(|()| setgroups(&own_groups));
-        back.map_err(|error| self.failed("be root again after acting as this user", error))?;
+        back.map_err(|error| self.failed("become root again after acting as this user", error))?;
         Ok(done)
     }
 
@@ -150,7 +151,7 @@ impl User {
         let root = Uid::from_raw(0);
         if setresuid(root, root, root).is_ok() || !self.is_us()? {
             return Err(VmmError::Config(format!(
-                "user: expected to be `{}` for good, found that this process can be root again",
+                "user: expected to become `{}` for good, found that this process can still become root",
                 self.spec
             )));
         }
@@ -163,7 +164,7 @@ impl User {
     /// # Errors
     /// [`VmmError::Host`] if it cannot be created.
     pub fn make_folder(&self, folder: &Path) -> Result<()> {
-        let failed = || VmmError::host(format!("make {} for `{}`", folder.display(), self.spec));
+        let failed = || VmmError::host(format!("create {} for `{}`", folder.display(), self.spec));
         if folder.symlink_metadata().is_ok() || self.is_us()? {
             return Ok(());
         }
@@ -188,8 +189,8 @@ impl User {
         let check = |path: &Path, access| {
             accessat(CWD, path, access, AtFlags::EACCESS).map_err(|errno| {
                 VmmError::Config(format!(
-                    "user: expected that `{}` can write to {}, found: {errno}. Give it that user, or \
-                     that user a way there (chown -R {} {}; chmod a+x on folders above it)",
+                    "user: expected `{}` to have write access to {}, found: {errno}. Make that user its \
+                     owner and open the way there (chown -R {} {}; chmod a+x on folders above it)",
                     self.spec,
                     path.display(),
                     self.spec,

@@ -91,7 +91,7 @@ impl ChunkSet {
             if let Some(twice) = by_name.insert(chunk.name.clone(), chunk) {
                 return Err(VmmError::State {
                     chunk: twice.name,
-                    expected: "one chunk of a name".into(),
+                    expected: "one chunk of that name".into(),
                     found: "two".into(),
                 });
             }

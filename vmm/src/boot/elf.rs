@@ -82,7 +82,7 @@ fn check_segment(what: &str, start: u64, len: u64) -> Result<()> {
     if start < BOOT_TABLES_END || (start < BIOS_AREA.end && end > BIOS_AREA.start) {
         let expected = format!(
             "ELF segments at {HIGH_RAM:#x} or above, or between {BOOT_TABLES_END:#x} and {:#x}: \
-             boot tables are written elsewhere below",
+             the rest below is for boot tables",
             BIOS_AREA.start
         );
         return Err(boot_error(what, &expected, format!("one from {start:#x} to {end:#x}")));

@@ -144,7 +144,7 @@ fn load_initrd(path: &Path, ram: &GuestRam, kernel: &Loaded) -> Result<(u64, u64
         .ok_or_else(|| {
             boot_error(
                 what(),
-                "an initrd that fits guest memory behind the kernel",
+                "an initrd that fits in guest memory after the kernel",
                 format!("{len} bytes"),
             )
         })?;

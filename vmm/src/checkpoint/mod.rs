@@ -416,7 +416,7 @@ impl<'a> Checkpoint<'a> {
             && let Err(error) = vm.go()
         {
             // The VM has ended in the meantime, and why says more than the checkpoint's error.
-            tracing::info!(%error, "the guest does not go on");
+            tracing::info!(%error, "cannot let the guest continue");
         }
         taken
     }
@@ -507,7 +507,7 @@ impl Vm {
             *state = match CopyOnWrite::new(memory, &self.ram().mappings()) {
                 Ok(cow) => CowState::Ready(cow),
                 Err(error) => {
-                    tracing::warn!(%error, "many pages are copied aside instead of left in place");
+                    tracing::warn!(%error, "pages will be copied aside instead of left in place");
                     CowState::Unavailable
                 }
             };

@@ -116,7 +116,7 @@ impl Checkpoint<'_> {
         tracing::warn!(
             left,
             limit,
-            "a checkpoint does not catch up with the guest, which stands still for it"
+            "a checkpoint cannot catch up with the guest: the pause will be longer"
         );
         Ok(())
     }

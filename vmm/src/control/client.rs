@@ -96,7 +96,7 @@ fn parse_answer(answer: &[u8]) -> io::Result<(u16, Vec<u8>)> {
         io::Error::new(io::ErrorKind::InvalidData, format!("expected an HTTP answer, found {what}"))
     };
     if answer.is_empty() {
-        return Err(bad("the end: the VM ended before it answered"));
+        return Err(bad("none: the VM ended before it answered"));
     }
     let mut headers = [httparse::EMPTY_HEADER; 32];
     let mut parsed = httparse::Response::new(&mut headers);
@@ -116,7 +116,7 @@ fn parse_answer(answer: &[u8]) -> io::Result<(u16, Vec<u8>)> {
                 None => Err(bad("no Content-Length")),
             }
         }
-        Ok(httparse::Status::Partial) => Err(bad("half a head")),
+        Ok(httparse::Status::Partial) => Err(bad("an incomplete head")),
         Err(error) => Err(bad(&error.to_string())),
     }
 }

@@ -28,7 +28,7 @@ pub(super) fn of(vm: &Vm) -> String {
     checkpoints(&mut page, &vm.checkpoint_statistics());
     page.gauge(
         "frazil_checkpoint_in_progress_seconds",
-        "How long ago the checkpoint that is being taken was begun; 0 if none is.",
+        "Time since the checkpoint in progress began; 0 if there is none.",
         status.checkpoint_in_progress.map_or(0.0, |progress| progress.since_ms as f64 / 1e3),
     );
     rewinds(&mut page, &status);
@@ -47,7 +47,7 @@ fn machine(page: &mut Page, status: &VmStatus, allocated_bytes: Option<u64>) {
     let tracker = status.dirty_tracking.to_string();
     let labels = [("name", status.name.as_str()), ("guest", guest), ("version", version)];
     page.sample("", &[&labels[..], &[("dirty_tracking", tracker.as_str())]].concat(), 1);
-    page.family("frazil_vm_state", "gauge", "1 for the state that the VM is in, else 0.");
+    page.family("frazil_vm_state", "gauge", "1 for the VM's current state, else 0.");
     for (name, state) in
         [("running", RunState::Running), ("paused", RunState::Paused), ("ended", RunState::Ended)]
     {
@@ -63,7 +63,7 @@ fn machine(page: &mut Page, status: &VmStatus, allocated_bytes: Option<u64>) {
     if let Some(bytes) = allocated_bytes {
         page.gauge(
             "frazil_memory_allocated_bytes",
-            "Guest memory that takes memory of the host.",
+            "Guest memory that is backed by host memory.",
             bytes,
         );
     }
@@ -79,7 +79,7 @@ fn rewinds(page: &mut Page, status: &VmStatus) {
     page.labelled(
         "frazil_rewinds_total",
         "counter",
-        "Times that the guest was to be taken back to a snapshot.",
+        "Rewinds of the guest to a snapshot: done, or failed.",
         "result",
         &[("done", totals.done), ("failed", totals.failed)],
     );
@@ -91,7 +91,7 @@ fn exits(page: &mut Page, exits: ExitCounts) {
     page.labelled(
         "frazil_vcpu_exits_total",
         "counter",
-        "Times that a vCPU left the guest for this process, by cause.",
+        "Exits of vCPUs to this process, by cause.",
         "cause",
         &[
             ("port_io", port_io),
@@ -127,8 +127,8 @@ fn pages(page: &mut Page, sums: &CheckpointSums) {
     );
     page.counter(
         "frazil_checkpoint_cow_waits_total",
-        "Times that a vCPU waited until a page left in place was written, because as many were \
-         copied as may be.",
+        "Times a vCPU waited for a page left in place to be written, because copies had reached \
+         their limit.",
         sums.cow_waits,
     );
     page.gauge(
@@ -143,7 +143,7 @@ fn checkpoints(page: &mut Page, found: &CheckpointStatistics) {
     page.labelled(
         "frazil_checkpoints_total",
         "counter",
-        "Checkpoints: published, failed, cancelled, or left out though they were due.",
+        "Checkpoints: published, failed, cancelled, or skipped although they were due.",
         "result",
         &[
             ("taken", totals.taken),
@@ -156,13 +156,13 @@ fn checkpoints(page: &mut Page, found: &CheckpointStatistics) {
         ("pause", "How long the guest stood still for a checkpoint.", &found.pause_us),
         ("quiesce", "Of the pause: until every vCPU stood still.", &found.quiesce_us),
         ("cut", "Of the pause: last harvest, copying, device state.", &found.cut_us),
-        ("duration", "From the request to the publication.", &found.duration_us),
+        ("duration", "From request to publication.", &found.duration_us),
     ] {
         page.histogram(&format!("frazil_checkpoint_{name}_seconds"), help, values, MICROSECONDS);
     }
     page.histogram(
         "frazil_checkpoint_dirty_pages",
-        "Distinct pages that changed since the checkpoint before.",
+        "Distinct pages that changed since the previous checkpoint.",
         &found.dirty_pages,
         1.0,
     );
@@ -170,7 +170,7 @@ fn checkpoints(page: &mut Page, found: &CheckpointStatistics) {
     page.labelled(
         "frazil_checkpoint_elided_pages_total",
         "counter",
-        "Of these, pages that were not written whole: zero, as before, in the store already, or \
+        "Of these, pages that were not written whole: zero, unchanged, already in the store, or \
          written as differences.",
         "reason",
         &[
@@ -194,7 +194,7 @@ fn last_checkpoint(page: &mut Page, found: &CheckpointStatistics) {
     if let Some(rate) = found.dirty_pages_per_s {
         page.gauge(
             "frazil_dirty_pages_per_second",
-            "Distinct pages that changed in each second between the last two checkpoints.",
+            "Distinct pages changed per second between the last two checkpoints.",
             rate,
         );
     }
@@ -217,18 +217,18 @@ fn keep(page: &mut Page, status: &VmStatus) {
     page.labelled(
         "frazil_keep_prunes_total",
         "counter",
-        "Prunes in the background: finished, or interrupted by a checkpoint.",
+        "Background prunes: finished, or interrupted by a checkpoint.",
         "result",
         &[("finished", keep.prunes), ("interrupted", keep.interrupted)],
     );
     page.counter(
         "frazil_keep_pruned_bytes_total",
-        "Bytes of the store that pruning in the background gave back.",
+        "Bytes of the store freed by background prunes.",
         keep.pruned_bytes,
     );
     page.counter(
         "frazil_keep_failures_total",
-        "Times that forgetting or pruning in the background failed.",
+        "Times that forgetting or pruning failed in the background.",
         keep.failed,
     );
 }
@@ -237,18 +237,18 @@ fn pager(page: &mut Page, status: &VmStatus) {
     let Some(pager) = &status.pager else { return };
     page.histogram(
         "frazil_pager_fault_seconds",
-        "How long page faults took to answer.",
+        "How long it took to answer page faults.",
         &fault_times(pager),
         MICROSECONDS,
     );
     page.gauge(
         "frazil_pager_fault_max_seconds",
-        "The longest that a page fault took to answer.",
+        "The longest time it took to answer a page fault.",
         pager.fault_us_max as f64 / MICROSECONDS,
     );
     page.gauge(
         "frazil_pager_resident_bytes",
-        "Guest memory that came from the snapshot, or was touched where the snapshot has zeros.",
+        "Guest memory loaded from the snapshot, or touched where the snapshot has zeros.",
         pager.resident_pages() * PAGE_BYTES,
     );
     page.gauge(
@@ -258,7 +258,7 @@ fn pager(page: &mut Page, status: &VmStatus) {
     );
     page.counter(
         "frazil_pager_deaths_total",
-        "Pagers in processes of their own that died, and whose place another took.",
+        "Separate pager processes that died and were replaced.",
         status.pager_deaths,
     );
 }

@@ -277,6 +277,10 @@ pub fn find(name: &str) -> Result<VmRecord> {
     let names = running.iter().map(|record| record.name.clone()).collect::<Vec<_>>().join(", ");
     running.into_iter().find(|record| record.name == name).ok_or_else(|| VmmError::NoSuchVm {
         name: name.to_owned(),
-        found: if names.is_empty() { "none runs".into() } else { format!("running: {names}") },
+        found: if names.is_empty() {
+            "none is running".into()
+        } else {
+            format!("running: {names}")
+        },
     })
 }

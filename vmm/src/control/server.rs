@@ -78,9 +78,9 @@ impl Class {
     /// How many requests are served at once, and how the refusal of another describes them.
     fn limit(self) -> (usize, &'static str) {
         match self {
-            Self::Long => (8, "checkpoints, rewinds and checks of memory are waited for"),
-            Self::Turn => (8, "requests wait for what the VM is doing"),
-            Self::Memory => (8, "requests read the guest's memory"),
+            Self::Long => (8, "checkpoints, rewinds and memory checks are running or waiting"),
+            Self::Turn => (8, "requests are waiting for the VM"),
+            Self::Memory => (8, "requests are reading the guest's memory"),
             Self::AtOnce => (32, "requests are being served"),
         }
     }
@@ -196,7 +196,7 @@ fn serve(listener: &UnixListener, stop: &OwnedFd, shared: &Arc<Shared>) {
         match poll(&mut fds, None) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => {
-                tracing::error!(%error, "the control socket cannot be served any more");
+                tracing::error!(%error, "the control socket can no longer be served");
                 return;
             }
         }
@@ -208,7 +208,7 @@ fn serve(listener: &UnixListener, stop: &OwnedFd, shared: &Arc<Shared>) {
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
             Err(error) => {
                 // Out of file descriptors, say: some may be closed soon.
-                tracing::warn!(%error, "cannot take a connection");
+                tracing::warn!(%error, "cannot accept a connection");
                 std::thread::sleep(Duration::from_millis(100));
             }
         }
@@ -337,9 +337,9 @@ fn route(request: &Request, vm: &Vm, on_checkpoint: &OnEvent) -> Answer {
             .map(Body::Json)
             .map_err(|error| (500, error.to_string())),
         _ if ROUTES.iter().any(|(_, known)| *known == path) => {
-            Err((405, format!("{method} is not for {path}; see /openapi.json")))
+            Err((405, format!("{method} is not allowed on {path}; see /openapi.json")))
         }
-        _ => Err((404, format!("nothing is at {path}; see /openapi.json"))),
+        _ => Err((404, format!("there is nothing at {path}; see /openapi.json"))),
     }
 }
 

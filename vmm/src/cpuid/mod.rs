@@ -58,9 +58,9 @@ pub fn check(hypervisor: &Hypervisor, chunk: &str, saved: &CpuId) -> Result<()> 
     }
     Err(VmmError::State {
         chunk: chunk.to_owned(),
-        expected: "a host whose processor and KVM have what the guest saw".into(),
+        expected: "a host whose processor and KVM have all features that the guest saw".into(),
         found: format!(
-            "this one lacks {}: resume it on one like that it was saved on",
+            "one that lacks {}: resume on a host like the one it was saved on",
             missing.join(", ")
         ),
     })

@@ -47,7 +47,7 @@ pub enum InspectError {
         ram: String,
     },
     /// A virtual address that does not exist in the vCPU's paging mode.
-    #[error("virtual address {gva:#x}: expected {expected}, as the vCPU is in {mode}")]
+    #[error("virtual address {gva:#x}: expected {expected}, as the vCPU uses {mode}")]
     NoSuchAddress {
         /// The address.
         gva: u64,
@@ -72,7 +72,7 @@ pub enum InspectError {
     },
     /// A virtual address whose mapping has reserved bits set.
     #[error(
-        "virtual address {gva:#x} is not mapped: the {level} entry at guest physical {entry_gpa:#x} is {entry:#x}, where {bits:#x} is reserved, so that the processor faults"
+        "virtual address {gva:#x} is not mapped: the {level} entry at guest physical {entry_gpa:#x} is {entry:#x}, whose reserved bits {bits:#x} make the processor fault"
     )]
     Reserved {
         /// The address.
@@ -100,12 +100,12 @@ pub enum InspectError {
     },
     /// More page tables than [`TABLES_MAX`], as when they refer to each other.
     #[error(
-        "page tables: expected at most {TABLES_MAX} of them to be reached, found more: they refer to each other; look at a part of the addresses"
+        "page tables: expected at most {TABLES_MAX}, found more: they refer to each other; look at a smaller range of addresses"
     )]
     TooManyTables,
     /// A section of a kernel's file that cannot be read.
     #[error(
-        "section {name}: expected it uncompressed and all there (`objcopy --decompress-debug-sections` helps with the first), found {found}"
+        "section {name}: expected it uncompressed and complete (`objcopy --decompress-debug-sections` decompresses it), found {found}"
     )]
     Section {
         /// The section's name.
@@ -115,7 +115,7 @@ pub enum InspectError {
     },
     /// A snapshot without a machine.
     #[error(
-        "expected a snapshot of a machine, found one of memory or disks alone, as `frazil import` makes them: it has no vCPUs, so there are no virtual addresses, no code and no stacks to look at. --gpa, --search, --regex, and the map of its regions, show what is in it"
+        "expected a snapshot of a machine, found one of memory or disks alone, as `frazil import` makes them: without vCPUs there are no virtual addresses, code or stacks to look at. --gpa, --search, --regex and the map of its regions show what is in it"
     )]
     NoMachine,
     /// A vCPU that the machine does not have.

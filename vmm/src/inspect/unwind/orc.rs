@@ -179,7 +179,7 @@ pub(super) fn step(stack: &Stack<'_>, entry: Entry, state: &mut State) -> Result
     }
     let Some(sp) = caller_sp(stack, entry, state)? else {
         let what = format!(
-            "the unwind table wants register {} at {:#x}, which is not known",
+            "the unwind table needs register {} at {:#x}, whose value is not known",
             entry.sp_reg, state.ip
         );
         return Ok(Step::End(End::Damaged { what }));
