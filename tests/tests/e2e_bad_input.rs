@@ -376,7 +376,7 @@ fn vms_that_are_not_there() {
     refused(
         &host,
         &again,
-        &["a VM `taken` is running already", &pid, "--name", "frazil stop taken"],
+        &["a VM `taken` is already running", &pid, "--name", "frazil stop taken"],
     );
     refused(&host, &["pause", "other"], &["no running VM `other`", "running: taken"]);
     // Without a store there is nothing to checkpoint to.

@@ -94,7 +94,7 @@ impl GuestRam {
     /// As [`Self::new`]; [`VmmError::Config`] if the memfd is not of that size.
     pub fn private(memfd: File, ram_bytes: u64) -> Result<Self> {
         check_ram_bytes(ram_bytes)?;
-        let len = memfd.metadata().map_err(VmmError::host("look at guest memory"))?.len();
+        let len = memfd.metadata().map_err(VmmError::host("get the size of guest memory"))?.len();
         if len != ram_bytes {
             return Err(VmmError::Config(format!(
                 "shared memory: expected {ram_bytes} bytes, found {len}"

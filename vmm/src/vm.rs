@@ -437,7 +437,7 @@ impl Vm {
     pub fn workload(&self) -> Result<ControlView> {
         self.workload_spec()?;
         ControlView::read(&mut crate::workload_memory::Live(self.ram()))
-            .map_err(|error| VmmError::NotNow(format!("the workload cannot be read: {error}")))
+            .map_err(|error| VmmError::NotNow(format!("cannot read the workload: {error}")))
     }
 
     /// Pauses the guest and checks all of its memory against the workload's oracle.

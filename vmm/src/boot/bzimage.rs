@@ -117,7 +117,7 @@ fn place(what: &str, header: &setup_header, kernel_bytes: u64) -> Result<Place, 
         return Err(nonsense(format!("the alignment {alignment:#x}")));
     };
     if load < HIGH_RAM || runs_at < HIGH_RAM {
-        return Err(nonsense(format!("one for {load:#x} that runs at {runs_at:#x}")));
+        return Err(nonsense(format!("one to load at {load:#x} and run at {runs_at:#x}")));
     }
     let end = |start: u64, bytes: u64| {
         start
@@ -208,8 +208,11 @@ mod tests {
             (setup_header { pref_address: u64::MAX - 0x1f_ffff, ..good() }, "bytes at"),
             (setup_header { kernel_alignment: 0, ..good() }, "alignment 0x0"),
             (setup_header { kernel_alignment: 3, ..good() }, "alignment 0x3"),
-            (setup_header { relocatable_kernel: 0, code32_start: 0x7000, ..good() }, "for 0x7000"),
-            (setup_header { relocatable_kernel: 0, pref_address: 0, ..good() }, "runs at 0x0"),
+            (
+                setup_header { relocatable_kernel: 0, code32_start: 0x7000, ..good() },
+                "load at 0x7000",
+            ),
+            (setup_header { relocatable_kernel: 0, pref_address: 0, ..good() }, "run at 0x0"),
             (setup_header { jump: 0x00eb, ..good() }, "protocol 0.0"),
         ];
         for (header, says) in cases {

@@ -160,7 +160,7 @@ fn lock(file: &Path, name: &str) -> Result<File> {
                 let pid = read_record(file)
                     .map_or_else(String::new, |record| format!(" (process {})", record.pid));
                 return Err(VmmError::Config(format!(
-                    "a VM `{name}` is running already{pid}: choose another --name, or `frazil stop {name}`"
+                    "a VM `{name}` is already running{pid}: choose another --name, or `frazil stop {name}`"
                 )));
             }
             Err(TryLockError::Error(error)) => return Err(cannot(error)),

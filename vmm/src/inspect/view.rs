@@ -80,8 +80,8 @@ fn ranges_of(machine: &SavedMachine, region: &RegionReader) -> Result<Vec<RamRan
     if (1..=RAM_MAX_BYTES).contains(&ram_bytes) && end_page == region.pages() {
         return Ok(ranges);
     }
-    let found = format!("{ram_bytes} bytes of RAM");
-    let expected = format!("as much as region `{RAM_REGION}` has, {} pages", region.pages());
+    let found = format!("{ram_bytes} bytes");
+    let expected = format!("as much RAM as region `{RAM_REGION}` has, {} pages", region.pages());
     Err(VmmError::State { chunk: MACHINE_CHUNK.into(), expected, found }.into())
 }
 
