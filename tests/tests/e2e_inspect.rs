@@ -283,7 +283,7 @@ fn imported_memory_is_looked_at_as_far_as_there_is_some() {
     assert_eq!(text(&dump, "hex"), "6e6565646c65");
     for look in ["--stack", "--disassemble", "--page-tables"] {
         let refused = bed.host.frazil(&["inspect", &at, look]);
-        refused.expect_code(1).expect_says(&["frazil import", "no vCPUs", "--gpa"]);
+        refused.expect_code(1).expect_says(&["frazil import", "without vCPUs", "--gpa"]);
     }
 }
 

@@ -87,7 +87,7 @@ impl Sieve {
     /// The positions to check, most selective first. None if they would let too many starts pass.
     fn checks(&self, bytes: &[u8]) -> Option<Vec<&Position>> {
         // Odd, or all samples would be from the same few places of their pages.
-        let step = bytes.len() / SAMPLES | 1;
+        let step = (bytes.len() / SAMPLES) | 1;
         let mut counts = [0_usize; 256];
         bytes.iter().step_by(step).for_each(|byte| counts[usize::from(*byte)] += 1);
         let samples = bytes.len().div_ceil(step).max(1);
