@@ -209,7 +209,7 @@ impl Pair {
             return;
         }
         let id = commit(transaction, disk, self.steps);
-        self.line.published(&frozen);
+        self.line.record_published(&frozen);
         self.head = Some(id);
         drop(frozen);
         check(&self.store, id, &contents);

@@ -86,7 +86,7 @@ pub(crate) struct Keeping {
 
 impl Keeping {
     /// Tells the keeper that a snapshot was published.
-    pub fn published(&self) {
+    pub fn tell_published(&self) {
         let wake = self.wake.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(wake) = wake.as_ref() {
             // If the channel is full, the keeper has yet to wake for an earlier snapshot, and will
@@ -235,13 +235,13 @@ impl Work {
         }
         let vm = Arc::clone(&self.vm);
         let forgotten = {
-            let _turn = vm.turns.moment();
+            let _turn = vm.turns.short_turn();
             let doomed = self.judge(kept);
             let forgotten = self.store.forget_untagged(&doomed);
             // Another process is writing, or forgot one of them: try again next time.
             match forgotten {
                 Err(StoreError::Busy { .. } | StoreError::UnknownRef { .. }) => {
-                    vm.keeping.published();
+                    vm.keeping.tell_published();
                     return Ok(());
                 }
                 other => other?,

@@ -72,7 +72,7 @@ impl Paging {
 }
 
 /// How the contents of mapped memory will be loaded.
-pub(crate) enum Coming {
+pub(crate) enum PendingLoad {
     Eager,
     Lazy(PagerOptions, PagerPlace),
     Shared(Arc<Image>, PagerOptions),
@@ -84,12 +84,14 @@ pub(crate) fn map_ram(
     machine: &SavedMachine,
     snapshot: &Snapshot,
     loading: Loading,
-) -> Result<(GuestRam, Coming)> {
+) -> Result<(GuestRam, PendingLoad)> {
     let region = snapshot.region(RAM_REGION)?;
     let ram_bytes = machine.ram_bytes;
-    let (ram, coming) = match loading {
-        Loading::Eager => (GuestRam::new(ram_bytes)?, Coming::Eager),
-        Loading::Lazy(options, place) => (GuestRam::new(ram_bytes)?, Coming::Lazy(options, place)),
+    let (ram, pending) = match loading {
+        Loading::Eager => (GuestRam::new(ram_bytes)?, PendingLoad::Eager),
+        Loading::Lazy(options, place) => {
+            (GuestRam::new(ram_bytes)?, PendingLoad::Lazy(options, place))
+        }
         Loading::Shared(image, options) => {
             let same = image.region().snapshot() == snapshot.id();
             if !same {
@@ -97,7 +99,7 @@ pub(crate) fn map_ram(
             }
             let memory = image.memory().try_clone();
             let memory = memory.map_err(VmmError::host("duplicate a file descriptor"))?;
-            (GuestRam::private(memory, ram_bytes)?, Coming::Shared(image, options))
+            (GuestRam::private(memory, ram_bytes)?, PendingLoad::Shared(image, options))
         }
         Loading::Joined(socket) => {
             let connection = pager::connect(&socket)
@@ -105,11 +107,11 @@ pub(crate) fn map_ram(
             let offer = Offer::receive(connection, &region)?;
             let memory = offer.memory().try_clone();
             let memory = memory.map_err(VmmError::host("duplicate a file descriptor"))?;
-            (GuestRam::private(memory, ram_bytes)?, Coming::Joined(offer))
+            (GuestRam::private(memory, ram_bytes)?, PendingLoad::Joined(offer))
         }
     };
     if region.pages() == ram.end_page() {
-        return Ok((ram, coming));
+        return Ok((ram, pending));
     }
     Err(VmmError::State {
         chunk: MACHINE_CHUNK.into(),
@@ -123,25 +125,25 @@ pub(crate) fn map_ram(
 
 /// Starts loading the contents of `ram`. Returns the pager that does it; None if everything is
 /// loaded already.
-pub(crate) fn bring_memory(
+pub(crate) fn start_loading(
     snapshot: &Snapshot,
     ram: &GuestRam,
-    coming: Coming,
+    pending: PendingLoad,
     vcpus: &LateVcpus,
 ) -> Result<Option<Paging>> {
     let region = snapshot.region(RAM_REGION)?;
-    let on_failure = stop(vcpus);
-    Ok(match coming {
-        Coming::Eager => {
+    let on_failure = end_on_failure(vcpus);
+    Ok(match pending {
+        PendingLoad::Eager => {
             pager::load(&region, ram.memfd(), &ram.mappings())?;
             None
         }
-        Coming::Lazy(options, PagerPlace::Here) => {
+        PendingLoad::Lazy(options, PagerPlace::Here) => {
             let mappings = ram.mappings();
             let pager = Pager::start(region, ram.memfd(), &mappings, options, on_failure)?;
             Some(Paging::Here(pager))
         }
-        Coming::Lazy(options, PagerPlace::Process { program, user }) => {
+        PendingLoad::Lazy(options, PagerPlace::Process { program, user }) => {
             let folder = snapshot.store().folder().ok_or_else(|| {
                 VmmError::Config("a separate pager process needs a store in a folder".into())
             })?;
@@ -152,20 +154,20 @@ pub(crate) fn bring_memory(
             Some(Paging::Elsewhere(pager))
         }
         // A complete image needs no pager: its missing pages are zeros.
-        Coming::Shared(image, _) if image.is_complete() => None,
-        Coming::Shared(image, options) => {
+        PendingLoad::Shared(image, _) if image.is_complete() => None,
+        PendingLoad::Shared(image, options) => {
             let seat = Seat::take(&ram.mappings())?;
             let options = PagerOptions { maps_ahead: false, ..options };
             Some(Paging::Here(Pager::serve(image, seat, options, on_failure)?))
         }
-        Coming::Joined(offer) => {
+        PendingLoad::Joined(offer) => {
             let seat = Seat::take(&ram.mappings())?;
             Some(Paging::Elsewhere(offer.accept(region, seat, on_failure)?))
         }
     })
 }
 
-fn stop(vcpus: &LateVcpus) -> OnFailure {
+fn end_on_failure(vcpus: &LateVcpus) -> OnFailure {
     let vcpus = Arc::clone(vcpus);
     Box::new(move |error| {
         if let Some(vcpus) = vcpus.get().and_then(Weak::upgrade) {

@@ -75,7 +75,7 @@ impl Turns {
     }
 
     /// Waits for a turn for something short. A prune does not give way to it.
-    pub fn moment(&self) -> Turn<'_> {
+    pub fn short_turn(&self) -> Turn<'_> {
         let since = Instant::now();
         drop(self.wait_for_turn(self.lock(), false));
         Turn { turns: self, since, taking: None }
@@ -91,7 +91,7 @@ impl Turns {
     /// Waits for the turn of a prune. Waiting checkpoints and rewinds cancel it through `progress`,
     /// but not before it has had `patience`. None after [`Self::end_prunes`].
     pub fn prune(&self, progress: &Arc<PruneProgress>, patience: Duration) -> Option<Turn<'_>> {
-        let turn = self.moment();
+        let turn = self.short_turn();
         let mut state = self.lock();
         if state.no_more_prunes {
             // Dropping the turn takes the lock.
@@ -161,7 +161,7 @@ impl Turns {
 
 impl Turn<'_> {
     /// Records that this turn's checkpoint was published.
-    pub fn published(&self) {
+    pub fn record_published(&self) {
         self.taking.iter().for_each(|taking| taking.published.store(true, Ordering::Relaxed));
     }
 }
@@ -202,7 +202,7 @@ mod tests {
             for index in 0..8_u64 {
                 let (said, turns) = (said.clone(), &turns);
                 scope.spawn(move || {
-                    let turn = if index % 3 == 1 { turns.moment() } else { turns.checkpoint() };
+                    let turn = if index % 3 == 1 { turns.short_turn() } else { turns.checkpoint() };
                     said.send(index).unwrap();
                     drop(turn);
                 });
@@ -220,12 +220,12 @@ mod tests {
         let one = turns.checkpoint_if_none().expect("the first");
         assert!(turns.checkpoint_if_none().is_none());
         drop(one);
-        let moment = turns.moment();
+        let short_turn = turns.short_turn();
         thread::scope(|scope| {
             let waiting = scope.spawn(|| turns.checkpoint_if_none().is_some());
             wait_until(&turns, |state| state.checkpoints == 1);
             assert!(turns.checkpoint_if_none().is_none(), "one waits");
-            drop(moment);
+            drop(short_turn);
             assert!(waiting.join().unwrap(), "housekeeping is waited for");
         });
     }
@@ -236,7 +236,7 @@ mod tests {
         let progress = Arc::new(PruneProgress::default());
         let turn = turns.prune(&progress, Duration::ZERO).expect("a turn");
         thread::scope(|scope| {
-            scope.spawn(|| turns.moment());
+            scope.spawn(|| turns.short_turn());
             wait_until(&turns, |state| state.next == 2);
             assert!(!progress.is_cancelled());
             scope.spawn(|| turns.checkpoint());
@@ -272,7 +272,7 @@ mod tests {
                     thread::yield_now();
                 }
                 if published {
-                    turn.published();
+                    turn.record_published();
                 }
                 drop(turn);
                 assert_eq!(cancelled.join().unwrap(), !published);

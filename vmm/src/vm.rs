@@ -26,7 +26,7 @@ use crate::machine::{
     take_machine,
 };
 use crate::memory::GuestRam;
-use crate::paging::{Paging, bring_memory, map_ram};
+use crate::paging::{Paging, map_ram, start_loading};
 use crate::rebuild;
 use crate::rewind::Rewinding;
 use crate::state::ChunkSet;
@@ -159,12 +159,12 @@ impl Vm {
         check_cpus(&hypervisor, machine.cpus)?;
         // Holes may only be punched in memory that is neither shared nor filled by a pager.
         let punch = matches!(loading, Loading::Eager);
-        let (ram, coming) = map_ram(&machine, snapshot, loading)?;
+        let (ram, pending) = map_ram(&machine, snapshot, loading)?;
         let shell = VmShell::new(&hypervisor, Arc::new(ram), host.tracker)?;
         // Before any state is set: setting it makes KVM itself touch guest memory (kvmclock, page
         // tables).
         let late = Arc::new(OnceLock::new());
-        let pager = bring_memory(snapshot, &shell.ram, coming, &late)?;
+        let pager = start_loading(snapshot, &shell.ram, pending, &late)?;
         let platform = SavedPlatform::take(&mut chunks)?;
         let later = match host.clock {
             ClockPolicy::Host => platform.age(),

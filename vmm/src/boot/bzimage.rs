@@ -27,7 +27,7 @@ const SECTOR_BYTES: u64 = 512;
 const EXPECTED: &str = "a Linux bzImage for x86-64, of boot protocol 2.12 or newer";
 
 /// True if a file that starts with `head` has a bzImage's magic number.
-pub(super) fn is_one(head: &[u8]) -> bool {
+pub(super) fn is_bzimage(head: &[u8]) -> bool {
     head.get(MAGIC..MAGIC + 4) == Some(b"HdrS")
 }
 

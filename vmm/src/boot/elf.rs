@@ -22,7 +22,7 @@ fn field(of: &[u8], offset: usize, bytes: usize) -> Option<u64> {
 }
 
 /// Why a file that starts with `head` is not an ELF64 executable for x86-64; None if it is one.
-pub(super) fn misfit(head: &[u8]) -> Option<&'static str> {
+pub(super) fn why_not_elf(head: &[u8]) -> Option<&'static str> {
     if !head.starts_with(b"\x7fELF") {
         return Some("something else");
     }

@@ -20,7 +20,7 @@ use crate::error::{Result, VmmError};
 use crate::memory::{GuestMemory, GuestRam, HOLE_START};
 pub use acpi::{GenerationSlot, Hardware, MmioSlot};
 pub use registers::{set_boot_registers, set_local_apic};
-use zero_page::Told;
+use zero_page::BootInfo;
 
 // Where the boot tables are, in guest physical addresses.
 const GDT: u64 = 0x500;
@@ -95,7 +95,7 @@ pub fn load_on(source: &BootSource, ram: &GuestRam, hardware: &Hardware<'_>) -> 
     let initrd = source.initrd.as_ref().map(|path| load_initrd(path, ram, &kernel)).transpose()?;
     let cmdline_len_max = kernel.header.map(|header| header.cmdline_size);
     let cmdline = load_command_line(&source.cmdline, cmdline_len_max, memory)?;
-    zero_page::write(ram, &Told { header: kernel.header, cmdline, initrd })?;
+    zero_page::write(ram, &BootInfo { header: kernel.header, cmdline, initrd })?;
     acpi::write(memory, hardware)?;
     registers::write_tables(memory)?;
     Ok(kernel.entry)
@@ -123,9 +123,9 @@ fn load_kernel<F: Read + Seek + ReadVolatile>(
         .take(bzimage::HEAD_BYTES)
         .read_to_end(&mut head)
         .map_err(|error| boot_error(what, EXPECTED, error))?;
-    match elf::misfit(&head) {
+    match elf::why_not_elf(&head) {
         None => elf::load(what, image, ram.memory()),
-        Some(_) if bzimage::is_one(&head) => bzimage::load(what, &head, image, ram),
+        Some(_) if bzimage::is_bzimage(&head) => bzimage::load(what, &head, image, ram),
         Some(found) => Err(boot_error(what, EXPECTED, found)),
     }
 }

@@ -18,7 +18,7 @@ const LOADER_UNDEFINED: u8 = 0xff;
 
 /// What the zero page says besides the layout of RAM.
 #[derive(Debug, Default)]
-pub(super) struct Told {
+pub(super) struct BootInfo {
     /// The setup header, if the kernel is a bzImage.
     pub header: Option<setup_header>,
     /// The command line's address, and its length in bytes with the terminating zero.
@@ -31,9 +31,9 @@ pub(super) struct Told {
 ///
 /// # Errors
 /// [`VmmError::Boot`](crate::VmmError::Boot) if RAM has no room for it.
-pub(super) fn write(ram: &GuestRam, told: &Told) -> Result<()> {
+pub(super) fn write(ram: &GuestRam, info: &BootInfo) -> Result<()> {
     let mut params =
-        boot_params { hdr: header(told), acpi_rsdp_addr: acpi::RSDP, ..Default::default() };
+        boot_params { hdr: header(info), acpi_rsdp_addr: acpi::RSDP, ..Default::default() };
     let ram_ranges = e820(ram.len_bytes()).into_iter().map(|(start, end)| (start, end, E820_RAM));
     let reserved = [(EBDA, EBDA_END), (BIOS_AREA.start, BIOS_AREA.end)];
     let reserved = reserved.into_iter().map(|(start, end)| (start, end, E820_RESERVED));
@@ -49,18 +49,18 @@ pub(super) fn write(ram: &GuestRam, told: &Told) -> Result<()> {
     .map_err(|error| boot_error("the zero page", "room in guest memory", error))
 }
 
-fn header(told: &Told) -> setup_header {
-    let mut header = told.header.unwrap_or_else(|| setup_header {
+fn header(info: &BootInfo) -> setup_header {
+    let mut header = info.header.unwrap_or_else(|| setup_header {
         boot_flag: 0xaa55,
         header: u32::from_le_bytes(*b"HdrS"),
         kernel_alignment: 0x100_0000,
-        cmdline_size: told.cmdline.1,
+        cmdline_size: info.cmdline.1,
         ..Default::default()
     });
     header.type_of_loader = LOADER_UNDEFINED;
-    header.cmd_line_ptr = told.cmdline.0 as u32;
+    header.cmd_line_ptr = info.cmdline.0 as u32;
     // These are the loader's to fill in, whatever the file says.
-    let (address, len) = told.initrd.unwrap_or((0, 0));
+    let (address, len) = info.initrd.unwrap_or((0, 0));
     (header.ramdisk_image, header.ramdisk_size) = (address as u32, len as u32);
     header.setup_data = 0;
     header
@@ -97,8 +97,8 @@ mod tests {
             setup_data: 7,
             ..Default::default()
         };
-        let told = Told { header: Some(header), cmdline: (0x2_0000, 5), ..Default::default() };
-        write(&ram, &told).unwrap();
+        let info = BootInfo { header: Some(header), cmdline: (0x2_0000, 5), ..Default::default() };
+        write(&ram, &info).unwrap();
         let params: boot_params = ram.memory().read_obj(GuestAddress(ZERO_PAGE)).unwrap();
         let found = params.hdr;
         assert_eq!(({ found.version }, { found.init_size }), (0x20f, 0x1234));

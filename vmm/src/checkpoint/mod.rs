@@ -46,7 +46,7 @@ const CUT_PAGES_MAX: u64 = 2048;
 const CUT_ROOM_PAGES: usize = 1024;
 /// The most copies of protected pages that the guest wants to change, as a multiple of the pages
 /// that may be copied aside.
-const COW_SHARE: usize = 4;
+const COW_COPIES_FACTOR: usize = 4;
 /// The most rounds: a guest that writes faster than they catch up is cut all the same.
 const MAX_ROUNDS: usize = 6;
 /// The `tracing` span that a checkpoint's thread is in while the guest is paused, and a vCPU's
@@ -136,8 +136,8 @@ impl Vm {
                 totals.pages += report.stats.precopied_pages + report.stats.commit_pages;
                 totals.stored_bytes += report.stored_bytes;
                 self.telemetry.record(report);
-                turn.published();
-                self.keeping.published();
+                turn.record_published();
+                self.keeping.tell_published();
             }
             // Whatever the error, once the VM has ended the checkpoint counts as cancelled.
             Err(error) if error.is_cancelled() || self.ended().is_some() => totals.cancelled += 1,
@@ -260,7 +260,7 @@ impl<'a> Checkpoint<'a> {
     fn stage(&mut self) -> Result<()> {
         let started = Instant::now();
         let pages = self.waiting.count();
-        self.line.staging.begin();
+        self.line.staging.clear();
         let few = pages <= self.vm.staging_pages();
         if few {
             self.line.staging.reserve(pages as usize);
@@ -306,7 +306,7 @@ impl<'a> Checkpoint<'a> {
     /// no longer halve. Returns false if this host cannot protect pages.
     fn protect(&mut self) -> Result<bool> {
         let Some(cow) = self.vm.copy_on_write(&mut self.line.cow) else { return Ok(false) };
-        let mut protected = cow.begin(self.vm.staging_pages() as usize * COW_SHARE);
+        let mut protected = cow.begin(self.vm.staging_pages() as usize * COW_COPIES_FACTOR);
         let mut handed = PageSet::new(self.waiting.capacity());
         for round in 1.. {
             let pages = self.waiting.count();
@@ -466,7 +466,7 @@ impl<'a> Checkpoint<'a> {
         // cut is still in KVM's log and the VMM's bitmap.
         self.line.since_head.clear();
         for (disk, frozen) in self.line.disks.iter_mut().zip(&cut.disks) {
-            disk.published(frozen);
+            disk.record_published(frozen);
         }
         Ok(CheckpointReport {
             vm: self.vm.name().to_owned(),

@@ -18,7 +18,7 @@ pub(crate) struct Staging {
 
 impl Staging {
     /// Forgets all copies.
-    pub(super) fn begin(&mut self) {
+    pub(super) fn clear(&mut self) {
         self.numbers.clear();
     }
 
@@ -119,7 +119,7 @@ mod tests {
         };
         let mut staging = Staging::default();
         for base in [1, 100] {
-            staging.begin();
+            staging.clear();
             staging.reserve(2);
             (0..9).for_each(|page| write(page, base));
             staging.copy(&set(&[0, 3, 5, 8]), &ram).unwrap();

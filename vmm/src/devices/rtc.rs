@@ -86,7 +86,7 @@ pub enum TimeAfterResume {
 pub struct Rtc {
     clock: Box<dyn WallClock>,
     /// The guest's time relative to `clock`.
-    offset: Shift,
+    offset: ClockOffset,
     index: u8,
     /// What was written, except to bytes that hold the time or the clock's status.
     bytes: [u8; BYTES],
@@ -94,13 +94,15 @@ pub struct Rtc {
 
 /// The difference between two times.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Shift {
+enum ClockOffset {
     Ahead(Duration),
     Behind(Duration),
 }
 
-impl Shift {
-    /// The shift that leads from `clock` to `guest`.
+impl ClockOffset {
+    const NONE: Self = Self::Ahead(Duration::ZERO);
+
+    /// The offset that leads from `clock` to `guest`.
     fn between(clock: Duration, guest: Duration) -> Self {
         match guest.checked_sub(clock) {
             Some(ahead) => Self::Ahead(ahead),
@@ -128,7 +130,7 @@ impl Rtc {
     pub fn new(clock: Box<dyn WallClock>) -> Self {
         let mut bytes = [0; BYTES];
         (bytes[usize::from(REGISTER_A)], bytes[usize::from(REGISTER_B)]) = (RATES, HOURS_24);
-        Self { clock, offset: Shift::Ahead(Duration::ZERO), index: 0, bytes }
+        Self { clock, offset: ClockOffset::NONE, index: 0, bytes }
     }
 
     /// Creates a clock with the state `saved`.
@@ -153,10 +155,11 @@ impl Rtc {
         let bytes = saved.check()?;
         let SavedRtc { unix_seconds, nanoseconds, index, bytes: _ } = saved;
         self.offset = match time {
-            TimeAfterResume::Host => Shift::Ahead(Duration::ZERO),
-            TimeAfterResume::Snapshot => {
-                Shift::between(self.clock.since_epoch(), Duration::new(*unix_seconds, *nanoseconds))
-            }
+            TimeAfterResume::Host => ClockOffset::NONE,
+            TimeAfterResume::Snapshot => ClockOffset::between(
+                self.clock.since_epoch(),
+                Duration::new(*unix_seconds, *nanoseconds),
+            ),
         };
         (self.index, self.bytes) = (index & 0x7f, bytes);
         Ok(())

@@ -12,7 +12,7 @@ use crate::error::{Result, VmmError};
 ///
 /// A checkpoint calls, in this order: [`Self::prepare`] and [`Self::region`] while the guest runs;
 /// [`Disk::drain`] and [`Self::cut`] while the vCPUs stand still, dropping what `drain` returned
-/// when they go on; [`FrozenDisk::write_to`] while the guest runs; [`Self::published`] once the
+/// when they go on; [`FrozenDisk::write_to`] while the guest runs; [`Self::record_published`] once the
 /// snapshot is published. A checkpoint that fails in between just drops what it has.
 #[derive(Debug)]
 pub struct DiskLine {
@@ -99,7 +99,7 @@ impl DiskLine {
     }
 
     /// Notes that the snapshot with the frozen pages is published, and so is the head.
-    pub fn published(&mut self, frozen: &FrozenDisk) {
+    pub fn record_published(&mut self, frozen: &FrozenDisk) {
         self.since_head.subtract(frozen.pages());
     }
 }

@@ -33,7 +33,7 @@ const PROGRAM_HEADER_BYTES: u64 = 56;
 /// know.
 const LOADS_MAX: usize = 60_000;
 /// A direct map covers at least the size of RAM divided by this.
-const MAPS_ALL_SHARE: u64 = 2;
+const DIRECT_MAP_DIVISOR: u64 = 2;
 const PT_LOAD: u32 = 1;
 const PT_NOTE: u32 = 4;
 const ET_CORE: u16 = 4;
@@ -152,7 +152,7 @@ fn mapped(view: &GuestView, spaces: &[AddressSpace]) -> Result<(Mapped, bool), I
                 in_ram(ranges, Load { gva, gpa, len_bytes }).for_each(|part| add(&mut all, part));
             }
             // For example a shadow area, where the same page is mapped all over terabytes.
-            again |= matches!(found, Found::Again { .. });
+            again |= matches!(found, Found::Repeated { .. });
             if all.len() < LOADS_MAX { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
         });
         match looked {
@@ -230,7 +230,7 @@ fn direct_map(
     }
     let ram_bytes: u64 = ranges.iter().map(|range| range.len_bytes).sum();
     let (offset, bytes) = bytes_by_offset.into_iter().max_by_key(|(_, bytes)| *bytes)?;
-    (bytes >= ram_bytes / MAPS_ALL_SHARE).then_some(offset)
+    (bytes >= ram_bytes / DIRECT_MAP_DIVISOR).then_some(offset)
 }
 
 /// The PT_LOADs, in order.

@@ -19,8 +19,8 @@ use super::{AddressSpace, InspectError, OrcFormat, OrcTable, Result, Symbol, Sym
 
 /// Linux is placed at multiples of this many bytes (CONFIG_PHYSICAL_ALIGN).
 const OFFSET_STEP_BYTES: u64 = 2 << 20;
-/// The number of such places.
-const OFFSETS: u64 = 512;
+/// The number of such offsets.
+const OFFSET_COUNT: u64 = 512;
 /// The most bytes that are compared.
 const SAMPLE_BYTES: usize = 256;
 /// A text in every Linux kernel, with its release and build time; it is never patched.
@@ -114,8 +114,9 @@ impl<'a> KernelFile<'a> {
         kernel: Option<&LinuxKernel>,
     ) -> Result<Option<u64>> {
         let Some((address, sample)) = self.sample() else { return Ok(None) };
-        let told = kernel.map(|kernel| kernel.offset_bytes);
-        let offsets = told.into_iter().chain((0..OFFSETS).map(|step| step * OFFSET_STEP_BYTES));
+        let reported = kernel.map(|kernel| kernel.offset_bytes);
+        let offsets =
+            reported.into_iter().chain((0..OFFSET_COUNT).map(|step| step * OFFSET_STEP_BYTES));
         let spaces: Vec<AddressSpace> =
             kernel.map(|kernel| kernel.space).into_iter().chain(spaces.iter().copied()).collect();
         for offset in offsets {

@@ -26,7 +26,7 @@ pub use memory::{PhysicalMemory, SnapshotMemory};
 pub use space::{AddressSpace, Caching, PagingMode, Step, Translation};
 pub use symbols::{Symbol, Symbols};
 pub use tables::{Access, BadEntry, Found, Joining, MappedRange, TABLES_MAX, TablesReport};
-pub use unwind::{By, End, Frame, OrcFormat, OrcTable, Stack};
+pub use unwind::{End, Frame, OrcFormat, OrcTable, Stack, UnwindMethod};
 pub use view::{CodeMode, GuestView};
 
 use frazil_snapstore::StoreError;

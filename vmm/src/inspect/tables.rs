@@ -50,7 +50,7 @@ pub enum Found {
     Range(MappedRange),
     /// The same tables again: the mappings of the `span_bytes` before `gva` are repeated `times`
     /// more times, back to back.
-    Again {
+    Repeated {
         /// The first address of the first repetition.
         gva: u64,
         /// Length of one repetition, in bytes.
@@ -277,7 +277,7 @@ impl Walk<'_> {
                     return Ok(ControlFlow::Break(()));
                 }
                 let gva = self.space.canonical(first + span);
-                Ok((self.visit)(Found::Again { gva, span_bytes: span, times: times - 1 }))
+                Ok((self.visit)(Found::Repeated { gva, span_bytes: span, times: times - 1 }))
             }
         }
     }

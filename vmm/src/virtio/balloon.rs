@@ -20,10 +20,10 @@ use super::buffers::Buffers;
 use super::free_pages::FreePages;
 use super::gate::WorkGate;
 use super::link::Link;
-use super::queue::{Chain, Nonsense, bit};
+use super::queue::{Chain, Violation, bit};
 use super::saved::SavedDevice;
 use super::worker::{Worker, doorbell, ring, serve_when_rung};
-use super::{Misfit, Still, VirtioDevice};
+use super::{StateMismatch, Still, VirtioDevice};
 use crate::confine::Role;
 use crate::error::Result;
 use crate::memory::GuestMemory;
@@ -142,7 +142,7 @@ impl Parts {
         link: &Link,
         memory: &GuestMemory,
         numbers: &mut Buffers,
-    ) -> Result<(), Nonsense> {
+    ) -> Result<(), Violation> {
         let (mut first, mut count) = (0, 0);
         for _ in 0..(numbers.len() / 4).min(PAGES_MAX) {
             let mut number = [0; 4];
@@ -245,16 +245,16 @@ impl VirtioDevice for Balloon {
         SavedDevice::Balloon { target_pages, actual_pages }
     }
 
-    fn check(&self, saved: &SavedDevice) -> Result<(), Misfit> {
+    fn check(&self, saved: &SavedDevice) -> Result<(), StateMismatch> {
         match saved {
             SavedDevice::Balloon { .. } => Ok(()),
-            other => Err(Misfit::new(self.save(), other)),
+            other => Err(StateMismatch::new(self.save(), other)),
         }
     }
 
-    fn put_back(&self, saved: &SavedDevice) -> Result<(), Misfit> {
+    fn put_back(&self, saved: &SavedDevice) -> Result<(), StateMismatch> {
         let SavedDevice::Balloon { target_pages, actual_pages } = saved else {
-            return Err(Misfit::new(self.save(), saved));
+            return Err(StateMismatch::new(self.save(), saved));
         };
         self.parts.target.store(*target_pages, Ordering::Release);
         self.parts.actual.store(*actual_pages, Ordering::Release);

@@ -17,7 +17,7 @@ use super::link::Link;
 use super::queue::{EVENT_IDX, bit};
 use super::saved::SavedDevice;
 use super::worker::{Worker, doorbell, ring, serve_when_rung};
-use super::{Misfit, Still, VirtioDevice};
+use super::{StateMismatch, Still, VirtioDevice};
 use crate::confine::Role;
 use crate::disk::{Disk, SECTOR_BYTES};
 use crate::error::Result;
@@ -184,7 +184,7 @@ impl VirtioDevice for Block {
         SavedDevice::Block { disk: Arc::clone(&self.name) }
     }
 
-    fn check(&self, saved: &SavedDevice) -> Result<(), Misfit> {
+    fn check(&self, saved: &SavedDevice) -> Result<(), StateMismatch> {
         saved.check_same(&self.save())
     }
 }

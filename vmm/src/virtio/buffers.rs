@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use vm_memory::{Address, Bytes, GuestAddress};
 
-use super::queue::Nonsense;
+use super::queue::Violation;
 use crate::memory::GuestMemory;
 
 /// Buffers known to lie in guest RAM, which are used up in order.
@@ -58,7 +58,7 @@ impl Buffers {
     ///
     /// # Errors
     /// If fewer bytes are left.
-    pub(super) fn read(&mut self, memory: &GuestMemory, out: &mut [u8]) -> Result<(), Nonsense> {
+    pub(super) fn read(&mut self, memory: &GuestMemory, out: &mut [u8]) -> Result<(), Violation> {
         self.each(out.len(), |address, range| {
             memory.read_slice(&mut out[range], address).map_err(not_in_ram)
         })
@@ -68,7 +68,7 @@ impl Buffers {
     ///
     /// # Errors
     /// If less room is left.
-    pub(super) fn write(&mut self, memory: &GuestMemory, bytes: &[u8]) -> Result<(), Nonsense> {
+    pub(super) fn write(&mut self, memory: &GuestMemory, bytes: &[u8]) -> Result<(), Violation> {
         self.each(bytes.len(), |address, range| {
             memory.write_slice(&bytes[range], address).map_err(not_in_ram)
         })
@@ -78,10 +78,10 @@ impl Buffers {
     fn each(
         &mut self,
         len: usize,
-        mut part: impl FnMut(GuestAddress, std::ops::Range<usize>) -> Result<(), Nonsense>,
-    ) -> Result<(), Nonsense> {
+        mut part: impl FnMut(GuestAddress, std::ops::Range<usize>) -> Result<(), Violation>,
+    ) -> Result<(), Violation> {
         if self.len < len as u64 {
-            return Err(Nonsense::new("buffers that are too short"));
+            return Err(Violation::new("buffers that are too short"));
         }
         let mut at = 0;
         while at < len {
@@ -100,6 +100,6 @@ impl Buffers {
     }
 }
 
-fn not_in_ram(error: vm_memory::GuestMemoryError) -> Nonsense {
-    Nonsense::new(format!("a buffer that is not in RAM: {error}"))
+fn not_in_ram(error: vm_memory::GuestMemoryError) -> Violation {
+    Violation::new(format!("a buffer that is not in RAM: {error}"))
 }

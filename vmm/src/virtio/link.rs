@@ -10,7 +10,7 @@ use virtio_bindings::virtio_config::{
 use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
 
 use super::Interrupt;
-use super::queue::{Nonsense, VirtQueue};
+use super::queue::{Violation, VirtQueue};
 use crate::memory::{GuestMemory, GuestRam};
 
 pub(super) const DRIVER_OK: u8 = VIRTIO_CONFIG_S_DRIVER_OK as u8;
@@ -107,12 +107,12 @@ impl Link {
     }
 
     /// Runs `work` on a queue, under its lock, if the device is live and the queue is ready. If
-    /// `work` meets nonsense, the device stops until the driver resets it. Returns `None` if `work`
-    /// was not run or failed.
+    /// `work` finds a violation, the device stops until the driver resets it. Returns `None` if
+    /// `work` was not run or failed.
     pub(super) fn with_queue<T>(
         &self,
         index: u16,
-        work: impl FnOnce(&mut VirtQueue, &GuestMemory) -> Result<T, Nonsense>,
+        work: impl FnOnce(&mut VirtQueue, &GuestMemory) -> Result<T, Violation>,
     ) -> Option<T> {
         let queue = self.queues.get(usize::from(index))?;
         if self.is_awaited() {
@@ -123,15 +123,15 @@ impl Link {
         if !self.is_live() || !queue.is_ready() {
             return None;
         }
-        work(&mut queue, self.memory()).map_err(|nonsense| self.give_up(&nonsense)).ok()
+        work(&mut queue, self.memory()).map_err(|violation| self.give_up(&violation)).ok()
     }
 
     /// Stops the device until it is reset, as the driver broke a rule (2.1.2). Called under a
     /// queue's lock, or the one that orders writes to registers.
-    pub(super) fn give_up(&self, nonsense: &Nonsense) {
+    pub(super) fn give_up(&self, violation: &Violation) {
         let before = self.status.fetch_or(NEEDS_RESET, Ordering::AcqRel);
         if !self.told.swap(true, Ordering::Relaxed) {
-            tracing::warn!(device = self.name, %nonsense, "a virtio device stops until it is reset");
+            tracing::warn!(device = self.name, nonsense = %violation, "a virtio device stops until it is reset");
         }
         if before & DRIVER_OK != 0 {
             self.interrupt(CONFIG_CHANGE);
@@ -144,7 +144,7 @@ impl Link {
         queue: &mut VirtQueue,
         head: u16,
         written: u32,
-    ) -> Result<(), Nonsense> {
+    ) -> Result<(), Violation> {
         if queue.give_back(self.memory(), head, written)? {
             self.interrupt(USED_BUFFER);
         }

@@ -16,9 +16,9 @@ use virtio_bindings::virtio_mmio as register;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::link::{DRIVER_OK, FAILED, INTERRUPTS, Link, NEEDS_RESET};
-use super::queue::{COMMON_FEATURES, Nonsense, VirtQueue, bit};
+use super::queue::{COMMON_FEATURES, Violation, VirtQueue, bit};
 use super::saved::{CapturedVirtio, SavedQueue, SavedVirtio};
-use super::{Interrupt, Misfit, Still, VirtioDevice};
+use super::{Interrupt, StateMismatch, Still, VirtioDevice};
 use crate::devices::Device;
 use crate::devices::mmio::MmioDevice;
 use crate::error::{Result, VmmError};
@@ -308,8 +308,8 @@ impl VirtioMmio {
             queue.retire();
         } else if self.has_features() && !queue.is_ready() {
             let features = self.link.driver_features.load(Ordering::Acquire);
-            if let Err(nonsense) = queue.make_ready(features, self.link.memory()) {
-                self.link.give_up(&nonsense);
+            if let Err(violation) = queue.make_ready(features, self.link.memory()) {
+                self.link.give_up(&violation);
             }
         }
     }
@@ -371,8 +371,8 @@ impl VirtioMmio {
     /// [`VmmError::State`] if `saved` is another device's or makes no sense; the device is then
     /// unchanged.
     pub fn put_back(&self, saved: &SavedVirtio) -> Result<()> {
-        let queues = self.queues_of(saved).map_err(|misfit| self.refuse(misfit))?;
-        self.device.put_back(&saved.device).map_err(|misfit| self.refuse(misfit))?;
+        let queues = self.queues_of(saved).map_err(|mismatch| self.refuse(mismatch))?;
+        self.device.put_back(&saved.device).map_err(|mismatch| self.refuse(mismatch))?;
         let mut selectors = self.selectors();
         *selectors = Selectors {
             device_features: saved.device_features_sel,
@@ -397,33 +397,35 @@ impl VirtioMmio {
     /// [`VmmError::State`] if it cannot.
     pub fn check(&self, saved: &SavedVirtio) -> Result<()> {
         let checked = self.queues_of(saved).and_then(|_queues| self.device.check(&saved.device));
-        checked.map_err(|misfit| self.refuse(misfit))
+        checked.map_err(|mismatch| self.refuse(mismatch))
     }
 
-    fn refuse(&self, Misfit { expected, found }: Misfit) -> VmmError {
+    fn refuse(&self, StateMismatch { expected, found }: StateMismatch) -> VmmError {
         VmmError::State { chunk: self.name().to_owned(), expected, found }
     }
 
     /// Returns the queues in `saved`, if all of it fits this device.
-    fn queues_of(&self, saved: &SavedVirtio) -> Result<Vec<VirtQueue>, Misfit> {
+    fn queues_of(&self, saved: &SavedVirtio) -> Result<Vec<VirtQueue>, StateMismatch> {
         let sizes: Vec<u16> = saved.queues.iter().map(|queue| queue.max_size).collect();
         if sizes != self.device.queue_sizes() {
-            return Err(Misfit::new(self.device.queue_sizes(), sizes));
+            return Err(StateMismatch::new(self.device.queue_sizes(), sizes));
         }
         self.check_registers(saved)?;
         let features = saved.driver_features.0;
         let restore = |queue| VirtQueue::restore(queue, features, self.link.memory());
-        let nonsense = |Nonsense(found)| Misfit { expected: "virtqueues in RAM".into(), found };
-        saved.queues.iter().map(restore).collect::<Result<_, _>>().map_err(nonsense)
+        let mismatch =
+            |Violation(found)| StateMismatch { expected: "virtqueues in RAM".into(), found };
+        saved.queues.iter().map(restore).collect::<Result<_, _>>().map_err(mismatch)
     }
 }
 
 impl VirtioMmio {
     /// Checks that a driver can have brought the registers to what `saved` says: see
     /// [`Self::set_status`].
-    fn check_registers(&self, saved: &SavedVirtio) -> Result<(), Misfit> {
-        let wrong =
-            |expected: &str, found: String| Err(Misfit { expected: expected.to_owned(), found });
+    fn check_registers(&self, saved: &SavedVirtio) -> Result<(), StateMismatch> {
+        let wrong = |expected: &str, found: String| {
+            Err(StateMismatch { expected: expected.to_owned(), found })
+        };
         let (status, features) = (saved.status, saved.driver_features.0);
         let known = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK | FAILED | NEEDS_RESET;
         // Each bit, with those that must be set before it.

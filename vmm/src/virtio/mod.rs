@@ -40,7 +40,7 @@ pub use free_pages::{FreePages, ZeroedPages};
 pub use gate::Shut;
 pub use link::Link;
 pub use mmio::{VirtioMmio, WINDOW_BYTES};
-pub use queue::Nonsense;
+pub use queue::Violation;
 pub use saved::{CapturedVirtio, SavedDevice, SavedQueue, SavedVirtio};
 
 /// Creates an eventfd to wait for or, with `EFD_NONBLOCK`, to poll. It may be an interrupt of the
@@ -95,14 +95,14 @@ pub enum Still {
 
 /// An error: a saved state belongs to another device.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Misfit {
+pub struct StateMismatch {
     /// What the device has.
     pub expected: String,
     /// What the state has.
     pub found: String,
 }
 
-impl Misfit {
+impl StateMismatch {
     pub(crate) fn new(expected: impl fmt::Debug, found: impl fmt::Debug) -> Self {
         Self { expected: format!("{expected:?}"), found: format!("{found:?}") }
     }
@@ -160,13 +160,13 @@ pub trait VirtioDevice: Send + Sync + fmt::Debug {
     ///
     /// # Errors
     /// If it is the state of another device.
-    fn check(&self, saved: &SavedDevice) -> Result<(), Misfit>;
+    fn check(&self, saved: &SavedDevice) -> Result<(), StateMismatch>;
 
     /// Gives the device the state `saved`. The default is for devices whose state never changes.
     ///
     /// # Errors
     /// As [`Self::check`]; the device is then unchanged.
-    fn put_back(&self, saved: &SavedDevice) -> Result<(), Misfit> {
+    fn put_back(&self, saved: &SavedDevice) -> Result<(), StateMismatch> {
         self.check(saved)
     }
 

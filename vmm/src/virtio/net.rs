@@ -27,10 +27,10 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::gate::WorkGate;
 use super::link::Link;
-use super::queue::{Chain, EVENT_IDX, Nonsense, bit};
+use super::queue::{Chain, EVENT_IDX, Violation, bit};
 use super::saved::SavedDevice;
 use super::worker::{Ending, Worker, doorbell, ring};
-use super::{Misfit, Still, VirtioDevice};
+use super::{StateMismatch, Still, VirtioDevice};
 use crate::confine::Role;
 use crate::error::{Result, VmmError};
 pub use tap::Tap;
@@ -297,7 +297,7 @@ impl Card {
             };
             let len = readable.len();
             if len < HEADER.len() as u64 {
-                return Err(Nonsense::new("a frame without its header"));
+                return Err(Violation::new("a frame without its header"));
             }
             let whole = frame.get_mut(..usize::try_from(len).unwrap_or(usize::MAX));
             let taken = match whole {
@@ -371,11 +371,11 @@ impl VirtioDevice for Net {
         SavedDevice::Net { mac: self.mac }
     }
 
-    fn check(&self, saved: &SavedDevice) -> Result<(), Misfit> {
+    fn check(&self, saved: &SavedDevice) -> Result<(), StateMismatch> {
         // The address is this host's choice, as the tap is.
         match saved {
             SavedDevice::Net { .. } => Ok(()),
-            other => Err(Misfit::new(self.save(), other)),
+            other => Err(StateMismatch::new(self.save(), other)),
         }
     }
 }

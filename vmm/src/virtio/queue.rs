@@ -30,21 +30,21 @@ pub(super) const EVENT_IDX: u64 = bit(VIRTIO_RING_F_EVENT_IDX);
 
 /// A guest's violation of the specification, after which its device cannot go on.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Nonsense(pub(super) String);
+pub struct Violation(pub(super) String);
 
-impl Nonsense {
+impl Violation {
     pub(super) fn new(what: impl Into<String>) -> Self {
         Self(what.into())
     }
 }
 
-impl std::fmt::Display for Nonsense {
+impl std::fmt::Display for Violation {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(&self.0)
     }
 }
 
-impl From<virtio_queue::Error> for Nonsense {
+impl From<virtio_queue::Error> for Violation {
     fn from(error: virtio_queue::Error) -> Self {
         Self(error.to_string())
     }
@@ -112,7 +112,7 @@ impl VirtQueue {
         &mut self,
         features: u64,
         memory: &GuestMemory,
-    ) -> Result<(), Nonsense> {
+    ) -> Result<(), Violation> {
         self.ring = Some(self.ring_at(features, 0, 0, memory)?);
         Ok(())
     }
@@ -124,7 +124,7 @@ impl VirtQueue {
         next_avail: u16,
         next_used: u16,
         memory: &GuestMemory,
-    ) -> Result<Queue, Nonsense> {
+    ) -> Result<Queue, Violation> {
         let QueueRegisters { size, descriptors, driver, device } = self.registers;
         let ring = Queue::try_from(QueueState {
             max_size: self.max_size,
@@ -139,7 +139,7 @@ impl VirtQueue {
         })?;
         // virtio-queue takes a driver area at 0 for one that was not set.
         if driver == 0 || !ring.is_valid(memory) {
-            return Err(Nonsense::new("a virtqueue that is not in RAM"));
+            return Err(Violation::new("a virtqueue that is not in RAM"));
         }
         Ok(ring)
     }
@@ -178,7 +178,7 @@ impl VirtQueue {
         saved: &SavedQueue,
         features: u64,
         memory: &GuestMemory,
-    ) -> Result<Self, Nonsense> {
+    ) -> Result<Self, Violation> {
         let SavedQueue {
             max_size,
             size,
@@ -197,23 +197,23 @@ impl VirtQueue {
         Ok(queue)
     }
 
-    fn ring(&mut self) -> Result<&mut Queue, Nonsense> {
-        self.ring.as_mut().ok_or_else(|| Nonsense::new("a virtqueue that is not ready"))
+    fn ring(&mut self) -> Result<&mut Queue, Violation> {
+        self.ring.as_mut().ok_or_else(|| Violation::new("a virtqueue that is not ready"))
     }
 
     /// Returns how many chains wait.
-    pub(super) fn waiting(&mut self, memory: &GuestMemory) -> Result<u16, Nonsense> {
+    pub(super) fn waiting(&mut self, memory: &GuestMemory) -> Result<u16, Violation> {
         let ring = self.ring()?;
         let end = ring.avail_idx(memory, Ordering::Acquire)?;
         let waiting = end.0.wrapping_sub(ring.next_avail());
         if waiting > ring.size() {
-            return Err(Nonsense::new("more chains than the virtqueue has room for"));
+            return Err(Violation::new("more chains than the virtqueue has room for"));
         }
         Ok(waiting)
     }
 
     /// Takes the next chain off the queue.
-    pub(super) fn pop(&mut self, memory: &GuestMemory) -> Result<Option<Chain>, Nonsense> {
+    pub(super) fn pop(&mut self, memory: &GuestMemory) -> Result<Option<Chain>, Violation> {
         let ring = self.ring()?;
         let size = ring.size();
         let Some(descriptors) = ring.iter(memory)?.next() else { return Ok(None) };
@@ -223,7 +223,7 @@ impl VirtQueue {
         for descriptor in descriptors {
             count += 1;
             if count > size {
-                return Err(Nonsense::new("a chain longer than its virtqueue"));
+                return Err(Violation::new("a chain longer than its virtqueue"));
             }
             ended = !descriptor.has_next();
             let (side, access) = if descriptor.is_write_only() {
@@ -231,17 +231,17 @@ impl VirtQueue {
             } else if writable.is_untouched() {
                 (&mut readable, Permissions::Read)
             } else {
-                return Err(Nonsense::new("a buffer to read after one to write"));
+                return Err(Violation::new("a buffer to read after one to write"));
             };
             let (address, len) = (descriptor.addr(), descriptor.len());
             if len > 0 && !memory.check_range(address, len as usize, access) {
-                return Err(Nonsense::new("a buffer that is not in RAM"));
+                return Err(Violation::new("a buffer that is not in RAM"));
             }
             side.push(address, len);
         }
         // The walk also ends where it would leave the table, or when the chain goes in circles.
         if !ended {
-            return Err(Nonsense::new("a chain that leads nowhere"));
+            return Err(Violation::new("a chain that leads nowhere"));
         }
         Ok(Some(Chain { head, readable, writable }))
     }
@@ -260,21 +260,21 @@ impl VirtQueue {
         memory: &GuestMemory,
         head: u16,
         written: u32,
-    ) -> Result<bool, Nonsense> {
+    ) -> Result<bool, Violation> {
         let ring = self.ring()?;
         ring.add_used(memory, head, written)?;
         Ok(ring.needs_notification(memory)?)
     }
 
     /// Asks the driver not to notify the device of chains that it adds. This is only a hint.
-    pub(super) fn mute(&mut self, memory: &GuestMemory) -> Result<(), Nonsense> {
+    pub(super) fn mute(&mut self, memory: &GuestMemory) -> Result<(), Violation> {
         Ok(self.ring()?.disable_notification(memory)?)
     }
 
     /// Asks the driver to notify the device of the next chain it adds, even while others wait. With
     /// event indices it notifies only of the entry asked for, which otherwise is the next one that
     /// the device takes.
-    pub(super) fn ask_for_next(&mut self, memory: &GuestMemory) -> Result<(), Nonsense> {
+    pub(super) fn ask_for_next(&mut self, memory: &GuestMemory) -> Result<(), Violation> {
         let ring = self.ring()?;
         if !ring.event_idx_enabled() {
             return Ok(());
@@ -283,15 +283,15 @@ impl VirtQueue {
         // `avail_event` follows the entries (2.7.8).
         let place = GuestAddress(ring.used_ring())
             .checked_add(4 + 8 * u64::from(ring.size()))
-            .ok_or_else(|| Nonsense::new("a virtqueue that is not in RAM"))?;
+            .ok_or_else(|| Violation::new("a virtqueue that is not in RAM"))?;
         memory
             .store(next.0.to_le(), place, Ordering::Release)
-            .map_err(|error| Nonsense::new(error.to_string()))
+            .map_err(|error| Violation::new(error.to_string()))
     }
 
     /// Asks the driver to notify the device again. Returns true if it has added a chain since the
     /// last look, of which it may not have notified the device.
-    pub(super) fn unmute(&mut self, memory: &GuestMemory) -> Result<bool, Nonsense> {
+    pub(super) fn unmute(&mut self, memory: &GuestMemory) -> Result<bool, Violation> {
         Ok(self.ring()?.enable_notification(memory)?)
     }
 }

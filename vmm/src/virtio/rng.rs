@@ -10,9 +10,9 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
 use super::link::Link;
-use super::queue::{Chain, Nonsense, VirtQueue};
+use super::queue::{Chain, Violation, VirtQueue};
 use super::saved::SavedDevice;
-use super::{Misfit, Still, VirtioDevice};
+use super::{StateMismatch, Still, VirtioDevice};
 use crate::error::Result;
 use crate::memory::GuestMemory;
 
@@ -61,12 +61,12 @@ impl VirtioDevice for Rng {
         SavedDevice::Rng {}
     }
 
-    fn check(&self, saved: &SavedDevice) -> Result<(), Misfit> {
+    fn check(&self, saved: &SavedDevice) -> Result<(), StateMismatch> {
         saved.check_same(&self.save())
     }
 }
 
-fn fill_next(link: &Link, queue: &mut VirtQueue, memory: &GuestMemory) -> Result<(), Nonsense> {
+fn fill_next(link: &Link, queue: &mut VirtQueue, memory: &GuestMemory) -> Result<(), Violation> {
     let Some(Chain { head, readable: _, mut writable }) = queue.pop(memory)? else { return Ok(()) };
     let mut bytes = [0; BYTES_MAX];
     let wanted = writable.len().min(BYTES_MAX as u64) as usize;

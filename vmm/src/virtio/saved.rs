@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::Misfit;
+use super::StateMismatch;
 use super::net::MacAddress;
 use crate::devices::Captured;
 use crate::error::Result;
@@ -96,8 +96,8 @@ pub enum SavedDevice {
 
 impl SavedDevice {
     /// For a device whose state never changes: fails unless this state equals `ours`.
-    pub(super) fn check_same(&self, ours: &Self) -> Result<(), Misfit> {
-        if self == ours { Ok(()) } else { Err(Misfit::new(ours, self)) }
+    pub(super) fn check_same(&self, ours: &Self) -> Result<(), StateMismatch> {
+        if self == ours { Ok(()) } else { Err(StateMismatch::new(ours, self)) }
     }
 }
 

@@ -27,10 +27,10 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::gate::WorkGate;
 use super::link::Link;
-use super::queue::{Chain, EVENT_IDX, Nonsense};
+use super::queue::{Chain, EVENT_IDX, Violation};
 use super::saved::SavedDevice;
 use super::worker::{Ending, Worker, doorbell, ring};
-use super::{Misfit, Still, VirtioDevice};
+use super::{StateMismatch, Still, VirtioDevice};
 use crate::confine::Role;
 use crate::error::{Result, VmmError};
 use connection::BUFFER_BYTES;
@@ -218,7 +218,7 @@ impl Parts {
             if let News::Told { waiting } = news {
                 let knows = queue.waiting(memory)? > waiting;
                 if knows {
-                    self.table().is_known();
+                    self.table().note_known();
                 }
                 return Ok(knows);
             }
@@ -230,7 +230,7 @@ impl Parts {
             // The driver cannot give the buffer back before it gets it below, so that is not
             // missed.
             queue.ask_for_next(memory)?;
-            self.table().tell(queue.waiting(memory)?);
+            self.table().note_told(queue.waiting(memory)?);
             link.give_back(queue, head, TRANSPORT_RESET.len() as u32)?;
             Ok(true)
         });
@@ -250,7 +250,7 @@ impl Parts {
             };
             // Without room for data, none could ever be delivered.
             if writable.len() <= HEADER_BYTES as u64 {
-                return Err(Nonsense::new("a buffer that is too short for a packet"));
+                return Err(Violation::new("a buffer that is too short for a packet"));
             }
             let room = writable.len().min(scratch.len() as u64) as usize;
             let Some(header) = self.table().outgoing(&mut scratch[HEADER_BYTES..room]) else {
@@ -282,7 +282,7 @@ impl Parts {
             readable.read(memory, &mut bytes)?;
             let header = Header::from_bytes(&bytes);
             if u64::from(header.len) > readable.len() {
-                return Err(Nonsense::new("a packet that is longer than its buffers"));
+                return Err(Violation::new("a packet that is longer than its buffers"));
             }
             let wanted = header.op() == Some(Op::Data) && header.len <= BUFFER_BYTES;
             let data = &mut scratch[..if wanted { header.len as usize } else { 0 }];
@@ -354,16 +354,16 @@ impl VirtioDevice for Vsock {
     }
 
     /// The device keeps its own context id, which whoever restores it chooses.
-    fn check(&self, saved: &SavedDevice) -> Result<(), Misfit> {
+    fn check(&self, saved: &SavedDevice) -> Result<(), StateMismatch> {
         match saved {
             SavedDevice::Vsock { guest_cid: _ } => Ok(()),
-            other => Err(Misfit::new(self.save(), other)),
+            other => Err(StateMismatch::new(self.save(), other)),
         }
     }
 
-    fn put_back(&self, saved: &SavedDevice) -> Result<(), Misfit> {
+    fn put_back(&self, saved: &SavedDevice) -> Result<(), StateMismatch> {
         self.check(saved)?;
-        self.parts.table().forget();
+        self.parts.table().end_all();
         Ok(())
     }
 

@@ -4,7 +4,7 @@ use std::ops::{ControlFlow, RangeInclusive};
 
 use frazil_snapstore::search::SearchProgress;
 use frazil_vmm::inspect::{
-    By, CodeMode, End, Frame, GuestView, LinuxKernel, PhysicalMemory, Stack, Translation,
+    CodeMode, End, Frame, GuestView, LinuxKernel, PhysicalMemory, Stack, Translation, UnwindMethod,
 };
 use frazil_vmm::vcpu::saved::SavedVcpu;
 use serde_json::{Value, json};
@@ -114,9 +114,9 @@ impl Walked {
             let name =
                 place(frame, names).map_or_else(|| "?".to_owned(), |place| place.to_string());
             let how = match frame.how {
-                By::OrcInterrupted => "  (interrupted)",
-                By::FramePointer => "  (by frame pointer)",
-                By::Registers | By::Orc => "",
+                UnwindMethod::OrcInterrupted => "  (interrupted)",
+                UnwindMethod::FramePointer => "  (by frame pointer)",
+                UnwindMethod::Registers | UnwindMethod::Orc => "",
             };
             print(format_args!("{number:>3}  {:#018x}  {name}{how}", frame.ip))?;
             for line in lines {
@@ -212,10 +212,10 @@ fn object(frame: &Frame, lines: &[String], names: &Names<'_>) -> Value {
         "offset": place.as_ref().map(|place| place.offset),
         "lines": lines,
         "by": match frame.how {
-            By::Registers => "registers",
-            By::Orc => "orc",
-            By::OrcInterrupted => "orc_interrupted",
-            By::FramePointer => "frame_pointer",
+            UnwindMethod::Registers => "registers",
+            UnwindMethod::Orc => "orc",
+            UnwindMethod::OrcInterrupted => "orc_interrupted",
+            UnwindMethod::FramePointer => "frame_pointer",
         },
     })
 }

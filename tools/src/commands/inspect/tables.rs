@@ -38,12 +38,12 @@ pub(super) fn tables(
         is_nothing = false;
         listened(match (found, json) {
             (Found::Range(range), true) => output::try_line(format_args!("{}", object(&range))),
-            (Found::Again { gva, span_bytes, times }, true) => output::try_line(format_args!(
+            (Found::Repeated { gva, span_bytes, times }, true) => output::try_line(format_args!(
                 "{}",
                 json!({"again": format!("{gva:#x}"), "span_bytes": span_bytes, "times": times})
             )),
             (Found::Range(range), false) => output::try_line(format_args!("{}", line(&range))),
-            (Found::Again { span_bytes, times, .. }, false) => output::try_line(format_args!(
+            (Found::Repeated { span_bytes, times, .. }, false) => output::try_line(format_args!(
                 "  … then the preceding {} again, {} more times",
                 output::bytes(span_bytes),
                 output::count(times)

@@ -22,12 +22,12 @@ pub struct Frame {
     /// Its stack pointer.
     pub sp: u64,
     /// How the frame was found.
-    pub how: By,
+    pub how: UnwindMethod,
 }
 
 /// How a frame was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum By {
+pub enum UnwindMethod {
     /// It is the vCPU's current frame.
     Registers,
     /// By the kernel's unwind table.
@@ -44,8 +44,8 @@ impl Frame {
     #[must_use]
     pub fn lookup_ip(&self) -> u64 {
         match self.how {
-            By::Registers | By::OrcInterrupted => self.ip,
-            By::Orc | By::FramePointer => self.ip.wrapping_sub(1),
+            UnwindMethod::Registers | UnwindMethod::OrcInterrupted => self.ip,
+            UnwindMethod::Orc | UnwindMethod::FramePointer => self.ip.wrapping_sub(1),
         }
     }
 }
@@ -133,7 +133,7 @@ impl Stack<'_> {
             interrupted: true,
         };
         let kernel = state.ip & KERNEL_HALF != 0;
-        let mut frames = vec![Frame { ip: state.ip, sp: state.sp, how: By::Registers }];
+        let mut frames = vec![Frame { ip: state.ip, sp: state.sp, how: UnwindMethod::Registers }];
         if self.mode == CodeMode::Bits16 {
             return Ok((frames, End::NoWay { ip: state.ip }));
         }
@@ -156,7 +156,7 @@ impl Stack<'_> {
             }
             // Stacks grow down: a walk that does not go up may go in circles. Interrupts switch
             // stacks, though.
-            if state.sp <= sp && how != By::OrcInterrupted {
+            if state.sp <= sp && how != UnwindMethod::OrcInterrupted {
                 let what =
                     format!("the caller's stack pointer {:#x} is not above {sp:#x}", state.sp);
                 return Ok((frames, End::Damaged { what }));
@@ -207,7 +207,7 @@ impl Stack<'_> {
         }
         *state =
             State { ip, sp: above.wrapping_add(word_bytes), bp, saved: None, interrupted: false };
-        Ok(Step::Up(By::FramePointer))
+        Ok(Step::Up(UnwindMethod::FramePointer))
     }
 }
 
@@ -219,6 +219,6 @@ impl State {
 
 /// The result of one step. After `Up` the state is the caller's.
 enum Step {
-    Up(By),
+    Up(UnwindMethod),
     End(End),
 }

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::{By, End, Saved, Stack, State, Step};
+use super::{End, Saved, Stack, State, Step, UnwindMethod};
 use crate::inspect::Result;
 
 /// Size of an entry.
@@ -195,11 +195,14 @@ pub(super) fn step(stack: &Stack<'_>, entry: Entry, state: &mut State) -> Result
         let [ip, above] = [saved_at::IP, saved_at::SP].map(|at| stack.word(regs.wrapping_add(at)));
         let (Some(ip), Some(above)) = (ip?, above?) else { return missing(regs) };
         let saved = if entry.kind == Kind::Regs { Some(saved(stack, regs)?) } else { None };
-        (State { ip, sp: above, bp: state.bp, saved, interrupted: true }, By::OrcInterrupted)
+        (
+            State { ip, sp: above, bp: state.bp, saved, interrupted: true },
+            UnwindMethod::OrcInterrupted,
+        )
     } else {
         let at = sp.wrapping_sub(8);
         let Some(ip) = stack.word(at)? else { return missing(at) };
-        (State { ip, sp, bp: state.bp, saved: None, interrupted: false }, By::Orc)
+        (State { ip, sp, bp: state.bp, saved: None, interrupted: false }, UnwindMethod::Orc)
     };
     let bp_at = match entry.bp_reg {
         PREV_SP => Some(sp.wrapping_add(entry.bp_offset as u64)),

@@ -58,10 +58,10 @@ fn callers_are_found_by_the_table() {
         assert_eq!(
             found,
             [
-                (0x50, 0x1000, By::Registers),
-                (0x105, 0x1010, By::Orc),
-                (0x205, 0x1110, By::Orc),
-                (0x300, 0x2000, By::OrcInterrupted),
+                (0x50, 0x1000, UnwindMethod::Registers),
+                (0x105, 0x1010, UnwindMethod::Orc),
+                (0x205, 0x1110, UnwindMethod::Orc),
+                (0x300, 0x2000, UnwindMethod::OrcInterrupted),
             ],
             "{format:?}"
         );

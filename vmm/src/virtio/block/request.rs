@@ -4,7 +4,7 @@ use virtio_bindings::virtio_blk as blk;
 use vm_memory::Bytes;
 
 use super::super::buffers::Buffers;
-use super::super::queue::{Chain, Nonsense};
+use super::super::queue::{Chain, Violation};
 use super::{RANGE_SECTORS_MAX, RANGES_MAX, SEGMENT_BYTES_MAX, SEGMENTS_MAX};
 use crate::disk::{Disk, Request, SECTOR_BYTES};
 use crate::memory::GuestMemory;
@@ -33,12 +33,12 @@ enum Failure {
     /// There is no such request. The driver is told by the status.
     Unsupported,
     /// The driver broke a rule: the device stops until it is reset.
-    Nonsense(Nonsense),
+    Violation(Violation),
 }
 
-impl From<Nonsense> for Failure {
-    fn from(nonsense: Nonsense) -> Self {
-        Self::Nonsense(nonsense)
+impl From<Violation> for Failure {
+    fn from(violation: Violation) -> Self {
+        Self::Violation(violation)
     }
 }
 
@@ -60,29 +60,31 @@ pub(super) fn answer(
     memory: &GuestMemory,
     chain: Chain,
     scratch: &mut Scratch,
-) -> Result<u32, Nonsense> {
+) -> Result<u32, Violation> {
     let Chain { head: _, mut readable, mut writable } = chain;
     let mut header = [0; HEADER_LEN];
     readable.read(memory, &mut header)?;
     let place = writable
         .split_last_byte()
-        .ok_or_else(|| Nonsense::new("a disk request with no room for its status"))?;
+        .ok_or_else(|| Violation::new("a disk request with no room for its status"))?;
     let room = writable.len();
     let mut at = Data { disk, request, memory, readable, writable, scratch };
     let status = match at.do_it(&header) {
         Ok(()) => blk::VIRTIO_BLK_S_OK,
         Err(Failure::Io) => blk::VIRTIO_BLK_S_IOERR,
         Err(Failure::Unsupported) => blk::VIRTIO_BLK_S_UNSUPP,
-        Err(Failure::Nonsense(nonsense)) => return Err(nonsense),
+        Err(Failure::Violation(violation)) => return Err(violation),
     };
     let left = at.writable.len();
-    memory.write_slice(&[status as u8], place).map_err(|error| Nonsense::new(error.to_string()))?;
+    memory
+        .write_slice(&[status as u8], place)
+        .map_err(|error| Violation::new(error.to_string()))?;
     // Only bytes written from the start without a gap count, so the status at the end counts only
     // if all before it were written. The total is below 4 GiB, as the walk along the chain ensured.
     Ok((room - left) as u32 + u32::from(left == 0))
 }
 
-fn is_write(kind: u32) -> bool {
+fn is_erasing(kind: u32) -> bool {
     matches!(
         kind,
         blk::VIRTIO_BLK_T_DISCARD | blk::VIRTIO_BLK_T_WRITE_ZEROES | blk::VIRTIO_BLK_T_SECURE_ERASE
@@ -110,7 +112,7 @@ impl Data<'_> {
             blk::VIRTIO_BLK_T_OUT => self.write_disk(sector),
             blk::VIRTIO_BLK_T_FLUSH => Ok(self.request.flush()?),
             blk::VIRTIO_BLK_T_GET_ID => self.tell_serial(),
-            _ if self.disk.is_read_only() && is_write(kind) => Err(Failure::Io),
+            _ if self.disk.is_read_only() && is_erasing(kind) => Err(Failure::Io),
             // Holes are as good as zeros, so the flag that allows them changes nothing.
             blk::VIRTIO_BLK_T_WRITE_ZEROES => {
                 self.zero_ranges(blk::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP)

@@ -104,7 +104,7 @@ impl Table {
     }
 
     /// Ends all connections, of which the driver is yet to be told.
-    pub(super) fn forget(&mut self) {
+    pub(super) fn end_all(&mut self) {
         self.clear();
         self.news = News::Owed;
     }
@@ -118,14 +118,14 @@ impl Table {
     }
 
     /// Notes that the driver is told the news now, while `waiting` other buffers for events wait.
-    pub(super) fn tell(&mut self, waiting: u16) {
+    pub(super) fn note_told(&mut self, waiting: u16) {
         self.end_begun();
         self.news = News::Told { waiting };
         self.go_on();
     }
 
     /// Notes that the driver knows the news.
-    pub(super) fn is_known(&mut self) {
+    pub(super) fn note_known(&mut self) {
         self.end_begun();
         self.news = News::Known;
     }
