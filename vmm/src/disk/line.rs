@@ -12,8 +12,8 @@ use crate::error::{Result, VmmError};
 ///
 /// A checkpoint calls, in this order: [`Self::prepare`] and [`Self::region`] while the guest runs;
 /// [`Disk::drain`] and [`Self::cut`] while the vCPUs stand still, dropping what `drain` returned
-/// when they go on; [`FrozenDisk::write_to`] while the guest runs; [`Self::record_published`] once the
-/// snapshot is published. A checkpoint that fails in between just drops what it has.
+/// when they go on; [`FrozenDisk::write_to`] while the guest runs; [`Self::record_published`] once
+/// the snapshot is published. A checkpoint that fails in between just drops what it has.
 #[derive(Debug)]
 pub struct DiskLine {
     disk: Arc<Disk>,

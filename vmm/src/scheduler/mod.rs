@@ -155,7 +155,7 @@ fn wait(stopped: &Receiver<()>, until: Instant) -> bool {
 
 impl Vm {
     /// While the guest is paused by the user, returns a number that is unique to this pause.
-    fn rest(&self) -> Option<u64> {
+    fn pause_number(&self) -> Option<u64> {
         // Read before `is_paused`: if stale, the number matches no later pause.
         let pauses = self.pauses.load(Ordering::Acquire);
         self.is_paused().then_some(pauses)
@@ -177,10 +177,10 @@ struct Work {
 impl Work {
     fn run(mut self, stopped: &Receiver<()>) {
         while wait(stopped, self.plan.due()) && self.vm.ended().is_none() {
-            let at_rest = self.vm.rest();
+            let at_rest = self.vm.pause_number();
             if at_rest.is_some() && at_rest == self.saved_at_rest {
                 // A snapshot takes up room even if nothing has changed.
-                let _at_rest = self.plan.over(Outcome::Resting, Instant::now());
+                let _at_rest = self.plan.advance(Outcome::Resting, Instant::now());
                 continue;
             }
             // From here on, missed checkpoints are counted, however long this one takes.
@@ -200,15 +200,15 @@ impl Work {
                 break;
             }
             self.saved_at_rest = at_rest.filter(|_| matches!(&taken, Some(Ok(_))));
-            self.tell(taken.as_ref(), begun);
+            self.report_outcome(taken.as_ref(), begun);
         }
-        let mut rest = self.skips.rest();
+        let mut rest = self.skips.take_unreported();
         rest.not_done += self.vm.end_beat();
-        self.say(rest);
+        self.report_skips(rest);
     }
 
     /// Counts and reports the outcome of the checkpoint that was due, and began at `begun`.
-    fn tell(&mut self, taken: Option<&Result<CheckpointReport>>, begun: Instant) {
+    fn report_outcome(&mut self, taken: Option<&Result<CheckpointReport>>, begun: Instant) {
         let now = Instant::now();
         taken.iter().for_each(|taken| (self.on_event)(&ScheduleEvent::Checkpoint(taken)));
         let outcome = match taken {
@@ -218,7 +218,7 @@ impl Work {
         };
         let quiet = self.schedule.quiet.map_or(0, |_| self.plan.missed(begun));
         let missed = self.plan.missed(now);
-        let all = self.plan.over(outcome, now);
+        let all = self.plan.advance(outcome, now);
         self.vm.count_beat(all);
         let left_out = LeftOut {
             // A due one left out itself is in the totals already (`checkpoint_if_idle`).
@@ -226,11 +226,11 @@ impl Work {
             quiet,
             failed: all - missed,
         };
-        let told = self.skips.add(left_out, now);
-        self.say(told);
+        let to_report = self.skips.add(left_out, now);
+        self.report_skips(to_report);
     }
 
-    fn say(&self, left_out: LeftOut) {
+    fn report_skips(&self, left_out: LeftOut) {
         for (because, count) in left_out.reasons() {
             (self.on_event)(&ScheduleEvent::Skipped { count, because });
         }

@@ -11,7 +11,7 @@ const PAUSE_MAX: Duration = Duration::from_secs(10);
 /// How often continuous checkpoints check whether a guest at rest has gone on.
 const LOOK_AT_REST_EVERY: Duration = Duration::from_millis(10);
 /// Checkpoints left out are reported at once, and then only this often.
-const TELL_EVERY: Duration = Duration::from_secs(10);
+const REPORT_EVERY: Duration = Duration::from_secs(10);
 
 /// What became of a checkpoint that was due.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,7 +101,7 @@ impl Plan {
     /// Plans the next checkpoint, given the outcome of the last. Returns how many fall due before
     /// it, up to now or, after a failure, in the pause that follows: those are left out, not made
     /// up for.
-    pub fn over(&mut self, outcome: Outcome, now: Instant) -> u64 {
+    pub fn advance(&mut self, outcome: Outcome, now: Instant) -> u64 {
         self.failed_in_a_row = match outcome {
             Outcome::Failed => self.failed_in_a_row.saturating_add(1),
             _ => 0,
@@ -139,27 +139,28 @@ impl Plan {
 /// Collects the counts of checkpoints left out until they are reported.
 #[derive(Debug, Default)]
 pub(super) struct Skips {
-    untold: LeftOut,
-    told: Option<Instant>,
+    unreported: LeftOut,
+    reported_at: Option<Instant>,
 }
 
 impl Skips {
     /// Adds `more`; returns what to report now.
     pub fn add(&mut self, more: LeftOut, now: Instant) -> LeftOut {
-        self.untold.not_done += more.not_done;
-        self.untold.quiet += more.quiet;
-        self.untold.failed += more.failed;
-        let often = self.told.is_some_and(|told| now.saturating_duration_since(told) < TELL_EVERY);
-        if often || self.untold == LeftOut::default() {
+        self.unreported.not_done += more.not_done;
+        self.unreported.quiet += more.quiet;
+        self.unreported.failed += more.failed;
+        let often =
+            self.reported_at.is_some_and(|at| now.saturating_duration_since(at) < REPORT_EVERY);
+        if often || self.unreported == LeftOut::default() {
             return LeftOut::default();
         }
-        self.told = Some(now);
-        self.rest()
+        self.reported_at = Some(now);
+        self.take_unreported()
     }
 
     /// Takes everything not reported yet.
-    pub fn rest(&mut self) -> LeftOut {
-        std::mem::take(&mut self.untold)
+    pub fn take_unreported(&mut self) -> LeftOut {
+        std::mem::take(&mut self.unreported)
     }
 }
 
@@ -174,15 +175,15 @@ mod tests {
         let start = Instant::now();
         let mut plan = Plan::new(Every::Interval(100 * MS), start);
         assert_eq!(plan.due(), start + 100 * MS, "not at once");
-        assert_eq!(plan.over(Outcome::Taken, start + 130 * MS), 0);
+        assert_eq!(plan.advance(Outcome::Taken, start + 130 * MS), 0);
         assert_eq!(plan.due(), start + 200 * MS, "on the beat, however long it took");
         // Those due at 300, 400 and 500 are left out.
-        assert_eq!(plan.over(Outcome::Taken, start + 510 * MS), 3);
+        assert_eq!(plan.advance(Outcome::Taken, start + 510 * MS), 3);
         assert_eq!(plan.due(), start + 600 * MS);
         // A checkpoint that is done just when the next is due has missed it.
-        assert_eq!(plan.over(Outcome::Taken, start + 700 * MS), 1);
+        assert_eq!(plan.advance(Outcome::Taken, start + 700 * MS), 1);
         assert_eq!(plan.due(), start + 800 * MS);
-        assert_eq!(plan.over(Outcome::LeftOut, start + 800 * MS), 0);
+        assert_eq!(plan.advance(Outcome::LeftOut, start + 800 * MS), 0);
     }
 
     #[test]
@@ -190,10 +191,10 @@ mod tests {
         let start = Instant::now();
         let mut plan = Plan::new(Every::Interval(Duration::from_nanos(1)), start);
         let late = start + Duration::from_hours(24 * 365);
-        assert_eq!(plan.over(Outcome::Taken, late), (late - start).as_nanos() as u64 - 1);
+        assert_eq!(plan.advance(Outcome::Taken, late), (late - start).as_nanos() as u64 - 1);
         assert_eq!(plan.due(), late + Duration::from_nanos(1));
         let mut plan = Plan::new(Every::Interval(Duration::from_hours(1)), start);
-        assert_eq!(plan.over(Outcome::Taken, late), 24 * 365 - 1);
+        assert_eq!(plan.advance(Outcome::Taken, late), 24 * 365 - 1);
     }
 
     #[test]
@@ -202,7 +203,7 @@ mod tests {
         let mut plan = Plan::new(Every::Continuous, start);
         assert_eq!(plan.due(), start);
         for took in [1, 5_000] {
-            assert_eq!(plan.over(Outcome::Taken, start + took * MS), 0);
+            assert_eq!(plan.advance(Outcome::Taken, start + took * MS), 0);
             assert_eq!(plan.due(), start + took * MS);
         }
     }
@@ -213,15 +214,15 @@ mod tests {
         let mut plan = Plan::new(Every::Continuous, now);
         let mut pauses = Vec::new();
         for _ in 0..60 {
-            assert_eq!(plan.over(Outcome::Failed, now), 0);
+            assert_eq!(plan.advance(Outcome::Failed, now), 0);
             pauses.push(plan.due() - now);
             now = plan.due();
         }
         assert_eq!(pauses[..3], [100 * MS, 200 * MS, 400 * MS]);
         assert_eq!(pauses[59], PAUSE_MAX);
-        let _none = plan.over(Outcome::Taken, now);
+        let _none = plan.advance(Outcome::Taken, now);
         assert_eq!(plan.due(), now, "forgiven");
-        let _none = plan.over(Outcome::Failed, now);
+        let _none = plan.advance(Outcome::Failed, now);
         assert_eq!(plan.due() - now, 100 * MS);
     }
 
@@ -231,23 +232,23 @@ mod tests {
         let mut plan = Plan::new(Every::Interval(50 * MS), start);
         // A pause of 100 ms leaves out those due at 100 and 150; then one of 200 ms, those at 250
         // to 400.
-        assert_eq!(plan.over(Outcome::Failed, start + 51 * MS), 2);
+        assert_eq!(plan.advance(Outcome::Failed, start + 51 * MS), 2);
         assert_eq!(plan.due(), start + 200 * MS);
-        assert_eq!(plan.over(Outcome::Failed, start + 201 * MS), 4);
+        assert_eq!(plan.advance(Outcome::Failed, start + 201 * MS), 4);
         assert_eq!(plan.due(), start + 450 * MS);
         let (mut now, mut left_out, mut failed) = (plan.due(), 0, 0);
         while now < start + 60_000 * MS {
-            left_out += plan.over(Outcome::Failed, now);
+            left_out += plan.advance(Outcome::Failed, now);
             failed += 1;
             now = plan.due();
         }
         assert!(failed < 15, "{failed} in a minute");
         assert_eq!(left_out + failed, (plan.due() - start).as_millis() as u64 / 50 - 9);
-        assert_eq!(plan.over(Outcome::Taken, now), 0);
+        assert_eq!(plan.advance(Outcome::Taken, now), 0);
         assert_eq!(plan.due(), now + 50 * MS, "forgiven");
         // With a long interval, none are missed.
         let mut plan = Plan::new(Every::Interval(1_000 * MS), start);
-        assert_eq!(plan.over(Outcome::Failed, start + 1_001 * MS), 0);
+        assert_eq!(plan.advance(Outcome::Failed, start + 1_001 * MS), 0);
         assert_eq!(plan.due(), start + 2_000 * MS);
     }
 
@@ -255,10 +256,10 @@ mod tests {
     fn a_guest_at_rest_costs_no_checkpoints_and_no_skips() {
         let start = Instant::now();
         let mut plan = Plan::new(Every::Continuous, start);
-        assert_eq!(plan.over(Outcome::Resting, start), 0);
+        assert_eq!(plan.advance(Outcome::Resting, start), 0);
         assert_eq!(plan.due(), start + LOOK_AT_REST_EVERY);
         let mut plan = Plan::new(Every::Interval(MS), start);
-        assert_eq!(plan.over(Outcome::Resting, start + 50 * MS), 0);
+        assert_eq!(plan.advance(Outcome::Resting, start + 50 * MS), 0);
         assert_eq!(plan.due(), start + 51 * MS);
     }
 
@@ -278,8 +279,8 @@ mod tests {
         let more = LeftOut { not_done: 1, quiet: 2, failed: 3 };
         assert_eq!(skips.add(late(1), start + 60_000 * MS), late(1));
         assert_eq!(skips.add(more, start + 60_001 * MS), none, "too soon");
-        assert_eq!(skips.rest(), more, "unless it ends");
-        assert_eq!(skips.rest(), none);
+        assert_eq!(skips.take_unreported(), more, "unless it ends");
+        assert_eq!(skips.take_unreported(), none);
         let reasons: Vec<_> = LeftOut { not_done: 0, ..more }.reasons().collect();
         assert_eq!(reasons, [(SkipReason::Quiet, 2), (SkipReason::Failed, 3)]);
     }
@@ -293,7 +294,7 @@ mod tests {
             assert_eq!(plan.missed(start + now * MS), missed, "{now}");
             assert_eq!(plan.beat().expect("a beat").missed(start + now * MS), missed, "{now}");
         }
-        assert_eq!(plan.over(Outcome::Taken, start + 399 * MS), 2, "as it comes out");
+        assert_eq!(plan.advance(Outcome::Taken, start + 399 * MS), 2, "as it comes out");
         assert_eq!(Plan::new(Every::Continuous, start).missed(start + 5_000 * MS), 0);
     }
 }

@@ -131,7 +131,11 @@ impl Link {
     pub(super) fn give_up(&self, violation: &Violation) {
         let before = self.status.fetch_or(NEEDS_RESET, Ordering::AcqRel);
         if !self.told.swap(true, Ordering::Relaxed) {
-            tracing::warn!(device = self.name, nonsense = %violation, "a virtio device stops until it is reset");
+            tracing::warn!(
+                device = self.name,
+                nonsense = %violation,
+                "a virtio device stops until it is reset"
+            );
         }
         if before & DRIVER_OK != 0 {
             self.interrupt(CONFIG_CHANGE);

@@ -226,7 +226,7 @@ impl Reader<'_> {
         let entries = || table.chunks_exact(SYMBOL_BYTES).zip(&kinds);
         let name_of = |entry: &[u8]| number(&entry[..4]);
         let longest = entries().map(|(entry, _)| name_of(entry)).max().unwrap_or(0);
-        let Some(names) = self.as_far(strtab, longest + SYMBOL_BYTES_MAX, left)? else {
+        let Some(names) = self.readable_bytes(strtab, longest + SYMBOL_BYTES_MAX, left)? else {
             return Ok(None);
         };
         let symbols = entries().filter_map(|(entry, kind)| {
@@ -246,7 +246,7 @@ impl Reader<'_> {
     }
 
     /// As many of the `len` bytes at `gva` as can be read, page by page.
-    fn as_far(&self, gva: u64, len: u64, left: &mut u64) -> Result<Option<Vec<u8>>> {
+    fn readable_bytes(&self, gva: u64, len: u64, left: &mut u64) -> Result<Option<Vec<u8>>> {
         if !charge(left, len) {
             return Ok(None);
         }

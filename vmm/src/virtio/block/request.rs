@@ -69,7 +69,7 @@ pub(super) fn answer(
         .ok_or_else(|| Violation::new("a disk request with no room for its status"))?;
     let room = writable.len();
     let mut at = Data { disk, request, memory, readable, writable, scratch };
-    let status = match at.do_it(&header) {
+    let status = match at.carry_out(&header) {
         Ok(()) => blk::VIRTIO_BLK_S_OK,
         Err(Failure::Io) => blk::VIRTIO_BLK_S_IOERR,
         Err(Failure::Unsupported) => blk::VIRTIO_BLK_S_UNSUPP,
@@ -104,7 +104,7 @@ struct Data<'a> {
 }
 
 impl Data<'_> {
-    fn do_it(&mut self, header: &[u8; HEADER_LEN]) -> Result<(), Failure> {
+    fn carry_out(&mut self, header: &[u8; HEADER_LEN]) -> Result<(), Failure> {
         let kind = le32(header, 0);
         let sector = le64(header, 8);
         match kind {
