@@ -114,7 +114,7 @@ impl Changes {
     }
 
     /// The runs of `other` that overlap runs of `self`.
-    pub fn touched_by(&self, mut other: Self) -> Self {
+    pub fn overlapping_runs_of(&self, mut other: Self) -> Self {
         other.runs.retain(|run| self.count(run.first, run.end()) > 0);
         other
     }

@@ -211,17 +211,18 @@ pub(crate) fn decode_fingerprints(bytes: &[u8]) -> Decoded<Vec<FrameFingerprints
 /// useful comparing was there. Areas about which nothing is known yet share one judgement. When a
 /// probe in an area found useless turns out useful, all such areas count as unknown again.
 #[derive(Debug)]
-pub(crate) struct Gate {
+pub(crate) struct DeltaGate {
     /// Per area, the age as of its last comparison in the high byte, and its credit in the low one:
-    /// [`UNKNOWN`], [`SHUT`], or [`SHUT`] + how many more useless comparisons it may have.
+    /// [`UNKNOWN`], [`NO_CREDIT`], or [`NO_CREDIT`] + how many more useless comparisons it may
+    /// have.
     areas: Box<[AtomicU16]>,
-    /// Incremented to make all shut areas unknown again.
+    /// Incremented to make all areas without credit unknown again.
     age: AtomicU8,
     /// In this window, first comparisons of areas in the high half, and the useful ones of these in
     /// the low half.
     score: AtomicU64,
     /// True while pages of unknown areas are not compared.
-    shut: AtomicBool,
+    skips_unknown: AtomicBool,
     batches: AtomicU64,
 }
 
@@ -232,11 +233,11 @@ const AREAS: usize = 1 << 16;
 /// The credit of an area about which nothing is known.
 const UNKNOWN: u8 = 0;
 /// The credit of an area that is not worth comparing.
-const SHUT: u8 = 1;
+const NO_CREDIT: u8 = 1;
 /// The credit of an area after its first comparison, if that was useless.
-const FIRST_CREDIT: u8 = SHUT + 3;
+const FIRST_CREDIT: u8 = NO_CREDIT + 3;
 /// The most credit, which bounds how long usefulness is remembered.
-const MOST_CREDIT: u8 = SHUT + 24;
+const MOST_CREDIT: u8 = NO_CREDIT + 24;
 
 /// Where comparing does not pay, one batch in so many is probed.
 const PROBE_EVERY: u64 = 32;
@@ -247,19 +248,19 @@ const WINDOW: u64 = 32;
 /// Comparing pays if one page in so many is useful: that saves about what the others cost.
 const USEFUL_SHARE: u8 = 6;
 
-impl Default for Gate {
+impl Default for DeltaGate {
     fn default() -> Self {
         Self {
             areas: std::iter::repeat_with(AtomicU16::default).take(AREAS).collect(),
             age: AtomicU8::new(0),
             score: AtomicU64::new(0),
-            shut: AtomicBool::new(false),
+            skips_unknown: AtomicBool::new(false),
             batches: AtomicU64::new(0),
         }
     }
 }
 
-impl Gate {
+impl DeltaGate {
     /// How many pages of the next batch may be compared although it does not seem to pay.
     pub fn probes(&self) -> usize {
         let batch = self.batches.fetch_add(1, Ordering::Relaxed);
@@ -267,10 +268,10 @@ impl Gate {
     }
 
     /// True if page `number` should be compared with the parent's; may use up one of `probes`.
-    pub fn lets_in(&self, number: u64, probes: &mut usize) -> bool {
-        let pays = match self.known(number) {
-            UNKNOWN => !self.shut.load(Ordering::Relaxed),
-            credit => credit > SHUT,
+    pub fn should_compare(&self, number: u64, probes: &mut usize) -> bool {
+        let pays = match self.credit_of(number) {
+            UNKNOWN => !self.skips_unknown.load(Ordering::Relaxed),
+            credit => credit > NO_CREDIT,
         };
         let probe = !pays && *probes > 0;
         *probes -= usize::from(probe);
@@ -278,54 +279,54 @@ impl Gate {
     }
 
     /// Records whether comparing page `number` was useful.
-    pub fn tried(&self, number: u64, useful: bool) {
-        let before = self.known(number);
-        let shut = self.shut.load(Ordering::Relaxed);
+    pub fn record(&self, number: u64, useful: bool) {
+        let before = self.credit_of(number);
+        let skips_unknown = self.skips_unknown.load(Ordering::Relaxed);
         if before == UNKNOWN {
-            self.judge_unknown(shut, useful);
-        } else if before == SHUT && useful {
+            self.judge_unknown(skips_unknown, useful);
+        } else if before == NO_CREDIT && useful {
             self.age.fetch_add(1, Ordering::Relaxed);
-            self.open();
+            self.compare_unknown();
         }
         // Threads may overwrite each other's credit, which is only a guess anyway.
         let credit = match (before, useful) {
-            (_, true) => (before.max(SHUT) + USEFUL_SHARE - 1).min(MOST_CREDIT),
+            (_, true) => (before.max(NO_CREDIT) + USEFUL_SHARE - 1).min(MOST_CREDIT),
             // A useless probe says little about the rest of its area.
             (UNKNOWN, false) => {
-                if shut {
+                if skips_unknown {
                     UNKNOWN
                 } else {
                     FIRST_CREDIT
                 }
             }
-            (_, false) => (before - 1).max(SHUT),
+            (_, false) => (before - 1).max(NO_CREDIT),
         };
         let age = self.age.load(Ordering::Relaxed);
         self.area(number).store(u16::from_be_bytes([age, credit]), Ordering::Relaxed);
     }
 
-    fn known(&self, number: u64) -> u8 {
+    fn credit_of(&self, number: u64) -> u8 {
         let [age, credit] = self.area(number).load(Ordering::Relaxed).to_be_bytes();
-        let old = credit == SHUT && age != self.age.load(Ordering::Relaxed);
+        let old = credit == NO_CREDIT && age != self.age.load(Ordering::Relaxed);
         if old { UNKNOWN } else { credit }
     }
 
-    fn open(&self) {
+    fn compare_unknown(&self) {
         self.score.store(0, Ordering::Relaxed);
-        self.shut.store(false, Ordering::Relaxed);
+        self.skips_unknown.store(false, Ordering::Relaxed);
     }
 
-    fn judge_unknown(&self, shut: bool, useful: bool) {
-        if shut {
+    fn judge_unknown(&self, skips_unknown: bool, useful: bool) {
+        if skips_unknown {
             if useful {
-                self.open();
+                self.compare_unknown();
             }
             return;
         }
         let score = self.score.fetch_add(1 << 32 | u64::from(useful), Ordering::Relaxed);
         let (tried, found) = ((score >> 32) + 1, (score & 0xffff_ffff) + u64::from(useful));
         if tried >= WINDOW {
-            self.shut.store(found * u64::from(USEFUL_SHARE) < tried, Ordering::Relaxed);
+            self.skips_unknown.store(found * u64::from(USEFUL_SHARE) < tried, Ordering::Relaxed);
             self.score.store(0, Ordering::Relaxed);
         }
     }
@@ -383,10 +384,10 @@ mod tests {
         assert_eq!(index.frames.read().unwrap().frames.len(), 1);
     }
 
-    /// Passes `pages` through the gate as a write does; returns how many it let in, and how many of
-    /// those were useful.
+    /// Passes `pages` through the gate as a write does; returns how many were compared, and how
+    /// many of those were useful.
     fn look(
-        gate: &Gate,
+        gate: &DeltaGate,
         pages: impl Iterator<Item = u64>,
         useful: impl Fn(u64) -> bool,
     ) -> (u64, u64) {
@@ -394,8 +395,8 @@ mod tests {
         for batch in pages.collect::<Vec<_>>().chunks(16) {
             let mut probes = gate.probes();
             for page in batch {
-                if gate.lets_in(*page, &mut probes) {
-                    gate.tried(*page, useful(*page));
+                if gate.should_compare(*page, &mut probes) {
+                    gate.record(*page, useful(*page));
                     tried += 1;
                     found += u64::from(useful(*page));
                 }
@@ -406,7 +407,7 @@ mod tests {
 
     #[test]
     fn where_nothing_comes_of_it_only_probes_are_looked_at() {
-        let gate = Gate::default();
+        let gate = DeltaGate::default();
         let (tried, _) = look(&gate, 0..1 << 16, |_| false);
         let probes = (1 << 16) / 16 / PROBE_EVERY * PROBE_PAGES as u64;
         assert!(
@@ -417,12 +418,12 @@ mod tests {
 
     #[test]
     fn where_everything_comes_of_it_all_is_looked_at() {
-        assert_eq!(look(&Gate::default(), 0..5000, |_| true), (5000, 5000));
+        assert_eq!(look(&DeltaGate::default(), 0..5000, |_| true), (5000, 5000));
     }
 
     #[test]
     fn areas_are_judged_by_themselves() {
-        let gate = Gate::default();
+        let gate = DeltaGate::default();
         // One area in eight is worth comparing: one page in eight is below the share that pays.
         let useful = |page: u64| (page / AREA_PAGES).is_multiple_of(8);
         let pages = AREA_PAGES * 64;

@@ -47,18 +47,18 @@ pub struct RegionMap {
     pub frames: u64,
     /// Stored bytes of these frames.
     pub stored_bytes: u64,
-    /// Number of ranges passed to `tell`.
+    /// Number of ranges passed to `visit`.
     pub ranges: u64,
 }
 
-/// Passes the ranges of `region` to `tell` in order, until it breaks. Reads the tree only, no
+/// Passes the ranges of `region` to `visit` in order, until it breaks. Reads the tree only, no
 /// page contents.
 ///
 /// # Errors
 /// [`StoreError::Corrupt`](crate::StoreError::Corrupt) if a node is damaged.
 pub fn map(
     region: &RegionReader,
-    tell: &mut dyn FnMut(MapRange) -> ControlFlow<()>,
+    visit: &mut dyn FnMut(MapRange) -> ControlFlow<()>,
 ) -> Result<RegionMap> {
     let mut mapper = Mapper {
         seen: HashSet::new(),
@@ -71,15 +71,15 @@ pub fn map(
         let count = PART_PAGES.min(region.pages() - first);
         for run in region.runs(first, count)? {
             let zero = Run { first: at, count: run.first - at, location: Location::Zero };
-            if mapper.add(&zero, tell).is_break() || mapper.add(&run, tell).is_break() {
+            if mapper.add(&zero, visit).is_break() || mapper.add(&run, visit).is_break() {
                 return Ok(mapper.found);
             }
             at = run.end();
         }
     }
     let zero = Run { first: at, count: region.pages() - at, location: Location::Zero };
-    if mapper.add(&zero, tell).is_continue() {
-        let _the_last = mapper.flush(tell);
+    if mapper.add(&zero, visit).is_continue() {
+        let _the_last = mapper.flush(visit);
     }
     Ok(mapper.found)
 }
@@ -97,7 +97,7 @@ impl Mapper {
     fn add(
         &mut self,
         run: &Run,
-        tell: &mut dyn FnMut(MapRange) -> ControlFlow<()>,
+        visit: &mut dyn FnMut(MapRange) -> ControlFlow<()>,
     ) -> ControlFlow<()> {
         if run.count == 0 {
             return ControlFlow::Continue(());
@@ -109,7 +109,7 @@ impl Mapper {
         };
         *pages += run.count;
         if self.current.is_none_or(|current| current.kind != kind) {
-            self.flush(tell)?;
+            self.flush(visit)?;
             self.current = Some(MapRange { first: run.first, count: 0, kind, stored_bytes: 0 });
         }
         let Some(current) = &mut self.current else { return ControlFlow::Continue(()) };
@@ -127,12 +127,12 @@ impl Mapper {
         ControlFlow::Continue(())
     }
 
-    fn flush(&mut self, tell: &mut dyn FnMut(MapRange) -> ControlFlow<()>) -> ControlFlow<()> {
+    fn flush(&mut self, visit: &mut dyn FnMut(MapRange) -> ControlFlow<()>) -> ControlFlow<()> {
         self.here.clear();
         match self.current.take() {
             Some(range) => {
                 self.found.ranges += 1;
-                tell(range)
+                visit(range)
             }
             None => ControlFlow::Continue(()),
         }

@@ -114,7 +114,7 @@ impl Segments {
         if known == *layout {
             return false;
         }
-        self.close();
+        self.close_all();
         true
     }
 
@@ -241,13 +241,13 @@ impl Segments {
     }
 
     /// Closes all files and drops the cached indexes: they are opened and checked anew.
-    pub fn close(&self) {
+    pub fn close_all(&self) {
         self.open.clear();
         self.indexes.clear();
     }
 
     /// Closes a file that is to be removed.
-    pub fn forget(&self, key: (FileKind, u32)) {
+    pub fn close_file(&self, key: (FileKind, u32)) {
         self.open.remove(&key);
     }
 }
@@ -501,7 +501,7 @@ impl SegmentWriter {
         let synced = full.into_iter().chain(current).map(|mut file| file.write_back.finish());
         let synced: Vec<Result<()>> = synced.collect();
         for number in created {
-            segments.forget((FileKind::Segment, number));
+            segments.close_file((FileKind::Segment, number));
             let name = segment_name(number);
             storage.remove(&name).map_err(|error| StoreError::io("remove", name, error))?;
         }

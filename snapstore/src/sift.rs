@@ -98,10 +98,10 @@ impl<'a> Sifter<'a> {
             return if same { Verdict::Equal(location) } else { Verdict::Known(location) };
         }
         let gate = &self.store.delta_gate;
-        if self.compares && gate.lets_in(number, &mut self.probes) {
+        if self.compares && gate.should_compare(number, &mut self.probes) {
             // If the parent cannot be read, the page is written whole.
             let verdict = self.compare(number, page).unwrap_or_default();
-            gate.tried(number, verdict.is_some());
+            gate.record(number, verdict.is_some());
             if let Some(verdict) = verdict {
                 return verdict;
             }

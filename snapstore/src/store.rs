@@ -12,7 +12,7 @@ use quick_cache::sync::Cache;
 use crate::catalog::{Catalog, SnapshotInfo};
 use crate::create::{create_if_missing, journal_start, read_store_header, refuse_foreign};
 use crate::delta::Base;
-use crate::elide::{FingerprintIndex, Gate};
+use crate::elide::{DeltaGate, FingerprintIndex};
 use crate::error::{Result, StoreError};
 use crate::format::{
     JOURNAL_FILE, LOCK_FILE, MAX_FRAME_PAGES, MAX_SEGMENT_LEN, RecordKind, STORE_FILE,
@@ -110,7 +110,7 @@ pub struct Store {
     pub(crate) frames: Cache<Hash, Arc<Frame>, FrameWeighter>,
     pub(crate) bases: Cache<Base, Arc<Page>, PageWeighter>,
     pub(crate) fingerprints: FingerprintIndex,
-    pub(crate) delta_gate: Gate,
+    pub(crate) delta_gate: DeltaGate,
     pub(crate) flush_policy: FlushPolicy,
     pub(crate) pool: rayon::ThreadPool,
     catalog: RwLock<Catalog>,
@@ -235,7 +235,7 @@ impl Store {
             pool,
             catalog: RwLock::new(Catalog::new(start)),
             fingerprints: FingerprintIndex::new(options.dedup_index_bytes),
-            delta_gate: Gate::default(),
+            delta_gate: DeltaGate::default(),
             bases: Cache::with_weighter(1024, options.base_cache_bytes, PageWeighter),
             writer: Mutex::default(),
             storage,
@@ -273,7 +273,7 @@ impl Store {
             // sync failed. Read the file just opened: its name may be given to another one again.
             *catalog = Catalog::read(file.as_ref(), self.uuid)?;
             self.follow(&catalog);
-            self.segments.close();
+            self.segments.close_all();
             self.forget_contents();
         }
         Ok(())
@@ -298,7 +298,7 @@ impl Store {
         let catalog = Catalog::read(file.as_ref(), self.uuid)?;
         self.follow(&catalog);
         // Nothing this handle wrote without publishing it may be read any more.
-        self.segments.close();
+        self.segments.close_all();
         self.forget_contents();
         *self.catalog.write().unwrap_or_else(PoisonError::into_inner) = catalog;
         *writer = WriterState { abandon_tail: true, latched: None };

@@ -205,7 +205,7 @@ impl Transaction {
         let segments = self.segments.as_mut().expect("held until commit");
         let Written { changes, equal, stats, fingerprints } = pipeline::write(segments, &job)?;
         self.failed = already_failed;
-        let reverted = draft.changes.touched_by(equal);
+        let reverted = draft.changes.overlapping_runs_of(equal);
         draft.changes = std::mem::take(&mut draft.changes).overlay(changes).overlay(reverted);
         self.frame_bytes += stats.stored_bytes;
         self.keep_fingerprints(fingerprints);
@@ -421,7 +421,7 @@ impl Transaction {
             // segment in doubt.
             tracing::warn!(%error, "could not roll back an unfinished transaction");
             // Close the new segments: their numbers will be given to other files.
-            self.store.segments.close();
+            self.store.segments.close_all();
             self.store.writer_state().abandon_tail = true;
         }
         if let Some(cause) = latch {

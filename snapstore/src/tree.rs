@@ -27,11 +27,11 @@ pub(crate) trait NodeSink: Sync {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct FlushPolicy {
     /// The most that the pending runs of a node right above the leaves may weigh; see [`weight`].
-    pub above_leaves: usize,
+    pub above_leaves_weight_max: usize,
     /// The same for nodes further up.
-    pub further_up: usize,
+    pub higher_weight_max: usize,
     /// Groups of fewer runs than this stay while the rest moves down.
-    pub least_group: usize,
+    pub group_runs_min: usize,
 }
 
 impl FlushPolicy {
@@ -39,12 +39,16 @@ impl FlushPolicy {
     /// weight allowed are for the frames these are in.
     pub fn of(pending_runs: usize) -> Self {
         let pending_runs = pending_runs.max(2);
-        let (above_leaves, further_up) = (pending_runs * 4, pending_runs * 4);
-        Self { above_leaves, further_up, least_group: 8.min(pending_runs / 2) }
+        let weight_max = pending_runs * 4;
+        Self {
+            above_leaves_weight_max: weight_max,
+            higher_weight_max: weight_max,
+            group_runs_min: 8.min(pending_runs / 2),
+        }
     }
 
-    fn most(self, level: u8) -> usize {
-        if level == 1 { self.above_leaves } else { self.further_up }
+    fn weight_max(self, level: u8) -> usize {
+        if level == 1 { self.above_leaves_weight_max } else { self.higher_weight_max }
     }
 }
 
@@ -141,7 +145,7 @@ fn collect(
 
 /// Changes are merged into a node before deciding what moves down, as long as its runs stay within
 /// this many times the weight allowed.
-const MUCH: usize = 4;
+const MERGE_FACTOR: usize = 4;
 
 /// Writes a changed tree.
 struct Writer<'a, N, S> {
@@ -166,11 +170,11 @@ impl<N: NodeSource + Sync, S: NodeSink> Writer<'_, N, S> {
             return leaf.map(|leaf| self.sink.put(leaf)).transpose();
         }
         let mut node = open(self.nodes, old, level, first, inherited)?;
-        let most = self.policy.most(level);
+        let weight_max = self.policy.weight_max(level);
         // Many changes are handed down packed: unpacking all at once would take much memory.
-        if node.runs.len() + self.changes.count(first, node.end()) <= MUCH * most {
+        if node.runs.len() + self.changes.count(first, node.end()) <= MERGE_FACTOR * weight_max {
             node.runs = overlay(&node.runs, &self.changes.collect(first, node.end()));
-            if weight(&node.runs) > most {
+            if weight(&node.runs) > weight_max {
                 self.push_down(&mut node, &Changes::default())?;
             }
         } else {
@@ -198,7 +202,7 @@ impl<N: NodeSource + Sync, S: NodeSink> Writer<'_, N, S> {
             let (first, _) = node.child_place(index);
             let end = first + child_span;
             let group = clip_runs(&pending, first, end).count() + changes.count(first, end);
-            if group < self.policy.least_group {
+            if group < self.policy.group_runs_min {
                 let group: Vec<Run> = clip_runs(&pending, first, end).collect();
                 let merged = overlay(&group, &changes.collect(first, end));
                 // Without a child, pages are zero without being named.
@@ -337,7 +341,8 @@ mod tests {
     const PAGES: u64 = 512 * 64 * 3;
 
     /// Small buffers, so that a few runs reach the leaves.
-    const SMALL: FlushPolicy = FlushPolicy { above_leaves: 6, further_up: 4, least_group: 2 };
+    const SMALL: FlushPolicy =
+        FlushPolicy { above_leaves_weight_max: 6, higher_weight_max: 4, group_runs_min: 2 };
 
     fn commits() -> impl Strategy<Value = Vec<Vec<(u64, u64, u32, u8)>>> {
         let run = (0..PAGES - 64, 1_u64..40, 0_u32..5, 0_u8..24);

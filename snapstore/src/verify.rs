@@ -89,7 +89,7 @@ fn verify_once(
     // Bypass the caches, which may hold good copies of what the medium has lost.
     store.nodes.clear();
     store.frames.clear();
-    store.segments.close();
+    store.segments.close_all();
     let mut marker = Marker::as_stored(store);
     // Newest first: damage is attributed to the first snapshot visited.
     for id in snapshots.iter().rev() {

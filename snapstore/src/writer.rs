@@ -241,7 +241,7 @@ impl Store {
     }
 
     pub(crate) fn remove_file(&self, key: (FileKind, u32)) -> Result<()> {
-        self.segments.forget(key);
+        self.segments.close_file(key);
         let name = crate::segment::file_name(key);
         self.storage.remove(&name).map_err(|error| StoreError::io("remove", name, error))
     }

@@ -181,7 +181,7 @@ fn sparse_regions_stay_sparse() {
         .for_each(|(page, id)| assert!(&memory.read_page(page) == content(*id), "page {page}"));
 
     let memory = Memory::new(&[(0, 40)]);
-    pager::load(&region, &memory.file, &memory.mappings).unwrap();
+    pager::load_memory(&region, &memory.file, &memory.mappings).unwrap();
     assert_eq!(allocated_pages(&memory), with_data, "loading at once keeps holes, too");
     (0..)
         .zip(&contents)

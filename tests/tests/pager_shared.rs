@@ -249,7 +249,7 @@ fn serve_all(listener: OwnedFd, server: Arc<pager::ImageServer>) {
 }
 
 /// Returns the message by which a user takes a seat.
-fn sit(mappings: &[Mapping]) -> String {
+fn sit_message(mappings: &[Mapping]) -> String {
     let mappings = serde_json::to_string(mappings).unwrap();
     format!("{{\"message\":\"sit\",\"mappings\":{mappings}}}")
 }
@@ -281,7 +281,7 @@ fn users_that_talk_nonsense_are_not_served_and_hurt_nobody() {
         serve_all(listener, Arc::clone(&server));
         let (memory, pager) = join(&socket, &region);
         let never_sit: Vec<OwnedFd> = (0..5).map(|_| pager::connect(&socket).unwrap()).collect();
-        wait_until("those who stand", || server.standing() == 5);
+        wait_until("those who stand", || server.unseated_users() == 5);
 
         let own = Memory::new(&[(0, 16)]);
         let [uffd, counters] = seat_of(&own).descriptors().unwrap();
@@ -298,7 +298,7 @@ fn users_that_talk_nonsense_are_not_served_and_hurt_nobody() {
         let (null, zero, random) = (open("/dev/null"), open("/dev/zero"), open("/dev/urandom"));
         let (pipe, _writes) = rustix::pipe::pipe().unwrap();
         let mapping = own.mappings[0];
-        let good = sit(&[mapping]);
+        let good = sit_message(&[mapping]);
         let mut nonsense: Vec<Nonsense<'_>> = vec![
             ("no files", good.clone(), vec![]),
             ("one file", good.clone(), vec![uffd.as_fd()]),
@@ -315,7 +315,7 @@ fn users_that_talk_nonsense_are_not_served_and_hurt_nobody() {
         }
         for wrong in wrong_mappings(mapping) {
             let files = vec![uffd.as_fd(), counters.as_fd()];
-            nonsense.push(("a mapping", sit(&[mapping, wrong]), files));
+            nonsense.push(("a mapping", sit_message(&[mapping, wrong]), files));
         }
         for case in &nonsense {
             let answer = say(&socket, case);
@@ -329,7 +329,7 @@ fn users_that_talk_nonsense_are_not_served_and_hurt_nobody() {
         run_threads(&memory, &contents, 5);
         check_memory(&memory, &contents);
         assert!(pager.failure().is_none());
-        wait_until("only they are left", || server.users() == 6 && server.standing() == 5);
+        wait_until("only they are left", || server.users() == 6 && server.unseated_users() == 5);
         drop(never_sit);
         wait_until("one is left", || server.users() == 1);
     });

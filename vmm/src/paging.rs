@@ -135,7 +135,7 @@ pub(crate) fn start_loading(
     let on_failure = end_on_failure(vcpus);
     Ok(match pending {
         PendingLoad::Eager => {
-            pager::load(&region, ram.memfd(), &ram.mappings())?;
+            pager::load_memory(&region, ram.memfd(), &ram.mappings())?;
             None
         }
         PendingLoad::Lazy(options, PagerPlace::Here) => {

@@ -39,7 +39,7 @@ pub(crate) fn run(bench: &mut Bench) -> anyhow::Result<()> {
     drop(machine);
     let snapshot = store.snapshot(id)?;
     let image = shared_image(&snapshot)?;
-    image.load().context("cannot load the snapshot")?;
+    image.load_all().context("cannot load the snapshot")?;
     bench.say("one clone after the other");
     ready(bench, &snapshot, &image, ram_bytes)?;
     let clones = bench.sized(CLONES, 5);

@@ -209,7 +209,7 @@ impl Image {
     ///
     /// # Errors
     /// [`PagerError::Store`] if a page cannot be read.
-    pub fn load(&self) -> Result<(), PagerError> {
+    pub fn load_all(&self) -> Result<(), PagerError> {
         for extent in &self.extents {
             (0..extent.pages / CHUNK_PAGES).into_par_iter().try_for_each(|index| {
                 let first = extent.first_page + index * CHUNK_PAGES;

@@ -262,13 +262,13 @@ impl Pager {
         options: PagerOptions,
         on_failure: OnFailure,
     ) -> Result<Self, PagerError> {
-        let pager = Self::attend(image, seat, options, on_failure)?;
+        let pager = Self::start_answering(image, seat, options, on_failure)?;
         pager.begin()?;
         Ok(pager)
     }
 
     /// Starts answering faults only; [`Self::begin`] starts the rest.
-    pub(crate) fn attend(
+    pub(crate) fn start_answering(
         image: Arc<Image>,
         seat: Seat,
         options: PagerOptions,
@@ -341,7 +341,7 @@ impl Pager {
     }
 
     /// Lets go of the memory if the image is complete.
-    pub(crate) fn look_complete(&self) {
+    pub(crate) fn let_go_if_complete(&self) {
         if self.user.image.is_complete() && !self.user.stats().complete {
             self.user.let_go_complete();
         }
@@ -379,7 +379,11 @@ impl Drop for Pager {
 /// # Errors
 /// [`PagerError::Store`] if a page cannot be read; [`PagerError::Memory`] if the memory cannot
 /// be written.
-pub fn load(region: &RegionReader, memory: &File, mappings: &[Mapping]) -> Result<(), PagerError> {
+pub fn load_memory(
+    region: &RegionReader,
+    memory: &File,
+    mappings: &[Mapping],
+) -> Result<(), PagerError> {
     let extents: Vec<Extent> = mappings.iter().map(Mapping::extent).collect();
-    Image::new(region.clone(), memory, &extents)?.load()
+    Image::new(region.clone(), memory, &extents)?.load_all()
 }

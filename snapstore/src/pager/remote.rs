@@ -100,7 +100,7 @@ fn start_for(
     let reader = snapshot.region(&region).map_err(of)?;
     let image = Image::take_over(reader, &File::from(memory), &extents, File::from(filled))?;
     let seat = Seat::of(uffd, &mappings, File::from(counters))?;
-    Pager::attend(Arc::new(image), seat, options, on_failure)
+    Pager::start_answering(Arc::new(image), seat, options, on_failure)
 }
 
 /// Waits until the image is complete; returns false if the user is gone first.
@@ -110,7 +110,7 @@ fn serve_until_complete(channel: &Channel, pager: &Pager) -> Result<bool, PagerE
         if channel.wait(LOOK_EVERY).map_err(remote_error)? {
             return Ok(false);
         }
-        pager.look_complete();
+        pager.let_go_if_complete();
     }
     let _gone = channel.send(&Message::Complete, &[]);
     Ok(true)
@@ -166,7 +166,7 @@ impl ImageServer {
 
     /// Number of connected users that have not sent their seat yet.
     #[must_use]
-    pub fn standing(&self) -> usize {
+    pub fn unseated_users(&self) -> usize {
         self.connections().1.values().filter(|connection| !connection.seated).count()
     }
 
@@ -193,7 +193,7 @@ impl ImageServer {
         let Some((message, fds)) = channel.receive().map_err(remote_error)? else { return Ok(()) };
         let seated = self.seat(message, fds, on_failure(&channel));
         let pager = seated.inspect_err(|error| tell_failure(&channel, error))?;
-        connected.sit();
+        connected.mark_seated();
         begin(&channel, &pager)?;
         if serve_until_complete(&channel, &pager)? {
             drop(pager);
@@ -224,7 +224,7 @@ impl ImageServer {
         let [uffd, counters] =
             <[OwnedFd; 2]>::try_from(fds).map_err(|_| invalid("expected two file descriptors"))?;
         let seat = Seat::of(uffd, &mappings, File::from(counters))?;
-        Pager::attend(Arc::clone(&self.image), seat, self.options, on_failure)
+        Pager::start_answering(Arc::clone(&self.image), seat, self.options, on_failure)
     }
 }
 
@@ -235,7 +235,7 @@ struct Connected<'a> {
 }
 
 impl Connected<'_> {
-    fn sit(&self) {
+    fn mark_seated(&self) {
         if let Some(connection) = self.server.connections().1.get_mut(&self.number) {
             connection.seated = true;
         }
@@ -311,8 +311,8 @@ impl Offer {
     ) -> Result<RemotePager, PagerError> {
         let image = Image::join(region, &self.memory, &self.extents, self.filled)?;
         let [uffd, counters] = seat.descriptors()?;
-        let sit = Message::Sit { mappings: seat.mappings().to_vec() };
-        self.channel.send(&sit, &[uffd.as_fd(), counters.as_fd()]).map_err(remote_error)?;
+        let message = Message::Sit { mappings: seat.mappings().to_vec() };
+        self.channel.send(&message, &[uffd.as_fd(), counters.as_fd()]).map_err(remote_error)?;
         if self.channel.wait_ready(READY_PATIENCE).map_err(remote_error)? {
             self.channel.wait_replayed().map_err(remote_error)?;
         }

@@ -118,7 +118,7 @@ pub(crate) struct User {
     recorded: Mutex<Option<WorkingSet>>,
     /// Held while threads other than the user's own pager's, such as those of the background fill,
     /// map pages for it.
-    visited: Mutex<()>,
+    ahead_lock: Mutex<()>,
 }
 
 impl std::fmt::Debug for User {
@@ -149,8 +149,8 @@ impl User {
         let (failure, letting_go) = Default::default();
         // Recorded from the first fault on; dropped if a working set turns out to exist.
         let recorded = Mutex::new(options.record.map(|_| WorkingSet::default()));
-        let visited = Mutex::default();
-        Ok(Self { image, options, seat, failure, on_failure, letting_go, recorded, visited })
+        let ahead_lock = Mutex::default();
+        Ok(Self { image, options, seat, failure, on_failure, letting_go, recorded, ahead_lock })
     }
 
     pub fn stats(&self) -> PagerStats {
@@ -168,7 +168,7 @@ impl User {
 
     /// After [`Self::stop`], waits until no other thread is mapping pages for this user.
     pub fn wait_alone(&self) {
-        drop(self.visited.lock().unwrap_or_else(PoisonError::into_inner));
+        drop(self.ahead_lock.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
     pub fn fail(&self, error: &Arc<PagerError>) {
@@ -224,7 +224,7 @@ impl User {
 
     /// Fills and maps a working set, on all cores.
     pub fn replay(&self, set: &WorkingSet) -> Result<(), PagerError> {
-        set.ranges.par_iter().try_for_each(|(first, count)| self.bring(*first, *count))
+        set.ranges.par_iter().try_for_each(|(first, count)| self.fill_and_map_range(*first, *count))
     }
 
     /// The body of the replay thread: [`Self::replay`], then starts the background fill.
@@ -272,7 +272,7 @@ impl User {
     }
 
     /// Fills and maps `count` pages from `first` on, zero pages too, as if they had been touched.
-    fn bring(&self, first: u64, count: u64) -> Result<(), PagerError> {
+    fn fill_and_map_range(&self, first: u64, count: u64) -> Result<(), PagerError> {
         for mapping in self.seat.mappings() {
             let start = first.max(mapping.first_page);
             let end = first.saturating_add(count).min(mapping.end_page());
@@ -437,7 +437,7 @@ impl User {
         if !self.options.maps_ahead {
             return;
         }
-        let _visit = self.visited.lock().unwrap_or_else(PoisonError::into_inner);
+        let _lock = self.ahead_lock.lock().unwrap_or_else(PoisonError::into_inner);
         if self.seat.watch.stopped() {
             return;
         }

@@ -30,7 +30,7 @@ use pattern::Found;
 /// Pages that a core takes at once: 2 MiB, a multiple of what frames are cut at.
 const PART_PAGES: u64 = 512;
 /// Parts per thread that may be done ahead of the part that is reported next.
-const AHEAD: u64 = 4;
+const PARTS_AHEAD: u64 = 4;
 /// Matches of a part that are found ahead; further ones are found when the part is reported. Bounds the
 /// memory they take where a pattern matches nearly everywhere.
 const MATCHES_AHEAD: usize = 4096;
@@ -67,9 +67,10 @@ pub struct SearchReport {
     pub pages_read: u64,
 }
 
-/// Searches the bytes `range` of `region` for `pattern` and calls `tell` for each match, in order, with up to
-/// `context` bytes (at most a page) on either side, until `tell` breaks. Matches lie within the range; what an
-/// expression looks at around them (`^`, `\b`) need not. Takes some 10 MiB of memory per core.
+/// Searches the bytes `range` of `region` for `pattern` and calls `on_match` for each match, in
+/// order, with up to `context` bytes (at most a page) on either side, until `on_match` breaks.
+/// Matches lie within the range; what an expression looks at around them (`^`, `\b`) need not.
+/// Takes some 10 MiB of memory per core.
 ///
 /// # Errors
 /// [`StoreError::Corrupt`] if a page cannot be read.
@@ -79,7 +80,7 @@ pub fn search(
     pattern: &Pattern,
     context: usize,
     progress: &SearchProgress,
-    tell: &mut dyn FnMut(Match<'_>) -> ControlFlow<()>,
+    on_match: &mut dyn FnMut(Match<'_>) -> ControlFlow<()>,
 ) -> Result<SearchReport> {
     let end = range.end.min(region.pages() * PAGE_SIZE as u64);
     let bytes = range.start.min(end)..end;
@@ -91,8 +92,8 @@ pub fn search(
         context: context.min(PAGE_SIZE),
         bytes,
         next: AtomicU64::new(first),
-        told: Mutex::new(first),
-        one_told: Condvar::new(),
+        next_report: Mutex::new(first),
+        part_reported: Condvar::new(),
         over: AtomicBool::new(false),
         threads: std::thread::available_parallelism().map_or(1, usize::from) as u64,
         progress,
@@ -110,7 +111,8 @@ pub fn search(
                 })?;
         }
         drop(sender);
-        let mut teller = Teller { job: &job, tell, end: 0, report: SearchReport::default() };
+        let mut reporter =
+            Reporter { job: &job, on_match, end: 0, report: SearchReport::default() };
         let mut waiting = BTreeMap::new();
         let mut next = first;
         let mut outcome = Ok(ControlFlow::Continue(()));
@@ -120,11 +122,11 @@ pub fn search(
             while let Some(part) = waiting.remove(&next) {
                 if matches!(outcome, Ok(ControlFlow::Continue(()))) {
                     outcome = part.and_then(|part| {
-                        part.map_or(Ok(ControlFlow::Continue(())), |part| teller.part(&part))
+                        part.map_or(Ok(ControlFlow::Continue(())), |part| reporter.part(&part))
                     });
                 }
                 next += 1;
-                job.tell(next);
+                job.set_next_report(next);
                 if !matches!(outcome, Ok(ControlFlow::Continue(()))) {
                     job.stop();
                 }
@@ -132,7 +134,7 @@ pub fn search(
         }
         let _whether_all = outcome?;
         let pages_read = progress.pages_read.load(Ordering::Relaxed) - read_before;
-        Ok(SearchReport { pages_read, ..teller.report })
+        Ok(SearchReport { pages_read, ..reporter.report })
     })
 }
 
@@ -147,17 +149,17 @@ struct Job<'a> {
     bytes: Range<u64>,
     next: AtomicU64,
     /// The part to be reported next.
-    told: Mutex<u64>,
-    one_told: Condvar,
+    next_report: Mutex<u64>,
+    part_reported: Condvar,
     over: AtomicBool,
     threads: u64,
     progress: &'a SearchProgress,
 }
 
 /// Stops the other threads if one panics: its part would never be reported, and they would wait for it.
-struct Alarm<'a>(&'a Job<'a>);
+struct StopOnPanic<'a>(&'a Job<'a>);
 
-impl Drop for Alarm<'_> {
+impl Drop for StopOnPanic<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
             self.0.stop();
@@ -182,7 +184,7 @@ type Done = (u64, Result<Option<Part>>);
 
 impl Job<'_> {
     fn work(&self, sender: &Sender<Done>) {
-        let _alarm = Alarm(self);
+        let _stop_on_panic = StopOnPanic(self);
         let mut buffer = Vec::new();
         loop {
             let number = self.next.fetch_add(1, Ordering::Relaxed);
@@ -201,23 +203,23 @@ impl Job<'_> {
 
     /// Waits until part `number` is not too far ahead of the one to be reported next.
     fn wait_for(&self, number: u64) {
-        let told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        let too_far = |told: &mut u64| {
-            number > *told + AHEAD * self.threads && !self.over.load(Ordering::Relaxed)
+        let next = self.next_report.lock().unwrap_or_else(PoisonError::into_inner);
+        let too_far = |next: &mut u64| {
+            number > *next + PARTS_AHEAD * self.threads && !self.over.load(Ordering::Relaxed)
         };
-        drop(self.one_told.wait_while(told, too_far).unwrap_or_else(PoisonError::into_inner));
+        drop(self.part_reported.wait_while(next, too_far).unwrap_or_else(PoisonError::into_inner));
     }
 
-    fn tell(&self, next: u64) {
-        *self.told.lock().unwrap_or_else(PoisonError::into_inner) = next;
-        self.one_told.notify_all();
+    fn set_next_report(&self, next: u64) {
+        *self.next_report.lock().unwrap_or_else(PoisonError::into_inner) = next;
+        self.part_reported.notify_all();
     }
 
     fn stop(&self) {
         // Under the lock, or a thread about to wait would miss it.
-        let _told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let _lock = self.next_report.lock().unwrap_or_else(PoisonError::into_inner);
         self.over.store(true, Ordering::Relaxed);
-        self.one_told.notify_all();
+        self.part_reported.notify_all();
     }
 
     /// The bytes `wanted` of the region: borrowed from `part` if it has all of them, else read again.
@@ -332,15 +334,15 @@ impl Spans {
 }
 
 /// Reports matches in order.
-struct Teller<'a, 'b> {
+struct Reporter<'a, 'b> {
     job: &'a Job<'a>,
-    tell: &'b mut dyn FnMut(Match<'_>) -> ControlFlow<()>,
+    on_match: &'b mut dyn FnMut(Match<'_>) -> ControlFlow<()>,
     /// Where the last match ended, in bytes from the beginning of the region.
     end: u64,
     report: SearchReport,
 }
 
-impl Teller<'_, '_> {
+impl Reporter<'_, '_> {
     /// Reports a part's matches. A match of the previous part may reach into this one and overlap matches
     /// found here: those are dropped, and what they in turn had hidden is searched for.
     fn part(&mut self, part: &Part) -> Result<ControlFlow<()>> {
@@ -369,7 +371,7 @@ impl Teller<'_, '_> {
                 },
             };
             at = found.end;
-            let flow = self.one(part, &found)?;
+            let flow = self.report_match(part, &found)?;
             if flow.is_break() {
                 return Ok(flow);
             }
@@ -386,7 +388,7 @@ impl Teller<'_, '_> {
         })
     }
 
-    fn one(&mut self, part: &Part, found: &Range<usize>) -> Result<ControlFlow<()>> {
+    fn report_match(&mut self, part: &Part, found: &Range<usize>) -> Result<ControlFlow<()>> {
         let offset = part.offset + found.start as u64;
         self.end = part.offset + found.end as u64;
         let context = self.job.context as u64;
@@ -396,6 +398,6 @@ impl Teller<'_, '_> {
         let (before, rest) = bytes.split_at((offset - around.start) as usize);
         let (bytes, after) = rest.split_at(found.len());
         self.report.matches += 1;
-        Ok((self.tell)(Match { offset, bytes, before, after }))
+        Ok((self.on_match)(Match { offset, bytes, before, after }))
     }
 }

@@ -21,9 +21,9 @@ const LINGER: Duration = Duration::from_secs(5);
 /// How long to wait for the first VM.
 const FIRST_PATIENCE: Duration = Duration::from_mins(1);
 /// How long to wait when file descriptors or memory run out.
-const SHORT_OF: Duration = Duration::from_millis(200);
+const SHORTAGE_WAIT: Duration = Duration::from_millis(200);
 /// How many VMs may be connected without being seated; further ones wait to be let in.
-const STANDING_MAX: usize = 256;
+const UNSEATED_MAX: usize = 256;
 /// How long to record what a resumed VM touches, by default.
 const RECORD: Duration = Duration::from_secs(1);
 
@@ -90,8 +90,8 @@ fn serve_many(args: &PagerArgs, snapshot: &str, socket: &Path) -> anyhow::Result
         if server.users() > 0 {
             idle_until = Instant::now() + LINGER;
         }
-        if server.standing() >= STANDING_MAX {
-            std::thread::sleep(SHORT_OF);
+        if server.unseated_users() >= UNSEATED_MAX {
+            std::thread::sleep(SHORTAGE_WAIT);
         } else if let Some(user) = next_user(&listener, Duration::from_millis(200)) {
             // A VM is not counted among the users before its thread runs.
             idle_until = Instant::now() + LINGER;
@@ -125,7 +125,7 @@ fn raise_descriptor_limit() {
 fn next_user(listener: &OwnedFd, patience: Duration) -> Option<OwnedFd> {
     pager::accept(listener, patience).unwrap_or_else(|error| {
         tracing::warn!(%error, "cannot accept a VM's connection");
-        std::thread::sleep(SHORT_OF);
+        std::thread::sleep(SHORTAGE_WAIT);
         None
     })
 }
@@ -149,7 +149,7 @@ fn serve(server: &Arc<ImageServer>, user: OwnedFd) {
     if let Err(error) = spawned {
         // The connection is closed; the VM has not begun, so whoever started it can start it again.
         tracing::warn!(%error, "cannot serve a VM");
-        std::thread::sleep(SHORT_OF);
+        std::thread::sleep(SHORTAGE_WAIT);
     }
 }
 

@@ -77,10 +77,10 @@ impl RawMemory {
         file.set_len(bed.ram_bytes).context("cannot grow the memory file")?;
         let region = bed.snapshot.region(RAM_REGION)?;
         let full = Image::new(region, &file, &ram_extents(bed.ram_bytes))?;
-        full.load().context("cannot load the snapshot")?;
+        full.load_all().context("cannot load the snapshot")?;
         file.sync_all().context("cannot write the memory file")?;
         let hollow = shared_image(&bed.snapshot)?;
-        hollow.load().context("cannot load the snapshot")?;
+        hollow.load_all().context("cannot load the snapshot")?;
         let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         fallocate(hollow.memory(), punch, 0, bed.ram_bytes).context("cannot empty a memfd")?;
         Ok(Self { full: Arc::new(full), file, hollow })
