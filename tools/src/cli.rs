@@ -24,8 +24,8 @@ pub(crate) use help::{command, usage_error, visible};
 pub(crate) use inspect::InspectArgs;
 pub(crate) use parse::Span;
 use parse::{
-    a_few, disk, elide, every, how_many, interval, net, other_disk, percent, serial, size, tracker,
-    vsock, within, workload,
+    at_least_one, disk, disk_replacement, elide, every, interval, net, number_or_all, percent,
+    serial, size, tracker, vsock, within, workload,
 };
 
 /// Freezes running virtual machines: a checkpoint is taken while the guest keeps running and costs
@@ -327,7 +327,7 @@ pub(crate) struct ResumeArgs {
     /// snapshot's. FILE must be as long as the disk, and is never written. For a disk that the
     /// guest is not using at that moment. May be repeated. `{clone}` is the VM's number with
     /// --clones, 1 without.
-    #[arg(long = "disk", value_name = "N=FILE", value_parser = other_disk)]
+    #[arg(long = "disk", value_name = "N=FILE", value_parser = disk_replacement)]
     pub disks: Vec<(usize, PathBuf)>,
     /// Leave the guest paused.
     #[arg(long)]
@@ -489,7 +489,7 @@ pub(crate) struct DiffArgs {
     #[arg(long)]
     pub exact: bool,
     /// Print at most N ranges of each region, or `all`. With --json it is always all.
-    #[arg(long, value_name = "N|all", default_value = "20", value_parser = how_many)]
+    #[arg(long, value_name = "N|all", default_value = "20", value_parser = number_or_all)]
     pub ranges: usize,
     #[command(flatten)]
     pub picture: HeatmapArgs,
@@ -501,25 +501,25 @@ pub(crate) struct DiffArgs {
 #[command(next_help_heading = "Rules: which of a VM's snapshots to keep")]
 pub(crate) struct KeepArgs {
     /// The newest N.
-    #[arg(long = "keep-last", value_name = "N", value_parser = a_few())]
+    #[arg(long = "keep-last", value_name = "N", value_parser = at_least_one())]
     pub last: Option<u32>,
     /// The newest of each of the last N minutes that have one.
-    #[arg(long = "keep-minutely", value_name = "N", value_parser = a_few())]
+    #[arg(long = "keep-minutely", value_name = "N", value_parser = at_least_one())]
     pub minutely: Option<u32>,
     /// The newest of each of the last N hours that have one.
-    #[arg(long = "keep-hourly", value_name = "N", value_parser = a_few())]
+    #[arg(long = "keep-hourly", value_name = "N", value_parser = at_least_one())]
     pub hourly: Option<u32>,
     /// The newest of each of the last N days that have one.
-    #[arg(long = "keep-daily", value_name = "N", value_parser = a_few())]
+    #[arg(long = "keep-daily", value_name = "N", value_parser = at_least_one())]
     pub daily: Option<u32>,
     /// The newest of each of the last N ISO weeks that have one.
-    #[arg(long = "keep-weekly", value_name = "N", value_parser = a_few())]
+    #[arg(long = "keep-weekly", value_name = "N", value_parser = at_least_one())]
     pub weekly: Option<u32>,
     /// The newest of each of the last N months that have one.
-    #[arg(long = "keep-monthly", value_name = "N", value_parser = a_few())]
+    #[arg(long = "keep-monthly", value_name = "N", value_parser = at_least_one())]
     pub monthly: Option<u32>,
     /// The newest of each of the last N years that have one.
-    #[arg(long = "keep-yearly", value_name = "N", value_parser = a_few())]
+    #[arg(long = "keep-yearly", value_name = "N", value_parser = at_least_one())]
     pub yearly: Option<u32>,
     /// All that are less than TIME older than the newest: 90m, 2h, 1d12h, 6w.
     #[arg(long = "keep-within", value_name = "TIME", value_parser = within)]

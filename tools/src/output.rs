@@ -41,7 +41,7 @@ pub(crate) fn line(text: Arguments<'_>) {
 
 /// Like [`line()`], for callers that stop when nobody reads any more.
 pub(crate) fn try_line(text: Arguments<'_>) -> std::io::Result<()> {
-    noted(writeln!(std::io::stdout(), "{}", plain(&text.to_string())))
+    remember_failure(writeln!(std::io::stdout(), "{}", plain(&text.to_string())))
 }
 
 /// The first error that kept output from being printed.
@@ -49,7 +49,7 @@ static NOT_PRINTED: Mutex<Option<std::io::Error>> = Mutex::new(None);
 
 /// Remembers why output could not be printed, unless a reader or a terminal went away: the command
 /// goes on, but must not end as if all had been well.
-fn noted(printed: std::io::Result<()>) -> std::io::Result<()> {
+fn remember_failure(printed: std::io::Result<()>) -> std::io::Result<()> {
     let Err(error) = printed else { return Ok(()) };
     let kind = error.kind();
     if kind != std::io::ErrorKind::BrokenPipe && !std::io::stdout().is_terminal() {
@@ -163,7 +163,7 @@ impl Line {
     pub(crate) fn print(&self) {
         let mut out = std::io::stdout();
         let line = if color_on(out.is_terminal()) { &self.painted } else { &self.plain };
-        let _nobody_listens = noted(writeln!(out, "{}", line.trim_end()));
+        let _nobody_listens = remember_failure(writeln!(out, "{}", line.trim_end()));
     }
 }
 

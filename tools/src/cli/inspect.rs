@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{ArgGroup, Args};
 
-use super::parse::{Span, address, how_many, span};
+use super::parse::{Span, address, number_or_all, span};
 
 #[derive(Debug, Args)]
 #[command(group = ArgGroup::new("look"))]
@@ -60,6 +60,6 @@ pub(crate) struct InspectArgs {
     #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(0..=4096))]
     pub context: Option<u16>,
     /// Show at most N ranges of each region, or `all` [default: 20]. With --json it is always all.
-    #[arg(long, value_name = "N|all", value_parser = how_many)]
+    #[arg(long, value_name = "N|all", value_parser = number_or_all)]
     pub ranges: Option<usize>,
 }

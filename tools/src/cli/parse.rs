@@ -50,7 +50,7 @@ pub(super) fn disk(text: &str) -> Result<DiskConfig, String> {
 }
 
 /// Parses `N=FILE`: a disk of a resumed machine, and its new contents.
-pub(super) fn other_disk(text: &str) -> Result<(usize, PathBuf), String> {
+pub(super) fn disk_replacement(text: &str) -> Result<(usize, PathBuf), String> {
     // With several clones, the parent puts the numbers in: see `clones::run`.
     let text = numbered(text, 1);
     let parts = text.split_once('=').and_then(|(disk, file)| Some((disk.parse().ok()?, file)));
@@ -91,7 +91,7 @@ pub(super) fn vsock(text: &str) -> Result<VsockConfig, String> {
     Ok(VsockConfig { cid, socket })
 }
 
-pub(super) fn a_few() -> RangedI64ValueParser<u32> {
+pub(super) fn at_least_one() -> RangedI64ValueParser<u32> {
     clap::value_parser!(u32).range(1..)
 }
 
@@ -128,7 +128,7 @@ pub(super) fn every(text: &str) -> Result<Every, String> {
     }
 }
 
-pub(super) fn how_many(text: &str) -> Result<usize, String> {
+pub(super) fn number_or_all(text: &str) -> Result<usize, String> {
     match text {
         "all" => Ok(usize::MAX),
         _ => text.parse().map_err(|_| "expected a number or `all`".into()),
@@ -240,7 +240,7 @@ mod tests {
         let address = mac.expect("an address").to_string();
         assert_eq!((tap.as_deref(), address.as_str()), (Some("t1"), "02:00:00:00:00:01"));
         assert_eq!(vsock("cid=10{clone},socket=s{clone}").expect("sockets").cid, Some(101));
-        assert_eq!(other_disk("0=d{clone}"), Ok((0, "d1".into())));
+        assert_eq!(disk_replacement("0=d{clone}"), Ok((0, "d1".into())));
         assert!(net("tap=t,mac=02:00:00:00:00:{clone}").is_err(), "seven bytes");
         assert!(vsock("cid=x{clone},socket=s").is_err());
     }

@@ -46,7 +46,7 @@ pub(crate) fn diff(args: &DiffArgs, json: bool) -> anyhow::Result<()> {
     }
     print::print(&a, &b, &found, args.ranges);
     if let Some(drawn) = drawn {
-        drawn.tell();
+        drawn.print_location();
     }
     Ok(())
 }
@@ -114,13 +114,13 @@ fn compare(path: &str, old: Option<&Value>, new: Option<&Value>, out: &mut Vec<F
     match (old.map(parts), new.map(parts)) {
         _ if old == new => {}
         (Some(Some(old)), Some(Some(new))) => {
-            let names: BTreeSet<&Part<'_>> = old.keys().chain(new.keys()).collect();
+            let names: BTreeSet<&PartName<'_>> = old.keys().chain(new.keys()).collect();
             for name in names {
                 let path = match name {
-                    Part::Field(name) if path.is_empty() => (*name).to_owned(),
-                    Part::Field(name) => format!("{path}.{name}"),
-                    Part::Item(index) => format!("{path}[{index}]"),
-                    Part::Keyed(key) => format!("{path}[{key}]"),
+                    PartName::Field(name) if path.is_empty() => (*name).to_owned(),
+                    PartName::Field(name) => format!("{path}.{name}"),
+                    PartName::Item(index) => format!("{path}[{index}]"),
+                    PartName::Keyed(key) => format!("{path}[{key}]"),
                 };
                 compare(&path, old.get(name).copied(), new.get(name).copied(), out);
             }
@@ -131,7 +131,7 @@ fn compare(path: &str, old: Option<&Value>, new: Option<&Value>, out: &mut Vec<F
 
 /// The name of a part of a value.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Part<'a> {
+enum PartName<'a> {
     Field(&'a str),
     Item(usize),
     /// An item that has a number of its own, as model-specific registers do.
@@ -139,21 +139,27 @@ enum Part<'a> {
 }
 
 /// The parts of an object or a list by name; None for any other value.
-fn parts(value: &Value) -> Option<BTreeMap<Part<'_>, &Value>> {
+fn parts(value: &Value) -> Option<BTreeMap<PartName<'_>, &Value>> {
     match value {
         Value::Object(fields) => {
-            Some(fields.iter().map(|(name, value)| (Part::Field(name), value)).collect())
+            Some(fields.iter().map(|(name, value)| (PartName::Field(name), value)).collect())
         }
         Value::Array(items) => {
-            let keyed: BTreeMap<Part<'_>, &Value> = items
+            let keyed: BTreeMap<PartName<'_>, &Value> = items
                 .iter()
-                .filter_map(|item| Some((Part::Keyed(plain(item.get("index")?)), item)))
+                .filter_map(|item| Some((PartName::Keyed(plain(item.get("index")?)), item)))
                 .collect();
             // Keys are only of use if each item has a different one.
             if keyed.len() == items.len() {
                 return Some(keyed);
             }
-            Some(items.iter().enumerate().map(|(index, item)| (Part::Item(index), item)).collect())
+            Some(
+                items
+                    .iter()
+                    .enumerate()
+                    .map(|(index, item)| (PartName::Item(index), item))
+                    .collect(),
+            )
         }
         _ => None,
     }

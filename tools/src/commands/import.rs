@@ -53,7 +53,7 @@ pub(crate) fn import(args: &ImportArgs, json: bool) -> anyhow::Result<()> {
     if let Some(failure) = &committed.tag_failure {
         errln!("frazil: the snapshot was published, but its tag was not set: {failure}");
     }
-    tell(&store, base.as_ref(), &sources, &written, &committed, started.elapsed(), json)
+    print_result(&store, base.as_ref(), &sources, &written, &committed, started.elapsed(), json)
 }
 
 fn open_store(args: &ImportArgs) -> anyhow::Result<(Arc<Store>, Option<Snapshot>)> {
@@ -412,7 +412,7 @@ fn describe(
     }
 }
 
-fn tell(
+fn print_result(
     store: &Store,
     base: Option<&Snapshot>,
     sources: &[Source],

@@ -8,7 +8,7 @@ use frazil_vmm::stored_bytes;
 use serde_json::{Value, json};
 
 use super::graph::{self, Graph};
-use super::{find_snapshot, open_store, print_json, tags_by_snapshot, what};
+use super::{find_snapshot, open_store, print_json, tags_and_message, tags_by_snapshot};
 use crate::cli::LogArgs;
 use crate::heatmap::{self, Drawn, Wanted};
 use crate::output::{self, Line, style};
@@ -45,7 +45,7 @@ pub(crate) fn log(args: &LogArgs, json: bool) -> anyhow::Result<()> {
         output::print_table(&table);
     }
     if let Some(drawn) = drawn {
-        drawn.tell();
+        drawn.print_location();
     }
     Ok(())
 }
@@ -131,7 +131,7 @@ fn row(info: &SnapshotInfo, manifest: Result<Manifest, String>, tags: &[String])
             output::bytes(stored_bytes(info, &manifest)),
             pause(&manifest),
             manifest.name.clone(),
-            what(tags, &manifest.message),
+            tags_and_message(tags, &manifest.message),
         ],
         Err(error) => {
             let none = String::new;

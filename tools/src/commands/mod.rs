@@ -107,7 +107,7 @@ pub(crate) fn tags_by_snapshot(store: &Store) -> BTreeMap<SnapshotId, Vec<String
 }
 
 /// A snapshot's tags and message, for people: `[tag] message`.
-pub(crate) fn what(tags: &[String], message: &str) -> String {
+pub(crate) fn tags_and_message(tags: &[String], message: &str) -> String {
     let tags = tags.iter().map(|tag| format!("[{tag}]"));
     let parts: Vec<String> =
         tags.chain([message.to_owned()]).filter(|part| !part.is_empty()).collect();

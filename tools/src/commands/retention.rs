@@ -14,7 +14,9 @@ use frazil_snapstore::{
 use jiff::tz::TimeZone;
 use serde_json::{Value, json};
 
-use super::{default_store, open_store, print_json, same_folder, tags_by_snapshot, what};
+use super::{
+    default_store, open_store, print_json, same_folder, tags_and_message, tags_by_snapshot,
+};
 use crate::cli::{ForgetArgs, PruneArgs, usage_error};
 use crate::output;
 
@@ -228,7 +230,7 @@ fn print_rows(rows: &[Row], json: bool) -> anyhow::Result<()> {
             vm.to_owned(),
             if *keep { "keep" } else { "forget" }.to_owned(),
             reasons.join(", "),
-            what(tags, message),
+            tags_and_message(tags, message),
         ]);
     }
     if !json && !rows.is_empty() {

@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use super::tell::Teller;
+use super::tell::EventPrinter;
 use super::{
     Started, as_user, clones, default_store, find_snapshot, monotonic_ns, pager, print_json,
 };
@@ -228,10 +228,11 @@ fn serve(session: Session) -> anyhow::Result<ExitCode> {
         session;
     stop_on_signals(&vm)?;
     let console = start_console(&vm, &host, json)?;
-    let teller = Teller::new(&vm, json);
-    let telling = teller.clone();
-    let tell = move |taken: &frazil_vmm::Result<CheckpointReport>| telling.checkpoint(taken);
-    let server = Server::start(Arc::clone(&vm), &registration.record().socket, Arc::new(tell))?;
+    let printer = EventPrinter::new(&vm, json);
+    let server_printer = printer.clone();
+    let on_event =
+        move |taken: &frazil_vmm::Result<CheckpointReport>| server_printer.checkpoint(taken);
+    let server = Server::start(Arc::clone(&vm), &registration.record().socket, Arc::new(on_event))?;
     // From here on the VM can be reached, and told to end.
     registration.announce()?;
     settle(&host, is_clone)?;
@@ -246,8 +247,8 @@ fn serve(session: Session) -> anyhow::Result<ExitCode> {
     {
         return Err(error.into());
     }
-    let scheduler = start_scheduler(&vm, &host, &teller)?;
-    let keeper = start_keeper(&vm, &host, teller)?;
+    let scheduler = start_scheduler(&vm, &host, &printer)?;
+    let keeper = start_keeper(&vm, &host, printer)?;
     let ended = loop {
         if let Some(ended) = vm.wait_ended(Duration::from_hours(1)) {
             break ended;
@@ -298,22 +299,26 @@ fn start_console(vm: &Arc<Vm>, host: &HostArgs, json: bool) -> anyhow::Result<Op
 fn start_scheduler(
     vm: &Arc<Vm>,
     host: &HostArgs,
-    teller: &Teller,
+    printer: &EventPrinter,
 ) -> anyhow::Result<Option<Scheduler>> {
     let Some(every) = host.checkpoint_every else { return Ok(None) };
     let schedule = Schedule { every, quiet: host.checkpoint_quiet };
-    let teller = teller.clone();
-    let tell = move |event: &ScheduleEvent<'_>| teller.schedule(event);
-    Ok(Some(Scheduler::start(Arc::clone(vm), schedule, Arc::new(tell))?))
+    let printer = printer.clone();
+    let on_event = move |event: &ScheduleEvent<'_>| printer.schedule(event);
+    Ok(Some(Scheduler::start(Arc::clone(vm), schedule, Arc::new(on_event))?))
 }
 
-fn start_keeper(vm: &Arc<Vm>, host: &HostArgs, teller: Teller) -> anyhow::Result<Option<Keeper>> {
+fn start_keeper(
+    vm: &Arc<Vm>,
+    host: &HostArgs,
+    printer: EventPrinter,
+) -> anyhow::Result<Option<Keeper>> {
     let policy = host.keep.policy();
     if policy.is_empty() {
         return Ok(None);
     }
-    let tell = move |kept: &frazil_vmm::Result<Kept>| teller.kept(kept);
-    Ok(Some(Keeper::start(Arc::clone(vm), policy, Box::new(tell))?))
+    let on_event = move |kept: &frazil_vmm::Result<Kept>| printer.kept(kept);
+    Ok(Some(Keeper::start(Arc::clone(vm), policy, Box::new(on_event))?))
 }
 
 fn vm_name(host: &HostArgs) -> String {

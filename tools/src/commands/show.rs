@@ -63,7 +63,7 @@ pub(crate) fn show(args: &ShowArgs, json: bool) -> anyhow::Result<()> {
     show_stats(&manifest.stats);
     states.iter().for_each(show_chunk);
     if let Some(drawn) = drawn {
-        drawn.tell();
+        drawn.print_location();
     }
     Ok(())
 }

@@ -17,12 +17,12 @@ const REPEAT_AFTER: Duration = Duration::from_secs(10);
 
 /// Reports what happens to one VM.
 #[derive(Clone)]
-pub(super) struct Teller {
+pub(super) struct EventPrinter {
     vm: Arc<Vm>,
     json: bool,
 }
 
-impl Teller {
+impl EventPrinter {
     pub(super) fn new(vm: &Arc<Vm>, json: bool) -> Self {
         Self { vm: Arc::clone(vm), json }
     }

@@ -47,7 +47,7 @@ pub(crate) struct Drawn {
 
 impl Drawn {
     /// Prints where the picture is, for people.
-    pub(crate) fn tell(&self) {
+    pub(crate) fn print_location(&self) {
         outln!(
             "\nheatmap of {} in {}: {} per cell",
             self.region,

@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::registers::{name_of, registers};
 use super::{FieldDiff, change, changed_bytes, fields, plain};
-use crate::commands::{tags_by_snapshot, what};
+use crate::commands::{tags_and_message, tags_by_snapshot};
 use crate::output::{self, Line, style};
 
 /// Longer values than this are only in the `--json` output.
@@ -46,7 +46,7 @@ fn print_header(side: &str, snapshot: &Snapshot) {
             "  {}  {}  {}",
             output::time(manifest.time_unix_ms),
             manifest.name,
-            what(&tags, &manifest.message)
+            tags_and_message(&tags, &manifest.message)
         ))
         .print();
 }

@@ -10,7 +10,7 @@ use iced_x86::{
 use serde_json::json;
 
 use super::names::{Names, Vmlinux};
-use super::{hex, listened};
+use super::{break_on_error, hex};
 use crate::cli::InspectArgs;
 use crate::output;
 
@@ -36,7 +36,7 @@ pub(super) fn disassemble(
             let kernel = LinuxKernel::find(view, &SearchProgress::default())?;
             Names::find(view, kernel.as_ref(), Some(vmlinux), false)?
         }
-        None => Names::nobody(),
+        None => Names::none(),
     };
     let mut printer =
         Printer { formatter: IntelFormatter::new(), names, next, base, json, function: None };
@@ -108,18 +108,18 @@ impl Printer<'_> {
                 "module": place.as_ref().and_then(|place| place.module.as_ref()),
                 "offset": place.as_ref().map(|place| place.offset), "target": target,
             });
-            return listened(output::try_line(format_args!("{object}")));
+            return break_on_error(output::try_line(format_args!("{object}")));
         }
         if let Some(place) = place
             && self.function.as_ref() != Some(&place.name)
         {
-            listened(output::try_line(format_args!("{place}:")))?;
+            break_on_error(output::try_line(format_args!("{place}:")))?;
             self.function = Some(place.name);
         }
         let mark = if at == self.next { "->" } else { "  " };
         let target = target.map_or_else(String::new, |target| format!("  ; {target}"));
         let line = format_args!("{mark} {at:#018x}  {:<30}  {text}{target}", hex(bytes));
-        listened(output::try_line(line))
+        break_on_error(output::try_line(line))
     }
 
     /// The name of the place a branch leads to.

@@ -6,7 +6,7 @@ use anyhow::Context;
 use frazil_vmm::inspect::{AddressSpace, GuestView, PhysicalMemory, SnapshotMemory, Translation};
 use serde_json::json;
 
-use super::{hex, listened, printable};
+use super::{break_on_error, hex, printable};
 use crate::cli::Span;
 use crate::output;
 
@@ -112,7 +112,7 @@ fn dump(mut at: u64, mut left: u64, json: bool, read: &mut Read<'_>) -> anyhow::
         let mut place = read(at, bytes)?;
         let flow = if json {
             place["hex"] = hex(bytes).into();
-            listened(output::try_line(format_args!("{place}")))
+            break_on_error(output::try_line(format_args!("{place}")))
         } else {
             lines.print(at, bytes)
         };
@@ -156,11 +156,11 @@ impl Lines {
             if std::mem::replace(&mut self.starred, true) {
                 return ControlFlow::Continue(());
             }
-            return listened(output::try_line(format_args!("*")));
+            return break_on_error(output::try_line(format_args!("*")));
         }
         self.starred = false;
         self.last = whole.then(|| line.to_vec());
-        listened(output::try_line(format_args!("{}", text(at, line))))
+        break_on_error(output::try_line(format_args!("{}", text(at, line))))
     }
 
     fn end(&self) {

@@ -12,7 +12,7 @@ use frazil_vmm::inspect::SnapshotMemory;
 use frazil_vmm::memory::RAM_REGION;
 use serde_json::json;
 
-use super::{hex, listened, printable};
+use super::{break_on_error, hex, printable};
 use crate::cli::InspectArgs;
 use crate::output;
 
@@ -97,17 +97,17 @@ fn run(
         });
         let context = args.context.unwrap_or(CONTEXT_BYTES).into();
         let is_over = Cell::new(false);
-        let mut tell = |found: Match<'_>| {
+        let mut on_match = |found: Match<'_>| {
             count += 1;
             let printed = bar.suspend(|| print(region, &found, json));
-            is_over.set(count >= most || listened(printed).is_break());
+            is_over.set(count >= most || break_on_error(printed).is_break());
             if is_over.get() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         };
         let report = parts.iter().try_fold(SearchReport::default(), |sum, part| {
             if is_over.get() {
                 return Ok(sum);
             }
-            let found = search(region, part.clone(), pattern, context, progress, &mut tell)?;
+            let found = search(region, part.clone(), pattern, context, progress, &mut on_match)?;
             Ok(add(sum, found))
         });
         drop(done);

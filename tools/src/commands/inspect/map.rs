@@ -12,7 +12,7 @@ use frazil_vmm::memory::RAM_REGION;
 use serde::ser::{Error, SerializeMap, SerializeSeq};
 use serde::{Serialize, Serializer};
 
-use super::listened;
+use super::break_on_error;
 use crate::cli::InspectArgs;
 use crate::output;
 
@@ -93,17 +93,17 @@ impl Mapped {
         Ok(Self { region, holes })
     }
 
-    /// Passes the parts to `tell` in order, until it breaks. Returns the sums, with zero pages in
+    /// Passes the parts to `visit` in order, until it breaks. Returns the sums, with zero pages in
     /// holes not counted, and the number of pages in holes.
     fn each(
         &self,
-        tell: &mut dyn FnMut(Part) -> ControlFlow<()>,
+        visit: &mut dyn FnMut(Part) -> ControlFlow<()>,
     ) -> Result<(RegionMap, u64), StoreError> {
         let mut hole_pages = 0;
         let mut map = frazil_snapstore::map(&self.region, &mut |range| {
             split(&range, &self.holes).into_iter().try_for_each(|part| {
                 hole_pages += if part.kind == Kind::Hole { part.count } else { 0 };
-                tell(part)
+                visit(part)
             })
         })?;
         map.zero_pages = map.zero_pages.saturating_sub(hole_pages);
@@ -148,7 +148,7 @@ impl Mapped {
                 return ControlFlow::Break(());
             }
             left -= 1;
-            flow = listened(output::try_line(format_args!("{}", row(&part.columns()))));
+            flow = break_on_error(output::try_line(format_args!("{}", row(&part.columns()))));
             flow
         })?;
         let more = ranges.saturating_sub(most);

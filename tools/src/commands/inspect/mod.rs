@@ -69,7 +69,7 @@ fn check(args: &InspectArgs) -> anyhow::Result<()> {
 }
 
 /// Ends long output when nobody reads it any more (`frazil inspect … | head`).
-fn listened(printed: io::Result<()>) -> ControlFlow<()> {
+fn break_on_error(printed: io::Result<()>) -> ControlFlow<()> {
     match printed {
         Ok(()) => ControlFlow::Continue(()),
         Err(_) => ControlFlow::Break(()),

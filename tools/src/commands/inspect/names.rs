@@ -82,15 +82,15 @@ impl<'a> Names<'a> {
         if let Some(vmlinux) = vmlinux {
             return Self::of_file(view, kernel, vmlinux, lines).with_context(|| vmlinux.argument());
         }
-        let Some(kernel) = kernel else { return Ok(Self::nobody()) };
-        let Some(symbols) = kernel.symbols(view.memory())? else { return Ok(Self::nobody()) };
+        let Some(kernel) = kernel else { return Ok(Self::none()) };
+        let Some(symbols) = kernel.symbols(view.memory())? else { return Ok(Self::none()) };
         let orc = kernel.orc(view.memory(), &symbols)?;
         let from = Source::Guest(kernel.info.release().to_owned());
-        Self { symbols, orc, from, ..Self::nobody() }.with_modules(view, kernel)
+        Self { symbols, orc, from, ..Self::none() }.with_modules(view, kernel)
     }
 
     /// Without any names.
-    pub(super) fn nobody() -> Self {
+    pub(super) fn none() -> Self {
         let (symbols, from) = (Symbols::default(), Source::Nobody);
         Self { symbols, orc: None, lines: None, offset_bytes: 0, modules: None, from }
     }

@@ -9,7 +9,7 @@ use frazil_vmm::inspect::{
 use frazil_vmm::vcpu::saved::SavedVcpu;
 use serde_json::{Value, json};
 
-use super::listened;
+use super::break_on_error;
 use super::names::{Names, Place, Vmlinux};
 use crate::cli::InspectArgs;
 use crate::output;
@@ -37,7 +37,7 @@ pub(super) fn stacks(view: &GuestView, args: &InspectArgs, json: bool) -> anyhow
         let walked = Walked::of(view, index, args, kernel.as_ref(), &names)?;
         has_lines |= walked.frames.iter().any(|(_, lines)| !lines.is_empty());
         let flow = if json {
-            listened(output::try_line(format_args!("{}", walked.object(&names))))
+            break_on_error(output::try_line(format_args!("{}", walked.object(&names))))
         } else {
             walked.show(&names)
         };
@@ -108,7 +108,7 @@ impl Walked {
     }
 
     fn show(&self, names: &Names<'_>) -> ControlFlow<()> {
-        let print = |line: std::fmt::Arguments<'_>| listened(output::try_line(line));
+        let print = |line: std::fmt::Arguments<'_>| break_on_error(output::try_line(line));
         print(format_args!("\nvCPU {}", self.vcpu))?;
         for (number, (frame, lines)) in self.frames.iter().enumerate() {
             let name =

@@ -5,7 +5,7 @@ use frazil_vmm::inspect::{
 };
 use serde_json::json;
 
-use super::listened;
+use super::break_on_error;
 use crate::cli::Span;
 use crate::output;
 
@@ -36,7 +36,7 @@ pub(super) fn tables(
     let mut is_nothing = true;
     let report = space.mapped(view.memory(), addresses, Joining::Alike, &mut |found| {
         is_nothing = false;
-        listened(match (found, json) {
+        break_on_error(match (found, json) {
             (Found::Range(range), true) => output::try_line(format_args!("{}", object(&range))),
             (Found::Repeated { gva, span_bytes, times }, true) => output::try_line(format_args!(
                 "{}",
@@ -53,11 +53,11 @@ pub(super) fn tables(
     if is_nothing && !json {
         outln!("nothing is mapped");
     }
-    tell_bad(&report);
+    print_bad_entries(&report);
     Ok(())
 }
 
-fn tell_bad(report: &TablesReport) {
+fn print_bad_entries(report: &TablesReport) {
     for bad in &report.bad {
         match bad {
             BadEntry::NoTable { gva, level, table_gpa } => errln!(

@@ -20,10 +20,10 @@ use crate::output;
 
 /// How long the kernel may cache what cannot change.
 const FOR_EVER: Duration = Duration::from_hours(24);
-/// Read-ahead requests that the kernel may have under way at once.
-const READS_AHEAD_MAX: u16 = 64;
+/// Requests in the background, such as read-ahead, that the kernel may have under way at once.
+const BACKGROUND_REQUESTS_MAX: u16 = 64;
 /// The most distinct messages about damage; each is printed once.
-const DAMAGE_TOLD_MAX: usize = 1000;
+const DAMAGE_PRINTED_MAX: usize = 1000;
 
 /// The FUSE file system.
 pub(super) struct Fuse {
@@ -32,7 +32,7 @@ pub(super) struct Fuse {
     uid: u32,
     gid: u32,
     /// Messages about damage that were printed.
-    told: Mutex<HashSet<String>>,
+    printed: Mutex<HashSet<String>>,
 }
 
 impl Fuse {
@@ -42,7 +42,7 @@ impl Fuse {
             files: OpenFiles::default(),
             uid: getuid().as_raw(),
             gid: getgid().as_raw(),
-            told: Mutex::default(),
+            printed: Mutex::default(),
         }
     }
 
@@ -85,10 +85,10 @@ impl Fuse {
             Refused::Beyond => Errno::ENXIO,
             Refused::Damaged(error) => {
                 let error = output::error(&error);
-                let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-                if told.len() < DAMAGE_TOLD_MAX && told.insert(error.clone()) {
+                let mut printed = self.printed.lock().unwrap_or_else(PoisonError::into_inner);
+                if printed.len() < DAMAGE_PRINTED_MAX && printed.insert(error.clone()) {
                     errln!("frazil: {}: {}", place(), output::plain(&error));
-                    if told.len() == DAMAGE_TOLD_MAX {
+                    if printed.len() == DAMAGE_PRINTED_MAX {
                         errln!("frazil: there may be more damage: `frazil verify` finds all of it");
                     }
                 }
@@ -113,7 +113,7 @@ impl Fuse {
     }
 
     /// How long the kernel may cache what it was told of `node`.
-    fn lasting(node: Node) -> Duration {
+    fn cache_time(node: Node) -> Duration {
         match node {
             // The folder itself goes away when the snapshot is forgotten.
             Node::In(_, part) if part != Part::Folder => FOR_EVER,
@@ -126,7 +126,7 @@ impl Filesystem for Fuse {
     fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
         // Older kernels do without, and are only slower.
         let _supported = config.add_capabilities(InitFlags::FUSE_PARALLEL_DIROPS);
-        let _before = config.set_max_background(READS_AHEAD_MAX);
+        let _before = config.set_max_background(BACKGROUND_REQUESTS_MAX);
         Ok(())
     }
 
@@ -137,7 +137,7 @@ impl Filesystem for Fuse {
             .and_then(|name| self.view.lookup(Self::node(parent)?, name));
         match found {
             Ok(attr) => {
-                reply.entry(&Self::lasting(attr.node), &self.attr(&attr), Generation(0));
+                reply.entry(&Self::cache_time(attr.node), &self.attr(&attr), Generation(0));
             }
             Err(refused) => reply.error(self.errno(refused, &|| self.place(parent))),
         }
@@ -154,7 +154,7 @@ impl Filesystem for Fuse {
         let open = handle.and_then(|handle| self.files.get(handle.0).ok()?.attr());
         let attr = open.map_or_else(|| self.view.attr(Self::node(ino)?), Ok);
         match attr {
-            Ok(attr) => reply.attr(&Self::lasting(attr.node), &self.attr(&attr)),
+            Ok(attr) => reply.attr(&Self::cache_time(attr.node), &self.attr(&attr)),
             Err(refused) => reply.error(self.errno(refused, &|| self.place(ino))),
         }
     }

@@ -48,7 +48,7 @@ pub(crate) fn top(args: &TopArgs, json: bool) -> anyhow::Result<()> {
         screen::show(watched, *first, args, &quit)?
     };
     match outcome {
-        Outcome::Quit => Ok(()),
+        Outcome::Done => Ok(()),
         Outcome::Ended(why) => {
             say_ended(&args.vm, why.as_ref(), json || !std::io::stdout().is_terminal())
         }
@@ -57,8 +57,8 @@ pub(crate) fn top(args: &TopArgs, json: bool) -> anyhow::Result<()> {
 
 /// How watching ended.
 enum Outcome {
-    /// The user quit, or saw as many samples as asked for.
-    Quit,
+    /// The user quit, saw as many samples as asked for, or no longer reads them.
+    Done,
     /// The VM has ended; with the reason, if it was still there to give it.
     Ended(Option<Ended>),
 }
@@ -162,7 +162,7 @@ fn print_lines(
                 let line = serde_json::to_string(&sample.line(previous.as_deref()))?;
                 // Nobody reads the output any more.
                 if output::try_line(format_args!("{line}")).is_err() {
-                    return Ok(Outcome::Quit);
+                    return Ok(Outcome::Done);
                 }
                 previous = Some(sample);
                 lines += 1;
@@ -171,12 +171,12 @@ fn print_lines(
             Look::Ended(why) => return Ok(Outcome::Ended(why)),
         }
         if args.count == Some(lines) {
-            return Ok(Outcome::Quit);
+            return Ok(Outcome::Done);
         }
         due = next_due(due, args.interval);
         sleep_until(due, quit);
         if quit.load(Ordering::Relaxed) {
-            return Ok(Outcome::Quit);
+            return Ok(Outcome::Done);
         }
         look = watched.look();
     }

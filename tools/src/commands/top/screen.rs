@@ -59,7 +59,7 @@ pub(super) fn show(
     loop {
         screen.0.draw(|frame| view.draw(frame)).context("cannot draw on the terminal")?;
         if args.count.is_some_and(|count| seen >= count) {
-            return Ok(Outcome::Quit);
+            return Ok(Outcome::Done);
         }
         match wait(&looks, quit)? {
             News::Look(Look::Seen(sample)) => {
@@ -69,7 +69,7 @@ pub(super) fn show(
             News::Look(Look::Silent(error)) => view.silent = Some(error),
             News::Look(Look::Ended(why)) => return Ok(Outcome::Ended(why)),
             News::Resized => {}
-            News::Quit => return Ok(Outcome::Quit),
+            News::Quit => return Ok(Outcome::Done),
         }
     }
 }
