@@ -23,12 +23,12 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
         bed.wait_tenth(true)?;
         running.take(&bed.machine)?;
         bed.wait_tenth(true)?;
-        standing(&bed, &mut alone)?;
+        checkpoint_paused(&bed, &mut alone)?;
         bed.wait_tenth(true)?;
         // The guest gives up its core, and the other guest takes it.
         bed.machine.vm.pause()?;
         other.vm.go()?;
-        standing(&bed, &mut beside)?;
+        checkpoint_paused(&bed, &mut beside)?;
         other.vm.pause()?;
     }
     let (value, n) = (running.changed_bytes_per_s() / MIB, running.duration.n());
@@ -40,7 +40,7 @@ pub(super) fn measure(bench: &mut Bench) -> anyhow::Result<()> {
 }
 
 /// Takes a checkpoint while the guest is paused.
-fn standing(bed: &Bed, series: &mut Series) -> anyhow::Result<()> {
+fn checkpoint_paused(bed: &Bed, series: &mut Series) -> anyhow::Result<()> {
     bed.machine.vm.pause()?;
     series.add(&checkpoint(&bed.machine.vm)?);
     bed.machine.vm.go()?;

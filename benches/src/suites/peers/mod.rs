@@ -33,7 +33,7 @@ const SPEC: &str = "rate=1000,pattern=uniform,content=text,report=0,gap_us=50";
 const BETWEEN_PAGES: u64 = 1000;
 const MIB: f64 = (1 << 20) as f64;
 
-type Of = fn(&Costs) -> f64;
+type CostFn = fn(&Costs) -> f64;
 
 /// The costs of saving a machine, several times.
 struct Costs {
@@ -47,7 +47,7 @@ struct Costs {
 
 /// The only way in which the guest's clock shows the pause: in the others QEMU stops that clock
 /// too.
-const FELT: Way = Way::Background;
+const WAY_THAT_SHOWS_GAP: Way = Way::Background;
 
 impl Costs {
     fn new() -> Self {
@@ -64,19 +64,19 @@ impl Costs {
 
     /// Prints the costs; `floor` is those of frazil for the same.
     fn emit(&self, bench: &mut Bench, name: &str, floor: Option<&Self>) -> anyhow::Result<()> {
-        let parts: [(&str, &str, Of); 4] = [
+        let parts: [(&str, &str, CostFn); 4] = [
             ("pause_ms", "ms", |costs| costs.pause.ms(0.5)),
             ("gap_ms", "ms", |costs| costs.gap.ms(0.5)),
             ("duration_ms", "ms", |costs| costs.duration.ms(0.5)),
             ("stored_mib", "MiB", |costs| costs.bytes.median() / MIB),
         ];
-        for (suffix, unit, of) in parts {
+        for (suffix, unit, value) in parts {
             if suffix == "gap_ms" && self.gap.n() == 0 {
                 continue;
             }
-            let metric = Metric::new(format!("{name}_{suffix}"), of(self), unit, self.pause.n());
+            let metric = Metric::new(format!("{name}_{suffix}"), value(self), unit, self.pause.n());
             bench.emit(match floor {
-                Some(floor) => metric.against(of(floor)),
+                Some(floor) => metric.against(value(floor)),
                 None => metric,
             })?;
         }
@@ -189,7 +189,7 @@ fn theirs(
         let before = qemu.view()?;
         let saved = qemu.save(way)?;
         let after = view_once_running(|| qemu.view(), &before)?;
-        let gap_us = (way == FELT).then(|| largest_gap_us(&before, &after));
+        let gap_us = (way == WAY_THAT_SHOWS_GAP).then(|| largest_gap_us(&before, &after));
         costs.add(saved.pause, gap_us, saved.duration, saved.bytes);
         drop(qemu);
         resume.add_time(Qemu::resume(folder.path(), way, ram_bytes)?);

@@ -28,23 +28,26 @@ use crate::suites::floors;
 
 /// How a guest is resumed.
 #[derive(Clone, Copy, Debug)]
-enum How {
+enum ResumeMethod {
     Ours,
     MapPrivate,
     UffdCopy,
 }
 
-const HOWS: [(&str, How, usize); 3] =
-    [("lazy", How::Ours, 3), ("map_private", How::MapPrivate, 3), ("uffd_copy", How::UffdCopy, 1)];
+const METHODS: [(&str, ResumeMethod, usize); 3] = [
+    ("lazy", ResumeMethod::Ours, 3),
+    ("map_private", ResumeMethod::MapPrivate, 3),
+    ("uffd_copy", ResumeMethod::UffdCopy, 1),
+];
 
 pub(super) fn measure(bench: &mut Bench, seq: &Bed, shuffle: &Bed) -> anyhow::Result<()> {
     for (order, bed) in [("seq", seq), ("random", shuffle)] {
         let raw = RawMemory::of(bed)?;
         let floor_ms = sweeps::populated(bed, bench.runs(3))?.ms(0.5);
-        for (name, how, usual) in HOWS {
+        for (name, method, usual) in METHODS {
             let (mut ready, mut swept) = (Samples::new(), Samples::new());
             for _ in 0..bench.runs(usual) {
-                let (first, all) = raw.resume(bed, how)?;
+                let (first, all) = raw.resume(bed, method)?;
                 ready.add_time(first);
                 swept.add_time(all);
             }
@@ -87,12 +90,12 @@ impl RawMemory {
     }
 
     /// Returns the times until the guest makes progress, and until it has written every page.
-    fn resume(&self, bed: &Bed, how: How) -> anyhow::Result<(Duration, Duration)> {
+    fn resume(&self, bed: &Bed, method: ResumeMethod) -> anyhow::Result<(Duration, Duration)> {
         let complete = |image| Loading::Shared(Arc::clone(image), PagerOptions::default());
-        let loading = match how {
-            How::Ours => Loading::lazy(PagerOptions::default()),
-            How::MapPrivate => complete(&self.full),
-            How::UffdCopy => complete(&self.hollow),
+        let loading = match method {
+            ResumeMethod::Ours => Loading::lazy(PagerOptions::default()),
+            ResumeMethod::MapPrivate => complete(&self.full),
+            ResumeMethod::UffdCopy => complete(&self.hollow),
         };
         let started = Instant::now();
         let machine = Machine::resume(&bed.snapshot, loading)?;
@@ -100,7 +103,7 @@ impl RawMemory {
             let (first, swept) = machine.go_for(machine.data_pages)?;
             Ok((first - started, swept))
         };
-        if !matches!(how, How::UffdCopy) {
+        if !matches!(method, ResumeMethod::UffdCopy) {
             return run();
         }
         let uffd = floors::open_uffd()?;
