@@ -2,7 +2,7 @@
 
 use std::io;
 use std::path::Path;
-use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -24,8 +24,8 @@ pub struct Faults {
     /// Number of operations that still succeed; negative if no failure is planned.
     left: AtomicI64,
     errno: AtomicI32,
-    /// 1 if all operations after the first that fails do so too.
-    lasting: AtomicI32,
+    /// True if all operations after the first that fails do so too.
+    lasting: AtomicBool,
     capacity_bytes: AtomicU64,
     injected: AtomicU64,
     hangs: Mutex<bool>,
@@ -47,7 +47,7 @@ impl Faults {
     /// `errno`; if `lasting`, all later ones fail too.
     pub fn plan(&self, after: u64, errno: i32, lasting: bool) {
         self.errno.store(errno, Ordering::SeqCst);
-        self.lasting.store(i32::from(lasting), Ordering::SeqCst);
+        self.lasting.store(lasting, Ordering::SeqCst);
         self.left.store(after as i64, Ordering::SeqCst);
     }
 
@@ -96,7 +96,7 @@ impl Faults {
         // An error from `fetch_update` only means that no failure is planned.
         match self.left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, step) {
             Ok(0) => {
-                if self.lasting.load(Ordering::SeqCst) == 1 {
+                if self.lasting.load(Ordering::SeqCst) {
                     self.left.store(0, Ordering::SeqCst);
                 }
                 self.fail(self.errno.load(Ordering::SeqCst))
@@ -128,7 +128,7 @@ impl FaultyStorage {
         let faults = Arc::new(Faults {
             left: AtomicI64::new(-1),
             errno: AtomicI32::new(EIO),
-            lasting: AtomicI32::new(0),
+            lasting: AtomicBool::new(false),
             capacity_bytes: AtomicU64::new(u64::MAX),
             injected: AtomicU64::new(0),
             hangs: Mutex::new(false),

@@ -80,7 +80,7 @@ impl Change {
 
     /// True if `self`, made later, is taken to replace `earlier`. For two writes that is
     /// approximate: the later one need only start at or before the end of the earlier.
-    fn overrules(&self, earlier: &Self) -> bool {
+    fn replaces(&self, earlier: &Self) -> bool {
         match (self, earlier) {
             (Self::SetLen(len), Self::Write { offset, .. }) => len <= offset,
             (Self::Write { offset, .. }, Self::Write { offset: old, bytes }) => {
@@ -110,7 +110,7 @@ impl Inode {
         for (index, (change, in_doubt)) in pending.iter().enumerate() {
             if !in_doubt {
                 change.apply(&mut self.durable);
-            } else if !pending[index + 1..].iter().any(|(later, _)| later.overrules(change)) {
+            } else if !pending[index + 1..].iter().any(|(later, _)| later.replaces(change)) {
                 self.pending.push((change.clone(), true));
             }
         }

@@ -15,11 +15,11 @@ const RAM_BYTES: u64 = 64 << 20;
 const PAGES: u64 = RAM_BYTES / PAGE_SIZE as u64;
 
 /// Writers hold the read side while they write, so they stand still while the write side is held.
-type Cut = RwLock<()>;
+type CutLock = RwLock<()>;
 
 /// Writes to random pages (even seeds) or to one page after the other (odd seeds) until told to
 /// stop.
-fn write(ram: &GuestRam, cut: &Cut, stop: &AtomicBool, writes: &AtomicU64, seed: u64) {
+fn write(ram: &GuestRam, cut: &CutLock, stop: &AtomicBool, writes: &AtomicU64, seed: u64) {
     let mut rng = Rng::new(seed);
     let mut next = 0;
     while !stop.load(Ordering::Relaxed) {
@@ -65,7 +65,7 @@ fn the_store_gets_memory_as_it_was_at_the_cut() {
     let folder = tempfile::tempdir().expect("a folder");
     let store = Store::open_or_create(&folder.path().join("store"), StoreOptions::default())
         .expect("a store");
-    let (cut, stop, writes) = (Cut::default(), AtomicBool::new(false), AtomicU64::new(0));
+    let (cut, stop, writes) = (CutLock::default(), AtomicBool::new(false), AtomicU64::new(0));
     std::thread::scope(|scope| {
         let (ram, cut, stop, writes) = (&*ram, &cut, &stop, &writes);
         for seed in 0..3 {

@@ -287,7 +287,7 @@ fn who_resumes_can_put_another_disk_in() {
 
 /// Wrong `--disk` arguments of `frazil run` and `frazil resume`.
 #[test]
-fn the_command_takes_disks_and_says_what_is_wrong_with_them() {
+fn wrong_disk_arguments_are_refused() {
     if !kvm_or_skip() {
         return;
     }

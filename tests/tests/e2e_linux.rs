@@ -6,7 +6,7 @@ use std::ops::RangeInclusive;
 use std::path::Path;
 use std::sync::OnceLock;
 
-use frazil_tests::linux::{Checkpoint, Outcome, Tick, Who, known_sum, run, value};
+use frazil_tests::linux::{Checkpoint, GuestIdentity, Outcome, Tick, known_sum, run, value};
 use serde_json::Value;
 
 /// How far a guest's date may be from the host's while it runs undisturbed.
@@ -170,7 +170,7 @@ fn expect_goes_on(outcome: &Outcome, vm: &str, from: &RangeInclusive<u64>) {
 /// from the snapshot's, and the monotonic clock has advanced as much as the date.
 #[track_caller]
 fn expect_clocks(outcome: &Outcome) {
-    let only = |vm: &str| outcome.who(vm).remove(0);
+    let only = |vm: &str| outcome.identities(vm).remove(0);
     let near = |what: &str, found: i64, [from, to]: [i64; 2]| {
         let range = from - DATE_ERROR_MAX_S..=to + DATE_ERROR_MAX_S;
         assert!(range.contains(&found), "{what}: expected {range:?}, found {found}");
@@ -187,7 +187,7 @@ fn expect_clocks(outcome: &Outcome) {
     let late = only("c");
     let cut_ms = Checkpoint::find(outcome, "second").report["time_unix_ms"].as_i64();
     let cut = cut_ms.expect("a time") / 1000;
-    let started = outcome.told("started");
+    let started = outcome.test_lines("started");
     let started = started.iter().find(|words| words[0] == "c").expect("it was started");
     let ran_max = late.between[1] - value::<i64>(started[2]);
     assert!(cut + ran_max + 2 * DATE_ERROR_MAX_S < late.between[0], "the dates can be told apart");
@@ -201,8 +201,8 @@ fn expect_clocks(outcome: &Outcome) {
 /// kernel is notified, and clones have what they were given, or else what the snapshot has.
 #[track_caller]
 fn expect_identities(outcome: &Outcome) {
-    let asked: Vec<Who> =
-        ["a", "b", "c", "e1", "e2"].iter().flat_map(|vm| outcome.who(vm)).collect();
+    let asked: Vec<GuestIdentity> =
+        ["a", "b", "c", "e1", "e2"].iter().flat_map(|vm| outcome.identities(vm)).collect();
     let [a, b, rewound, c, e1, e2] = &asked[..] else { panic!("{asked:#?}") };
     let generations: BTreeSet<&str> = asked.iter().map(|who| who.generation.as_str()).collect();
     assert_eq!(generations.len(), asked.len(), "{asked:#?}");
@@ -222,7 +222,7 @@ fn expect_identities(outcome: &Outcome) {
     );
     let address = "02:00:00:00:00:e1";
     assert_eq!((e1.mac.as_str(), &e2.mac), (address, &a.mac));
-    let ping = outcome.only("ping").join(" ");
+    let ping = outcome.only_test_line("ping").join(" ");
     assert!(ping.contains("answered") && ping.contains(address), "{ping}");
 }
 
@@ -231,11 +231,11 @@ fn memory_and_processors_go_on() {
     let Some(outcome) = run("in-memory", IN_MEMORY) else { return };
     let at = |tag: &str| Checkpoint::find(&outcome, tag);
 
-    let up = outcome.guest("a", "up");
+    let up = outcome.guest_lines("a", "up");
     assert_eq!(up[0][1..3], ["cpus", "2"], "{up:?}");
-    assert_eq!(outcome.guest("a", "known"), [[known_sum()]]);
+    assert_eq!(outcome.guest_lines("a", "known"), [[known_sum()]]);
     expect_goes_on(&outcome, "a", &(1..=1));
-    let [_, here, there] = outcome.only("clock")[..] else { panic!("a clock") };
+    let [_, here, there] = outcome.only_test_line("clock")[..] else { panic!("a clock") };
     let error = value::<i64>(here) - value::<i64>(there);
     assert!(error.abs() <= DATE_ERROR_MAX_S, "the guest's date is {error} s behind");
 
@@ -255,8 +255,8 @@ fn memory_and_processors_go_on() {
     {
         expect_goes_on(&outcome, vm, &at(tag).next());
     }
-    assert_eq!(outcome.guest("g", "off").len(), 1, "{:#?}", outcome.console("g"));
-    assert_eq!(outcome.told("ended").pop().expect("the last one"), ["g", "0"]);
+    assert_eq!(outcome.guest_lines("g", "off").len(), 1, "{:#?}", outcome.console("g"));
+    assert_eq!(outcome.test_lines("ended").pop().expect("the last one"), ["g", "0"]);
 
     expect_clocks(&outcome);
     expect_identities(&outcome);
@@ -347,7 +347,7 @@ fn everything() -> Option<&'static Outcome> {
 #[ignore = "measures, and takes minutes"]
 fn sizes_of_snapshots() {
     let Some(outcome) = everything() else { return };
-    for words in outcome.told("size") {
+    for words in outcome.test_lines("size") {
         let [tag, "raw", raw, "zstd", zstd] = words[..] else { panic!("{words:?}") };
         let report = Checkpoint::find(outcome, tag).report;
         println!("{tag}: memory {raw}, zstd -3 {zstd}, report {report}");
@@ -360,7 +360,8 @@ fn sizes_of_snapshots() {
 #[ignore = "writes golden chunks of the present versions"]
 fn write_golden_chunks() {
     let Some(outcome) = everything() else { return };
-    let shown: Value = serde_json::from_str(&outcome.only("chunks").join(" ")).expect("JSON");
+    let shown: Value =
+        serde_json::from_str(&outcome.only_test_line("chunks").join(" ")).expect("JSON");
     for chunk in shown["state"].as_array().expect("chunks") {
         let (name, version) = (&chunk["name"], &chunk["version"]);
         let name = format!("{}-v{version}.json", name.as_str().expect("a name"));

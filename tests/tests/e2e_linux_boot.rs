@@ -51,8 +51,8 @@ fn kernels_begin_and_end_and_give_memory_back() {
     let outcome = run_with("boot", SCRIPT, |parts| vec![("/vmlinux", parts.vmlinux())]);
     let Some(outcome) = outcome else { return };
     let report = |tag: &str| Checkpoint::find(&outcome, tag).report;
-    assert_eq!(outcome.told("filled").pop().expect("the last part"), ["5", "100000000"]);
-    assert_eq!(outcome.only("freed"), ["freed"]);
+    assert_eq!(outcome.test_lines("filled").pop().expect("the last part"), ["5", "100000000"]);
+    assert_eq!(outcome.only_test_line("freed"), ["freed"]);
 
     // Freed memory is zero from then on, since the balloon has reported it.
     let (filled, freed) = (report("filled"), report("freed"));
@@ -63,11 +63,16 @@ fn kernels_begin_and_end_and_give_memory_back() {
     assert!(zero > pages / 2, "{zero} zero pages: {freed:#}");
 
     for vm in ["a", "c"] {
-        let told = outcome.told("reason");
-        let reason = told.iter().find(|words| words[0] == vm).expect("a reason");
+        let lines = outcome.test_lines("reason");
+        let reason = lines.iter().find(|words| words[0] == vm).expect("a reason");
         assert_eq!(value::<u64>(reason[1]), 1, "{reason:?}");
         outcome.expect_well(vm);
     }
     assert!(outcome.ticks("b").len() >= 2);
-    assert_eq!(outcome.guest("c", "up")[0][1..3], ["cpus", "2"], "{:#?}", outcome.console("c"));
+    assert_eq!(
+        outcome.guest_lines("c", "up")[0][1..3],
+        ["cpus", "2"],
+        "{:#?}",
+        outcome.console("c")
+    );
 }

@@ -73,8 +73,8 @@ fn verify(vm: &Vm) {
     vm.verify_workload().expect("it can be verified").expect("memory is right");
 }
 
-/// Verifies a snapshot's memory, and returns the turns that the workload had done.
-fn turns_of(store: &Arc<Store>, id: SnapshotId) -> u64 {
+/// Verifies a snapshot's memory, and returns how many writes the workload had done.
+fn verified_writes(store: &Arc<Store>, id: SnapshotId) -> u64 {
     verify_snapshot(&store.snapshot(id).expect("it")).expect("it is right").expect("ours").writes
 }
 
@@ -94,7 +94,7 @@ fn expect_incremental(bed: &Bed, id: SnapshotId) -> SnapshotId {
     let report = bed.vm.checkpoint(&CheckpointRequest::default()).expect("a checkpoint");
     assert_eq!(report.parent, Some(id));
     assert!(report.stats.dirty_pages < RAM_BYTES / PAGE_SIZE as u64 / 2, "{report:?}");
-    turns_of(&bed.store, report.id);
+    verified_writes(&bed.store, report.id);
     report.id
 }
 
@@ -111,7 +111,7 @@ fn every_tracker_and_any_number_of_vcpus_go_back_and_on() {
     ] {
         let bed = Bed::new(cpus, Some(tracker));
         let id = checkpoint(&bed.vm);
-        let then = turns_of(&bed.store, id);
+        let then = verified_writes(&bed.store, id);
         let mut point = bed.point(id);
         for _ in 0..5 {
             run_on(&bed.vm, 300);

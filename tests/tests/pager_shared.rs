@@ -281,7 +281,7 @@ fn users_that_talk_nonsense_are_not_served_and_hurt_nobody() {
         serve_all(listener, Arc::clone(&server));
         let (memory, pager) = join(&socket, &region);
         let never_sit: Vec<OwnedFd> = (0..5).map(|_| pager::connect(&socket).unwrap()).collect();
-        wait_until("those who stand", || server.unseated_users() == 5);
+        wait_until("users without a seat", || server.unseated_users() == 5);
 
         let own = Memory::new(&[(0, 16)]);
         let [uffd, counters] = seat_of(&own).descriptors().unwrap();

@@ -23,11 +23,11 @@ impl Checkpoint {
     #[track_caller]
     #[must_use]
     pub fn find(outcome: &Outcome, tag: &str) -> Self {
-        let told = outcome.told("checkpoint");
-        let words = told
+        let lines = outcome.test_lines("checkpoint");
+        let words = lines
             .iter()
             .find(|words| words[0] == tag)
-            .unwrap_or_else(|| panic!("no checkpoint `{tag}` among {told:?}"));
+            .unwrap_or_else(|| panic!("no checkpoint `{tag}` among {lines:?}"));
         let report = serde_json::from_str(&words[3..].join(" ")).expect("JSON");
         Self { ticks: [value(words[1]), value(words[2])], report }
     }

@@ -86,13 +86,13 @@ pub(super) fn run(parts: &Parts, initrd: &Path, folder: &Path) -> Run {
         .stderr(errors);
     let mut qemu = Qemu(command.spawn().expect("QEMU starts"));
     let lines = lines_of(&mut qemu.0);
-    let mut said = Said::new(&folder.join("script.log"));
-    let mut end = listen(&lines, &mut said);
+    let mut script = ScriptLog::new(&folder.join("script.log"));
+    let mut end = listen(&lines, &mut script);
     drop(qemu);
     if let End::Failed(why) | End::Stalled(why) = &mut end {
         why.push_str(&tails(folder, &["kernel.log", "qemu.log", "script.log"]));
     }
-    Run { lines: said.lines, end }
+    Run { lines: script.lines, end }
 }
 
 fn lines_of(child: &mut Child) -> Receiver<String> {
@@ -111,13 +111,13 @@ fn lines_of(child: &mut Child) -> Receiver<String> {
 }
 
 /// The lines said so far, also logged to a file, each with the time since the start.
-struct Said {
+struct ScriptLog {
     lines: Vec<String>,
     log: File,
     start: Instant,
 }
 
-impl Said {
+impl ScriptLog {
     fn new(log: &Path) -> Self {
         let log = File::create(log).expect("the folder is writable");
         Self { lines: Vec::new(), log, start: Instant::now() }
@@ -130,10 +130,10 @@ impl Said {
     }
 }
 
-fn listen(lines: &Receiver<String>, said: &mut Said) -> End {
+fn listen(lines: &Receiver<String>, script: &mut ScriptLog) -> End {
     let mut trouble = None;
     loop {
-        let left = RUN_MAX.saturating_sub(said.start.elapsed());
+        let left = RUN_MAX.saturating_sub(script.start.elapsed());
         match lines.recv_timeout(QUIET_MAX.min(left)) {
             Ok(line) => {
                 // The first one counts; the lines after it only add details.
@@ -143,17 +143,17 @@ fn listen(lines: &Receiver<String>, said: &mut Said) -> End {
                     trouble.get_or_insert_with(|| End::Stalled(who.to_owned()));
                 }
                 let over = line == "TEST over";
-                said.add(line);
+                script.add(line);
                 if over {
                     return trouble.unwrap_or(End::Done);
                 }
             }
-            Err(RecvTimeoutError::Timeout) if said.start.elapsed() >= RUN_MAX => {
+            Err(RecvTimeoutError::Timeout) if script.start.elapsed() >= RUN_MAX => {
                 return trouble
                     .unwrap_or_else(|| End::Failed(format!("not done within {RUN_MAX:?}")));
             }
             Err(RecvTimeoutError::Timeout) => {
-                let last = said.lines.last().map_or("nothing", String::as_str);
+                let last = script.lines.last().map_or("nothing", String::as_str);
                 let why = format!("the machine said nothing for {QUIET_MAX:?}, and before: {last}");
                 return trouble.unwrap_or(End::Stalled(why));
             }

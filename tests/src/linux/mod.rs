@@ -34,7 +34,7 @@ use archive::Archive;
 pub use checkpoint::Checkpoint;
 use machine::{End, Run};
 use parts::Parts;
-pub use who::Who;
+pub use who::GuestIdentity;
 
 use crate::rng::Rng;
 
@@ -211,7 +211,7 @@ impl Outcome {
 
     /// Returns the words after `key` of each line `TEST key word…`, in order.
     #[must_use]
-    pub fn told(&self, key: &str) -> Vec<Vec<&str>> {
+    pub fn test_lines(&self, key: &str) -> Vec<Vec<&str>> {
         self.after("TEST", key)
     }
 
@@ -221,15 +221,15 @@ impl Outcome {
     /// If there is none, or more than one.
     #[track_caller]
     #[must_use]
-    pub fn only(&self, key: &str) -> Vec<&str> {
-        let mut found = self.told(key);
+    pub fn only_test_line(&self, key: &str) -> Vec<&str> {
+        let mut found = self.test_lines(key);
         assert_eq!(found.len(), 1, "lines `TEST {key}`: {found:?}");
         found.remove(0)
     }
 
     /// Returns the words after `key` of each line `GUEST key word…` on a guest's console.
     #[must_use]
-    pub fn guest(&self, vm: &str, key: &str) -> Vec<Vec<&str>> {
+    pub fn guest_lines(&self, vm: &str, key: &str) -> Vec<Vec<&str>> {
         let prefix = format!("CONSOLE {vm} GUEST");
         self.after(&prefix, key)
     }
@@ -281,7 +281,7 @@ impl Outcome {
     #[track_caller]
     #[must_use]
     pub fn ticks(&self, vm: &str) -> Vec<Tick> {
-        let mut lines = self.guest(vm, "tick");
+        let mut lines = self.guest_lines(vm, "tick");
         // The last line may be cut short where the guest ended.
         lines.pop_if(|words| {
             !words.contains(&"random") || words.last().is_some_and(|word| word.len() != 32)

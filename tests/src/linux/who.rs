@@ -4,7 +4,7 @@ use super::{Outcome, value};
 
 /// A guest's answer to `whoami` of `outer.sh`.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Who {
+pub struct GuestIdentity {
     /// The dates of the outer machine before the question and after the answer. All dates are in
     /// seconds since 1970.
     pub between: [i64; 2],
@@ -35,13 +35,17 @@ impl Outcome {
     /// If an answer lacks a field.
     #[track_caller]
     #[must_use]
-    pub fn who(&self, vm: &str) -> Vec<Who> {
-        let told = self.told("who");
-        told.iter().filter(|words| words[0] == vm).map(|words| Who::parse(words)).collect()
+    pub fn identities(&self, vm: &str) -> Vec<GuestIdentity> {
+        let lines = self.test_lines("who");
+        lines
+            .iter()
+            .filter(|words| words[0] == vm)
+            .map(|words| GuestIdentity::parse(words))
+            .collect()
     }
 }
 
-impl Who {
+impl GuestIdentity {
     #[track_caller]
     fn parse(words: &[&str]) -> Self {
         let word = |name: &str, offset: usize| {
