@@ -2,7 +2,7 @@
 //!
 //! The guest (`vmm/guest`) is a small kernel that writes pages at a given rate, in a given order
 //! and with given contents, all of which follow from its [`WorkloadSpec`]. So its memory can be
-//! checked by itself: [`verify`] finds any page of a stopped machine, or of a snapshot, that is
+//! checked by itself: [`verify()`] finds any page of a stopped machine, or of a snapshot, that is
 //! damaged, misplaced or *older than it should be*, without anything to compare with.
 //! `vmm/guest/writer.rs` explains how, and why this holds even for a machine stopped in the middle
 //! of a write.
