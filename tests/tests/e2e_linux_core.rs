@@ -13,8 +13,9 @@ use frazil_tests::vm_harness::{Host, number, text};
 use frazil_vmm::inspect::{GuestView, LinuxKernel, Symbol};
 use serde_json::Value;
 
+/// Boots without load, so that at least one vCPU waits in the kernel and has a stack there.
 const SCRIPT: &str = r"
-boot a 'load'
+boot a ''
 ticks a 2
 checkpoint a one
 crash a

@@ -405,7 +405,7 @@ pub(crate) struct CheckpointArgs {
     /// The VM's name, or the path of its control socket.
     pub vm: String,
     /// Describe the snapshot.
-    #[arg(long, short, value_name = "TEXT", default_value = "")]
+    #[arg(long, short, value_name = "TEXT", default_value = "", hide_default_value = true)]
     pub message: String,
     /// Point this tag at the snapshot.
     #[arg(long, value_name = "TAG")]

@@ -75,7 +75,7 @@ pub(crate) struct ImportArgs {
     #[arg(long, value_name = "VM")]
     pub name: Option<String>,
     /// Describe the snapshot.
-    #[arg(long, short, value_name = "TEXT", default_value = "")]
+    #[arg(long, short, value_name = "TEXT", default_value = "", hide_default_value = true)]
     pub message: String,
     /// Point this tag at the snapshot.
     #[arg(long, value_name = "TAG")]

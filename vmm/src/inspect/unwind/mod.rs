@@ -146,17 +146,16 @@ impl Stack<'_> {
                 Some(entry) => orc::step(self, entry, &mut state)?,
                 None => self.by_frame_pointer(&mut state)?,
             };
-            let how = match next {
-                Step::Up(how) => how,
+            let (how, same_stack) = match next {
+                Step::Up { how, same_stack } => (how, same_stack),
                 Step::End(end) => return Ok((frames, end)),
             };
             if kernel && state.ip & KERNEL_HALF == 0 {
                 let end = if state.ip == 0 { End::Bottom } else { End::User };
                 return Ok((frames, end));
             }
-            // Stacks grow down: a walk that does not go up may go in circles. Interrupts switch
-            // stacks, though.
-            if state.sp <= sp && how != UnwindMethod::OrcInterrupted {
+            // Stacks grow down: a walk that does not go up may go in circles.
+            if same_stack && state.sp <= sp {
                 let what =
                     format!("the caller's stack pointer {:#x} is not above {sp:#x}", state.sp);
                 return Ok((frames, End::Damaged { what }));
@@ -207,7 +206,7 @@ impl Stack<'_> {
         }
         *state =
             State { ip, sp: above.wrapping_add(word_bytes), bp, saved: None, interrupted: false };
-        Ok(Step::Up(UnwindMethod::FramePointer))
+        Ok(Step::Up { how: UnwindMethod::FramePointer, same_stack: true })
     }
 }
 
@@ -219,6 +218,10 @@ impl State {
 
 /// The result of one step. After `Up` the state is the caller's.
 enum Step {
-    Up(UnwindMethod),
+    Up {
+        how: UnwindMethod,
+        /// False if the caller may have another stack, above or below: an interrupt's.
+        same_stack: bool,
+    },
     End(End),
 }

@@ -218,7 +218,10 @@ pub(super) fn step(stack: &Stack<'_>, entry: Entry, state: &mut State) -> Result
         (None, None) => {}
     }
     *state = next;
-    Ok(Step::Up(found))
+    // Code that calls on another stack (`call_on_stack` in arch/x86/include/asm/irq_stack.h) leaves
+    // its own stack pointer at the top of that stack, where this entry finds it.
+    let same_stack = regs.is_none() && entry.sp_reg != SP_INDIRECT;
+    Ok(Step::Up { how: found, same_stack })
 }
 
 /// The caller's stack pointer; None if it cannot be computed.

@@ -98,6 +98,30 @@ fn a_stack_that_goes_round_ends() {
     assert_eq!((frames.len(), why), (100, End::Enough), "as many as were wanted");
 }
 
+/// An interrupt handler's stack may lie above or below that of the code that called on it.
+#[test]
+fn calls_on_another_stack_return_to_the_first() {
+    let [call, _, end, _] = ENTRY_KINDS;
+    let line =
+        |ip, sp_reg, sp_offset, kind| Line { ip, sp_reg, sp_offset, bp_reg: 0, bp_offset: 0, kind };
+    // In the handler; where the word at the top of its stack is the caller's stack pointer.
+    let lines =
+        [line(CODE, 5, 8, call), line(CODE + 0x100, 9, 0x20, call), line(CODE + 0x200, 5, 8, end)];
+    for (handler, task) in [(0x3000, 0x1000), (0x1000, 0x3000)] {
+        let mut ram = Ram(vec![0; 0x4000]);
+        put(&mut ram, handler, CODE + 0x110);
+        put(&mut ram, handler + 8, task);
+        put(&mut ram, task + 0x18, CODE + 0x210);
+        let table = table(&lines, OrcFormat::Old);
+        let stack =
+            Stack { space: space(), memory: &ram, orc: Some(&table), mode: CodeMode::Bits64 };
+        let (frames, why) = stack.walk(&registers(CODE + 0x50, handler, 0), 10).expect("readable");
+        let found: Vec<_> = frames.iter().map(|frame| (frame.ip - CODE, frame.sp)).collect();
+        let expected = [(0x50, handler), (0x110, handler + 8), (0x210, task + 0x20)];
+        assert_eq!((found, why), (expected.to_vec(), End::Bottom));
+    }
+}
+
 #[test]
 fn frame_pointers_lead_up_while_they_make_sense() {
     let mut ram = Ram(vec![0; 0x4000]);
