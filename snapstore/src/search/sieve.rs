@@ -10,8 +10,9 @@ use regex_syntax::hir::Hir;
 
 use super::positions::{ByteSet, byte_sets};
 
-/// Starts that are checked together.
-const BLOCK: usize = 256;
+/// Starts that are checked together: several vectors full, and few enough that often none passes the first
+/// checks, which spares the others.
+const BLOCK: usize = 64;
 /// The most ranges of a set of bytes; those of other sets are joined, so that they let more pass, not less.
 const RANGES_MAX: usize = 4;
 /// The most positions to check.
@@ -20,6 +21,8 @@ const CHECKS_MAX: usize = 4;
 const SAMPLES: usize = 1024;
 /// At most one start in so many may pass. If more do, trying each costs more than an automaton for all.
 const STARTS_PER_PASS: usize = 256;
+/// So many more may pass, wherever they are.
+const PASSES_MIN: usize = 256;
 
 /// What all matches of an expression have in common.
 #[derive(Debug)]
@@ -67,7 +70,7 @@ impl Sieve {
         let stop = starts.end.min(end.saturating_sub(reach));
         while sifted.done + BLOCK <= stop {
             let at = sifted.done;
-            if sifted.starts.len() > (at - starts.start) / STARTS_PER_PASS + BLOCK {
+            if sifted.starts.len() > (at - starts.start) / STARTS_PER_PASS + PASSES_MIN {
                 return sifted;
             }
             if let Some(passed) = pass(bytes, at, &checks) {
