@@ -80,9 +80,7 @@ impl Pattern {
     /// [`StoreError::Invalid`] if it does not parse, can match the empty string, zeros alone or nothing at
     /// all, has an anchor to the beginning or end of all memory, or its matches are too long.
     pub fn regex(expression: &str) -> Result<Self> {
-        let config = syntax::Config::new().unicode(false).utf8(false).multi_line(true);
-        let hir = syntax::parse_with(expression, &config)
-            .map_err(|error| invalid(format!("expected a regular expression: {error}")))?;
+        let hir = parse(expression)?;
         let looks = hir.properties().look_set();
         if looks.contains(Look::Start) || looks.contains(Look::End) {
             let what = "expected an expression without \\A and \\z (nor ^ and $ with (?-m)): memory has no beginning and no end";
@@ -137,6 +135,7 @@ impl Pattern {
     fn find(&self, bytes: &[u8], span: Range<usize>, anchored: Anchored) -> Option<Range<usize>> {
         match &self.engine {
             Engine::Bytes(finder) => {
+                // A span to be anchored to is never longer than the bytes, so they fit only there.
                 let at = span.start + finder.find(&bytes[span])?;
                 Some(at..at + finder.needle().len())
             }
@@ -215,6 +214,13 @@ impl Pattern {
         }
         found
     }
+}
+
+/// Parses an expression as [`Pattern::regex`] takes it.
+pub(super) fn parse(expression: &str) -> Result<Hir> {
+    let config = syntax::Config::new().unicode(false).utf8(false).multi_line(true);
+    syntax::parse_with(expression, &config)
+        .map_err(|error| invalid(format!("expected a regular expression: {error}")))
 }
 
 /// The longest match of an expression that is certain to be found, and whether there may be longer ones.

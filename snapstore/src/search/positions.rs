@@ -131,13 +131,12 @@ impl Walk {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use regex_automata::util::syntax;
 
+    use super::super::pattern::parse;
     use super::*;
 
     fn sets(expression: &str) -> Vec<ByteSet> {
-        let config = syntax::Config::new().unicode(false).utf8(false).multi_line(true);
-        byte_sets(&syntax::parse_with(expression, &config).expect("an expression")).expect("sets")
+        byte_sets(&parse(expression).expect("an expression")).expect("sets")
     }
 
     fn shown(set: &ByteSet) -> String {
@@ -165,8 +164,7 @@ mod tests {
     }
 
     fn is_left(expression: &str) -> bool {
-        let hir = syntax::parse_with(expression, &syntax::Config::new()).expect("an expression");
-        byte_sets(&hir).is_none()
+        byte_sets(&parse(expression).expect("an expression")).is_none()
     }
 
     #[test]

@@ -34,7 +34,6 @@ pub(super) struct Sieve {
 #[derive(Debug)]
 struct Position {
     offset: usize,
-    set: ByteSet,
     ranges: ByteRanges,
 }
 
@@ -55,7 +54,7 @@ impl Sieve {
     pub(super) fn new(hir: &Hir) -> Option<Self> {
         let position = |(offset, set): (usize, ByteSet)| {
             let ranges = joined(set.ranges());
-            (ranges != [(0, 255)]).then_some(Position { offset, set, ranges })
+            (ranges != [(0, 255)]).then_some(Position { offset, ranges })
         };
         let positions: Vec<_> =
             byte_sets(hir)?.into_iter().enumerate().filter_map(position).collect();
@@ -80,7 +79,7 @@ impl Sieve {
             sifted.done += BLOCK;
         }
         let passes = |start: &usize| {
-            checks.iter().all(|check| check.set.contains(bytes[start + check.offset]))
+            checks.iter().all(|check| is_within(bytes[start + check.offset], &check.ranges))
         };
         sifted.starts.extend((sifted.done..stop).filter(passes));
         sifted.done = starts.end;
@@ -147,11 +146,13 @@ fn keep<const RANGES: usize>(
     ranges: [(u8, u8); RANGES],
 ) {
     for (passed, byte) in passed.iter_mut().zip(bytes) {
-        let within = ranges
-            .iter()
-            .fold(0, |any, (first, more)| any | u8::from(byte.wrapping_sub(*first) <= *more));
-        *passed &= within;
+        *passed &= u8::from(is_within(*byte, &ranges));
     }
+}
+
+/// Without a branch for each range, which would keep the compiler from vectorising [`keep`].
+fn is_within(byte: u8, ranges: &[(u8, u8)]) -> bool {
+    ranges.iter().fold(false, |any, (first, more)| any | (byte.wrapping_sub(*first) <= *more))
 }
 
 /// `ranges` with those nearest to each other joined, until they are few enough.
@@ -168,13 +169,12 @@ fn joined(mut ranges: Vec<RangeInclusive<u8>>) -> ByteRanges {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use regex_automata::util::syntax;
 
+    use super::super::pattern::parse;
     use super::*;
 
     fn sieve(expression: &str) -> Option<Sieve> {
-        let config = syntax::Config::new().unicode(false).utf8(false);
-        Sieve::new(&syntax::parse_with(expression, &config).expect("an expression"))
+        Sieve::new(&parse(expression).expect("an expression"))
     }
 
     proptest! {
